@@ -1,0 +1,221 @@
+"""What passes between the stages: axes, directions, units. No torch at run time.
+
+Axes: B images, D numbers a patch, (h, w) grid of patches, (H, W) pixels, P = h*w patches, K subclasses = experts.
+Sizes are (height, width). Scores have one direction everywhere: higher = more anomalous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Label = Literal["normal", "anomalous"]
+Split = Literal["train", "calibration", "test"]
+Verdict = Literal["normal", "anomalous", "unknown"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image of a data set: a row of the manifest, with its paths made whole."""
+
+    image_path: Path
+    category: str = "default"
+    subclass: str | None = None
+    """None: not known, to be discovered or ignored."""
+    group: str | None = None
+    """The physical part, lot or session; images of one group are never divided between splits."""
+    split: Split = "train"
+    label: Label = "normal"
+    defect: str | None = None
+    mask_path: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """Category and subclass in one word, unique in a data set."""
+        return self.category if self.subclass is None else f"{self.category}/{self.subclass}"
+
+
+class Tile(NamedTuple):
+    """A rectangle of an image, in pixels of the image on disk."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class FeatureSource(Protocol):
+    """Frozen features of many images, read a few at a time from disk or computed anew."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(D, h, w) of one image."""
+        ...
+
+    def __len__(self) -> int:
+        """How many images."""
+        ...
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Features of these images, (len(rows), D, h, w) float32, in the order asked for."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitData:
+    """Everything a head may learn from: fit normals only, neither calibration nor test images."""
+
+    features: FeatureSource
+    """Standardised per channel; n images."""
+    subclasses: NDArray[np.int64]
+    """(n,) indices into `names`; all -1 when no labels were given."""
+    names: tuple[str, ...]
+    """`Sample.kind` of each subclass; empty when no labels were given."""
+    groups: NDArray[np.int64]
+    """(n,) physical part, lot or session; statistics "on other images" mean other groups."""
+    holdout: NDArray[np.bool_]
+    """(n,) fit normals that gradients must not see: they stop the training and set the experts' scale."""
+    seed: int = 0
+
+    def __len__(self) -> int:
+        """n images."""
+        return len(self.features)
+
+
+class Routing(NamedTuple):
+    """Which kind of normal each image is taken for."""
+
+    weights: Tensor  # (B, K) float32 >= 0, rows add up to 1, zero for experts that were not asked
+    subclass: Tensor  # (B,) int64 nearest subclass, an index into the head's subclass_names
+    distance: Tensor  # (B,) float32 >= 0, how far from every known kind; comparable between images of one subclass
+    adapted: Tensor  # (B,) bool, whether test-time adaption changed the features
+
+
+class PatchScores(NamedTuple):
+    """What a head says of a batch."""
+
+    scores: Tensor  # (B, h, w) float32
+    image_scores: Tensor | None  # (B,) float32; None: the maximum of the smoothed map is the image's score
+    routing: Routing | None  # None: the head knows one kind of normal only
+
+
+class Lesson(Protocol):
+    """A part of a head that gradients train; `training.train` is the only loop."""
+
+    name: str
+    epochs: int
+    batch_images: int
+    patience: int
+    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+    module: nn.Module
+    """Holds every parameter and buffer that the lesson changes."""
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """A new optimiser over the module's parameters."""
+        ...
+
+    def loss(
+        self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
+    ) -> dict[str, Tensor]:
+        """Scalars by name for (B, D, h, w) features and (B,) subclasses; `loss` is what is minimised.
+
+        Every random draw comes from `generator`. With `training` false nothing is changed.
+        """
+        ...
+
+
+class Head(Protocol):
+    """Features to patch scores. Fit in this order: begin, every lesson trained, finish. Is an nn.Module."""
+
+    subclass_names: tuple[str, ...]
+    """`Sample.kind` of each subclass the head routes to (known after `begin`); empty without routing."""
+
+    def begin(self, data: FitData) -> None:
+        """Everything in closed form that the lessons need."""
+        ...
+
+    def lessons(self, data: FitData) -> Sequence[Lesson]:
+        """What gradients train, in order; empty for heads in closed form."""
+        ...
+
+    def finish(self, data: FitData) -> None:
+        """Everything in closed form that needs the trained parts."""
+        ...
+
+    def __call__(self, features: Tensor) -> PatchScores:
+        """Score (B, D, h, w) standardised features; the result for an image does not depend on its batch."""
+        ...
+
+
+class DefectBox(NamedTuple):
+    """A connected region of the map above the operating point, in pixels of the image on disk."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    peak: float  # the map's highest value inside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What normweave says of one image; `error` set means that it could not be read and the rest is empty."""
+
+    image_path: str | None
+    verdict: Verdict | None = None
+    pred_score: float | None = None
+    p_value: float | None = None
+    """Share of held-out normal images of the same subclass that score at least as high, in (0, 1]."""
+    threshold: float | None = None
+    false_alarm_rate: float | None = None
+    category: str | None = None
+    subclass: str | None = None
+    subclass_distance: float | None = None
+    subclass_p_value: float | None = None
+    """Share of held-out normal images that lie at least as far from what is known, in (0, 1]."""
+    experts: tuple[tuple[str, float], ...] = ()
+    """(name, weight) of the experts asked, heaviest first; weights add up to 1."""
+    adapted: bool = False
+    boxes: tuple[DefectBox, ...] = ()
+    anomaly_map: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    """(H, W) at the size of the image on disk."""
+    height: int | None = None
+    width: int | None = None
+    latency_ms: float | None = None
+    model: str | None = None
+    bundle_hash: str | None = None
+    error: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields of the product's output as JSON can hold them, without the map's pixels."""
+        return {
+            "image_path": self.image_path,
+            "verdict": self.verdict,
+            "pred_score": self.pred_score,
+            "p_value": self.p_value,
+            "threshold": self.threshold,
+            "false_alarm_rate": self.false_alarm_rate,
+            "category": self.category,
+            "subclass": self.subclass,
+            "subclass_distance": self.subclass_distance,
+            "subclass_p_value": self.subclass_p_value,
+            "experts": [{"name": name, "weight": weight} for name, weight in self.experts],
+            "adapted": self.adapted,
+            "boxes": [box._asdict() for box in self.boxes],
+            "anomaly_map": None,
+            "height": self.height,
+            "width": self.width,
+            "latency_ms": self.latency_ms,
+            "model": self.model,
+            "bundle_hash": self.bundle_hash,
+            "error": self.error,
+        }

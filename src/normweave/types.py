@@ -6,7 +6,7 @@ Sizes are (height, width). Scores have one direction everywhere: higher = more a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Label = Literal["normal", "anomalous"]
 Split = Literal["train", "calibration", "test"]
 Verdict = Literal["normal", "anomalous", "unknown"]
+Progress = Callable[[str, int, int], None]
+"""Told (what is being done, done, total) now and then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Sample:
     """None: not known, to be discovered or ignored."""
     group: str | None = None
     """The physical part, lot or session; images of one group are never divided between splits."""
-    split: Split = "train"
+    split: Split | None = None
+    """None: not said, to be drawn (data.splits.complete)."""
     label: Label = "normal"
     defect: str | None = None
     mask_path: Path | None = None

@@ -1,0 +1,1026 @@
+"""Textile images with planted defects and exact masks: data for the demo, the tests and the examples.
+
+A piece of cloth is woven first (which yarn lies on top at each crossing, how thick each yarn is along its way), damaged
+next, and photographed last. A mask is where the photograph of the damaged cloth differs visibly from the photograph of
+the same cloth undamaged, so it is exact by construction.
+
+    weave draft -> yarns -> (damage) -> relief -> light -> camera -> image, mask
+
+Fields over the image have shape (height, width); yarn tables have shape (yarns, samples along the yarn).
+"""
+
+import csv
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from normweave.errors import ConfigError, DataError
+
+Field = NDArray[np.float32]
+Colour = tuple[float, float, float]  # linear red, green, blue; reflected share 0..1
+
+OVERSAMPLE = 2  # rendered pixels per image pixel, each way
+MARGIN = 8  # rendered pixels beyond each border, so that shadows and slopes are right at the border
+SAMPLES = 12  # samples along a yarn from one crossing to the next
+FLOOR = -1.3  # half pitches; what is seen through gaps lies here
+PLUMP = 0.75  # a yarn's thickness as a share of its width: cloth is pressed
+VISIBLE = 7.0  # grey levels (0..255) of difference, averaged over a few pixels, that count as a visible change
+DEFECT_SHARE = (0.002, 0.05)  # smallest and largest share of the image that a defect may cover
+ATTEMPTS = 20  # draws of a defect before its size is accepted as it is
+GENERATOR = 1  # raised whenever the same seed would give other images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weave:
+    """How the yarns cross, and what they are spun like.
+
+    `draft` is the weaver's point paper: one string a weft yarn, X where the warp yarn lies on top.
+    """
+
+    draft: tuple[str, ...]
+    pitch: tuple[float, float]  # image pixels from weft to weft, and from warp to warp
+    width: tuple[float, float]  # weft and warp: share of the pitch that a yarn fills
+    depth: float  # how far a yarn rises and sinks at the crossings, in half pitches
+    twist: float  # turns of the ply from one crossing to the next
+    uneven: float  # spread of a yarn's thickness, as a share
+    slubs: float  # thick places a yarn, on average
+    sheen: float  # strength of the highlight along the fibres
+    fuzz: float  # loose fibres for each 1000 image pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dye:
+    """The colours of the two yarn systems."""
+
+    warp: Colour
+    weft: Colour
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lighting:
+    """The lamp and the camera."""
+
+    azimuth: float  # degrees, where the light comes from: 0 right, 90 below, 180 left
+    elevation: float  # degrees above the cloth; low = raking
+    ambient: float  # share of light that comes from everywhere
+    tint: Colour  # gain of each channel
+    exposure: float
+    vignette: float  # share of light lost in the corners
+    noise: float  # standard deviation of the camera noise at mid grey, as a share of white
+
+
+WEAVES = {
+    "plain": Weave(
+        draft=("X.", ".X"),
+        pitch=(8.6, 8.4),
+        width=(0.92, 0.90),
+        depth=0.55,
+        twist=1.3,
+        uneven=0.09,
+        slubs=0.5,
+        sheen=0.05,
+        fuzz=1.2,
+    ),
+    "twill": Weave(
+        draft=("XXX.", ".XXX", "X.XX", "XX.X"),
+        pitch=(7.6, 6.6),
+        width=(0.94, 0.98),
+        depth=0.50,
+        twist=1.0,
+        uneven=0.07,
+        slubs=0.3,
+        sheen=0.06,
+        fuzz=0.8,
+    ),
+    "satin": Weave(
+        draft=(".XXXX", "XX.XX", "XXXX.", "X.XXX", "XXX.X"),
+        pitch=(6.4, 5.4),
+        width=(0.94, 1.04),
+        depth=0.42,
+        twist=0.25,
+        uneven=0.04,
+        slubs=0.05,
+        sheen=0.35,
+        fuzz=0.1,
+    ),
+    "herringbone": Weave(
+        draft=("XX..XX..XX..XX..", ".XX..XX.X..XX..X", "..XX..XX..XX..XX", "X..XX..X.XX..XX."),
+        pitch=(7.4, 7.2),
+        width=(0.94, 0.94),
+        depth=0.50,
+        twist=0.9,
+        uneven=0.08,
+        slubs=0.3,
+        sheen=0.04,
+        fuzz=2.0,
+    ),
+    "basket": Weave(
+        draft=("XX..", "XX..", "..XX", "..XX"),
+        pitch=(7.4, 7.2),
+        width=(0.94, 0.94),
+        depth=0.55,
+        twist=1.2,
+        uneven=0.07,
+        slubs=0.3,
+        sheen=0.06,
+        fuzz=0.9,
+    ),
+    "rib": Weave(
+        draft=("X.", "X.", ".X", ".X"),
+        pitch=(6.8, 6.2),
+        width=(0.90, 1.0),
+        depth=0.62,
+        twist=0.9,
+        uneven=0.06,
+        slubs=0.2,
+        sheen=0.08,
+        fuzz=0.6,
+    ),
+}
+
+COLOURS = {
+    "burgundy": Dye(warp=(0.26, 0.022, 0.045), weft=(0.20, 0.018, 0.035)),
+    "charcoal": Dye(warp=(0.055, 0.057, 0.062), weft=(0.26, 0.255, 0.245)),
+    "ecru": Dye(warp=(0.60, 0.52, 0.39), weft=(0.64, 0.57, 0.44)),
+    "indigo": Dye(warp=(0.028, 0.055, 0.16), weft=(0.52, 0.51, 0.47)),
+    "navy": Dye(warp=(0.022, 0.035, 0.105), weft=(0.03, 0.045, 0.12)),
+    "olive": Dye(warp=(0.115, 0.12, 0.042), weft=(0.17, 0.165, 0.075)),
+    "rust": Dye(warp=(0.36, 0.105, 0.028), weft=(0.42, 0.20, 0.09)),
+    "sand": Dye(warp=(0.46, 0.35, 0.22), weft=(0.33, 0.235, 0.14)),
+    "teal": Dye(warp=(0.02, 0.17, 0.19), weft=(0.035, 0.23, 0.23)),
+}
+
+LIGHTINGS = {
+    "raking": Lighting(
+        azimuth=205.0, elevation=24.0, ambient=0.20, tint=(1.03, 1.0, 0.95), exposure=1.35, vignette=0.10, noise=0.012
+    ),
+    "diffuse": Lighting(
+        azimuth=250.0, elevation=62.0, ambient=0.55, tint=(1.0, 1.0, 1.0), exposure=1.0, vignette=0.05, noise=0.009
+    ),
+    "warm": Lighting(
+        azimuth=300.0, elevation=40.0, ambient=0.32, tint=(1.14, 1.0, 0.76), exposure=1.05, vignette=0.14, noise=0.013
+    ),
+    "cold": Lighting(
+        azimuth=160.0, elevation=44.0, ambient=0.35, tint=(0.88, 1.0, 1.16), exposure=1.05, vignette=0.08, noise=0.011
+    ),
+    "dim": Lighting(
+        azimuth=230.0, elevation=36.0, ambient=0.30, tint=(1.05, 1.0, 0.90), exposure=0.62, vignette=0.18, noise=0.019
+    ),
+}
+
+DEFECTS = ("broken_thread", "colour_shift", "foreign_fibre", "hole", "knot", "misweave", "stain")
+
+
+@dataclass(frozen=True)
+class Textile:
+    """A subclass: cloth of one weave and colour under one lighting. The words are keys of the tables above."""
+
+    weave: str
+    colour: str
+    lighting: str
+
+    def __post_init__(self) -> None:
+        for what, got, known in (
+            ("weave", self.weave, WEAVES),
+            ("colour", self.colour, COLOURS),
+            ("lighting", self.lighting, LIGHTINGS),
+        ):
+            if got not in known:
+                raise ConfigError(f"Unknown {what} {got!r} of a textile. Known: {', '.join(known)}.")
+
+    @property
+    def name(self) -> str:
+        """The subclass's name, as in folders and manifests."""
+        return f"{self.weave}-{self.colour}-{self.lighting}"
+
+
+SEEN = (
+    Textile("plain", "ecru", "diffuse"),
+    Textile("twill", "indigo", "raking"),
+    Textile("satin", "burgundy", "warm"),
+    Textile("herringbone", "charcoal", "cold"),
+    Textile("basket", "sand", "raking"),
+    Textile("plain", "teal", "dim"),
+)
+UNSEEN = (
+    Textile("twill", "olive", "warm"),
+    Textile("satin", "navy", "diffuse"),
+    Textile("herringbone", "rust", "dim"),
+    Textile("rib", "ecru", "cold"),
+)
+
+
+class Cloth(NamedTuple):
+    """A photograph of a piece of cloth, and where it is damaged."""
+
+    image: NDArray[np.uint8]  # (H, W, 3)
+    mask: NDArray[np.bool_]  # (H, W), true = damaged
+
+
+def interlacing(weave: str, *, weft: int, warp: int) -> NDArray[np.bool_]:
+    """Which yarn lies on top at each crossing, (weft, warp); true = the warp yarn."""
+    draft = np.array([[mark == "X" for mark in pick] for pick in WEAVES[weave].draft])
+    rows, columns = draft.shape
+    return draft[np.arange(weft)[:, None] % rows, np.arange(warp) % columns]
+
+
+# ── weaving ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Yarns(NamedTuple):
+    """All yarns of one direction, as tables (yarns, samples along)."""
+
+    width: Field  # half width in half pitches; 0 = no yarn here
+    shade: Field  # gain on the dye
+    lift: Field  # half pitches above where the weave puts it
+    foreign: Field  # share of another dye, 0..1
+
+
+class Place(NamedTuple):
+    """Which yarn of one direction passes below each rendered pixel, and where on it the pixel lies."""
+
+    sample: NDArray[np.intp]  # flat index into the yarn tables
+    part: Field  # how far to the next sample, 0..1
+    across: Field  # -1..1 from edge to edge of the yarn's lane
+    along: Field  # crossings since the yarn's start
+
+
+class Tube(NamedTuple):
+    """A thread that lies on the cloth: fields over a window of the rendered image."""
+
+    window: tuple[slice, slice]
+    height: Field  # half pitches above the cloth; -9 where it does not pass
+    colour: Colour
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fabric:
+    """A woven piece, ready to be photographed."""
+
+    textile: Textile
+    over: NDArray[np.bool_]  # (weft, warp), true = warp on top
+    weft: Yarns
+    warp: Yarns
+    weft_place: Place
+    warp_place: Place
+    dye: Dye
+    other_dye: Colour = (0.0, 0.0, 0.0)
+    backdrop: Colour = (0.012, 0.012, 0.013)  # seen through gaps
+    tint: NDArray[np.float32] | None = None  # gain on the dyes, (h, w, 3) rendered pixels
+    tubes: tuple[Tube, ...] = ()
+
+
+def smooth_noise(random: np.random.Generator, shape: tuple[int, int], *, scale: tuple[float, float]) -> Field:
+    """Noise of unit spread that changes over `scale` (rows, columns) entries; a scale of 1 leaves an axis rough."""
+    coarse = tuple(max(2, round(n / s) + 1) if s > 1 else n for n, s in zip(shape, scale, strict=True))
+    noise = random.standard_normal(coarse, dtype=np.float32)
+    return np.asarray(Image.fromarray(noise).resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+
+
+def spin(random: np.random.Generator, *, yarns: int, crossings: int, width: float, weave: Weave) -> Yarns:
+    """Yarns with the unevenness of spinning: thick and thin places, slubs, small differences in dye uptake."""
+    shape = (yarns, crossings * SAMPLES)
+    thickness = 1 + weave.uneven * (
+        0.6 * smooth_noise(random, shape, scale=(1, 3 * SAMPLES))
+        + 0.5 * smooth_noise(random, shape, scale=(1, 12 * SAMPLES))
+        + 0.5 * random.standard_normal((yarns, 1), dtype=np.float32)
+    )
+    samples = np.arange(shape[1], dtype=np.float32)
+    for yarn in np.flatnonzero(random.poisson(weave.slubs * crossings / 35, yarns)):
+        centre, length = random.uniform(0, shape[1]), random.uniform(1.2, 3.5) * SAMPLES
+        thickness[yarn] += random.uniform(0.15, 0.4) * np.exp(-(((samples - centre) / length) ** 2))
+    shade = 1 + 0.045 * random.standard_normal((yarns, 1), dtype=np.float32)
+    shade = shade + 0.035 * smooth_noise(random, shape, scale=(1, 5 * SAMPLES))
+    nothing = np.zeros(shape, np.float32)
+    return Yarns(width=(width * thickness).astype(np.float32), shade=shade, lift=nothing, foreign=nothing)
+
+
+def lanes(position: Field, spacing: Field) -> tuple[NDArray[np.intp], Field]:
+    """From even positions (in pitches) to uneven lanes: the yarn's number, and -1..1 across its lane.
+
+    `spacing` (yarns,) shifts the border between two lanes, in pitches.
+    """
+    steps = 64
+    even = np.arange(len(spacing) * steps, dtype=np.float32) / steps
+    shifted = (even + np.interp(even, np.arange(len(spacing)), spacing)).astype(np.float32)
+    uneven = shifted.take((position * steps).astype(np.intp))
+    number = uneven.astype(np.intp)
+    return number, (2 * (uneven - number) - 1).astype(np.float32)
+
+
+def weave_piece(textile: Textile, *, roll: int, seed: int, size: tuple[int, int]) -> Fabric:
+    """Weave a piece of a roll. The roll fixes the dye lot, the setting of the loom and how the cloth is laid."""
+    weave, dye = WEAVES[textile.weave], COLOURS[textile.colour]
+    lot = np.random.default_rng(np.random.SeedSequence(roll, spawn_key=(0,)))
+    lot_gain = (1 + 0.05 * lot.standard_normal()) * (1 + 0.02 * lot.standard_normal(3))
+    loom = 1 + 0.02 * lot.standard_normal(2)
+    laid = lot.normal(0, 1.0)
+
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
+    height, width = (OVERSAMPLE * n + 2 * MARGIN for n in size)
+    pitch = np.array(weave.pitch) * loom * OVERSAMPLE
+    angle = np.radians(laid + random.normal(0, 1.2))
+    y = (np.arange(height, dtype=np.float32) - height / 2)[:, None]
+    x = (np.arange(width, dtype=np.float32) - width / 2)[None, :]
+    reach = float(np.hypot(height, width))
+    # The cloth is never laid quite flat: slow waves, a few hundred pixels long, shift the yarns.
+    positions = []
+    for down, right, step in ((np.cos(angle), -np.sin(angle), pitch[0]), (np.sin(angle), np.cos(angle), pitch[1])):
+        frequency = random.uniform(0.4, 1.6, (2, 2)) * random.choice([-1, 1], (2, 2)) * 2 * np.pi / (400 * OVERSAMPLE)
+        phase = random.uniform(0, 2 * np.pi, 2)
+        position = (y * np.float32(down) + x * np.float32(right)) / np.float32(step)
+        for (fy, fx), start in zip(frequency.astype(np.float32), phase.astype(np.float32), strict=True):
+            position += np.float32(random.uniform(0.2, 0.6)) * np.sin(y * fy + x * fx + start)
+        positions.append(position)
+    counts = [int(reach / step) + 8 for step in pitch]
+    for position, count in zip(positions, counts, strict=True):
+        position += count / 2 + random.uniform()
+    # Each yarn also wanders a little on its own way.
+    along_weft = (1.6 * pitch[0], 7 * pitch[1])
+    along_warp = (7 * pitch[0], 1.6 * pitch[1])
+    positions[0] += 0.05 * smooth_noise(random, (height, width), scale=along_weft)
+    positions[1] += 0.05 * smooth_noise(random, (height, width), scale=along_warp)
+
+    lane = [
+        lanes(position, 0.06 * random.standard_normal(count).astype(np.float32))
+        for position, count in zip(positions, counts, strict=True)
+    ]
+    places = []
+    for own, other in ((0, 1), (1, 0)):
+        number, across = lane[own]
+        at = positions[other] * SAMPLES
+        sample = at.astype(np.intp)
+        places.append(
+            Place(
+                sample=number * (counts[other] * SAMPLES) + sample,
+                part=(at - sample).astype(np.float32),
+                across=across,
+                along=positions[other],
+            )
+        )
+    first = random.integers(0, [len(weave.draft), len(weave.draft[0])])  # so that the pattern has no fixed place
+    over = interlacing(textile.weave, weft=counts[0] + first[0], warp=counts[1] + first[1])[first[0] :, first[1] :]
+    return Fabric(
+        textile=textile,
+        over=over,
+        weft=spin(random, yarns=counts[0], crossings=counts[1], width=weave.width[0], weave=weave),
+        warp=spin(random, yarns=counts[1], crossings=counts[0], width=weave.width[1], weave=weave),
+        weft_place=places[0],
+        warp_place=places[1],
+        dye=Dye(warp=gain(dye.warp, lot_gain), weft=gain(dye.weft, lot_gain)),
+    )
+
+
+def gain(colour: Colour, by: Sequence[float] | NDArray[np.float64]) -> Colour:
+    red, green, blue = (float(c * b) for c, b in zip(colour, by, strict=True))
+    return red, green, blue
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Spot(NamedTuple):
+    """A place on the cloth."""
+
+    pixel: tuple[float, float]  # rendered pixels
+    yarn: tuple[int, int]  # number of the weft and of the warp yarn that cross there
+
+
+def choose_spot(fabric: Fabric, random: np.random.Generator, *, border: float) -> Spot:
+    """Anywhere but within `border` (share of the image) of its edges."""
+    height, width = fabric.weft_place.across.shape
+    y = random.uniform(border, 1 - border) * (height - 2 * MARGIN) + MARGIN
+    x = random.uniform(border, 1 - border) * (width - 2 * MARGIN) + MARGIN
+    at = int(y), int(x)
+    # A yarn's tables know the crossings along it, which are the numbers of the yarns of the other direction.
+    return Spot((y, x), (int(fabric.warp_place.along[at]), int(fabric.weft_place.along[at])))
+
+
+def short_side(fabric: Fabric) -> int:
+    """Of the image, in rendered pixels."""
+    return min(fabric.weft_place.across.shape) - 2 * MARGIN
+
+
+def lane_pixels(fabric: Fabric) -> tuple[float, float]:
+    """Rendered pixels from weft to weft and from warp to warp, as the loom was set up."""
+    pitch = WEAVES[fabric.textile.weave].pitch
+    return pitch[0] * OVERSAMPLE, pitch[1] * OVERSAMPLE
+
+
+def stretch(yarns: Yarns, *, start: float, stop: float, taper: float) -> Field:
+    """1 along a yarn between two crossings, 0 elsewhere, (samples,); `taper` crossings wide at both ends."""
+    along = np.arange(yarns.width.shape[1], dtype=np.float32) / SAMPLES
+    return np.clip(np.minimum(along - start, stop - along) / taper + 0.5, 0, 1).astype(np.float32)
+
+
+def with_yarns(fabric: Fabric, warpwise: bool, yarns: Yarns) -> Fabric:
+    return replace(fabric, warp=yarns) if warpwise else replace(fabric, weft=yarns)
+
+
+def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """A yarn is missing, or hangs thin and slack, over a stretch; sometimes a loose end lies on the cloth."""
+    spot = choose_spot(fabric, random, border=0.22)
+    warpwise = bool(random.uniform() < 0.5)
+    yarns = fabric.warp if warpwise else fabric.weft
+    number, middle = (spot.yarn[1], spot.yarn[0]) if warpwise else spot.yarn
+    pitch = lane_pixels(fabric)
+    half = random.uniform(0.10, 0.24) * short_side(fabric) / pitch[0 if warpwise else 1]
+    gone = stretch(yarns, start=middle - half, stop=middle + half, taper=random.uniform(0.4, 2.5))
+    width, lift = yarns.width.copy(), yarns.lift.copy()
+    slack = random.uniform() < 0.3
+    width[number] *= 1 - gone * (random.uniform(0.4, 0.6) if slack else 1)
+    lift[number] -= 0.3 * gone
+    # The neighbours spread into the gap.
+    for neighbour in (number - 1, number + 1):
+        width[neighbour] *= 1 + 0.07 * gone
+    fabric = with_yarns(fabric, warpwise, yarns._replace(width=width, lift=lift))
+    if not slack and random.uniform() < 0.6:
+        towards = (1.0, 0.0) if warpwise else (0.0, 1.0)
+        side = random.choice([-1, 1])
+        length = random.uniform(2, 5)
+        start = (
+            spot.pixel[0] + side * half * pitch[0] * towards[0],
+            spot.pixel[1] + side * half * pitch[1] * towards[1],
+        )
+        heading = np.arctan2(towards[0], towards[1]) + (np.pi if side > 0 else 0) + random.normal(0, 0.7)
+        colour = fabric.dye.warp if warpwise else fabric.dye.weft
+        radius = 0.36 * min(pitch)
+        end = lay_thread(
+            fabric, random, start=start, heading=heading, length=length * pitch[0], curl=1.2, radius=radius, colour=colour
+        )
+        fabric = replace(fabric, tubes=(*fabric.tubes, end))
+    return fabric
+
+
+def shift_colour(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """Yarns of another dye lot over a stretch, or a patch where the dye took differently."""
+    hue = 1 + random.choice([-1, 1]) * random.uniform(0.2, 0.55) * random.dirichlet([0.8, 0.8, 0.8]) * 1.5
+    if random.uniform() < 0.4:
+        reach = random.uniform(0.07, 0.11) * short_side(fabric)
+        return blot(fabric, random, radius=reach, soft=0.5, tint=hue, rim=0.0)
+    spot = choose_spot(fabric, random, border=0.25)
+    warpwise = bool(random.uniform() < 0.5)
+    yarns = fabric.warp if warpwise else fabric.weft
+    number, middle = (spot.yarn[1], spot.yarn[0]) if warpwise else spot.yarn
+    half = random.uniform(0.15, 0.4) * short_side(fabric) / lane_pixels(fabric)[0 if warpwise else 1]
+    foreign = yarns.foreign.copy()
+    for neighbour in range(number, number + int(random.integers(1, 4))):
+        ends = random.normal(0, 0.6, 2)
+        foreign[neighbour] = stretch(yarns, start=middle - half + ends[0], stop=middle + half + ends[1], taper=0.5)
+    own = fabric.dye.warp if warpwise else fabric.dye.weft
+    grey = sum(own) / 3
+    other = gain(own, hue) if random.uniform() < 0.6 else gain((grey, grey, grey), [random.uniform(0.6, 1.6)] * 3)
+    return replace(with_yarns(fabric, warpwise, yarns._replace(foreign=foreign)), other_dye=other)
+
+
+def lose_fibre(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """A fibre from elsewhere lies on the cloth."""
+    spot = choose_spot(fabric, random, border=0.2)
+    colour = tuple(random.choice([0.02, 0.1, 0.35, 0.7], 3) * random.uniform(0.8, 1.2, 3))
+    fibre = lay_thread(
+        fabric,
+        random,
+        start=spot.pixel,
+        heading=random.uniform(0, 2 * np.pi),
+        length=random.uniform(0.15, 0.45) * short_side(fabric),
+        curl=random.uniform(0.4, 1.6),
+        radius=random.uniform(1.3, 2.6),
+        colour=(float(colour[0]), float(colour[1]), float(colour[2])),
+    )
+    return replace(fabric, tubes=(*fabric.tubes, fibre))
+
+
+def tear_hole(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """Both yarn systems are cut within an irregular oval; their ends fray into it."""
+    spot = choose_spot(fabric, random, border=0.15)
+    pitch = lane_pixels(fabric)
+    reach = random.uniform(0.035, 0.085) * short_side(fabric) * np.array([1, random.uniform(0.6, 1.6)])
+    for warpwise in (False, True):
+        yarns = fabric.warp if warpwise else fabric.weft
+        number, middle = (spot.yarn[1], spot.yarn[0]) if warpwise else spot.yarn
+        across, along = (reach[1], reach[0]) if warpwise else (reach[0], reach[1])
+        lane, crossing = (pitch[1], pitch[0]) if warpwise else pitch
+        width, shade, lift = yarns.width.copy(), yarns.shade.copy(), yarns.lift.copy()
+        many = int(across / lane)
+        for off in range(-many, many + 1):
+            half = along / crossing * np.sqrt(max(0.0, 1 - (off * lane / across) ** 2))
+            start, stop = middle - half + random.normal(0, 0.5), middle + half + random.normal(0, 0.5)
+            gone = stretch(yarns, start=start, stop=stop, taper=random.uniform(0.4, 1.4))
+            frayed = stretch(yarns, start=start - 1.2, stop=stop + 1.2, taper=1.5)
+            width[number + off] *= 1 - gone
+            shade[number + off] *= 1 + 0.25 * frayed
+            lift[number + off] += 0.35 * frayed * random.normal(0.3, 1)
+        fabric = with_yarns(fabric, warpwise, Yarns(width, shade, lift, yarns.foreign))
+    tubes = list(fabric.tubes)
+    for _ in range(random.integers(8, 18)):
+        angle = random.uniform(0, 2 * np.pi)
+        tubes.append(
+            lay_thread(
+                fabric,
+                random,
+                start=(
+                    spot.pixel[0] + reach[0] * np.sin(angle) * random.uniform(0.8, 1.2),
+                    spot.pixel[1] + reach[1] * np.cos(angle) * random.uniform(0.8, 1.2),
+                ),
+                heading=angle + np.pi + random.normal(0, 0.8),
+                length=random.uniform(0.3, 1.0) * float(reach.min()),
+                curl=2.0,
+                radius=random.uniform(0.8, 1.3),
+                colour=fabric.dye.warp if random.uniform() < 0.5 else fabric.dye.weft,
+            )
+        )
+    under = float(random.choice([0.012, 0.012, 0.06, 0.3]))
+    return replace(fabric, tubes=tuple(tubes), backdrop=(under, under, under))
+
+
+def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """A weaver's knot: a tight loop of yarn with two short ends."""
+    spot = choose_spot(fabric, random, border=0.1)
+    pitch = min(lane_pixels(fabric))
+    colour = fabric.dye.warp if random.uniform() < 0.5 else fabric.dye.weft
+    colour = gain(colour, [random.uniform(0.9, 1.25)] * 3)
+    heading = random.uniform(0, 2 * np.pi)
+    tubes = [
+        lay_thread(
+            fabric,
+            random,
+            start=(spot.pixel[0] + random.normal(0, 0.2 * pitch), spot.pixel[1] + random.normal(0, 0.2 * pitch)),
+            heading=heading + turn,
+            length=length * pitch,
+            curl=curl,
+            radius=random.uniform(0.34, 0.46) * pitch,
+            colour=colour,
+        )
+        for turn, length, curl in (
+            (0.0, random.uniform(1.2, 2.4), 9.0),
+            (2.1, random.uniform(1.0, 2.4), 3.0),
+            (4.2, random.uniform(0.6, 1.6), 3.0),
+        )
+    ]
+    return replace(fabric, tubes=(*fabric.tubes, *tubes))
+
+
+def weave_wrongly(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """Yarns float over several others, or a patch is woven with its pattern out of step."""
+    spot = choose_spot(fabric, random, border=0.2)
+    over = fabric.over.copy()
+    weft, warp = spot.yarn
+    if random.uniform() < 0.3:
+        tall, wide = random.integers(4, 9, 2)
+        patch = (slice(weft - tall // 2, weft - tall // 2 + tall), slice(warp - wide // 2, warp - wide // 2 + wide))
+        over[patch] = ~over[patch]
+    elif random.uniform() < 0.5:
+        length = random.integers(5, 13)
+        rows = slice(weft - length // 2, weft - length // 2 + length)
+        for column in range(warp, warp + random.integers(1, 4)):
+            over[rows, column] = over[rows, column].mean() < 0.5
+    else:
+        length = random.integers(5, 13)
+        columns = slice(warp - length // 2, warp - length // 2 + length)
+        for row in range(weft, weft + random.integers(1, 4)):
+            over[row, columns] = over[row, columns].mean() < 0.5
+    return replace(fabric, over=over)
+
+
+def stain(fabric: Fabric, random: np.random.Generator) -> Fabric:
+    """Oil, rust or water: soft-edged, and it darkens what is there."""
+    kind = random.integers(3)
+    strength = random.uniform(0.14, 0.55)
+    absorbed = np.array([(1.0, 1.0, 0.95), (0.35, 0.8, 1.0), (0.5, 0.5, 0.6)][kind])
+    radius = random.uniform(0.045, 0.11) * short_side(fabric)
+    soft = random.uniform(0.3, 0.8)
+    return blot(fabric, random, radius=radius, soft=soft, tint=1 - strength * absorbed, rim=0.6 if kind == 2 else 0.0)
+
+
+DAMAGE: dict[str, Callable[[Fabric, np.random.Generator], Fabric]] = {
+    "broken_thread": break_thread,
+    "colour_shift": shift_colour,
+    "foreign_fibre": lose_fibre,
+    "hole": tear_hole,
+    "knot": tie_knot,
+    "misweave": weave_wrongly,
+    "stain": stain,
+}
+
+
+def blot(
+    fabric: Fabric, random: np.random.Generator, *, radius: float, soft: float, tint: NDArray[np.float64], rim: float
+) -> Fabric:
+    """An irregular patch in which the dyes are multiplied by `tint`; `rim` leaves that share to the patch's edge."""
+    spot = choose_spot(fabric, random, border=0.15)
+    height, width = fabric.weft_place.across.shape
+    y = (np.arange(height, dtype=np.float32) - np.float32(spot.pixel[0]))[:, None]
+    x = (np.arange(width, dtype=np.float32) - np.float32(spot.pixel[1]))[None, :]
+    x = x * np.float32(random.uniform(0.7, 1.3))
+    angle = np.arctan2(y, x)
+    edge = np.full_like(angle, radius)
+    for lobes in range(1, 6):
+        amplitude = radius * random.normal(0, 0.22 / lobes)
+        edge += np.float32(amplitude) * np.cos(lobes * angle + np.float32(random.uniform(0, 2 * np.pi)))
+    inside = np.sqrt(y * y + x * x) / np.maximum(edge, 0.3 * radius)
+    amount = np.clip((1 + soft / 2 - inside) / soft, 0, 1)
+    amount = amount * amount * (3 - 2 * amount)
+    amount = amount * (1 - rim * np.clip(1.15 - inside, 0, 1))
+    change = (tint - 1).astype(np.float32)
+    return replace(fabric, tint=1 + amount[..., None] * change)
+
+
+def lay_thread(
+    fabric: Fabric,
+    random: np.random.Generator,
+    *,
+    start: tuple[float, float],
+    heading: float,
+    length: float,
+    curl: float,
+    radius: float,
+    colour: Colour,
+) -> Tube:
+    """A thread on top of the cloth, from `start` on; lengths in rendered pixels, `curl` in radians over its length."""
+    steps = max(2, int(length))
+    turning = curl * smooth_noise(random, (1, steps), scale=(1, steps / 3))[0] / steps * 2.5
+    direction = heading + np.cumsum(turning)
+    ys = start[0] + np.cumsum(np.sin(direction))
+    xs = start[1] + np.cumsum(np.cos(direction))
+    height, width = fabric.weft_place.across.shape
+    pad = int(radius) + 2
+    top, left = max(0, int(ys.min()) - pad), max(0, int(xs.min()) - pad)
+    bottom, right = min(height, int(ys.max()) + pad + 2), min(width, int(xs.max()) + pad + 2)
+    distance = np.full((max(1, bottom - top), max(1, right - left)), np.inf, np.float32)
+    for y, x in zip(ys - top, xs - left, strict=True):
+        rows = slice(max(0, int(y) - pad), max(0, int(y) + pad + 2))
+        columns = slice(max(0, int(x) - pad), max(0, int(x) + pad + 2))
+        near = distance[rows, columns]
+        if near.size:
+            dy = np.arange(rows.start, rows.start + near.shape[0], dtype=np.float32)[:, None] - np.float32(y)
+            dx = np.arange(columns.start, columns.start + near.shape[1], dtype=np.float32)[None, :] - np.float32(x)
+            np.minimum(near, dy * dy + dx * dx, out=near)
+    half_pitch = min(lane_pixels(fabric)) / 2
+    inside = np.maximum(radius * radius - distance, 0)
+    relief = np.where(inside > 0, 1.1 + np.sqrt(inside) / half_pitch, -9).astype(np.float32)
+    return Tube((slice(top, bottom), slice(left, right)), relief, colour)
+
+
+# ── photography ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rise(yarns: Yarns, on_top: NDArray[np.bool_], depth: float) -> Field:
+    """Height of the yarns' middle lines, (yarns, samples), in half pitches; `on_top` is (yarns, crossings)."""
+    steps = np.repeat(np.where(on_top, np.float32(depth), np.float32(-depth)), SAMPLES, axis=1)
+    box = SAMPLES // 2 + 1
+    for _ in range(2):  # a yarn bends, it does not jump
+        sums = np.cumsum(np.pad(steps, ((0, 0), (box // 2 + 1, box - 1 - box // 2)), mode="edge"), axis=1)
+        steps = (sums[:, box:] - sums[:, :-box]) / box
+    return (steps + yarns.lift).astype(np.float32)
+
+
+def yarn_relief(yarns: Yarns, place: Place, middle: Field) -> Field:
+    """Height of one yarn system at each rendered pixel, in half pitches; below the floor where there is none."""
+    half_width = yarns.width.take(place.sample)
+    low, high = middle.take(place.sample), middle.take(place.sample + 1)
+    centre = low + (high - low) * place.part
+    half_width = half_width + 0.10 * centre  # what lies on top spreads, what lies below is squeezed
+    round_ = half_width * half_width - place.across * place.across
+    return np.where(round_ > 0, centre + np.float32(PLUMP) * np.sqrt(np.maximum(round_, 0)), np.float32(FLOOR - 1))
+
+
+def shadow(height: Field, towards: tuple[float, float], slope: float) -> Field:
+    """How far each point lies below the rays that graze the relief, in pixels; 0 = lit."""
+    deepest = np.zeros_like(height)
+    for step in (2, 4, 7, 11):
+        dy, dx = round(step * towards[0]), round(step * towards[1])
+        blocker = np.roll(height, (-dy, -dx), axis=(0, 1))
+        np.maximum(deepest, blocker - (height + np.float32(step * slope)), out=deepest)
+    return deepest
+
+
+def photograph(fabric: Fabric, *, roll: int, seed: int, size: tuple[int, int]) -> Field:
+    """Light that reaches the camera, (H, W, 3), 1 = white. The same seed gives the same fibres and the same lamp."""
+    weave, lighting = WEAVES[fabric.textile.weave], LIGHTINGS[fabric.textile.lighting]
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    half_pitch = np.float32(min(lane_pixels(fabric)) / 2)
+
+    weft_height = yarn_relief(fabric.weft, fabric.weft_place, rise(fabric.weft, ~fabric.over, weave.depth))
+    warp_height = yarn_relief(fabric.warp, fabric.warp_place, rise(fabric.warp, fabric.over.T, weave.depth))
+    warp_on_top = warp_height > weft_height
+    height = np.maximum(np.maximum(warp_height, weft_height), np.float32(FLOOR))
+    # Both systems' tables stand behind one another, so that one index reads whichever yarn is seen.
+    behind = fabric.weft.width.size
+    sample = np.where(warp_on_top, fabric.warp_place.sample + behind, fabric.weft_place.sample)
+    across = np.where(warp_on_top, fabric.warp_place.across, fabric.weft_place.across)
+    along = np.where(warp_on_top, fabric.warp_place.along, fabric.weft_place.along)
+
+    # The ply twists around the yarn, and fibres run along the ply.
+    yarns = len(fabric.weft.width) + len(fabric.warp.width)
+    own_phase = random.uniform(0, 256, yarns).astype(np.float32)
+    lengths = [fabric.weft.width.shape[1]] * len(fabric.weft.width) + [fabric.warp.width.shape[1]] * len(fabric.warp.width)
+    phase = np.repeat(own_phase, lengths).take(sample)
+    ply = along * np.float32(weave.twist) + across * np.float32(0.4) + phase
+    twist = np.cos(np.float32(2 * np.pi) * ply)
+    tile = smooth_noise(random, (256, 256), scale=(1, 10))
+    row = (ply * 5 + across * 4 + phase * 31).astype(np.intp) & 255
+    column = (along * 12 + phase * 57).astype(np.intp) & 255
+    fibre = tile.take(row * 256 + column)
+    solid = height > FLOOR
+    height = height + np.where(solid, np.float32(0.03) * twist + np.float32(0.025) * fibre, np.float32(0))
+
+    shade = both(fabric.weft.shade, fabric.warp.shade).take(sample)
+    shade = shade * (1 + np.float32(0.08) * fibre + np.float32(0.03) * twist)
+    albedo = np.where(warp_on_top[..., None], np.float32(fabric.dye.warp), np.float32(fabric.dye.weft))
+    if fabric.weft.foreign.any() or fabric.warp.foreign.any():
+        foreign = both(fabric.weft.foreign, fabric.warp.foreign).take(sample)[..., None]
+        albedo = albedo + foreign * (np.float32(fabric.other_dye) - albedo)
+    albedo = albedo * shade[..., None]
+    if fabric.tint is not None:
+        albedo = albedo * fabric.tint
+    albedo[~solid] = fabric.backdrop
+    for tube in fabric.tubes:
+        below, colours = height[tube.window], albedo[tube.window]
+        above = tube.height > below
+        below[above] = tube.height[above]
+        colours[above] = tube.colour
+
+    azimuth = np.radians(lighting.azimuth + random.normal(0, 4))
+    elevation = np.radians(lighting.elevation + random.normal(0, 1))
+    light = np.array([np.sin(azimuth) * np.cos(elevation), np.cos(azimuth) * np.cos(elevation), np.sin(elevation)])
+    down, right = np.zeros_like(height), np.zeros_like(height)  # slopes
+    down[1:-1] = (height[2:] - height[:-2]) * (half_pitch / 2)
+    right[:, 1:-1] = (height[:, 2:] - height[:, :-2]) * (half_pitch / 2)
+    np.clip(down, -2.5, 2.5, out=down)
+    np.clip(right, -2.5, 2.5, out=right)
+    steep = 1 / np.sqrt(1 + down * down + right * right)
+    facing = (np.float32(light[2]) - down * np.float32(light[0]) - right * np.float32(light[1])) * steep
+    direct = np.maximum(facing, 0)
+    hidden = shadow(height * half_pitch, (light[0], light[1]), float(np.tan(elevation)))
+    direct *= 1 - np.float32(0.85) * np.minimum(hidden * np.float32(0.5), 1)
+    # Little light comes out of the creases between yarns.
+    open_sky = np.clip((height - np.float32(FLOOR)) / np.float32(1.2 - FLOOR), 0, 1)
+    ambient = np.float32(lighting.ambient) * (np.float32(0.25) + np.float32(0.75) * open_sky * steep)
+    glow = ambient + np.float32(1 - lighting.ambient) * direct
+    # Fibres reflect like thin cylinders (Kajiya and Kay 1989): brightest where the half vector is square to them.
+    halfway = (light + np.array([0, 0, 1])) / np.linalg.norm(light + np.array([0, 0, 1]))
+    slope = np.where(warp_on_top, down, right)
+    sideways = np.where(warp_on_top, np.float32(halfway[0]), np.float32(halfway[1]))
+    cosine = (sideways + slope * np.float32(halfway[2])) / np.sqrt(1 + slope * slope)
+    shine = np.maximum(1 - cosine * cosine, 0) ** 8 * direct * np.float32(weave.sheen)
+    shine *= solid
+    image = albedo * glow[..., None] + (shine[..., None] * (np.float32(0.25) + np.float32(0.75) * albedo))
+
+    return camera_view(image, hairs(random, weave, fabric, size), random, lighting, size)
+
+
+def both(weft: Field, warp: Field) -> Field:
+    return np.concatenate([weft.ravel(), warp.ravel()])
+
+
+def hairs(random: np.random.Generator, weave: Weave, fabric: Fabric, size: tuple[int, int]) -> Field:
+    """Loose fibres that stand off every cloth: how much of each rendered pixel they cover, 0..1."""
+    height, width = fabric.weft_place.across.shape
+    sheet = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(sheet)
+    for _ in range(random.poisson(weave.fuzz * size[0] * size[1] / 1000)):
+        turning = np.cumsum(random.normal(0, 0.35, 6)) + random.uniform(0, 2 * np.pi)
+        step = random.uniform(1.0, 3.5) * OVERSAMPLE
+        xs = random.uniform(0, width) + np.cumsum(np.cos(turning)) * step
+        ys = random.uniform(0, height) + np.cumsum(np.sin(turning)) * step
+        draw.line(list(zip(xs.tolist(), ys.tolist(), strict=True)), fill=int(random.uniform(25, 90)), width=1)
+    return np.asarray(sheet, np.float32) / 255
+
+
+def camera_view(
+    image: Field, hair: Field, random: np.random.Generator, lighting: Lighting, size: tuple[int, int]
+) -> Field:
+    """Lens and sensor: hairs in focus above the cloth, fall-off, a slight blur, down to image pixels; no noise yet."""
+    stray = image.mean(axis=(0, 1)) * np.float32(1.9) + np.float32(0.02)
+    image = image + hair[..., None] * (stray - image)
+    image = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    image = image.reshape(size[0], OVERSAMPLE, size[1], OVERSAMPLE, 3).mean(axis=(1, 3))
+    for axis in (0, 1):
+        near = np.roll(image, 1, axis) + np.roll(image, -1, axis)
+        image = np.float32(0.76) * image + np.float32(0.12) * near
+    y = np.linspace(-1, 1, size[0], dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, size[1], dtype=np.float32)[None, :]
+    falloff = 1 - np.float32(lighting.vignette / 2) * (y * y + x * x)
+    tilt = random.normal(0, 0.025, 2).astype(np.float32)
+    falloff = falloff * (1 + tilt[0] * y + tilt[1] * x)
+    exposure = lighting.exposure * (1 + random.normal(0, 0.015))
+    return image * falloff[..., None] * np.float32(np.array(lighting.tint) * exposure)
+
+
+def develop(light: Field, noise: Field, strength: float) -> Field:
+    """Light to grey levels 0..255, with the sensor's noise (shot and read)."""
+    noisy = light + noise * np.sqrt(np.maximum(light, 0) * np.float32(0.5 * strength**2 / 0.2) + np.float32(0.5 * strength**2 * 0.2))
+    return np.float32(255) * np.clip(noisy, 0, 1) ** np.float32(1 / 2.2)
+
+
+# ── the ways in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def render(
+    textile: Textile, *, seed: int, size: tuple[int, int] = (256, 256), defect: str | None = None, roll: int | None = None
+) -> Cloth:
+    """One photograph of a piece of cloth, damaged or not. Outside the mask both are the same picture.
+
+    `roll` is the seed of what pieces cut from one roll share; without it, every piece has a roll of its own.
+    """
+    if defect is not None and defect not in DAMAGE:
+        raise ConfigError(f"Unknown defect {defect!r}. Known: {', '.join(DEFECTS)}.")
+    roll = seed if roll is None else roll
+    fabric = weave_piece(textile, roll=roll, seed=seed, size=size)
+    camera = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
+    noise = camera.standard_normal((*size, 3), dtype=np.float32)
+    strength = LIGHTINGS[textile.lighting].noise
+    light = photograph(fabric, roll=roll, seed=seed, size=size)
+    good = develop(light, noise, strength)
+    mask = np.zeros(size, np.bool_)
+    if defect is None:
+        return Cloth(np.rint(good).astype(np.uint8), mask)
+    clean = develop(light, noise, 0)
+    for attempt in range(ATTEMPTS):
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4, zlib.crc32(defect.encode()), attempt)))
+        light = photograph(DAMAGE[defect](fabric, random), roll=roll, seed=seed, size=size)
+        mask = visible_change(clean, develop(light, noise, 0))
+        if DEFECT_SHARE[0] <= mask.mean() <= DEFECT_SHARE[1]:
+            break
+    image = np.where(mask[..., None], develop(light, noise, strength), good)
+    return Cloth(np.rint(image).astype(np.uint8), mask)
+
+
+def visible_change(before: Field, after: Field) -> NDArray[np.bool_]:
+    """Where two noiseless pictures (H, W, 3) differ by more than VISIBLE in any channel, without pinholes, (H, W)."""
+    change = np.abs(after - before).max(axis=2)
+    changed = Image.fromarray((box_mean(change, 5) > VISIBLE).astype(np.uint8) * 255)
+    closed = changed.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.MinFilter(5))
+    return np.asarray(closed) > 0
+
+
+def box_mean(field: Field, side: int) -> Field:
+    """Mean over a square of `side` pixels (odd)."""
+    for axis in (0, 1):
+        padding = [(0, 0), (0, 0)]
+        padding[axis] = (side // 2 + 1, side // 2)
+        sums = np.cumsum(np.pad(field, padding, mode="edge"), axis=axis, dtype=np.float64)
+        ahead, behind = (sums[side:], sums[:-side]) if axis == 0 else (sums[:, side:], sums[:, :-side])
+        field = ((ahead - behind) / side).astype(np.float32)
+    return field
+
+
+class Piece(NamedTuple):
+    """One row of the manifest, and what it takes to make its image."""
+
+    textile: Textile
+    group: str
+    split: str
+    defect: str | None
+    image_path: str
+    mask_path: str
+    seed: int
+    roll: int
+
+
+def make_textures(
+    folder: Path,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] = (256, 256),
+    train_images: int,
+    test_images: int,
+    defect_images: int,
+    seen: Sequence[Textile] = SEEN,
+    unseen: Sequence[Textile] = UNSEEN,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a data set of textiles, as plain folders and as a manifest; returns the manifest's path.
+
+    Counts are per subclass: `train_images` and `test_images` normal, `defect_images` anomalous, dealt out over the
+    kinds of defect in turn. Unseen subclasses get no training images. Image number i is the same picture however many
+    others are made. A folder made before with the same settings is left as it is. `progress` hears (done, of all).
+    """
+    settings = {
+        "generator": GENERATOR,
+        "seed": seed,
+        "size": list(size),
+        "train_images": train_images,
+        "test_images": test_images,
+        "defect_images": defect_images,
+        "seen": [textile.name for textile in seen],
+        "unseen": [textile.name for textile in unseen],
+    }
+    check_settings(size, (train_images, test_images, defect_images), [*seen, *unseen])
+    folder = Path(folder)
+    manifest, record = folder / "manifest.csv", folder / "textures.json"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not record.is_file():
+            raise DataError(f"{folder} exists and is not a folder of textures. Choose an empty or a new folder.")
+        if json.loads(record.read_text("utf-8")) != settings:
+            raise DataError(
+                f"{folder} holds textures made with other settings ({record}). Choose another folder, or delete this one."
+            )
+        return manifest
+
+    pieces = [
+        piece
+        for known, textiles in ((True, seen), (False, unseen))
+        for textile in textiles
+        for piece in cut(textile, seed, train_images if known else 0, test_images, defect_images)
+    ]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.parent / f".{folder.name}.{os.getpid()}.unfinished"
+    try:
+        for done, piece in enumerate(pieces, start=1):
+            cloth = render(piece.textile, seed=piece.seed, size=size, defect=piece.defect, roll=piece.roll)
+            save_png(unfinished / piece.image_path, cloth.image)
+            if piece.mask_path:
+                save_png(unfinished / piece.mask_path, cloth.mask.astype(np.uint8) * 255)
+            if progress is not None:
+                progress(done, len(pieces))
+        write_manifest(unfinished / manifest.name, pieces)
+        (unfinished / record.name).write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+        if folder.exists():
+            folder.rmdir()  # empty, as checked above; some systems do not rename onto a folder
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return manifest
+
+
+def check_settings(size: tuple[int, int], counts: tuple[int, int, int], textiles: Sequence[Textile]) -> None:
+    """Refuse what cannot be made, all mistakes at once."""
+    wrong = []
+    if min(size) < 64:
+        wrong.append(f"size must be 64 x 64 or more, got {size[0]} x {size[1]}")
+    for what, count in zip(("train_images", "test_images", "defect_images"), counts, strict=True):
+        if count < 0:
+            wrong.append(f"{what} must be 0 or more, got {count}")
+    names = [textile.name for textile in textiles]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        wrong.append(f"a textile may be named once, got twice: {', '.join(twice)}")
+    if wrong:
+        raise ConfigError("textures: " + "; ".join(wrong))
+
+
+def cut(textile: Textile, seed: int, train: int, test: int, defects: int) -> Iterator[Piece]:
+    """The pieces of one subclass. Test pieces, good and damaged, come from the same rolls; training has its own."""
+    home = f"cloth/{textile.name}"
+    plan: list[tuple[str, str | None, int, int]] = []  # split, defect, number in its folder, number in its part
+    plan += [("train", None, number, number) for number in range(train)]
+    plan += [("test", None, number, number) for number in range(test)]
+    plan += [("test", DEFECTS[n % len(DEFECTS)], n // len(DEFECTS), n) for n in range(defects)]
+    rolls = {split: cut_rolls(textile, seed, split, max(train, test, defects)) for split in ("train", "test")}
+    for split, defect, file_number, number in plan:
+        kind = defect or "good"
+        roll = rolls[split][number]
+        part = "anomalous" if defect else "normal"
+        yield Piece(
+            textile=textile,
+            group=f"{textile.name}/{split}-roll-{roll:03d}",
+            split=split,
+            defect=defect,
+            image_path=f"{home}/{split}/{kind}/{file_number:03d}.png",
+            mask_path=f"{home}/ground_truth/{kind}/{file_number:03d}.png" if defect else "",
+            seed=derive_seed(seed, textile.name, split, part, number),
+            roll=derive_seed(seed, textile.name, split, "roll", roll),
+        )
+
+
+def cut_rolls(textile: Textile, seed: int, split: str, pieces: int) -> list[int]:
+    """Which roll each piece is cut from: two to four pieces a roll."""
+    random = np.random.default_rng(derive_seed(seed, textile.name, split, "rolls", 0))
+    rolls: list[int] = []
+    roll = 0
+    while len(rolls) < pieces:
+        rolls += [roll] * int(random.integers(2, 5))
+        roll += 1
+    return rolls[:pieces]
+
+
+def derive_seed(seed: int, name: str, split: str, part: str, number: int) -> int:
+    """A seed for one thing, apart from all others."""
+    key = (zlib.crc32(name.encode()), zlib.crc32(split.encode()), zlib.crc32(part.encode()), number)
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+
+
+def save_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def write_manifest(path: Path, pieces: Sequence[Piece]) -> None:
+    """One row an image, paths relative to the manifest, with forward slashes on every system."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("image_path", "category", "subclass", "group", "split", "label", "defect", "mask_path"))
+        for piece in pieces:
+            label = "anomalous" if piece.defect else "normal"
+            start = (piece.image_path, "cloth", piece.textile.name, piece.group, piece.split)
+            writer.writerow((*start, label, piece.defect or "", piece.mask_path))

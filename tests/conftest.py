@@ -1,0 +1,15 @@
+"""What every test may lean on."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The real images: NORMWEAVE_DATA, or ../shared/data beside the checkout."""
+    root = Path(os.environ.get("NORMWEAVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / "magnetic-tiles").is_dir():
+        pytest.skip(f"real images not found at {root}: set NORMWEAVE_DATA to the folder that holds magnetic-tiles")
+    return root

@@ -105,9 +105,9 @@ class MemoryBankConfig:
     kind: Literal["memory_bank"] = "memory_bank"
     share: float = 0.1
     """Share of the pool that the greedy coreset keeps."""
-    max_patches: int = 10_000
+    max_patches: int = 5_000
     """The coreset never holds more."""
-    max_pool: int = 100_000
+    max_pool: int = 50_000
     """Patches drawn at random before the coreset; bounds memory and time."""
     projection: int = 64
     """Numbers a patch in the random projection in which the coreset is chosen; 0 = all."""

@@ -17,23 +17,26 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from normweave.errors import ConfigError, DataError
+from normweave.errors import ConfigError, DataError, unknown
 
-Field = NDArray[np.float32]
+Field = NDArray[np.floating[Any]]  # float32 throughout
 Colour = tuple[float, float, float]  # linear red, green, blue; reflected share 0..1
 
 OVERSAMPLE = 2  # rendered pixels per image pixel, each way
 MARGIN = 8  # rendered pixels beyond each border, so that shadows and slopes are right at the border
+STRIP = 128  # rendered rows at a time
 SAMPLES = 12  # samples along a yarn from one crossing to the next
 FLOOR = -1.3  # half pitches; what is seen through gaps lies here
 PLUMP = 0.75  # a yarn's thickness as a share of its width: cloth is pressed
-VISIBLE = 7.0  # grey levels (0..255) of difference, averaged over a few pixels, that count as a visible change
+VISIBLE = (
+    7.0  # grey levels (0..255) of difference, averaged over a few pixels, that count as a visible change
+)
 DEFECT_SHARE = (0.002, 0.05)  # smallest and largest share of the image that a defect may cover
 ATTEMPTS = 20  # draws of a defect before its size is accepted as it is
 GENERATOR = 1  # raised whenever the same seed would give other images
@@ -102,14 +105,23 @@ WEAVES = {
         fuzz=0.8,
     ),
     "satin": Weave(
-        draft=(".XXXX", "XX.XX", "XXXX.", "X.XXX", "XXX.X"),
-        pitch=(6.4, 5.4),
+        draft=(
+            ".XXXXXXX",
+            "XXX.XXXX",
+            "XXXXXX.X",
+            "X.XXXXXX",
+            "XXXX.XXX",
+            "XXXXXXX.",
+            "XX.XXXXX",
+            "XXXXX.XX",
+        ),
+        pitch=(6.0, 5.0),
         width=(0.94, 1.04),
         depth=0.42,
         twist=0.25,
         uneven=0.04,
         slubs=0.05,
-        sheen=0.35,
+        sheen=0.5,
         fuzz=0.1,
     ),
     "herringbone": Weave(
@@ -161,19 +173,49 @@ COLOURS = {
 
 LIGHTINGS = {
     "raking": Lighting(
-        azimuth=205.0, elevation=24.0, ambient=0.20, tint=(1.03, 1.0, 0.95), exposure=1.35, vignette=0.10, noise=0.012
+        azimuth=205.0,
+        elevation=24.0,
+        ambient=0.20,
+        tint=(1.03, 1.0, 0.95),
+        exposure=1.35,
+        vignette=0.10,
+        noise=0.012,
     ),
     "diffuse": Lighting(
-        azimuth=250.0, elevation=62.0, ambient=0.55, tint=(1.0, 1.0, 1.0), exposure=1.0, vignette=0.05, noise=0.009
+        azimuth=250.0,
+        elevation=62.0,
+        ambient=0.55,
+        tint=(1.0, 1.0, 1.0),
+        exposure=1.0,
+        vignette=0.05,
+        noise=0.009,
     ),
     "warm": Lighting(
-        azimuth=300.0, elevation=40.0, ambient=0.32, tint=(1.14, 1.0, 0.76), exposure=1.05, vignette=0.14, noise=0.013
+        azimuth=300.0,
+        elevation=40.0,
+        ambient=0.32,
+        tint=(1.14, 1.0, 0.76),
+        exposure=1.05,
+        vignette=0.14,
+        noise=0.013,
     ),
     "cold": Lighting(
-        azimuth=160.0, elevation=44.0, ambient=0.35, tint=(0.88, 1.0, 1.16), exposure=1.05, vignette=0.08, noise=0.011
+        azimuth=160.0,
+        elevation=44.0,
+        ambient=0.35,
+        tint=(0.88, 1.0, 1.16),
+        exposure=1.05,
+        vignette=0.08,
+        noise=0.011,
     ),
     "dim": Lighting(
-        azimuth=230.0, elevation=36.0, ambient=0.30, tint=(1.05, 1.0, 0.90), exposure=0.62, vignette=0.18, noise=0.019
+        azimuth=230.0,
+        elevation=36.0,
+        ambient=0.30,
+        tint=(1.05, 1.0, 0.90),
+        exposure=0.62,
+        vignette=0.18,
+        noise=0.019,
     ),
 }
 
@@ -195,7 +237,7 @@ class Textile:
             ("lighting", self.lighting, LIGHTINGS),
         ):
             if got not in known:
-                raise ConfigError(f"Unknown {what} {got!r} of a textile. Known: {', '.join(known)}.")
+                raise unknown(what, got, known, "They are tables in normweave/data/textures.py.")
 
     @property
     def name(self) -> str:
@@ -233,7 +275,7 @@ def interlacing(weave: str, *, weft: int, warp: int) -> NDArray[np.bool_]:
     return draft[np.arange(weft)[:, None] % rows, np.arange(warp) % columns]
 
 
-# ── weaving ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── weaving ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Yarns(NamedTuple):
@@ -243,15 +285,20 @@ class Yarns(NamedTuple):
     shade: Field  # gain on the dye
     lift: Field  # half pitches above where the weave puts it
     foreign: Field  # share of another dye, 0..1
+    turn: Field  # where in its turn the yarn's twist starts
 
 
 class Place(NamedTuple):
     """Which yarn of one direction passes below each rendered pixel, and where on it the pixel lies."""
 
-    sample: NDArray[np.intp]  # flat index into the yarn tables
+    sample: NDArray[np.intp]  # index into the flat tables (class Tables)
     part: Field  # how far to the next sample, 0..1
     across: Field  # -1..1 from edge to edge of the yarn's lane
     along: Field  # crossings since the yarn's start
+
+    def part_of(self, window: tuple[slice, slice]) -> "Place":
+        """The same, for a window of the rendered pixels."""
+        return Place(self.sample[window], self.part[window], self.across[window], self.along[window])
 
 
 class Tube(NamedTuple):
@@ -275,7 +322,7 @@ class Fabric:
     dye: Dye
     other_dye: Colour = (0.0, 0.0, 0.0)
     backdrop: Colour = (0.012, 0.012, 0.013)  # seen through gaps
-    tint: NDArray[np.float32] | None = None  # gain on the dyes, (h, w, 3) rendered pixels
+    tint: Field | None = None  # gain on the dyes, (3, h, w) rendered pixels
     tubes: tuple[Tube, ...] = ()
 
 
@@ -298,23 +345,27 @@ def spin(random: np.random.Generator, *, yarns: int, crossings: int, width: floa
     for yarn in np.flatnonzero(random.poisson(weave.slubs * crossings / 35, yarns)):
         centre, length = random.uniform(0, shape[1]), random.uniform(1.2, 3.5) * SAMPLES
         thickness[yarn] += random.uniform(0.15, 0.4) * np.exp(-(((samples - centre) / length) ** 2))
-    shade = 1 + 0.045 * random.standard_normal((yarns, 1), dtype=np.float32)
-    shade = shade + 0.035 * smooth_noise(random, shape, scale=(1, 5 * SAMPLES))
+    shade = 1 + 0.05 * random.standard_normal((yarns, 1), dtype=np.float32)
+    shade = shade + 0.04 * smooth_noise(random, shape, scale=(1, 5 * SAMPLES))
     nothing = np.zeros(shape, np.float32)
-    return Yarns(width=(width * thickness).astype(np.float32), shade=shade, lift=nothing, foreign=nothing)
+    turn = np.broadcast_to(random.uniform(0, 256, (yarns, 1)).astype(np.float32), shape)
+    return Yarns(width=width * thickness, shade=shade, lift=nothing, foreign=nothing, turn=turn)
 
 
-def lanes(position: Field, spacing: Field) -> tuple[NDArray[np.intp], Field]:
+def lanes(position: Field, spacing: Field) -> tuple[NDArray[np.int32], Field]:
     """From even positions (in pitches) to uneven lanes: the yarn's number, and -1..1 across its lane.
 
     `spacing` (yarns,) shifts the border between two lanes, in pitches.
     """
     steps = 64
-    even = np.arange(len(spacing) * steps, dtype=np.float32) / steps
+    even = np.arange(len(spacing) * steps) / steps
     shifted = (even + np.interp(even, np.arange(len(spacing)), spacing)).astype(np.float32)
-    uneven = shifted.take((position * steps).astype(np.intp))
-    number = uneven.astype(np.intp)
-    return number, (2 * (uneven - number) - 1).astype(np.float32)
+    uneven = shifted.take((position * np.float32(steps)).astype(np.intp))
+    number = uneven.astype(np.int32)
+    uneven -= number
+    uneven *= 2
+    uneven -= 1
+    return number, uneven
 
 
 def weave_piece(textile: Textile, *, roll: int, seed: int, size: tuple[int, int]) -> Fabric:
@@ -328,50 +379,45 @@ def weave_piece(textile: Textile, *, roll: int, seed: int, size: tuple[int, int]
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     height, width = (OVERSAMPLE * n + 2 * MARGIN for n in size)
     pitch = np.array(weave.pitch) * loom * OVERSAMPLE
+    counts = [int(np.hypot(height, width) / step) + 8 for step in pitch]
     angle = np.radians(laid + random.normal(0, 1.2))
     y = (np.arange(height, dtype=np.float32) - height / 2)[:, None]
     x = (np.arange(width, dtype=np.float32) - width / 2)[None, :]
-    reach = float(np.hypot(height, width))
-    # The cloth is never laid quite flat: slow waves, a few hundred pixels long, shift the yarns.
-    positions = []
-    for down, right, step in ((np.cos(angle), -np.sin(angle), pitch[0]), (np.sin(angle), np.cos(angle), pitch[1])):
-        frequency = random.uniform(0.4, 1.6, (2, 2)) * random.choice([-1, 1], (2, 2)) * 2 * np.pi / (400 * OVERSAMPLE)
-        phase = random.uniform(0, 2 * np.pi, 2)
-        position = (y * np.float32(down) + x * np.float32(right)) / np.float32(step)
-        for (fy, fx), start in zip(frequency.astype(np.float32), phase.astype(np.float32), strict=True):
-            position += np.float32(random.uniform(0.2, 0.6)) * np.sin(y * fy + x * fx + start)
+    directions = ((np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle)))
+    own_ways = ((1.6 * pitch[0], 7 * pitch[1]), (7 * pitch[0], 1.6 * pitch[1]))
+    positions: list[Field] = []  # across the weft, then across the warp, in yarns
+    for (down, right), step, count, own_way in zip(directions, pitch, counts, own_ways, strict=True):
+        position = y * np.float32(down / step) + (x * np.float32(right / step) + np.float32(count / 2))
+        position += np.float32(random.uniform())
+        # Cloth is never laid quite flat: slow waves, a few hundred pixels long, shift the yarns.
+        for _ in range(2):
+            turns = random.uniform(0.4, 1.6, 2) * random.choice([-1, 1], 2) / (400 * OVERSAMPLE)
+            fy, fx = (2 * np.pi * turns).astype(np.float32)
+            wave = y * fy + (x * fx + np.float32(random.uniform(0, 2 * np.pi)))
+            np.sin(wave, out=wave)
+            wave *= np.float32(random.uniform(0.1, 0.4))
+            position += wave
+        # Each yarn also wanders a little on its own way.
+        position += np.float32(0.05) * smooth_noise(random, (height, width), scale=own_way)
         positions.append(position)
-    counts = [int(reach / step) + 8 for step in pitch]
-    for position, count in zip(positions, counts, strict=True):
-        position += count / 2 + random.uniform()
-    # Each yarn also wanders a little on its own way.
-    along_weft = (1.6 * pitch[0], 7 * pitch[1])
-    along_warp = (7 * pitch[0], 1.6 * pitch[1])
-    positions[0] += 0.05 * smooth_noise(random, (height, width), scale=along_weft)
-    positions[1] += 0.05 * smooth_noise(random, (height, width), scale=along_warp)
 
-    lane = [
-        lanes(position, 0.06 * random.standard_normal(count).astype(np.float32))
-        for position, count in zip(positions, counts, strict=True)
-    ]
+    first_samples = (0, counts[0] * counts[1] * SAMPLES)  # the warp's tables stand behind the weft's
     places = []
     for own, other in ((0, 1), (1, 0)):
-        number, across = lane[own]
-        at = positions[other] * SAMPLES
-        sample = at.astype(np.intp)
-        places.append(
-            Place(
-                sample=number * (counts[other] * SAMPLES) + sample,
-                part=(at - sample).astype(np.float32),
-                across=across,
-                along=positions[other],
-            )
-        )
-    first = random.integers(0, [len(weave.draft), len(weave.draft[0])])  # so that the pattern has no fixed place
-    over = interlacing(textile.weave, weft=counts[0] + first[0], warp=counts[1] + first[1])[first[0] :, first[1] :]
+        number, across = lanes(positions[own], 0.06 * random.standard_normal(counts[own]))
+        part = positions[other] * np.float32(SAMPLES)
+        sample = part.astype(np.int32)
+        part -= sample
+        sample += number * np.int32(counts[other] * SAMPLES)
+        sample += np.int32(first_samples[own])
+        places.append(Place(sample.astype(np.intp), part, across, positions[other]))
+    skip_weft, skip_warp = random.integers(
+        0, [len(weave.draft), len(weave.draft[0])]
+    )  # no pattern has a fixed place
+    over = interlacing(textile.weave, weft=counts[0] + skip_weft, warp=counts[1] + skip_warp)
     return Fabric(
         textile=textile,
-        over=over,
+        over=over[skip_weft:, skip_warp:],
         weft=spin(random, yarns=counts[0], crossings=counts[1], width=weave.width[0], weave=weave),
         warp=spin(random, yarns=counts[1], crossings=counts[0], width=weave.width[1], weave=weave),
         weft_place=places[0],
@@ -381,11 +427,12 @@ def weave_piece(textile: Textile, *, roll: int, seed: int, size: tuple[int, int]
 
 
 def gain(colour: Colour, by: Sequence[float] | NDArray[np.float64]) -> Colour:
-    red, green, blue = (float(c * b) for c, b in zip(colour, by, strict=True))
+    """A colour with each channel multiplied by its own number."""
+    red, green, blue = (float(own * factor) for own, factor in zip(colour, by, strict=True))
     return red, green, blue
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damage ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Spot(NamedTuple):
@@ -407,7 +454,8 @@ def choose_spot(fabric: Fabric, random: np.random.Generator, *, border: float) -
 
 def short_side(fabric: Fabric) -> int:
     """Of the image, in rendered pixels."""
-    return min(fabric.weft_place.across.shape) - 2 * MARGIN
+    height, width = fabric.weft_place.across.shape
+    return int(min(height, width)) - 2 * MARGIN
 
 
 def lane_pixels(fabric: Fabric) -> tuple[float, float]:
@@ -423,6 +471,7 @@ def stretch(yarns: Yarns, *, start: float, stop: float, taper: float) -> Field:
 
 
 def with_yarns(fabric: Fabric, warpwise: bool, yarns: Yarns) -> Fabric:
+    """The fabric with its warp, or its weft, exchanged."""
     return replace(fabric, warp=yarns) if warpwise else replace(fabric, weft=yarns)
 
 
@@ -455,7 +504,14 @@ def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
         colour = fabric.dye.warp if warpwise else fabric.dye.weft
         radius = 0.36 * min(pitch)
         end = lay_thread(
-            fabric, random, start=start, heading=heading, length=length * pitch[0], curl=1.2, radius=radius, colour=colour
+            fabric,
+            random,
+            start=start,
+            heading=heading,
+            length=length * pitch[0],
+            curl=1.2,
+            radius=radius,
+            colour=colour,
         )
         fabric = replace(fabric, tubes=(*fabric.tubes, end))
     return fabric
@@ -463,7 +519,7 @@ def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
 
 def shift_colour(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Yarns of another dye lot over a stretch, or a patch where the dye took differently."""
-    hue = 1 + random.choice([-1, 1]) * random.uniform(0.2, 0.55) * random.dirichlet([0.8, 0.8, 0.8]) * 1.5
+    hue = 1 + random.choice([-1, 1]) * random.uniform(0.2, 0.5) * random.dirichlet([1.2, 1.2, 1.2])
     if random.uniform() < 0.4:
         reach = random.uniform(0.07, 0.11) * short_side(fabric)
         return blot(fabric, random, radius=reach, soft=0.5, tint=hue, rim=0.0)
@@ -475,10 +531,14 @@ def shift_colour(fabric: Fabric, random: np.random.Generator) -> Fabric:
     foreign = yarns.foreign.copy()
     for neighbour in range(number, number + int(random.integers(1, 4))):
         ends = random.normal(0, 0.6, 2)
-        foreign[neighbour] = stretch(yarns, start=middle - half + ends[0], stop=middle + half + ends[1], taper=0.5)
+        foreign[neighbour] = stretch(
+            yarns, start=middle - half + ends[0], stop=middle + half + ends[1], taper=0.5
+        )
     own = fabric.dye.warp if warpwise else fabric.dye.weft
     grey = sum(own) / 3
-    other = gain(own, hue) if random.uniform() < 0.6 else gain((grey, grey, grey), [random.uniform(0.6, 1.6)] * 3)
+    other = (
+        gain(own, hue) if random.uniform() < 0.6 else gain((grey, grey, grey), [random.uniform(0.6, 1.6)] * 3)
+    )
     return replace(with_yarns(fabric, warpwise, yarns._replace(foreign=foreign)), other_dye=other)
 
 
@@ -519,7 +579,7 @@ def tear_hole(fabric: Fabric, random: np.random.Generator) -> Fabric:
             width[number + off] *= 1 - gone
             shade[number + off] *= 1 + 0.25 * frayed
             lift[number + off] += 0.35 * frayed * random.normal(0.3, 1)
-        fabric = with_yarns(fabric, warpwise, Yarns(width, shade, lift, yarns.foreign))
+        fabric = with_yarns(fabric, warpwise, yarns._replace(width=width, shade=shade, lift=lift))
     tubes = list(fabric.tubes)
     for _ in range(random.integers(8, 18)):
         angle = random.uniform(0, 2 * np.pi)
@@ -553,7 +613,10 @@ def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
         lay_thread(
             fabric,
             random,
-            start=(spot.pixel[0] + random.normal(0, 0.2 * pitch), spot.pixel[1] + random.normal(0, 0.2 * pitch)),
+            start=(
+                spot.pixel[0] + random.normal(0, 0.2 * pitch),
+                spot.pixel[1] + random.normal(0, 0.2 * pitch),
+            ),
             heading=heading + turn,
             length=length * pitch,
             curl=curl,
@@ -576,7 +639,10 @@ def weave_wrongly(fabric: Fabric, random: np.random.Generator) -> Fabric:
     weft, warp = spot.yarn
     if random.uniform() < 0.3:
         tall, wide = random.integers(4, 9, 2)
-        patch = (slice(weft - tall // 2, weft - tall // 2 + tall), slice(warp - wide // 2, warp - wide // 2 + wide))
+        patch = (
+            slice(weft - tall // 2, weft - tall // 2 + tall),
+            slice(warp - wide // 2, warp - wide // 2 + wide),
+        )
         over[patch] = ~over[patch]
     elif random.uniform() < 0.5:
         length = random.integers(5, 13)
@@ -598,7 +664,9 @@ def stain(fabric: Fabric, random: np.random.Generator) -> Fabric:
     absorbed = np.array([(1.0, 1.0, 0.95), (0.35, 0.8, 1.0), (0.5, 0.5, 0.6)][kind])
     radius = random.uniform(0.045, 0.11) * short_side(fabric)
     soft = random.uniform(0.3, 0.8)
-    return blot(fabric, random, radius=radius, soft=soft, tint=1 - strength * absorbed, rim=0.6 if kind == 2 else 0.0)
+    return blot(
+        fabric, random, radius=radius, soft=soft, tint=1 - strength * absorbed, rim=0.6 if kind == 2 else 0.0
+    )
 
 
 DAMAGE: dict[str, Callable[[Fabric, np.random.Generator], Fabric]] = {
@@ -613,7 +681,13 @@ DAMAGE: dict[str, Callable[[Fabric, np.random.Generator], Fabric]] = {
 
 
 def blot(
-    fabric: Fabric, random: np.random.Generator, *, radius: float, soft: float, tint: NDArray[np.float64], rim: float
+    fabric: Fabric,
+    random: np.random.Generator,
+    *,
+    radius: float,
+    soft: float,
+    tint: NDArray[np.float64],
+    rim: float,
 ) -> Fabric:
     """An irregular patch in which the dyes are multiplied by `tint`; `rim` leaves that share to the patch's edge."""
     spot = choose_spot(fabric, random, border=0.15)
@@ -631,7 +705,7 @@ def blot(
     amount = amount * amount * (3 - 2 * amount)
     amount = amount * (1 - rim * np.clip(1.15 - inside, 0, 1))
     change = (tint - 1).astype(np.float32)
-    return replace(fabric, tint=1 + amount[..., None] * change)
+    return replace(fabric, tint=1 + amount * change[:, None, None])
 
 
 def lay_thread(
@@ -653,16 +727,19 @@ def lay_thread(
     xs = start[1] + np.cumsum(np.cos(direction))
     height, width = fabric.weft_place.across.shape
     pad = int(radius) + 2
-    top, left = max(0, int(ys.min()) - pad), max(0, int(xs.min()) - pad)
-    bottom, right = min(height, int(ys.max()) + pad + 2), min(width, int(xs.max()) + pad + 2)
-    distance = np.full((max(1, bottom - top), max(1, right - left)), np.inf, np.float32)
+    top, left = min(height - 1, max(0, int(ys.min()) - pad)), min(width - 1, max(0, int(xs.min()) - pad))
+    bottom = max(top + 1, min(height, int(ys.max()) + pad + 2))
+    right = max(left + 1, min(width, int(xs.max()) + pad + 2))
+    distance = np.full((bottom - top, right - left), np.inf, np.float32)
     for y, x in zip(ys - top, xs - left, strict=True):
         rows = slice(max(0, int(y) - pad), max(0, int(y) + pad + 2))
         columns = slice(max(0, int(x) - pad), max(0, int(x) + pad + 2))
         near = distance[rows, columns]
         if near.size:
             dy = np.arange(rows.start, rows.start + near.shape[0], dtype=np.float32)[:, None] - np.float32(y)
-            dx = np.arange(columns.start, columns.start + near.shape[1], dtype=np.float32)[None, :] - np.float32(x)
+            dx = np.arange(columns.start, columns.start + near.shape[1], dtype=np.float32)[
+                None, :
+            ] - np.float32(x)
             np.minimum(near, dy * dy + dx * dx, out=near)
     half_pitch = min(lane_pixels(fabric)) / 2
     inside = np.maximum(radius * radius - distance, 0)
@@ -670,208 +747,351 @@ def lay_thread(
     return Tube((slice(top, bottom), slice(left, right)), relief, colour)
 
 
-# ── photography ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── photography ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Sitting(NamedTuple):
+    """What one picture is taken with: the same for the cloth with and without its damage."""
+
+    fibres: Field  # (256, 256) streaks, fine from row to row
+    light: NDArray[np.float64]  # down, right, up: where the lamp is, length 1
+    hair: Field  # share of each image pixel covered by loose fibres, (H, W)
+    falloff: Field  # (3, H, W) exposure, tint, uneven light and vignette
+    noise: Field  # (3, H, W) of the sensor, unit spread
+
+
+def set_up(textile: Textile, *, seed: int, size: tuple[int, int]) -> Sitting:
+    """Lamp, lens and sensor for one picture."""
+    weave, lighting = WEAVES[textile.weave], LIGHTINGS[textile.lighting]
+    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
+    azimuth = np.radians(lighting.azimuth + random.normal(0, 4))
+    elevation = np.radians(lighting.elevation + random.normal(0, 1))
+    y = np.linspace(-1, 1, size[0], dtype=np.float32)[:, None]
+    x = np.linspace(-1, 1, size[1], dtype=np.float32)[None, :]
+    tilt = random.normal(0, 0.025, 2).astype(np.float32)
+    falloff = (1 - np.float32(lighting.vignette / 2) * (y * y + x * x)) * (1 + tilt[0] * y + tilt[1] * x)
+    exposure = np.array(lighting.tint) * lighting.exposure * (1 + random.normal(0, 0.015))
+    return Sitting(
+        fibres=smooth_noise(random, (256, 256), scale=(1, 10)),
+        light=np.array(
+            [np.sin(azimuth) * np.cos(elevation), np.cos(azimuth) * np.cos(elevation), np.sin(elevation)]
+        ),
+        hair=draw_hairs(random, weave.fuzz, size),
+        falloff=falloff * exposure.astype(np.float32)[:, None, None],
+        noise=random.standard_normal((3, *size), dtype=np.float32),
+    )
+
+
+def draw_hairs(random: np.random.Generator, fuzz: float, size: tuple[int, int]) -> Field:
+    """Loose fibres, which stand off every cloth."""
+    sheet = Image.new("L", (size[1] * OVERSAMPLE, size[0] * OVERSAMPLE))
+    draw = ImageDraw.Draw(sheet)
+    count = random.poisson(fuzz * size[0] * size[1] / 1000)
+    turning = np.cumsum(random.normal(0, 0.35, (count, 6)), axis=1) + random.uniform(0, 2 * np.pi, (count, 1))
+    step = random.uniform(1.0, 3.5, (count, 1)) * OVERSAMPLE
+    xs = random.uniform(0, sheet.width, (count, 1)) + np.cumsum(np.cos(turning) * step, axis=1)
+    ys = random.uniform(0, sheet.height, (count, 1)) + np.cumsum(np.sin(turning) * step, axis=1)
+    for points, cover in zip(np.stack([xs, ys], axis=2), random.integers(20, 90, count), strict=True):
+        draw.line(points.ravel().tolist(), fill=int(cover))
+    return np.asarray(sheet.reduce(OVERSAMPLE), np.float32) / 255
 
 
 def rise(yarns: Yarns, on_top: NDArray[np.bool_], depth: float) -> Field:
     """Height of the yarns' middle lines, (yarns, samples), in half pitches; `on_top` is (yarns, crossings)."""
-    steps = np.repeat(np.where(on_top, np.float32(depth), np.float32(-depth)), SAMPLES, axis=1)
-    box = SAMPLES // 2 + 1
+    steps: Field = np.repeat(np.where(on_top, np.float32(depth), np.float32(-depth)), SAMPLES, axis=1)
     for _ in range(2):  # a yarn bends, it does not jump
-        sums = np.cumsum(np.pad(steps, ((0, 0), (box // 2 + 1, box - 1 - box // 2)), mode="edge"), axis=1)
-        steps = (sums[:, box:] - sums[:, :-box]) / box
-    return (steps + yarns.lift).astype(np.float32)
+        steps = box_mean(steps, SAMPLES // 2 + 1, axis=1)
+    return steps + yarns.lift
 
 
-def yarn_relief(yarns: Yarns, place: Place, middle: Field) -> Field:
+def box_mean(field: Field, side: int, *, axis: int) -> Field:
+    """Mean over `side` neighbours (odd) along one axis of two."""
+    padding = [(0, 0), (0, 0)]
+    padding[axis] = (side // 2 + 1, side // 2)
+    sums = np.cumsum(np.pad(field, padding, mode="edge"), axis=axis, dtype=np.float64)
+    difference = sums[side:] - sums[:-side] if axis == 0 else sums[:, side:] - sums[:, :-side]
+    return (difference / side).astype(np.float32)
+
+
+class Tables(NamedTuple):
+    """All yarns' samples behind one another, the weft's first, so that one index reads either, (samples,)."""
+
+    width: Field
+    middle: Field  # height of the yarn's middle line, half pitches
+    shade: Field
+    foreign: Field
+    turn: Field
+
+
+def tabulate(fabric: Fabric) -> Tables:
+    """What a pixel looks up of the yarn below it."""
+    weft, warp, depth = fabric.weft, fabric.warp, WEAVES[fabric.textile.weave].depth
+    pairs = (
+        (weft.width, warp.width),
+        (rise(weft, ~fabric.over, depth), rise(warp, fabric.over.T, depth)),
+        (weft.shade, warp.shade),
+        (weft.foreign, warp.foreign),
+        (weft.turn, warp.turn),
+    )
+    return Tables(*(np.concatenate([own.ravel(), other.ravel()]) for own, other in pairs))
+
+
+def yarn_relief(tables: Tables, place: Place) -> Field:
     """Height of one yarn system at each rendered pixel, in half pitches; below the floor where there is none."""
-    half_width = yarns.width.take(place.sample)
-    low, high = middle.take(place.sample), middle.take(place.sample + 1)
-    centre = low + (high - low) * place.part
-    half_width = half_width + 0.10 * centre  # what lies on top spreads, what lies below is squeezed
-    round_ = half_width * half_width - place.across * place.across
-    return np.where(round_ > 0, centre + np.float32(PLUMP) * np.sqrt(np.maximum(round_, 0)), np.float32(FLOOR - 1))
+    height = tables.middle.take(place.sample)
+    height += (tables.middle.take(place.sample + 1) - height) * place.part
+    half_width = tables.width.take(place.sample)
+    # What lies on top spreads, what lies below is squeezed.
+    half_width += (half_width > 0.1) * (np.float32(0.10) * height)
+    half_width *= half_width
+    half_width -= place.across * place.across
+    there = half_width > 0
+    np.maximum(half_width, 0, out=half_width)
+    height += np.float32(PLUMP) * np.sqrt(half_width)
+    return np.where(there, height, np.float32(FLOOR - 1))
 
 
-def shadow(height: Field, towards: tuple[float, float], slope: float) -> Field:
-    """How far each point lies below the rays that graze the relief, in pixels; 0 = lit."""
+def shadow(height: Field, light: NDArray[np.float64]) -> Field:
+    """How far each point of a relief in pixels lies below the rays that graze it; 0 = lit."""
+    slope = float(light[2] / np.hypot(light[0], light[1]))
     deepest = np.zeros_like(height)
-    for step in (2, 4, 7, 11):
-        dy, dx = round(step * towards[0]), round(step * towards[1])
-        blocker = np.roll(height, (-dy, -dx), axis=(0, 1))
-        np.maximum(deepest, blocker - (height + np.float32(step * slope)), out=deepest)
+    for step in (2, 4, 7):
+        rows, columns = round(step * light[0]), round(step * light[1])
+        blocker = np.roll(height, (-rows, -columns), axis=(0, 1))
+        blocker -= height
+        blocker -= np.float32(step * slope)
+        np.maximum(deepest, blocker, out=deepest)
     return deepest
 
 
-def photograph(fabric: Fabric, *, roll: int, seed: int, size: tuple[int, int]) -> Field:
-    """Light that reaches the camera, (H, W, 3), 1 = white. The same seed gives the same fibres and the same lamp."""
+def illuminate(fabric: Fabric, tables: Tables, sitting: Sitting) -> Field:
+    """Light that leaves the cloth, (3, h, w) rendered pixels; 1 = a white sheet facing the lamp."""
     weave, lighting = WEAVES[fabric.textile.weave], LIGHTINGS[fabric.textile.lighting]
-    random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(2,)))
     half_pitch = np.float32(min(lane_pixels(fabric)) / 2)
 
-    weft_height = yarn_relief(fabric.weft, fabric.weft_place, rise(fabric.weft, ~fabric.over, weave.depth))
-    warp_height = yarn_relief(fabric.warp, fabric.warp_place, rise(fabric.warp, fabric.over.T, weave.depth))
-    warp_on_top = warp_height > weft_height
-    height = np.maximum(np.maximum(warp_height, weft_height), np.float32(FLOOR))
-    # Both systems' tables stand behind one another, so that one index reads whichever yarn is seen.
-    behind = fabric.weft.width.size
-    sample = np.where(warp_on_top, fabric.warp_place.sample + behind, fabric.weft_place.sample)
-    across = np.where(warp_on_top, fabric.warp_place.across, fabric.weft_place.across)
-    along = np.where(warp_on_top, fabric.warp_place.along, fabric.weft_place.along)
+    weft_height = yarn_relief(tables, fabric.weft_place)
+    height = yarn_relief(tables, fabric.warp_place)
+    warp_seen = height > weft_height
+    np.maximum(height, weft_height, out=height)
+    np.maximum(height, np.float32(FLOOR), out=height)
+    solid = height > FLOOR
+    sample = np.where(warp_seen, fabric.warp_place.sample, fabric.weft_place.sample)
+    across = np.where(warp_seen, fabric.warp_place.across, fabric.weft_place.across)
+    along = np.where(warp_seen, fabric.warp_place.along, fabric.weft_place.along)
 
     # The ply twists around the yarn, and fibres run along the ply.
-    yarns = len(fabric.weft.width) + len(fabric.warp.width)
-    own_phase = random.uniform(0, 256, yarns).astype(np.float32)
-    lengths = [fabric.weft.width.shape[1]] * len(fabric.weft.width) + [fabric.warp.width.shape[1]] * len(fabric.warp.width)
-    phase = np.repeat(own_phase, lengths).take(sample)
-    ply = along * np.float32(weave.twist) + across * np.float32(0.4) + phase
+    turn = tables.turn.take(sample)
+    ply = along * np.float32(weave.twist)
+    ply += across * np.float32(0.4)
+    ply += turn
     twist = np.cos(np.float32(2 * np.pi) * ply)
-    tile = smooth_noise(random, (256, 256), scale=(1, 10))
-    row = (ply * 5 + across * 4 + phase * 31).astype(np.intp) & 255
-    column = (along * 12 + phase * 57).astype(np.intp) & 255
-    fibre = tile.take(row * 256 + column)
-    solid = height > FLOOR
-    height = height + np.where(solid, np.float32(0.03) * twist + np.float32(0.025) * fibre, np.float32(0))
+    row = (ply * 5 + across * 4 + turn * 31).astype(np.int32) & 255
+    column = (along * 12 + turn * 57).astype(np.int32) & 255
+    fibre = sitting.fibres.take((row << 8) + column)
+    height += solid * (np.float32(0.04) * twist + np.float32(0.035) * fibre)
 
-    shade = both(fabric.weft.shade, fabric.warp.shade).take(sample)
-    shade = shade * (1 + np.float32(0.08) * fibre + np.float32(0.03) * twist)
-    albedo = np.where(warp_on_top[..., None], np.float32(fabric.dye.warp), np.float32(fabric.dye.weft))
-    if fabric.weft.foreign.any() or fabric.warp.foreign.any():
-        foreign = both(fabric.weft.foreign, fabric.warp.foreign).take(sample)[..., None]
-        albedo = albedo + foreign * (np.float32(fabric.other_dye) - albedo)
-    albedo = albedo * shade[..., None]
-    if fabric.tint is not None:
-        albedo = albedo * fabric.tint
-    albedo[~solid] = fabric.backdrop
+    shade = tables.shade.take(sample)
+    shade *= 1 + np.float32(0.11) * fibre + np.float32(0.04) * twist
+    foreign = tables.foreign.take(sample) if tables.foreign.any() else None
+    planes = []
+    for channel in range(3):
+        plane = np.where(
+            warp_seen, np.float32(fabric.dye.warp[channel]), np.float32(fabric.dye.weft[channel])
+        )
+        if foreign is not None:
+            plane += foreign * (np.float32(fabric.other_dye[channel]) - plane)
+        plane *= shade
+        if fabric.tint is not None:
+            plane *= fabric.tint[channel]
+        planes.append(np.where(solid, plane, np.float32(fabric.backdrop[channel])))
     for tube in fabric.tubes:
-        below, colours = height[tube.window], albedo[tube.window]
-        above = tube.height > below
-        below[above] = tube.height[above]
-        colours[above] = tube.colour
+        above = tube.height > height[tube.window]
+        height[tube.window][above] = tube.height[above]
+        for plane, colour in zip(planes, tube.colour, strict=True):
+            plane[tube.window][above] = colour
 
-    azimuth = np.radians(lighting.azimuth + random.normal(0, 4))
-    elevation = np.radians(lighting.elevation + random.normal(0, 1))
-    light = np.array([np.sin(azimuth) * np.cos(elevation), np.cos(azimuth) * np.cos(elevation), np.sin(elevation)])
+    light = sitting.light
     down, right = np.zeros_like(height), np.zeros_like(height)  # slopes
-    down[1:-1] = (height[2:] - height[:-2]) * (half_pitch / 2)
-    right[:, 1:-1] = (height[:, 2:] - height[:, :-2]) * (half_pitch / 2)
-    np.clip(down, -2.5, 2.5, out=down)
-    np.clip(right, -2.5, 2.5, out=right)
-    steep = 1 / np.sqrt(1 + down * down + right * right)
-    facing = (np.float32(light[2]) - down * np.float32(light[0]) - right * np.float32(light[1])) * steep
-    direct = np.maximum(facing, 0)
-    hidden = shadow(height * half_pitch, (light[0], light[1]), float(np.tan(elevation)))
-    direct *= 1 - np.float32(0.85) * np.minimum(hidden * np.float32(0.5), 1)
+    np.clip((height[2:] - height[:-2]) * (half_pitch / 2), -2.5, 2.5, out=down[1:-1])
+    np.clip((height[:, 2:] - height[:, :-2]) * (half_pitch / 2), -2.5, 2.5, out=right[:, 1:-1])
+    upright = 1 / np.sqrt(1 + down * down + right * right)
+    direct = np.float32(light[2]) - down * np.float32(light[0])
+    direct -= right * np.float32(light[1])
+    direct *= upright
+    np.maximum(direct, 0, out=direct)
+    direct *= 1 - np.float32(0.85) * np.minimum(shadow(height * half_pitch, light) * np.float32(0.5), 1)
     # Little light comes out of the creases between yarns.
-    open_sky = np.clip((height - np.float32(FLOOR)) / np.float32(1.2 - FLOOR), 0, 1)
-    ambient = np.float32(lighting.ambient) * (np.float32(0.25) + np.float32(0.75) * open_sky * steep)
-    glow = ambient + np.float32(1 - lighting.ambient) * direct
+    open_sky = np.clip((height - np.float32(FLOOR)) * np.float32(1 / (1.2 - FLOOR)), 0, 1)
+    open_sky *= upright
+    glow = np.float32(0.25 * lighting.ambient) + np.float32(0.75 * lighting.ambient) * open_sky
+    glow += np.float32(1 - lighting.ambient) * direct
     # Fibres reflect like thin cylinders (Kajiya and Kay 1989): brightest where the half vector is square to them.
-    halfway = (light + np.array([0, 0, 1])) / np.linalg.norm(light + np.array([0, 0, 1]))
-    slope = np.where(warp_on_top, down, right)
-    sideways = np.where(warp_on_top, np.float32(halfway[0]), np.float32(halfway[1]))
-    cosine = (sideways + slope * np.float32(halfway[2])) / np.sqrt(1 + slope * slope)
-    shine = np.maximum(1 - cosine * cosine, 0) ** 8 * direct * np.float32(weave.sheen)
-    shine *= solid
-    image = albedo * glow[..., None] + (shine[..., None] * (np.float32(0.25) + np.float32(0.75) * albedo))
-
-    return camera_view(image, hairs(random, weave, fabric, size), random, lighting, size)
-
-
-def both(weft: Field, warp: Field) -> Field:
-    return np.concatenate([weft.ravel(), warp.ravel()])
-
-
-def hairs(random: np.random.Generator, weave: Weave, fabric: Fabric, size: tuple[int, int]) -> Field:
-    """Loose fibres that stand off every cloth: how much of each rendered pixel they cover, 0..1."""
-    height, width = fabric.weft_place.across.shape
-    sheet = Image.new("L", (width, height))
-    draw = ImageDraw.Draw(sheet)
-    for _ in range(random.poisson(weave.fuzz * size[0] * size[1] / 1000)):
-        turning = np.cumsum(random.normal(0, 0.35, 6)) + random.uniform(0, 2 * np.pi)
-        step = random.uniform(1.0, 3.5) * OVERSAMPLE
-        xs = random.uniform(0, width) + np.cumsum(np.cos(turning)) * step
-        ys = random.uniform(0, height) + np.cumsum(np.sin(turning)) * step
-        draw.line(list(zip(xs.tolist(), ys.tolist(), strict=True)), fill=int(random.uniform(25, 90)), width=1)
-    return np.asarray(sheet, np.float32) / 255
+    halfway = light + np.array([0, 0, 1])
+    halfway = (halfway / np.linalg.norm(halfway)).astype(np.float32)
+    slope = np.where(warp_seen, down, right)
+    cosine = np.where(warp_seen, halfway[0], halfway[1]) + slope * halfway[2]
+    shine = 1 - cosine * cosine / (1 + slope * slope)
+    for _ in range(3):  # to the power of eight
+        shine *= shine
+    shine *= direct
+    shine *= solid * np.float32(weave.sheen)
+    glow += np.float32(0.75) * shine
+    shine *= np.float32(0.25)
+    return np.stack([plane * glow + shine for plane in planes])
 
 
-def camera_view(
-    image: Field, hair: Field, random: np.random.Generator, lighting: Lighting, size: tuple[int, int]
-) -> Field:
-    """Lens and sensor: hairs in focus above the cloth, fall-off, a slight blur, down to image pixels; no noise yet."""
-    stray = image.mean(axis=(0, 1)) * np.float32(1.9) + np.float32(0.02)
-    image = image + hair[..., None] * (stray - image)
-    image = image[MARGIN:-MARGIN, MARGIN:-MARGIN]
-    image = image.reshape(size[0], OVERSAMPLE, size[1], OVERSAMPLE, 3).mean(axis=(1, 3))
+def expose(lit: Field, fabric: Fabric, sitting: Sitting) -> Field:
+    """Light that falls on the sensor, (3, H, W): the lens joins rendered pixels, blurs a little and darkens corners."""
+    lit = lit[:, MARGIN:-MARGIN, MARGIN:-MARGIN]
+    image: Field = lit[:, ::2, ::2] + lit[:, 1::2, ::2] + lit[:, ::2, 1::2] + lit[:, 1::2, 1::2]
+    image *= np.float32(0.25)
+    stray = np.array(
+        [max(own) * 0.7 + 0.03 for own in zip(fabric.dye.warp, fabric.dye.weft, strict=True)], np.float32
+    )
+    image += sitting.hair * (stray[:, None, None] - image)
+    for axis in (1, 2):
+        image = np.float32(0.76) * image + np.float32(0.12) * (
+            np.roll(image, 1, axis) + np.roll(image, -1, axis)
+        )
+    return image * sitting.falloff
+
+
+def develop(light: Field, noise: Field | None, strength: float) -> Field:
+    """Light on the sensor to grey levels 0..255, with shot and read noise of `strength` at mid grey (0.2)."""
+    if noise is not None:
+        light = light + noise * np.float32(strength) * np.sqrt(
+            np.float32(2.5) * np.maximum(light, 0) + np.float32(0.1)
+        )
+    return np.float32(255) * np.power(np.clip(light, 0, 1), np.float32(1 / 2.2))
+
+
+def visible_change(before: Field, after: Field) -> NDArray[np.bool_]:
+    """Where two noiseless pictures (3, H, W) differ by more than VISIBLE in any channel, without pinholes, (H, W)."""
+    change: Field = np.abs(after - before).max(axis=0)
     for axis in (0, 1):
-        near = np.roll(image, 1, axis) + np.roll(image, -1, axis)
-        image = np.float32(0.76) * image + np.float32(0.12) * near
-    y = np.linspace(-1, 1, size[0], dtype=np.float32)[:, None]
-    x = np.linspace(-1, 1, size[1], dtype=np.float32)[None, :]
-    falloff = 1 - np.float32(lighting.vignette / 2) * (y * y + x * x)
-    tilt = random.normal(0, 0.025, 2).astype(np.float32)
-    falloff = falloff * (1 + tilt[0] * y + tilt[1] * x)
-    exposure = lighting.exposure * (1 + random.normal(0, 0.015))
-    return image * falloff[..., None] * np.float32(np.array(lighting.tint) * exposure)
+        change = box_mean(change, 5, axis=axis)
+    changed = Image.fromarray((change > VISIBLE).astype(np.uint8))
+    closed = changed.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.MinFilter(5))
+    return np.asarray(closed) > 0
 
 
-def develop(light: Field, noise: Field, strength: float) -> Field:
-    """Light to grey levels 0..255, with the sensor's noise (shot and read)."""
-    noisy = light + noise * np.sqrt(np.maximum(light, 0) * np.float32(0.5 * strength**2 / 0.2) + np.float32(0.5 * strength**2 * 0.2))
-    return np.float32(255) * np.clip(noisy, 0, 1) ** np.float32(1 / 2.2)
+def touched(before: Fabric, after: Fabric, old: Tables, new: Tables) -> tuple[slice, slice]:
+    """A window of the rendered picture that holds all that the damage changes, its shadow included."""
+    changed = np.zeros(old.width.shape, np.bool_)
+    for table, other in zip(old, new, strict=True):
+        changed |= table != other
+    hit = changed.take(before.weft_place.sample) | changed.take(before.warp_place.sample)
+    for tube in after.tubes:
+        hit[tube.window] = True
+    if after.tint is not None:
+        hit |= np.abs(after.tint - 1).max(axis=0) > 0.002
+    rows, columns = np.flatnonzero(hit.any(axis=1)), np.flatnonzero(hit.any(axis=0))
+    height, width = hit.shape
+    return (
+        slice(max(0, int(rows[0]) - MARGIN), min(height, int(rows[-1]) + 1 + MARGIN)),
+        slice(max(0, int(columns[0]) - MARGIN), min(width, int(columns[-1]) + 1 + MARGIN)),
+    )
 
 
-# ── the ways in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def relight(
+    lit: Field, window: tuple[slice, slice], fabric: Fabric, tables: Tables, sitting: Sitting
+) -> None:
+    """Render a window of the picture into `lit` (3, h, w).
+
+    In strips, because arrays that fit the processor's cache are faster. Slopes and shadows are wrong at the border of
+    what is rendered, so MARGIN more is rendered than is kept.
+    """
+    rows, columns = window
+    wide = slice(max(0, columns.start - MARGIN), min(lit.shape[2], columns.stop + MARGIN))
+    keep_columns = slice(columns.start - wide.start, columns.stop - wide.start)
+    for top in range(rows.start, rows.stop, STRIP):
+        bottom = min(top + STRIP, rows.stop)
+        high = slice(max(0, top - MARGIN), min(lit.shape[1], bottom + MARGIN))
+        strip = illuminate(crop(fabric, (high, wide)), tables, sitting)
+        lit[:, top:bottom, columns] = strip[:, top - high.start : bottom - high.start, keep_columns]
+
+
+def crop(fabric: Fabric, window: tuple[slice, slice]) -> Fabric:
+    """The part of a fabric that is seen in a window of the rendered picture."""
+    tubes = []
+    for tube in fabric.tubes:
+        seen, kept = [], []
+        for own, view in zip(tube.window, window, strict=True):
+            start, stop = max(own.start, view.start), min(own.stop, view.stop)
+            seen.append(slice(start - view.start, stop - view.start))
+            kept.append(slice(start - own.start, stop - own.start))
+        if all(part.stop > part.start for part in seen):
+            tubes.append(Tube((seen[0], seen[1]), tube.height[kept[0], kept[1]], tube.colour))
+    return replace(
+        fabric,
+        weft_place=fabric.weft_place.part_of(window),
+        warp_place=fabric.warp_place.part_of(window),
+        tint=None if fabric.tint is None else fabric.tint[:, window[0], window[1]],
+        tubes=tuple(tubes),
+    )
+
+
+# ── the ways in ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def render(
-    textile: Textile, *, seed: int, size: tuple[int, int] = (256, 256), defect: str | None = None, roll: int | None = None
+    textile: Textile,
+    *,
+    seed: int,
+    size: tuple[int, int] = (256, 256),
+    defect: str | None = None,
+    roll: int | None = None,
 ) -> Cloth:
     """One photograph of a piece of cloth, damaged or not. Outside the mask both are the same picture.
 
     `roll` is the seed of what pieces cut from one roll share; without it, every piece has a roll of its own.
     """
     if defect is not None and defect not in DAMAGE:
-        raise ConfigError(f"Unknown defect {defect!r}. Known: {', '.join(DEFECTS)}.")
-    roll = seed if roll is None else roll
-    fabric = weave_piece(textile, roll=roll, seed=seed, size=size)
-    camera = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(3,)))
-    noise = camera.standard_normal((*size, 3), dtype=np.float32)
-    strength = LIGHTINGS[textile.lighting].noise
-    light = photograph(fabric, roll=roll, seed=seed, size=size)
-    good = develop(light, noise, strength)
+        raise unknown(
+            "defect", defect, DAMAGE, "They are the functions in DAMAGE in normweave/data/textures.py."
+        )
+    fabric = weave_piece(textile, roll=seed if roll is None else roll, seed=seed, size=size)
+    sitting = set_up(textile, seed=seed, size=size)
+    tables = tabulate(fabric)
+    height, width = fabric.weft_place.across.shape
+    lit = np.empty((3, height, width), np.float32)
+    relight(lit, (slice(0, height), slice(0, width)), fabric, tables, sitting)
+    grain = LIGHTINGS[textile.lighting].noise
+    picture = develop(expose(lit, fabric, sitting), sitting.noise, grain)
     mask = np.zeros(size, np.bool_)
-    if defect is None:
-        return Cloth(np.rint(good).astype(np.uint8), mask)
-    clean = develop(light, noise, 0)
+    if defect is not None:
+        light, mask = plant(fabric, tables, sitting, lit, seed=seed, defect=defect)
+        picture = np.where(mask, develop(light, sitting.noise, grain), picture)
+    return Cloth(np.rint(np.moveaxis(picture, 0, 2)).astype(np.uint8), mask)
+
+
+def plant(
+    fabric: Fabric, tables: Tables, sitting: Sitting, lit: Field, *, seed: int, defect: str
+) -> tuple[Field, NDArray[np.bool_]]:
+    """Damage the cloth where and as `seed` says: the light on the sensor (3, H, W), and the mask (H, W).
+
+    A damage that covers too little or too much of the image is drawn again; after ATTEMPTS, the best fit stays.
+    """
+    smallest, largest = DEFECT_SHARE
+    before = develop(expose(lit, fabric, sitting), None, 0)
+    best: tuple[float, Field, NDArray[np.bool_]] | None = None
     for attempt in range(ATTEMPTS):
-        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(4, zlib.crc32(defect.encode()), attempt)))
-        light = photograph(DAMAGE[defect](fabric, random), roll=roll, seed=seed, size=size)
-        mask = visible_change(clean, develop(light, noise, 0))
-        if DEFECT_SHARE[0] <= mask.mean() <= DEFECT_SHARE[1]:
+        key = (4, zlib.crc32(defect.encode()), attempt)
+        random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+        damaged = DAMAGE[defect](fabric, random)
+        changed = tabulate(damaged)
+        relit = lit.copy()
+        relight(relit, touched(fabric, damaged, tables, changed), damaged, changed, sitting)
+        light = expose(relit, fabric, sitting)
+        mask = visible_change(before, develop(light, None, 0))
+        share = float(mask.mean())
+        miss = max(smallest - share, share - largest, 0.0)
+        if best is None or miss < best[0]:
+            best = (miss, light, mask)
+        if miss == 0:
             break
-    image = np.where(mask[..., None], develop(light, noise, strength), good)
-    return Cloth(np.rint(image).astype(np.uint8), mask)
-
-
-def visible_change(before: Field, after: Field) -> NDArray[np.bool_]:
-    """Where two noiseless pictures (H, W, 3) differ by more than VISIBLE in any channel, without pinholes, (H, W)."""
-    change = np.abs(after - before).max(axis=2)
-    changed = Image.fromarray((box_mean(change, 5) > VISIBLE).astype(np.uint8) * 255)
-    closed = changed.filter(ImageFilter.MaxFilter(5)).filter(ImageFilter.MinFilter(5))
-    return np.asarray(closed) > 0
-
-
-def box_mean(field: Field, side: int) -> Field:
-    """Mean over a square of `side` pixels (odd)."""
-    for axis in (0, 1):
-        padding = [(0, 0), (0, 0)]
-        padding[axis] = (side // 2 + 1, side // 2)
-        sums = np.cumsum(np.pad(field, padding, mode="edge"), axis=axis, dtype=np.float64)
-        ahead, behind = (sums[side:], sums[:-side]) if axis == 0 else (sums[:, side:], sums[:, :-side])
-        field = ((ahead - behind) / side).astype(np.float32)
-    return field
+    assert best is not None
+    return best[1], best[2]
 
 
 class Piece(NamedTuple):
@@ -920,7 +1140,9 @@ def make_textures(
     manifest, record = folder / "manifest.csv", folder / "textures.json"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not record.is_file():
-            raise DataError(f"{folder} exists and is not a folder of textures. Choose an empty or a new folder.")
+            raise DataError(
+                f"{folder} exists and is not a folder of textures. Choose an empty or a new folder."
+            )
         if json.loads(record.read_text("utf-8")) != settings:
             raise DataError(
                 f"{folder} holds textures made with other settings ({record}). Choose another folder, or delete this one."
@@ -971,7 +1193,9 @@ def check_settings(size: tuple[int, int], counts: tuple[int, int, int], textiles
 def cut(textile: Textile, seed: int, train: int, test: int, defects: int) -> Iterator[Piece]:
     """The pieces of one subclass. Test pieces, good and damaged, come from the same rolls; training has its own."""
     home = f"cloth/{textile.name}"
-    plan: list[tuple[str, str | None, int, int]] = []  # split, defect, number in its folder, number in its part
+    plan: list[
+        tuple[str, str | None, int, int]
+    ] = []  # split, defect, number in its folder, number in its part
     plan += [("train", None, number, number) for number in range(train)]
     plan += [("test", None, number, number) for number in range(test)]
     plan += [("test", DEFECTS[n % len(DEFECTS)], n // len(DEFECTS), n) for n in range(defects)]
@@ -1019,7 +1243,9 @@ def write_manifest(path: Path, pieces: Sequence[Piece]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("image_path", "category", "subclass", "group", "split", "label", "defect", "mask_path"))
+        writer.writerow(
+            ("image_path", "category", "subclass", "group", "split", "label", "defect", "mask_path")
+        )
         for piece in pieces:
             label = "anomalous" if piece.defect else "normal"
             start = (piece.image_path, "cloth", piece.textile.name, piece.group, piece.split)

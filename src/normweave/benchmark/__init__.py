@@ -1,0 +1,1 @@
+"""How well a detector detects: data sets x protocols x seeds, one command a table."""

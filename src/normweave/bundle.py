@@ -1,0 +1,308 @@
+"""A detector on disk: a folder of numbers, JSON and pages, in which nothing can execute.
+
+    cloth.bundle/
+    ├── bundle.json          format, the record, SHA-256 of every other file
+    ├── weights.safetensors  everything fitted
+    └── report.html, …       other files that were handed in
+
+Written beside its place and renamed, so that a bundle is whole or not there. Every byte
+is compared with its hash before it is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normweave.errors import BundleError, MissingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+RECORD = "bundle.json"
+WEIGHTS = "weights.safetensors"
+MAX_RECORD_BYTES = 64 * 2**20
+"""A record is read whole into memory; with a hundred thousand calibration scores it has two million bytes."""
+
+_NAME = re.compile(
+    r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+)  # a plain file name: it cannot leave the folder on any system
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class _Listing(NamedTuple):
+    """bundle.json, taken apart."""
+
+    record: dict[str, Any]
+    files: dict[str, str]  # name -> SHA-256 in hex
+    digest: str  # SHA-256 of bundle.json itself
+
+
+def write(
+    folder: Path,
+    *,
+    tensors: Mapping[str, NDArray[Any] | Tensor],
+    record: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Save a detector. With `overwrite` a bundle that lies there is replaced, as a whole and at the very end.
+
+    Args:
+        tensors: every fitted number; goes to weights.safetensors, the same numbers to the same bytes.
+        record: settings, preparation, operating points, versions; JSON, without keys `format` and `files`.
+        files: other files by name.
+
+    Raises:
+        BundleError: the place is taken, or something cannot be saved so that it could be read again.
+    """
+    folder = Path(folder).resolve()
+    check_place(folder, overwrite=overwrite)
+    contents = dict(files or {}) | {WEIGHTS: _tensor_bytes(tensors)}
+    if wrong := [name for name in contents if not _NAME.fullmatch(name) or name == RECORD]:
+        raise BundleError(
+            f"A bundle cannot hold a file called {wrong[0]!r}; use letters, digits, '.', '-' and '_'."
+        )
+    if taken := sorted({"format", "files"} & set(record)):
+        raise BundleError(
+            f"The record of a bundle may not have the keys {', '.join(taken)}: the bundle writes them."
+        )
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+    try:
+        text = json.dumps({"format": FORMAT, **record, "files": hashes}, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise BundleError(
+            f"The record of a bundle must be JSON without NaN and infinity: {error}."
+        ) from error
+
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process of the same number that was killed
+    try:
+        partial.mkdir(parents=True)
+        for name, content in (contents | {RECORD: text.encode()}).items():
+            _write_synced(partial / name, content)
+        _sync_folder(partial)
+        _put_in_place(partial, folder)
+    except OSError as error:
+        raise BundleError(f"Cannot write the bundle {folder}: {error}.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_place(folder: Path, *, overwrite: bool) -> None:
+    """Whether `write` may write here; ask before a long training, not after it.
+
+    Raises:
+        BundleError: something lies there; even with `overwrite`, only a bundle is ever replaced.
+    """
+    folder = Path(folder)
+    try:
+        taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise BundleError(f"Cannot look into {folder}: {error}.") from error
+    if taken and not (folder / RECORD).is_file():
+        raise BundleError(f"{folder} exists and is not a bundle, so it is not replaced. Choose another name.")
+    if taken and not overwrite:
+        raise BundleError(f"{folder} exists. Choose another name, or allow replacing it (--overwrite).")
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record that was written, after a look at the hash of every listed file; other files are ignored.
+
+    Raises:
+        BundleError: not a bundle, of a newer format, damaged, or pointing out of its folder.
+    """
+    listing = _read_listing(folder)
+    for name, expected in listing.files.items():
+        digest = hashlib.sha256()
+        try:
+            with _inside(folder, name).open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        except OSError as error:
+            raise BundleError(f"{folder}: cannot read {name}: {error}. Copy the bundle again.") from error
+        _compare(folder, name, digest.hexdigest(), expected)
+    return listing.record
+
+
+def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
+    """Every fitted number by name. The bytes that are parsed are the bytes that were compared with the hash.
+
+    Raises:
+        BundleError: as in `read`, or numbers that are NaN or infinite.
+        MissingError: safetensors is not installed.
+    """
+    name, listing = WEIGHTS, _read_listing(folder)
+    if name not in listing.files:
+        raise BundleError(f"{folder} lists no {name}, so there is nothing to load. Train it again.")
+    try:
+        content = _inside(folder, name).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot read {name}: {error}. Copy the bundle again.") from error
+    _compare(folder, name, hashlib.sha256(content).hexdigest(), listing.files[name])
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+    except ImportError as error:
+        raise _no_safetensors() from error
+    try:
+        tensors: dict[str, NDArray[Any]] = load(content)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{folder}: {name} is not a safetensors file: {error}. Train it again.") from error
+    _check_finite(tensors, where=str(folder))
+    return tensors
+
+
+def bundle_hash(folder: Path) -> str:
+    """What identifies this bundle: SHA-256 of bundle.json, which names the hashes of all other files."""
+    return _read_listing(folder).digest
+
+
+def weights_hash(folder: Path) -> str:
+    """What identifies the fitted numbers: the same for two trainings that agree, whatever the record says."""
+    return _read_listing(folder).files.get(WEIGHTS, "")
+
+
+def _read_listing(folder: Path) -> _Listing:
+    """bundle.json, checked in itself."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {what}; a bundle is a folder written by 'normweave train'.")
+    path = folder / RECORD
+    try:
+        if not path.is_file():
+            raise BundleError(
+                f"{folder} holds no {RECORD}; a bundle is a folder written by 'normweave train'."
+            )
+        with path.open("rb") as file:
+            content = file.read(MAX_RECORD_BYTES + 1)
+    except OSError as error:
+        raise BundleError(f"Cannot read {path}: {error}. Copy the bundle again.") from error
+    if len(content) > MAX_RECORD_BYTES:
+        raise BundleError(
+            f"{path} has more than {MAX_RECORD_BYTES} bytes, so it is not a record of normweave."
+        )
+    try:
+        record = json.loads(content.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is damaged: {error}. Copy the bundle again, or train it again.") from error
+    if not isinstance(record, dict):
+        raise BundleError(
+            f"{path} must hold a JSON object, got {type(record).__name__}. Copy the bundle again."
+        )
+
+    version = record.pop("format", None)
+    if type(version) is not int or version < 1:
+        raise BundleError(f"{path} must say its format, a whole number from 1, got {version!r:.60}.")
+    if version > FORMAT:
+        raise BundleError(
+            f"{folder} is in format {version}, and this normweave reads up to {FORMAT}. "
+            "Upgrade with: pip install -U normweave"
+        )
+    files = record.pop("files", None)
+    if not isinstance(files, dict):
+        raise BundleError(
+            f"{path} must list its `files` with their SHA-256, got {files!r:.60}. Copy the bundle again."
+        )
+    for name, digest in files.items():
+        if not _NAME.fullmatch(name) or name == RECORD:
+            raise BundleError(
+                f"{path} lists a file {name!r:.60}, which is no plain file name. Do not use this bundle."
+            )
+        if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+            raise BundleError(f"{path} has no SHA-256 of {name}, got {digest!r:.80}. Copy the bundle again.")
+    return _Listing(record=record, files=files, digest=hashlib.sha256(content).hexdigest())
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file of this name, if it lies in the folder and is a file."""
+    path = Path(folder) / name
+    if path.resolve().parent != Path(folder).resolve():
+        raise BundleError(
+            f"{folder}: {name} points out of the bundle, to {path.resolve()}. Do not use this bundle."
+        )
+    if not path.is_file():
+        raise BundleError(f"{folder}: {name} is missing. Copy the bundle again.")
+    return path
+
+
+def _compare(folder: Path, name: str, got: str, expected: str) -> None:
+    if got != expected:
+        raise BundleError(
+            f"{folder}: {name} is not the file that was saved (SHA-256 {got[:12]}…, but {expected[:12]}… in "
+            f"{RECORD}). Copy the bundle again, or train it again."
+        )
+
+
+def _refuse_constant(constant: str) -> float:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _tensor_bytes(tensors: Mapping[str, NDArray[Any] | Tensor]) -> bytes:
+    try:
+        from safetensors.numpy import save
+    except ImportError as error:
+        raise _no_safetensors() from error
+    arrays = {}
+    for name in sorted(tensors):
+        value = tensors[name]
+        array = value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
+        arrays[name] = np.asarray(array, order="C")
+    _check_finite(arrays, where="The detector to be saved")
+    return bytes(save(arrays))
+
+
+def _check_finite(tensors: Mapping[str, NDArray[Any]], *, where: str) -> None:
+    for name, tensor in tensors.items():
+        if np.issubdtype(tensor.dtype, np.inexact) and not np.isfinite(tensor).all():
+            raise BundleError(f"{where}: tensor {name!r} holds NaN or infinity. Train it again.")
+
+
+def _no_safetensors() -> MissingError:
+    return MissingError(
+        'Weights are kept in safetensors, which is not installed: pip install "normweave[train]"'
+    )
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and a rename is synced by the system
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Rename the new bundle to its place; an old one is moved aside first, and back if that fails."""
+    if not folder.exists():
+        partial.rename(folder)
+        _sync_folder(folder.parent)
+        return
+    aside = folder.with_name(f"{folder.name}.replaced-{os.getpid()}")
+    folder.rename(aside)
+    try:
+        partial.rename(folder)
+    except OSError:
+        aside.rename(folder)
+        raise
+    _sync_folder(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)

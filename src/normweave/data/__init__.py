@@ -1,0 +1,1 @@
+"""Image files to prepared images: layouts and manifests, splits, decoding, resizing and tiling. No torch."""

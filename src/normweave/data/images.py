@@ -1,0 +1,353 @@
+"""A file, bytes or an array to an RGB image, or the reason why not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from normweave.errors import DataError, ImageError
+
+ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
+"""Path, the bytes of a file, array (height, width[, 1 | 3 | 4]), or PIL image."""
+
+MAX_PIXELS = 150_000_000
+"""Larger images are refused from their header: some files of a few kilobytes unpack to gigabytes."""
+SMALLEST_SIDE = 8
+"""Pixels; nothing can be said of less."""
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
+READ = "PNG, JPEG, BMP, TIFF and WebP"
+
+_STEPS = {  # mode -> what it is converted to, one after the other; modes that are not here: RGB
+    "L": (),
+    "F": (),
+    "RGB": (),
+    "1": ("L",),
+    "LA": ("L",),
+    "La": ("LA", "L"),  # colours multiplied by alpha: undone before alpha is dropped
+    "RGBa": ("RGBA", "RGB"),
+    "P": ("RGBA", "RGB"),  # straight to RGB, Pillow warns of transparency
+    "PA": ("RGBA", "RGB"),
+}
+
+_UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    # EXIF tag 0x0112 (CIPA DC-008): where the first row and the first column of the pixels belong -> upright
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels.swapaxes(0, 1)[::-1, ::-1],
+    8: lambda pixels: np.rot90(pixels),
+}
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
+
+_filters = threading.Lock()
+
+
+def decode(source: ImageInput) -> NDArray[np.uint8]:
+    """An RGB image (H, W, 3), upright as EXIF says; of several pages or frames the first.
+
+    8 bits stay as they are; 16 bits are divided by 257 and floats in 0..1 multiplied by 255, both by a fixed factor, so
+    that brightness means the same in every image. Grey is repeated, alpha dropped, palettes and CMYK become RGB.
+    (Pillow itself keeps the higher byte only of files with 16 bits a colour; 16-bit grey and arrays are rounded.)
+
+    Raises:
+        ImageError: missing, empty, truncated, damaged, no image, too small, too large, or values that mean nothing.
+    """
+    if isinstance(source, np.ndarray):
+        _array_size(source, "array")
+        return _rgb(_eight_bits(source, "array"))
+    with _opened(source) as (image, name):
+        return _rgb(_eight_bits(_pixels(image, name), name))
+
+
+def size(source: ImageInput) -> tuple[int, int]:
+    """(height, width) as `decode` would give it, from the header wherever the format has all of it there.
+
+    Raises:
+        ImageError: as `decode`, except for damage that only decoding finds.
+    """
+    if isinstance(source, np.ndarray):
+        return _array_size(source, "array")
+    with _opened(source) as (image, _):
+        width, height = image.size
+        return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
+
+
+def content_hash(source: ImageInput) -> str:
+    """SHA-256 (hex) of a file's bytes; of an array, or what a PIL image decodes to: its shape, dtype and bytes.
+
+    Raises:
+        ImageError: the file is missing or empty, or cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        source = decode(source)
+    if isinstance(source, np.ndarray):
+        digest = hashlib.sha256(f"{source.shape} {source.dtype.str} ".encode())
+        digest.update(np.ascontiguousarray(source).tobytes())
+        return digest.hexdigest()
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    path = _file(source)
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArray[np.bool_]:
+    """Which pixels are defect (H, W), from an image or from a text file of boxes, which are filled.
+
+    Image: a pixel is defect where its brightest channel is above 127 (of 255). A mask with no value above 1 is read
+    as 0 = normal, 1 = defect. One that has values, but none above 127, is refused: it would silently be empty.
+    Text (`.txt`): a box a line, `x1 y1 x2 y2` and anything after, in pixels; rows y1..y2-1, columns x1..x2-1.
+
+    Raises:
+        DataError: another size than its image, or values or boxes that mean nothing.
+        ImageError: missing or unreadable (a DataError too).
+    """
+    file = _file(path)
+    if file.suffix.lower() == ".txt":
+        return _boxes(file, height=height, width=width)
+    with _opened(file, smallest_side=1) as (image, name):
+        pixels = _pixels(image, name)
+    if pixels.shape[:2] != (height, width):
+        raise DataError(
+            f"{file}: the mask has {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {height} x {width} "
+            "(height x width). A mask must be as large as its image: export it again at that size."
+        )
+    values = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)
+    highest = values.max()
+    if values.dtype.kind == "u" and highest <= 1:
+        return np.asarray(values == 1)
+    mask = _eight_bits(values, name) > 127
+    if highest > 0 and not mask.any():
+        raise DataError(
+            f"{file}: the mask has values up to {highest}, none of them above half of the range. Defect pixels are "
+            "those above 127 of 255, or 1 where no value is above 1. Save the mask as black and white."
+        )
+    return mask
+
+
+def _boxes(path: Path, *, height: int, width: int) -> NDArray[np.bool_]:
+    mask = np.zeros((height, width), dtype=np.bool_)
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            left, top, right, bottom = (int(word) for word in line.replace(",", " ").split()[:4])
+        except ValueError:
+            raise DataError(
+                f"{path}: line {number} is {line.strip()!r}. Allowed: four whole numbers x1 y1 x2 y2 in pixels, and "
+                "anything after them."
+            ) from None
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise DataError(
+                f"{path}: line {number}, box {left} {top} {right} {bottom} (x1 y1 x2 y2) is empty or reaches out of its "
+                f"image of {height} x {width} (height x width). Allowed: 0 <= x1 < x2 <= {width} and "
+                f"0 <= y1 < y2 <= {height}."
+            )
+        mask[top:bottom, left:right] = True
+    return mask
+
+
+@contextmanager
+def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterator[tuple[Image.Image, str]]:
+    """The image with its header read and its size checked, and its name for messages; errors become ImageError."""
+    if isinstance(source, Image.Image):
+        _check_size(source.height, source.width, "PIL image", smallest_side)
+        with _explained("PIL image"):
+            yield source, "PIL image"
+        return
+    if isinstance(source, bytes):
+        name = "bytes"
+        if not source:
+            raise ImageError("bytes: empty, 0 bytes. Give the whole content of an image file.")
+    elif isinstance(source, (str, os.PathLike)):
+        source = _file(source)
+        name = str(source)
+    else:
+        raise ImageError(
+            f"An image cannot be read from {type(source).__name__}. Allowed: a path, the bytes of a file, a numpy array "
+            "(height, width, 3), a PIL image."
+        )
+    with _explained(name):
+        with _quiet():
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        with image:
+            _check_size(image.height, image.width, name, smallest_side)
+            yield image, name
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What went wrong while Pillow worked on the image `name`, in our words."""
+    try:
+        yield
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name}: not an image that can be read. Allowed: {READ}. Open the file elsewhere to see what it is, and "
+            "convert it."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: {_too_large(str(error))}") from error
+    except MemoryError as error:
+        raise ImageError(
+            f"{name}: not enough memory to decode it. Shrink it or cut it into pieces."
+        ) from error
+    except Exception as error:  # on damaged files Pillow raises whatever the bytes provoke
+        raise ImageError(
+            f"{name}: cannot be decoded, the file is truncated or damaged ({error}). Save or copy it again."
+        ) from error
+
+
+def _too_large(got: str) -> str:
+    return (
+        f"too large, refused before decoding: {got}. Allowed: up to {MAX_PIXELS:,} pixels. Shrink it or cut it into "
+        "pieces."
+    )
+
+
+def _file(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise ImageError(
+                f"{path}: is a folder, not an image. Name the images in it, or use it as a data set."
+            )
+        length = path.stat().st_size
+    except FileNotFoundError as error:
+        raise ImageError(
+            f"{path}: no such file. Check the path; relative paths start at {Path.cwd()}."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    if length == 0:
+        raise ImageError(f"{path}: empty, 0 bytes. Copy or save the image again.")
+    return path
+
+
+def _unreadable(path: Path, error: Exception) -> ImageError:
+    return ImageError(f"{path}: cannot be read ({error}). Check the file and its permissions.")
+
+
+def _check_size(height: int, width: int, name: str, smallest_side: int = SMALLEST_SIDE) -> None:
+    if min(height, width) < smallest_side:
+        raise ImageError(
+            f"{name}: too small, {height} x {width} pixels (height x width). Allowed: {SMALLEST_SIDE} pixels or more a "
+            "side. Give the photograph, not its preview."
+        )
+    if height * width > MAX_PIXELS:
+        raise ImageError(f"{name}: {_too_large(f'{height} x {width} pixels (height x width)')}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of large images and of odd metadata; the former are refused here, the latter do not matter.
+
+    The filters belong to the whole process, so only one thread at a time may change them; decoding is not inside.
+    """
+    with _filters, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":
+        return 1  # Pillow turns TIFFs itself, and gives their size already turned
+    if image.format == "PNG":
+        image.load()  # EXIF may stand behind the pixels; getexif would load too, but among the changed filters
+    with _quiet():
+        try:
+            return int(image.getexif().get(0x0112, 1))
+        except (
+            Exception
+        ):  # damaged EXIF does not make the pixels wrong; Pillow raises whatever the bytes provoke
+            return 1
+
+
+def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
+    """The values as stored, upright: (H, W) uint8, uint16 or float32, or (H, W, 3) uint8."""
+    turn = _UPRIGHT.get(_orientation(image))
+    image.load()
+    if image.mode.startswith("I"):
+        pixels: NDArray[Any] = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ImageError(
+                f"{name}: whole numbers from {pixels.min()} to {pixels.max()}. Allowed: 0..65535 (16 bits). Save it "
+                "with 8 or 16 bits."
+            )
+        pixels = pixels.astype(np.uint16)
+    else:
+        for mode in _STEPS.get(image.mode, ("RGB",)):
+            image = image.convert(mode)
+        pixels = np.asarray(image)
+    return pixels if turn is None else turn(pixels)
+
+
+def _array_size(array: NDArray[Any], name: str) -> tuple[int, int]:
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
+        first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
+        cure = (
+            "Move the channels to the end: array.transpose(1, 2, 0)."
+            if first
+            else "Give one image at a time."
+        )
+        raise ImageError(
+            f"{name}: shape {array.shape}. Allowed: (height, width), (height, width, 1), (height, width, 3) or "
+            f"(height, width, 4). {cure}"
+        )
+    height, width = array.shape[:2]
+    _check_size(height, width, name)
+    return height, width
+
+
+def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    """The same array in 0..255, by a factor that does not depend on what is in it."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.uint16:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind != "f":
+        raise ImageError(
+            f"{name}: values of type {array.dtype}. Allowed: uint8, uint16, or float in 0..1. Convert it, for example "
+            "with array.astype('uint8')."
+        )
+    if not np.isfinite(array).all():
+        raise ImageError(
+            f"{name}: NaN or infinite values. Allowed: floats in 0..1. Replace them before scoring."
+        )
+    if array.min() < 0 or array.max() > 1:
+        raise ImageError(
+            f"{name}: floats from {array.min():g} to {array.max():g}. Allowed: floats in 0..1. Scale it by the camera's "
+            "range, the same for every image."
+        )
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+
+
+def _rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(H, W, 3), a copy that no one else holds."""
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    return np.array(pixels[:, :, :3], order="C")

@@ -1,0 +1,116 @@
+"""Samples as the rows that a network reads: every readable image, cut into tiles, each with a key for its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normweave.data.images import content_hash, decode, size
+from normweave.data.prepare import Preparation
+from normweave.errors import ImageError
+from normweave.types import Progress, Sample, Tile
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An image that could not be read."""
+
+    image_path: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """n rows of m readable images."""
+
+    samples: tuple[Sample, ...]
+    """m samples that can be read."""
+    hashes: tuple[str, ...]
+    """m content hashes (SHA-256 of the file)."""
+    sizes: tuple[tuple[int, int], ...]
+    """m (height, width) of the images on disk."""
+    owner: NDArray[np.int64]
+    """(n,) the sample of each row, ascending."""
+    tiles: tuple[Tile, ...]
+    """n tiles."""
+    keys: tuple[str, ...]
+    """n names of what each row holds: content, preparation and tile."""
+    refused: tuple[Refusal, ...]
+    preparation: Preparation
+    _decode: Callable[[int], NDArray[np.uint8]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A tiled image stands in several rows one after the other: decode it once.
+        samples = self.samples
+        object.__setattr__(
+            self, "_decode", lru_cache(maxsize=2)(lambda number: decode(samples[number].image_path))
+        )
+
+    def __len__(self) -> int:
+        """n."""
+        return len(self.tiles)
+
+    def load(self, row: int) -> NDArray[np.uint8]:
+        """The prepared pixels of a row, (3, height, width)."""
+        return self.preparation.apply(self._decode(int(self.owner[row])), self.tiles[row])
+
+
+def scan(
+    samples: Sequence[Sample],
+    preparation: Preparation,
+    *,
+    known: Callable[[Sequence[str]], Sequence[bool]] | None = None,
+    progress: Progress | None = None,
+) -> Rows:
+    """Look at every image once: what it holds, how large it is, whether it can be read.
+
+    Args:
+        known: tells of keys whether their features are stored already; such an image was read before and is not
+            decoded again.
+    """
+    kept: list[Sample] = []
+    hashes: list[str] = []
+    sizes: list[tuple[int, int]] = []
+    owner: list[int] = []
+    tiles: list[Tile] = []
+    keys: list[str] = []
+    refused: list[Refusal] = []
+    settings = json.dumps(preparation.as_dict(), sort_keys=True)
+    for number, sample in enumerate(samples):
+        try:
+            content = content_hash(sample.image_path)
+            height, width = size(sample.image_path)
+            own_tiles = preparation.tiles(height, width)
+            own_keys = [
+                hashlib.sha256(f"{content} {settings} {tuple(tile)}".encode()).hexdigest()
+                for tile in own_tiles
+            ]
+            if known is None or not all(known(own_keys)):
+                height, width = decode(sample.image_path).shape[:2]
+        except ImageError as error:
+            refused.append(Refusal(str(sample.image_path), str(error)))
+            continue
+        owner += [len(kept)] * len(own_tiles)
+        tiles += own_tiles
+        keys += own_keys
+        kept.append(sample)
+        hashes.append(content)
+        sizes.append((height, width))
+        if progress is not None:
+            progress("reading images", number + 1, len(samples))
+    return Rows(
+        samples=tuple(kept),
+        hashes=tuple(hashes),
+        sizes=tuple(sizes),
+        owner=np.array(owner, dtype=np.int64),
+        tiles=tuple(tiles),
+        keys=tuple(keys),
+        refused=tuple(refused),
+        preparation=preparation,
+    )

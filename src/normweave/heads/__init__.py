@@ -1,0 +1,50 @@
+"""Frozen features to patch scores. Each head is one file; what all of them promise: `types.Head`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, assert_never
+
+from normweave.config import AdaptedMoEConfig, DFMConfig, HeadConfig, MemoryBankConfig, SimpleNetConfig
+
+if TYPE_CHECKING:
+    from normweave.types import Head
+
+
+def build(config: HeadConfig, *, shape: tuple[int, int, int]) -> Head:
+    """The head that `config` describes, not fitted yet, for features of `shape` (D, h, w)."""
+    match config:
+        case AdaptedMoEConfig():
+            from normweave.heads.adapted_moe.head import AdaptedMoE
+
+            return AdaptedMoE.of(config, shape=shape)
+        case SimpleNetConfig():
+            from normweave.heads.simplenet import SimpleNet
+
+            return SimpleNet(
+                shape=shape,
+                hidden=config.hidden,
+                noise=config.noise,
+                margin=config.margin,
+                epochs=config.epochs,
+                batch_images=config.batch_images,
+                learning_rate=config.learning_rate,
+                patience=config.patience,
+            )
+        case MemoryBankConfig():
+            from normweave.heads.memory_bank import MemoryBank
+
+            return MemoryBank(
+                shape=shape,
+                share=config.share,
+                max_patches=config.max_patches,
+                max_pool=config.max_pool,
+                projection=config.projection,
+            )
+        case DFMConfig():
+            from normweave.heads.dfm import DFM
+
+            return DFM(
+                shape=shape, cells=config.cells, variance=config.variance, max_images=config.max_images
+            )
+        case _:
+            assert_never(config)

@@ -1,0 +1,205 @@
+"""Test-time adaption: bring an image of an unseen kind of normal to where the experts work.
+
+arXiv 2409.05611, Eq. 5-6, and a guarded form of our own (docs/equations.md).
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+SMALLEST_DEVIATION = 1e-3
+"""Channels are standardised: a deviation below this is a channel that says nothing on an image."""
+
+
+def statistics(features: Tensor) -> Tensor:
+    """s = [mean over patches; log deviation over patches] of each image, (B, D, h, w) -> (B, 2D).
+
+    The deviation is that of the whole population of patches (divided by P, not P - 1).
+    """
+    mean = features.mean(dim=(2, 3))  # (B, D)
+    deviation = features.var(dim=(2, 3), correction=0).sqrt().clamp_min(SMALLEST_DEVIATION)
+    return torch.cat([mean, deviation.log()], dim=1)
+
+
+def block_statistics(features: Tensor, *, blocks: int = 8) -> Tensor:
+    """What s would be without a local defect: medians over blocks x blocks parts of the image, (B, 2D).
+
+    A defect moves the mean of an image, but not the median of the means of its parts. On magnetic tiles this halves
+    how many defects lie beyond the normals' 99th percentile of distance, and another material stays as far away.
+    """
+    height, width = features.shape[2:]
+    part = (max(1, height // blocks), max(1, width // blocks))
+    mean = F.avg_pool2d(features, part)  # (B, D, blocks, blocks)
+    variance = (F.avg_pool2d(features.square(), part) - mean.square()).clamp_min(SMALLEST_DEVIATION**2)
+    both = torch.cat([mean, 0.5 * variance.log()], dim=1).flatten(2)  # (B, 2D, blocks^2)
+    # The lower of two middle values; a sort, because ONNX knows no median.
+    return both.sort(dim=2).values[..., (both.shape[2] - 1) // 2]
+
+
+def covariance_within(
+    samples: NDArray[np.float32], kinds: NDArray[np.int64], *, shrinkage: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means of each kind (K, N) and the covariance around them (N, N), shrunk towards its diagonal, + 1e-4 I.
+
+    Args:
+        samples: (n, N), one row an image.
+        kinds: (n,) in 0..K-1, each at least once.
+        shrinkage: share of the diagonal, in [0, 1].
+    """
+    rows = samples.astype(np.float64)
+    means = np.stack([rows[kinds == kind].mean(axis=0) for kind in range(int(kinds.max()) + 1)])  # (K, N)
+    residual = rows - means[kinds]
+    covariance = residual.T @ residual / max(1, len(rows) - len(means))
+    diagonal = np.diag(np.diag(covariance))
+    shrunk = (1 - shrinkage) * covariance + shrinkage * diagonal + 1e-4 * np.eye(len(covariance))
+    return means, shrunk
+
+
+class NoAdaption(nn.Module):
+    """Leave the features as they are."""
+
+    def fit(
+        self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]
+    ) -> None:
+        """Nothing to learn."""
+
+    def forward(self, features: Tensor, samples: Tensor, experts: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, 1, D, h, w)."""
+        return features[:, None]
+
+    def changes(self, samples: Tensor) -> Tensor:
+        """Which images are adapted, (B,) bool."""
+        return torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+
+
+class PaperAdaption(nn.Module):
+    """Full re-normalisation of each image to the statistics of an expert's subclass.
+
+    Eq. 5-6 of arXiv 2409.05611, per channel over the patches of one image, for every expert k that is asked:
+
+        x' = (x - mean(x)) * std_k / std(x) + c_k,    x'' = x' / |x'|
+
+    c_k and std_k are mean and deviation over all training patches of subclass k. Training images go through the same,
+    so the experts learn on patches of length one.
+
+    Args:
+        width: D.
+        experts: K.
+    """
+
+    centres: Tensor  # (K, D) c_k
+    deviations: Tensor  # (K, D) std_k
+
+    def __init__(self, *, width: int, experts: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.zeros(experts, width))
+        self.register_buffer("deviations", torch.ones(experts, width))
+
+    def fit(
+        self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]
+    ) -> None:
+        """Learn c_k and std_k from the statistics of each training image, (n, 2D), and its expert, (n,)."""
+        mean, log_deviation = np.split(samples.astype(np.float64), 2, axis=1)
+        centres, deviations = [], []
+        for expert in range(int(experts.max()) + 1):
+            own = experts == expert
+            centre = mean[own].mean(axis=0)
+            # All images have as many patches, so the squares of the parts add up to that of the whole.
+            square = (np.exp(2 * log_deviation[own]) + mean[own] ** 2).mean(axis=0)
+            centres.append(centre)
+            deviations.append(np.sqrt(np.maximum(square - centre**2, SMALLEST_DEVIATION**2)))
+        self.centres = torch.from_numpy(np.stack(centres)).float()
+        self.deviations = torch.from_numpy(np.stack(deviations)).float()
+
+    def forward(self, features: Tensor, samples: Tensor, experts: Tensor) -> Tensor:
+        """Adapt each image once for each expert asked.
+
+        Args:
+            features: (B, D, h, w).
+            samples: their `statistics`, (B, 2D).
+            experts: (B, T) numbers of the experts.
+
+        Returns:
+            (B, T, D, h, w), patches of length one.
+        """
+        mean, log_deviation = samples.chunk(2, dim=1)  # (B, D), (B, D)
+        scale = self.deviations[experts] / log_deviation.exp()[:, None]  # (B, T, D)
+        shift = self.centres[experts] - mean[:, None] * scale  # (B, T, D)
+        adapted = features[:, None] * scale[..., None, None] + shift[..., None, None]
+        return F.normalize(adapted, dim=2)
+
+    def changes(self, samples: Tensor) -> Tensor:
+        """Which images are adapted, (B,) bool: all."""
+        return torch.ones(len(samples), dtype=torch.bool, device=samples.device)
+
+
+class GuardedAdaption(nn.Module):
+    """Adapt only along the directions in which the known kinds of normal differ.
+
+    Ours. With s the statistics of an image, t_k their mean in kind k, t their mean, S their covariance within kinds
+    (shrunk) and B the leading r directions of the t_k - t, scaled by singular value / sqrt(K - 1), the posterior mean
+    of the image's coordinates under z ~ N(0, tau I) and the statistics of the kind it seems to be are
+
+        z = (B' S^-1 B + I / tau)^-1 B' S^-1 (s - t),    s^ = t + B z,
+        x' = (x - s^_mean) / exp(s^_logdeviation)
+
+    It extrapolates along "brighter" but does not explain a defect away. With one kind there is no direction: then the
+    features stay as they are, as with `off`.
+
+    Args:
+        width: D.
+        directions: r, at most.
+        prior: tau; how far beyond the known kinds an image may be taken to lie.
+        shrinkage: of S towards its diagonal, in [0, 1].
+    """
+
+    centre: Tensor  # (2D,) t
+    directions: Tensor  # (2D, r) B; columns without a direction are zero
+    reader: Tensor  # (r, 2D) (B' S^-1 B + I / tau)^-1 B' S^-1
+
+    def __init__(self, *, width: int, directions: int, prior: float, shrinkage: float) -> None:
+        super().__init__()
+        self.prior = prior
+        self.shrinkage = shrinkage
+        self.register_buffer("centre", torch.zeros(2 * width))
+        self.register_buffer("directions", torch.zeros(2 * width, directions))
+        self.register_buffer("reader", torch.zeros(directions, 2 * width))
+
+    def fit(
+        self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]
+    ) -> None:
+        """Learn from the statistics of each training image, (n, 2D), and its kind of normal, (n,)."""
+        means, within = covariance_within(samples, kinds, shrinkage=self.shrinkage)
+        found = min(self.directions.shape[1], len(means) - 1)
+        if found < 1:
+            return
+        centre = means.mean(axis=0)
+        _, values, vectors = np.linalg.svd(means - centre, full_matrices=False)
+        between = np.zeros(tuple(self.directions.shape))  # (2D, r)
+        between[:, :found] = vectors[:found].T * (values[:found] / math.sqrt(len(means) - 1))
+        weighed = np.linalg.solve(within, between)  # S^-1 B
+        precision = between.T @ weighed + np.eye(between.shape[1]) / self.prior
+        self.centre = torch.from_numpy(centre).float()
+        self.directions = torch.from_numpy(between).float()
+        self.reader = torch.from_numpy(np.linalg.solve(precision, weighed.T)).float()
+
+    def coordinates(self, samples: Tensor) -> Tensor:
+        """z of images with these statistics, (B, 2D) -> (B, r)."""
+        return (samples - self.centre) @ self.reader.T
+
+    def forward(self, features: Tensor, samples: Tensor, experts: Tensor) -> Tensor:
+        """Adapt (B, D, h, w) with the statistics (B, 2D): the same for all experts, (B, 1, D, h, w)."""
+        estimate = self.centre + self.coordinates(samples) @ self.directions.T  # (B, 2D)
+        mean, log_deviation = estimate[..., None, None].chunk(2, dim=1)  # (B, D, 1, 1) each
+        return ((features - mean) * (-log_deviation).exp())[:, None]
+
+    def changes(self, samples: Tensor) -> Tensor:
+        """Which images are adapted, (B,) bool: all, unless there was one kind of normal only."""
+        return self.directions.any().expand(len(samples))
+
+
+Adaption = NoAdaption | PaperAdaption | GuardedAdaption

@@ -1,0 +1,112 @@
+"""Find kinds of normal nobody named, and say how well they agree with names where there are any."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+COORDINATES = 5
+"""Principal components of the statistics in which kinds are sought; the rest is the scatter of single parts."""
+FEWEST_IMAGES = 5
+"""A kind needs at least so many images on average."""
+CLEAR_SILHOUETTE = 0.25
+"""Below it there is no substantial structure (Kaufman and Rousseeuw 1990), so k-means answers: one kind."""
+
+
+class Agreement(NamedTuple):
+    """How discovered kinds compare to given subclasses."""
+
+    adjusted_rand_index: float  # 1 = the same division, 0 = as chance would have it
+    purity: float  # share of images whose subclass is the most frequent one of their kind
+    found: int
+    given: int
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """Kinds of normal as Gaussians with diagonal covariance in a few principal components of the statistics."""
+
+    mean: NDArray[np.float64]  # (N,)
+    components: NDArray[np.float64]  # (N, q)
+    centres: NDArray[np.float64]  # (K, q)
+    variances: NDArray[np.float64]  # (K, q)
+    log_shares: NDArray[np.float64]  # (K,)
+
+    def kinds(self, samples: NDArray[np.float32]) -> NDArray[np.int64]:
+        """The most probable kind of images with these statistics, (n, N) -> (n,)."""
+        places = (samples.astype(np.float64) - self.mean) @ self.components  # (n, q)
+        gaps = (places[:, None] - self.centres) ** 2 / self.variances  # (n, K, q)
+        log_likelihood = self.log_shares - 0.5 * (gaps + np.log(self.variances)).sum(axis=2)
+        return np.asarray(log_likelihood.argmax(axis=1), dtype=np.int64)
+
+
+def discover(
+    samples: NDArray[np.float32], *, method: Literal["kmeans", "mixture"], most: int, seed: int
+) -> Discovery:
+    """Cluster images by their statistics.
+
+    Args:
+        samples: (n, N) statistics s of normal images.
+        method: `kmeans` takes the number of kinds with the best silhouette, `mixture` (Gaussian, diagonal) that with
+            the lowest BIC.
+        most: largest number of kinds to try.
+        seed: of the restarts.
+    """
+    rows = samples.astype(np.float64)
+    mean = rows.mean(axis=0)
+    _, _, vectors = np.linalg.svd(rows - mean, full_matrices=False)
+    components = vectors[:COORDINATES].T  # (N, q)
+    places = (rows - mean) @ components  # (n, q)
+    most = max(1, min(most, len(rows) // FEWEST_IMAGES))
+    centres, variances, shares = _kmeans(places, most, seed) if method == "kmeans" else _mixture(places, most, seed)
+    return Discovery(mean, components, centres, variances, np.log(shares))
+
+
+Clusters = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+"""Centres (K, q), variances (K, q), shares (K,)."""
+
+
+def _kmeans(places: NDArray[np.float64], most: int, seed: int) -> Clusters:
+    from sklearn.cluster import KMeans
+    from sklearn.metrics import silhouette_score
+
+    best, centres = CLEAR_SILHOUETTE, places.mean(axis=0, keepdims=True)
+    for number in range(2, most + 1):
+        found = KMeans(number, n_init=10, random_state=seed).fit(places)
+        if len(np.unique(found.labels_)) < number:  # fewer different images than kinds
+            break
+        silhouette = silhouette_score(places, found.labels_, sample_size=min(2000, len(places)), random_state=seed)
+        if silhouette > best:
+            best, centres = silhouette, found.cluster_centers_
+    return centres, np.ones_like(centres), np.full(len(centres), 1 / len(centres))
+
+
+def _mixture(places: NDArray[np.float64], most: int, seed: int) -> Clusters:
+    from sklearn.mixture import GaussianMixture
+
+    floor = 1e-3 * float(places.var(axis=0).mean()) + 1e-12
+    tried = [
+        GaussianMixture(
+            number, covariance_type="diag", n_init=3, max_iter=500, reg_covar=floor, random_state=seed
+        ).fit(places)
+        for number in range(1, most + 1)
+    ]
+    best = min(tried, key=lambda mixture: float(mixture.bic(places)))
+    # A component nobody belongs to would be an expert without images.
+    kept = np.unique(best.predict(places))
+    return best.means_[kept], best.covariances_[kept], best.weights_[kept]
+
+
+def agreement(kinds: NDArray[np.int64], subclasses: NDArray[np.int64]) -> Agreement:
+    """Compare discovered kinds, (n,), with given subclasses, (n,)."""
+    from sklearn.metrics import adjusted_rand_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(subclasses, kinds)  # (given, found) images
+    return Agreement(
+        adjusted_rand_index=float(adjusted_rand_score(subclasses, kinds)),
+        purity=float(table.max(axis=0).sum() / table.sum()),
+        found=int(table.shape[1]),
+        given=int(table.shape[0]),
+    )

@@ -1,0 +1,122 @@
+"""How badly principal components of whole normal images rebuild an image (DFM)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from normweave.heads import state
+from normweave.types import FitData, Lesson, PatchScores
+
+BATCH_IMAGES = 16
+PIECE = 1024  # numbers of an image that are turned to float64 at once
+
+
+class DFM(nn.Module):
+    """Subspace of the whole feature map, averaged to a few cells; what it cannot rebuild is anomalous.
+
+    Ahuja et al. 2019 (arXiv 1909.11786) with the feature reconstruction error of Bhushan et al. 2020: r = (x - m) -
+    C C^T (x - m), image score |r|, score of a cell the root of its squared residuals' sum over the channels. anomalib's
+    DFM gives the squares of both, and keeps one component less.
+
+    Args:
+        shape: (D, h, w) of the features.
+        cells: the grid is averaged to at most cells x cells, F = D * cells * cells numbers an image.
+        variance: share of the variance that the components keep, in (0, 1).
+        max_images: drawn at random for the components; bounds memory.
+    """
+
+    mean: Tensor  # (F,)
+    components: Tensor  # (F, C), orthonormal columns
+
+    def __init__(self, *, shape: tuple[int, int, int], cells: int, variance: float, max_images: int) -> None:
+        super().__init__()
+        self.subclass_names: tuple[str, ...] = ()
+        D, h, w = shape
+        self.grid = (min(cells, h), min(cells, w))
+        self.variance = variance
+        self.max_images = max_images
+        numbers = D * self.grid[0] * self.grid[1]
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("components", torch.empty(numbers, 0))
+
+    @torch.no_grad()
+    def begin(self, data: FitData) -> None:
+        """Find mean and components."""
+        generator = torch.Generator().manual_seed(data.seed)
+        rows = torch.randperm(len(data), generator=generator)[: self.max_images].sort().values.numpy()
+        flat = torch.cat(
+            [
+                self._flat(data.features.read(rows[start : start + BATCH_IMAGES]))
+                for start in range(0, len(rows), BATCH_IMAGES)
+            ]
+        )  # (n, F)
+        mean, components = principal_components(flat, variance=self.variance)
+        self.mean, self.components = mean.to(self.mean.device), components.to(self.mean.device)
+
+    def lessons(self, data: FitData) -> Sequence[Lesson]:
+        """None: nothing is trained by gradient."""
+        return ()
+
+    def finish(self, data: FitData) -> None:
+        """Nothing is left to do."""
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> PatchScores:
+        """Score (B, D, h, w); the scores have the coarser grid of the cells."""
+        centred = self._flat(features) - self.mean  # (B, F)
+        residual = centred - (centred @ self.components) @ self.components.T  # (B, F)
+        squared = residual.square().unflatten(1, (-1, *self.grid)).sum(1)  # (B, cells, cells)
+        return PatchScores(scores=squared.sqrt(), image_scores=squared.sum((1, 2)).sqrt(), routing=None)
+
+    def _flat(self, features: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(features, self.grid).flatten(1)  # (B, F)
+
+    def state(self) -> dict[str, Tensor]:
+        """Mean and components."""
+        return state.state(self)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over any number of components."""
+        state.load_state(self, tensors)
+
+
+def principal_components(rows: Tensor, *, variance: float) -> tuple[Tensor, Tensor]:
+    """Mean and the fewest principal components that hold this share of the variance, exactly, in float64.
+
+    By the smaller of X^T X and X X^T (whose eigenvectors u give the components X^T u / |X^T u|).
+
+    Args:
+        rows: (n, F) float32, n >= 1.
+        variance: share in (0, 1).
+
+    Returns:
+        (F,) mean and (F, C) orthonormal columns, both float32, largest variance first; C = 0 when all rows are equal.
+    """
+    n, width = rows.shape
+    mean = rows.mean(0, dtype=torch.float64)  # (F,)
+    if n <= width:
+        gram = torch.zeros(n, n, dtype=torch.float64)
+        for start in range(0, width, PIECE):
+            piece = rows[:, start : start + PIECE] - mean[start : start + PIECE]  # (n, p) float64
+            gram.addmm_(piece, piece.T)
+    else:
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        for start in range(0, n, PIECE):
+            piece = rows[start : start + PIECE] - mean  # (p, F) float64
+            gram.addmm_(piece.T, piece)
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    held = values.cumsum(0)
+    # Equal rows leave a variance of rounding errors only, or none.
+    count = int((held < variance * held[-1]).sum()) + 1 if held[-1] > 0 else 0
+    if n > width:
+        return mean.float(), vectors[:, :count].float()
+    components = torch.empty(width, count)
+    for start in range(0, width, PIECE):
+        piece = rows[:, start : start + PIECE] - mean[start : start + PIECE]  # (n, p)
+        components[start : start + PIECE] = (piece.T @ vectors[:, :count] / values[:count].sqrt()).float()
+    return mean.float(), components

@@ -1,0 +1,160 @@
+"""Distance to the nearest stored normal patch (PatchCore)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from normweave.heads import state
+from normweave.types import FeatureSource, FitData, Lesson, PatchScores
+
+CHUNK = 1024  # stored patches compared at once: as fast as more, and (queries, CHUNK) numbers are small
+BATCH_IMAGES = 16
+
+
+class MemoryBank(nn.Module):
+    """Keep a coreset of normal patches; a patch scores its distance to the nearest of them.
+
+    Roth et al. 2022 (arXiv 2106.08265), equations 5 and 6: s(x) = min over m in the bank of |x - m|. Without equation
+    7, the re-weighting of the image score; the pool is bounded, the paper's is not.
+
+    Args:
+        shape: (D, h, w) of the features.
+        share: of the pool, kept by the coreset; in (0, 1].
+        max_patches: the coreset never holds more.
+        max_pool: patches drawn at random from which the coreset is chosen.
+        projection: numbers a patch in the random projection in which the coreset is chosen; 0 = all.
+    """
+
+    bank: Tensor  # (M, D)
+
+    def __init__(
+        self, *, shape: tuple[int, int, int], share: float, max_patches: int, max_pool: int, projection: int
+    ) -> None:
+        super().__init__()
+        self.subclass_names: tuple[str, ...] = ()
+        self.share = share
+        self.max_patches = max_patches
+        self.max_pool = max_pool
+        self.projection = projection
+        self.register_buffer("bank", torch.empty(0, shape[0]))
+
+    @torch.no_grad()
+    def begin(self, data: FitData) -> None:
+        """Fill the bank."""
+        generator = torch.Generator().manual_seed(data.seed)
+        pool = draw_patches(data.features, np.arange(len(data)), at_most=self.max_pool, generator=generator)
+        keep = min(self.max_patches, max(1, round(self.share * len(pool))))
+        near = project(pool, self.projection, generator=generator)
+        self.bank = pool[coreset(near, keep, generator=generator)].to(self.bank.device)
+
+    def lessons(self, data: FitData) -> Sequence[Lesson]:
+        """None: nothing is trained by gradient."""
+        return ()
+
+    def finish(self, data: FitData) -> None:
+        """Nothing is left to do."""
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> PatchScores:
+        """Score (B, D, h, w)."""
+        B, D, h, w = features.shape
+        patches = features.permute(0, 2, 3, 1).reshape(-1, D)  # (B*P, D)
+        distance, _ = nearest(patches, self.bank)
+        return PatchScores(scores=distance.view(B, h, w), image_scores=None, routing=None)
+
+    def state(self) -> dict[str, Tensor]:
+        """The bank."""
+        return state.state(self)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over a bank of any size."""
+        state.load_state(self, tensors)
+
+
+def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Distance to the nearest row of the bank, and which row it is.
+
+    Found by |x - m|^2 = |x|^2 - 2 x.m + |m|^2, the bank taken `chunk` rows at a time. The distance itself is then
+    computed from the difference: the expansion loses the small ones to rounding.
+
+    Args:
+        queries: (N, D).
+        bank: (M, D), M >= 1.
+        chunk: bounds the memory to N * chunk numbers.
+
+    Returns:
+        (N,) distance and (N,) int64 row of the bank.
+    """
+    best = queries.new_full((len(queries),), torch.inf)  # |x|^2 is left out: the same for every m
+    index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(bank), chunk):
+        part = bank[start : start + chunk]  # (m, D)
+        squared = torch.addmm(part.square().sum(1), queries, part.T, alpha=-2)  # (N, m)
+        value, row = squared.min(dim=1)  # (N,), (N,)
+        closer = value < best
+        best = torch.where(closer, value, best)
+        index = torch.where(closer, row + start, index)
+    return (queries - bank[index]).square().sum(1).sqrt(), index
+
+
+def draw_patches(
+    source: FeatureSource, rows: np.ndarray, *, at_most: int, generator: torch.Generator
+) -> Tensor:
+    """Patches drawn at random from these images without repetition, the same number from each (give or take one).
+
+    Args:
+        rows: (n,) images to draw from.
+
+    Returns:
+        (N, D), N <= at_most; in the order of `rows`.
+    """
+    D, h, w = source.shape
+    each, over = divmod(at_most, max(1, len(rows)))
+    quota = torch.full((len(rows),), each)
+    quota[torch.randperm(len(rows), generator=generator)[:over]] += 1
+    quota.clamp_(max=h * w)
+    pool = torch.empty(int(quota.sum()), D)
+    filled = 0
+    for start in range(0, len(rows), BATCH_IMAGES):
+        batch = source.read(rows[start : start + BATCH_IMAGES])  # (B, D, h, w)
+        for image, count in zip(batch, quota[start : start + BATCH_IMAGES].tolist(), strict=True):
+            chosen = torch.randperm(h * w, generator=generator)[:count]
+            pool[filled : filled + count] = image.flatten(1)[:, chosen].T
+            filled += count
+    return pool
+
+
+def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> Tensor:
+    """(N, D) to (N, dimensions) by a random matrix that about keeps distances (Johnson-Lindenstrauss); 0 = all."""
+    width = patches.shape[1]
+    if dimensions == 0 or dimensions >= width:
+        return patches
+    return patches @ (torch.randn(width, dimensions, generator=generator) / dimensions**0.5)
+
+
+def coreset(points: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
+    """Rows of (N, d) points that leave no point far from a chosen one: greedy k-centre, a 2-approximation.
+
+    Gonzalez 1985; algorithm 1 of arXiv 2106.08265: from a first point drawn at random, always add the point that is
+    farthest from those chosen.
+
+    Returns:
+        (keep,) int64, all different, in the order in which they were chosen. Memory and time a step grow with N.
+    """
+    squares = points.square().sum(1)  # (N,)
+    farness = torch.full_like(squares, torch.inf)  # squared distance to the nearest chosen point
+    distance = torch.empty_like(squares)
+    chosen = torch.empty(keep, dtype=torch.int64)
+    latest = int(torch.randint(len(points), (1,), generator=generator))
+    for step in range(keep):
+        chosen[step] = latest
+        torch.addmv(squares, points, points[latest], alpha=-2, out=distance)
+        distance += squares[latest]
+        torch.minimum(farness, distance, out=farness)
+        farness[latest] = -torch.inf  # never twice, even where rounding or twins leave nothing farther
+        latest = int(farness.argmax())
+    return chosen

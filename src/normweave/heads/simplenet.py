@@ -1,0 +1,168 @@
+"""One discriminator for all kinds of normal (SimpleNet): the papers' baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from normweave.heads import state
+from normweave.types import FitData, Lesson, PatchScores
+
+
+class SimpleNet(nn.Module):
+    """Tell normal features from the same features with noise on them.
+
+    Liu et al. 2023 (arXiv 2303.15140), section 3: an adaptor q = W x + b (3.2), q- = q + N(0, noise^2) (3.3), a
+    discriminator D = linear, batch norm, LeakyReLU 0.2, linear (3.4), the truncated L1 loss of equation 5 with
+    th+ = -th- = margin, and the score -D(q) of equation 6.
+
+    Args:
+        shape: (D, h, w) of the features.
+        hidden: the discriminator's width.
+        noise: deviation of the noise on the adapted features.
+        margin: how far from 0 the discriminator must be to be done with a patch.
+        epochs, batch_images, learning_rate, patience: of the lesson; the adaptor learns at half the rate.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        hidden: int,
+        noise: float,
+        margin: float,
+        epochs: int,
+        batch_images: int,
+        learning_rate: float,
+        patience: int,
+    ) -> None:
+        super().__init__()
+        self.subclass_names: tuple[str, ...] = ()
+        self.discriminator = Discriminator(width=shape[0], hidden=hidden)
+        self.noise = noise
+        self.margin = margin
+        self.epochs = epochs
+        self.batch_images = batch_images
+        self.learning_rate = learning_rate
+        self.patience = patience
+        self.eval()
+
+    def train(self, mode: bool = True) -> SimpleNet:
+        """Stay in eval mode; only the lesson wakes the batch norm, in the discriminator itself."""
+        return super().train(False)
+
+    def begin(self, data: FitData) -> None:
+        """Draw the initial weights."""
+        self.discriminator.start(torch.Generator().manual_seed(data.seed))
+
+    def lessons(self, data: FitData) -> Sequence[Lesson]:
+        """One."""
+        return (
+            NoiseLesson(
+                self.discriminator,
+                noise=self.noise,
+                margin=self.margin,
+                epochs=self.epochs,
+                batch_images=self.batch_images,
+                learning_rate=self.learning_rate,
+                patience=self.patience,
+            ),
+        )
+
+    def finish(self, data: FitData) -> None:
+        """Nothing is left to do."""
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> PatchScores:
+        """Score (B, D, h, w)."""
+        B, _, h, w = features.shape
+        adapted = self.discriminator.adapt(features)  # (B*P, D)
+        return PatchScores(scores=-self.discriminator(adapted).view(B, h, w), image_scores=None, routing=None)
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and batch-norm statistics."""
+        return state.state(self)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take them over."""
+        state.load_state(self, tensors)
+
+
+class Discriminator(nn.Module):
+    """Adaptor and discriminator: patches of (B, D, h, w) features to one number each, higher = more normal."""
+
+    def __init__(self, *, width: int, hidden: int) -> None:
+        super().__init__()
+        self.adaptor = nn.Linear(width, width)
+        self.hidden = nn.Linear(width, hidden)
+        self.standardise = nn.BatchNorm1d(hidden)
+        self.bend = nn.LeakyReLU(0.2)
+        self.out = nn.Linear(hidden, 1, bias=False)
+
+    def start(self, generator: torch.Generator) -> None:
+        """Draw new weights, by Glorot's rule as the authors' code does."""
+        for layer in (self.adaptor, self.hidden, self.out):
+            nn.init.xavier_normal_(layer.weight, generator=generator)
+        nn.init.zeros_(self.adaptor.bias)
+        nn.init.zeros_(self.hidden.bias)
+        self.standardise.reset_parameters()
+
+    def adapt(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) to (B*P, D)."""
+        patches: Tensor = self.adaptor(features.permute(0, 2, 3, 1))  # (B, h, w, D)
+        return patches.flatten(0, 2)
+
+    def forward(self, adapted: Tensor) -> Tensor:
+        """(N, D) to (N,)."""
+        score: Tensor = self.out(self.bend(self.standardise(self.hidden(adapted))))  # (N, 1)
+        return score.squeeze(1)
+
+
+class NoiseLesson:
+    """Train a `Discriminator` with noise for anomalies."""
+
+    name = "simplenet"
+
+    def __init__(
+        self,
+        discriminator: Discriminator,
+        *,
+        noise: float,
+        margin: float,
+        epochs: int,
+        batch_images: int,
+        learning_rate: float,
+        patience: int,
+    ) -> None:
+        self.module = self.discriminator = discriminator
+        self.noise = noise
+        self.margin = margin
+        self.epochs = epochs
+        self.batch_images = batch_images
+        self.learning_rate = learning_rate
+        self.patience = patience
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Adam at the paper's rates (section 4.3: 1e-4 for the adaptor, 2e-4 and weight decay 1e-5 for the rest)."""
+        adaptor = list(self.discriminator.adaptor.parameters())
+        known = {id(parameter) for parameter in adaptor}
+        rest = [parameter for parameter in self.discriminator.parameters() if id(parameter) not in known]
+        return torch.optim.Adam(
+            [{"params": adaptor, "lr": self.learning_rate / 2}, {"params": rest, "lr": self.learning_rate}],
+            weight_decay=1e-5,
+        )
+
+    def loss(
+        self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
+    ) -> dict[str, Tensor]:
+        """Equation 5: mean max(0, margin - D(q)) + mean max(0, margin + D(q + noise)).
+
+        Normal and noised patches pass the batch norm together, as in the authors' code.
+        """
+        normal = self.discriminator.adapt(features)  # (N, D)
+        noise = torch.randn(normal.shape, generator=generator).to(normal.device) * self.noise
+        score = self.discriminator(torch.cat([normal, normal + noise]))  # (2N,)
+        of_normal, of_noised = score.chunk(2)
+        return {"loss": (self.margin - of_normal).relu().mean() + (self.margin + of_noised).relu().mean()}

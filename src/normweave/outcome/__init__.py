@@ -1,0 +1,1 @@
+"""Anomaly maps to one score an image, an operating point, and a verdict. numpy only."""

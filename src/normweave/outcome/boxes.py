@@ -1,0 +1,97 @@
+"""Where the defects are: connected regions of a map above the operating point."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normweave.types import DefectBox
+
+AT_MOST = 100
+"""More boxes than this tell nobody anything."""
+
+
+def find(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[DefectBox, ...]:
+    """The regions of `anomaly_map > threshold`, highest peak first, at most 100 of them.
+
+    Pixels that touch at a side or at a corner belong together. Works on runs (stretches of a row above the
+    threshold) in place of pixels: neighbouring runs are joined until every region has one number.
+    """
+    width = anomaly_map.shape[1]
+    row, start, end = _runs(anomaly_map > threshold)
+    if not len(row):
+        return ()
+    first, second = _touching(row, start, end, width)
+    region = _regions(len(row), first, second)
+
+    names, index = np.unique(region, return_inverse=True)
+    left = np.full(len(names), width)
+    right, bottom = np.zeros_like(left), np.zeros_like(left)
+    top = np.full(len(names), anomaly_map.shape[0])
+    peak = np.full(len(names), -np.inf, dtype=anomaly_map.dtype)
+    np.minimum.at(left, index, start)
+    np.maximum.at(right, index, end)
+    np.minimum.at(top, index, row)
+    np.maximum.at(bottom, index, row + 1)
+    np.maximum.at(peak, index, _run_peaks(anomaly_map, row * width + start, row * width + end))
+
+    order = np.lexsort((left, top, -peak))[:AT_MOST]
+    return tuple(
+        DefectBox(
+            x=int(left[i]),
+            y=int(top[i]),
+            width=int(right[i] - left[i]),
+            height=int(bottom[i] - top[i]),
+            peak=float(peak[i]),
+        )
+        for i in order
+    )
+
+
+def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Row, start and end (one past the last pixel) of every run, in reading order."""
+    padded = np.zeros((mask.shape[0], mask.shape[1] + 2), dtype=np.int8)
+    padded[:, 1:-1] = mask
+    change = np.diff(padded, axis=1)  # (H, W + 1)
+    row, start = np.nonzero(change == 1)
+    end = np.nonzero(change == -1)[1]
+    return row, start, end
+
+
+def _touching(
+    row: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64], width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs of runs in neighbouring rows that touch at a side or a corner: start' <= end and start <= end'.
+
+    The runs of the next row that touch a run follow each other, so two binary searches find them all.
+    """
+    stride = width + 2  # one row after the other on one line, with room between them
+    below = np.searchsorted(row * stride + end, (row + 1) * stride + start, side="left")
+    beyond = np.searchsorted(row * stride + start, (row + 1) * stride + end, side="right")
+    count = np.maximum(beyond - below, 0)
+    first = np.repeat(np.arange(len(row)), count)
+    second = np.repeat(below - (np.cumsum(count) - count), count) + np.arange(count.sum())
+    return first, second
+
+
+def _regions(count: int, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The lowest number in each connected component, for `count` nodes and these edges."""
+    root = np.arange(count)
+    while True:
+        one, other = root[first], root[second]
+        low, high = np.minimum(one, other), np.maximum(one, other)
+        if np.array_equal(low, high):
+            return root
+        np.minimum.at(root, high, low)
+        while not np.array_equal(root, shorter := root[root]):
+            root = shorter
+
+
+def _run_peaks(
+    anomaly_map: NDArray[np.float32], begin: NDArray[np.int64], end: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """The highest value between each begin and end, which count through the whole map."""
+    values = np.append(anomaly_map.ravel(), anomaly_map.dtype.type(0))  # an end may lie one past the map
+    bounds = np.stack([begin, end], axis=1).ravel()
+    peaks: NDArray[np.float32] = np.maximum.reduceat(values, bounds)[::2]
+    return peaks

@@ -1,0 +1,214 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normweave.errors import BundleError, ConfigError, DataError, GateError
+from normweave.outcome.operating_point import Calibration, draw, needed, p_value
+
+NAMES = ("cloth/red", "cloth/blue", "cloth/rare")
+
+
+def calibration(seed=0, *, each=(60, 40, 5), false_alarm_rate=0.05, unknown_rate=0.01):
+    """Two subclasses with enough normals of different scale, and one with too few."""
+    random = np.random.default_rng(seed)
+    subclasses = np.repeat(np.arange(3), each)
+    return Calibration(
+        scores=random.normal(loc=10.0 * subclasses).astype(np.float32),
+        distances=random.exponential(size=sum(each)),
+        subclasses=subclasses,
+        subclass_names=NAMES,
+        false_alarm_rate=false_alarm_rate,
+        unknown_rate=unknown_rate,
+    )
+
+
+@pytest.mark.parametrize(
+    ("n", "rate", "rank"), [(19, 0.05, 19), (99, 0.05, 95), (99, 0.29, 71), (104, 0.01, 104)]
+)
+def test_the_line_is_the_quantile_of_the_paper(n, rate, rank):
+    """The ceil((n + 1)(1 - a))-th smallest, also where 100 * 0.29 is 28.999999999999996."""
+    scores = np.random.default_rng(0).permutation(n)
+    assert draw(scores, false_alarm_rate=rate).threshold == rank - 1
+
+
+@pytest.mark.parametrize(("n", "rate"), [(99, 0.05), (104, 0.05), (24, 0.1)])
+def test_keeps_its_promise_on_new_normals(n, rate):
+    """Averaged over many draws, false alarms come out at floor((n + 1) a) / (n + 1), never above a."""
+    random = np.random.default_rng(0)
+    rates = []
+    for _ in range(2000):
+        point = draw(random.normal(size=n), false_alarm_rate=rate)
+        rates.append((random.normal(size=500) > point.threshold).mean())
+    mean, error = np.mean(rates), np.std(rates) / math.sqrt(len(rates))
+    assert abs(mean - math.floor((n + 1) * rate) / (n + 1)) < 4 * error
+    assert mean < rate + 4 * error
+
+
+def test_keeps_its_promise_in_each_subclass():
+    """Subclasses of very different scores, of one shared line only the lowest and highest would be right."""
+    alarms = np.zeros(2)
+    random = np.random.default_rng(1)
+    draws, new = 300, 200
+    for seed in range(draws):
+        held_out = calibration(seed, each=(99, 59, 0))
+        for k in range(2):
+            fresh = random.normal(loc=10.0 * k, size=new)
+            alarms[k] += sum(held_out.judge(score=s, subclass=k).verdict == "anomalous" for s in fresh)
+    np.testing.assert_allclose(alarms / (draws * new), [0.05, 3 / 60], atol=0.006)
+
+
+def test_too_few_normals_says_how_many_are_needed():
+    with pytest.raises(
+        GateError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98"
+    ) as caught:
+        draw(np.zeros(98), false_alarm_rate=0.01)
+    assert caught.value.exit_code == 3
+    assert [needed(rate) for rate in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9)] == [99, 19, 9, 3, 1, 1]
+    for rate in (0.01, 0.05, 0.07, 0.3):
+        draw(np.zeros(needed(rate)), false_alarm_rate=rate)
+
+
+@pytest.mark.parametrize("rate", [0, 1, -0.1, float("nan")])
+def test_rates_outside_of_0_to_1_are_refused(rate):
+    with pytest.raises(ConfigError, match=r"must lie in \(0, 1\), got"):
+        draw(np.zeros(10), false_alarm_rate=rate)
+
+
+@settings(deadline=None, max_examples=300, derandomize=True)
+@given(st.lists(st.integers(0, 6), min_size=9, max_size=60), st.integers(-1, 7), st.integers(10, 40))
+def test_an_image_is_anomalous_exactly_when_its_p_value_is_low_enough(scores, score, percent):
+    """With many ties."""
+    rate = percent / 100
+    point = draw(scores, false_alarm_rate=rate)
+    assert (score > point.threshold) == (p_value(score, scores) <= rate + 1e-12)
+
+
+def test_p_value_counts_the_image_itself():
+    assert p_value(3.0, [1, 2, 3, 4]) == 3 / 5
+    assert p_value(5.0, [1, 2, 3, 4]) == 1 / 5
+    assert p_value(0.0, [1, 2, 3, 4]) == 1
+
+
+def test_a_subclass_with_enough_normals_has_its_own_line():
+    held_out = calibration()
+    red = held_out.judge(score=9.0, distance=0.5, subclass=0)
+    blue = held_out.judge(score=9.0, distance=0.5, subclass=1)
+    assert (red.verdict, red.pooled, red.p_value) == ("anomalous", False, 1 / 61)
+    assert (blue.verdict, blue.pooled) == ("normal", False)
+    assert blue.p_value > 0.5
+    assert red.threshold < 5 < blue.threshold
+
+
+def test_a_subclass_with_too_few_shares_the_line_of_all_and_says_so():
+    held_out = calibration()
+    rare = held_out.judge(score=15.0, distance=0.5, subclass=2)
+    assert rare.pooled
+    assert rare.threshold == draw(held_out.scores, false_alarm_rate=0.05).threshold
+    assert rare.p_value == p_value(15.0, held_out.scores)
+    assert [point["pooled"] for point in held_out.as_dict()["operating_points"]] == [True, False, False, True]
+
+
+def test_unknown_goes_before_anomalous():
+    judgement = calibration().judge(score=100.0, distance=1000.0, subclass=0)
+    assert judgement.verdict == "unknown"
+    assert judgement.subclass_p_value == 1 / 106
+
+
+def test_unknown_at_the_promised_rate_or_at_the_lowest_there_is():
+    random = np.random.default_rng(2)
+    for each, unknown_rate, expected in (
+        ((60, 40, 0), 0.05, (3 / 61, 2 / 41)),  # own lines: floor(61 * .05) / 61, floor(41 * .05) / 41
+        ((60, 40, 0), 0.01, (1 / 101, 1 / 101)),  # too few in a subclass: all 100
+        ((30, 20, 0), 0.01, (1 / 51, 1 / 51)),  # too few of all: beyond the farthest
+    ):
+        unknown = np.zeros(2)
+        for seed in range(300):
+            held_out = calibration(seed, each=each, unknown_rate=unknown_rate)
+            for k in range(2):
+                fresh = random.exponential(size=200)
+                unknown[k] += sum(
+                    held_out.judge(score=0.0, distance=d, subclass=k).verdict == "unknown" for d in fresh
+                )
+        np.testing.assert_allclose(unknown / (300 * 200), expected, atol=0.005)
+    points = held_out.as_dict()["operating_points"]
+    assert points[0]["unknown_rate"] == 1 / 51
+    assert points[0]["unknown_beyond"] == held_out.distances.max()
+
+
+def test_a_head_that_does_not_route_knows_no_unknown():
+    held_out = Calibration(scores=np.arange(40.0), false_alarm_rate=0.05, unknown_rate=0.01)
+    judgement = held_out.judge(score=38.5)
+    assert judgement.verdict == "anomalous"
+    assert judgement.pooled
+    assert judgement.subclass_p_value is None
+    assert len(held_out.as_dict()["operating_points"]) == 1
+    assert Calibration.from_dict(held_out.as_dict()).judge(score=38.5) == judgement
+
+
+def test_another_rate_redraws_every_line():
+    held_out = calibration()
+    stricter = held_out.with_rate(0.02)
+    assert stricter.judge(score=0.0, distance=0.1, subclass=0).false_alarm_rate == 0.02
+    assert stricter.point(0).threshold > held_out.point(0).threshold
+    assert stricter.point(1) == stricter.point(None)  # 40 are too few for 0.02
+    assert stricter.with_rate(0.05).as_dict() == held_out.as_dict()
+    with pytest.raises(GateError, match="needs at least 199 held-out normal images, got 105"):
+        held_out.with_rate(0.005)
+
+
+def test_goes_through_json_without_a_change():
+    held_out = calibration()
+    again = Calibration.from_dict(json.loads(json.dumps(held_out.as_dict())))
+    assert again.as_dict() == held_out.as_dict()
+    for score in held_out.scores:
+        for k in (0, 1, 2, None):
+            assert again.judge(score=score, distance=0.3, subclass=k) == held_out.judge(
+                score=score, distance=0.3, subclass=k
+            )
+    assert len(again) == 105
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "complaint"),
+    [
+        ("scores", lambda values: [math.nan, *values[1:]], "must be finite"),
+        ("scores", lambda values: values[::-1], "out of order"),
+        ("scores", lambda values: values[1:], "104 scores but 105 distances"),
+        ("scores", lambda values: ["a"], "could not convert"),
+        ("distances", lambda values: values[1:], "105 scores but 104 distances"),
+        ("subclasses", lambda values: [3, *values[1:]], r"indices into 3 names, got 0\.\.3"),
+        ("false_alarm_rate", lambda value: 7, "must lie in"),
+        ("false_alarm_rate", lambda value: 0.001, "needs at least 999"),
+        ("unknown_rate", lambda value: 0, "must lie in"),
+        ("operating_points", lambda points: points[:1], "do not follow"),
+        ("operating_points", lambda points: [points[0] | {"threshold": 0.0}, *points[1:]], "do not follow"),
+        ("subclass_names", lambda names: None, "not iterable"),
+    ],
+)
+def test_a_damaged_record_is_refused(key, change, complaint):
+    record = calibration().as_dict()
+    record[key] = change(record[key])
+    with pytest.raises(BundleError, match=complaint):
+        Calibration.from_dict(record)
+
+
+def test_a_record_with_something_missing_is_refused():
+    record = calibration().as_dict()
+    del record["distances"]
+    with pytest.raises(BundleError, match="'distances' is missing"):
+        Calibration.from_dict(record)
+
+
+def test_numbers_that_say_nothing_are_refused():
+    with pytest.raises(DataError, match="must be finite, got 1 that are not"):
+        draw([1.0, math.inf, 2.0], false_alarm_rate=0.3)
+    with pytest.raises(DataError, match=r"one number an image, got shape \(2, 2\)"):
+        draw(np.zeros((2, 2)), false_alarm_rate=0.3)
+    with pytest.raises(DataError, match="must be finite, got nan"):
+        calibration().judge(score=math.nan)
+    with pytest.raises(DataError, match="must be finite"):
+        calibration().judge(score=1.0, distance=math.inf)

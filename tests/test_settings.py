@@ -1,0 +1,198 @@
+"""Settings come back as they were written, and every mistake is named with its cure."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import yaml
+
+from normweave import settings
+from normweave.config import (
+    AdaptedMoEConfig,
+    Config,
+    DataConfig,
+    FeaturesConfig,
+    HeadConfig,
+    MemoryBankConfig,
+    SimpleNetConfig,
+)
+from normweave.errors import ConfigError
+
+
+def refused(call, *words):
+    """The message of a refusal, which must hold all of these words."""
+    with pytest.raises(ConfigError) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+    return str(caught.value)
+
+
+@pytest.fixture(params=get_args(HeadConfig), ids=lambda head: head.kind)
+def config(request):
+    return Config(
+        data=DataConfig(
+            category=("bottle", "01"), subclass_from="filename-regex", subclass_regex="^(a[0-9])"
+        ),
+        features=FeaturesConfig(strides=(8, 16)),
+        head=request.param(),
+        seed=7,
+    )
+
+
+def test_comes_back_from_json(config):
+    assert settings.from_dict(json.loads(json.dumps(settings.as_dict(config)))) == config
+
+
+def test_comes_back_from_yaml(config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings.as_dict(config)))
+    assert settings.read(path) == config
+
+
+def test_what_is_not_named_keeps_its_default(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# a comment\nhead:\n  kind: memory_bank\n  share: 0.2\nmaps.smoothing: 0\n")
+    assert settings.read(path) == Config(
+        head=MemoryBankConfig(share=0.2), maps=replace(Config().maps, smoothing=0)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "head"),
+    [
+        (
+            "{kind: adapted_moe, adaption: off}",
+            AdaptedMoEConfig(adaption="off"),
+        ),  # YAML 1.1 reads off as false
+        ("{kind: simplenet, learning_rate: 2e-4}", SimpleNetConfig(learning_rate=0.0002)),  # and 2e-4 as text
+        ("{kind: simplenet, learning_rate: 1.5E-3}", SimpleNetConfig(learning_rate=0.0015)),
+        ("{kind: simplenet, noise: 1}", SimpleNetConfig(noise=1.0)),
+        ("{kind: adapted_moe, moe: false}", AdaptedMoEConfig(moe=False)),
+    ],
+)
+def test_yaml_means_what_it_looks_like(tmp_path, text, head):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"head: {text}\n")
+    assert settings.read(path).head == head
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("head: {kind: adapted_moe, topk: 2}", ["Unknown setting 'head.topk'", "Did you mean 'head.top_k'?"]),
+        ("head: {kind: adapted_moe, share: 0.1}", ["Unknown setting 'head.share'", "Known: head.adaption"]),
+        ("head: {share: 0.1}", ["head.kind must be named, one of: adapted_moe, dfm, memory_bank, simplenet"]),
+        ("head: {kind: memory_bnk}", ["Unknown head.kind 'memory_bnk'. Did you mean 'memory_bank'?"]),
+        ("head: {kind: [1]}", ["Unknown head.kind '[1]'"]),
+        ("haed: {kind: dfm}", ["Unknown setting 'haed'", "Did you mean 'head"]),
+        ("head: 5", ["head must hold `key: value` lines, got 5"]),
+        ("prepare: {height: '256'}", ["prepare.height must be a valid integer, got '256'"]),
+        ("prepare: {height: 256.5}", ["prepare.height must be a valid integer, got 256.5"]),
+        ("head: {kind: adapted_moe, moe: 1}", ["head.moe must be a valid boolean, got 1"]),
+        ("head: {kind: adapted_moe, moe: no}", ["head.moe must be a valid boolean, got 'no'"]),
+        ("head: {kind: adapted_moe, top_k: true}", ["head.top_k must be a valid integer, got True"]),
+        ("head: {kind: adapted_moe, adaption: full}", ["head.adaption must be 'off', 'paper' or 'guarded'"]),
+        ("data: {category: bottle}", ["data.category must be a valid list, got 'bottle'"]),
+        ("data: {category: [a, 1]}", ["data.category[1] must be a valid string, got 1"]),
+        ("data: {subclass: [2026-01-31]}", ["data.subclass[0] must be a valid string"]),
+        ("maps: {smoothing: .inf}", ["maps.smoothing must be a finite number, got inf"]),
+        ("maps: {smoothing: .nan}", ["maps.smoothing must be a finite number, got nan"]),
+        ("maps: {smoothing: -1}", ["maps: smoothing must be 0 or more, got -1"]),
+        ("seed: one", ["seed must be a valid integer, got 'one'"]),
+        ("seed: 1\nseed: 2", ["is not YAML", "found twice in one place: seed"]),
+        ("seed: [1", ["is not YAML", "line 1"]),
+        ("seed: 2026-13-45", ["is not YAML"]),
+        ("seed: !!python/object/apply:os.getcwd []", ["is not YAML", "could not determine a constructor"]),
+        ("[" * 5000, ["is not YAML"]),
+        ("- a", ["must hold `key: value` lines", "with the keys data, prepare, features, head"]),
+        ("", ["must hold `key: value` lines", "got None"]),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, words):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    refused(lambda: settings.read(path), "config.yaml", *words)
+
+
+def test_all_mistakes_are_said_together(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("sead: 1\nprepare: {height: 3, width: 4}\nhead: {kind: dfm, cells: a, variance: 2}\n")
+    message = refused(
+        lambda: settings.read(path), "4 mistakes", "'sead'", "head.cells", "variance must lie in"
+    )
+    assert "height must lie in 32..4096, got 3; width must lie in 32..4096, got 4" in message
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"], ids=["missing", "binary"])
+def test_a_file_that_cannot_be_read(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    refused(lambda: settings.read(path), "Cannot read settings from", "Name a YAML file in UTF-8.")
+
+
+def test_override_changes_only_what_it_names():
+    changed = settings.override(
+        Config(),
+        ["head.adaption=off", "features.strides=[4, 8]", "seed = 3", "head.alpha=1e-1", "head.top_k=3"],
+    )
+    assert changed == Config(
+        head=AdaptedMoEConfig(adaption="off", alpha=0.1, top_k=3),
+        features=FeaturesConfig(strides=(4, 8)),
+        seed=3,
+    )
+
+
+@pytest.mark.parametrize("text", ["[ab]+_(.*)", "007", "a=b", "true"])
+def test_text_is_taken_as_it_stands(text):
+    assert settings.override(Config(), [f"data.subclass_regex={text}"]).data.subclass_regex == text
+
+
+def test_another_kind_starts_from_its_own_defaults():
+    changed = settings.override(Config(), ["head.share=0.2", "head.kind=memory_bank"])
+    assert changed.head == MemoryBankConfig(share=0.2)
+
+
+def test_the_same_kind_keeps_what_was_set():
+    config = Config(head=AdaptedMoEConfig(top_k=2))
+    assert settings.override(config, ["head.kind=adapted_moe", "seed=1"]) == replace(config, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("head.topk=2", ["Unknown setting 'head.topk'. Did you mean 'head.top_k'?"]),
+        ("head.top_k", ["'head.top_k' must be of the form a.b=c"]),
+        ("=2", ["'=2' must be of the form a.b=c"]),
+        ("head.top_k=two", ["head.top_k must be a valid integer, got 'two'"]),
+        ("head.top_k=[", ["head.top_k is not YAML"]),
+        ("head=2", ["Unknown setting 'head'"]),
+        ("head.top_k.x=2", ["Unknown setting 'head.top_k.x'"]),
+        ("head.kind=unet", ["Unknown head.kind 'unet'"]),
+        ("head.top_k=0", ["head 'adapted_moe': top_k must be 1 or more, got 0"]),
+    ],
+)
+def test_overrides_with_mistakes(assignment, words):
+    refused(lambda: settings.override(Config(), [assignment]), "--set: ", *words)
+
+
+def test_every_model_of_the_command_line_is_a_head_and_every_head_a_model():
+    heads = [settings.model_config(name) for name in settings.MODELS]
+    assert {type(head) for head in heads} == set(get_args(HeadConfig))
+    assert settings.model_config("patchcore") == MemoryBankConfig()
+
+
+def test_an_unknown_model_says_which_there_are():
+    refused(
+        lambda: settings.model_config("patch-core"), "Unknown model 'patch-core'. Did you mean 'patchcore'?"
+    )
+
+
+def test_importing_settings_loads_neither_torch_nor_pydantic():
+    script = "import sys, normweave.settings; print({'torch', 'pydantic'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

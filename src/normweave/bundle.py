@@ -34,9 +34,8 @@ WEIGHTS = "weights.safetensors"
 MAX_RECORD_BYTES = 64 * 2**20
 """A record is read whole into memory; with a hundred thousand calibration scores it has two million bytes."""
 
-_NAME = re.compile(
-    r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
-)  # a plain file name: it cannot leave the folder on any system
+# A plain file name: it cannot leave the folder on any system.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -66,7 +65,7 @@ def write(
     Raises:
         BundleError: the place is taken, or something cannot be saved so that it could be read again.
     """
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     check_place(folder, overwrite=overwrite)
     contents = dict(files or {}) | {WEIGHTS: _tensor_bytes(tensors)}
     if wrong := [name for name in contents if not _NAME.fullmatch(name) or name == RECORD]:
@@ -228,10 +227,9 @@ def _read_listing(folder: Path) -> _Listing:
 def _inside(folder: Path, name: str) -> Path:
     """The file of this name, if it lies in the folder and is a file."""
     path = Path(folder) / name
-    if path.resolve().parent != Path(folder).resolve():
-        raise BundleError(
-            f"{folder}: {name} points out of the bundle, to {path.resolve()}. Do not use this bundle."
-        )
+    real = Path(os.path.realpath(path))  # unlike Path.resolve it does not raise for links in a circle
+    if real.parent != Path(os.path.realpath(folder)):
+        raise BundleError(f"{folder}: {name} points out of the bundle, to {real}. Do not use this bundle.")
     if not path.is_file():
         raise BundleError(f"{folder}: {name} is missing. Copy the bundle again.")
     return path

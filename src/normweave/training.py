@@ -1,8 +1,8 @@
 """The one loop in which gradients train a part of a head. Heads in closed form never come here.
 
-Lightning turns the loop; what is ours is the order of the images, the random numbers, the stop rule and the file.
-Everything random is drawn from generators seeded by (seed, lesson, epoch, batch), so a run that was killed and taken
-up again at an epoch's end comes to the same weights, to the bit, as one that was not.
+Lightning turns the loop; what is ours is the order of the images, the random numbers, the stop rule and the
+file. Everything random is drawn from generators seeded by (seed, lesson, epoch, batch), so a run that was
+killed and taken up again at an epoch's end comes to the same weights, to the bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import CheckpointIO
-from lightning.pytorch.plugins.environments import LightningEnvironment
-from lightning.pytorch.utilities.warnings import PossibleUserWarning
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -61,7 +61,7 @@ def train(
     progress: Progress | None = None,
     device: str = "auto",
 ) -> History:
-    """Train `lesson.module` on all images but the held-out ones and leave it in eval mode, with its best weights.
+    """Train `lesson.module` on all images but the held-out ones; leave it in eval mode with its best weights.
 
     Args:
         folder: where the state after each epoch is kept, as `NAME.safetensors`; None: nowhere.
@@ -241,15 +241,15 @@ class _Loop(LightningModule):
         saved = checkpoint["lesson"]
         if saved["settings"] != self.settings():
             raise ConfigError(
-                f"The saved state of {self.lesson.name!r} was written with other settings, another seed or other images. "
-                "Resume with the same ones, or train anew without --resume."
+                f"The saved state of {self.lesson.name!r} was written with other settings, another seed or other "
+                "images. Resume with the same ones, or train anew without --resume."
             )
         self.history = History(**saved["history"])
         self.best = saved["best"]
 
 
 class _Batches:
-    """The images of one epoch, in an order of that epoch. No DataLoader: features are already on disk or at hand."""
+    """The images of one epoch, in an order of that epoch. No DataLoader: features are on disk or at hand."""
 
     def __init__(self, loop: _Loop) -> None:
         self.loop = loop
@@ -286,7 +286,7 @@ class SafetensorsCheckpoints(CheckpointIO):
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write nested dicts, lists and tuples of numbers, texts and tensors: the tensors by number, the rest as JSON.
+    """Write nested dicts, lists and tuples of numbers, texts and tensors: all but the tensors as JSON.
 
     Raises:
         TypeError: something else is in it.
@@ -311,13 +311,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint: dict[str, Any] = _decode(json.loads(file.metadata()["tree"]), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"{path} is not a state of training that can be read ({error}). Delete it, or train without --resume."
+            f"{path} is not a state of training that can be read ({error}). "
+            "Delete it, or train without --resume."
         ) from error
     return checkpoint
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON can hold it; tensors move to `tensors`. Lists and dicts become ["list", ...], ["dict", ...]."""
+    """A value as JSON can hold it, what has parts as [kind, *parts]; tensors move to `tensors`."""
     match value:
         case Tensor():
             name = str(len(tensors))

@@ -1,7 +1,7 @@
 """Textile images with planted defects and exact masks: data for the demo, the tests and the examples.
 
-A piece of cloth is woven first (which yarn lies on top at each crossing, how thick each yarn is along its way), damaged
-next, and photographed last. A mask is where the photograph of the damaged cloth differs visibly from the photograph of
+A piece of cloth is woven first (which yarn lies on top at each crossing, how thick each yarn is along its way),
+damaged next, and photographed last. A mask is where the photograph of the damaged cloth differs visibly from that of
 the same cloth undamaged, so it is exact by construction.
 
     weave draft -> yarns -> (damage) -> relief -> light -> camera -> image, mask
@@ -115,7 +115,7 @@ WEAVES = {
             "XX.XXXXX",
             "XXXXX.XX",
         ),
-        pitch=(6.0, 5.0),
+        pitch=(5.2, 4.2),
         width=(0.94, 1.04),
         depth=0.42,
         twist=0.25,
@@ -271,8 +271,8 @@ class Cloth(NamedTuple):
 def interlacing(weave: str, *, weft: int, warp: int) -> NDArray[np.bool_]:
     """Which yarn lies on top at each crossing, (weft, warp); true = the warp yarn."""
     draft = np.array([[mark == "X" for mark in pick] for pick in WEAVES[weave].draft])
-    rows, columns = draft.shape
-    return draft[np.arange(weft)[:, None] % rows, np.arange(warp) % columns]
+    rows, columns = -(-weft // len(draft)), -(-warp // len(draft[0]))
+    return np.tile(draft, (rows, columns))[:weft, :warp]
 
 
 # ── weaving ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -320,8 +320,8 @@ class Fabric:
     weft_place: Place
     warp_place: Place
     dye: Dye
+    backdrop: Colour  # the table, seen through gaps
     other_dye: Colour = (0.0, 0.0, 0.0)
-    backdrop: Colour = (0.012, 0.012, 0.013)  # seen through gaps
     tint: Field | None = None  # gain on the dyes, (3, h, w) rendered pixels
     tubes: tuple[Tube, ...] = ()
 
@@ -375,6 +375,7 @@ def weave_piece(textile: Textile, *, roll: int, seed: int, size: tuple[int, int]
     lot_gain = (1 + 0.05 * lot.standard_normal()) * (1 + 0.02 * lot.standard_normal(3))
     loom = 1 + 0.02 * lot.standard_normal(2)
     laid = lot.normal(0, 1.0)
+    table = float(lot.choice([0.012, 0.02, 0.05, 0.15]))
 
     random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
     height, width = (OVERSAMPLE * n + 2 * MARGIN for n in size)
@@ -423,6 +424,7 @@ def weave_piece(textile: Textile, *, roll: int, seed: int, size: tuple[int, int]
         weft_place=places[0],
         warp_place=places[1],
         dye=Dye(warp=gain(dye.warp, lot_gain), weft=gain(dye.weft, lot_gain)),
+        backdrop=(table, table, table),
     )
 
 
@@ -519,7 +521,7 @@ def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
 
 def shift_colour(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Yarns of another dye lot over a stretch, or a patch where the dye took differently."""
-    hue = 1 + random.choice([-1, 1]) * random.uniform(0.2, 0.5) * random.dirichlet([1.2, 1.2, 1.2])
+    hue = 1 + random.choice([-1, 1]) * random.uniform(0.3, 0.7) * random.dirichlet([1.2, 1.2, 1.2])
     if random.uniform() < 0.4:
         reach = random.uniform(0.07, 0.11) * short_side(fabric)
         return blot(fabric, random, radius=reach, soft=0.5, tint=hue, rim=0.0)
@@ -563,7 +565,7 @@ def tear_hole(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Both yarn systems are cut within an irregular oval; their ends fray into it."""
     spot = choose_spot(fabric, random, border=0.15)
     pitch = lane_pixels(fabric)
-    reach = random.uniform(0.035, 0.085) * short_side(fabric) * np.array([1, random.uniform(0.6, 1.6)])
+    reach = random.uniform(0.02, 0.07) * short_side(fabric) * np.array([1, random.uniform(0.6, 1.6)])
     for warpwise in (False, True):
         yarns = fabric.warp if warpwise else fabric.weft
         number, middle = (spot.yarn[1], spot.yarn[0]) if warpwise else spot.yarn
@@ -598,14 +600,15 @@ def tear_hole(fabric: Fabric, random: np.random.Generator) -> Fabric:
                 colour=fabric.dye.warp if random.uniform() < 0.5 else fabric.dye.weft,
             )
         )
-    under = float(random.choice([0.012, 0.012, 0.06, 0.3]))
-    return replace(fabric, tubes=tuple(tubes), backdrop=(under, under, under))
+    return replace(fabric, tubes=tuple(tubes))
 
 
 def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """A weaver's knot: a tight loop of yarn with two short ends."""
     spot = choose_spot(fabric, random, border=0.1)
-    pitch = min(lane_pixels(fabric))
+    pitch = max(
+        min(lane_pixels(fabric)), short_side(fabric) / 45
+    )  # a fine cloth's knots are as large as others'
     colour = fabric.dye.warp if random.uniform() < 0.5 else fabric.dye.weft
     colour = gain(colour, [random.uniform(0.9, 1.25)] * 3)
     heading = random.uniform(0, 2 * np.pi)
@@ -620,13 +623,13 @@ def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
             heading=heading + turn,
             length=length * pitch,
             curl=curl,
-            radius=random.uniform(0.34, 0.46) * pitch,
+            radius=random.uniform(0.38, 0.52) * pitch,
             colour=colour,
         )
         for turn, length, curl in (
-            (0.0, random.uniform(1.2, 2.4), 9.0),
-            (2.1, random.uniform(1.0, 2.4), 3.0),
-            (4.2, random.uniform(0.6, 1.6), 3.0),
+            (0.0, random.uniform(1.6, 2.8), 9.0),
+            (2.1, random.uniform(1.2, 3.0), 3.0),
+            (4.2, random.uniform(0.8, 2.2), 3.0),
         )
     ]
     return replace(fabric, tubes=(*fabric.tubes, *tubes))
@@ -1234,6 +1237,7 @@ def derive_seed(seed: int, name: str, split: str, part: str, number: int) -> int
 
 
 def save_png(path: Path, pixels: NDArray[np.uint8]) -> None:
+    """Write an image or a mask, and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 

@@ -18,9 +18,11 @@ PIECE = 1024  # numbers of an image that are turned to float64 at once
 class DFM(nn.Module):
     """Subspace of the whole feature map, averaged to a few cells; what it cannot rebuild is anomalous.
 
-    Ahuja et al. 2019 (arXiv 1909.11786) with the feature reconstruction error of Bhushan et al. 2020: r = (x - m) -
-    C C^T (x - m), image score |r|, score of a cell the root of its squared residuals' sum over the channels. anomalib's
-    DFM gives the squares of both, and keeps one component less.
+    Ahuja et al. 2019 (arXiv 1909.11786), scored by the feature reconstruction error of anomalib's DFM:
+
+        r = (x - m) - C C^T (x - m),  image score |r|,  cell score = root of r^2 summed over the channels
+
+    (anomalib gives the squares of both and keeps one component less.)
 
     Args:
         shape: (D, h, w) of the features.
@@ -69,7 +71,7 @@ class DFM(nn.Module):
         """Score (B, D, h, w); the scores have the coarser grid of the cells."""
         centred = self._flat(features) - self.mean  # (B, F)
         residual = centred - (centred @ self.components) @ self.components.T  # (B, F)
-        squared = residual.square().unflatten(1, (-1, *self.grid)).sum(1)  # (B, cells, cells)
+        squared = residual.square().view(len(features), -1, *self.grid).sum(1)  # (B, cells, cells)
         return PatchScores(scores=squared.sqrt(), image_scores=squared.sum((1, 2)).sqrt(), routing=None)
 
     def _flat(self, features: Tensor) -> Tensor:
@@ -94,7 +96,8 @@ def principal_components(rows: Tensor, *, variance: float) -> tuple[Tensor, Tens
         variance: share in (0, 1).
 
     Returns:
-        (F,) mean and (F, C) orthonormal columns, both float32, largest variance first; C = 0 when all rows are equal.
+        (F,) mean and (F, C) orthonormal columns, both float32, largest variance first. C = 0 when all rows
+        are equal.
     """
     n, width = rows.shape
     mean = rows.mean(0, dtype=torch.float64)  # (F,)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave.heads import state
@@ -18,8 +20,8 @@ BATCH_IMAGES = 16
 class MemoryBank(nn.Module):
     """Keep a coreset of normal patches; a patch scores its distance to the nearest of them.
 
-    Roth et al. 2022 (arXiv 2106.08265), equations 5 and 6: s(x) = min over m in the bank of |x - m|. Without equation
-    7, the re-weighting of the image score; the pool is bounded, the paper's is not.
+    Roth et al. 2022 (arXiv 2106.08265), equations 5 and 6: s(x) = min over m in the bank of |x - m|. Without
+    equation 7, the re-weighting of the image score; the pool is bounded, the paper's is not.
 
     Args:
         shape: (D, h, w) of the features.
@@ -78,8 +80,8 @@ class MemoryBank(nn.Module):
 def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """Distance to the nearest row of the bank, and which row it is.
 
-    Found by |x - m|^2 = |x|^2 - 2 x.m + |m|^2, the bank taken `chunk` rows at a time. The distance itself is then
-    computed from the difference: the expansion loses the small ones to rounding.
+    Found by |x - m|^2 = |x|^2 - 2 x.m + |m|^2, the bank taken `chunk` rows at a time. The distance itself is
+    then computed from the difference: the expansion loses the small ones to rounding.
 
     Args:
         queries: (N, D).
@@ -102,12 +104,9 @@ def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tenso
 
 
 def draw_patches(
-    source: FeatureSource, rows: np.ndarray, *, at_most: int, generator: torch.Generator
+    source: FeatureSource, rows: NDArray[np.int64], *, at_most: int, generator: torch.Generator
 ) -> Tensor:
-    """Patches drawn at random from these images without repetition, the same number from each (give or take one).
-
-    Args:
-        rows: (n,) images to draw from.
+    """Draw patches of these (n,) images at random, none twice, as many from each (give or take one).
 
     Returns:
         (N, D), N <= at_most; in the order of `rows`.
@@ -129,21 +128,25 @@ def draw_patches(
 
 
 def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> Tensor:
-    """(N, D) to (N, dimensions) by a random matrix that about keeps distances (Johnson-Lindenstrauss); 0 = all."""
+    """(N, D) to (N, dimensions) by a random matrix that about keeps distances; 0 = all.
+
+    Johnson and Lindenstrauss 1984: x R / sqrt(dimensions), entries of R from N(0, 1).
+    """
     width = patches.shape[1]
     if dimensions == 0 or dimensions >= width:
         return patches
-    return patches @ (torch.randn(width, dimensions, generator=generator) / dimensions**0.5)
+    matrix = torch.randn(width, dimensions, generator=generator) / math.sqrt(dimensions)
+    return patches @ matrix
 
 
 def coreset(points: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
     """Rows of (N, d) points that leave no point far from a chosen one: greedy k-centre, a 2-approximation.
 
-    Gonzalez 1985; algorithm 1 of arXiv 2106.08265: from a first point drawn at random, always add the point that is
-    farthest from those chosen.
+    Gonzalez 1985; algorithm 1 of arXiv 2106.08265: from a first point drawn at random, always add the point
+    that is farthest from those chosen.
 
     Returns:
-        (keep,) int64, all different, in the order in which they were chosen. Memory and time a step grow with N.
+        (keep,) int64, all different, in the order in which they were chosen.
     """
     squares = points.square().sum(1)  # (N,)
     farness = torch.full_like(squares, torch.inf)  # squared distance to the nearest chosen point

@@ -14,9 +14,9 @@ from normweave.types import FitData, Lesson, PatchScores
 class SimpleNet(nn.Module):
     """Tell normal features from the same features with noise on them.
 
-    Liu et al. 2023 (arXiv 2303.15140), section 3: an adaptor q = W x + b (3.2), q- = q + N(0, noise^2) (3.3), a
-    discriminator D = linear, batch norm, LeakyReLU 0.2, linear (3.4), the truncated L1 loss of equation 5 with
-    th+ = -th- = margin, and the score -D(q) of equation 6.
+    Liu et al. 2023 (arXiv 2303.15140), section 3: an adaptor q = W x + b, q- = q + N(0, noise^2), a
+    discriminator D = linear, batch norm, LeakyReLU 0.2, linear, the truncated L1 loss with th+ = -th- =
+    margin (see `NoiseLesson.loss`), and the score -D(q).
 
     Args:
         shape: (D, h, w) of the features.
@@ -91,7 +91,7 @@ class SimpleNet(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Adaptor and discriminator: patches of (B, D, h, w) features to one number each, higher = more normal."""
+    """Adaptor and discriminator: patches of features to one number each, higher = more normal."""
 
     def __init__(self, *, width: int, hidden: int) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Discriminator(nn.Module):
 class NoiseLesson:
     """Train a `Discriminator` with noise for anomalies."""
 
-    name = "simplenet"
+    name: str = "simplenet"
 
     def __init__(
         self,
@@ -136,7 +136,8 @@ class NoiseLesson:
         learning_rate: float,
         patience: int,
     ) -> None:
-        self.module = self.discriminator = discriminator
+        self.discriminator = discriminator
+        self.module: nn.Module = discriminator
         self.noise = noise
         self.margin = margin
         self.epochs = epochs
@@ -145,10 +146,13 @@ class NoiseLesson:
         self.patience = patience
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Adam at the paper's rates (section 4.3: 1e-4 for the adaptor, 2e-4 and weight decay 1e-5 for the rest)."""
+        """Adam as in the paper: half the rate for the adaptor, weight decay 1e-5."""
         adaptor = list(self.discriminator.adaptor.parameters())
-        known = {id(parameter) for parameter in adaptor}
-        rest = [parameter for parameter in self.discriminator.parameters() if id(parameter) not in known]
+        rest = [
+            parameter
+            for name, parameter in self.discriminator.named_parameters()
+            if not name.startswith("adaptor.")
+        ]
         return torch.optim.Adam(
             [{"params": adaptor, "lr": self.learning_rate / 2}, {"params": rest, "lr": self.learning_rate}],
             weight_decay=1e-5,
@@ -157,7 +161,7 @@ class NoiseLesson:
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
     ) -> dict[str, Tensor]:
-        """Equation 5: mean max(0, margin - D(q)) + mean max(0, margin + D(q + noise)).
+        """Truncated L1 loss: mean max(0, margin - D(q)) + mean max(0, margin + D(q + noise)).
 
         Normal and noised patches pass the batch norm together, as in the authors' code.
         """

@@ -19,12 +19,12 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a freshly built module what `state` took from a fitted one.
 
-    Sizes may differ from the fresh module's (how many patches a bank holds is known after fitting only); names,
-    types and numbers of axes may not.
+    Sizes may differ from the fresh module's (how many patches a bank holds is known after fitting only);
+    names, types and numbers of axes may not.
 
     Raises:
-        BundleError: a tensor is missing, unknown, of another type or number of axes, or holds NaN. Then the module is
-            as it was.
+        BundleError: a tensor is missing, unknown, of another type or number of axes, or holds NaN. Then the
+            module is as it was.
     """
     fresh = module.state_dict()
     wrong = []

@@ -1,0 +1,186 @@
+"""Which experts look at an image, and how far it lies from everything that is known."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave.heads.adapted_moe.adaption import covariance_within
+
+
+class Choice(NamedTuple):
+    """The experts asked for each image."""
+
+    weights: Tensor  # (B, T) every row adds up to 1
+    experts: Tensor  # (B, T) int64, heaviest first
+
+
+def choose(likeness: Tensor, *, temperature: float, top_k: int) -> Choice:
+    """Softmax over the experts, of which the top k are kept and renormalised.
+
+    Args:
+        likeness: (B, K), higher = more alike.
+    """
+    top_k = min(top_k, likeness.shape[1])
+    weights, experts = (likeness / temperature).softmax(dim=1).topk(top_k, dim=1)  # (B, T) each
+    return Choice(weights / weights.sum(dim=1, keepdim=True), experts)
+
+
+class Router(nn.Module):
+    """The routing network of arXiv 2409.05611.
+
+    Eq. 1: x = GAP(relu(W * X + b)), with W a 3x3 convolution, and with `norm` then x / |x|.
+    Eq. 2: L = mean over images of alpha |x - c_y|^2 - (1 - alpha) log softmax_j(w_j . x)[y]; the paper sums.
+
+    The centres c_k follow the embeddings of their subclass (Wen et al. 2016, Eq. 4 and Algorithm 1); no gradient
+    reaches them. Images are routed by the cosine of x and c_k.
+
+    Args:
+        width: D.
+        embedding: C.
+        subclasses: K.
+        stride: of the convolution; 1 is the paper's, 2 looks at a quarter of the places.
+        norm: L2-normalise x.
+        alpha: weight of the centre loss, in [0, 1].
+        centre_rate: how fast the centres follow, in (0, 1].
+    """
+
+    centres: Tensor  # (K, C)
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        embedding: int,
+        subclasses: int,
+        stride: int,
+        norm: bool,
+        alpha: float,
+        centre_rate: float,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.norm = norm
+        self.alpha = alpha
+        self.centre_rate = centre_rate
+        self.kernel = nn.Parameter(_uniform((embedding, width, 3, 3), 9 * width, generator))
+        self.bias = nn.Parameter(_uniform((embedding,), 9 * width, generator))
+        self.classifier = nn.Parameter(_uniform((subclasses, embedding), embedding, generator))  # w_j
+        self.register_buffer("centres", torch.zeros(subclasses, embedding))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Eq. 1: (B, D, h, w) -> (B, C)."""
+        pooled = F.conv2d(features, self.kernel, self.bias, self.stride, padding=1).relu().mean(dim=(2, 3))
+        return F.normalize(pooled, dim=1) if self.norm else pooled
+
+    def losses(self, embedded: Tensor, subclasses: Tensor) -> dict[str, Tensor]:
+        """Eq. 2 and its two parts, for (B, C) embeddings and (B,) subclasses."""
+        centre = (embedded - self.centres[subclasses]).square().sum(dim=1).mean()
+        softmax = F.cross_entropy(embedded @ self.classifier.T, subclasses)
+        return {
+            "loss": self.alpha * centre + (1 - self.alpha) * softmax,
+            "centre": centre,
+            "softmax": softmax,
+        }
+
+    @torch.no_grad()
+    def move_centres(self, embedded: Tensor, subclasses: Tensor) -> None:
+        """Wen et al. 2016: c_k -= rate * sum over own images of (c_k - x) / (1 + number of own images)."""
+        own = F.one_hot(subclasses, len(self.centres)).to(embedded.dtype)  # (B, K)
+        number = own.sum(dim=0)[:, None]  # (K, 1)
+        step = (number * self.centres - own.T @ embedded) / (1 + number)  # (K, C)
+        self.centres -= self.centre_rate * step
+
+    def likeness(self, features: Tensor) -> Tensor:
+        """Cosine of each image's embedding and each centre, (B, K)."""
+        return F.normalize(self(features), dim=1) @ F.normalize(self.centres, dim=1).T
+
+
+def _uniform(shape: tuple[int, ...], inputs: int, generator: torch.Generator) -> Tensor:
+    """What torch draws for a layer with so many inputs, from a generator of our own."""
+    bound = inputs**-0.5
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+class RouterLesson:
+    """Train the routing network on Eq. 2.
+
+    Args:
+        router: is changed.
+        subclass_of: (features (B, D, h, w), given subclasses (B,)) -> (B,) the subclasses to learn.
+    """
+
+    name = "router"
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        subclass_of: Callable[[Tensor, Tensor], Tensor],
+        epochs: int,
+        batch_images: int,
+        learning_rate: float,
+        patience: int,
+    ) -> None:
+        self.module = router
+        self.router = router
+        self.subclass_of = subclass_of
+        self.epochs = epochs
+        self.batch_images = batch_images
+        self.learning_rate = learning_rate
+        self.patience = patience
+
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Adam over the convolution and the classifier."""
+        return torch.optim.Adam(self.router.parameters(), lr=self.learning_rate)
+
+    def loss(
+        self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
+    ) -> dict[str, Tensor]:
+        """Eq. 2 on a batch; in training the centres then move."""
+        own = self.subclass_of(features, subclasses)
+        embedded = self.router(features)
+        losses = self.router.losses(embedded, own)
+        if training:
+            self.router.move_centres(embedded.detach(), own)
+        return losses
+
+
+class KnownKinds(nn.Module):
+    """How far an image's statistics lie from each known kind of normal.
+
+    Ours: the Mahalanobis distance of s to the mean t_k of each kind under the covariance within kinds, shrunk halfway
+    to its diagonal and divided by the number of statistics, so that about 1 is usual whatever D. From it `unknown`
+    is decided; no training, and features of a foreign material lie far out in every direction.
+
+    Args:
+        statistics: N numbers of an image.
+        kinds: K.
+    """
+
+    means: Tensor  # (K, N) t_k, whitened
+    whitener: Tensor  # (N, N) W with W W' = S^-1 / N
+
+    shrinkage = 0.5
+
+    def __init__(self, *, statistics: int, kinds: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("means", torch.zeros(kinds, statistics))
+        self.register_buffer("whitener", torch.eye(statistics))
+
+    def fit(self, samples: NDArray[np.float32], kinds: NDArray[np.int64]) -> None:
+        """Learn from the statistics of each training image, (n, N), and its kind of normal, (n,)."""
+        means, within = covariance_within(samples, kinds, shrinkage=self.shrinkage)
+        inverse_root = np.linalg.inv(np.linalg.cholesky(within)) / np.sqrt(len(within))  # L^-1 / sqrt(N)
+        self.means = torch.from_numpy(means @ inverse_root.T).float()
+        self.whitener = torch.from_numpy(inverse_root.T.copy()).float()
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Distances of (B, N) statistics to the kinds, (B, K)."""
+        # Differences, not |a|^2 - 2ab + |b|^2: far away, the rounding of the squares would be all that is left.
+        return (samples @ self.whitener)[:, None].sub(self.means).square().sum(dim=2).sqrt()

@@ -1,0 +1,1 @@
+"""How well a detector does, in numbers, pictures and one page."""

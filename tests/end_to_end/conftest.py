@@ -1,0 +1,36 @@
+"""A small set of textile images, made once, and a detector fitted on it."""
+
+from pathlib import Path
+
+import pytest
+
+from normweave.config import Config, DataConfig
+from normweave.data.textures import SEEN, UNSEEN, make_textures
+from normweave.detector import Detector
+
+
+@pytest.fixture(scope="session")
+def cloth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of three seen kinds of cloth and an unseen one."""
+    folder = tmp_path_factory.mktemp("cloth") / "data"
+    return make_textures(
+        folder, seed=3, train_images=24, test_images=6, defect_images=7, seen=SEEN[:3], unseen=UNSEEN[:1]
+    )
+
+
+@pytest.fixture(scope="session")
+def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by all fits of the session: features are computed once."""
+    return tmp_path_factory.mktemp("features")
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    """The defaults, with the labels that the manifest gives."""
+    return Config(data=DataConfig(subclass_from="column"), seed=7)
+
+
+@pytest.fixture(scope="session")
+def detector(cloth: Path, feature_cache: Path, config: Config) -> Detector:
+    """The default model."""
+    return Detector.fit(cloth, config=config, cache=feature_cache)

@@ -1,0 +1,72 @@
+"""kill -9 anywhere in a training, then `--resume`: the bundle is that of an undisturbed run, to the byte."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from normweave.bundle import bundle_hash
+
+# Runs `normweave train ...` and kills itself, as kill -9 does, at the n-th call of a function.
+KILLED = """
+import importlib, os, signal, sys
+place, count, *arguments = sys.argv[1:]
+module_name, _, path = place.partition(":")
+owner = importlib.import_module(module_name)
+*parents, name = path.split(".")
+for parent in parents:
+    owner = getattr(owner, parent)
+whole, calls = getattr(owner, name), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(count):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args, **kwargs)
+setattr(owner, name, counted)
+from normweave.cli import main
+sys.argv = ["normweave", *arguments]
+main()
+"""
+
+TRAIN = ("--subclass-from", "column", "--set", "head.expert=discriminator", "--seed", "5", "-q")
+
+
+def run(*command: str) -> int:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+    if done.returncode not in (0, -signal.SIGKILL):
+        raise AssertionError(f"exit {done.returncode}: {done.stderr[-2000:]}")
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cloth: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    arguments = [str(cloth), "-o", str(folder / "bundle"), "--cache", str(folder / "cache"), *TRAIN]
+    assert run("-m", "normweave", "train", *arguments) == 0
+    return bundle_hash(folder / "bundle")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        pytest.param("normweave.data.prepare:Preparation.apply", 45, id="while features are cached"),
+        pytest.param("normweave.training:_write_checkpoint", 3, id="while training, before a checkpoint"),
+        pytest.param("normweave.bundle:os.replace", 1, id="while saving, before the rename"),
+    ],
+)
+def test_resume_gives_the_bundle_of_an_undisturbed_run(
+    place: str, count: int, cloth: Path, undisturbed: str, tmp_path: Path
+):
+    bundle = tmp_path / "bundle"
+    arguments = ["train", str(cloth), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
+    assert run("-c", KILLED, place, str(count), *arguments) == -signal.SIGKILL
+    assert not bundle.exists()
+    assert run("-m", "normweave", *arguments, "--resume") == 0
+    assert bundle_hash(bundle) == undisturbed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "cache"]

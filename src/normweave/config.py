@@ -38,7 +38,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(
             "data",
-            (0 < self.calibration_share < 1, f"calibration_share must lie in (0, 1), got {self.calibration_share}"),
+            (
+                0 < self.calibration_share < 1,
+                f"calibration_share must lie in (0, 1), got {self.calibration_share}",
+            ),
             (0 < self.holdout_share < 1, f"holdout_share must lie in (0, 1), got {self.holdout_share}"),
             (
                 self.subclass_from != "filename-regex" or bool(self.subclass_regex),
@@ -63,7 +66,10 @@ class PrepareConfig:
             "prepare",
             (32 <= self.height <= 4096, f"height must lie in 32..4096, got {self.height}"),
             (32 <= self.width <= 4096, f"width must lie in 32..4096, got {self.width}"),
-            (self.tile_beyond == 0 or self.tile_beyond >= 1, f"tile_beyond must be 0 or >= 1, got {self.tile_beyond}"),
+            (
+                self.tile_beyond == 0 or self.tile_beyond >= 1,
+                f"tile_beyond must be 0 or >= 1, got {self.tile_beyond}",
+            ),
             (0 <= self.tile_overlap <= 0.5, f"tile_overlap must lie in [0, 0.5], got {self.tile_overlap}"),
         )
 
@@ -176,20 +182,124 @@ class AdaptedMoEConfig:
     kind: Literal["adapted_moe"] = "adapted_moe"
     moe: bool = True
     """One expert a subclass; off = one expert for all."""
+    expert: Literal["discriminator", "memory", "gaussian", "subspace"] = "subspace"
+    """What an expert is; `discriminator` is the paper's."""
     adaption: Literal["off", "paper", "guarded"] = "guarded"
     """Test-time adaption: Eq. 5-6, or along the directions in which normal subclasses differ."""
+    aggregation: Literal["paper", "min", "mean"] = "paper"
+    """How the experts asked are put together: Eq. 4 (routing weights), the least anomalous, or all alike."""
+    top_k: int = 4
+    """Experts asked an image."""
+    temperature: float = 1.0
+    """Of the softmax over the likeness to each subclass; lower = the nearest subclass decides."""
+    border: int = 2
+    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none."""
+    discover: Literal["missing", "always"] = "missing"
+    """Find subclasses from the images: when none are given, or even then."""
+    discovery: Literal["kmeans", "mixture"] = "kmeans"
+    """How: k-means and silhouette, or a Gaussian mixture and BIC."""
+    max_subclasses: int = 16
+    """Never finds more."""
+
+    routing: Literal["network", "statistics"] = "network"
+    """`network` is the paper's; `statistics` takes the nearest mean of image statistics and needs no training."""
     norm: bool = True
     """L2-normalise the routing features."""
     alpha: float = 0.5
     """Eq. 2: weight of the centre loss against the softmax loss; 0 = softmax loss alone."""
-    top_k: int = 4
-    """Experts asked an image."""
+    embedding: int = 64
+    """C, numbers of a routing feature."""
+    stride: int = 2
+    """Of the routing convolution; 1 is the paper's and looks at every cell."""
+    centre_rate: float = 0.5
+    """How fast the centres follow the routing features of their subclass."""
+    router_epochs: int = 10
+    router_batch_images: int = 16
+    router_learning_rate: float = 1e-3
+    router_patience: int = 3
+
+    directions: int = 2
+    """r, directions along which guarded adaption may move."""
+    prior: float = 4.0
+    """tau: how far beyond the known subclasses guarded adaption takes an image to lie, as a variance."""
+    shrinkage: float = 0.1
+    """Of the covariance of image statistics towards its diagonal."""
+
+    hidden: int = 128
+    """Width of a discriminator."""
+    noise: float = 0.5
+    """Deviation of the noise that discriminators learn to tell, in deviations of a feature."""
+    margin: float = 0.5
+    patches: int = 1024
+    """Drawn of each expert's images a step."""
+    epochs: int = 20
+    batch_images: int = 8
+    learning_rate: float = 1e-3
+    patience: int = 5
+
+    calibrated: bool = True
+    """Divide a distance to the memory by what is usual around the stored patch."""
+    max_patches: int = 1_000
+    """Stored in each expert's memory."""
+    max_pool: int = 20_000
+    """Patches of each expert drawn at random before the coreset."""
+    projection: int = 64
+    """Numbers a patch in the random projection in which the coreset is chosen; 0 = all."""
+
+    gaussian_shrinkage: float = 0.1
+    """Of a Gaussian expert's covariance towards its mean variance."""
+
+    cells: int = 8
+    """Subspace experts see the grid averaged to at most cells x cells."""
+    variance: float = 0.97
+    """Share of the variance that a subspace expert's components keep."""
+    max_images: int = 500
+    """Images of each subspace expert, drawn at random; bounds memory."""
 
     def __post_init__(self) -> None:
+        def at_least(name: str, least: int) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return value >= least, f"{name} must be {least} or more, got {value}"
+
+        def positive(name: str) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return value > 0, f"{name} must be positive, got {value}"
+
         _check(
             "head 'adapted_moe'",
+            at_least("top_k", 1),
+            positive("temperature"),
+            at_least("border", 0),
+            at_least("max_subclasses", 1),
             (0 <= self.alpha <= 1, f"alpha must lie in [0, 1], got {self.alpha}"),
-            (self.top_k >= 1, f"top_k must be 1 or more, got {self.top_k}"),
+            at_least("embedding", 1),
+            at_least("stride", 1),
+            (0 < self.centre_rate <= 1, f"centre_rate must lie in (0, 1], got {self.centre_rate}"),
+            at_least("router_epochs", 1),
+            at_least("router_batch_images", 1),
+            positive("router_learning_rate"),
+            at_least("router_patience", 0),
+            at_least("directions", 1),
+            positive("prior"),
+            (0 <= self.shrinkage <= 1, f"shrinkage must lie in [0, 1], got {self.shrinkage}"),
+            at_least("hidden", 1),
+            positive("noise"),
+            positive("margin"),
+            at_least("patches", 1),
+            at_least("epochs", 1),
+            at_least("batch_images", 1),
+            positive("learning_rate"),
+            at_least("patience", 0),
+            at_least("max_patches", 1),
+            at_least("max_pool", 1),
+            at_least("projection", 0),
+            (
+                0 < self.gaussian_shrinkage <= 1,
+                f"gaussian_shrinkage must lie in (0, 1], got {self.gaussian_shrinkage}",
+            ),
+            at_least("cells", 1),
+            (0 < self.variance < 1, f"variance must lie in (0, 1), got {self.variance}"),
+            at_least("max_images", 2),
         )
 
 
@@ -219,7 +329,10 @@ class OutcomeConfig:
     def __post_init__(self) -> None:
         _check(
             "outcome",
-            (0 < self.false_alarm_rate < 1, f"false_alarm_rate must lie in (0, 1), got {self.false_alarm_rate}"),
+            (
+                0 < self.false_alarm_rate < 1,
+                f"false_alarm_rate must lie in (0, 1), got {self.false_alarm_rate}",
+            ),
             (0 < self.unknown_rate < 1, f"unknown_rate must lie in (0, 1), got {self.unknown_rate}"),
         )
 

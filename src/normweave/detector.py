@@ -200,11 +200,16 @@ class Detector:
         preparation = Preparation.of(config.prepare)
         folder = (cache or cache_folder()) if use_cache else None
         scanned = _scan(samples, preparation, extractor, folder, progress)
+        hashes = {
+            sample.image_path: content
+            for sample, content in zip(scanned.samples, scanned.hashes, strict=True)
+        }
         division = splits.divide(
             scanned.samples,
             calibration_share=config.data.calibration_share,
             at_least=needed(config.outcome.false_alarm_rate),
             seed=config.seed,
+            content=lambda sample: hashes[sample.image_path],
         )
         source = _source(extractor, scanned, folder=folder, max_gib=cache_gib, progress=progress)
 

@@ -43,8 +43,8 @@ class History:
     epochs: int = 0
     best_epoch: int = 0
     """Whose weights the module holds: the lowest loss on the held-out normals; without any, the last."""
-    best_loss: float = math.inf
-    """Infinite when no image was held out."""
+    best_loss: float | None = None
+    """On the held-out normals; None when there are none."""
     stopped_early: bool = False
     losses: list[float] = field(default_factory=list)
     """Mean loss of every epoch on the images that it trained on."""
@@ -99,7 +99,7 @@ def train(
                 enable_model_summary=False,
             )
             trainer.fit(loop, train_dataloaders=loop.batches, ckpt_path=path if resumed else None)
-        lesson.module.to(home)
+        lesson.module.to(home).zero_grad()  # the last gradients are of no use to anyone
     lesson.module.load_state_dict(loop.best)
     lesson.module.eval()
     return loop.history
@@ -171,15 +171,12 @@ class _Loop(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Judge the epoch on the held-out normals, remember the best, write the state down."""
         history, weights = self.history, self.module.state_dict()
+        loss = self._holdout_loss() if len(self.holdout_rows) else None
         history.epochs += 1
         history.losses.append(torch.stack(self.running).mean().item())
-        if len(self.holdout_rows):
-            loss = self._holdout_loss()
+        if loss is not None:
             history.holdout_losses.append(loss)
-            better = loss < history.best_loss
-        else:
-            loss, better = math.inf, True
-        if better:
+        if loss is None or history.best_loss is None or loss < history.best_loss:
             history.best_loss, history.best_epoch = loss, history.epochs
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
         patience, stale = self.lesson.patience, history.epochs - history.best_epoch

@@ -160,8 +160,8 @@ def _boxes(path: Path, *, height: int, width: int) -> NDArray[np.bool_]:
             ) from None
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise DataError(
-                f"{path}: line {number}, box {left} {top} {right} {bottom} (x1 y1 x2 y2) is empty or reaches out of its "
-                f"image of {height} x {width} (height x width). Allowed: 0 <= x1 < x2 <= {width} and "
+                f"{path}: line {number}, box {left} {top} {right} {bottom} (x1 y1 x2 y2) is empty or reaches out of "
+                f"its image of {height} x {width} (height x width). Allowed: 0 <= x1 < x2 <= {width} and "
                 f"0 <= y1 < y2 <= {height}."
             )
         mask[top:bottom, left:right] = True
@@ -185,8 +185,8 @@ def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterat
         name = str(source)
     else:
         raise ImageError(
-            f"An image cannot be read from {type(source).__name__}. Allowed: a path, the bytes of a file, a numpy array "
-            "(height, width, 3), a PIL image."
+            f"An image cannot be read from {type(source).__name__}. Allowed: a path, the bytes of a file, a numpy "
+            "array (height, width, 3), a PIL image."
         )
     with _explained(name):
         with _quiet():
@@ -325,7 +325,7 @@ def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """The same array in 0..255, by a factor that does not depend on what is in it."""
     if array.dtype == np.uint8:
         return array
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either order of bytes
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind != "f":
         raise ImageError(
@@ -338,8 +338,8 @@ def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         )
     if array.min() < 0 or array.max() > 1:
         raise ImageError(
-            f"{name}: floats from {array.min():g} to {array.max():g}. Allowed: floats in 0..1. Scale it by the camera's "
-            "range, the same for every image."
+            f"{name}: floats from {array.min():g} to {array.max():g}. Allowed: floats in 0..1. Scale it by the "
+            "camera's range, the same for every image."
         )
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 

@@ -25,6 +25,7 @@ FaultKind = Literal[
     "unreadable image",
     "missing mask",
     "unreadable mask",
+    "wrong mask",
     "empty mask",
     "marked normal",
     "duplicate path",
@@ -73,7 +74,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
         raise DataError(
             f"{path}: no column image_path. Columns: {', '.join(COLUMNS)}; only image_path is required."
         )
-    samples = [_sample(row, path.parent, f"{path}, row {number}") for number, row in enumerate(rows, start=2)]
+    samples = [_sample(row, path.parent, f"{path}, row {number}") for number, row in rows]
     if not samples:
         raise DataError(f"{path}: no rows. A manifest has one row an image below its header.")
     return samples
@@ -147,7 +148,8 @@ def _image_faults(sample: Sample) -> Iterator[Fault]:
     try:
         mask = read_mask(sample.mask_path, height=height, width=width)
     except DataError as error:
-        yield Fault("unreadable mask", path, str(error))
+        kind: FaultKind = "unreadable mask" if isinstance(error, ImageError) else "wrong mask"
+        yield Fault(kind, path, str(error))
         return
     if sample.label == "anomalous" and not mask.any():
         yield Fault(
@@ -159,31 +161,34 @@ def _image_faults(sample: Sample) -> Iterator[Fault]:
         )
 
 
-def _csv_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+NumberedRows = list[tuple[int, dict[str | Any, Any]]]
+
+
+def _csv_rows(path: Path) -> tuple[list[str], NumberedRows]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, restkey="", strict=True)
-            rows = list(reader)
+            reader = csv.DictReader(file, strict=True)
+            rows: NumberedRows = [(reader.line_num, row) for row in reader]
             columns = list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{path}: cannot be read as CSV ({error}). Save it as UTF-8, separated by commas."
         ) from error
-    for number, row in enumerate(rows, start=2):
-        if "" in row:
+    for number, row in rows:
+        if None in row:
             raise DataError(
-                f"{path}, row {number}: more values than the header has columns. Put values that hold a comma in quotes."
+                f"{path}, row {number}: more values than the header has columns. Put values with commas in quotes."
             )
     return columns, rows
 
 
-def _parquet_rows(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+def _parquet_rows(path: Path) -> tuple[list[str], NumberedRows]:
     pyarrow, parquet = _pyarrow(path)
     try:
         table = parquet.read_table(path)
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}). Write the table again.") from error
-    return table.column_names, table.to_pylist()
+    return table.column_names, list(enumerate(table.to_pylist(), start=2))
 
 
 def _pyarrow(path: Path) -> tuple[Any, Any]:
@@ -192,8 +197,8 @@ def _pyarrow(path: Path) -> tuple[Any, Any]:
         import pyarrow.parquet
     except ImportError as error:
         raise MissingError(
-            f"{path}: Parquet needs pyarrow, which is not installed. Install it with pip install 'normweave[train]', or "
-            "use a .csv manifest."
+            f"{path}: Parquet needs pyarrow, which is not installed. Install it with pip install 'normweave[train]', "
+            "or use a .csv manifest."
         ) from error
     return pyarrow, pyarrow.parquet
 
@@ -226,8 +231,8 @@ def _label(word: str, defect: str, where: str) -> Label:
         return "anomalous"
     if word and word.lower() not in NORMAL_WORDS:
         raise DataError(
-            f"{where}: label is {word!r}. Allowed: {', '.join(NORMAL_WORDS)} for normal, {', '.join(ANOMALOUS_WORDS)} for "
-            "anomalous."
+            f"{where}: label is {word!r}. Allowed: {', '.join(NORMAL_WORDS)} for normal, {', '.join(ANOMALOUS_WORDS)} "
+            "for anomalous."
         )
     if defect:
         raise DataError(
@@ -240,7 +245,7 @@ def _text(value: Any) -> str:
     """A cell as CSV would hold it; Parquet gives numbers, truth values and missing ones too."""
     if value is None or value != value:
         return ""
-    if isinstance(value, (bool, float)) and value == int(value):
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     return str(value).strip()
 

@@ -938,8 +938,8 @@ def illuminate(fabric: Fabric, tables: Tables, sitting: Sitting) -> Field:
         shine *= shine
     shine *= direct
     shine *= solid * np.float32(weave.sheen)
-    glow += np.float32(0.75) * shine
-    shine *= np.float32(0.25)
+    glow += shine
+    shine *= np.float32(0.1)  # the share that keeps the lamp's colour
     return np.stack([plane * glow + shine for plane in planes])
 
 
@@ -1139,25 +1139,30 @@ def make_textures(
         "unseen": [textile.name for textile in unseen],
     }
     check_settings(size, (train_images, test_images, defect_images), [*seen, *unseen])
-    folder = Path(folder)
-    manifest, record = folder / "manifest.csv", folder / "textures.json"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not record.is_file():
-            raise DataError(
-                f"{folder} exists and is not a folder of textures. Choose an empty or a new folder."
-            )
-        if json.loads(record.read_text("utf-8")) != settings:
-            raise DataError(
-                f"{folder} holds textures made with other settings ({record}). Choose another folder, or delete this one."
-            )
-        return manifest
-
     pieces = [
         piece
         for known, textiles in ((True, seen), (False, unseen))
         for textile in textiles
         for piece in cut(textile, seed, train_images if known else 0, test_images, defect_images)
     ]
+    folder = Path(folder)
+    manifest, record = folder / "manifest.csv", folder / "textures.json"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not record.is_file():
+            raise DataError(f"{folder} exists and was not made here. Choose an empty or a new folder.")
+        if json.loads(record.read_text("utf-8")) != settings:
+            raise DataError(
+                f"{folder} holds textures made with other settings, see {record}. "
+                "Choose another folder, or delete this one."
+            )
+        written = [path for piece in pieces for path in (piece.image_path, piece.mask_path) if path]
+        if missing := [path for path in written if not (folder / path).is_file()]:
+            raise DataError(
+                f"{folder} misses {len(missing)} of its {len(written)} images, first {missing[0]}. "
+                "Delete the folder to have it made again."
+            )
+        return manifest
+
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.parent / f".{folder.name}.{os.getpid()}.unfinished"
     try:

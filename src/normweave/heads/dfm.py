@@ -38,6 +38,7 @@ class DFM(nn.Module):
         super().__init__()
         self.subclass_names: tuple[str, ...] = ()
         D, h, w = shape
+        self.channels = D
         self.grid = (min(cells, h), min(cells, w))
         self.variance = variance
         self.max_images = max_images
@@ -71,7 +72,7 @@ class DFM(nn.Module):
         """Score (B, D, h, w); the scores have the coarser grid of the cells."""
         centred = self._flat(features) - self.mean  # (B, F)
         residual = centred - (centred @ self.components) @ self.components.T  # (B, F)
-        squared = residual.square().view(len(features), -1, *self.grid).sum(1)  # (B, cells, cells)
+        squared = residual.square().view(-1, self.channels, *self.grid).sum(1)  # (B, cells, cells)
         return PatchScores(scores=squared.sqrt(), image_scores=squared.sum((1, 2)).sqrt(), routing=None)
 
     def _flat(self, features: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 from scipy.ndimage import label
 from scipy.stats import beta
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -18,7 +19,7 @@ MOST_BINS = 2**16
 FPR_LIMIT = 0.3
 """AUPRO is integrated up to this false-positive rate."""
 
-type Measured = tuple[dict[str, float | None], dict[str, str]]
+Measured = tuple[dict[str, float | None], dict[str, str]]
 """(numbers by name, reason by name for those that are None)."""
 
 
@@ -46,7 +47,9 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple
         DataError: not 0 <= k <= n with n > 0.
     """
     if not 0 <= successes <= trials or trials == 0:
-        raise DataError(f"An interval needs 0 <= successes <= trials and a trial, got {successes} of {trials}.")
+        raise DataError(
+            f"An interval needs 0 <= successes <= trials and a trial, got {successes} of {trials}."
+        )
     tail = (1 - level) / 2
     low = beta.ppf(tail, successes, trials - successes + 1) if successes else 0.0
     high = beta.ppf(1 - tail, successes + 1, trials - successes) if successes < trials else 1.0
@@ -132,7 +135,7 @@ class PixelMetrics:
         rate = np.append(0, false_positives / normals)
         recall = np.append(0, true_positives / anomalies)
         return {
-            "pixel_auroc": float(np.trapezoid(recall, rate)),
+            "pixel_auroc": float(trapezoid(recall, rate)),
             "pixel_ap": float((np.diff(recall) * precision).sum()),
             "pixel_f1max": float(f1.max()),
             "aupro": _area_to(FPR_LIMIT, rate, np.append(0, overlap.cumsum() / self._regions)) / FPR_LIMIT,
@@ -161,7 +164,7 @@ def _area_to(limit: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> fl
     """Area under the line through (x, y), x ascending from 0 to 1, up to x = limit."""
     inside = x <= limit
     end = np.interp(limit, x, y)
-    return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)))
+    return float(trapezoid(np.append(y[inside], end), np.append(x[inside], limit)))
 
 
 def _undefined(names: tuple[str, ...], what: str, *, normal: int) -> Measured:

@@ -62,9 +62,7 @@ def covariance_within(
 class NoAdaption(nn.Module):
     """Leave the features as they are."""
 
-    def fit(
-        self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]
-    ) -> None:
+    def fit(self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """Nothing to learn."""
 
     def forward(self, features: Tensor, samples: Tensor, experts: Tensor) -> Tensor:
@@ -88,20 +86,17 @@ class PaperAdaption(nn.Module):
 
     Args:
         width: D.
-        experts: K.
     """
 
     centres: Tensor  # (K, D) c_k
     deviations: Tensor  # (K, D) std_k
 
-    def __init__(self, *, width: int, experts: int = 1) -> None:
+    def __init__(self, *, width: int) -> None:
         super().__init__()
-        self.register_buffer("centres", torch.zeros(experts, width))
-        self.register_buffer("deviations", torch.ones(experts, width))
+        self.register_buffer("centres", torch.zeros(1, width))
+        self.register_buffer("deviations", torch.ones(1, width))
 
-    def fit(
-        self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]
-    ) -> None:
+    def fit(self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """Learn c_k and std_k from the statistics of each training image, (n, 2D), and its expert, (n,)."""
         mean, log_deviation = np.split(samples.astype(np.float64), 2, axis=1)
         centres, deviations = [], []
@@ -169,9 +164,7 @@ class GuardedAdaption(nn.Module):
         self.register_buffer("directions", torch.zeros(2 * width, directions))
         self.register_buffer("reader", torch.zeros(directions, 2 * width))
 
-    def fit(
-        self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]
-    ) -> None:
+    def fit(self, samples: NDArray[np.float32], kinds: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """Learn from the statistics of each training image, (n, 2D), and its kind of normal, (n,)."""
         means, within = covariance_within(samples, kinds, shrinkage=self.shrinkage)
         found = min(self.directions.shape[1], len(means) - 1)

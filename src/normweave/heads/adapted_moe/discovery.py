@@ -59,7 +59,9 @@ def discover(
     components = vectors[:COORDINATES].T  # (N, q)
     places = (rows - mean) @ components  # (n, q)
     most = max(1, min(most, len(rows) // FEWEST_IMAGES))
-    centres, variances, shares = _kmeans(places, most, seed) if method == "kmeans" else _mixture(places, most, seed)
+    centres, variances, shares = (
+        _kmeans(places, most, seed) if method == "kmeans" else _mixture(places, most, seed)
+    )
     return Discovery(mean, components, centres, variances, np.log(shares))
 
 
@@ -76,7 +78,9 @@ def _kmeans(places: NDArray[np.float64], most: int, seed: int) -> Clusters:
         found = KMeans(number, n_init=10, random_state=seed).fit(places)
         if len(np.unique(found.labels_)) < number:  # fewer different images than kinds
             break
-        silhouette = silhouette_score(places, found.labels_, sample_size=min(2000, len(places)), random_state=seed)
+        silhouette = silhouette_score(
+            places, found.labels_, sample_size=min(2000, len(places)), random_state=seed
+        )
         if silhouette > best:
             best, centres = silhouette, found.cluster_centers_
     return centres, np.ones_like(centres), np.full(len(centres), 1 / len(centres))

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normweave.heads.adapted_moe.router import Schedule
 from normweave.heads.dfm import principal_components
 from normweave.heads.memory_bank import coreset, draw_patches, project
 from normweave.types import FeatureSource
 
 BATCH_IMAGES = 16
+CHUNK = 256  # stored patches compared at once; bounds memory to B * T * CHUNK * P numbers
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,16 @@ def products(features: Tensor, weights: Tensor, offset: Tensor) -> Tensor:
 class Discriminators(nn.Module):
     """The paper's experts: SimpleNet's discriminator, one a subclass (arXiv 2303.15140, section 3.4).
 
-    D(x) = v . leaky_relu(batch_norm(W x + b), 0.2), trained to be above the margin on normal patches x and below minus
-    the margin on x + N(0, noise^2 I); the score of a patch is -D(x), without noise. The batch norm is each expert's own.
+    D(x) = v . leaky_relu(batch_norm(W x + b), 0.2), trained to be above the margin on normal patches x and below
+    minus the margin on x + N(0, noise^2 I); the score of a patch is -D(x), without noise. Each expert has a batch norm
+    of its own.
 
     Args:
         width: D.
         hidden: H.
+        noise: deviation of the noise.
+        margin: how far from 0 an expert must be to be done with a patch.
+        patches: drawn of each expert's images a training step.
     """
 
     running_mean: Tensor  # (K, H)
@@ -83,22 +89,27 @@ class Discriminators(nn.Module):
 
     momentum = 0.1
 
-    def __init__(self, *, width: int, hidden: int, experts: int = 1) -> None:
+    def __init__(self, *, width: int, hidden: int, noise: float, margin: float, patches: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(experts, hidden, width))  # W
-        self.bias = nn.Parameter(torch.zeros(experts, hidden))  # b
-        self.gain = nn.Parameter(torch.ones(experts, hidden))
-        self.shift = nn.Parameter(torch.zeros(experts, hidden))
-        self.readout = nn.Parameter(torch.zeros(experts, hidden))  # v
-        self.register_buffer("running_mean", torch.zeros(experts, hidden))
-        self.register_buffer("running_variance", torch.ones(experts, hidden))
+        self.noise = noise
+        self.margin = margin
+        self.patches = patches
+        self.weight = nn.Parameter(torch.zeros(1, hidden, width))  # W
+        self.bias = nn.Parameter(torch.zeros(1, hidden))  # b
+        self.gain = nn.Parameter(torch.ones(1, hidden))
+        self.shift = nn.Parameter(torch.zeros(1, hidden))
+        self.readout = nn.Parameter(torch.zeros(1, hidden))  # v
+        self.register_buffer("running_mean", torch.zeros(1, hidden))
+        self.register_buffer("running_variance", torch.ones(1, hidden))
 
     def start(self, *, experts: int, generator: torch.Generator) -> None:
         """Draw the weights of so many experts, as torch draws those of a linear layer."""
         hidden, width = self.weight.shape[1:]
 
         def uniform(*shape: int, inputs: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator))
+            return nn.Parameter(
+                torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+            )
 
         self.weight = uniform(experts, hidden, width, inputs=width)
         self.bias = uniform(experts, hidden, inputs=width)
@@ -152,8 +163,6 @@ class DiscriminatorLesson:
         experts: are changed.
         expert_of: (features (B, D, h, w), given subclasses (B,)) -> (B,) the expert of each image.
         adapt: (features, experts (B,)) -> (B, D, h, w) as the experts see them.
-        noise: deviation of e.
-        patches: drawn of each expert's images a step.
     """
 
     name = "experts"
@@ -164,25 +173,13 @@ class DiscriminatorLesson:
         *,
         expert_of: Callable[[Tensor, Tensor], Tensor],
         adapt: Callable[[Tensor, Tensor], Tensor],
-        noise: float,
-        margin: float,
-        patches: int,
-        epochs: int,
-        batch_images: int,
-        learning_rate: float,
-        patience: int,
+        schedule: Schedule,
     ) -> None:
-        self.module = experts
+        self.module: nn.Module = experts
         self.experts = experts
         self.expert_of = expert_of
         self.adapt = adapt
-        self.noise = noise
-        self.margin = margin
-        self.patches = patches
-        self.epochs = epochs
-        self.batch_images = batch_images
-        self.learning_rate = learning_rate
-        self.patience = patience
+        self.epochs, self.batch_images, self.learning_rate, self.patience = schedule
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with SimpleNet's weight decay."""
@@ -194,30 +191,32 @@ class DiscriminatorLesson:
         """The hinge loss on a batch."""
         own = self.expert_of(features, subclasses)  # (B,)
         adapted = self.adapt(features, own).flatten(2).transpose(1, 2)  # (B, P, D)
-        present = own.unique()  # (E,)
+        present = own.bincount().nonzero().squeeze(1)  # (E,)
         drawn = torch.stack(
             [self._draw(adapted[own == expert].flatten(0, 1), generator) for expert in present]
         )  # (E, n, D)
         noise = torch.randn(drawn.shape, generator=generator, device=generator.device).to(drawn.device)
-        both = torch.cat([drawn, drawn + self.noise * noise], dim=1)  # (E, 2n, D)
+        both = torch.cat([drawn, drawn + self.experts.noise * noise], dim=1)  # (E, 2n, D)
         # Normal and noised patches go through the batch norm together, as in SimpleNet's code.
         normal, noised = self.experts.discriminate(both, present, training=training).chunk(2, dim=1)
-        normal_loss = (self.margin - normal).relu().mean()
-        noised_loss = (self.margin + noised).relu().mean()
+        normal_loss = (self.experts.margin - normal).relu().mean()
+        noised_loss = (self.experts.margin + noised).relu().mean()
         return {"loss": normal_loss + noised_loss, "normal": normal_loss, "noised": noised_loss}
 
     def _draw(self, patches: Tensor, generator: torch.Generator) -> Tensor:
-        places = torch.randint(len(patches), (self.patches,), generator=generator, device=generator.device)
+        places = torch.randint(
+            len(patches), (self.experts.patches,), generator=generator, device=generator.device
+        )
         return patches[places.to(patches.device)]
 
 
 class Memories(nn.Module):
     """Distance to the nearest of the expert's stored normal patches, in units of what is usual there.
 
-    d(x) = |x - m|, m the nearest stored patch (arXiv 2106.08265). With `calibrated` the score is d / mu(m) (ours): mu(m)
-    is the mean distance of those normal patches of *other* groups whose nearest is m, drawn towards the mean over all
-    by 3 pseudo-counts, then averaged over m and its 10 nearest stored neighbours. A patch's own group is left out
-    when its nearest is sought, as no test image has its own group in the memory.
+    d(x) = |x - m|, m the nearest stored patch (arXiv 2106.08265). With `calibrated` the score is d / mu(m) (ours):
+    mu(m) is the mean distance of those normal patches of *other* groups whose nearest is m, drawn towards the mean
+    over all by 3 pseudo-counts, then averaged over the 10 stored patches nearest to m, itself among them. A patch's
+    own group is left out when its nearest is sought, as no test image has its own group in the memory.
 
     Args:
         width: D.
@@ -227,12 +226,11 @@ class Memories(nn.Module):
     """
 
     bank: Tensor  # (K, M, D); rows beyond an expert's own number are zero
-    half_squares: Tensor  # (K, M) |m|^2 / 2; infinite where there is no patch
+    offset: Tensor  # (K, M) -|m|^2 / 2; minus infinity where there is no patch
     usual: Tensor  # (K, M) mu(m)
 
     pseudo_counts = 3
     neighbours = 10
-    chunk = 256  # stored patches compared at once; bounds memory to B*T*chunk*P numbers
 
     def __init__(
         self,
@@ -242,16 +240,15 @@ class Memories(nn.Module):
         max_pool: int,
         projection: int,
         calibrated: bool,
-        experts: int = 1,
     ) -> None:
         super().__init__()
         self.max_patches = max_patches
         self.max_pool = max_pool
         self.projection = projection
         self.calibrated = calibrated
-        self.register_buffer("bank", torch.zeros(experts, 1, width))
-        self.register_buffer("half_squares", torch.zeros(experts, 1))
-        self.register_buffer("usual", torch.ones(experts, 1))
+        self.register_buffer("bank", torch.zeros(1, 1, width))
+        self.register_buffer("offset", torch.zeros(1, 1))
+        self.register_buffer("usual", torch.ones(1, 1))
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
         """Fill the memories, and measure what is usual around every stored patch."""
@@ -259,11 +256,11 @@ class Memories(nn.Module):
         most = max(len(patches) for patches, _ in stored)
         shape = (normals.number, most)
         self.bank = torch.zeros(*shape, self.bank.shape[2])
-        self.half_squares = torch.full(shape, torch.inf)
+        self.offset = torch.full(shape, -torch.inf)
         self.usual = torch.ones(shape)
         for expert, (patches, groups) in enumerate(stored):
             self.bank[expert, : len(patches)] = patches
-            self.half_squares[expert, : len(patches)] = 0.5 * patches.square().sum(dim=1)
+            self.offset[expert, : len(patches)] = -0.5 * patches.square().sum(dim=1)
             if self.calibrated:
                 self.usual[expert, : len(patches)] = self._measure(normals, expert, patches, groups)
 
@@ -286,37 +283,183 @@ class Memories(nn.Module):
         chosen = coreset(project(patches, self.projection, generator=generator), keep, generator=generator)
         return patches[chosen], np.concatenate(groups)[chosen.numpy()]
 
-    def _measure(
-        self, normals: Normals, expert: int, patches: Tensor, groups: NDArray[np.int64]
-    ) -> Tensor:
+    def _measure(self, normals: Normals, expert: int, patches: Tensor, groups: NDArray[np.int64]) -> Tensor:
         """mu of each stored patch (M,)."""
         total = torch.zeros(len(patches), dtype=torch.float64)
         count = torch.zeros(len(patches), dtype=torch.float64)
+        only = torch.zeros(1, 1, dtype=torch.int64)
         for places, features in normals.batches(np.flatnonzero(normals.experts == expert)):
             for place, image in zip(places, features, strict=True):
                 others = torch.from_numpy(groups != normals.groups[place])
                 if not others.any():
                     continue
-                kept = torch.where(others, 0.5 * patches.square().sum(dim=1), torch.inf)
-                distance, index = nearest_of(image[None, None], patches[None, None], kept[None, None])
+                offset = torch.where(others, -0.5 * patches.square().sum(dim=1), -torch.inf)
+                distance, index = nearest(image[None, None], patches[None], offset[None], only)
                 total.index_add_(0, index.flatten(), distance.flatten().double())
                 count.index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
         if not count.any():  # one group only: nothing is known of other parts
             return torch.ones(len(patches))
         overall = total.sum() / count.sum()
         usual = (total + self.pseudo_counts * overall) / (count + self.pseudo_counts)  # (M,)
+        nearby = min(self.neighbours, len(patches))
         near = torch.cat(
             [
-                torch.cdist(some, patches).topk(min(self.neighbours + 1, len(patches)), largest=False).indices
-                for some in patches.split(1024)
+                torch.cdist(patches[start : start + CHUNK], patches).topk(nearby, largest=False).indices
+                for start in range(0, len(patches), CHUNK)
             ]
-        )  # (M, 11): itself and its neighbours
+        )  # (M, 10), itself among them
         return usual[near].mean(dim=1).clamp_min(1e-6).float()
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Distance of every patch, (B, T, h, w)."""
-        distance, index = None, None
-        for start in range(0, self.bank.shape[1], self.chunk):
-            part = slice(start, start + self.chunk)
-            ...
-        return distance
+        distance, index = nearest(features, self.bank, self.offset, experts)
+        if self.calibrated:
+            distance = distance / self.usual[experts[..., None], index]
+        return distance.view(*experts.shape, *features.shape[3:])
+
+
+def nearest(features: Tensor, bank: Tensor, offset: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """The stored patch nearest to each patch, in the memory of each expert asked.
+
+    Found by the largest x . m - |m|^2 / 2, then measured from the difference: the expansion of the square loses small
+    distances to rounding.
+
+    Args:
+        features: (B, S, D, h, w), S = 1 or T.
+        bank: (K, M, D).
+        offset: (K, M) -|m|^2 / 2, minus infinity where a memory holds no patch.
+        experts: (B, T).
+
+    Returns:
+        (B, T, P) distance and (B, T, P) int64 row of the memory.
+    """
+    shape = (*experts.shape, features.shape[3] * features.shape[4])
+    best = features.new_full(shape, -torch.inf)
+    index = torch.zeros(shape, dtype=torch.int64, device=features.device)
+    for start in range(0, bank.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        value, row = products(features, bank[:, part][experts], offset[:, part][experts]).max(dim=2)
+        index = torch.where(value > best, row + start, index)
+        best = torch.maximum(best, value)
+    patches = features.flatten(3).transpose(2, 3)  # (B, S, P, D)
+    return (patches - bank[experts[..., None], index]).square().sum(dim=3).sqrt(), index
+
+
+class Gaussians(nn.Module):
+    """Mahalanobis distance to the patches of the expert's subclass.
+
+    d(x) = |W (x - m)| with W' W the inverse of the patches' covariance, shrunk towards its mean variance (the
+    one-Gaussian form of PaDiM, arXiv 2011.08785, for all places together).
+
+    Args:
+        width: D.
+        shrinkage: share of the mean variance, in (0, 1].
+    """
+
+    whitener: Tensor  # (K, D, D) W
+    offset: Tensor  # (K, D) -W m
+
+    def __init__(self, *, width: int, shrinkage: float) -> None:
+        super().__init__()
+        self.shrinkage = shrinkage
+        self.register_buffer("whitener", torch.eye(width)[None])
+        self.register_buffer("offset", torch.zeros(1, width))
+
+    def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
+        """Means and covariances, summed in float64 over one pass."""
+        width = self.offset.shape[1]
+        count = torch.zeros(normals.number, dtype=torch.float64)
+        total = torch.zeros(normals.number, width, dtype=torch.float64)
+        square = torch.zeros(normals.number, width, width, dtype=torch.float64)
+        for places, features in normals.batches():
+            for place, image in zip(places, features.flatten(2).double(), strict=True):
+                expert = normals.experts[place]
+                count[expert] += image.shape[1]
+                total[expert] += image.sum(dim=1)
+                square[expert] += image @ image.T
+        mean = total / count[:, None]  # (K, D)
+        covariance = square / count[:, None, None] - mean[:, :, None] * mean[:, None]  # (K, D, D)
+        variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-6)  # (K,)
+        identity = torch.eye(width, dtype=torch.float64)
+        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * variance[:, None, None] * identity
+        factor = torch.linalg.cholesky(shrunk)
+        whitener = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+        self.whitener = whitener.float()
+        self.offset = -(whitener @ mean[..., None]).squeeze(2).float()
+
+    def forward(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Distance of every patch, (B, T, h, w)."""
+        whitened = products(features, self.whitener[experts], self.offset[experts])  # (B, T, D, P)
+        return whitened.square().sum(dim=2).sqrt().view(*experts.shape, *features.shape[3:])
+
+
+class Subspaces(nn.Module):
+    """What the principal components of the whole images of a subclass cannot rebuild.
+
+    r = (x - m) - C C' (x - m) with x the whole feature map, averaged to a few cells and flattened (DFM, arXiv
+    1909.11786, one for each expert); the score of a cell is the root of r^2 summed over channels, bilinear in
+    between.
+
+    Args:
+        shape: (D, h, w).
+        cells: the grid is averaged to at most cells x cells, F = D * cells * cells.
+        variance: share that the components keep, in (0, 1).
+        max_images: of each expert, drawn at random; bounds memory.
+    """
+
+    mean: Tensor  # (K, F)
+    components: Tensor  # (K, F, r); columns beyond an expert's own number are zero
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        cells: int,
+        variance: float,
+        max_images: int,
+    ) -> None:
+        super().__init__()
+        D, h, w = shape
+        self.cells = (min(cells, h), min(cells, w))
+        self.variance = variance
+        self.max_images = max_images
+        numbers = D * self.cells[0] * self.cells[1]
+        self.register_buffer("mean", torch.zeros(1, numbers))
+        self.register_buffer("components", torch.zeros(1, numbers, 1))
+
+    def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
+        """Mean and components of each expert's images."""
+        found = []
+        for expert in range(normals.number):
+            own = np.flatnonzero(normals.experts == expert)
+            drawn = torch.randperm(len(own), generator=generator)[: self.max_images].sort().values.numpy()
+            flat = torch.cat(
+                [self._flat(few[:, None])[:, 0] for _, few in normals.batches(own[drawn])]
+            )  # (n, F)
+            found.append(principal_components(flat, variance=self.variance))
+        most = max(1, *(components.shape[1] for _, components in found))
+        self.mean = torch.stack([mean for mean, _ in found])
+        self.components = torch.stack([F.pad(each, (0, most - each.shape[1])) for _, each in found])
+
+    def _flat(self, features: Tensor) -> Tensor:
+        pooled = F.adaptive_avg_pool2d(features.flatten(0, 1), self.cells)  # (B*S, D, cells, cells)
+        return pooled.view(*features.shape[:2], -1)  # (B, S, F)
+
+    def forward(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Residual of every cell, (B, T, h, w)."""
+        B, S, D, h, w = features.shape
+        flat = self._flat(features)  # (B, S, F)
+        if S > 1:  # each image as each expert sees it; to the experts not asked it is zero
+            asked = experts[..., None].expand_as(flat)
+            flat = flat.new_zeros(B, len(self.mean), flat.shape[2]).scatter(1, asked, flat)  # (B, K, F)
+        # All experts, asked or not: to gather their components would cost more than the product.
+        centred = flat.transpose(0, 1) - self.mean[:, None]  # (K, B, F)
+        coordinates = torch.bmm(centred, self.components)  # (K, B, r)
+        residual = torch.baddbmm(centred, coordinates, self.components.transpose(1, 2), alpha=-1)  # (K, B, F)
+        squared = residual.view(len(self.mean), B, D, *self.cells).square().sum(dim=2)  # (K, B, cells, cells)
+        cells = squared.sqrt().transpose(0, 1)  # (B, K, cells, cells)
+        asked = experts[..., None, None].expand(*experts.shape, *self.cells)
+        return F.interpolate(cells.gather(1, asked), size=(h, w), mode="bilinear", align_corners=False)
+
+
+Experts = Discriminators | Memories | Gaussians | Subspaces

@@ -30,6 +30,15 @@ def choose(likeness: Tensor, *, temperature: float, top_k: int) -> Choice:
     return Choice(weights / weights.sum(dim=1, keepdim=True), experts)
 
 
+class Schedule(NamedTuple):
+    """How long a part is trained."""
+
+    epochs: int
+    batch_images: int
+    learning_rate: float
+    patience: int  # epochs without a lower loss on the held-out normals; 0 = never stop early
+
+
 class Router(nn.Module):
     """The routing network of arXiv 2409.05611.
 
@@ -42,7 +51,6 @@ class Router(nn.Module):
     Args:
         width: D.
         embedding: C.
-        subclasses: K.
         stride: of the convolution; 1 is the paper's, 2 looks at a quarter of the places.
         norm: L2-normalise x.
         alpha: weight of the centre loss, in [0, 1].
@@ -56,22 +64,34 @@ class Router(nn.Module):
         *,
         width: int,
         embedding: int,
-        subclasses: int,
         stride: int,
         norm: bool,
         alpha: float,
         centre_rate: float,
-        generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.stride = stride
         self.norm = norm
         self.alpha = alpha
         self.centre_rate = centre_rate
-        self.kernel = nn.Parameter(_uniform((embedding, width, 3, 3), 9 * width, generator))
-        self.bias = nn.Parameter(_uniform((embedding,), 9 * width, generator))
-        self.classifier = nn.Parameter(_uniform((subclasses, embedding), embedding, generator))  # w_j
-        self.register_buffer("centres", torch.zeros(subclasses, embedding))
+        self.kernel = nn.Parameter(torch.zeros(embedding, width, 3, 3))  # W
+        self.bias = nn.Parameter(torch.zeros(embedding))  # b
+        self.classifier = nn.Parameter(torch.zeros(1, embedding))  # w_j
+        self.register_buffer("centres", torch.zeros(1, embedding))
+
+    def start(self, *, subclasses: int, generator: torch.Generator) -> None:
+        """Draw new weights for so many subclasses, as torch draws those of a convolution and a linear layer."""
+        embedding, width = self.kernel.shape[:2]
+
+        def uniform(*shape: int, inputs: int) -> nn.Parameter:
+            return nn.Parameter(
+                torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+            )
+
+        self.kernel = uniform(embedding, width, 3, 3, inputs=9 * width)
+        self.bias = uniform(embedding, inputs=9 * width)
+        self.classifier = uniform(subclasses, embedding, inputs=embedding)
+        self.centres = torch.zeros(subclasses, embedding)
 
     def forward(self, features: Tensor) -> Tensor:
         """Eq. 1: (B, D, h, w) -> (B, C)."""
@@ -101,12 +121,6 @@ class Router(nn.Module):
         return F.normalize(self(features), dim=1) @ F.normalize(self.centres, dim=1).T
 
 
-def _uniform(shape: tuple[int, ...], inputs: int, generator: torch.Generator) -> Tensor:
-    """What torch draws for a layer with so many inputs, from a generator of our own."""
-    bound = inputs**-0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-
-
 class RouterLesson:
     """Train the routing network on Eq. 2.
 
@@ -122,18 +136,12 @@ class RouterLesson:
         router: Router,
         *,
         subclass_of: Callable[[Tensor, Tensor], Tensor],
-        epochs: int,
-        batch_images: int,
-        learning_rate: float,
-        patience: int,
+        schedule: Schedule,
     ) -> None:
-        self.module = router
+        self.module: nn.Module = router
         self.router = router
         self.subclass_of = subclass_of
-        self.epochs = epochs
-        self.batch_images = batch_images
-        self.learning_rate = learning_rate
-        self.patience = patience
+        self.epochs, self.batch_images, self.learning_rate, self.patience = schedule
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam over the convolution and the classifier."""
@@ -160,7 +168,6 @@ class KnownKinds(nn.Module):
 
     Args:
         statistics: N numbers of an image.
-        kinds: K.
     """
 
     means: Tensor  # (K, N) t_k, whitened
@@ -168,9 +175,9 @@ class KnownKinds(nn.Module):
 
     shrinkage = 0.5
 
-    def __init__(self, *, statistics: int, kinds: int = 1) -> None:
+    def __init__(self, *, statistics: int) -> None:
         super().__init__()
-        self.register_buffer("means", torch.zeros(kinds, statistics))
+        self.register_buffer("means", torch.zeros(1, statistics))
         self.register_buffer("whitener", torch.eye(statistics))
 
     def fit(self, samples: NDArray[np.float32], kinds: NDArray[np.int64]) -> None:

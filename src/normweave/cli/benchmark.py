@@ -1,0 +1,38 @@
+"""`normweave benchmark`: a plan of methods × data × seeds to a table."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from normweave.cli import options
+from normweave.cli.terminal import ALL_NORMAL, Terminal, command
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "benchmark")(benchmark)
+
+
+def benchmark(
+    terminal: Terminal,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="What to run.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table.")] = Path("results"),
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the real images.", show_default="NORMWEAVE_DATA, else ../shared/data"),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    cache: options.Cache = None,
+) -> int:
+    """Run a plan and write its table; runs that are finished already are not repeated."""
+    from normweave.benchmark.run import run
+
+    with terminal.progress() as progress:
+        rows = run(plan, output=output, root=root, jobs=jobs, cache=cache, progress=progress)
+    table = output / f"{plan.stem}.md"
+    if terminal.json:
+        terminal.record({"table": str(table), "rows": rows})
+    else:
+        terminal.show(table.read_text("utf-8"))
+    return ALL_NORMAL

@@ -1,0 +1,194 @@
+"""What every command shares: six options, errors as exit codes, one place to speak.
+
+Results go to stdout, remarks and progress to stderr. With --json stdout holds JSON only, an error too:
+`{"error": ..., "exit_code": ...}`.
+"""
+
+import inspect
+import json as json_text
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normweave.errors import MissingError, NormweaveError
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from normweave.types import Progress
+
+ALL_NORMAL = 0
+NOT_NORMAL = 1
+UNREADABLE = 4
+BUG = 70
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+_PANEL = "Every command"
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.", rich_help_panel=_PANEL)]
+_Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No remarks, no progress.", rich_help_panel=_PANEL)
+]
+_Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Log more; show where an error arose.", rich_help_panel=_PANEL)
+]
+_Seed = Annotated[
+    int | None, typer.Option(min=0, help="Seed of everything drawn at random.", rich_help_panel=_PANEL)
+]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)]
+_Threads = Annotated[
+    int | None, typer.Option(min=1, help="Processor threads to use.", rich_help_panel=_PANEL)
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terminal:
+    """How a command was asked to speak, and the options that every command has."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    seed: int | None = None
+    device: str = "auto"
+
+    def record(self, values: dict[str, Any]) -> None:
+        """One JSON object, on one line of stdout."""
+        typer.echo(json_text.dumps(values, allow_nan=False, ensure_ascii=False))
+
+    def show(self, *parts: "RenderableType") -> None:
+        """Text and tables, to stdout."""
+        for part in parts:
+            if isinstance(part, str):
+                typer.echo(part)
+                continue
+            # Rich on its own would answer a closed pipe with exit code 1, and that is a verdict.
+            console = _console(stderr=False)
+            with console.capture() as text:
+                console.print(part, highlight=False, markup=False)
+            typer.echo(text.get(), nl=False)
+
+    def remark(self, text: str) -> None:
+        """Something worth knowing that is no result, to stderr."""
+        if not self.quiet:
+            _console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True, style="dim")
+
+    @contextmanager
+    def progress(self) -> "Iterator[Progress | None]":
+        """Progress bars on stderr, where someone is watching."""
+        console = _console(stderr=True)
+        if self.quiet or not console.is_terminal:
+            yield None
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bars:
+            tasks = {}
+
+            def report(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield report
+
+
+def command(app: typer.Typer, name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make a function `(terminal, **own) -> exit code` a command with its own options and those of every command."""
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        def call(
+            *,
+            json: bool,
+            quiet: bool,
+            verbose: bool,
+            seed: int | None,
+            device: str,
+            threads: int | None,
+            **own: Any,
+        ) -> None:
+            terminal = Terminal(json=json, quiet=quiet, verbose=verbose, seed=seed, device=device)
+            if threads is not None:
+                _limit_threads(threads)
+            raise typer.Exit(_exit_code(terminal, lambda: function(terminal, **own)))
+
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+        common = [
+            _option("json", _Json, False),
+            _option("quiet", _Quiet, False),
+            _option("verbose", _Verbose, False),
+            _option("seed", _Seed, None),
+            _option("device", _Device, "auto"),
+            _option("threads", _Threads, None),
+        ]
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
+        # Typer reads both.
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        call.__doc__ = function.__doc__
+        app.command(name)(call)
+        return function
+
+    return register
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _exit_code(terminal: Terminal, work: Callable[[], int]) -> int:
+    """Do the work; whatever it raises becomes words and an exit code, of which 1 is never one: that is a verdict."""
+    logging.basicConfig(level=logging.INFO if terminal.verbose else logging.WARNING)
+    try:
+        return work()
+    except NormweaveError as error:
+        return _fail(terminal, str(error), error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "normweave":
+            raise
+        message = f'{package} is not installed, and this needs it: pip install "normweave[train]"'
+        return _fail(terminal, message, MissingError.exit_code)
+    except BrokenPipeError:
+        # Whoever read us has gone, as `head` does; the interpreter must not complain when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        return _fail(terminal, f"{error}. Look at the path, its permissions and the space on the disk.", 2)
+    except KeyboardInterrupt:
+        return _fail(terminal, "Interrupted.", INTERRUPTED)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(terminal, f"A bug in normweave: {type(error).__name__}: {error}. Please report it.", BUG)
+
+
+def _fail(terminal: Terminal, message: str, exit_code: int) -> int:
+    if terminal.verbose and exit_code != BUG:
+        traceback.print_exc()
+    if terminal.json:
+        terminal.record({"error": message, "exit_code": exit_code})
+    else:
+        from rich.text import Text
+
+        _console(stderr=True).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    return exit_code
+
+
+def _limit_threads(threads: int) -> None:
+    # numpy's and torch's libraries read this when they are loaded, which no command has done yet.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+
+
+def _console(*, stderr: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)

@@ -1,0 +1,147 @@
+"""`normweave train`: good images to a bundle."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normweave.cli import options
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, command
+
+if TYPE_CHECKING:
+    from normweave.config import Config
+    from normweave.detector import Detector
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the command."""
+    command(app, "train")(train)
+
+
+def train(
+    terminal: Terminal,
+    data: options.Data,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the new bundle.", show_default=False)
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="adapted-moe, simplenet, patchcore or dfm.", show_default="adapted-moe")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of settings.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A setting, as head.top_k=2; may be repeated.", show_default=False),
+    ] = None,
+    category: options.Category = None,
+    subclass: options.Subclass = None,
+    subclass_from: Annotated[
+        str | None,
+        typer.Option(help="folder, column, filename-regex, auto (discover) or none.", show_default="folder"),
+    ] = None,
+    layout: options.Layout = None,
+    false_alarm_rate: options.FalseAlarmRate = None,
+    cache: options.Cache = None,
+    no_cache: options.NoCache = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted training.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the bundle that lies there.")
+    ] = False,
+) -> int:
+    """Learn from good images, draw the operating points, write a bundle."""
+    from normweave import bundle
+
+    settings = compose(
+        config=config,
+        model=model,
+        category=category,
+        subclass=subclass,
+        subclass_from=subclass_from,
+        false_alarm_rate=false_alarm_rate,
+        seed=terminal.seed,
+        assignments=set_ or [],
+    )
+    bundle.check_place(output, overwrite=overwrite)
+
+    from normweave.detector import Detector
+
+    work = output.with_name(f"{output.name}.work")
+    with terminal.progress() as progress:
+        detector = Detector.fit(
+            data,
+            config=settings,
+            layout=layout,
+            cache=cache,
+            use_cache=not no_cache,
+            work=work,
+            resume=resume,
+            device=terminal.device,
+            progress=progress,
+        )
+        detector.save(output, overwrite=overwrite)
+    shutil.rmtree(work, ignore_errors=True)
+    return report(terminal, detector, output)
+
+
+def compose(
+    *,
+    config: Path | None,
+    model: str | None,
+    category: list[str] | None,
+    subclass: list[str] | None,
+    subclass_from: str | None,
+    false_alarm_rate: float | None,
+    seed: int | None,
+    assignments: list[str],
+) -> "Config":
+    """All settings: the file, then the named options, then --set; later ones win."""
+    from normweave import settings
+    from normweave.config import Config
+
+    result = Config() if config is None else settings.read(config)
+    if model is not None and type(head := settings.model_config(model)) is not type(result.head):
+        result = replace(result, head=head)
+    if category:
+        result = replace(result, data=replace(result.data, category=options.chosen(category)))
+    if subclass:
+        result = replace(result, data=replace(result.data, subclass=options.chosen(subclass)))
+    named = {"data.subclass_from": subclass_from, "outcome.false_alarm_rate": false_alarm_rate, "seed": seed}
+    given = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return settings.override(result, given + assignments)
+
+
+def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
+    """Say what a detector that was just saved was made from and where its lines lie; the exit code."""
+    from rich.table import Table
+
+    record = detector.record
+    calibration: dict[str, Any] = {} if detector.calibration is None else detector.calibration.as_dict()
+    refused = [{"image_path": refusal.image_path, "error": refusal.reason} for refusal in detector.refused]
+    if terminal.json:
+        kept = ("model", "categories", "fit_images", "calibration_images", "seed")
+        points = {key: calibration.get(key) for key in ("false_alarm_rate", "operating_points")}
+        terminal.record(
+            {"bundle": str(folder), "bundle_hash": detector.bundle_hash}
+            | {key: record[key] for key in kept}
+            | points
+            | {"refused": refused}
+        )
+        return UNREADABLE if refused else ALL_NORMAL
+    for image in refused:
+        terminal.show(f"unreadable  {image['image_path']}: {image['error']}")
+    table = Table("subclass", "held-out normals", "operating point", title_justify="left", box=None)
+    for point in calibration.get("operating_points", []):
+        own = "" if not point["pooled"] else " (of all together)" if point["subclass"] else ""
+        table.add_row(
+            point["subclass"] or "all together", str(point["normals"]), f"{point['threshold']:.4f}{own}"
+        )
+    terminal.show(
+        f"{folder}: {record['model']}, fitted on {record['fit_images']} good images and calibrated on "
+        f"{record['calibration_images']} others, for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
+        table,
+    )
+    terminal.remark(f"Next: normweave predict {folder} IMAGES…")
+    return UNREADABLE if refused else ALL_NORMAL

@@ -1,0 +1,384 @@
+"""Adapted-MoE: route an image, adapt it, ask the experts, put their answers together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave.config import AdaptedMoEConfig
+from normweave.errors import DataError
+from normweave.heads import state
+from normweave.heads.adapted_moe.adaption import (
+    Adaption,
+    GuardedAdaption,
+    NoAdaption,
+    PaperAdaption,
+    block_statistics,
+    statistics,
+)
+from normweave.heads.adapted_moe.discovery import Agreement, Discovery, agreement, discover
+from normweave.heads.adapted_moe.experts import (
+    BATCH_IMAGES,
+    DiscriminatorLesson,
+    Discriminators,
+    Experts,
+    Gaussians,
+    Memories,
+    Normals,
+    Subspaces,
+)
+from normweave.heads.adapted_moe.router import Choice, KnownKinds, Router, RouterLesson, Schedule, choose
+from normweave.types import FeatureSource, FitData, Lesson, PatchScores, Routing
+
+FEWEST_HELD_OUT = 3
+"""An expert's scale needs so many held-out normals of its own; with fewer it takes that of all together."""
+
+
+class AdaptedMoE(nn.Module):
+    """Mixture of experts with test-time adaption, for subclasses of normal seen and unseen.
+
+    arXiv 2409.05611. An image is routed (Eq. 1-2), adapted (Eq. 5-6, or guarded) and scored by the top k experts;
+    Eq. 4 puts their patch scores together, each brought to mean 0 and deviation 1 on held-out normals (ours).
+
+    Args:
+        shape: (D, h, w) of the features.
+        router: the routing network; None routes by image statistics.
+        moe: one expert a subclass; off = one for all, which needs no routing.
+        top_k: experts asked an image, at most.
+        temperature: of the routing softmax.
+        aggregation: `paper` is Eq. 4; `min` the least anomalous of the experts asked; `mean` gives all the same weight.
+        border: outermost cells that take the score of their inner neighbours.
+        discover_always: find subclasses even where they are given, and say how well they agree.
+        discovery, max_subclasses: how subclasses are found, and how many at most.
+        router_schedule, expert_schedule: of the lessons.
+    """
+
+    scale_mean: Tensor  # (K,) of each expert's patch scores on held-out normals of its own subclass
+    scale_deviation: Tensor  # (K,)
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        router: Router | None,
+        adaption: Adaption,
+        experts: Experts,
+        moe: bool,
+        top_k: int,
+        temperature: float,
+        aggregation: Literal["paper", "min", "mean"],
+        border: int,
+        discover_always: bool,
+        discovery: Literal["kmeans", "mixture"],
+        max_subclasses: int,
+        router_schedule: Schedule,
+        expert_schedule: Schedule,
+    ) -> None:
+        super().__init__()
+        self.subclass_names: tuple[str, ...] = ()
+        self.agreement: Agreement | None = None
+        """How discovered subclasses compare to the given ones, where both are known."""
+        self.router = router
+        self.adaption = adaption
+        self.experts = experts
+        self.kinds = KnownKinds(statistics=2 * shape[0])
+        self.moe = moe
+        self.top_k = top_k
+        self.temperature = temperature
+        self.aggregation = aggregation
+        self.border = border
+        self.discover_always = discover_always
+        self.discovery = discovery
+        self.max_subclasses = max_subclasses
+        self.router_schedule = router_schedule
+        self.expert_schedule = expert_schedule
+        self.register_buffer("scale_mean", torch.zeros(1))
+        self.register_buffer("scale_deviation", torch.ones(1))
+        self._found: Discovery | None = None
+        self._experts: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # of each image of the fit data
+
+    @classmethod
+    def of(cls, config: AdaptedMoEConfig, *, shape: tuple[int, int, int]) -> AdaptedMoE:
+        """The head that `config` describes, not fitted yet."""
+        network = config.moe and config.routing == "network"
+        return cls(
+            shape=shape,
+            router=_router(config, shape[0]) if network else None,
+            adaption=_adaption(config, shape[0]),
+            experts=_experts(config, shape),
+            moe=config.moe,
+            top_k=config.top_k,
+            temperature=config.temperature,
+            aggregation=config.aggregation,
+            border=config.border,
+            discover_always=config.discover == "always",
+            discovery=config.discovery,
+            max_subclasses=config.max_subclasses,
+            router_schedule=Schedule(
+                config.router_epochs,
+                config.router_batch_images,
+                config.router_learning_rate,
+                config.router_patience,
+            ),
+            expert_schedule=Schedule(
+                config.epochs, config.batch_images, config.learning_rate, config.patience
+            ),
+        )
+
+    @torch.no_grad()
+    def begin(self, data: FitData) -> None:
+        """Find the subclasses where they are not given, and learn their statistics.
+
+        Raises:
+            DataError: no image, or a named subclass without one.
+        """
+        if len(data) == 0:
+            raise DataError("Adapted-MoE has no normal image to learn from. Give it at least one.")
+        samples, robust = self._statistics(data.features)
+        kinds, names = self._subclasses(data, samples)
+        self._experts = kinds if self.moe else np.zeros_like(kinds)
+        self.subclass_names = names if self.moe or len(names) == 1 else ("all",)
+        self.kinds.fit(robust, kinds)
+        self.adaption.fit(samples, kinds, self._experts)
+        generator = torch.Generator().manual_seed(data.seed)
+        if self.router is not None:
+            self.router.start(subclasses=len(self.subclass_names), generator=generator)
+        if isinstance(self.experts, Discriminators):
+            self.experts.start(experts=len(self.subclass_names), generator=generator)
+
+    def _statistics(self, source: FeatureSource) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """s of every image, and without local defects, (n, 2D) each."""
+        shape = (len(source), 2 * source.shape[0])
+        samples, robust = np.empty(shape, dtype=np.float32), np.empty(shape, dtype=np.float32)
+        for start in range(0, len(source), BATCH_IMAGES):
+            few = np.arange(start, min(start + BATCH_IMAGES, len(source)))
+            features = source.read(few)
+            samples[few] = statistics(features).numpy()
+            robust[few] = block_statistics(features).numpy()
+        return samples, robust
+
+    def _subclasses(
+        self, data: FitData, samples: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+        """Number of each image's subclass, and the names."""
+        given = bool((data.subclasses >= 0).all())
+        self._found, self.agreement = None, None
+        if given and not self.discover_always:
+            counts = np.bincount(data.subclasses, minlength=len(data.names))
+            if empty := [name for name, count in zip(data.names, counts, strict=True) if count == 0]:
+                raise DataError(
+                    f"No normal image is left to learn {', '.join(empty)} from. "
+                    "Give these subclasses more images, or hold out fewer (data.calibration_share)."
+                )
+            return data.subclasses, data.names
+        self._found = discover(samples, method=self.discovery, most=self.max_subclasses, seed=data.seed)
+        kinds = self._found.kinds(samples)
+        if given:
+            self.agreement = agreement(kinds, data.subclasses)
+        return kinds, tuple(f"found-{number + 1}" for number in range(len(self._found.centres)))
+
+    def lessons(self, data: FitData) -> Sequence[Lesson]:
+        """The router, where there is something to route between, and the experts that gradients train."""
+        lessons: list[Lesson] = []
+        if self.router is not None and len(self.subclass_names) > 1:
+            lessons.append(
+                RouterLesson(self.router, subclass_of=self._experts_of, schedule=self.router_schedule)
+            )
+        if isinstance(self.experts, Discriminators):
+            lessons.append(
+                DiscriminatorLesson(
+                    self.experts,
+                    expert_of=self._experts_of,
+                    adapt=self._adapt_to,
+                    schedule=self.expert_schedule,
+                )
+            )
+        return lessons
+
+    @torch.no_grad()
+    def finish(self, data: FitData) -> None:
+        """Fit the experts that are in closed form, and measure the scale of each on held-out normals."""
+        rows = np.arange(len(data))
+        held_out = data.holdout.copy()
+        for expert in range(len(self.subclass_names)):
+            own = self._experts == expert
+            if held_out[own].all():  # too few to hold any out
+                held_out[own] = False
+        source = _Adapted(data.features, self)
+        generator = torch.Generator().manual_seed(data.seed)
+        fit = ~held_out
+        self.experts.fit(
+            Normals(source, rows[fit], self._experts[fit], data.groups[fit]), generator=generator
+        )
+        self._measure(source, rows[held_out] if held_out.any() else rows)
+
+    def _measure(self, source: FeatureSource, rows: NDArray[np.int64]) -> None:
+        """Mean and deviation of each expert's patch scores on these images of its own."""
+        K = len(self.subclass_names)
+        images = np.zeros(K)
+        sums = np.zeros((K, 2))  # of scores and of their squares, a patch
+        for start in range(0, len(rows), BATCH_IMAGES):
+            few = rows[start : start + BATCH_IMAGES]
+            own = self._experts[few]
+            scores = self.experts(source.read(few)[:, None], torch.from_numpy(own)[:, None])  # (B, 1, h, w)
+            flat = scores.flatten(1).double().numpy()  # (B, P)
+            np.add.at(images, own, 1)
+            np.add.at(sums, own, np.stack([flat.mean(axis=1), (flat**2).mean(axis=1)], axis=1))
+        sums[images < FEWEST_HELD_OUT] = sums.sum(axis=0)
+        images[images < FEWEST_HELD_OUT] = len(rows)
+        mean, square = (sums / images[:, None]).T  # (K,) each
+        self.scale_mean = torch.from_numpy(mean).float()
+        self.scale_deviation = torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-12))).float()
+
+    @torch.no_grad()
+    def forward(self, features: Tensor) -> PatchScores:
+        """Score (B, D, h, w)."""
+        distances = self.kinds(block_statistics(features))  # (B, K), also when one expert serves all
+        choice = self._choose(features, distances)
+        samples = statistics(features)
+        adapted = self.adaption(features, samples, choice.experts)  # (B, 1 or T, D, h, w)
+        scores = self.experts(adapted, choice.experts)  # (B, T, h, w)
+        scores = scores - self.scale_mean[choice.experts][..., None, None]
+        scores = scores / self.scale_deviation[choice.experts][..., None, None]
+        weights = features.new_zeros(len(features), len(self.scale_mean))
+        routing = Routing(
+            weights=weights.scatter(1, choice.experts, choice.weights),
+            subclass=choice.experts[:, 0],
+            distance=distances.amin(dim=1),
+            adapted=self.adaption.changes(samples),
+        )
+        fused = aggregate(scores, choice.weights, how=self.aggregation)
+        return PatchScores(scores=replace_border(fused, self.border), image_scores=None, routing=routing)
+
+    def _choose(self, features: Tensor, distances: Tensor) -> Choice:
+        if len(self.scale_mean) == 1:
+            likeness = features.new_zeros(len(features), 1)
+        elif self.router is not None:
+            likeness = self.router.likeness(features)
+        else:
+            likeness = -distances
+        return choose(likeness, temperature=self.temperature, top_k=self.top_k)
+
+    def _experts_of(self, features: Tensor, subclasses: Tensor) -> Tensor:
+        """The expert that each training image belongs to, (B,)."""
+        if not self.moe:
+            return torch.zeros_like(subclasses)
+        if self._found is None:
+            return subclasses
+        return torch.from_numpy(self._found.kinds(statistics(features).cpu().numpy())).to(features.device)
+
+    def _adapt_to(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Training images as their own (B,) experts see them, (B, D, h, w)."""
+        adapted: Tensor = self.adaption(features, statistics(features), experts[:, None])
+        return adapted[:, 0]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything fitted."""
+        return state.state(self)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state` gave, for any number of subclasses."""
+        state.load_state(self, tensors)
+
+
+class _Adapted:
+    """The fit data as the experts see them: each image adapted to its own."""
+
+    def __init__(self, source: FeatureSource, head: AdaptedMoE) -> None:
+        self.source = source
+        self.head = head
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.source.shape
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        own = torch.from_numpy(self.head._experts[np.asarray(rows)])
+        return self.head._adapt_to(self.source.read(rows), own)
+
+
+def aggregate(scores: Tensor, weights: Tensor, *, how: Literal["paper", "min", "mean"]) -> Tensor:
+    """Put the experts' scores together: (B, T, h, w) and weights (B, T) to (B, h, w).
+
+    `paper` is Eq. 4, sum_k w_k Expert_k(x) / sum_k w_k over the experts asked.
+    """
+    match how:
+        case "paper":
+            shares = weights / weights.sum(dim=1, keepdim=True)  # (B, T)
+            return (scores * shares[..., None, None]).sum(dim=1)
+        case "min":
+            return scores.amin(dim=1)
+        case "mean":
+            return scores.mean(dim=1)
+
+
+def replace_border(scores: Tensor, border: int) -> Tensor:
+    """Give the outermost cells of (B, h, w) the score of the nearest inner one.
+
+    They see the convolutions' padding, which no two images fill alike. On a small grid at least one cell is inner.
+    """
+    height, width = scores.shape[1:]
+    above, beside = min(border, (height - 1) // 2), min(border, (width - 1) // 2)
+    inner = scores[:, above : height - above, beside : width - beside]
+    return F.pad(inner[:, None], (beside, beside, above, above), mode="replicate")[:, 0]
+
+
+def _router(config: AdaptedMoEConfig, width: int) -> Router:
+    return Router(
+        width=width,
+        embedding=config.embedding,
+        stride=config.stride,
+        norm=config.norm,
+        alpha=config.alpha,
+        centre_rate=config.centre_rate,
+    )
+
+
+def _adaption(config: AdaptedMoEConfig, width: int) -> Adaption:
+    match config.adaption:
+        case "off":
+            return NoAdaption()
+        case "paper":
+            return PaperAdaption(width=width)
+        case "guarded":
+            return GuardedAdaption(
+                width=width, directions=config.directions, prior=config.prior, shrinkage=config.shrinkage
+            )
+
+
+def _experts(config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Experts:
+    width = shape[0]
+    match config.expert:
+        case "discriminator":
+            # Patches of length one have channels that deviate by about 1 / sqrt(D).
+            unit = width**-0.5 if config.adaption == "paper" else 1.0
+            return Discriminators(
+                width=width,
+                hidden=config.hidden,
+                noise=config.noise * unit,
+                margin=config.margin,
+                patches=config.patches,
+            )
+        case "memory":
+            return Memories(
+                width=width,
+                max_patches=config.max_patches,
+                max_pool=config.max_pool,
+                projection=config.projection,
+                calibrated=config.calibrated,
+            )
+        case "gaussian":
+            return Gaussians(width=width, shrinkage=config.gaussian_shrinkage)
+        case "subspace":
+            return Subspaces(
+                shape=shape, cells=config.cells, variance=config.variance, max_images=config.max_images
+            )

@@ -1,0 +1,176 @@
+"""Whatever a command raises becomes words and an exit code."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Annotated
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from normweave.cli import terminal as shared
+from normweave.cli.terminal import Terminal, command
+from normweave.errors import ConfigError, GateError, MissingError
+
+
+def answer(work, *arguments):
+    """Run `work` as a command."""
+    app = typer.Typer()
+
+    def own(terminal: Terminal, number: Annotated[int, typer.Option(help="A number.")] = 3) -> int:
+        """Do something."""
+        return work(terminal)
+
+    command(app, "own")(own)
+    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+
+
+def failing(error):
+    def work(terminal):
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "words"),
+    [
+        (ConfigError("no [such] setting"), 2, "Error: no [such] setting\n"),
+        (GateError("a rate of 0.01 needs more"), 3, "Error: a rate of 0.01 needs more\n"),
+        (MissingError("no cuda"), 2, "Error: no cuda\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch.nn"),
+            2,
+            'pip install "normweave[train]"',
+        ),
+        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'. Look at the path"),
+        (KeyboardInterrupt(), 130, "Interrupted."),
+        (
+            ZeroDivisionError("division"),
+            70,
+            "A bug in normweave: ZeroDivisionError: division. Please report it.",
+        ),
+        (ModuleNotFoundError("No module named 'normweave.x'", name="normweave.x"), 1, ""),
+    ],
+)
+def test_errors_are_words_and_an_exit_code(error, exit_code, words):
+    result = answer(failing(error))
+    assert result.exit_code == exit_code
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def test_an_error_has_a_traceback_only_when_asked_for():
+    assert "Traceback" not in answer(failing(ConfigError("x"))).stderr
+    assert "Traceback" in answer(failing(ConfigError("x")), "-v").stderr
+    assert "Traceback" in answer(failing(ZeroDivisionError())).stderr
+
+
+def test_an_error_is_json_on_stdout_when_asked_for():
+    result = answer(failing(GateError("too few")), "--json")
+    assert json.loads(result.stdout) == {"error": "too few", "exit_code": 3}
+    assert result.stderr == ""
+    assert result.exit_code == 3
+
+
+def test_a_message_is_one_line_however_long():
+    result = answer(failing(ConfigError("word " * 100)))
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_answer_of_a_command_is_the_exit_code():
+    assert answer(lambda terminal: 4).exit_code == 4
+
+
+def test_the_common_options_arrive():
+    seen = []
+    answer(
+        lambda terminal: seen.append(terminal) or 0, "--json", "-q", "-v", "--seed", "5", "--device", "cuda:1"
+    )
+    assert seen == [Terminal(json=True, quiet=True, verbose=True, seed=5, device="cuda:1")]
+
+
+def test_own_options_are_checked_by_their_type():
+    assert answer(lambda terminal: 0, "--number", "4").exit_code == 0
+    assert answer(lambda terminal: 0, "--number", "four").exit_code == 2
+
+
+def test_remarks_go_to_stderr_and_quiet_stops_them():
+    def work(terminal):
+        terminal.remark("by the way [x]")
+        terminal.show("a result [x]")
+        return 0
+
+    result = answer(work)
+    assert (result.stdout, result.stderr) == ("a result [x]\n", "by the way [x]\n")
+    assert answer(work, "-q").stderr == ""
+
+
+def test_json_holds_no_nan():
+    def work(terminal):
+        terminal.record({"score": float("nan")})
+        return 0
+
+    assert answer(work, "--json").exit_code == shared.BUG
+
+
+def test_threads_are_limited_before_anything_is_loaded():
+    script = (
+        "import os, sys\n"
+        "from normweave.cli import doctor, main\n"
+        "doctor.devices = lambda: [os.environ['OMP_NUM_THREADS']] if 'torch' not in sys.modules else []\n"
+        "sys.argv = ['normweave', 'doctor', '--json', '--threads', '1']\n"
+        "main()"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
+    )
+    assert json.loads(result.stdout)["devices"] == ["1"]
+
+
+@pytest.mark.parametrize("part", ["'a line'", "Table('a table')"])
+def test_a_reader_that_goes_away_is_no_verdict(part):
+    """`normweave … | head -1` must not answer with 1, which stands for an anomalous image."""
+    script = (
+        "import typer\n"
+        "from normweave.cli.terminal import command\n"
+        "app = typer.Typer()\n"
+        "from rich.table import Table\n"
+        "def own(terminal) -> int:\n"
+        "    for _ in range(10_000):\n"
+        "        terminal.show(PART)\n"
+        "    return 0\n"
+        "command(app, 'own')(own)\n"
+        "app()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script.replace("PART", part)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == shared.PIPE_CLOSED
+        assert process.stderr.read() == b""
+
+
+def test_progress_bars_appear_where_someone_watches(monkeypatch, capsys):
+    from rich.console import Console
+
+    monkeypatch.setattr(
+        shared, "_console", lambda *, stderr: Console(stderr=stderr, force_terminal=True, width=120)
+    )
+    with Terminal().progress() as progress:
+        progress("reading images", 1, 2)
+        progress("training", 5, 10)
+        progress("reading images", 2, 2)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for words in ("reading images", "2/2", "training", "5/10"):
+        assert words in shown.err
+
+
+def test_no_progress_without_a_watcher():
+    with Terminal().progress() as progress:
+        assert progress is None

@@ -1,0 +1,96 @@
+"""Tiles cover everything, and what is marked in the image is marked in the same place of the input."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from normweave.config import PrepareConfig
+from normweave.data.prepare import Preparation
+from normweave.errors import ConfigError
+from normweave.types import Tile
+
+
+def preparation(**settings):
+    return Preparation.of(PrepareConfig(**settings))
+
+
+@given(
+    height=st.integers(8, 20_000),
+    width=st.integers(8, 20_000),
+    beyond=st.sampled_from([0, 1, 1.5, 4]),
+    overlap=st.sampled_from([0, 0.125, 0.5]),
+)
+def test_tiles_cover_every_pixel_and_overlap_as_promised(height, width, beyond, overlap):
+    settings = preparation(height=128, width=256, tile_beyond=beyond, tile_overlap=overlap)
+    tiles = settings.tiles(height, width)
+    assert len({(tile.height, tile.width) for tile in tiles}) == 1
+    for side, begin, length, edge in ((height, 0, 2, 128), (width, 1, 3, 256)):
+        spans = sorted({(tile[begin], tile[begin] + tile[length]) for tile in tiles})
+        assert len(spans) == (1 if beyond == 0 or side <= beyond * edge else -(-side // (beyond * edge)))
+        assert spans[0][0] == 0
+        assert spans[-1][1] == side
+        for (_, stop), (start, further) in zip(spans, spans[1:], strict=False):
+            assert stop - start >= overlap * (further - start) - 1
+    assert len(tiles) == len({tile[:2] for tile in tiles})
+
+
+def test_up_to_the_limit_an_image_is_one_tile():
+    settings = preparation(height=256, width=128, tile_beyond=4.0)
+    assert settings.tiles(100, 100) == (Tile(0, 0, 100, 100),)
+    assert settings.tiles(1024, 512) == (Tile(0, 0, 1024, 512),)
+    assert len(settings.tiles(1025, 512)) == len(settings.tiles(1024, 513)) == 2
+    assert preparation(tile_beyond=0).tiles(9000, 9000) == (Tile(0, 0, 9000, 9000),)
+
+
+def test_tiles_by_hand():
+    """350 wide, 100 high, input 100 x 100 and at most 1.75 of it: two of ceil(350 / (2 - 0.25)) = 200."""
+    settings = preparation(height=100, width=100, tile_beyond=1.75, tile_overlap=0.25)
+    assert settings.tiles(100, 350) == (Tile(0, 0, 100, 200), Tile(0, 150, 100, 200))
+    assert settings.tiles(350, 100) == (Tile(0, 0, 200, 100), Tile(150, 0, 200, 100))
+
+
+@pytest.mark.parametrize("row", [0, 3, 7])
+@pytest.mark.parametrize("column", [0, 5, 9])
+def test_a_mark_lands_where_it_belongs(row, column):
+    """A cell of 16 x 16 pixels marked in a tile shows in the cell of 8 x 8 at the same place, and nowhere else."""
+    image = np.zeros((300, 400, 3), np.uint8)
+    tile = Tile(40, 60, 8 * 16, 10 * 16)
+    top, left = tile.top + row * 16, tile.left + column * 16
+    image[top : top + 16, left : left + 16, 1] = 255
+    got = preparation(height=64, width=80).apply(image, tile)
+    assert got.shape == (3, 64, 80)
+    assert got.dtype == np.uint8
+    assert not got[[0, 2]].any()
+    cells = got[1].reshape(8, 8, 10, 8).mean(axis=(1, 3))
+    inside = cells[row, column]
+    cells[row, column] = 0
+    assert inside > 200
+    assert cells.max() < 20
+
+
+def test_a_tile_of_the_inputs_size_is_not_changed():
+    image = np.random.default_rng(0).integers(0, 256, (100, 90, 3), dtype=np.uint8)
+    got = preparation(height=40, width=32).apply(image, Tile(5, 7, 40, 32))
+    np.testing.assert_array_equal(got, image[5:45, 7:39].transpose(2, 0, 1))
+
+
+def test_shrinking_averages_instead_of_skipping_pixels():
+    """Stripes finer than a pixel of the input become grey; taken pixel by pixel they would be black or white."""
+    image = np.zeros((512, 512, 3), np.uint8)
+    image[:, ::2] = 255
+    got = preparation(height=64, width=64).apply(image, Tile(0, 0, 512, 512))
+    assert np.abs(got.astype(float) - 127.5).max() < 6
+
+
+def test_round_trip_through_json():
+    settings = preparation(height=96, width=160, tile_beyond=2.5, tile_overlap=0.3)
+    assert Preparation.from_dict(json.loads(json.dumps(settings.as_dict()))) == settings
+
+
+def test_a_record_out_of_range_is_refused():
+    record = preparation().as_dict() | {"height": 7}
+    with pytest.raises(ConfigError, match="height must lie in 32..4096, got 7"):
+        Preparation.from_dict(record)

@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+import torch
+
+from normweave.heads.dfm import DFM, principal_components
+from normweave.types import FitData
+
+
+class InMemory:
+    """Features at hand, that remember which images were asked for."""
+
+    def __init__(self, features):
+        self.features = features
+        self.shape = tuple(features.shape[1:])
+        self.asked = []
+
+    def __len__(self):
+        return len(self.features)
+
+    def read(self, rows):
+        self.asked.append(np.asarray(rows))
+        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def fitted(features, *, seed=0, cells=4, variance=0.9, max_images=1000):
+    count = len(features)
+    source = InMemory(features)
+    head = DFM(shape=source.shape, cells=cells, variance=variance, max_images=max_images)
+    head.begin(
+        FitData(
+            features=source,
+            subclasses=np.full(count, -1),
+            names=(),
+            groups=np.arange(count),
+            holdout=np.zeros(count, dtype=bool),
+            seed=seed,
+        )
+    )
+    return head, source
+
+
+def by_svd(rows, variance):
+    """Mean and components as a textbook has them: numpy's SVD of the centred rows, float64."""
+    rows = rows.numpy().astype(np.float64)
+    mean = rows.mean(0)
+    _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
+    held = np.cumsum(singular**2) / np.sum(singular**2)
+    count = next(number for number in range(1, len(held) + 1) if held[number - 1] >= variance)
+    return mean, directions[:count].T
+
+
+@pytest.mark.parametrize("size", [(12, 40), (40, 12), (20, 20), (3000, 5), (5, 3000)])
+@pytest.mark.parametrize("variance", [0.5, 0.97])
+def test_components_agree_with_the_singular_value_decomposition(size, variance):
+    rows = torch.randn(size, generator=generator(1)) * torch.linspace(0.1, 3, size[1]) + 5
+    mean, components = principal_components(rows, variance=variance)
+    wanted_mean, wanted = by_svd(rows, variance)
+    np.testing.assert_allclose(mean, wanted_mean, rtol=1e-5)
+    assert components.shape == wanted.shape
+    # The sign of a component is free, the projection onto all of them is not.
+    projected = rows.double() @ components.double() @ components.T.double()
+    np.testing.assert_allclose(projected, rows.numpy() @ wanted @ wanted.T, atol=2e-4)
+    torch.testing.assert_close(components.T @ components, torch.eye(len(components.T)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(4, 9), (9, 4)])
+def test_equal_rows_have_no_components(size):
+    mean, components = principal_components(torch.ones(size), variance=0.97)
+    assert (mean == 1).all()
+    assert components.shape == (size[1], 0)
+
+
+def test_scores_are_what_the_components_cannot_rebuild():
+    normal = torch.randn(10, 3, 8, 4, generator=generator(2))
+    head, _ = fitted(normal, cells=2)
+    image = torch.randn(2, 3, 8, 4, generator=generator(3))
+    out = head(image)
+
+    def cells(features):  # (B, 3, 8, 4) to (B, 3*2*2): means over windows of 4 x 2
+        return features.view(-1, 3, 2, 4, 2, 2).mean((3, 5)).flatten(1)
+
+    mean, components = by_svd(cells(normal), 0.9)
+    for b in range(2):
+        centred = cells(image)[b].numpy() - mean
+        residual = (centred - components @ (components.T @ centred)).reshape(3, 2, 2)
+        np.testing.assert_allclose(out.scores[b], np.sqrt((residual**2).sum(0)), rtol=1e-4)
+        assert out.image_scores[b].item() == pytest.approx(np.linalg.norm(residual), rel=1e-4)
+
+
+def test_combinations_of_normal_images_are_rebuilt():
+    normal = torch.randn(5, 3, 4, 4, generator=generator(4))
+    head, _ = fitted(normal, variance=0.999999)
+    mixed = 0.7 * normal[:1] + 0.5 * normal[1:2] - 0.2 * normal[2:3]
+    assert head(mixed).image_scores.item() < 1e-4
+    assert head(torch.randn(1, 3, 4, 4, generator=generator(5))).image_scores.item() > 1
+
+
+def test_a_grid_that_cells_do_not_divide_is_averaged_over_overlapping_windows():
+    head, _ = fitted(torch.randn(4, 1, 5, 3, generator=generator(6)), cells=4)
+    ramp = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 1, 5, 3)
+    # Rows floor(i * 5 / 4) to ceil((i + 1) * 5 / 4) of 0..4: (0, 1), (1, 2), (2, 3), (3, 4); three columns stay three.
+    assert head._flat(ramp).view(4, 3).tolist() == [[0.5] * 3, [1.5] * 3, [2.5] * 3, [3.5] * 3]
+    assert head(ramp).scores.shape == (1, 4, 3)
+
+
+def test_no_more_images_are_read_than_allowed_and_a_few_at_a_time():
+    _, source = fitted(torch.randn(90, 2, 4, 4), max_images=40)
+    assert max(len(rows) for rows in source.asked) <= 16
+    rows = np.concatenate(source.asked)
+    assert len(np.unique(rows)) == len(rows) == 40
+
+
+def test_which_images_are_drawn_hangs_on_the_seed():
+    normal = torch.randn(90, 2, 4, 4, generator=generator(7))
+    one, same, other = (fitted(normal, max_images=40, seed=seed)[1].asked for seed in (0, 0, 1))
+    assert np.array_equal(np.concatenate(one), np.concatenate(same))
+    assert not np.array_equal(np.concatenate(one), np.concatenate(other))

@@ -1,0 +1,217 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from scipy import ndimage, stats
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+
+from normweave.errors import DataError
+from normweave.report import metrics
+from normweave.report.metrics import PixelMetrics, binomial_interval, image_metrics
+
+
+def textured(seed, *, images=4, side=64, low=0.0, high=1.0):
+    """Smooth maps between low and high, and masks of a few regions that the maps see in part; one image is good."""
+    random = np.random.default_rng(seed)
+    maps, masks = [], []
+    for number in range(images):
+        noise = ndimage.gaussian_filter(random.normal(size=(side, side)), 2)
+        mask = ndimage.gaussian_filter(random.normal(size=(side, side)), 4) > (0.12 if number else math.inf)
+        raw = noise + 0.15 * ndimage.gaussian_filter(mask.astype(float), 2)
+        maps.append(raw)
+        masks.append(mask)
+    least, most = np.min(maps), np.max(maps)
+    maps = [(low + (high - low) * (one - least) / (most - least)).astype(np.float32) for one in maps]
+    return maps, masks
+
+
+def measured(maps, masks):
+    total = PixelMetrics()
+    for one, mask in zip(maps, masks, strict=True):
+        total.update(one, mask)
+    values, reasons = total.compute()
+    assert reasons == {}
+    return values
+
+
+def literal_aupro(maps, masks, limit=0.3):
+    """Every distinct score is a threshold; regions one by one; trapezes up to the limit."""
+    normal = np.concatenate([one[~mask] for one, mask in zip(maps, masks, strict=True)])
+    regions = []
+    for one, mask in zip(maps, masks, strict=True):
+        labels, found = ndimage.label(mask, structure=np.ones((3, 3)))
+        regions += [one[labels == number] for number in range(1, found + 1)]
+    points = [(0.0, 0.0)]
+    for threshold in np.unique(np.concatenate([one.ravel() for one in maps]))[::-1]:
+        overlap = np.mean([(region >= threshold).mean() for region in regions])
+        points.append(((normal >= threshold).mean(), overlap))
+    area = 0.0
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x1 >= limit:
+            if x1 > x0:
+                area += (limit - x0) * (y0 + y0 + (y1 - y0) * (limit - x0) / (x1 - x0)) / 2
+            break
+        area += (x1 - x0) * (y0 + y1) / 2
+    return area / limit
+
+
+def by_sklearn(maps, masks):
+    scores, labels = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return {
+        "pixel_auroc": roc_auc_score(labels, scores),
+        "pixel_ap": average_precision_score(labels, scores),
+        "pixel_f1max": np.nanmax(2 * precision * recall / np.maximum(precision + recall, 1e-12)),
+    }
+
+
+def test_pixels_agree_with_sklearn_on_all_of_them():
+    maps, masks = textured(0)
+    values = measured(maps, masks)
+    for name, expected in by_sklearn(maps, masks).items():
+        assert values[name] == pytest.approx(expected, abs=1e-9), name
+
+
+def test_aupro_agrees_with_the_literal_one():
+    maps, masks = textured(1, images=3, side=32)
+    assert measured(maps, masks)["aupro"] == pytest.approx(literal_aupro(maps, masks), abs=1e-9)
+
+
+def test_aupro_with_many_ties_agrees_too():
+    maps, masks = textured(2, images=3, side=32)
+    maps = [np.round(one * 6) / 6 for one in maps]
+    assert measured(maps, masks)["aupro"] == pytest.approx(literal_aupro(maps, masks), abs=1e-9)
+    for name, expected in by_sklearn(maps, masks).items():
+        assert measured(maps, masks)[name] == pytest.approx(expected, abs=1e-9), name
+
+
+def test_aupro_weighs_a_small_region_as_much_as_a_large_one():
+    """Of two regions only the large one is found, without a false alarm: half, though 100 of 101 pixels are hit."""
+    anomaly_map, mask = np.zeros((40, 40), np.float32), np.zeros((40, 40), bool)
+    mask[:10, :10] = mask[30, 30] = True
+    anomaly_map[:10, :10] = 1
+    # Then every other pixel comes at once: from (0, 1/2) to (1, 1) along a straight line, cut at 0.3.
+    assert measured([anomaly_map], [mask])["aupro"] == pytest.approx((0.5 + 0.65) / 2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.0, 1.05), (50.0, 50.4), (-0.3, 0.7), (1e-4, 40.0), (0.0, 0.001), (-2.0, -1.9)]
+)
+@pytest.mark.parametrize("bins", [2**16, 2**14])
+def test_bins_cost_less_than_a_ten_thousandth(low, high, bins, monkeypatch):
+    """Whether scores lie close together or far apart, and even with a quarter of the bins."""
+    monkeypatch.setattr(metrics, "MOST_BINS", bins)
+    maps, masks = textured(3, images=4, side=200, low=low, high=high)
+    total = PixelMetrics()
+    for one, mask in zip(maps, masks, strict=True):
+        total.update(one, mask)
+    values, _ = total.compute()
+    assert len(total._bins) <= bins
+    monkeypatch.setattr(metrics, "MOST_BINS", 2**32)
+    exact = measured(maps, masks)
+    assert exact["pixel_auroc"] == pytest.approx(by_sklearn(maps, masks)["pixel_auroc"], abs=1e-9)
+    for name, expected in exact.items():
+        assert values[name] == pytest.approx(expected, abs=1e-4), name
+
+
+def test_auroc_keeps_within_its_bound(monkeypatch):
+    """With few bins the bound is not idle."""
+    monkeypatch.setattr(metrics, "MOST_BINS", 32)
+    maps, masks = textured(4, low=1.0, high=1.2)
+    total = PixelMetrics()
+    for one, mask in zip(maps, masks, strict=True):
+        total.update(one, mask)
+    normal, anomalous, _ = total._counts
+    bound = 0.5 * (normal * anomalous).sum() / normal.sum() / anomalous.sum()
+    error = abs(total.compute()[0]["pixel_auroc"] - by_sklearn(maps, masks)["pixel_auroc"])
+    assert 0 < error <= bound < 0.05
+
+
+def test_order_and_adding_up_change_nothing(monkeypatch):
+    monkeypatch.setattr(metrics, "MOST_BINS", 500)
+    maps, masks = textured(5, images=6)
+    forward, parts = PixelMetrics(), [PixelMetrics() for _ in range(3)]
+    for number, (one, mask) in enumerate(zip(maps, masks, strict=True)):
+        forward.update(one, mask)
+        parts[number % 3].update(one, mask)
+    parts[1].skip()
+    backward = PixelMetrics()
+    for one, mask in zip(maps[::-1], masks[::-1], strict=True):
+        backward.update(one, mask)
+    added = sum(parts, PixelMetrics())
+    for other in (backward, added):
+        np.testing.assert_array_equal(other._bins, forward._bins)
+        np.testing.assert_allclose(other._counts, forward._counts, rtol=1e-12)
+        assert other.compute()[0] == pytest.approx(forward.compute()[0], rel=1e-12)
+    assert added.skipped == 1
+
+
+def test_zeros_of_both_signs_are_ties():
+    total = PixelMetrics()
+    total.update(np.array([[0.0, -0.0, 0.0, -0.0]], np.float32), np.array([[True, False, False, True]]))
+    assert total.compute()[0]["pixel_auroc"] == 0.5
+
+
+def test_order_of_bits_is_the_order_of_floats():
+    scores = np.array([-np.finfo(np.float32).max, -1.5, -1e-40, 0.0, 1e-40, 1.0, 1.0000001, 3e38], np.float32)
+    bits = metrics._ordered_bits(scores)
+    assert (np.diff(bits.astype(np.int64)) > 0).all()
+    assert bits[6] - bits[5] == 1
+
+
+def test_undefined_pixels_come_with_a_reason():
+    total = PixelMetrics()
+    total.update(np.ones((4, 4), np.float32), np.zeros((4, 4), bool))
+    values, reasons = total.compute()
+    assert values == {"pixel_auroc": None, "pixel_ap": None, "pixel_f1max": None, "aupro": None}
+    assert set(reasons.values()) == {"no anomalous pixel"}
+    everything = PixelMetrics()
+    everything.update(np.ones((4, 4), np.float32), np.ones((4, 4), bool))
+    assert everything.compute()[1]["aupro"] == "no normal pixel"
+    assert PixelMetrics().compute()[1]["aupro"] == "no normal pixel"
+
+
+def test_unusable_maps_are_refused():
+    with pytest.raises(DataError, match=r"one shape, got \(4, 4\) and \(4, 5\)"):
+        PixelMetrics().update(np.ones((4, 4), np.float32), np.ones((4, 5), bool))
+    with pytest.raises(DataError, match="not finite"):
+        PixelMetrics().update(np.full((1, 1), np.nan, np.float32), np.ones((1, 1), bool))
+
+
+def test_images_by_hand():
+    labels = np.array([False, False, True, True])
+    values, reasons = image_metrics(labels, np.array([0.1, 0.4, 0.35, 0.8]))
+    assert reasons == {}
+    assert values["image_auroc"] == 0.75  # 3 of 4 pairs
+    assert values["image_ap"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    assert values["image_f1max"] == pytest.approx(0.8)  # at 0.35: 2 found, 1 false alarm
+
+
+def test_images_of_one_class_have_reasons():
+    values, reasons = image_metrics(np.array([True, True]), np.array([1.0, 2.0]))
+    assert values == {"image_auroc": None, "image_ap": None, "image_f1max": None}
+    assert reasons == dict.fromkeys(values, "no normal image")
+    assert image_metrics(np.array([False]), np.array([1.0]))[1]["image_ap"] == "no anomalous image"
+    assert image_metrics(np.zeros(0, bool), np.zeros(0))[0]["image_auroc"] is None
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 20), (1, 20), (7, 50), (20, 20)])
+@pytest.mark.parametrize("level", [0.95, 0.8])
+def test_the_interval_is_where_the_tails_are_due(successes, trials, level):
+    """Its definition: at the lower end k or more, at the upper end k or fewer, have probability (1 - level)/2."""
+    low, high = binomial_interval(successes, trials, level)
+    tail = (1 - level) / 2
+    assert low == 0.0 if successes == 0 else stats.binom.sf(successes - 1, trials, low) == pytest.approx(tail)
+    assert (
+        high == 1.0
+        if successes == trials
+        else stats.binom.cdf(successes, trials, high) == pytest.approx(tail)
+    )
+
+
+def test_an_interval_of_nothing_is_refused():
+    with pytest.raises(DataError, match="got 0 of 0"):
+        binomial_interval(0, 0)
+    with pytest.raises(DataError, match="got 3 of 2"):
+        binomial_interval(3, 2)

@@ -1,0 +1,415 @@
+"""The loop, with a lesson that is small enough to do by hand. As a program: trains, and kills itself on the way."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from normweave import training
+from normweave.errors import BundleError, ConfigError, DataError, MissingError
+from normweave.training import read_checkpoint, train, write_checkpoint
+from normweave.types import FitData
+
+
+class InMemory:
+    """Features at hand."""
+
+    def __init__(self, features):
+        self.features = features
+        self.shape = tuple(features.shape[1:])
+
+    def __len__(self):
+        return len(self.features)
+
+    def read(self, rows):
+        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
+
+
+def fit_data(*, count=20, holdout=None, seed=0):
+    features = torch.randn(count, 6, 3, 3, generator=torch.Generator().manual_seed(9))
+    features[:, 0, 0, 0] = torch.arange(count) / count  # tells images apart
+    return FitData(
+        features=InMemory(features),
+        subclasses=np.arange(count) % 3,
+        names=("a", "b", "c"),
+        groups=np.arange(count),
+        holdout=np.arange(count) % 5 == 0 if holdout is None else holdout,
+        seed=seed,
+    )
+
+
+class Denoise:
+    """Rebuild patches from noised ones: noise, batch norm and momentum, so that all of the state matters."""
+
+    def __init__(self, *, name="denoise", epochs=5, batch_images=4, patience=0, rate=1e-2, noise=1):
+        self.name = name
+        self.epochs = epochs
+        self.batch_images = batch_images
+        self.patience = patience
+        self.rate = rate
+        self.noise = noise
+        self.module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+        generator = torch.Generator().manual_seed(1)
+        for parameter in self.module.parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        self.seen = []
+
+    def optimiser(self):
+        return torch.optim.AdamW(self.module.parameters(), lr=self.rate)
+
+    def loss(self, features, subclasses, *, generator, training):
+        noise = self.noise * torch.randn(features.shape, generator=generator)
+        images = (features[:, 0, 0, 0] * 20).round().long().tolist()
+        self.seen.append(
+            (training, self.module.training, images, subclasses.tolist(), noise[0, 0, 0, 0].item())
+        )
+        patches = features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B*P, 6)
+        noised = patches + noise.flatten(2).transpose(1, 2).flatten(0, 1)
+        return {"loss": (self.module(noised) - patches).square().mean()}
+
+
+class Scripted:
+    """A weight that counts steps, and a loss on the held-out images that is read from a list."""
+
+    name, batch_images = "scripted", 100
+
+    def __init__(self, holdout_losses, *, patience, epochs=None):
+        self.holdout_losses = holdout_losses
+        self.epochs = len(holdout_losses) if epochs is None else epochs
+        self.patience = patience
+        self.module = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.module.weight)
+
+    def optimiser(self):
+        return torch.optim.SGD(self.module.parameters(), lr=1.0)
+
+    def loss(self, features, subclasses, *, generator, training):
+        if training:
+            return {"loss": -self.module.weight.sum()}
+        return {"loss": torch.tensor(self.holdout_losses[round(self.module.weight.item()) - 1])}
+
+
+def weights(lesson):
+    return {name: tensor.clone() for name, tensor in lesson.module.state_dict().items()}
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class KilledError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def test_every_epoch_visits_every_image_that_is_not_held_out_once_in_another_order():
+    lesson, data = Denoise(), fit_data()
+    train(lesson, data, device="cpu")
+    trained = [images for training, _, images, _, _ in lesson.seen if training]
+    judged = [images for training, _, images, _, _ in lesson.seen if not training]
+    epochs = [np.concatenate(trained[start : start + 4]).tolist() for start in range(0, 20, 4)]
+    for images in epochs:
+        assert sorted(images) == [row for row in range(20) if row % 5]
+    assert len({tuple(images) for images in epochs}) == 5
+    assert judged == [[0, 5, 10, 15]] * 5
+    assert all(labels == [row % 3 for row in images] for _, _, images, labels, _ in lesson.seen)
+
+
+def test_batch_statistics_are_on_in_training_and_off_elsewhere():
+    lesson = Denoise()
+    train(lesson, fit_data(), device="cpu")
+    assert all(mode == training for training, mode, *_ in lesson.seen)
+    assert not lesson.module.training
+    assert all(parameter.grad is None for parameter in lesson.module.parameters())
+
+
+def test_every_batch_has_its_own_random_numbers_and_the_held_out_images_always_the_same():
+    def draws(lesson, data):
+        train(lesson, data, device="cpu")
+        return (
+            [number for training, *_, number in lesson.seen if training],
+            [number for training, *_, number in lesson.seen if not training],
+        )
+
+    trained, judged = draws(Denoise(), fit_data())
+    assert len(set(trained)) == len(trained) == 20
+    assert len(set(judged)) == 1
+    assert draws(Denoise(), fit_data()) == (trained, judged)
+    assert not set(draws(Denoise(), fit_data(seed=1))[0]) & set(trained)
+    assert not set(draws(Denoise(name="other"), fit_data())[0]) & set(trained)
+
+
+def test_agrees_with_a_loop_by_hand():
+    """All images in one batch and no noise, so that the order and the draws do not matter."""
+    lesson, hand = (Denoise(batch_images=100, noise=0) for _ in range(2))
+    data = fit_data(holdout=np.zeros(20, dtype=bool))
+    history = train(lesson, data, device="cpu")
+
+    optimiser = hand.optimiser()
+    patches = data.features.features.permute(0, 2, 3, 1).reshape(-1, 6)
+    losses = []
+    for _ in range(5):
+        loss = (hand.module(patches) - patches).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert history.losses == pytest.approx(losses, rel=1e-5)
+    last = "3.weight"  # biases before a batch norm have no gradient but rounding, which Adam blows up
+    torch.testing.assert_close(weights(lesson)[last], weights(hand)[last], rtol=1e-4, atol=1e-5)
+
+
+def test_keeps_the_weights_of_the_best_epoch_and_stops_when_patience_runs_out():
+    lesson = Scripted([5.0, 3.0, 4.0, 2.0, 2.0, 9.0, 3.0, 1.0], patience=3)
+    history = train(lesson, fit_data(), device="cpu")
+    assert (history.epochs, history.best_epoch, history.best_loss) == (7, 4, 2.0)
+    assert history.stopped_early
+    assert history.holdout_losses == [5.0, 3.0, 4.0, 2.0, 2.0, 9.0, 3.0]
+    assert lesson.module.weight.item() == 4
+
+
+def test_without_patience_goes_on_to_the_end():
+    lesson = Scripted([1.0, 5.0, 5.0, 5.0, 5.0], patience=0)
+    history = train(lesson, fit_data(), device="cpu")
+    assert (history.epochs, history.best_epoch, history.stopped_early) == (5, 1, False)
+    assert lesson.module.weight.item() == 1
+
+
+def test_without_held_out_images_keeps_the_last_weights():
+    lesson = Scripted([], patience=1, epochs=4)
+    history = train(lesson, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
+    assert (history.epochs, history.best_epoch, history.stopped_early) == (4, 4, False)
+    assert history.holdout_losses == []
+    assert lesson.module.weight.item() == 4
+
+
+def test_the_loss_on_held_out_images_counts_every_image_the_same():
+    """Six images in batches of four: the mean over images, not over batches."""
+
+    class Mean(Scripted):
+        batch_images = 4
+
+        def loss(self, features, subclasses, *, generator, training):
+            return {"loss": features[:, 0, 0, 0].mean() + 0 * self.module.weight.sum()}
+
+    history = train(Mean([], patience=0, epochs=1), fit_data(holdout=np.arange(20) < 6), device="cpu")
+    assert history.best_loss == pytest.approx(np.mean(np.arange(6) / 20))
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 4, 5])
+def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, epoch):
+    whole, data = Denoise(), fit_data()
+    history = train(whole, data, device="cpu")
+
+    def stop(what, done, total):
+        if done == epoch:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(Denoise(), data, folder=tmp_path, progress=stop, device="cpu")
+    resumed = Denoise()
+    assert train(resumed, data, folder=tmp_path, resume=True, device="cpu") == history
+    assert equal(weights(resumed), weights(whole))
+    assert sum(training for training, *_ in resumed.seen) == (5 - epoch) * 4  # batches an epoch
+
+
+def test_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(tmp_path):
+    child = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert child.returncode == -signal.SIGKILL
+    whole, resumed = Denoise(), Denoise()
+    history = train(whole, fit_data(), device="cpu")
+    assert train(resumed, fit_data(), folder=tmp_path, resume=True, device="cpu") == history
+    assert equal(weights(resumed), weights(whole))
+    assert sum(training for training, *_ in resumed.seen) == 3 * 4
+
+
+def test_ended_while_the_state_was_being_written_goes_on_from_the_one_before(tmp_path, monkeypatch):
+    calls = []
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == 3:
+            raise KilledError
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.os, "replace", replace)
+        with pytest.raises(KilledError):
+            train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
+    whole, resumed = Denoise(), Denoise()
+    train(whole, fit_data(), device="cpu")
+    train(resumed, fit_data(), folder=tmp_path, resume=True, device="cpu")
+    assert equal(weights(resumed), weights(whole))
+    assert sum(training for training, *_ in resumed.seen) == 3 * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["denoise.safetensors"]
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_a_finished_lesson_is_taken_over_and_not_trained_again(tmp_path, patience):
+    losses = [5.0, 3.0, 4.0, 4.0, 4.0]
+    history = train(Scripted(losses, patience=patience), fit_data(), folder=tmp_path, device="cpu")
+    assert history.epochs == (5 if patience == 0 else 4)
+    again = Scripted(losses, patience=patience)
+    again.loss = None  # not to be called
+    assert train(again, fit_data(), folder=tmp_path, resume=True, device="cpu") == history
+    assert again.module.weight.item() == 2
+    assert not again.module.training
+
+
+def test_without_resume_begins_anew(tmp_path):
+    train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
+    lesson = Denoise()
+    train(lesson, fit_data(), folder=tmp_path, device="cpu")
+    assert sum(training for training, *_ in lesson.seen) == 5 * 4
+
+
+@pytest.mark.parametrize(
+    ("lesson", "data"),
+    [
+        (Denoise(epochs=6), fit_data()),
+        (Denoise(rate=1e-3), fit_data()),
+        (Denoise(), fit_data(seed=1)),
+        (Denoise(), fit_data(count=21)),
+        (Denoise(), fit_data(holdout=np.arange(20) == 3)),
+    ],
+    ids=["epochs", "learning rate", "seed", "images", "held out"],
+)
+def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path, lesson, data):
+    train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
+    with pytest.raises(
+        ConfigError, match=r"state of 'denoise' was written with other settings.*without --resume"
+    ):
+        train(lesson, data, folder=tmp_path, resume=True, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04K\x01.", b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "pickle", "bare"]
+)
+def test_a_damaged_state_is_refused(tmp_path, content):
+    (tmp_path / "denoise.safetensors").write_bytes(content)
+    with pytest.raises(
+        BundleError, match=r"not a state of training that can be read .*Delete it, or train without"
+    ):
+        train(Denoise(), fit_data(), folder=tmp_path, resume=True, device="cpu")
+
+
+def test_the_state_is_one_safetensors_file_and_comes_back_as_it_was(tmp_path):
+    said = {
+        "tree": {0: [1, 2.5, None], "flag": True, "pair": (0.9, float("inf"))},
+        "tensors": [{"step": torch.tensor(3.0), "view": torch.arange(6).view(2, 3).T}],
+        "like a mark": ["tensor", "0"],
+        "empty": [{}, [], ()],
+    }
+    path = tmp_path / "deep" / "state.safetensors"
+    write_checkpoint(said, path)
+    with safe_open(path, framework="pt") as file:
+        assert set(file.keys()) == {"0", "1"}
+    back = read_checkpoint(path)
+    tensors = said.pop("tensors")[0], back.pop("tensors")[0]
+    assert back == said
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_state_that_json_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="A checkpoint cannot hold a set"):
+        write_checkpoint({"names": {"a"}}, tmp_path / "state.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_ends_the_training_with_what_to_do():
+    data = fit_data()
+    data.features.features[:] *= 1e30
+    with pytest.raises(
+        ConfigError, match=r"'denoise' went astray: the loss is inf at epoch 1, batch 1.*lower the"
+    ):
+        train(Denoise(), data, device="cpu")
+    with pytest.raises(ConfigError, match=r"the loss is nan at epoch 2, the held-out normals"):
+        train(Scripted([1.0, float("nan")], patience=0), fit_data(), device="cpu")
+
+
+def test_features_that_are_not_finite_are_named():
+    data = fit_data()
+    data.features.features[7, 2, 1, 1] = torch.nan
+    with pytest.raises(DataError, match="features of fit image 7 hold NaN or infinity"):
+        train(Denoise(), data, device="cpu")
+
+
+def test_nothing_to_train_on_says_so():
+    with pytest.raises(DataError, match=r"Nothing to train 'denoise' on: all 20 fit normals are held out"):
+        train(Denoise(), fit_data(holdout=np.ones(20, dtype=bool)), device="cpu")
+
+
+def test_devices_that_are_unknown_or_missing_are_named():
+    with pytest.raises(ConfigError, match="device must be auto, cpu or cuda, got 'tpu'"):
+        train(Denoise(), fit_data(), device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(MissingError, match=r"No CUDA device was found\. Use device cpu or auto"):
+            train(Denoise(), fit_data(), device="cuda")
+
+
+def test_tells_how_far_it_is():
+    told = []
+    train(Denoise(), fit_data(), progress=lambda *said: told.append(said), device="cpu")
+    assert told == [("train denoise", epoch, 5) for epoch in range(1, 6)]
+
+
+def test_is_silent_and_leaves_the_process_as_it_was(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lesson, data = Denoise(), fit_data()
+    torch.manual_seed(3)
+    random = torch.get_rng_state()
+    level = logging.getLogger("lightning.pytorch").level
+    train(lesson, data, device="auto")
+    assert capfd.readouterr() == ("", "")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert logging.getLogger("lightning.pytorch").level == level
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_stays_a_keyboard_interrupt():
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(what, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(Denoise(), fit_data(), progress=interrupt, device="cpu")
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_trains_in_a_thread_as_well():
+    lesson, threaded = Denoise(), Denoise()
+    train(lesson, fit_data(), device="cpu")
+    thread = threading.Thread(target=train, args=(threaded, fit_data()), kwargs={"device": "cpu"})
+    thread.start()
+    thread.join()
+    assert equal(weights(threaded), weights(lesson))
+
+
+def _die_in_the_third_epoch(folder: Path) -> None:
+    lesson = Denoise()
+    loss = lesson.loss
+
+    def deadly(*args, **kwargs):
+        if sum(training for training, *_ in lesson.seen) == 2 * 4 + 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss(*args, **kwargs)
+
+    lesson.loss = deadly
+    train(lesson, fit_data(), folder=folder, device="cpu")
+
+
+if __name__ == "__main__":
+    _die_in_the_third_epoch(Path(sys.argv[1]))

@@ -273,6 +273,16 @@ def test_without_resume_begins_anew(tmp_path):
     assert sum(training for training, *_ in lesson.seen) == 5 * 4
 
 
+def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
+    """Else a run that was killed in its first epoch would be resumed from another run's weights."""
+    train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
+    killed = Denoise()
+    killed.loss = None
+    with pytest.raises(TypeError):
+        train(killed, fit_data(), folder=tmp_path, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("lesson", "data"),
     [
@@ -367,15 +377,27 @@ def test_tells_how_far_it_is():
 
 def test_is_silent_and_leaves_the_process_as_it_was(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
     lesson, data = Denoise(), fit_data()
     torch.manual_seed(3)
     random = torch.get_rng_state()
-    level = logging.getLogger("lightning.pytorch").level
     train(lesson, data, device="auto")
     assert capfd.readouterr() == ("", "")
+    assert said == []
+    assert logger.level == logging.INFO
     assert torch.equal(torch.get_rng_state(), random)
-    assert logging.getLogger("lightning.pytorch").level == level
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_cluster_trains_in_this_process_alone(monkeypatch):
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_JOB_NAME", "inspection")
+    assert train(Denoise(), fit_data(), device="cpu").epochs == 5
 
 
 def test_ctrl_c_stays_a_keyboard_interrupt():

@@ -182,15 +182,17 @@ class AdaptedMoEConfig:
     kind: Literal["adapted_moe"] = "adapted_moe"
     moe: bool = True
     """One expert a subclass; off = one expert for all."""
-    expert: Literal["discriminator", "memory", "gaussian", "subspace"] = "subspace"
-    """What an expert is; `discriminator` is the paper's."""
-    adaption: Literal["off", "paper", "guarded"] = "guarded"
-    """Test-time adaption: Eq. 5-6, or along the directions in which normal subclasses differ."""
+    expert: Literal["auto", "layout", "gaussian", "subspace", "memory", "discriminator"] = "auto"
+    """What an expert is. `layout`: where things have their place; `gaussian`: texture without a place; `auto` takes one
+    of these two by the normal images; `discriminator` is the paper's."""
+    adaption: Literal["auto", "off", "full", "paper", "guarded"] = "auto"
+    """Test-time adaption. `paper`: Eq. 5-6; `full`: Eq. 5 without the subclass; `guarded`: along the directions in
+    which subclasses differ; `auto`: what suits the expert (layout and subspace off, gaussian full, others guarded)."""
     aggregation: Literal["paper", "min", "mean"] = "paper"
     """How the experts asked are put together: Eq. 4 (routing weights), the least anomalous, or all alike."""
     top_k: int = 4
     """Experts asked an image."""
-    temperature: float = 1.0
+    temperature: float = 0.25
     """Of the softmax over the likeness to each subclass; lower = the nearest subclass decides."""
     border: int = 2
     """Outermost cells of the grid that take the score of their inner neighbours; 0 = none."""
@@ -201,8 +203,9 @@ class AdaptedMoEConfig:
     max_subclasses: int = 16
     """Never finds more."""
 
-    routing: Literal["network", "statistics"] = "network"
-    """`network` is the paper's; `statistics` takes the nearest mean of image statistics and needs no training."""
+    routing: Literal["likelihood", "statistics", "network"] = "likelihood"
+    """By what the experts themselves find usual, by image statistics (both without training), or by the paper's
+    network."""
     norm: bool = True
     """L2-normalise the routing features."""
     alpha: float = 0.5
@@ -246,15 +249,24 @@ class AdaptedMoEConfig:
     projection: int = 64
     """Numbers a patch in the random projection in which the coreset is chosen; 0 = all."""
 
+    fine: float = 0.364
+    """Share of the channels, finest stages first, that Gaussian experts look at: strides 4 and 8 of EfficientNet-Lite.
+    The image score of layout experts looks at the others."""
+    pooled: float = 0.25
+    """Weight of the covariance of all subclasses in each Gaussian expert's."""
     gaussian_shrinkage: float = 0.1
     """Of a Gaussian expert's covariance towards its mean variance."""
 
     cells: int = 8
-    """Subspace experts see the grid averaged to at most cells x cells."""
+    """Subspace and layout experts see the grid averaged to at most cells x cells."""
     variance: float = 0.97
-    """Share of the variance that a subspace expert's components keep."""
-    max_images: int = 500
-    """Images of each subspace expert, drawn at random; bounds memory."""
+    """Share of the variance that the components of subspace and layout experts keep."""
+    max_images: int = 1_000
+    """Images of each subspace expert, or of all layout experts, drawn at random; bounds memory."""
+    components: int = 200
+    """Layout experts keep no more."""
+    own: float = 0.5
+    """Weight of a layout expert's own scale against that of all images."""
 
     def __post_init__(self) -> None:
         def at_least(name: str, least: int) -> tuple[bool, str]:
@@ -300,6 +312,10 @@ class AdaptedMoEConfig:
             at_least("cells", 1),
             (0 < self.variance < 1, f"variance must lie in (0, 1), got {self.variance}"),
             at_least("max_images", 2),
+            at_least("components", 1),
+            (0 < self.fine <= 1, f"fine must lie in (0, 1], got {self.fine}"),
+            (0 <= self.pooled <= 1, f"pooled must lie in [0, 1], got {self.pooled}"),
+            (0 <= self.own <= 1, f"own must lie in [0, 1], got {self.own}"),
         )
 
 

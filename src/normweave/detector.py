@@ -64,7 +64,16 @@ class _Scored(NamedTuple):
     adapted: NDArray[np.bool_] | None  # (n,)
 
     def part(self, start: int, stop: int) -> _Scored:
-        return _Scored(*(None if value is None else value[start:stop] for value in self))
+        rows = slice(start, stop)
+        return _Scored(
+            self.grids[rows],
+            self.scores[rows],
+            self.peaks[rows],
+            None if self.weights is None else self.weights[rows],
+            None if self.subclass is None else self.subclass[rows],
+            None if self.distance is None else self.distance[rows],
+            None if self.adapted is None else self.adapted[rows],
+        )
 
 
 class _Summary(NamedTuple):
@@ -214,7 +223,7 @@ class Detector:
         source = _source(extractor, scanned, folder=folder, max_gib=cache_gib, progress=progress)
 
         fit_rows = _rows_of(scanned, division.fit)
-        standard = ChannelStandard(source.shape[0])
+        standard = ChannelStandard(channels=source.shape[0])
         standard.fit(_Part(source, fit_rows))
         fit_data = _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config)
         head = build_head(config.head, shape=source.shape)
@@ -575,7 +584,7 @@ class Detector:
                 f"{fingerprint[:16]}: another version of timm builds it differently. "
                 "Install the versions named in bundle.json."
             )
-        standard = ChannelStandard(shape[0])
+        standard = ChannelStandard(channels=shape[0])
         _load_strictly(standard, tensors, "standard.", path)
         head = build_head(config.head, shape=shape)
         load_state(_module(head), _own(tensors, "head."))

@@ -12,8 +12,6 @@ import json
 import logging
 import math
 import os
-import signal
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -363,11 +361,9 @@ def _quiet() -> Iterator[None]:
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    main = threading.current_thread() is threading.main_thread()
-    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)
+            warnings.simplefilter("ignore", PossibleUserWarning)  # such as a GPU that device=cpu leaves idle
             # Lightning 2.6 upon torch 2.14: its own call, nothing a user could change.
             warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
             yield
@@ -376,5 +372,3 @@ def _quiet() -> Iterator[None]:
         raise KeyboardInterrupt from None
     finally:
         logger.setLevel(level)
-        if main:
-            signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves it ignored

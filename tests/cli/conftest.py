@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import pytest
+from typer.testing import CliRunner
+
 from normweave.cli import app
 from normweave.data.textures import Textile, make_textures
-from typer.testing import CliRunner
 
 SMALL = [
     "--set=features.weights=random",
@@ -47,6 +48,8 @@ def cloth(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(cloth, tmp_path_factory):
     bundle = tmp_path_factory.mktemp("trained") / "cloth.bundle"
-    result = run("train", cloth, "-o", bundle, "--model", "dfm", "--no-cache", "--json", "--seed", "1", *SMALL)
+    result = run(
+        "train", cloth, "-o", bundle, "--model", "dfm", "--no-cache", "--json", "--seed", "1", *SMALL
+    )
     assert result.exit_code == 0, result.output
     return Trained(bundle, result.stdout)

@@ -1,6 +1,7 @@
 """Tiles cover everything, and what is marked in the image is marked in the same place of the input."""
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def test_tiles_cover_every_pixel_and_overlap_as_promised(height, width, beyond, 
         assert len(spans) == (1 if beyond == 0 or side <= beyond * edge else -(-side // (beyond * edge)))
         assert spans[0][0] == 0
         assert spans[-1][1] == side
-        for (_, stop), (start, further) in zip(spans, spans[1:], strict=False):
+        for (_, stop), (start, further) in pairwise(spans):
             assert stop - start >= overlap * (further - start) - 1
     assert len(tiles) == len({tile[:2] for tile in tiles})
 
@@ -92,5 +93,5 @@ def test_round_trip_through_json():
 
 def test_a_record_out_of_range_is_refused():
     record = preparation().as_dict() | {"height": 7}
-    with pytest.raises(ConfigError, match="height must lie in 32..4096, got 7"):
+    with pytest.raises(ConfigError, match=r"height must lie in 32..4096, got 7"):
         Preparation.from_dict(record)

@@ -326,7 +326,7 @@ def test_no_two_pieces_share_a_seed():
 
 def test_same_seed_same_bytes_and_an_image_does_not_depend_on_how_many_are_made(folder, tmp_path):
     more = make_textures(
-        tmp_path / "more", seed=3, size=SMALL, train_images=7, test_images=6, defect_images=9, **TWO
+        tmp_path / "more", seed=3, size=SMALL, train_images=7, test_images=6, defect_images=11, **TWO
     )
     other = make_textures(
         tmp_path / "other", seed=4, size=SMALL, train_images=1, test_images=0, defect_images=0, **TWO

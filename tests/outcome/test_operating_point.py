@@ -139,6 +139,30 @@ def test_unknown_at_the_promised_rate_or_at_the_lowest_there_is():
     assert points[0]["unknown_beyond"] == held_out.distances.max()
 
 
+def test_each_image_keeps_its_own_distance_and_subclass():
+    """Distances of the second subclass are a hundred times the first's, in an order that has nothing to do with scores."""
+    random = np.random.default_rng(3)
+    subclasses = random.permutation(np.repeat([0, 1], 30))
+    held_out = Calibration(
+        scores=random.normal(size=60),
+        distances=np.where(subclasses == 0, 1.0, 100.0) * random.uniform(1, 2, size=60),
+        subclasses=subclasses,
+        subclass_names=NAMES[:2],
+        false_alarm_rate=0.05,
+        unknown_rate=0.05,
+    )
+    judgements = [held_out.judge(score=0.0, distance=50.0, subclass=k) for k in (0, 1, None)]
+    assert [judgement.subclass_p_value for judgement in judgements] == [1 / 31, 1.0, 31 / 61]
+    assert [judgement.verdict for judgement in judgements] == ["unknown", "normal", "normal"]
+
+
+def test_a_score_on_the_line_is_normal():
+    held_out = calibration()
+    line = held_out.point(0).threshold
+    assert held_out.judge(score=line, subclass=0).verdict == "normal"
+    assert held_out.judge(score=np.nextafter(line, np.inf), subclass=0).verdict == "anomalous"
+
+
 def test_a_head_that_does_not_route_knows_no_unknown():
     held_out = Calibration(scores=np.arange(40.0), false_alarm_rate=0.05, unknown_rate=0.01)
     judgement = held_out.judge(score=38.5)

@@ -95,6 +95,14 @@ def test_aupro_weighs_a_small_region_as_much_as_a_large_one():
     assert measured([anomaly_map], [mask])["aupro"] == pytest.approx((0.5 + 0.65) / 2)
 
 
+def test_pixels_that_touch_at_a_corner_are_one_region():
+    anomaly_map, mask = np.zeros((30, 30), np.float32), np.zeros((30, 30), bool)
+    mask[3, 3] = mask[4, 4] = mask[20, 20] = True
+    anomaly_map[20, 20] = 1
+    # Regions are the corner pair and the single pixel: 1/2 is found, not 1/3.
+    assert measured([anomaly_map], [mask])["aupro"] == pytest.approx((0.5 + 0.65) / 2)
+
+
 @pytest.mark.parametrize(
     ("low", "high"), [(1.0, 1.05), (50.0, 50.4), (-0.3, 0.7), (1e-4, 40.0), (0.0, 0.001), (-2.0, -1.9)]
 )
@@ -131,6 +139,7 @@ def test_auroc_keeps_within_its_bound(monkeypatch):
 def test_order_and_adding_up_change_nothing(monkeypatch):
     monkeypatch.setattr(metrics, "MOST_BINS", 500)
     maps, masks = textured(5, images=6)
+    maps[2], maps[5] = np.round(maps[2] * 8) / 8, np.round(maps[5] * 8) / 8  # the last part stays exact
     forward, parts = PixelMetrics(), [PixelMetrics() for _ in range(3)]
     for number, (one, mask) in enumerate(zip(maps, masks, strict=True)):
         forward.update(one, mask)
@@ -139,6 +148,7 @@ def test_order_and_adding_up_change_nothing(monkeypatch):
     backward = PixelMetrics()
     for one, mask in zip(maps[::-1], masks[::-1], strict=True):
         backward.update(one, mask)
+    assert parts[2]._shift == 0 < parts[0]._shift
     added = sum(parts, PixelMetrics())
     for other in (backward, added):
         np.testing.assert_array_equal(other._bins, forward._bins)
@@ -149,7 +159,7 @@ def test_order_and_adding_up_change_nothing(monkeypatch):
 
 def test_zeros_of_both_signs_are_ties():
     total = PixelMetrics()
-    total.update(np.array([[0.0, -0.0, 0.0, -0.0]], np.float32), np.array([[True, False, False, True]]))
+    total.update(np.array([[0.0, -0.0, 0.0, -0.0]], np.float32), np.array([[True, False, True, False]]))
     assert total.compute()[0]["pixel_auroc"] == 0.5
 
 

@@ -21,7 +21,7 @@ class DataPlan:
     """Relative to the root of the real images; empty with `textures`."""
     layout: str | None = None
     textures: dict[str, int] = field(default_factory=dict)
-    """Make textile images instead: arguments of `make_textures`."""
+    """Make textile images instead: `train_images`, `test_images`, `defect_images` a subclass, and `seed`."""
     protocols: tuple[Protocol, ...] = ("seen",)
     set: tuple[str, ...] = ()
     """Settings `a.b=c` for every method on this data."""

@@ -112,7 +112,13 @@ def _samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:
         return layouts.read(root / item.path, config.data, layout=item.layout)
     folder = output / "data" / item.name
     if not (folder / "manifest.csv").exists():
-        make_textures(folder, **item.textures)
+        make_textures(
+            folder,
+            seed=item.textures.get("seed", 0),
+            train_images=item.textures["train_images"],
+            test_images=item.textures["test_images"],
+            defect_images=item.textures["defect_images"],
+        )
     return layouts.read(folder / "manifest.csv", config.data)
 
 

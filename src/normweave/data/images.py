@@ -36,7 +36,6 @@ _STEPS = {  # mode -> what it is converted to, one after the other; modes that a
     "1": ("L",),
     "LA": ("L",),
     "La": ("LA", "L"),  # colours multiplied by alpha: undone before alpha is dropped
-    "RGBa": ("RGBA", "RGB"),
     "P": ("RGBA", "RGB"),  # straight to RGB, Pillow warns of transparency
     "PA": ("RGBA", "RGB"),
 }
@@ -279,9 +278,7 @@ def _orientation(image: Image.Image) -> int:
     with _quiet():
         try:
             return int(image.getexif().get(0x0112, 1))
-        except (
-            Exception
-        ):  # damaged EXIF does not make the pixels wrong; Pillow raises whatever the bytes provoke
+        except Exception:  # damaged EXIF, which does not make the pixels wrong
             return 1
 
 

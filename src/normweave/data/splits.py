@@ -156,16 +156,16 @@ def divide(
     picked = _pick(
         [Counter(train[row].kind for row in rows) for rows in units],
         sizes,
-        amount=max(at_least, round(calibration_share * len(train))),
+        amount=min(max(at_least, round(calibration_share * len(train))), len(train) - FEWEST_FIT),
         least=at_least,
         keep=True,
         generator=np.random.default_rng(seed),
     )
     held_out = {row for unit in picked for row in units[unit]}
-    if len(held_out) < at_least or len(train) - len(held_out) < FEWEST_FIT:
+    if len(held_out) < at_least:
         raise DataError(
             f"{len(train)} normal train images lie in {len(units)} groups, which are never divided (the largest has "
-            f"{max(sizes)}). Leaving each subclass at least one group and {FEWEST_FIT} images to fit on, "
+            f"{max(sizes)}). Leaving each subclass at least one group to fit on, "
             f"{len(held_out)} can be held out; {at_least} are needed. Add images of other groups, mark rows as "
             "calibration, or allow a higher rate (outcome.false_alarm_rate)."
         )

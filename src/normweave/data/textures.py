@@ -34,9 +34,7 @@ STRIP = 128  # rendered rows at a time
 SAMPLES = 12  # samples along a yarn from one crossing to the next
 FLOOR = -1.3  # half pitches; what is seen through gaps lies here
 PLUMP = 0.75  # a yarn's thickness as a share of its width: cloth is pressed
-VISIBLE = (
-    7.0  # grey levels (0..255) of difference, averaged over a few pixels, that count as a visible change
-)
+VISIBLE = 7.0  # grey levels (0..255), mean of 5 x 5 pixels: a greater difference counts as a visible change
 DEFECT_SHARE = (0.002, 0.05)  # smallest and largest share of the image that a defect may cover
 ATTEMPTS = 20  # draws of a defect before its size is accepted as it is
 GENERATOR = 1  # raised whenever the same seed would give other images
@@ -344,7 +342,7 @@ def spin(random: np.random.Generator, *, yarns: int, crossings: int, width: floa
     samples = np.arange(shape[1], dtype=np.float32)
     for yarn in np.flatnonzero(random.poisson(weave.slubs * crossings / 35, yarns)):
         centre, length = random.uniform(0, shape[1]), random.uniform(1.2, 3.5) * SAMPLES
-        thickness[yarn] += random.uniform(0.15, 0.4) * np.exp(-(((samples - centre) / length) ** 2))
+        thickness[yarn] += random.uniform(0.1, 0.25) * np.exp(-(((samples - centre) / length) ** 2))
     shade = 1 + 0.05 * random.standard_normal((yarns, 1), dtype=np.float32)
     shade = shade + 0.04 * smooth_noise(random, shape, scale=(1, 5 * SAMPLES))
     nothing = np.zeros(shape, np.float32)
@@ -478,7 +476,7 @@ def with_yarns(fabric: Fabric, warpwise: bool, yarns: Yarns) -> Fabric:
 
 
 def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
-    """A yarn is missing, or hangs thin and slack, over a stretch; sometimes a loose end lies on the cloth."""
+    """One to three yarns are missing, or hang thin and slack, over a stretch; some leave a loose end on the cloth."""
     spot = choose_spot(fabric, random, border=0.22)
     warpwise = bool(random.uniform() < 0.5)
     yarns = fabric.warp if warpwise else fabric.weft
@@ -488,10 +486,11 @@ def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
     gone = stretch(yarns, start=middle - half, stop=middle + half, taper=random.uniform(0.4, 2.5))
     width, lift = yarns.width.copy(), yarns.lift.copy()
     slack = random.uniform() < 0.3
-    width[number] *= 1 - gone * (random.uniform(0.4, 0.6) if slack else 1)
-    lift[number] -= 0.3 * gone
+    last = number + int(random.integers(0, 3))
+    width[number : last + 1] *= 1 - gone * (random.uniform(0.4, 0.7) if slack else 1)
+    lift[number : last + 1] -= 0.3 * gone
     # The neighbours spread into the gap.
-    for neighbour in (number - 1, number + 1):
+    for neighbour in (number - 1, last + 1):
         width[neighbour] *= 1 + 0.07 * gone
     fabric = with_yarns(fabric, warpwise, yarns._replace(width=width, lift=lift))
     if not slack and random.uniform() < 0.6:
@@ -521,7 +520,7 @@ def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
 
 def shift_colour(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Yarns of another dye lot over a stretch, or a patch where the dye took differently."""
-    hue = 1 + random.choice([-1, 1]) * random.uniform(0.3, 0.7) * random.dirichlet([1.2, 1.2, 1.2])
+    hue = 1 + random.choice([-1, 1]) * random.uniform(0.45, 1.0) * random.dirichlet([1.2, 1.2, 1.2])
     if random.uniform() < 0.4:
         reach = random.uniform(0.07, 0.11) * short_side(fabric)
         return blot(fabric, random, radius=reach, soft=0.5, tint=hue, rim=0.0)
@@ -565,7 +564,7 @@ def tear_hole(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Both yarn systems are cut within an irregular oval; their ends fray into it."""
     spot = choose_spot(fabric, random, border=0.15)
     pitch = lane_pixels(fabric)
-    reach = random.uniform(0.02, 0.07) * short_side(fabric) * np.array([1, random.uniform(0.6, 1.6)])
+    reach = random.uniform(0.025, 0.075) * short_side(fabric) * np.array([1, random.uniform(0.6, 1.6)])
     for warpwise in (False, True):
         yarns = fabric.warp if warpwise else fabric.weft
         number, middle = (spot.yarn[1], spot.yarn[0]) if warpwise else spot.yarn
@@ -607,7 +606,7 @@ def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """A weaver's knot: a tight loop of yarn with two short ends."""
     spot = choose_spot(fabric, random, border=0.1)
     pitch = max(
-        min(lane_pixels(fabric)), short_side(fabric) / 45
+        min(lane_pixels(fabric)), short_side(fabric) / 34
     )  # a fine cloth's knots are as large as others'
     colour = fabric.dye.warp if random.uniform() < 0.5 else fabric.dye.weft
     colour = gain(colour, [random.uniform(0.9, 1.25)] * 3)
@@ -623,7 +622,7 @@ def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
             heading=heading + turn,
             length=length * pitch,
             curl=curl,
-            radius=random.uniform(0.38, 0.52) * pitch,
+            radius=random.uniform(0.45, 0.65) * pitch,
             colour=colour,
         )
         for turn, length, curl in (
@@ -663,7 +662,7 @@ def weave_wrongly(fabric: Fabric, random: np.random.Generator) -> Fabric:
 def stain(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Oil, rust or water: soft-edged, and it darkens what is there."""
     kind = random.integers(3)
-    strength = random.uniform(0.14, 0.55)
+    strength = random.uniform(0.22, 0.75)
     absorbed = np.array([(1.0, 1.0, 0.95), (0.35, 0.8, 1.0), (0.5, 0.5, 0.6)][kind])
     radius = random.uniform(0.045, 0.11) * short_side(fabric)
     soft = random.uniform(0.3, 0.8)
@@ -794,7 +793,7 @@ def draw_hairs(random: np.random.Generator, fuzz: float, size: tuple[int, int]) 
     step = random.uniform(1.0, 3.5, (count, 1)) * OVERSAMPLE
     xs = random.uniform(0, sheet.width, (count, 1)) + np.cumsum(np.cos(turning) * step, axis=1)
     ys = random.uniform(0, sheet.height, (count, 1)) + np.cumsum(np.sin(turning) * step, axis=1)
-    for points, cover in zip(np.stack([xs, ys], axis=2), random.integers(20, 90, count), strict=True):
+    for points, cover in zip(np.stack([xs, ys], axis=2), random.integers(20, 75, count), strict=True):
         draw.line(points.ravel().tolist(), fill=int(cover))
     return np.asarray(sheet.reduce(OVERSAMPLE), np.float32) / 255
 
@@ -1060,23 +1059,24 @@ def render(
     lit = np.empty((3, height, width), np.float32)
     relight(lit, (slice(0, height), slice(0, width)), fabric, tables, sitting)
     grain = LIGHTINGS[textile.lighting].noise
-    picture = develop(expose(lit, fabric, sitting), sitting.noise, grain)
+    light = expose(lit, fabric, sitting)
+    picture = develop(light, sitting.noise, grain)
     mask = np.zeros(size, np.bool_)
     if defect is not None:
-        light, mask = plant(fabric, tables, sitting, lit, seed=seed, defect=defect)
+        light, mask = plant(fabric, tables, sitting, lit, light, seed=seed, defect=defect)
         picture = np.where(mask, develop(light, sitting.noise, grain), picture)
     return Cloth(np.rint(np.moveaxis(picture, 0, 2)).astype(np.uint8), mask)
 
 
 def plant(
-    fabric: Fabric, tables: Tables, sitting: Sitting, lit: Field, *, seed: int, defect: str
+    fabric: Fabric, tables: Tables, sitting: Sitting, lit: Field, light: Field, *, seed: int, defect: str
 ) -> tuple[Field, NDArray[np.bool_]]:
     """Damage the cloth where and as `seed` says: the light on the sensor (3, H, W), and the mask (H, W).
 
     A damage that covers too little or too much of the image is drawn again; after ATTEMPTS, the best fit stays.
     """
     smallest, largest = DEFECT_SHARE
-    before = develop(expose(lit, fabric, sitting), None, 0)
+    before = develop(light, None, 0)
     best: tuple[float, Field, NDArray[np.bool_]] | None = None
     for attempt in range(ATTEMPTS):
         key = (4, zlib.crc32(defect.encode()), attempt)

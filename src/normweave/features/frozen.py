@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any, Self
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -45,12 +45,13 @@ class FrozenFeatures(nn.Module):
         ConfigError: the model cannot read images of this size.
     """
 
+    model: Any  # an nn.Module; Any, because timm's own methods are not in its type
     offset: Tensor
     scale: Tensor
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         *,
         name: str,
         indices: Sequence[int],
@@ -156,7 +157,9 @@ class FrozenFeatures(nn.Module):
         side = self.neighbourhood
         # Borders average over the cells that exist: zeros would make a frame.
         mean = functional.avg_pool2d(stage, side, stride=1, padding=side // 2, count_include_pad=False)
-        return functional.interpolate(mean, size=self.grid, mode="bilinear", align_corners=False)  # (B, D_s, h, w)
+        return functional.interpolate(
+            mean, size=self.grid, mode="bilinear", align_corners=False
+        )  # (B, D_s, h, w)
 
 
 def _folded(model: nn.Module) -> nn.Module:
@@ -178,5 +181,5 @@ def _fingerprint(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> st
     for key in sorted(state):
         tensor = state[key].cpu().contiguous()
         digest.update(f"\n{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

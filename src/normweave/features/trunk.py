@@ -7,7 +7,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -24,7 +24,7 @@ HOWTO = "See docs/how-to/add-a-backbone.md."
 class Trunk(NamedTuple):
     """What an extractor needs of a model."""
 
-    model: nn.Module
+    model: Any  # an nn.Module; Any, because timm's own methods are not in its type
     indices: list[int]  # intermediates in use, as timm counts them, shallowest first
     mean: Sequence[float]  # of the pixels that the weights were made for, R G B, white = 1
     std: Sequence[float]
@@ -42,14 +42,16 @@ def load(name: str, *, weights: str, strides: Sequence[int]) -> Trunk:
         near = get_close_matches(name, timm.list_models(), n=3)
         raise unknown("backbone", name, {*near, *carried.CARRIED}, f"Any timm model will do. {HOWTO}")
     try:
-        origin = timm.get_pretrained_cfg(name)
+        origin: Any = timm.get_pretrained_cfg(name)
     except RuntimeError:
         architecture = name.partition(".")[0]
         tags = timm.list_pretrained(f"{architecture}.*")
         raise unknown("tag of backbone", name, {architecture, *tags}, HOWTO) from None
-    with torch.random.fork_rng(devices=[]):  # making a model draws numbers: the caller's seed shall not notice
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the caller's own random numbers go on as if nothing had been made
         torch.manual_seed(0)
-        model = timm.create_model(name, pretrained=False)
+        model: Any = timm.create_model(name, pretrained=False)
     names = {key: tensor.shape for key, tensor in model.state_dict().items()}
     indices = stages(model, name=name, strides=strides)
     model.prune_intermediate_layers(indices, prune_norm=True)
@@ -64,7 +66,7 @@ def load(name: str, *, weights: str, strides: Sequence[int]) -> Trunk:
     return Trunk(model, indices, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
 
 
-def stages(model: nn.Module, *, name: str, strides: Sequence[int]) -> list[int]:
+def stages(model: Any, *, name: str, strides: Sequence[int]) -> list[int]:
     """Which intermediates have these strides, as timm counts them, shallowest first.
 
     Of several of one stride the deepest is taken: of a plain vision transformer its last block.
@@ -100,14 +102,19 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:
     absent = [key for key in wanted if key not in state]
     if absent:
         raise DataError(
-            f"The weights lack {len(absent)} of the {len(wanted)} tensors that {name} needs, first {absent[0]!r}. {cure}"
+            f"The weights lack {len(absent)} of the {len(wanted)} tensors that {name} needs, first {absent[0]!r}. "
+            f"{cure}"
         )
     for key, tensor in wanted.items():
         got = state[key]
         if got.shape != tensor.shape:
-            raise DataError(f"Weight {key!r} of {name} must have shape {[*tensor.shape]}, got {[*got.shape]}. {cure}")
+            raise DataError(
+                f"Weight {key!r} of {name} must have shape {[*tensor.shape]}, got {[*got.shape]}. {cure}"
+            )
         if not got.isfinite().all():
-            raise DataError(f"Weight {key!r} of {name} holds NaN or infinity: the file is damaged. Fetch it again.")
+            raise DataError(
+                f"Weight {key!r} of {name} holds NaN or infinity: the file is damaged. Fetch it again."
+            )
     model.load_state_dict({key: state[key] for key in wanted})
 
 
@@ -125,7 +132,9 @@ def _from_file(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DataError(f"'{path}' cannot be read as safetensors ({error}). Fetch or convert it again.") from error
+        raise DataError(
+            f"'{path}' cannot be read as safetensors ({error}). Fetch or convert it again."
+        ) from error
     return tensors
 
 

@@ -125,10 +125,10 @@ def _header(title: str, read: Sequence[Row], provenance: Mapping[str, Any]) -> s
         sentences.append(f"Of {_many(len(bad), 'defective image')}, <b>{caught} were stopped</b>.")
     if good:
         stopped = sum(row["verdict"] != "normal" for row in good)
-        sentences.append(
-            f"Of {_many(len(good), 'good image')}, <b>{stopped} were stopped</b> too. Stopped means called anomalous or unknown."
-        )
-    if not read:
+        sentences.append(f"Of {_many(len(good), 'good image')}, <b>{stopped} were stopped</b>.")
+    if read:
+        sentences.append("Stopped means called anomalous or unknown.")
+    else:
         sentences.append("No test images: this page says what the detector was made from.")
     about = " · ".join(
         escape(str(provenance[key])) for key in ("model", "data") if provenance.get(key) is not None
@@ -152,12 +152,12 @@ def _cards(pooled: Row, provenance: Mapping[str, Any]) -> str:
         )
 
     promised = provenance.get("false_alarm_rate")
-    promise = "" if promised is None else f"promised: at most {100 * promised:g} %; "
+    promise = "" if promised is None else f"promised: at most {100 * promised:g}\u00a0%; "
     low, high = pooled.get("false_alarm_interval") or (None, None)
     interval = (
         ""
         if low is None or high is None
-        else f"measured, with 95 % confidence: {_percent(low)} to {_percent(high)} %"
+        else f"measured, with 95\u00a0% confidence: {_percent(low)} to {_percent(high)}\u00a0%"
     )
     return (
         '<div class="cards">'
@@ -218,7 +218,7 @@ def _scores(read: Sequence[Row]) -> str:
     return (
         "<section><h2>Scores and verdicts</h2>"
         '<p class="soft">Good images above the axis, defective ones below it. Bars in full colour are on the wrong '
-        f"side of the operating point.</p>{chart}"
+        f'side of the operating point.</p><div class="scroll">{chart}</div>'
         '<div class="scroll"><table class="matrix"><caption>Verdicts, numbers of images</caption>'
         f'<thead><tr><th class="text"></th>{head}</tr></thead><tbody>{lines}</tbody></table></div></section>'
     )

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 COORDINATES = 5
 """Principal components of the statistics in which kinds are sought; the rest is the scatter of single parts."""
 FEWEST_IMAGES = 5
-"""A kind needs at least so many images on average."""
+"""A smaller cluster is not a kind but a few odd images, and no expert could learn from it."""
 CLEAR_SILHOUETTE = 0.25
 """Below it there is no substantial structure (Kaufman and Rousseeuw 1990), so k-means answers: one kind."""
 
@@ -58,10 +58,14 @@ def discover(
     _, _, vectors = np.linalg.svd(rows - mean, full_matrices=False)
     components = vectors[:COORDINATES].T  # (N, q)
     places = (rows - mean) @ components  # (n, q)
-    most = max(1, min(most, len(rows) // FEWEST_IMAGES))
-    centres, variances, shares = (
-        _kmeans(places, most, seed) if method == "kmeans" else _mixture(places, most, seed)
-    )
+    most = min(most, len(rows) // FEWEST_IMAGES, len(np.unique(places, axis=0)))
+    if most < 2:
+        clusters = _one(places)
+    elif method == "kmeans":
+        clusters = _kmeans(places, most, seed)
+    else:
+        clusters = _mixture(places, most, seed)
+    centres, variances, shares = clusters
     return Discovery(mean, components, centres, variances, np.log(shares))
 
 
@@ -69,37 +73,43 @@ Clusters = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """Centres (K, q), variances (K, q), shares (K,)."""
 
 
+def _one(places: NDArray[np.float64]) -> Clusters:
+    centre = places.mean(axis=0, keepdims=True)
+    return centre, np.ones_like(centre), np.ones(1)
+
+
 def _kmeans(places: NDArray[np.float64], most: int, seed: int) -> Clusters:
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
-    best, centres = CLEAR_SILHOUETTE, places.mean(axis=0, keepdims=True)
+    best, clusters = CLEAR_SILHOUETTE, _one(places)
     for number in range(2, most + 1):
         found = KMeans(number, n_init=10, random_state=seed).fit(places)
-        if len(np.unique(found.labels_)) < number:  # fewer different images than kinds
-            break
+        if np.bincount(found.labels_, minlength=number).min() < FEWEST_IMAGES:
+            continue
         silhouette = silhouette_score(
             places, found.labels_, sample_size=min(2000, len(places)), random_state=seed
         )
         if silhouette > best:
-            best, centres = silhouette, found.cluster_centers_
-    return centres, np.ones_like(centres), np.full(len(centres), 1 / len(centres))
+            centres = found.cluster_centers_
+            best, clusters = silhouette, (centres, np.ones_like(centres), np.full(number, 1 / number))
+    return clusters
 
 
 def _mixture(places: NDArray[np.float64], most: int, seed: int) -> Clusters:
     from sklearn.mixture import GaussianMixture
 
     floor = 1e-3 * float(places.var(axis=0).mean()) + 1e-12
-    tried = [
-        GaussianMixture(
+    lowest, clusters = np.inf, _one(places)
+    for number in range(1, most + 1):
+        found = GaussianMixture(
             number, covariance_type="diag", n_init=3, max_iter=500, reg_covar=floor, random_state=seed
         ).fit(places)
-        for number in range(1, most + 1)
-    ]
-    best = min(tried, key=lambda mixture: float(mixture.bic(places)))
-    # A component nobody belongs to would be an expert without images.
-    kept = np.unique(best.predict(places))
-    return best.means_[kept], best.covariances_[kept], best.weights_[kept]
+        if np.bincount(found.predict(places), minlength=number).min() < FEWEST_IMAGES:
+            continue
+        if (criterion := float(found.bic(places))) < lowest:
+            lowest, clusters = criterion, (found.means_, found.covariances_, found.weights_)
+    return clusters
 
 
 def agreement(kinds: NDArray[np.int64], subclasses: NDArray[np.int64]) -> Agreement:

@@ -1,9 +1,12 @@
 """One expert a kind of normal: how unlike its normal patches a patch is.
 
 Every kind of expert answers for all experts of a batch in one product. The interface: `fit(normals, generator)` learns
-in closed form, and `forward(features (B, S, D, h, w), experts (B, T)) -> (B, T, h, w)` scores with the experts asked,
-where S = 1 (all see the same features) or S = T (adapted for each).
+in closed form, and `forward(features (B, S, D, h, w), experts (B, T)) -> (B, T, V, h, w)` scores with the experts
+asked, where S = 1 (all see the same features) or S = T (adapted for each). V = 1 is a map; where V = 2 the second one
+is for the score of the whole image.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,6 +90,7 @@ class Discriminators(nn.Module):
     running_mean: Tensor  # (K, H)
     running_variance: Tensor  # (K, H)
 
+    standardised = False
     momentum = 0.1
 
     def __init__(self, *, width: int, hidden: int, noise: float, margin: float, patches: int) -> None:
@@ -142,7 +146,7 @@ class Discriminators(nn.Module):
         return torch.bmm(F.leaky_relu(normalised, 0.2), self.readout[experts, :, None]).squeeze(2)
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
-        """-D of every patch by the experts asked, (B, T, h, w)."""
+        """-D of every patch by the experts asked, (B, T, 1, h, w)."""
         B, T = experts.shape
         # The batch norm with its remembered statistics is part of the linear layer.
         scale = self.gain / (self.running_variance + 1e-5).sqrt()  # (K, H)
@@ -150,7 +154,7 @@ class Discriminators(nn.Module):
         bias = (self.bias - self.running_mean) * scale + self.shift  # (K, H)
         hidden = F.leaky_relu(products(features, weight[experts], bias[experts]), 0.2)  # (B, T, H, P)
         score = -(self.readout[experts][:, :, None] @ hidden)  # (B, T, 1, P)
-        return score.view(B, T, *features.shape[3:])
+        return score.view(B, T, 1, *features.shape[3:])
 
 
 class DiscriminatorLesson:
@@ -229,6 +233,7 @@ class Memories(nn.Module):
     offset: Tensor  # (K, M) -|m|^2 / 2; minus infinity where there is no patch
     usual: Tensor  # (K, M) mu(m)
 
+    standardised = False
     pseudo_counts = 3
     neighbours = 10
 
@@ -311,11 +316,11 @@ class Memories(nn.Module):
         return usual[near].mean(dim=1).clamp_min(1e-6).float()
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
-        """Distance of every patch, (B, T, h, w)."""
+        """Distance of every patch, (B, T, 1, h, w)."""
         distance, index = nearest(features, self.bank, self.offset, experts)
         if self.calibrated:
             distance = distance / self.usual[experts[..., None], index]
-        return distance.view(*experts.shape, *features.shape[3:])
+        return distance.view(*experts.shape, 1, *features.shape[3:])
 
 
 def nearest(features: Tensor, bank: Tensor, offset: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -348,49 +353,63 @@ def nearest(features: Tensor, bank: Tensor, offset: Tensor, experts: Tensor) -> 
 class Gaussians(nn.Module):
     """Mahalanobis distance to the patches of the expert's subclass.
 
-    d(x) = |W (x - m)| with W' W the inverse of the patches' covariance, shrunk towards its mean variance (the
-    one-Gaussian form of PaDiM, arXiv 2011.08785, for all places together).
+    d(x) = |W (x - m)| with W' W the inverse of the patches' covariance: that of the subclass mixed with that within all
+    subclasses, then shrunk towards its mean variance (the one-Gaussian form of PaDiM, arXiv 2011.08785, for all places
+    together).
 
     Args:
-        width: D.
+        channels: D', the first so many of a patch are looked at; the finest stages come first.
+        pooled: weight of the covariance of all subclasses' patches, in [0, 1].
         shrinkage: share of the mean variance, in (0, 1].
     """
 
-    whitener: Tensor  # (K, D, D) W
-    offset: Tensor  # (K, D) -W m
+    whitener: Tensor  # (K, D', D') W
+    offset: Tensor  # (K, D') -W m
 
-    def __init__(self, *, width: int, shrinkage: float) -> None:
+    standardised = False
+
+    def __init__(self, *, channels: int, pooled: float, shrinkage: float) -> None:
         super().__init__()
+        self.pooled = pooled
         self.shrinkage = shrinkage
-        self.register_buffer("whitener", torch.eye(width)[None])
-        self.register_buffer("offset", torch.zeros(1, width))
+        self.register_buffer("whitener", torch.eye(channels)[None])
+        self.register_buffer("offset", torch.zeros(1, channels))
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
         """Means and covariances, summed in float64 over one pass."""
-        width = self.offset.shape[1]
+        channels = self.offset.shape[1]
         count = torch.zeros(normals.number, dtype=torch.float64)
-        total = torch.zeros(normals.number, width, dtype=torch.float64)
-        square = torch.zeros(normals.number, width, width, dtype=torch.float64)
+        total = torch.zeros(normals.number, channels, dtype=torch.float64)
+        square = torch.zeros(normals.number, channels, channels, dtype=torch.float64)
         for places, features in normals.batches():
-            for place, image in zip(places, features.flatten(2).double(), strict=True):
+            for place, image in zip(places, features[:, :channels].flatten(2).double(), strict=True):
                 expert = normals.experts[place]
                 count[expert] += image.shape[1]
                 total[expert] += image.sum(dim=1)
                 square[expert] += image @ image.T
-        mean = total / count[:, None]  # (K, D)
-        covariance = square / count[:, None, None] - mean[:, :, None] * mean[:, None]  # (K, D, D)
-        variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-6)  # (K,)
-        identity = torch.eye(width, dtype=torch.float64)
-        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * variance[:, None, None] * identity
+        mean = total / count[:, None]  # (K, D')
+        own = _covariance(square, total, count)  # (K, D', D')
+        together = _covariance(square.sum(dim=0)[None], total.sum(dim=0)[None], count.sum()[None])
+        mixed = (1 - self.pooled) * own + self.pooled * together
+        variance = mixed.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-6)  # (K,)
+        identity = torch.eye(channels, dtype=torch.float64)
+        shrunk = (1 - self.shrinkage) * mixed + self.shrinkage * variance[:, None, None] * identity
         factor = torch.linalg.cholesky(shrunk)
         whitener = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         self.whitener = whitener.float()
         self.offset = -(whitener @ mean[..., None]).squeeze(2).float()
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
-        """Distance of every patch, (B, T, h, w)."""
-        whitened = products(features, self.whitener[experts], self.offset[experts])  # (B, T, D, P)
-        return whitened.square().sum(dim=2).sqrt().view(*experts.shape, *features.shape[3:])
+        """Distance of every patch, (B, T, 1, h, w)."""
+        seen = features[:, :, : self.offset.shape[1]]  # (B, S, D', h, w)
+        whitened = products(seen, self.whitener[experts], self.offset[experts])  # (B, T, D', P)
+        return whitened.square().sum(dim=2).sqrt().view(*experts.shape, 1, *features.shape[3:])
+
+
+def _covariance(square: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """From sums of x x' (K, D, D) and x (K, D) over (K,) many x."""
+    mean = total / count[:, None]
+    return square / count[:, None, None] - mean[:, :, None] * mean[:, None]
 
 
 class Subspaces(nn.Module):
@@ -409,6 +428,8 @@ class Subspaces(nn.Module):
 
     mean: Tensor  # (K, F)
     components: Tensor  # (K, F, r); columns beyond an expert's own number are zero
+
+    standardised = False
 
     def __init__(
         self,
@@ -443,10 +464,10 @@ class Subspaces(nn.Module):
 
     def _flat(self, features: Tensor) -> Tensor:
         pooled = F.adaptive_avg_pool2d(features.flatten(0, 1), self.cells)  # (B*S, D, cells, cells)
-        return pooled.view(*features.shape[:2], -1)  # (B, S, F)
+        return pooled.view(*features.shape[:2], self.mean.shape[1])  # (B, S, F)
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
-        """Residual of every cell, (B, T, h, w)."""
+        """Residual of every cell, (B, T, 1, h, w)."""
         B, S, D, h, w = features.shape
         flat = self._flat(features)  # (B, S, F)
         if S > 1:  # each image as each expert sees it; to the experts not asked it is zero
@@ -459,7 +480,239 @@ class Subspaces(nn.Module):
         squared = residual.view(len(self.mean), B, D, *self.cells).square().sum(dim=2)  # (K, B, cells, cells)
         cells = squared.sqrt().transpose(0, 1)  # (B, K, cells, cells)
         asked = experts[..., None, None].expand(*experts.shape, *self.cells)
-        return F.interpolate(cells.gather(1, asked), size=(h, w), mode="bilinear", align_corners=False)
+        return to_grid(cells.gather(1, asked), (h, w))[:, :, None]
 
 
-Experts = Discriminators | Memories | Gaussians | Subspaces
+class Layouts(nn.Module):
+    """What whole images of all subclasses together cannot rebuild, measured against what is usual for the expert's own.
+
+    Ours. Residuals r = (x - m) - C C' (x - m) as in `Subspaces`, but of one subspace for all experts and at two cell
+    sizes; how large they are on normal images is measured on images of groups that the subspace was not fit on, for
+    each expert. Two maps: the first looks at all channels and tells where, the second at the coarsest stage and
+    tells whether.
+
+    Args:
+        shape: (D, h, w).
+        coarse: the last so many channels belong to the coarsest stage.
+        cells: of the finer of the two sizes, a side; the coarser has half as many.
+        variance, most: the components keep this share of the variance, and are never more than `most`.
+        own: weight of the expert's own scale against that of all images, in [0, 1].
+        max_images: drawn at random; bounds memory.
+    """
+
+    standardised = True
+    """Scores have mean 0 and deviation 1 on images left out of the fit, so nothing need be held out."""
+
+    def __init__(
+        self,
+        *,
+        shape: tuple[int, int, int],
+        coarse: int,
+        cells: int,
+        variance: float,
+        most: int,
+        own: float,
+        max_images: int,
+    ) -> None:
+        super().__init__()
+        self.max_images = max_images
+        D, h, w = shape
+        self.views = nn.ModuleList(
+            View(
+                channels=(first, D),
+                cells=(min(side, h), min(side, w)),
+                by_cells=by_cells,
+                variance=variance,
+                most=most,
+                own=own,
+            )
+            for first, by_cells in ((0, True), (D - coarse, False))
+            for side in (cells, max(1, cells // 2))
+        )
+
+    @property
+    def _views(self) -> list[View]:
+        return [view for view in self.views if isinstance(view, View)]
+
+    def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
+        """Fit each view on whole images, a few numbers of which are kept."""
+        count = len(normals.rows)
+        drawn = torch.randperm(count, generator=generator)[: self.max_images].sort().values.numpy()
+        # Every expert needs an image among those drawn.
+        missing = np.setdiff1d(normals.experts, normals.experts[drawn])
+        first = [int(np.flatnonzero(normals.experts == expert)[0]) for expert in missing]
+        drawn = np.concatenate([drawn, np.array(first, dtype=drawn.dtype)])
+        pooled: list[list[Tensor]] = [[] for _ in self._views]
+        for _, features in normals.batches(drawn):
+            for parts, view in zip(pooled, self._views, strict=True):
+                parts.append(view.pool(features))
+        for parts, view in zip(pooled, self._views, strict=True):
+            view.fit(torch.cat(parts), normals.experts[drawn], normals.groups[drawn], generator=generator)
+
+    def forward(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Where, and whether: (B, T, 2, h, w)."""
+        B, S, _, h, w = features.shape
+        maps = []
+        for view in self._views:
+            scores = view(features.flatten(0, 1))  # (B*S, K, cells, cells)
+            scores = scores.view(B, S, *scores.shape[1:]).expand(-1, experts.shape[1], -1, -1, -1)
+            asked = experts[..., None, None, None].expand(-1, -1, 1, *scores.shape[3:])
+            maps.append(to_grid(scores.gather(2, asked).squeeze(2), (h, w)))  # (B, T, h, w)
+        return torch.stack([0.5 * (maps[0] + maps[1]), 0.5 * (maps[2] + maps[3])], dim=2)
+
+
+class View(nn.Module):
+    """One cell size and range of channels of a `Layouts`.
+
+    With S the covariance between channels and s^2 the mean square, channel by channel and cell by cell, of the
+    residuals r of images left out of the fit, a cell scores
+
+        by_cells:  sqrt(sum over channels of r^2 / (half s^2 of channel and cell + half s^2 of the channel))
+        otherwise: sqrt(r' (half S + half its mean variance I)^-1 r) / root of its mean square at this cell
+
+    less its mean and divided by its deviation on those images.
+
+    Args:
+        channels: first and one past the last.
+        cells: (rows, columns).
+    """
+
+    mean: Tensor  # (F,)
+    components: Tensor  # (F, r)
+    weights: Tensor  # by_cells: (K, D', cells, cells) one by the mean squares
+    whitener: Tensor  # otherwise: (K, D', D')
+    usual: Tensor  # otherwise: (K, cells, cells) root mean square of |whitener r|
+    centre: Tensor  # (K,)
+    deviation: Tensor  # (K,)
+
+    folds = 4
+
+    def __init__(
+        self,
+        *,
+        channels: tuple[int, int],
+        cells: tuple[int, int],
+        by_cells: bool,
+        variance: float,
+        most: int,
+        own: float,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.cells = cells
+        self.by_cells = by_cells
+        self.variance = variance
+        self.most = most
+        self.own = own
+        width = channels[1] - channels[0]
+        numbers = width * cells[0] * cells[1]
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("components", torch.zeros(numbers, 1))
+        if by_cells:
+            self.register_buffer("weights", torch.ones(1, width, *cells))
+        else:
+            self.register_buffer("whitener", torch.eye(width)[None])
+            self.register_buffer("usual", torch.ones(1, *cells))
+        self.register_buffer("centre", torch.zeros(1))
+        self.register_buffer("deviation", torch.ones(1))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """(n, D, h, w) to (n, F)."""
+        first, last = self.channels
+        return F.adaptive_avg_pool2d(features[:, first:last], self.cells).flatten(1)
+
+    def fit(
+        self,
+        pooled: Tensor,
+        experts: NDArray[np.int64],
+        groups: NDArray[np.int64],
+        *,
+        generator: torch.Generator,
+    ) -> None:
+        """Learn from (n, F) pooled images, the expert (n,) and the group (n,) of each."""
+        fold = _folds(groups, self.folds, generator=generator)
+        residual = torch.empty_like(pooled)
+        for part in range(int(fold.max()) + 1):
+            out = torch.from_numpy(fold == part)
+            # One group only: nothing can be left out, and the residuals come out too small.
+            mean, components = self._components(pooled if out.all() else pooled[~out])
+            residual[out] = _residual(pooled[out], mean, components)
+        self.mean, self.components = self._components(pooled)
+        self._measure(residual.view(len(pooled), -1, *self.cells), torch.from_numpy(experts))
+
+    def _components(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        mean, components = principal_components(rows, variance=self.variance)
+        return mean, components[:, : self.most].contiguous()
+
+    def _measure(self, residual: Tensor, experts: Tensor) -> None:
+        """What is usual for each expert, from residuals (n, D', cells, cells) of images left out."""
+        owned = [residual[experts == expert] for expert in range(int(experts.max()) + 1)]
+
+        def mixed(measure: Callable[[Tensor, int], Tensor]) -> Tensor:
+            """own x that of the expert's images + (1 - own) x that of all images, one a row."""
+            return torch.stack(
+                [
+                    self.own * measure(few, expert) + (1 - self.own) * measure(residual, expert)
+                    for expert, few in enumerate(owned)
+                ]
+            )
+
+        tiny = 1e-6
+        if self.by_cells:
+            square = mixed(lambda few, _: few.square().mean(dim=0))  # (K, D', cells, cells)
+            self.weights = 1 / (0.5 * square + 0.5 * square.mean(dim=(2, 3), keepdim=True) + tiny)
+        else:
+            covariance = mixed(lambda few, _: _second_moment(few))  # (K, D', D')
+            variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] + tiny  # (K, 1, 1)
+            shrunk = 0.5 * covariance + 0.5 * variance * torch.eye(covariance.shape[1])
+            factor = torch.linalg.cholesky(shrunk.double())
+            self.whitener = torch.linalg.inv(factor).float()
+            self.usual = torch.ones(len(owned), *self.cells)
+            self.usual = (
+                mixed(lambda few, expert: self._distance(few)[:, expert].square().mean(dim=0)).sqrt() + tiny
+            )  # (K, cells, cells)
+        scores = [self._distance(few)[:, expert] for expert, few in enumerate(owned)]
+        self.centre = torch.stack([each.mean() for each in scores])
+        self.deviation = torch.stack([each.std(correction=0) for each in scores]) + tiny
+
+    def _distance(self, residual: Tensor) -> Tensor:
+        """(N, D', cells, cells) to (N, K, cells, cells)."""
+        if self.by_cells:
+            return torch.einsum("ndyx,kdyx->nkyx", residual.square(), self.weights).sqrt()
+        whitened = torch.einsum("ked,ndyx->nkeyx", self.whitener, residual)
+        return whitened.square().sum(dim=2).sqrt() / self.usual
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardised scores of (N, D, h, w) by every expert, (N, K, cells, cells)."""
+        pooled = self.pool(features)
+        residual = _residual(pooled, self.mean, self.components)
+        width = self.channels[1] - self.channels[0]
+        distance = self._distance(residual.view(len(pooled), width, *self.cells))
+        return (distance - self.centre[:, None, None]) / self.deviation[:, None, None]
+
+
+def _residual(rows: Tensor, mean: Tensor, components: Tensor) -> Tensor:
+    """What is left of (n, F) after its projection on orthonormal columns (F, r)."""
+    centred = rows - mean
+    return torch.addmm(centred, centred @ components, components.T, alpha=-1)
+
+
+def _second_moment(residual: Tensor) -> Tensor:
+    """Mean of r r' over the cells of (n, D, y, x), (D, D)."""
+    rows = residual.permute(0, 2, 3, 1).flatten(0, 2)  # (n*y*x, D)
+    return rows.T @ rows / len(rows)
+
+
+def _folds(groups: NDArray[np.int64], most: int, *, generator: torch.Generator) -> NDArray[np.int64]:
+    """Deal whole groups into at most so many parts, (n,) -> (n,) part of each."""
+    names, members = np.unique(groups, return_inverse=True)
+    dealt = torch.randperm(len(names), generator=generator).numpy() % most
+    return np.asarray(dealt[members], dtype=np.int64)
+
+
+def to_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, T, cells, cells) to (B, T, h, w), bilinear."""
+    return F.interpolate(cells, size=grid, mode="bilinear", align_corners=False)
+
+
+Experts = Discriminators | Memories | Gaussians | Subspaces | Layouts

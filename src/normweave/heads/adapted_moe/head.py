@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from normweave.errors import DataError
 from normweave.heads import state
 from normweave.heads.adapted_moe.adaption import (
     Adaption,
+    FullAdaption,
     GuardedAdaption,
     NoAdaption,
     PaperAdaption,
@@ -29,6 +30,7 @@ from normweave.heads.adapted_moe.experts import (
     Discriminators,
     Experts,
     Gaussians,
+    Layouts,
     Memories,
     Normals,
     Subspaces,
@@ -40,35 +42,75 @@ FEWEST_HELD_OUT = 3
 """An expert's scale needs so many held-out normals of its own; with fewer it takes that of all together."""
 
 
+Kind = Literal["layout", "gaussian", "subspace", "memory", "discriminator"]
+
+
+class Way(nn.Module):
+    """A kind of experts, and the adaption under which they work."""
+
+    scale_mean: Tensor  # (K,) of each expert's patch scores on held-out normals of its own subclass
+    scale_deviation: Tensor  # (K,)
+
+    def __init__(self, *, adaption: Adaption, experts: Experts) -> None:
+        super().__init__()
+        self.adaption = adaption
+        self.experts = experts
+        self.register_buffer("scale_mean", torch.zeros(1))
+        self.register_buffer("scale_deviation", torch.ones(1))
+
+    @property
+    def number(self) -> int:
+        """K experts; 0 when this way is not taken."""
+        return len(self.scale_mean)
+
+    def take(self, taken: bool) -> None:
+        """Open this way, or forget its experts. The sizes say which, so that it survives saving."""
+        self.scale_mean, self.scale_deviation = torch.zeros(int(taken)), torch.ones(int(taken))
+        if not taken:
+            for name, tensor in list(self.experts.named_buffers()):
+                place, _, leaf = name.rpartition(".")
+                setattr(self.experts.get_submodule(place), leaf, tensor[:0].clone())
+
+    def forward(self, features: Tensor, samples: Tensor, asked: Tensor) -> Tensor:
+        """Scores of (B, D, h, w) with `statistics` (B, 2D) by the experts asked (B, T), all on one scale.
+
+        Returns:
+            (B, T, V, h, w); see `experts`.
+        """
+        scores: Tensor = self.experts(self.adaption(features, samples, asked), asked)
+        mean, deviation = self.scale_mean[asked], self.scale_deviation[asked]  # (B, T) each
+        return (scores - mean[..., None, None, None]) / deviation[..., None, None, None]
+
+
 class AdaptedMoE(nn.Module):
     """Mixture of experts with test-time adaption, for subclasses of normal seen and unseen.
 
-    arXiv 2409.05611. An image is routed (Eq. 1-2), adapted (Eq. 5-6, or guarded) and scored by the top k experts;
-    Eq. 4 puts their patch scores together, each brought to mean 0 and deviation 1 on held-out normals (ours).
+    arXiv 2409.05611. An image is routed (Eq. 1-2), adapted (Eq. 5-6 and others) and scored by the top k experts; Eq. 4
+    puts their patch scores together, each brought to mean 0 and deviation 1 on held-out normals (ours).
 
     Args:
         shape: (D, h, w) of the features.
-        router: the routing network; None routes by image statistics.
+        routing: `network` is the paper's; `statistics` takes the distance of image statistics to those of each
+            subclass; `likelihood` asks all experts, and those that find the image most usual on the whole count.
+        router: the routing network; for `network` only.
+        ways: one, or two of which the second is taken unless the place in the image explains much (`place_explains`).
         moe: one expert a subclass; off = one for all, which needs no routing.
-        top_k: experts asked an image, at most.
+        top_k: experts that count, at most.
         temperature: of the routing softmax.
-        aggregation: `paper` is Eq. 4; `min` the least anomalous of the experts asked; `mean` gives all the same weight.
+        aggregation: `paper` is Eq. 4; `min` the least anomalous of the experts; `mean` gives all the same weight.
         border: outermost cells that take the score of their inner neighbours.
         discover_always: find subclasses even where they are given, and say how well they agree.
         discovery, max_subclasses: how subclasses are found, and how many at most.
         router_schedule, expert_schedule: of the lessons.
     """
 
-    scale_mean: Tensor  # (K,) of each expert's patch scores on held-out normals of its own subclass
-    scale_deviation: Tensor  # (K,)
-
     def __init__(
         self,
         *,
         shape: tuple[int, int, int],
+        routing: Literal["likelihood", "statistics", "network"],
         router: Router | None,
-        adaption: Adaption,
-        experts: Experts,
+        ways: Sequence[Way],
         moe: bool,
         top_k: int,
         temperature: float,
@@ -84,9 +126,9 @@ class AdaptedMoE(nn.Module):
         self.subclass_names: tuple[str, ...] = ()
         self.agreement: Agreement | None = None
         """How discovered subclasses compare to the given ones, where both are known."""
+        self.routing = routing
         self.router = router
-        self.adaption = adaption
-        self.experts = experts
+        self.ways = nn.ModuleList(ways)
         self.kinds = KnownKinds(statistics=2 * shape[0])
         self.moe = moe
         self.top_k = top_k
@@ -98,20 +140,18 @@ class AdaptedMoE(nn.Module):
         self.max_subclasses = max_subclasses
         self.router_schedule = router_schedule
         self.expert_schedule = expert_schedule
-        self.register_buffer("scale_mean", torch.zeros(1))
-        self.register_buffer("scale_deviation", torch.ones(1))
         self._found: Discovery | None = None
-        self._experts: NDArray[np.int64] = np.empty(0, dtype=np.int64)  # of each image of the fit data
+        self._experts = np.empty(0, dtype=np.int64)  # of each image of the fit data
 
     @classmethod
     def of(cls, config: AdaptedMoEConfig, *, shape: tuple[int, int, int]) -> AdaptedMoE:
         """The head that `config` describes, not fitted yet."""
-        network = config.moe and config.routing == "network"
+        kinds: tuple[Kind, ...] = ("layout", "gaussian") if config.expert == "auto" else (config.expert,)
         return cls(
             shape=shape,
-            router=_router(config, shape[0]) if network else None,
-            adaption=_adaption(config, shape[0]),
-            experts=_experts(config, shape),
+            routing=config.routing,
+            router=_router(config, shape[0]) if config.moe and config.routing == "network" else None,
+            ways=[_way(kind, config, shape) for kind in kinds],
             moe=config.moe,
             top_k=config.top_k,
             temperature=config.temperature,
@@ -131,9 +171,14 @@ class AdaptedMoE(nn.Module):
             ),
         )
 
+    @property
+    def way(self) -> Way:
+        """The way that is taken."""
+        return next(way for way in self.ways if isinstance(way, Way) and way.number > 0)
+
     @torch.no_grad()
     def begin(self, data: FitData) -> None:
-        """Find the subclasses where they are not given, and learn their statistics.
+        """Find the subclasses where they are not given, learn their statistics, and decide on the experts.
 
         Raises:
             DataError: no image, or a named subclass without one.
@@ -145,12 +190,17 @@ class AdaptedMoE(nn.Module):
         self._experts = kinds if self.moe else np.zeros_like(kinds)
         self.subclass_names = names if self.moe or len(names) == 1 else ("all",)
         self.kinds.fit(robust, kinds)
-        self.adaption.fit(samples, kinds, self._experts)
+        if len(self.ways) > 1:
+            layout, texture = cast(tuple[Way, Way], tuple(self.ways))
+            placed = place_explains(data)
+            layout.take(placed)
+            texture.take(not placed)
+        self.way.adaption.fit(samples, kinds, self._experts)
         generator = torch.Generator().manual_seed(data.seed)
         if self.router is not None:
             self.router.start(subclasses=len(self.subclass_names), generator=generator)
-        if isinstance(self.experts, Discriminators):
-            self.experts.start(experts=len(self.subclass_names), generator=generator)
+        if isinstance(self.way.experts, Discriminators):
+            self.way.experts.start(experts=len(self.subclass_names), generator=generator)
 
     def _statistics(self, source: FeatureSource) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """s of every image, and without local defects, (n, 2D) each."""
@@ -190,10 +240,10 @@ class AdaptedMoE(nn.Module):
             lessons.append(
                 RouterLesson(self.router, subclass_of=self._experts_of, schedule=self.router_schedule)
             )
-        if isinstance(self.experts, Discriminators):
+        if isinstance(self.way.experts, Discriminators):
             lessons.append(
                 DiscriminatorLesson(
-                    self.experts,
+                    self.way.experts,
                     expert_of=self._experts_of,
                     adapt=self._adapt_to,
                     schedule=self.expert_schedule,
@@ -204,19 +254,25 @@ class AdaptedMoE(nn.Module):
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
         """Fit the experts that are in closed form, and measure the scale of each on held-out normals."""
+        way = self.way
         rows = np.arange(len(data))
         held_out = data.holdout.copy()
         for expert in range(len(self.subclass_names)):
             own = self._experts == expert
             if held_out[own].all():  # too few to hold any out
                 held_out[own] = False
+        if way.experts.standardised:
+            held_out[:] = False
         source = _Adapted(data.features, self)
-        generator = torch.Generator().manual_seed(data.seed)
-        fit = ~held_out
-        self.experts.fit(
-            Normals(source, rows[fit], self._experts[fit], data.groups[fit]), generator=generator
+        fit = rows[~held_out]
+        way.experts.fit(
+            Normals(source, fit, self._experts[fit], data.groups[fit]),
+            generator=torch.Generator().manual_seed(data.seed),
         )
-        self._measure(source, rows[held_out] if held_out.any() else rows)
+        way.scale_mean = torch.zeros(len(self.subclass_names))
+        way.scale_deviation = torch.ones(len(self.subclass_names))
+        if not way.experts.standardised:
+            self._measure(source, rows[held_out] if held_out.any() else rows)
 
     def _measure(self, source: FeatureSource, rows: NDArray[np.int64]) -> None:
         """Mean and deviation of each expert's patch scores on these images of its own."""
@@ -226,44 +282,48 @@ class AdaptedMoE(nn.Module):
         for start in range(0, len(rows), BATCH_IMAGES):
             few = rows[start : start + BATCH_IMAGES]
             own = self._experts[few]
-            scores = self.experts(source.read(few)[:, None], torch.from_numpy(own)[:, None])  # (B, 1, h, w)
+            scores = self.way.experts(source.read(few)[:, None], torch.from_numpy(own)[:, None])
             flat = scores.flatten(1).double().numpy()  # (B, P)
             np.add.at(images, own, 1)
             np.add.at(sums, own, np.stack([flat.mean(axis=1), (flat**2).mean(axis=1)], axis=1))
-        sums[images < FEWEST_HELD_OUT] = sums.sum(axis=0)
-        images[images < FEWEST_HELD_OUT] = len(rows)
+        few_images = images < FEWEST_HELD_OUT
+        sums[few_images] = sums.sum(axis=0)
+        images[few_images] = len(rows)
         mean, square = (sums / images[:, None]).T  # (K,) each
-        self.scale_mean = torch.from_numpy(mean).float()
-        self.scale_deviation = torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-12))).float()
+        self.way.scale_mean = torch.from_numpy(mean).float()
+        self.way.scale_deviation = torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-12))).float()
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
         """Score (B, D, h, w)."""
-        distances = self.kinds(block_statistics(features))  # (B, K), also when one expert serves all
-        choice = self._choose(features, distances)
+        way = self.way
         samples = statistics(features)
-        adapted = self.adaption(features, samples, choice.experts)  # (B, 1 or T, D, h, w)
-        scores = self.experts(adapted, choice.experts)  # (B, T, h, w)
-        scores = scores - self.scale_mean[choice.experts][..., None, None]
-        scores = scores / self.scale_deviation[choice.experts][..., None, None]
-        weights = features.new_zeros(len(features), len(self.scale_mean))
-        routing = Routing(
-            weights=weights.scatter(1, choice.experts, choice.weights),
-            subclass=choice.experts[:, 0],
-            distance=distances.amin(dim=1),
-            adapted=self.adaption.changes(samples),
-        )
-        fused = aggregate(scores, choice.weights, how=self.aggregation)
-        return PatchScores(scores=replace_border(fused, self.border), image_scores=None, routing=routing)
-
-    def _choose(self, features: Tensor, distances: Tensor) -> Choice:
-        if len(self.scale_mean) == 1:
-            likeness = features.new_zeros(len(features), 1)
-        elif self.router is not None:
-            likeness = self.router.likeness(features)
+        distances = self.kinds(block_statistics(features))  # (B, K), also when one expert serves all
+        if self.routing == "likelihood":
+            everyone = torch.arange(way.number, device=features.device).expand(len(features), -1)
+            scores = way(features, samples, everyone)  # (B, K, V, h, w)
+            choice = self._choose(-scores[:, :, 0].mean(dim=(2, 3)))
+            chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
+            scores = scores.gather(1, chosen)  # (B, T, V, h, w)
         else:
-            likeness = -distances
-        return choose(likeness, temperature=self.temperature, top_k=self.top_k)
+            choice = self._choose(-distances if self.router is None else self.router.likeness(features))
+            scores = way(features, samples, choice.experts)  # (B, T, V, h, w)
+        fused = aggregate(scores, choice.weights, how=self.aggregation)  # (B, V, h, w)
+        weights = features.new_zeros(len(features), way.number)
+        return PatchScores(
+            scores=replace_border(fused[:, 0], self.border),
+            image_scores=fused[:, 1].amax(dim=(1, 2)) if fused.shape[1] > 1 else None,
+            routing=Routing(
+                weights=weights.scatter(1, choice.experts, choice.weights),
+                subclass=choice.experts[:, 0],
+                distance=distances.amin(dim=1),
+                adapted=way.adaption.changes(samples),
+            ),
+        )
+
+    def _choose(self, likeness: Tensor) -> Choice:
+        # With one expert for all, the kinds of normal may still be many.
+        return choose(likeness[:, : self.way.number], temperature=self.temperature, top_k=self.top_k)
 
     def _experts_of(self, features: Tensor, subclasses: Tensor) -> Tensor:
         """The expert that each training image belongs to, (B,)."""
@@ -275,7 +335,7 @@ class AdaptedMoE(nn.Module):
 
     def _adapt_to(self, features: Tensor, experts: Tensor) -> Tensor:
         """Training images as their own (B,) experts see them, (B, D, h, w)."""
-        adapted: Tensor = self.adaption(features, statistics(features), experts[:, None])
+        adapted: Tensor = self.way.adaption(features, statistics(features), experts[:, None])
         return adapted[:, 0]
 
     def state(self) -> dict[str, Tensor]:
@@ -307,14 +367,14 @@ class _Adapted:
 
 
 def aggregate(scores: Tensor, weights: Tensor, *, how: Literal["paper", "min", "mean"]) -> Tensor:
-    """Put the experts' scores together: (B, T, h, w) and weights (B, T) to (B, h, w).
+    """Put the experts' scores together: (B, T, ...) and weights (B, T) to (B, ...).
 
-    `paper` is Eq. 4, sum_k w_k Expert_k(x) / sum_k w_k over the experts asked.
+    `paper` is Eq. 4, sum_k w_k Expert_k(x) / sum_k w_k over the experts that count.
     """
     match how:
         case "paper":
             shares = weights / weights.sum(dim=1, keepdim=True)  # (B, T)
-            return (scores * shares[..., None, None]).sum(dim=1)
+            return torch.einsum("bt,bt...->b...", shares, scores)
         case "min":
             return scores.amin(dim=1)
         case "mean":
@@ -332,6 +392,11 @@ def replace_border(scores: Tensor, border: int) -> Tensor:
     return F.pad(inner[:, None], (beside, beside, above, above), mode="replicate")[:, 0]
 
 
+def place_explains(data: FitData) -> bool:
+    """Whether things have their place in these images."""
+    return True
+
+
 def _router(config: AdaptedMoEConfig, width: int) -> Router:
     return Router(
         width=width,
@@ -343,10 +408,31 @@ def _router(config: AdaptedMoEConfig, width: int) -> Router:
     )
 
 
-def _adaption(config: AdaptedMoEConfig, width: int) -> Adaption:
-    match config.adaption:
+def _way(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Way:
+    adaption = config.adaption
+    if adaption == "auto":
+        match kind:
+            case "layout" | "subspace":
+                adaption = "off"
+            case "gaussian":
+                adaption = "full"
+            case "memory" | "discriminator":
+                adaption = "guarded"
+    # Patches of length one have channels that deviate by about 1 / sqrt(D).
+    unit = shape[0] ** -0.5 if adaption == "paper" else 1.0
+    return Way(
+        adaption=_adaption(adaption, config, shape[0]), experts=_experts(kind, config, shape, unit=unit)
+    )
+
+
+def _adaption(
+    kind: Literal["off", "full", "paper", "guarded"], config: AdaptedMoEConfig, width: int
+) -> Adaption:
+    match kind:
         case "off":
             return NoAdaption()
+        case "full":
+            return FullAdaption()
         case "paper":
             return PaperAdaption(width=width)
         case "guarded":
@@ -355,18 +441,25 @@ def _adaption(config: AdaptedMoEConfig, width: int) -> Adaption:
             )
 
 
-def _experts(config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Experts:
+def _experts(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int], *, unit: float) -> Experts:
     width = shape[0]
-    match config.expert:
-        case "discriminator":
-            # Patches of length one have channels that deviate by about 1 / sqrt(D).
-            unit = width**-0.5 if config.adaption == "paper" else 1.0
-            return Discriminators(
-                width=width,
-                hidden=config.hidden,
-                noise=config.noise * unit,
-                margin=config.margin,
-                patches=config.patches,
+    fine = max(1, round(config.fine * width))
+    match kind:
+        case "layout":
+            return Layouts(
+                shape=shape,
+                coarse=max(1, width - fine),
+                cells=config.cells,
+                variance=config.variance,
+                most=config.components,
+                own=config.own,
+                max_images=config.max_images,
+            )
+        case "gaussian":
+            return Gaussians(channels=fine, pooled=config.pooled, shrinkage=config.gaussian_shrinkage)
+        case "subspace":
+            return Subspaces(
+                shape=shape, cells=config.cells, variance=config.variance, max_images=config.max_images
             )
         case "memory":
             return Memories(
@@ -376,9 +469,11 @@ def _experts(config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Experts:
                 projection=config.projection,
                 calibrated=config.calibrated,
             )
-        case "gaussian":
-            return Gaussians(width=width, shrinkage=config.gaussian_shrinkage)
-        case "subspace":
-            return Subspaces(
-                shape=shape, cells=config.cells, variance=config.variance, max_images=config.max_images
+        case "discriminator":
+            return Discriminators(
+                width=width,
+                hidden=config.hidden,
+                noise=config.noise * unit,
+                margin=config.margin,
+                patches=config.patches,
             )

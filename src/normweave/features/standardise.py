@@ -1,0 +1,92 @@
+"""Every channel on one scale: noise and distances mean nothing without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave.errors import DataError
+from normweave.types import FeatureSource
+
+BATCH_IMAGES = 16
+
+
+class ChannelStandard(nn.Module):
+    """Subtract each channel's mean and divide by its deviation, both over all patches of the fit normals.
+
+    Args:
+        channels: D.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, *, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("deviation", torch.ones(channels))
+
+    @torch.no_grad()
+    def fit(self, source: FeatureSource) -> None:
+        """Mean and deviation in one pass, a few images at a time.
+
+        Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances",
+        equation 2.1, in float64: with n patches so far and m new ones, delta the difference of their means and M2 the
+        sum of squared differences from the mean,
+
+            mean <- mean + delta m / (n + m),    M2 <- M2 + M2_new + delta^2 n m / (n + m).
+
+        Raises:
+            DataError: the source is empty.
+        """
+        if len(source) == 0:
+            raise DataError(
+                "Standardising needs at least one image, got none. Check which images are fit normals."
+            )
+        channels = source.shape[0]
+        count = 0
+        mean = torch.zeros(channels, dtype=torch.float64)
+        squares = torch.zeros(channels, dtype=torch.float64)
+        for start in range(0, len(source), BATCH_IMAGES):
+            rows = range(start, min(start + BATCH_IMAGES, len(source)))
+            patches = source.read(rows).double().movedim(1, 0).flatten(1)  # (D, m)
+            new = patches.shape[1]
+            new_mean = patches.mean(1)  # (D,)
+            delta = new_mean - mean
+            squares += (patches - new_mean[:, None]).square().sum(1) + delta**2 * (
+                count * new / (count + new)
+            )
+            mean += delta * (new / (count + new))
+            count += new
+        deviation = (squares / count).sqrt()
+        # A channel that never changes would be divided by nothing, and the first test image in which it does change
+        # would be infinitely far away. Below a millionth of the mean it is rounding, not change.
+        deviation[deviation <= 1e-6 * mean.abs()] = 1
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) to the same shape, each channel with mean 0 and deviation 1 over the fit normals."""
+        return (features - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+
+class Standardised:
+    """A source of features, standardised as they are read."""
+
+    def __init__(self, source: FeatureSource, standard: ChannelStandard) -> None:
+        self.source = source
+        self.standard = standard
+        self.shape = source.shape
+
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.source)
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Features of these images, (len(rows), D, h, w) float32."""
+        standardised: Tensor = self.standard(self.source.read(rows))
+        return standardised

@@ -1,0 +1,80 @@
+"""Data sets from the command line."""
+
+import csv
+import json
+import shutil
+
+from .conftest import run
+
+
+def test_a_clean_data_set_has_no_fault(cloth):
+    result = run("data", "check", cloth)
+    assert result.exit_code == 0, result.output
+    assert (
+        result.stdout == "42 images, 0 faults\n"
+    )  # 2 x 12 to train with, 3 x (3 good and 3 damaged) to test
+
+
+def test_faults_are_listed_and_answered_with_2(cloth, tmp_path):
+    data = tmp_path / "cloth"
+    shutil.copytree(cloth, data)
+    broken = sorted(data.glob("cloth/*/train/good/*.png"))[0]
+    broken.write_bytes(b"no image")
+    mask = sorted(data.glob("cloth/*/ground_truth/*/*.png"))[0]
+    mask.unlink()
+    result = run("data", "check", data)
+    assert result.exit_code == 2
+    assert "unreadable image: " in result.stdout
+    assert str(broken) in result.stdout
+    assert "missing mask: " in result.stdout
+    found = json.loads(run("data", "check", data, "--json").stdout)
+    assert found["images"] == 42
+    assert {"unreadable image", "missing mask"} == {fault["kind"] for fault in found["faults"]}
+    assert str(broken) in {fault["path"] for fault in found["faults"]}
+
+
+def test_a_manifest_can_be_read_back(cloth, tmp_path):
+    shutil.copytree(cloth / "cloth", tmp_path / "folders" / "cloth")
+    table = tmp_path / "cloth.csv"
+    result = run("data", "manifest", tmp_path / "folders", "-o", table)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{table}: 42 images\n"
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 42
+    assert {row["subclass"] for row in rows} == {
+        "plain-ecru-diffuse",
+        "twill-indigo-raking",
+        "satin-navy-diffuse",
+    }
+    assert run("data", "check", table).exit_code == 0
+
+
+def test_a_manifest_of_chosen_subclasses(cloth, tmp_path):
+    table = tmp_path / "cloth.csv"
+    result = run("data", "manifest", cloth, "-o", table, "--subclass", "satin-navy-diffuse", "--json")
+    assert json.loads(result.stdout) == {"manifest": str(table), "images": 6}
+
+
+def test_textures_are_made_from_the_seed(tmp_path):
+    def made(name, seed):
+        options = ["--train-images=1", "--test-images=0", "--defect-images=1", "--size=64"]
+        result = run("data", "make-textures", tmp_path / name, *options, "--seed", seed)
+        assert result.exit_code == 0, result.output
+        assert result.stdout == f"{tmp_path / name / 'manifest.csv'}\n"
+        return {
+            path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.png")
+        }
+
+    first = made("a", 1)
+    assert (
+        len(first) == 6 + 10 + 10
+    )  # good ones of six seen subclasses, a damaged one of all ten, and its mask
+    assert made("b", 1) == first
+    assert made("c", 2) != first
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    result = run("data", "check", tmp_path / "gone")
+    assert result.exit_code == 2
+    assert str(tmp_path / "gone") in result.stderr

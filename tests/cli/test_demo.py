@@ -1,0 +1,33 @@
+"""From nothing to a report, twice."""
+
+import json
+
+import pytest
+
+from .conftest import run
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_data_bundle_and_report_and_can_be_called_again(tmp_path):
+    first = run("demo", "-o", tmp_path / "demo", "--images", "12", "--json")
+    assert first.exit_code == 0, first.output
+    metrics = json.loads(first.stdout)
+    assert metrics["seen"]["n_normal"] == 6 * 4
+    assert metrics["unseen"]["n_normal"] == 4 * 4
+    left = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert {"data", "cloth.bundle", "report.html", "metrics.json", "predictions.csv"} <= left
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "data").rglob("*.png")}
+
+    again = run("demo", "-o", tmp_path / "demo", "--images", "12", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["pooled"] == metrics["pooled"]
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_a_folder_with_other_data_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.png").write_bytes(b"")
+    result = run("demo", "-o", tmp_path)
+    assert result.exit_code == 2
+    assert "is not a folder of textures" in result.stderr
+    assert (tmp_path / "data" / "mine.png").exists()

@@ -1,0 +1,67 @@
+"""What is there is found, what is missing is named with its cure."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+
+from normweave.cli import doctor
+
+from .conftest import run
+
+WITHOUT = """
+import sys
+class Gone:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "timm", "onnxruntime", "safetensors"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Gone())
+from importlib import util
+known = util.find_spec
+util.find_spec = lambda name: None if name in {"torch", "onnxruntime"} else known(name)
+from normweave.cli import main
+"""
+
+
+def test_finds_what_is_installed():
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["packages"][""]["numpy"] == version("numpy")
+    assert found["packages"]["train"]["torch"] == version("torch")
+    assert found["devices"][0] == "cpu"
+    assert "CPU" in found["onnxruntime"]
+    assert "tf_efficientnet_lite0" in found["backbones"]["carried by pip"]
+
+
+def test_names_the_line_that_installs_what_is_missing(monkeypatch):
+    monkeypatch.setattr(doctor, "required", lambda: {"": ["numpy"], "train": ["torch", "no-such-package"]})
+    output = run("doctor").stdout
+    assert 'missing: no-such-package; to install them: pip install "normweave[train]"' in output
+    assert f"base: numpy {version('numpy')}" in output
+
+
+def test_finds_the_backbones_that_timm_downloaded(monkeypatch, tmp_path):
+    (tmp_path / "hub" / "models--timm--resnet18.a1_in1k").mkdir(parents=True)
+    (tmp_path / "hub" / "models--someone--else").mkdir()
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    assert doctor.cached() == ["resnet18.a1_in1k"]
+
+
+def without_torch(*arguments):
+    script = WITHOUT + f"sys.argv = ['normweave', *{list(arguments)!r}]\nmain()"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+
+
+def test_works_without_torch():
+    result = without_torch("doctor", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["devices"] == ["cpu"]
+
+
+def test_commands_that_need_torch_say_how_to_get_it(tmp_path):
+    result = without_torch("train", str(tmp_path), "-o", str(tmp_path / "b"))
+    assert result.returncode == 2
+    assert 'is not installed, and this needs it: pip install "normweave[train]"' in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,115 @@
+"""The table, the files and the exit code of an evaluation; new operating points."""
+
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+
+from normweave import bundle
+from normweave.cli.evaluate import report, table
+from normweave.cli.terminal import Terminal
+
+from .conftest import run
+
+FEW = ("--size=64", "--test-images=0", "--defect-images=0", "--seed=9")
+
+
+def values(**given):
+    measured = dict.fromkeys(
+        ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"), 0.875
+    )
+    counts = {"n_normal": 10, "n_anomalous": 5, "n_refused": 0}
+    alarms = {"false_alarm_rate": 0.1, "false_alarm_interval": [0.0025, 0.445]}
+    return measured | counts | alarms | given
+
+
+@pytest.fixture
+def metrics():
+    nothing = values(n_normal=0, n_anomalous=0)
+    return {
+        "pooled": values(),
+        "mean": values(false_alarm_interval=None),
+        "seen": values(),
+        "unseen": nothing,
+        "by_subclass": {"cloth/[twill]": values(aupro=None, image_auroc=1.0)},
+    }
+
+
+def shown(metrics):
+    console = Console(width=200)
+    with console.capture() as text:
+        console.print(table(metrics), markup=False)
+    return text.get()
+
+
+def test_the_table_is_in_percent_with_gaps_where_nothing_is_defined(metrics):
+    rows = {line.split()[0]: line.split()[1:] for line in shown(metrics).splitlines() if line.strip()}
+    assert rows["cloth/[twill]"] == [
+        "10",
+        "5",
+        "100.0",
+        "87.5",
+        "87.5",
+        "87.5",
+        "87.5",
+        "–",
+        "10.0",
+        "(0.2–44.5)",
+    ]
+    assert rows["mean"][-1] == "10.0"
+    assert "unseen" not in rows  # there were none
+
+
+def test_unreadable_images_make_it_4(metrics, tmp_path, capsys):
+    assert report(Terminal(), metrics, tmp_path) == 0
+    metrics["pooled"]["n_refused"] = 2
+    assert report(Terminal(), metrics, tmp_path) == 4
+    assert "2 images could not be read" in capsys.readouterr().out
+    assert report(Terminal(json=True), metrics, tmp_path) == 4
+    assert json.loads(capsys.readouterr().out)["pooled"]["n_refused"] == 2
+
+
+def test_writes_its_files_and_tells_seen_from_unseen(trained, cloth, tmp_path):
+    result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert json.loads((tmp_path / "results" / "metrics.json").read_text()) == {
+        key: value for key, value in said.items() if key != "output"
+    }
+    assert (said["seen"]["n_normal"], said["seen"]["n_anomalous"]) == (6, 6)
+    assert (said["unseen"]["n_normal"], said["unseen"]["n_anomalous"]) == (3, 3)
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {
+        "metrics.json",
+        "predictions.csv",
+        "report.html",
+    }
+
+
+def test_chosen_subclasses(trained, cloth, tmp_path):
+    result = run(
+        "evaluate", trained.bundle, cloth, "-o", tmp_path, "--subclass", "satin-navy-diffuse", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout)["by_subclass"]) == ["cloth/satin-navy-diffuse"]
+
+
+def test_calibrating_replaces_the_operating_points_only(trained, cloth, tmp_path):
+    run("data", "make-textures", tmp_path / "more", *FEW, "--train-images=2")
+    own = tmp_path / "own.bundle"
+    shutil.copytree(trained.bundle, own)
+    result = run("calibrate", own, tmp_path / "more", "--false-alarm-rate", "0.25", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["false_alarm_rate"] == 0.25
+    assert said["calibration_images"] == 12
+    assert said["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
+    assert bundle.weights_hash(own) == bundle.weights_hash(trained.bundle)
+
+
+def test_calibrating_with_too_few_keeps_the_bundle(trained, tmp_path):
+    run("data", "make-textures", tmp_path / "more", *FEW, "--train-images=1")
+    before = bundle.bundle_hash(trained.bundle)
+    result = run("calibrate", trained.bundle, tmp_path / "more", "--false-alarm-rate", "0.01")
+    assert result.exit_code == 3, result.output
+    assert bundle.bundle_hash(trained.bundle) == before

@@ -1,0 +1,246 @@
+"""Images to verdicts, tables and maps."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normweave.cli.predict import ROWS_A_GROUP, check_places, find, line, overlay, table
+from normweave.errors import ConfigError, DataError
+from normweave.types import DefectBox, Outcome
+
+from .conftest import run
+
+OUTCOME = Outcome(
+    image_path="a, b.png",
+    verdict="anomalous",
+    pred_score=1.5,
+    p_value=0.02,
+    threshold=1.25,
+    experts=(("twill", 0.75), ("plain", 0.25)),
+    boxes=(DefectBox(1, 2, 3, 4, 1.5),),
+    height=8,
+    width=9,
+)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Four images in two folders, and what is none."""
+    for name in ("a/2.png", "a/1.JPG", "b/1.png", "b/deep/0.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+    (tmp_path / "a" / "notes.txt").write_text("")
+    (tmp_path / "a" / ".hidden.png").write_text("")
+    (tmp_path / "b" / ".thumbnails").mkdir()
+    (tmp_path / "b" / ".thumbnails" / "1.png").write_text("")
+    return tmp_path
+
+
+# ── which images ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def found(photos, *arguments):
+    return [
+        path.removeprefix(f"{photos}/") for path in find([f"{photos}/{argument}" for argument in arguments])
+    ]
+
+
+def test_folders_files_and_patterns_in_the_order_of_the_call(photos):
+    assert found(photos, "b", "a/2.png", "a/*.JPG", "a/notes.txt") == [
+        "b/1.png",
+        "b/deep/0.png",
+        "a/2.png",
+        "a/1.JPG",
+        "a/notes.txt",
+    ]
+
+
+def test_a_pattern_over_folders(photos):
+    assert found(photos, "**/1.*") == ["a/1.JPG", "b/1.png"]
+
+
+def test_a_name_that_looks_like_a_pattern(photos):
+    shutil.copy(photos / "a" / "2.png", photos / "part[1].png")
+    assert found(photos, "part[1].png") == ["part[1].png"]
+
+
+def test_a_missing_file_is_passed_on_to_be_reported_in_its_place(photos):
+    assert found(photos, "gone.png") == ["gone.png"]
+
+
+def test_what_holds_no_image_is_refused_at_once(photos):
+    (photos / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no image"):
+        find([str(photos / "a"), str(photos / "empty")])
+    with pytest.raises(DataError, match=r"Nothing matches '.*\*\.bmp'"):
+        find([f"{photos}/*.bmp"])
+
+
+# ── how it is said ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_line():
+    assert line(OUTCOME) == "ANOMALOUS    1.5000  (threshold 1.2500)  p 0.0200  a, b.png"
+    assert line(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
+    normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
+    assert line(normal).startswith("normal  ")
+
+
+def written(path, outcomes):
+    with table(path) as write:
+        for outcome in outcomes:
+            write(outcome.as_dict())
+            assert not path.exists()  # a table has its name when it is whole
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_jsonl_comes_back(tmp_path):
+    written(tmp_path / "out" / "r.jsonl", [OUTCOME, Outcome(image_path="é", error="x")])
+    lines = (tmp_path / "out" / "r.jsonl").read_text("utf-8").splitlines()
+    assert json.loads(lines[0]) == OUTCOME.as_dict()
+    assert json.loads(lines[1])["image_path"] == "é"
+
+
+def test_csv_comes_back(tmp_path):
+    written(tmp_path / "r.csv", [OUTCOME, Outcome(image_path=None, error="x")])
+    with (tmp_path / "r.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["image_path"] == "a, b.png"
+    assert float(first["pred_score"]) == 1.5
+    assert json.loads(first["boxes"]) == [{"x": 1, "y": 2, "width": 3, "height": 4, "peak": 1.5}]
+    assert first.keys() == OUTCOME.as_dict().keys()
+    assert second["pred_score"] == ""
+
+
+@pytest.mark.parametrize("count", [0, 1, ROWS_A_GROUP, 2 * ROWS_A_GROUP + 1])
+def test_parquet_comes_back_in_groups(tmp_path, count):
+    from pyarrow import parquet
+
+    rows = [Outcome(image_path=f"{n}.png", error="x") for n in range(max(0, count - 1))] + [OUTCOME] * min(
+        1, count
+    )
+    written(tmp_path / "r.parquet", rows)
+    back = parquet.ParquetFile(tmp_path / "r.parquet")
+    assert back.metadata.num_rows == count
+    assert all(
+        back.metadata.row_group(n).num_rows <= ROWS_A_GROUP for n in range(back.metadata.num_row_groups)
+    )
+    if count:
+        assert back.read().to_pylist()[-1] == OUTCOME.as_dict()
+    assert back.schema_arrow.names == list(OUTCOME.as_dict())
+
+
+def test_a_table_that_breaks_off_leaves_the_old_one(tmp_path):
+    (tmp_path / "r.jsonl").write_text("old")
+    broken = Outcome(image_path="x", pred_score=float("nan"))
+    with pytest.raises(ValueError, match="JSON"), table(tmp_path / "r.jsonl") as write:
+        write(broken.as_dict())
+    assert (tmp_path / "r.jsonl").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_overlay_is_red_above_the_threshold_and_grey_elsewhere():
+    image = np.full((2, 2, 3), (10, 20, 60), np.uint8)
+    anomaly_map = np.array([[0, 1], [1.001, 2]], np.float32)
+    picture = overlay(image, anomaly_map, threshold=1.0).astype(int)
+    assert picture[0].tolist() == [[30, 30, 30], [30, 30, 30]]  # the threshold itself is normal
+    assert picture[1, 0].tolist() == [142, 125, 15]  # half grey, half yellow
+    assert picture[1, 1].tolist() == [142, 15, 15]  # as far above the threshold as the lowest lies below: red
+
+
+def test_an_overlay_of_a_map_that_lies_wholly_above():
+    picture = overlay(np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 3, np.float32), threshold=1.0)
+    assert picture.reshape(-1, 3).tolist() == [[128, 0, 0]] * 4
+
+
+# ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def judged(trained, cloth, tmp_path_factory):
+    """Every test image, as JSON, table and maps."""
+    folder = tmp_path_factory.mktemp("judged")
+    images = sorted(str(path) for path in cloth.glob("cloth/*/test/*/*.png"))
+    result = run(
+        "predict", trained.bundle, *images, "--json", "-o", folder / "r.jsonl", "--maps", folder / "maps"
+    )
+    return images, result, folder
+
+
+def test_json_is_a_line_an_image_in_their_order(judged):
+    images, result, folder = judged
+    rows = [json.loads(text) for text in result.stdout.splitlines()]
+    assert [row["image_path"] for row in rows] == images
+    assert (folder / "r.jsonl").read_text("utf-8") == result.stdout
+    assert result.exit_code == (1 if any(row["verdict"] != "normal" for row in rows) else 0)
+    for row in rows:
+        assert (row["pred_score"] > row["threshold"]) == (row["verdict"] == "anomalous")
+
+
+def test_every_image_has_its_map(judged):
+    images, result, folder = judged
+    rows = [json.loads(text) for text in result.stdout.splitlines()]
+    paths = {row["anomaly_map"] for row in rows}
+    assert len(paths) == len(images)  # good/000.png stands in three subclasses
+    for row in rows:
+        anomaly_map = np.load(row["anomaly_map"], allow_pickle=False)
+        assert anomaly_map.shape == (row["height"], row["width"]) == (64, 64)
+        assert anomaly_map.dtype == np.float32
+        with Image.open(row["anomaly_map"].replace(".npy", ".png")) as picture:
+            assert picture.size == (64, 64)
+    assert len(list((folder / "maps").iterdir())) == 2 * len(images)
+
+
+def test_the_exit_code_is_the_verdict(judged, trained, tmp_path):
+    _, result, _ = judged
+    rows = [json.loads(text) for text in result.stdout.splitlines()]
+    normal = [row["image_path"] for row in rows if row["verdict"] == "normal"]
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    assert run("predict", trained.bundle, *normal[:2]).exit_code == 0
+    result = run("predict", trained.bundle, normal[0], tmp_path / "noise.png")
+    assert result.exit_code == 1, result.output
+    assert result.stdout.splitlines()[0].startswith("normal ")
+    assert result.stdout.splitlines()[1].startswith("ANOMALOUS ")
+
+
+def test_an_unreadable_image_is_reported_in_its_place(judged, trained, tmp_path):
+    images, _, _ = judged
+    (tmp_path / "bad.png").write_text("no image")
+    result = run(
+        "predict", trained.bundle, images[0], tmp_path / "bad.png", tmp_path / "gone.png", *images[1:4]
+    )
+    assert result.exit_code == 4
+    lines = result.stdout.splitlines()
+    assert len(lines) == 6
+    assert lines[1].startswith(f"UNREADABLE  {tmp_path / 'bad.png'}")
+    assert lines[2].startswith(f"UNREADABLE  {tmp_path / 'gone.png'}")
+    assert all(path in text for path, text in zip(images[1:4], lines[3:], strict=True))
+
+
+def test_places_are_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "old.npy").write_text("")
+    result = run("predict", tmp_path / "no-bundle", "x.png", "--maps", tmp_path / "maps")
+    assert result.exit_code == 2
+    assert "maps of two runs would mix" in result.stderr
+    result = run("predict", tmp_path / "no-bundle", "x.png", "-o", tmp_path / "r.xlsx")
+    assert result.exit_code == 2
+    assert "Unknown ending of a table '.xlsx'. Known: .csv, .jsonl, .parquet." in result.stderr
+
+
+def test_no_bundle(tmp_path):
+    result = run("predict", tmp_path / "no-bundle", "x.png", "--json")
+    assert result.exit_code == 2
+    assert "a bundle is a folder written by 'normweave train'" in json.loads(result.stdout)["error"]
+
+
+def test_an_ending_is_checked_with_its_name():
+    with pytest.raises(ConfigError, match=r"Did you mean '\.jsonl'"):
+        check_places(Path("r.json"), None)

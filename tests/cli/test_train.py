@@ -1,0 +1,137 @@
+"""From options to settings, and from good images to a bundle."""
+
+import json
+import shutil
+
+import pytest
+
+from normweave import bundle
+from normweave.cli.train import compose
+from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
+from normweave.errors import ConfigError
+
+from .conftest import SMALL, run
+
+NOTHING = {
+    "config": None,
+    "model": None,
+    "category": None,
+    "subclass": None,
+    "subclass_from": None,
+    "false_alarm_rate": None,
+    "seed": None,
+    "assignments": [],
+}
+
+
+def composed(**given):
+    return compose(**NOTHING | given)
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("head: {kind: memory_bank, share: 0.2}\nseed: 4\noutcome: {false_alarm_rate: 0.1}\n")
+    return path
+
+
+def test_nothing_named_is_all_defaults():
+    assert composed() == Config()
+
+
+def test_options_come_after_the_file_and_set_comes_last(settings_file):
+    config = composed(
+        config=settings_file, false_alarm_rate=0.2, seed=5, assignments=["seed=6", "head.share=0.3"]
+    )
+    assert config.head == MemoryBankConfig(share=0.3)
+    assert config.outcome.false_alarm_rate == 0.2
+    assert config.seed == 6
+    assert composed(config=settings_file).seed == 4
+
+
+def test_the_same_model_keeps_what_the_file_says_of_it(settings_file):
+    assert composed(config=settings_file, model="patchcore").head == MemoryBankConfig(share=0.2)
+    assert composed(config=settings_file, model="simplenet").head == SimpleNetConfig()
+
+
+def test_categories_and_subclasses(tmp_path):
+    data = composed(category=["bottle", "cable"], subclass=["01"], subclass_from="auto").data
+    assert (data.category, data.subclass, data.subclass_from) == (("bottle", "cable"), ("01",), "auto")
+    assert composed(category=["all"]).data.category == ()
+
+
+def test_a_regex_is_given_with_set():
+    config = composed(subclass_from="filename-regex", assignments=["data.subclass_regex=^(exp[0-9])_"])
+    assert config.data.subclass_regex == "^(exp[0-9])_"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"model": "patchcor"}, "Unknown model 'patchcor'. Did you mean 'patchcore'?"),
+        (
+            {"subclass_from": "name"},
+            "data.subclass_from must be 'folder', 'column', 'filename-regex', 'auto' or",
+        ),
+        ({"false_alarm_rate": 2.0}, "false_alarm_rate must lie in"),
+        ({"false_alarm_rate": float("nan")}, "outcome.false_alarm_rate must be a valid number, got 'nan'"),
+        ({"subclass_from": "filename-regex"}, "needs subclass_regex"),
+    ],
+)
+def test_mistakes(given, words):
+    with pytest.raises(ConfigError, match=".*".join(words.split("'"))):
+        composed(**given)
+
+
+def test_trains_and_says_what_came_of_it(trained):
+    said = json.loads(trained.output)
+    assert said["bundle_hash"] == bundle.bundle_hash(trained.bundle)
+    assert said["model"] == "dfm"
+    assert said["fit_images"] + said["calibration_images"] == 24  # 12 of each of two subclasses
+    assert said["false_alarm_rate"] == 0.2
+    assert said["seed"] == 1
+    assert said["refused"] == []
+    record = bundle.read(trained.bundle)
+    assert record["config"]["features"]["weights"] == "random"
+    assert record["config"]["seed"] == 1
+
+
+def test_leaves_the_bundle_alone(trained):
+    assert [path.name for path in trained.bundle.parent.iterdir()] == ["cloth.bundle"]
+
+
+def test_unreadable_images_are_named_and_do_not_stop_it(cloth, tmp_path):
+    data = tmp_path / "cloth"
+    shutil.copytree(cloth, data)
+    broken = next(data.glob("*/*/train/good/*.png"))
+    broken.write_bytes(broken.read_bytes()[:100])
+    result = run("train", data, "-o", tmp_path / "b", "--model", "dfm", "--no-cache", *SMALL)
+    assert result.exit_code == 4, result.output
+    assert f"unreadable  {broken}" in result.stdout
+    assert "fitted on" in result.stdout
+    assert bundle.read(tmp_path / "b")["fit_images"] > 0
+
+
+def test_a_taken_place_is_refused_before_training(trained, cloth, tmp_path):
+    result = run("train", tmp_path / "no-data-at-all", "-o", trained.bundle)
+    assert result.exit_code == 2
+    assert "allow replacing it (--overwrite)" in result.stderr
+
+
+def test_a_rate_that_cannot_be_promised_answers_with_3(cloth, tmp_path):
+    result = run(
+        "train",
+        cloth,
+        "-o",
+        tmp_path / "b",
+        "--model=dfm",
+        "--no-cache",
+        *SMALL,
+        "--set=outcome.false_alarm_rate=0.01",
+    )
+    assert result.exit_code == 3, result.output
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_default_model_is_adapted_moe():
+    assert composed().head == AdaptedMoEConfig()

@@ -1,0 +1,313 @@
+"""Made-up folders are read as their layouts say, and what is not a layout is refused with a way out."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from normweave.config import DataConfig
+from normweave.data.layouts import LAYOUTS, read, recognise
+from normweave.data.manifest import write_manifest
+from normweave.errors import ConfigError, DataError
+from normweave.types import Sample
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Make empty files under a folder called `parts`, give the folder."""
+
+    def make(*names):
+        root = tmp_path / "parts"
+        root.mkdir(exist_ok=True)
+        for name in names:
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return root
+
+    return make
+
+
+def told(root, **settings):
+    """Every sample in one line."""
+    return [
+        (
+            sample.image_path.relative_to(root).as_posix(),
+            sample.category,
+            sample.subclass,
+            sample.split,
+            sample.defect if sample.label == "anomalous" else "good",
+            sample.mask_path and sample.mask_path.relative_to(root).as_posix(),
+        )
+        for sample in read(root, DataConfig(), **settings)
+    ]
+
+
+def test_mvtec_ad(tree):
+    root = tree(
+        "bottle/train/good/000.png",
+        "bottle/test/good/000.png",
+        "bottle/test/crack/001.png",
+        "bottle/ground_truth/crack/001_mask.png",
+        "cable/train/good/000.png",
+        "cable/test/bent/000.png",
+        "readme.txt",
+    )
+    want = [
+        (
+            "bottle/test/crack/001.png",
+            "bottle",
+            None,
+            "test",
+            "crack",
+            "bottle/ground_truth/crack/001_mask.png",
+        ),
+        ("bottle/test/good/000.png", "bottle", None, "test", "good", None),
+        ("bottle/train/good/000.png", "bottle", None, "train", "good", None),
+        ("cable/test/bent/000.png", "cable", None, "test", "bent", None),
+        ("cable/train/good/000.png", "cable", None, "train", "good", None),
+    ]
+    assert told(root, layout="mvtec_ad") == told(root) == want
+    assert recognise(root) == "folders"
+
+
+def test_a_root_may_be_the_category(tree):
+    root = tree("train/Good/1.JPG", "test/OK/2.jpeg", "test/hole/3.tif", "ground_truth/hole/3.png")
+    assert told(root) == [
+        ("test/OK/2.jpeg", "parts", None, "test", "good", None),
+        ("test/hole/3.tif", "parts", None, "test", "hole", "ground_truth/hole/3.png"),
+        ("train/Good/1.JPG", "parts", None, "train", "good", None),
+    ]
+
+
+def test_category_and_subclass(tree):
+    root = tree(
+        "cloth/red/train/good/1.png",
+        "cloth/blue/test/hole/1.png",
+        "cloth/blue/ground_truth/hole/1.png",
+        "wood/train/normal/1.webp",
+    )
+    assert told(root) == [
+        ("cloth/blue/test/hole/1.png", "cloth", "blue", "test", "hole", "cloth/blue/ground_truth/hole/1.png"),
+        ("cloth/red/train/good/1.png", "cloth", "red", "train", "good", None),
+        ("wood/train/normal/1.webp", "wood", None, "train", "good", None),
+    ]
+
+
+def test_without_train_and_test_the_splits_are_open(tree):
+    root = tree("good/1.png", "hole/2.png", "ground_truth/hole/2_mask.png")
+    assert told(root) == [
+        ("good/1.png", "parts", None, None, "good", None),
+        ("hole/2.png", "parts", None, None, "hole", "ground_truth/hole/2_mask.png"),
+    ]
+
+
+def test_a_mask_that_ought_to_be_there_is_named(tree):
+    root = tree("train/good/1.png", "test/hole/2.png", "test/hole/3.png", "ground_truth/hole/2.png")
+    masks = {line[0]: line[5] for line in told(root)}
+    assert masks["test/hole/2.png"] == "ground_truth/hole/2.png"
+    assert masks["test/hole/3.png"] == "ground_truth/hole/3.png"
+
+
+def test_a_bare_folder_of_good_images(tree):
+    root = tree("b.png", "a.png", "notes.txt", ".hidden.png", ".cache/c.png")
+    assert told(root) == [
+        ("a.png", "parts", None, None, "good", None),
+        ("b.png", "parts", None, None, "good", None),
+    ]
+
+
+def test_a_folder_of_folders_of_good_images(tree):
+    root = tree("red/1.png", "blue/1.png", "blue/2.png")
+    assert told(root) == [
+        ("blue/1.png", "parts", "blue", None, "good", None),
+        ("blue/2.png", "parts", "blue", None, "good", None),
+        ("red/1.png", "parts", "red", None, "good", None),
+    ]
+
+
+def test_a_manifest_in_the_folder_goes_before_its_structure(tree):
+    root = tree("cloth/red/train/good/1.png")
+    row = Sample(
+        image_path=root / "cloth/red/train/good/1.png", category="cloth", subclass="rouge", group="roll"
+    )
+    write_manifest([row], root / "manifest.csv")
+    assert recognise(root) == "manifest"
+    assert read(root, DataConfig()) == read(root / "manifest.csv", DataConfig()) == [row]
+    assert read(root, DataConfig(), layout="folders")[0].subclass == "red"
+
+
+TILES = [
+    "MT_Free/exp1_num_100.jpg",
+    "MT_Free/exp2_num_190.jpg",
+    "MT_Fray/exp1_num_281.jpg",
+    "MT_Fray/exp1_num_281.png",
+]
+
+
+def test_magnetic_tiles_by_number(tree):
+    """100 and 190 lie 90 apart: one tile; 281 is 91 further: the next."""
+    root = tree(*TILES)
+    assert recognise(root) == "magnetic_tiles"
+    got = {sample.image_path.name: sample for sample in read(root, DataConfig())}
+    assert {name: sample.group for name, sample in got.items()} == {
+        "exp1_num_100.jpg": "tile0",
+        "exp2_num_190.jpg": "tile0",
+        "exp1_num_281.jpg": "tile1",
+    }
+    fray = got["exp1_num_281.jpg"]
+    assert (fray.category, fray.subclass, fray.split, fray.label) == (
+        "magnetic_tiles",
+        "exp1",
+        None,
+        "anomalous",
+    )
+    assert (fray.defect, fray.mask_path) == ("fray", root / "MT_Fray/exp1_num_281.png")
+    assert got["exp2_num_190.jpg"].label == "normal"
+
+
+def test_magnetic_tiles_by_table(tree):
+    root = tree(*TILES)
+    table = (
+        "image,group\nMT_Free/exp1_num_100.jpg,x\nMT_Free/exp2_num_190.jpg,y\nMT_Fray/exp1_num_281.jpg,x\n"
+    )
+    (root / "groups.csv").write_text(table)
+    assert [sample.group for sample in read(root, DataConfig())] == ["x", "x", "y"]
+    (root / "groups.csv").write_text(table.rsplit("MT_", 1)[0])
+    with pytest.raises(DataError, match=r"groups\.csv: no row for MT_Fray/exp1_num_281\.jpg"):
+        read(root, DataConfig())
+
+
+def test_magnetic_tiles_with_another_name(tree):
+    with pytest.raises(DataError, match=r"photo\.jpg: a magnetic tile is named expN_num_NUMBER\.jpg"):
+        read(tree(*TILES, "MT_Free/photo.jpg"), DataConfig())
+
+
+def test_deep_pcb(tree):
+    """Templates of the first half train; their boards are left out, so that no name is in both splits."""
+    names = [f"group1/{number}_{what}.jpg" for number in (1, 2, 3, 4) for what in ("temp", "test")]
+    root = tree(*names, *(f"group1/{number}.txt" for number in (1, 2, 3, 4)), "LICENSE")
+    assert recognise(root) == "deep_pcb"
+    assert told(root) == [
+        ("group1/1_temp.jpg", "deep_pcb", "group1", "train", "good", None),
+        ("group1/2_temp.jpg", "deep_pcb", "group1", "train", "good", None),
+        ("group1/3_temp.jpg", "deep_pcb", "group1", "test", "good", None),
+        ("group1/3_test.jpg", "deep_pcb", "group1", "test", None, "group1/3.txt"),
+        ("group1/4_temp.jpg", "deep_pcb", "group1", "test", "good", None),
+        ("group1/4_test.jpg", "deep_pcb", "group1", "test", None, "group1/4.txt"),
+    ]
+    assert [sample.group for sample in read(root, DataConfig())][2:4] == ["group1/3", "group1/3"]
+
+
+def test_subclass_from_the_file_name(tree):
+    root = tree("good/exp1_a.png", "good/exp2_b.png", "hole/exp2_c.png")
+    config = DataConfig(subclass_from="filename-regex", subclass_regex="^(exp[0-9])_")
+    assert [sample.subclass for sample in read(root, config)] == ["exp1", "exp2", "exp2"]
+    with pytest.raises(
+        DataError, match=r"d\.png: subclass_regex '\^\(exp\[0-9\]\)_' finds no subclass in 'd'"
+    ):
+        read(tree("good/d.png"), config)
+    for regex, text in (("exp", "has no group. Put the part"), ("(exp", "is no regular expression: missing")):
+        with pytest.raises(ConfigError, match=text):
+            read(root, DataConfig(subclass_from="filename-regex", subclass_regex=regex))
+
+
+def test_subclass_from_the_column(tree, tmp_path):
+    root = tree("1.png", "2.png")
+    write_manifest(
+        [Sample(image_path=root / f"{n}.png", subclass=f"s{n}") for n in (1, 2)], tmp_path / "m.csv"
+    )
+    config = DataConfig(subclass_from="column")
+    assert [sample.subclass for sample in read(tmp_path / "m.csv", config)] == ["s1", "s2"]
+    with pytest.raises(DataError, match="subclass_from=column, but no row names a subclass"):
+        read(root, config)
+
+
+@pytest.mark.parametrize("where", ["auto", "none"])
+def test_subclasses_are_chosen_before_they_are_forgotten(tree, where):
+    root = tree("red/1.png", "blue/1.png")
+    got = read(root, DataConfig(subclass_from=where, subclass=("blue",)))
+    assert [(sample.image_path.parent.name, sample.subclass) for sample in got] == [("blue", None)]
+
+
+def test_choosing(tree):
+    root = tree("cloth/red/train/good/1.png", "cloth/blue/train/good/1.png", "wood/oak/train/good/1.png")
+
+    def kinds(**settings):
+        return [sample.kind for sample in read(root, DataConfig(**settings))]
+
+    assert kinds() == kinds(category=("all",), subclass=("all",)) == ["cloth/blue", "cloth/red", "wood/oak"]
+    assert kinds(category=("cloth",)) == ["cloth/blue", "cloth/red"]
+    assert kinds(subclass=("red", "oak")) == ["cloth/red", "wood/oak"]
+    with pytest.raises(
+        ConfigError, match=r"Unknown category 'cloht'. Did you mean 'cloth'. Known: cloth, wood"
+    ):
+        kinds(category=("cloht",))
+    with pytest.raises(ConfigError, match=r"Unknown subclass 'oak'.*Known: blue, red"):
+        kinds(category=("cloth",), subclass=("oak",))
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "text"),
+    [
+        ([], {}, r"no images where a known layout has them; found nothing. Known: manifest, magnetic_tiles"),
+        (["notes.txt", "a/b/c/1.png"], {}, r"found a, notes\.txt\. .*--layout.*write a manifest"),
+        (
+            ["test/hole/1.png"],
+            {},
+            "1 anomalous images and no good one. Good images lie in folders named good",
+        ),
+        (["train/good/notes.txt"], {}, "no images in the layout folders. Allowed endings: .bmp, .jpeg"),
+        (["train/1.png", "test/good/1.png"], {}, r"1\.png: lies in train itself. Put it into train/good"),
+        (["train/good/batch/1.png"], {}, r"1\.png: lies too deep. Put it into .*good"),
+        (["1.png", "red/1.png"], {}, r"holds images \(1\.png\) and folders of images \(red\)"),
+        (["1.png"], {"layout": "mvtec_ad"}, "no images in the layout mvtec_ad"),
+        (["1.png"], {"layout": "manifest"}, r"no manifest\.csv or manifest\.parquet in it"),
+    ],
+    ids=lambda value: ",".join(value) or "empty" if isinstance(value, list) else "",
+)
+def test_what_is_no_layout_is_refused(tree, names, settings, text):
+    with pytest.raises(DataError, match=text):
+        read(tree(*names), DataConfig(), **settings)
+
+
+def test_nothing_there_and_unknown_names(tree, tmp_path):
+    with pytest.raises(DataError, match=r"no such file or folder. Give a folder of images, or a manifest"):
+        read(tmp_path / "gone", DataConfig())
+    with pytest.raises(ConfigError, match=r"Unknown layout 'mvtec'. Did you mean 'mvtec_ad'"):
+        read(tree("1.png"), DataConfig(), layout="mvtec")
+    assert {"mvtec_ad", "magnetic_tiles", "deep_pcb", "folders"} <= set(LAYOUTS)
+
+
+def test_the_category_of_the_working_folder(tree, monkeypatch):
+    monkeypatch.chdir(tree("1.png"))
+    assert read(".", DataConfig()) == [Sample(image_path=Path("1.png"), category="parts")]
+
+
+@pytest.mark.data
+def test_real_magnetic_tiles(data_root):
+    """Counts of the data's README: 633 good images in four conditions; 258 with a defect."""
+    samples = read(data_root / "magnetic-tiles", DataConfig())
+    good = Counter(sample.subclass for sample in samples if sample.label == "normal")
+    assert good == {"exp1": 157, "exp2": 159, "exp3": 157, "exp4": 160}
+    defects = Counter(sample.defect for sample in samples if sample.label == "anomalous")
+    assert defects == {"blowhole": 77, "break": 56, "crack": 37, "fray": 20, "uneven": 68}
+    assert len({sample.group for sample in samples}) == 216
+    assert all(sample.mask_path.is_file() for sample in samples if sample.mask_path)
+
+
+@pytest.mark.data
+def test_real_deep_pcb(data_root):
+    """Families of 100, 107 and 74 pairs; 90100034 has a template without a board, so 75 templates there."""
+    samples = read(data_root / "deep-pcb", DataConfig())
+    counts = Counter((sample.subclass, sample.split, sample.label) for sample in samples)
+    assert {key[0]: count for key, count in counts.items() if key[1] == "train"} == {
+        "group44000": 50,
+        "group77000": 54,
+        "group90100": 38,
+    }
+    assert all(sample.label == "normal" for sample in samples if sample.split == "train")
+    assert sum(counts.values()) == 282 + 140
+    assert sum(count for key, count in counts.items() if key[2] == "anomalous") == 140
+    train, test = ({one.group for one in samples if one.split == split} for split in ("train", "test"))
+    assert not train & test

@@ -1,0 +1,217 @@
+"""What the documents say is true: code runs, commands parse, files and versions are there."""
+
+import ast
+import importlib.util
+import re
+import shlex
+import subprocess
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from typer.main import get_command
+
+from normweave import __version__, settings
+from normweave.cli import app
+from normweave.config import DFMConfig
+from normweave.data.textures import Textile, make_textures, render
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def tracked():
+    """Every text file of the repository; without git, every file of the source folders."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False).stdout
+    names = [name for name in listed.decode().split("\0") if name]
+    paths = [ROOT / name for name in names] or [
+        p for f in ("src", "tests", "docs") for p in (ROOT / f).rglob("*")
+    ]
+    return [path for path in paths if path.is_file()]
+
+
+# ── commands ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def commands_in(text):
+    """Every `normweave …` of a document: lines of code blocks, and code in running text."""
+    blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    inline = re.findall(r"`(normweave [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [line.lstrip("$ ") for line in [*lines, *inline] if line.lstrip("$ ").startswith("normweave ")]
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{relative(path)}: {line}")
+    for path in [*DOCUMENTS, *CONFIGS]
+    for line in dict.fromkeys(
+        commands_in(path.read_text("utf-8")) + re.findall(r"# Command: (.*)", path.read_text())
+    )
+    if "…" not in line
+]
+
+
+def parse(words):
+    """Parse a call as typing it would, without doing it."""
+    command, name = get_command(app), "normweave"
+    while True:
+        with command.make_context(name, list(words), resilient_parsing=False) as context:
+            if not hasattr(command, "resolve_command"):
+                return context.params
+            name, command, words = command.resolve_command(
+                context, list(context._protected_args + context.args)
+            )
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_parse(line):
+    words = shlex.split(line, comments=True)[1:]
+    if words in (["--help"], ["--version"]):
+        return
+    if len(words) == 1 and "-" not in words[0]:
+        known = get_command(app).commands  # named in a sentence, without its arguments
+        assert words[0] in known
+        return
+    if words[:1] == ["data"] and len(words) == 2:
+        assert words[1] in get_command(app).commands["data"].commands
+        return
+    assert parse(words)
+
+
+def test_a_wrong_command_would_be_noticed():
+    for line in ("predict --no-such-option x y", "trian data -o b", "train data"):
+        with pytest.raises(Exception, match=r"(?i)no such|missing"):
+            parse(line.split())
+
+
+def test_commands_are_found():
+    assert len(COMMANDS) > 20
+
+
+# ── code ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_python_blocks_run(path, tmp_path, monkeypatch):
+    """Each document's blocks one after the other, where `cloth` is a data set and `part.png` an image."""
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), flags=re.DOTALL)
+    if not blocks:
+        return
+    textile = Textile("plain", "ecru", "diffuse")
+    make_textures(
+        tmp_path / "cloth",
+        size=(64, 64),
+        train_images=40,
+        test_images=0,
+        defect_images=0,
+        seen=[textile],
+        unseen=[],
+    )
+    Image.fromarray(render(textile, seed=7, size=(64, 64)).image).save(tmp_path / "part.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    exec(compile("\n".join(blocks), str(path), "exec"), {"__name__": "documents"})
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=relative)
+def test_examples_run(path, capsys):
+    specification = importlib.util.spec_from_file_location("example", path)
+    example = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(example)
+    example.main()
+    good, damaged = capsys.readouterr().out.splitlines()
+    assert good.startswith("good: normal")
+    assert damaged.startswith("hole: anomalous")
+
+
+# ── files, names, versions ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=relative)
+def test_configs_load_and_say_where_they_come_from(path):
+    settings.read(path)
+    header = path.read_text("utf-8")
+    for word in ("# Paper: ", f"-c configs/{path.name}", "# Expected numbers, date and machine: "):
+        assert word in header
+
+
+def test_every_model_has_a_config():
+    assert {settings.read(path).head.kind for path in CONFIGS} == set(settings.HEADS)
+    assert settings.read(ROOT / "configs" / "dfm.yaml").head == DFMConfig()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), target
+
+
+def test_equations_name_code_that_exists():
+    """Every `path::name` of docs/equations.md, with a class's method as Class.method."""
+    text = (ROOT / "docs" / "equations.md").read_text("utf-8")
+    places = re.findall(r"`([\w/]+\.py)::([\w.]+)`", text)
+    assert places
+    for file, name in places:
+        path = next(p for p in (ROOT / file, ROOT / "src" / "normweave" / file) if p.is_file())
+        scope = ast.parse(path.read_text("utf-8")).body
+        for part in name.split("."):
+            found = [node for node in scope if part in names_of(node)]
+            assert found, f"{file}::{name}"
+            scope = getattr(found[0], "body", [])
+
+
+def names_of(node):
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+        return [node.target.id]
+    return [getattr(node, "name", None)]
+
+
+def test_the_newest_change_is_this_version():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert newest[1] == __version__
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+    assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_dependency_has_its_reason():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    reasons = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text("utf-8").lower()
+    for line in [*project["dependencies"], *chain(*project["optional-dependencies"].values())]:
+        name = re.match(r"[A-Za-z0-9-]+", line)[0].lower()
+        family = re.sub(r"lite\d", "lite0/1/2", name)
+        assert name in reasons or family in reasons, name
+
+
+def test_no_path_of_a_machine():
+    """Built from parts, so that this file does not hold what it looks for."""
+    machine = re.compile(
+        "|".join(f"/{word}/" for word in ("wo" + "rk", "ro" + "ot", "ho" + "me", "tmp/pro" + "to"))
+    )
+    found = [
+        f"{relative(path)}: {match[0]}"
+        for path in tracked()
+        if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".json", ".csv", ".html", ""}
+        for match in [machine.search(path.read_text("utf-8", errors="ignore"))]
+        if match
+    ]
+    assert found == []
+
+
+def test_ci_calls_what_people_call():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "make check test" in script.read_text()
+    for verb in ("demo", "test", "check", "perf", "docs"):
+        assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)

@@ -1,0 +1,303 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from normweave import features
+from normweave.config import FeaturesConfig
+from normweave.errors import DataError, ImageError
+from normweave.features import cache
+
+SETTINGS = {"backbone": "resnet18", "weights": "random", "strides": (4, 8), "batch_images": 2}
+ROW_BYTES = 192 * 8 * 8 * 2
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return features.build(FeaturesConfig(**SETTINGS), height=64, width=64)
+
+
+@pytest.fixture(scope="module")
+def other():
+    return features.build(FeaturesConfig(**SETTINGS | {"neighbourhood": 1}), height=64, width=64)
+
+
+def image(row):
+    return np.random.default_rng(row).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+
+
+def keys(*rows):
+    return [f"key{row}" for row in rows]
+
+
+def refuse(row):
+    raise AssertionError(f"row {row} was computed a second time")
+
+
+def held_bytes(folder):
+    return sum(file.stat().st_size for file in folder.rglob("*.f16"))
+
+
+def test_gives_what_the_extractor_gives_in_the_order_asked_for(tmp_path, extractor):
+    told = []
+    source = cache.cached(
+        extractor, keys(*range(5)), image, folder=tmp_path, max_gib=1, progress=lambda *now: told.append(now)
+    )
+    expected = (
+        extractor.extract(torch.from_numpy(np.stack([image(row) for row in (4, 0, 4, 2)]))).half().float()
+    )
+
+    assert len(source) == 5
+    assert source.shape == (192, 8, 8)
+    assert source.read([4, 0, 4, 2]).dtype == torch.float32
+    assert torch.equal(source.read([4, 0, 4, 2]), expected)
+    assert torch.equal(source.read(np.array([4, 0, 4, 2])), expected)
+    assert source.read([]).shape == (0, 192, 8, 8)
+    assert told == [("features", 2, 5), ("features", 4, 5), ("features", 5, 5)]
+
+
+def test_streamed_is_the_same_to_the_bit(tmp_path, extractor):
+    stored = cache.cached(extractor, keys(*range(5)), image, folder=tmp_path, max_gib=1)
+    anew = cache.streamed(extractor, image, 5)
+    assert len(anew) == 5
+    assert anew.shape == stored.shape
+    assert torch.equal(anew.read([3, 1, 0]), stored.read([3, 1, 0]))
+    assert anew.read([]).shape == (0, 192, 8, 8)
+
+
+def test_nothing_is_computed_twice(tmp_path, extractor):
+    first = cache.cached(extractor, keys(0, 1, 2), image, folder=tmp_path, max_gib=1)
+    again = cache.cached(extractor, keys(2, 0), refuse, folder=tmp_path, max_gib=1)
+    assert torch.equal(again.read([0, 1]), first.read([2, 0]))
+    assert cache.known(tmp_path, extractor.fingerprint, keys(7, 1, 0)) == [False, True, True]
+
+    loaded = []
+    rows = (3, 1, 4)
+    more = cache.cached(
+        extractor, keys(*rows), lambda i: loaded.append(i) or image(rows[i]), folder=tmp_path, max_gib=1
+    )
+    assert sorted(loaded) == [0, 2]
+    assert torch.equal(more.read([1]), first.read([1]))
+    assert torch.equal(more.read([0, 2]), cache.streamed(extractor, image, 5).read([3, 4]))
+
+
+def test_rows_of_one_key_are_stored_once(tmp_path, extractor):
+    source = cache.cached(
+        extractor, keys(5, 6, 5, 5), lambda i: image((5, 6, 5, 5)[i]), folder=tmp_path, max_gib=1
+    )
+    assert len(source) == 4
+    assert torch.equal(source.read([0, 2, 3]), source.read([0, 0, 0]))
+    assert held_bytes(tmp_path) == 2 * ROW_BYTES
+
+
+def test_other_weights_or_settings_never_get_these_rows(tmp_path, extractor, other):
+    cache.cached(extractor, keys(0), image, folder=tmp_path, max_gib=1)
+    assert cache.known(tmp_path, other.fingerprint, keys(0)) == [False]
+    fresh = cache.cached(other, keys(0), image, folder=tmp_path, max_gib=1)
+    assert torch.equal(fresh.read([0]), cache.streamed(other, image, 1).read([0]))
+
+
+def test_an_unreadable_image_stops_it_and_keeps_what_was_done(tmp_path, extractor):
+    def load(row):
+        if row == 3:
+            raise ImageError("three.png is torn")
+        return image(row)
+
+    with pytest.raises(ImageError, match="three.png is torn"):
+        cache.cached(extractor, keys(*range(6)), load, folder=tmp_path, max_gib=1)
+    assert cache.known(tmp_path, extractor.fingerprint, keys(*range(6))) == [
+        True,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
+
+
+def test_a_torn_row_and_a_torn_line_do_not_count(tmp_path, extractor):
+    whole = cache.cached(extractor, keys(0, 1, 2), image, folder=tmp_path, max_gib=1).read([0, 1, 2])
+    (data,) = tmp_path.rglob("*.f16")
+    index = data.with_suffix(".keys")
+
+    index.write_bytes(index.read_bytes()[:-2])  # the third line lacks its end
+    assert cache.known(tmp_path, extractor.fingerprint, keys(0, 1, 2)) == [True, True, False]
+    os.truncate(data, ROW_BYTES + 10)  # and the second row was torn off after its line was written
+
+    loaded = []
+    again = cache.cached(
+        extractor, keys(0, 1, 2), lambda i: loaded.append(i) or image(i), folder=tmp_path, max_gib=1
+    )
+    assert sorted(loaded) == [1, 2]
+    assert torch.equal(again.read([0, 1, 2]), whole)
+
+
+CHILD = """
+import json, pathlib, sys, time
+import numpy as np
+import torch
+from normweave import features
+from normweave.config import FeaturesConfig
+from normweave.features import cache
+torch.set_num_threads(1)
+settings, folder, rows, pause = json.loads(sys.argv[1])
+extractor = features.build(FeaturesConfig(**settings), height=64, width=64)
+def load(row):
+    time.sleep(pause)
+    return np.random.default_rng(row).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+def progress(what, done, total):
+    print(done, flush=True)
+print("ready", flush=True)
+sys.stdin.readline()
+cache.cached(extractor, [f"key{row}" for row in range(rows)], load, folder=pathlib.Path(folder), max_gib=1, progress=progress)
+"""
+
+
+def child(folder, *, rows, pause=0.0, **options):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CHILD, json.dumps([SETTINGS, str(folder), rows, pause])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_kill_in_the_middle_costs_nothing_that_was_done(tmp_path, extractor):
+    process = child(tmp_path, rows=40, pause=0.02)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    for _ in range(3):
+        done = int(process.stdout.readline())
+    time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = sum(cache.known(tmp_path, extractor.fingerprint, keys(*range(40))))
+    assert done <= kept < 40
+
+    loaded = []
+    resumed = cache.cached(
+        extractor, keys(*range(40)), lambda i: loaded.append(i) or image(i), folder=tmp_path, max_gib=1
+    )
+
+    assert sorted(loaded) == list(range(kept, 40))
+    undisturbed = cache.cached(extractor, keys(*range(40)), image, folder=tmp_path / "undisturbed", max_gib=1)
+    assert torch.equal(resumed.read(range(40)), undisturbed.read(range(40)))
+
+
+def test_two_processes_at_once_do_not_disturb_each_other(tmp_path, extractor):
+    both = [child(tmp_path, rows=12, pause=0.01) for _ in range(2)]
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in both:
+        _, complaint = process.communicate()
+        assert process.returncode == 0, complaint
+    stored = cache.cached(extractor, keys(*range(12)), refuse, folder=tmp_path, max_gib=1)
+    assert torch.equal(stored.read(range(12)), cache.streamed(extractor, image, 12).read(range(12)))
+
+
+def test_a_full_disk_says_so_and_keeps_what_was_done(tmp_path, extractor):
+    """A limit on the size of files stands for the full disk: the kernel refuses the same write."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5 * ROW_BYTES, 5 * ROW_BYTES))
+
+    process = child(tmp_path, rows=8, preexec_fn=limit)
+    _, complaint = process.communicate("\n")
+    assert "DataError: The cache" in complaint
+    assert "could not be written after 4 of 8 images (File too large). These are kept." in complaint
+    assert "--no-cache" in complaint
+    assert sum(cache.known(tmp_path, extractor.fingerprint, keys(*range(8)))) == 4
+
+
+def test_what_was_longest_unused_makes_room_others_first(tmp_path, extractor, other):
+    for age, (which, row) in enumerate([(extractor, 0), (other, 1), (other, 2), (extractor, 3)]):
+        cache.cached(which, keys(row), lambda _, row=row: image(row), folder=tmp_path, max_gib=1)
+        for data in tmp_path.rglob("*.f16"):
+            if data.stat().st_mtime > 1000:
+                os.utime(data, (age, age))
+
+    def held():
+        return cache.known(tmp_path, other.fingerprint, keys(1, 2)) + cache.known(
+            tmp_path, extractor.fingerprint, keys(0, 3)
+        )
+
+    assert held() == [True] * 4
+    four = 4 * ROW_BYTES / GIB
+    cache.cached(extractor, keys(9), lambda _: image(9), folder=tmp_path, max_gib=four)
+    assert held() == [False, True, True, True]
+    cache.cached(extractor, keys(0, 10), lambda _: image(10), folder=tmp_path, max_gib=four)
+    assert held() == [False, False, True, True]
+    cache.cached(extractor, keys(0, 11), lambda _: image(11), folder=tmp_path, max_gib=four)
+    assert held() == [False, False, True, False], "row 0 is older, but this very call needs it"
+    assert held_bytes(tmp_path) <= 4 * ROW_BYTES
+
+
+def test_a_source_outlives_the_removal_of_its_files(tmp_path, extractor):
+    source = cache.cached(extractor, keys(0), image, folder=tmp_path, max_gib=1)
+    before = source.read([0])
+    for file in [*tmp_path.rglob("*.f16"), *tmp_path.rglob("*.keys")]:
+        file.unlink()
+    assert torch.equal(source.read([0]), before)
+
+
+def test_too_small_a_cache_names_the_size_it_needs(tmp_path, extractor):
+    cache.cached(extractor, keys(0), image, folder=tmp_path, max_gib=1)
+    with pytest.raises(
+        DataError, match=r"features of 99 more images take 0.00227 GiB. .* holds 2.29e-05 GiB that this"
+    ) as error:
+        cache.cached(extractor, keys(*range(100)), refuse, folder=tmp_path, max_gib=0.001)
+    assert (
+        "may grow to 0.001 GiB. Allow it at least 0.003 GiB (--cache-gib), or do without it (--no-cache"
+        in str(error.value)
+    )
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_work(tmp_path):
+    with pytest.raises(
+        DataError, match=r"take 9.31e\+11 GiB, and the disk of .* GiB left. Free some, .*--no-cache"
+    ):
+        cache._make_room(tmp_path, tmp_path, [], rows=10**15, row_bytes=10**6, max_bytes=10**30)
+
+
+def test_features_beyond_float16_are_refused(tmp_path, extractor):
+    loud = features.build(FeaturesConfig(**SETTINGS), height=64, width=64)
+    loud.scale *= 1e7
+    with pytest.raises(
+        DataError, match=r"features reach .*e\+\d+, and they are kept in float16, which ends at 65504"
+    ):
+        cache.streamed(loud, image, 1).read([0])
+
+
+def test_images_are_prepared_ahead_by_two_but_not_without_end(extractor):
+    running, most, lock = set(), [], threading.Lock()
+
+    def load(row):
+        with lock:
+            running.add(row)
+            most.append(len(running))
+        time.sleep(0.005)
+        with lock:
+            running.remove(row)
+        return image(row)
+
+    images = cache._loaded(load, range(100))
+    np.testing.assert_array_equal(next(images), image(0))
+    time.sleep(0.3)
+    assert len(most) <= cache.AHEAD + 1
+    np.testing.assert_array_equal(next(images), image(1))
+    images.close()
+    assert max(most) == 2

@@ -1,0 +1,206 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional
+
+from normweave import features
+from normweave.config import FeaturesConfig
+from normweave.errors import ConfigError, DataError
+from normweave.features.frozen import FrozenFeatures
+
+
+def build(height=64, width=64, **settings):
+    settings = {"backbone": "resnet18", "weights": "random", "batch_images": 2} | settings
+    return features.build(FeaturesConfig(**settings), height=height, width=width)
+
+
+def frozen(model, **settings):
+    """An extractor over a model made by hand."""
+    settings = {"name": "own", "indices": [0], "mean": (0.5,) * 3, "std": (0.5,) * 3} | settings
+    settings = {"height": 32, "width": 32, "grid_stride": 8, "neighbourhood": 3, "batch_images": 2} | settings
+    return FrozenFeatures(model, **settings)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), dtype=np.uint8))
+
+
+def slow_average(grid, side):
+    """Each cell of (H, W) averaged with the neighbours that exist."""
+    reach = side // 2
+    return np.array(
+        [
+            [
+                grid[max(0, i - reach) : i + reach + 1, max(0, j - reach) : j + reach + 1].mean()
+                for j in range(grid.shape[1])
+            ]
+            for i in range(grid.shape[0])
+        ]
+    )
+
+
+def slow_bilinear(grid, height, width):
+    """Pixel centres at half integers, borders repeated."""
+    found = np.empty((height, width))
+    for i in range(height):
+        for j in range(width):
+            y = min(max((i + 0.5) * grid.shape[0] / height - 0.5, 0), grid.shape[0] - 1)
+            x = min(max((j + 0.5) * grid.shape[1] / width - 0.5, 0), grid.shape[1] - 1)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, grid.shape[0] - 1), min(left + 1, grid.shape[1] - 1)
+            v, u = y - top, x - left
+            found[i, j] = (1 - v) * ((1 - u) * grid[top, left] + u * grid[top, right]) + v * (
+                (1 - u) * grid[bottom, left] + u * grid[bottom, right]
+            )
+    return found
+
+
+@pytest.mark.parametrize("neighbourhood", [1, 3, 5])
+def test_agrees_with_the_slow_literal_way(pixels, neighbourhood):
+    """Normalise, timm's own intermediates, average, resize, concatenate: from the parts, untouched by us."""
+    extractor = build(neighbourhood=neighbourhood)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet18", pretrained=False).eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    images = (pixels[:1] / 255 - mean[:, None, None]) / std[:, None, None]
+    with torch.no_grad():
+        stages = model.forward_intermediates(images, intermediates_only=True)[1:4]
+    slow = [
+        slow_bilinear(slow_average(channel, neighbourhood), 8, 8)
+        for stage in stages
+        for channel in stage[0].numpy()
+    ]
+
+    np.testing.assert_allclose(extractor.extract(pixels[:1])[0], np.stack(slow), rtol=1e-4, atol=1e-4)
+
+
+def test_pixels_are_centred_on_what_the_weights_were_made_for():
+    """EfficientNet-Lite: mean = std = 0.5, so 0 becomes -1 and 255 becomes 1."""
+
+    class Stem(nn.Module):
+        def forward_intermediates(self, images, **settings):
+            return [functional.avg_pool2d(images, 8)]
+
+    extractor = frozen(Stem(), neighbourhood=1)
+    ends = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 32, 32)
+    torch.testing.assert_close(extractor(ends)[:, :, 0, 0], torch.tensor([[-1.0] * 3, [1.0] * 3]))
+
+
+def test_the_layers_above_the_last_stage_are_gone():
+    whole = build(strides=(4, 8, 16, 32))
+    cut = build(strides=(4, 8))
+    assert len(list(cut.model.layer3.modules())) == 1, "layer3 has stride 16"
+    assert sum(p.numel() for p in cut.parameters()) < 0.1 * sum(p.numel() for p in whole.parameters())
+    assert cut.shape[0] == 64 + 128
+
+
+def test_batch_norm_is_merged_into_the_convolutions(pixels):
+    extractor = build(backbone="tf_efficientnet_lite0", weights="auto")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in extractor.modules())
+
+
+def test_a_network_in_which_merging_would_be_wrong_is_left_as_it_is():
+    """Two neighbours in the list that do not follow each other in the computation."""
+
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 3, 8, stride=8)
+            self.norm = nn.BatchNorm2d(3)
+            self.norm.running_mean += 3
+
+        def forward_intermediates(self, images, **settings):
+            return [self.convolution(self.norm(images))]
+
+    torch.manual_seed(0)
+    model = Crossed().eval()
+    pixels = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model.convolution(model.norm((pixels.float() - 127.5) / 127.5))
+
+    extractor = frozen(model, neighbourhood=1)
+
+    assert isinstance(extractor.model.norm, nn.BatchNorm2d)
+    torch.testing.assert_close(extractor(pixels), expected)
+
+
+def test_all_is_equal_to_the_bit_for_the_weights_in_use(pixels):
+    """The place in the batch, the company and the number of passes, on the weights that are shipped."""
+    extractor = build(backbone="tf_efficientnet_lite0", weights="auto", batch_images=4)
+    six = torch.cat([pixels, 255 - pixels])
+    together = extractor.extract(six)
+    for place in range(6):
+        assert torch.equal(extractor.extract(six[place : place + 1])[0], together[place])
+    assert torch.equal(extractor.extract(six.flip(0)), together.flip(0))
+
+
+FINGERPRINT = """
+import torch
+from normweave import features
+from normweave.config import FeaturesConfig
+torch.set_num_threads(1)
+print(features.build(FeaturesConfig(weights="random"), height=64, width=64).fingerprint)
+"""
+
+
+def test_the_fingerprint_is_the_same_in_another_process():
+    there = subprocess.run([sys.executable, "-c", FINGERPRINT], check=True, capture_output=True, text=True)
+    here = features.build(FeaturesConfig(weights="random"), height=64, width=64).fingerprint
+    assert there.stdout.strip() == here
+
+
+def test_the_fingerprint_changes_with_one_bit_of_one_weight():
+    model = timm.create_model("resnet18", pretrained=False).eval()
+    before = frozen(model, indices=[1]).fingerprint
+    assert frozen(model, indices=[1]).fingerprint == before
+    weight = model.layer1[0].conv1.weight.data
+    weight.view(torch.int32)[0, 0, 0, 0] ^= 1
+    assert frozen(model, indices=[1]).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"strides": (4, 8)},
+        {"grid_stride": 16},
+        {"neighbourhood": 1},
+        {"batch_images": 3},
+        {"width": 128},
+        {"height": 128},
+        {"backbone": "resnet34"},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_the_fingerprint_changes_with_every_setting(other):
+    assert build(**other).fingerprint != build().fingerprint
+
+
+def test_pixels_of_another_size_or_type_are_refused():
+    extractor = build()
+    with pytest.raises(
+        DataError, match=r"must be uint8 of shape \(n, 3, 64, 64\), got torch.uint8 of shape \(1, 3, 64"
+    ):
+        extractor.extract(torch.zeros(1, 3, 64, 65, dtype=torch.uint8))
+    with pytest.raises(DataError, match="got torch.float32 of shape"):
+        extractor.extract(torch.zeros(1, 3, 64, 64))
+
+
+def test_an_input_that_the_network_cannot_read_says_what_to_change():
+    with pytest.raises(
+        ConfigError, match="'vit_tiny_patch16_224' cannot read 65 x 64 pixels .* Choose another prepare"
+    ):
+        build(backbone="vit_tiny_patch16_224", strides=(16,), height=65)
+
+
+def test_a_grid_of_no_cells_is_refused():
+    with pytest.raises(
+        ConfigError, match="features.grid_stride 128 is larger than the input of 64 x 64 pixels"
+    ):
+        build(grid_stride=128)

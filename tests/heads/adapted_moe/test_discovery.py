@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from normweave.heads.adapted_moe.discovery import agreement, discover
+
+
+def clusters(centres, *, each=20, spread=0.2, seed=0):
+    """Statistics of images around these centres, and the cluster of each."""
+    generator = np.random.default_rng(seed)
+    kinds = np.repeat(np.arange(len(centres)), each)
+    generator.shuffle(kinds)
+    samples = np.asarray(centres)[kinds] + spread * generator.normal(size=(len(kinds), len(centres[0])))
+    return samples.astype(np.float32), kinds
+
+
+FOUR = 3 * np.eye(4, 12)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "mixture"])
+def test_finds_clusters_that_are_there(method):
+    samples, kinds = clusters(FOUR)
+
+    found = discover(samples, method=method, most=16, seed=0)
+
+    result = agreement(found.kinds(samples), kinds)
+    assert result == (1.0, 1.0, 4, 4)
+
+
+@pytest.mark.parametrize("method", ["kmeans", "mixture"])
+def test_finds_one_kind_where_there_is_one(method):
+    samples, _ = clusters(FOUR[:1], each=80)
+
+    found = discover(samples, method=method, most=16, seed=0)
+
+    assert len(found.centres) == 1
+    assert set(found.kinds(samples)) == {0}
+
+
+@pytest.mark.parametrize("method", ["kmeans", "mixture"])
+def test_a_few_odd_images_are_not_a_kind(method):
+    samples, _ = clusters(FOUR[:1], each=60)
+    samples[:2] += 100
+
+    found = discover(samples, method=method, most=16, seed=0)
+
+    assert np.bincount(found.kinds(samples), minlength=len(found.centres)).min() >= 5
+
+
+def test_never_finds_more_than_allowed():
+    samples, _ = clusters(FOUR)
+
+    assert len(discover(samples, method="kmeans", most=3, seed=0).centres) <= 3
+
+
+def test_a_mixture_tells_kinds_apart_by_their_spread():
+    """Two kinds at one place, one tight and one wide: the nearest centre knows nothing, the likelihood does."""
+    generator = np.random.default_rng(0)
+    kinds = np.arange(200) % 2
+    samples = (np.where(kinds, 5.0, 0.2)[:, None] * generator.normal(size=(200, 4))).astype(np.float32)
+
+    found = discover(samples, method="mixture", most=2, seed=0)
+
+    assert agreement(found.kinds(samples), kinds).purity > 0.9
+
+
+@pytest.mark.parametrize("method", ["kmeans", "mixture"])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_few_images_are_one_kind(method, count):
+    samples, _ = clusters(FOUR, each=2)
+
+    assert len(discover(samples[:count], method=method, most=16, seed=0).centres) == 1
+
+
+def test_images_that_are_all_the_same_are_one_kind():
+    assert len(discover(np.ones((20, 6), dtype=np.float32), method="kmeans", most=16, seed=0).centres) == 1
+
+
+def test_new_images_get_the_kind_of_their_like():
+    samples, kinds = clusters(FOUR)
+    found = discover(samples, method="kmeans", most=16, seed=0)
+    fresh, fresh_kinds = clusters(FOUR, seed=1)
+
+    name = {kind: found.kinds(samples[kinds == kind])[0] for kind in range(4)}
+    assert [name[kind] for kind in fresh_kinds] == found.kinds(fresh).tolist()
+
+
+def test_same_seed_same_kinds():
+    samples, _ = clusters(np.random.default_rng(1).normal(size=(7, 12)), spread=0.5)
+
+    one, other = (discover(samples, method="kmeans", most=16, seed=3).kinds(samples) for _ in range(2))
+
+    assert (one == other).all()
+
+
+def test_agreement_by_hand():
+    """Kinds 0, 1 hold subclasses a a b and b b: 4 of 5 images are of their kind's most frequent subclass."""
+    result = agreement(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 1]))
+
+    # Pairs: 2 agree within both; expected 4 * 4 / 10; mean of both numbers of pairs is 4.
+    assert result.adjusted_rand_index == pytest.approx((2 - 1.6) / (4 - 1.6))
+    assert result.purity == pytest.approx(0.8)
+    assert (result.found, result.given) == (2, 2)

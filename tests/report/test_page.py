@@ -1,0 +1,267 @@
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from normweave.errors import ImageError
+from normweave.report.page import COLUMNS, PICTURES, Rendered, write_page
+
+VOID = {"meta", "br", "img"}
+DRAWN = {"rect", "line"}
+
+
+class Checked(HTMLParser):
+    """Every tag is closed in order; keeps attributes and text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.attributes, self.words, self.tags = [], [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID | DRAWN:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))  # also the spaces that do not break
+
+
+def table(**given):
+    empty = {key: 0.875 for key, _ in COLUMNS}
+    return (
+        empty | {"n_normal": 12, "n_anomalous": 8, "false_alarm_interval": [0.01, 0.2], "reasons": {}} | given
+    )
+
+
+def row(number, *, label="normal", verdict="normal", score=0.5, subclass="red", **given):
+    return {
+        "image_path": f"cloth/{subclass}/{number:03d}.png",
+        "category": "cloth",
+        "subclass": subclass,
+        "seen": subclass != "green",
+        "label": label,
+        "defect": None if label == "normal" else "hole",
+        "verdict": verdict,
+        "pred_score": score,
+        "p_value": 0.25,
+        "threshold": 1.0,
+        "routed_category": "cloth",
+        "routed_subclass": "red",
+        "error": None,
+    } | given
+
+
+PREDICTIONS = [
+    *[row(i) for i in range(30)],
+    *[row(i, label="anomalous", verdict="anomalous", score=i) for i in range(30, 60)],
+    *[row(i, label="anomalous", verdict="normal", score=0.9 - i / 1000) for i in range(60, 70)],
+    *[row(i, verdict="anomalous", score=1 + i / 1000) for i in range(70, 80)],
+    *[row(i, verdict="unknown", score=7.0, subclass="green") for i in range(80, 90)],
+    row(90, error="The file is empty.", verdict=None, pred_score=None, threshold=None, routed_subclass=None),
+]
+METRICS = {
+    "pooled": table(image_auroc=0.9876),
+    "mean": table(),
+    "seen": table(),
+    "unseen": table(),
+    "by_category": {"cloth": table()},
+    "by_subclass": {"cloth/red": table(), "cloth/green": table(image_auroc=0.6543)},
+    "by_defect": {"hole": table()},
+}
+PROVENANCE = {
+    "normweave": "0.1.0",
+    "model": "adapted_moe",
+    "trained_on": ["cloth/red", "cloth/blue"],
+    "fit_images": 70,
+    "calibration_images": 35,
+    "false_alarm_rate": 0.05,
+    "software": {"python": "3.11", "numpy": "2.0"},
+}
+
+
+def picture(number):
+    random = np.random.default_rng(number)
+    image = random.integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    return Rendered(
+        image, random.random((40, 60)).astype(np.float32), np.arange(60)[None].repeat(40, axis=0) < 20
+    )
+
+
+def page(
+    tmp_path,
+    *,
+    metrics=METRICS,
+    predictions=PREDICTIONS,
+    render=picture,
+    provenance=PROVENANCE,
+    title="Cloth",
+):
+    path = tmp_path / "report.html"
+    write_page(
+        path, title=title, metrics=metrics, predictions=predictions, render=render, provenance=provenance
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]  # nothing half-written stays
+    return path.read_text(encoding="utf-8")
+
+
+def test_asks_nobody_for_anything(tmp_path):
+    text = page(tmp_path)
+    checked = Checked(text)
+    assert "script" not in checked.tags
+    assert "link" not in checked.tags
+    for name, value in checked.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href"):
+            assert value.startswith("data:image/")
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_says_what_was_stopped_and_what_was_promised(tmp_path):
+    text = Checked(page(tmp_path)).text
+    assert "Of 40 defective images, 30 were stopped" in text
+    assert "Of 50 good images, 20 were stopped" in text
+    assert "98.8 %" in text
+    assert "promised: at most 5 %; measured, with 95 % confidence: 1.0 to 20.0 %" in text
+    assert "Good images of 2 kinds. 70 good images taught it what is normal. 35 good images set" in text
+    assert "python 3.11 · numpy 2.0" in text
+
+
+def test_seen_and_unseen_stand_side_by_side(tmp_path):
+    text = Checked(page(tmp_path)).text
+    assert re.search(
+        r"cloth/red seen .* cloth/green unseen .*65\.4.* all seen .* all unseen .* all images together", text
+    )
+
+
+def test_the_gallery_asks_for_few_pictures_and_the_right_ones(tmp_path):
+    asked = []
+
+    def render(number):
+        asked.append(number)
+        return picture(number)
+
+    text = Checked(page(tmp_path, render=render)).text
+    assert len(asked) == 4 * PICTURES <= 24
+    assert asked[:6] == [59, 58, 57, 56, 55, 54]  # highest hits
+    assert asked[6:12] == [69, 68, 67, 66, 65, 64]  # lowest misses
+    assert asked[12:18] == [79, 78, 77, 76, 75, 74]  # highest false alarms
+    assert set(asked[18:]) <= set(range(80, 90))
+    assert "059.png" in text
+    assert "cloth/green · good · taken for cloth/red" in text
+
+
+def test_the_gallery_shows_every_kind_of_defect_before_any_twice(tmp_path):
+    asked = []
+    predictions = [
+        row(i, label="anomalous", verdict="anomalous", score=100 - i, defect="hole" if i < 20 else "stain")
+        for i in range(22)
+    ]
+    page(tmp_path, predictions=predictions, render=lambda number: asked.append(number) or picture(number))
+    assert asked == [0, 20, 1, 21, 2, 3]
+
+
+def test_routing_is_a_share_of_each_true_kind(tmp_path):
+    predictions = [row(i, routed_subclass="red" if i < 3 else "blue") for i in range(4)]
+    predictions += [row(i, subclass="blue", routed_subclass="blue") for i in range(2)]
+    text = Checked(page(tmp_path, predictions=predictions)).text
+    assert re.search(r"cloth/blue cloth/red images cloth/blue 100 – 2 cloth/red 25 75 4", text)
+
+
+def test_operating_points_of_subclasses_are_put_on_one_line(tmp_path):
+    predictions = [row(0, score=5.0, threshold=4.0, verdict="anomalous"), row(1, score=5.0, threshold=6.0)]
+    text = page(tmp_path, predictions=predictions)
+    assert "score above the operating point of the image's own subclass" in Checked(text).text
+    assert "good, passed: 1" in text
+    assert "good, false alarms: 1" in text
+    assert "own subclass" not in page(tmp_path, predictions=predictions[:1])
+
+
+def test_missing_numbers_are_dashes_with_their_reason(tmp_path):
+    bare = table(
+        aupro=None,
+        pixel_auroc=None,
+        reasons={"aupro": "no anomalous pixel", "pixel_auroc": "no anomalous pixel"},
+    )
+    metrics = METRICS | {
+        "pooled": bare,
+        "by_subclass": {"cloth/red": bare, "cloth/blue": table(image_ap=None)},
+    }
+    text = Checked(page(tmp_path, metrics=metrics)).text
+    assert "Pixel AUROC – no anomalous pixel" in text
+    assert "– cloth/red, all images together: no pixel AUROC, AUPRO, because: no anomalous pixel" in text
+    assert "– cloth/blue: no image AP, because: not measured" in text
+    assert "nan" not in text.lower()
+    assert "None" not in text.replace("None.", "")
+
+
+def test_images_that_were_not_read_are_named(tmp_path):
+    text = Checked(page(tmp_path)).text
+    assert "1 image could not be judged" in text
+    assert "cloth/red/090.png : The file is empty." in text
+    refused = [row(i, error="empty", verdict=None, pred_score=None, threshold=None) for i in range(60)]
+    text = Checked(page(tmp_path, predictions=PREDICTIONS + refused)).text
+    assert "61 images could not be judged" in text
+    assert "and 11 more" in text
+
+
+def test_a_picture_that_has_gone_does_not_stop_the_page(tmp_path):
+    def render(number):
+        raise ImageError(f"Image {number} is no longer there.")
+
+    assert "Image 59 is no longer there." in Checked(page(tmp_path, render=render)).text
+
+
+def test_without_test_images_it_still_tells_what_was_trained(tmp_path):
+    empty = {key: None for key, _ in COLUMNS} | {
+        "n_normal": 0,
+        "n_anomalous": 0,
+        "false_alarm_interval": [None, None],
+    }
+    text = Checked(page(tmp_path, metrics={"pooled": empty}, predictions=[])).text
+    assert "No test images" in text
+    assert "Good images of 2 kinds" in text
+    assert "Gallery" not in text
+
+
+def test_a_head_without_routing_has_no_routing_table(tmp_path):
+    predictions = [row(i, routed_category=None, routed_subclass=None, p_value=None) for i in range(3)]
+    text = Checked(page(tmp_path, predictions=predictions)).text
+    assert "Routing" not in text
+    assert "taken for" not in text
+
+
+@pytest.mark.parametrize(
+    "field", ["image_path", "category", "subclass", "defect", "routed_subclass", "error"]
+)
+def test_names_from_files_cannot_write_html(tmp_path, field):
+    evil = '"><script>alert(1)</script>&'
+    predictions = [
+        row(i, label="anomalous", verdict="anomalous", score=2.0) | {field: evil} for i in range(2)
+    ]
+    metrics = METRICS | {
+        name: {evil: table(), "other": table()} for name in ("by_category", "by_subclass", "by_defect")
+    }
+    provenance = PROVENANCE | {"data": evil, "trained_on": [evil], evil: {evil: evil}}
+    checked = Checked(
+        page(tmp_path, predictions=predictions, metrics=metrics, provenance=provenance, title=evil)
+    )
+    assert "script" not in checked.tags
+    assert evil in checked.text

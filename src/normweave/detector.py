@@ -227,6 +227,8 @@ class Detector:
         standard.fit(_Part(source, fit_rows))
         fit_data = _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config)
         head = build_head(config.head, shape=source.shape)
+        if work is not None:  # a checkpoint is worth something for the same features of the same images only
+            work = work / _fingerprint([extractor.fingerprint, *(scanned.keys[row] for row in fit_rows)])[:HASH_LETTERS]
         _fit_head(head, fit_data, work=work, resume=resume, device=device, progress=progress)
 
         detector = cls(

@@ -29,5 +29,5 @@ def test_a_folder_with_other_data_is_refused(tmp_path):
     (tmp_path / "data" / "mine.png").write_bytes(b"")
     result = run("demo", "-o", tmp_path)
     assert result.exit_code == 2
-    assert "is not a folder of textures" in result.stderr
+    assert "Choose an empty or a new folder." in result.stderr
     assert (tmp_path / "data" / "mine.png").exists()

@@ -112,7 +112,7 @@ def test_an_unreadable_image_stops_it_and_keeps_what_was_done(tmp_path, extracto
             raise ImageError("three.png is torn")
         return image(row)
 
-    with pytest.raises(ImageError, match="three.png is torn"):
+    with pytest.raises(ImageError, match=r"three.png is torn"):
         cache.cached(extractor, keys(*range(6)), load, folder=tmp_path, max_gib=1)
     assert cache.known(tmp_path, extractor.fingerprint, keys(*range(6))) == [
         True,
@@ -158,7 +158,8 @@ def progress(what, done, total):
     print(done, flush=True)
 print("ready", flush=True)
 sys.stdin.readline()
-cache.cached(extractor, [f"key{row}" for row in range(rows)], load, folder=pathlib.Path(folder), max_gib=1, progress=progress)
+keys = [f"key{row}" for row in range(rows)]
+cache.cached(extractor, keys, load, folder=pathlib.Path(folder), max_gib=1, progress=progress)
 """
 
 
@@ -184,6 +185,7 @@ def test_a_kill_in_the_middle_costs_nothing_that_was_done(tmp_path, extractor):
     time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    # Found by this process's fingerprint, so it is the same as the other's.
     kept = sum(cache.known(tmp_path, extractor.fingerprint, keys(*range(40))))
     assert done <= kept < 40
 

@@ -53,7 +53,7 @@ def test_other_bytes_are_not_read():
     changed = bytearray(content(package))
     changed[len(changed) // 2] ^= 1
     with pytest.raises(
-        DataError, match="and not the known 579344.* They were not read. .* pip install --force-reinstall"
+        DataError, match=r"and not the known 579344.* They were not read. .* pip install --force-reinstall"
     ):
         carried.unpack(bytes(changed), package=package)
 

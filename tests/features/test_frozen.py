@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import timm
@@ -141,21 +138,6 @@ def test_all_is_equal_to_the_bit_for_the_weights_in_use(pixels):
     assert torch.equal(extractor.extract(six.flip(0)), together.flip(0))
 
 
-FINGERPRINT = """
-import torch
-from normweave import features
-from normweave.config import FeaturesConfig
-torch.set_num_threads(1)
-print(features.build(FeaturesConfig(weights="random"), height=64, width=64).fingerprint)
-"""
-
-
-def test_the_fingerprint_is_the_same_in_another_process():
-    there = subprocess.run([sys.executable, "-c", FINGERPRINT], check=True, capture_output=True, text=True)
-    here = features.build(FeaturesConfig(weights="random"), height=64, width=64).fingerprint
-    assert there.stdout.strip() == here
-
-
 def test_the_fingerprint_changes_with_one_bit_of_one_weight():
     model = timm.create_model("resnet18", pretrained=False).eval()
     before = frozen(model, indices=[1]).fingerprint
@@ -188,19 +170,19 @@ def test_pixels_of_another_size_or_type_are_refused():
         DataError, match=r"must be uint8 of shape \(n, 3, 64, 64\), got torch.uint8 of shape \(1, 3, 64"
     ):
         extractor.extract(torch.zeros(1, 3, 64, 65, dtype=torch.uint8))
-    with pytest.raises(DataError, match="got torch.float32 of shape"):
+    with pytest.raises(DataError, match=r"got torch.float32 of shape"):
         extractor.extract(torch.zeros(1, 3, 64, 64))
 
 
 def test_an_input_that_the_network_cannot_read_says_what_to_change():
     with pytest.raises(
-        ConfigError, match="'vit_tiny_patch16_224' cannot read 65 x 64 pixels .* Choose another prepare"
+        ConfigError, match=r"'pit_ti_224' cannot read 64 x 64 pixels \(.*\). Choose another prepare.height"
     ):
-        build(backbone="vit_tiny_patch16_224", strides=(16,), height=65)
+        build(backbone="pit_ti_224", strides=(16,))
 
 
 def test_a_grid_of_no_cells_is_refused():
     with pytest.raises(
-        ConfigError, match="features.grid_stride 128 is larger than the input of 64 x 64 pixels"
+        ConfigError, match=r"features.grid_stride 128 is larger than the input of 64 x 64 pixels"
     ):
         build(grid_stride=128)

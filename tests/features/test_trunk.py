@@ -79,7 +79,7 @@ def test_a_damaged_or_absent_file_is_named(tmp_path):
 
 
 def test_an_unknown_backbone_gets_a_short_answer():
-    with pytest.raises(ConfigError, match="Unknown backbone 'resnet81'. Did you mean 'resnet18'") as error:
+    with pytest.raises(ConfigError, match=r"Unknown backbone 'resnet81'. Did you mean 'resnet18'") as error:
         load("resnet81")
     assert "tf_efficientnet_lite0" in str(error.value)
     assert "docs/how-to/add-a-backbone.md" in str(error.value)
@@ -87,13 +87,13 @@ def test_an_unknown_backbone_gets_a_short_answer():
 
 
 def test_a_name_that_would_fetch_foreign_settings_is_unknown():
-    with pytest.raises(ConfigError, match="Unknown backbone 'hf-hub:timm/resnet18"):
+    with pytest.raises(ConfigError, match=r"Unknown backbone 'hf-hub:timm/resnet18"):
         load("hf-hub:timm/resnet18.a1_in1k")
 
 
 def test_an_unknown_tag_names_the_known():
     with pytest.raises(
-        ConfigError, match="Unknown tag of backbone 'resnet18.a1_in2k'. Did you mean 'resnet18.a1_in1k'"
+        ConfigError, match=r"Unknown tag of backbone 'resnet18.a1_in2k'. Did you mean 'resnet18.a1_in1k'"
     ):
         load("resnet18.a1_in2k")
 
@@ -115,7 +115,7 @@ def test_the_order_of_the_strides_does_not_matter():
 
 def test_a_network_without_intermediates_says_so():
     with pytest.raises(
-        ConfigError, match="'gernet' offers no forward_intermediates, .* docs.how-to.add-a-backbone.md"
+        ConfigError, match=r"'gernet' offers no forward_intermediates, .* docs.how-to.add-a-backbone.md"
     ):
         trunk.stages(torch.nn.Linear(1, 1), name="gernet", strides=(4,))
 

@@ -140,7 +140,7 @@ def test_unknown_at_the_promised_rate_or_at_the_lowest_there_is():
 
 
 def test_each_image_keeps_its_own_distance_and_subclass():
-    """Distances of the second subclass are a hundred times the first's, in an order that has nothing to do with scores."""
+    """Distances of the second subclass are a hundred times the first's, in an order unlike that of the scores."""
     random = np.random.default_rng(3)
     subclasses = random.permutation(np.repeat([0, 1], 30))
     held_out = Calibration(

@@ -213,7 +213,7 @@ LIGHTINGS = {
         tint=(1.05, 1.0, 0.90),
         exposure=0.62,
         vignette=0.18,
-        noise=0.019,
+        noise=0.015,
     ),
 }
 
@@ -520,7 +520,7 @@ def break_thread(fabric: Fabric, random: np.random.Generator) -> Fabric:
 
 def shift_colour(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Yarns of another dye lot over a stretch, or a patch where the dye took differently."""
-    hue = 1 + random.choice([-1, 1]) * random.uniform(0.45, 1.0) * random.dirichlet([1.2, 1.2, 1.2])
+    hue = 1 + random.choice([-1, 1]) * random.uniform(0.6, 1.05) * random.dirichlet([1.2, 1.2, 1.2])
     if random.uniform() < 0.4:
         reach = random.uniform(0.07, 0.11) * short_side(fabric)
         return blot(fabric, random, radius=reach, soft=0.5, tint=hue, rim=0.0)
@@ -605,9 +605,8 @@ def tear_hole(fabric: Fabric, random: np.random.Generator) -> Fabric:
 def tie_knot(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """A weaver's knot: a tight loop of yarn with two short ends."""
     spot = choose_spot(fabric, random, border=0.1)
-    pitch = max(
-        min(lane_pixels(fabric)), short_side(fabric) / 34
-    )  # a fine cloth's knots are as large as others'
+    # The knots of a fine cloth are as large as those of others.
+    pitch = max(min(lane_pixels(fabric)), short_side(fabric) / 34)
     colour = fabric.dye.warp if random.uniform() < 0.5 else fabric.dye.weft
     colour = gain(colour, [random.uniform(0.9, 1.25)] * 3)
     heading = random.uniform(0, 2 * np.pi)
@@ -662,9 +661,9 @@ def weave_wrongly(fabric: Fabric, random: np.random.Generator) -> Fabric:
 def stain(fabric: Fabric, random: np.random.Generator) -> Fabric:
     """Oil, rust or water: soft-edged, and it darkens what is there."""
     kind = random.integers(3)
-    strength = random.uniform(0.22, 0.75)
+    strength = random.uniform(0.28, 0.85)
     absorbed = np.array([(1.0, 1.0, 0.95), (0.35, 0.8, 1.0), (0.5, 0.5, 0.6)][kind])
-    radius = random.uniform(0.045, 0.11) * short_side(fabric)
+    radius = random.uniform(0.05, 0.11) * short_side(fabric)
     soft = random.uniform(0.3, 0.8)
     return blot(
         fabric, random, radius=radius, soft=soft, tint=1 - strength * absorbed, rim=0.6 if kind == 2 else 0.0

@@ -190,8 +190,8 @@ class AdaptedMoEConfig:
     which subclasses differ; `auto`: what suits the expert (layout and subspace off, gaussian full, others guarded)."""
     aggregation: Literal["paper", "min", "mean"] = "paper"
     """How the experts asked are put together: Eq. 4 (routing weights), the least anomalous, or all alike."""
-    top_k: int = 4
-    """Experts asked an image."""
+    top_k: int = 2
+    """Experts asked an image; the paper's best is 4."""
     temperature: float = 0.25
     """Of the softmax over the likeness to each subclass; lower = the nearest subclass decides."""
     border: int = 2
@@ -203,8 +203,8 @@ class AdaptedMoEConfig:
     max_subclasses: int = 16
     """Never finds more."""
 
-    routing: Literal["likelihood", "statistics", "network"] = "likelihood"
-    """By what the experts themselves find usual, by image statistics (both without training), or by the paper's
+    routing: Literal["statistics", "likelihood", "network"] = "statistics"
+    """By image statistics, by what the experts themselves find usual (both without training), or by the paper's
     network."""
     norm: bool = True
     """L2-normalise the routing features."""

@@ -16,7 +16,7 @@ from typer.main import get_command
 
 from normweave import __version__, settings
 from normweave.cli import app
-from normweave.config import DFMConfig
+from normweave.config import Config
 from normweave.data.textures import Textile, make_textures, render
 
 ROOT = Path(__file__).parents[2]
@@ -146,7 +146,10 @@ def test_configs_load_and_say_where_they_come_from(path):
 
 def test_every_model_has_a_config():
     assert {settings.read(path).head.kind for path in CONFIGS} == set(settings.HEADS)
-    assert settings.read(ROOT / "configs" / "dfm.yaml").head == DFMConfig()
+
+
+def test_the_recommended_config_is_the_default():
+    assert settings.read(ROOT / "configs" / "adapted-moe.yaml") == Config()
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)

@@ -233,12 +233,13 @@ def _row(sample: Sample, outcome: Outcome, cell: _Cell) -> dict[str, Any]:
 
 
 def _mask(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
-    """True where defective; None for an anomalous image that has no mask."""
+    """True where defective; None for an anomalous image whose mask is missing or empty: nobody drew it."""
     if sample.label == "normal":
         return np.zeros(shape, dtype=bool)
     if sample.mask_path is None:
         return None
-    return images.read_mask(sample.mask_path, height=shape[0], width=shape[1])
+    mask = images.read_mask(sample.mask_path, height=shape[0], width=shape[1])
+    return mask if mask.any() else None
 
 
 def _render(detector: Detector, sample: Sample) -> Rendered:

@@ -110,16 +110,14 @@ def _samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:
     config = settings.override(Config(), list(item.set))
     if not item.textures:
         return layouts.read(root / item.path, config.data, layout=item.layout)
-    folder = output / "data" / item.name
-    if not (folder / "manifest.csv").exists():
-        make_textures(
-            folder,
-            seed=item.textures.get("seed", 0),
-            train_images=item.textures["train_images"],
-            test_images=item.textures["test_images"],
-            defect_images=item.textures["defect_images"],
-        )
-    return layouts.read(folder / "manifest.csv", config.data)
+    manifest = make_textures(  # a complete folder of the same settings is left alone
+        output / "data" / item.name,
+        seed=item.textures.get("seed", 0),
+        train_images=item.textures["train_images"],
+        test_images=item.textures["test_images"],
+        defect_images=item.textures["defect_images"],
+    )
+    return layouts.read(manifest, config.data)
 
 
 def _runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run]:

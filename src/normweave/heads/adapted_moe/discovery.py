@@ -1,10 +1,16 @@
-"""Find kinds of normal nobody named, and say how well they agree with names where there are any."""
+"""What the normal images themselves say: which kinds nobody named there are, and whether things have their place."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+
+from normweave.types import FitData
+
+BATCH_IMAGES = 16
 
 COORDINATES = 5
 """Principal components of the statistics in which kinds are sought; the rest is the scatter of single parts."""
@@ -124,3 +130,38 @@ def agreement(kinds: NDArray[np.int64], subclasses: NDArray[np.int64]) -> Agreem
         found=int(table.shape[1]),
         given=int(table.shape[0]),
     )
+
+
+def place_explains(data: FitData, *, channels: int) -> float:
+    """Share of an image's variance that the mean of images of other groups explains, place by place.
+
+    Near 0 or below for a texture, clearly above where things have their place. Looked for in the finest stages and
+    well inside the image only: the padding of the convolutions gives even a texture a place, and reaches far in coarse
+    stages.
+
+    Args:
+        channels: the first so many are looked at.
+    """
+    _, h, w = data.features.shape
+    above, beside = h // 8, w // 8
+    names, members = np.unique(data.groups, return_inverse=True)
+    fold = np.random.default_rng(data.seed).permutation(len(names))[members] % 4  # (n,) whole groups
+    sums: list[torch.Tensor | float] = [0.0] * 4
+    counts = np.bincount(fold, minlength=4)
+    squares = 0.0
+    for start in range(0, len(data), BATCH_IMAGES):
+        few = np.arange(start, min(start + BATCH_IMAGES, len(data)))
+        inner = data.features.read(few)[:, :channels, above : h - above, beside : w - beside]
+        deviation, mean = torch.std_mean(inner, dim=(2, 3), correction=0, keepdim=True)
+        pooled = F.avg_pool2d((inner - mean) / deviation.clamp_min(1e-3), (min(2, h), min(2, w))).double()
+        squares += float(pooled.square().sum())
+        for part in range(4):
+            sums[part] = sums[part] + pooled[torch.from_numpy(fold[few] == part)].sum(dim=0)
+    if np.count_nonzero(counts) < 2 or squares == 0:
+        return 0.0
+    # sum over a part of |x - m|^2 - |x|^2 = |m|^2 n - 2 m . sum x, with m the mean of the other parts
+    rest = 0.0
+    for part in range(4):
+        mean = (sum(sums) - sums[part]) / (counts.sum() - counts[part])
+        rest += float((mean * (mean * counts[part] - 2 * sums[part])).sum())
+    return -rest / squares

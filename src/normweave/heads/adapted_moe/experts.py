@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normweave.heads.adapted_moe.discovery import BATCH_IMAGES
 from normweave.heads.adapted_moe.router import Schedule
 from normweave.heads.dfm import principal_components
 from normweave.heads.memory_bank import coreset, draw_patches, project
 from normweave.types import FeatureSource
 
-BATCH_IMAGES = 16
 CHUNK = 256  # stored patches compared at once; bounds memory to B * T * CHUNK * P numbers
 
 

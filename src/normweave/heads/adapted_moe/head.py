@@ -23,9 +23,15 @@ from normweave.heads.adapted_moe.adaption import (
     block_statistics,
     statistics,
 )
-from normweave.heads.adapted_moe.discovery import Agreement, Discovery, agreement, discover
-from normweave.heads.adapted_moe.experts import (
+from normweave.heads.adapted_moe.discovery import (
     BATCH_IMAGES,
+    Agreement,
+    Discovery,
+    agreement,
+    discover,
+    place_explains,
+)
+from normweave.heads.adapted_moe.experts import (
     DiscriminatorLesson,
     Discriminators,
     Experts,
@@ -40,6 +46,9 @@ from normweave.types import FeatureSource, FitData, Lesson, PatchScores, Routing
 
 FEWEST_HELD_OUT = 3
 """An expert's scale needs so many held-out normals of its own; with fewer it takes that of all together."""
+
+PLACED = 0.02
+"""Things have their place where it explains more of the variance: about 0.06 on magnetic tiles, below 0 on cloth."""
 
 
 Kind = Literal["layout", "gaussian", "subspace", "memory", "discriminator"]
@@ -93,7 +102,9 @@ class AdaptedMoE(nn.Module):
         routing: `network` is the paper's; `statistics` takes the distance of image statistics to those of each
             subclass; `likelihood` asks all experts, and those that find the image most usual on the whole count.
         router: the routing network; for `network` only.
-        ways: one, or two of which the second is taken unless the place in the image explains much (`place_explains`).
+        ways: one; or two, of which the first is taken where the place in the image explains something
+            (`place_explains` > PLACED), and the second elsewhere.
+        fine: channels in which that is looked for, finest stages first.
         moe: one expert a subclass; off = one for all, which needs no routing.
         top_k: experts that count, at most.
         temperature: of the routing softmax.
@@ -108,9 +119,10 @@ class AdaptedMoE(nn.Module):
         self,
         *,
         shape: tuple[int, int, int],
-        routing: Literal["likelihood", "statistics", "network"],
+        routing: Literal["statistics", "likelihood", "network"],
         router: Router | None,
         ways: Sequence[Way],
+        fine: int,
         moe: bool,
         top_k: int,
         temperature: float,
@@ -130,6 +142,7 @@ class AdaptedMoE(nn.Module):
         self.router = router
         self.ways = nn.ModuleList(ways)
         self.kinds = KnownKinds(statistics=2 * shape[0])
+        self.fine = fine
         self.moe = moe
         self.top_k = top_k
         self.temperature = temperature
@@ -152,6 +165,7 @@ class AdaptedMoE(nn.Module):
             routing=config.routing,
             router=_router(config, shape[0]) if config.moe and config.routing == "network" else None,
             ways=[_way(kind, config, shape) for kind in kinds],
+            fine=_fine(config, shape[0]),
             moe=config.moe,
             top_k=config.top_k,
             temperature=config.temperature,
@@ -192,7 +206,7 @@ class AdaptedMoE(nn.Module):
         self.kinds.fit(robust, kinds)
         if len(self.ways) > 1:
             layout, texture = cast(tuple[Way, Way], tuple(self.ways))
-            placed = place_explains(data)
+            placed = place_explains(data, channels=self.fine) > PLACED
             layout.take(placed)
             texture.take(not placed)
         self.way.adaption.fit(samples, kinds, self._experts)
@@ -392,11 +406,6 @@ def replace_border(scores: Tensor, border: int) -> Tensor:
     return F.pad(inner[:, None], (beside, beside, above, above), mode="replicate")[:, 0]
 
 
-def place_explains(data: FitData) -> bool:
-    """Whether things have their place in these images."""
-    return True
-
-
 def _router(config: AdaptedMoEConfig, width: int) -> Router:
     return Router(
         width=width,
@@ -406,6 +415,10 @@ def _router(config: AdaptedMoEConfig, width: int) -> Router:
         alpha=config.alpha,
         centre_rate=config.centre_rate,
     )
+
+
+def _fine(config: AdaptedMoEConfig, width: int) -> int:
+    return max(1, round(config.fine * width))
 
 
 def _way(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Way:
@@ -443,7 +456,7 @@ def _adaption(
 
 def _experts(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int], *, unit: float) -> Experts:
     width = shape[0]
-    fine = max(1, round(config.fine * width))
+    fine = _fine(config, width)
     match kind:
         case "layout":
             return Layouts(

@@ -1,0 +1,489 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from normweave.heads.adapted_moe.experts import (
+    DiscriminatorLesson,
+    Discriminators,
+    Gaussians,
+    Layouts,
+    Memories,
+    Normals,
+    Subspaces,
+    nearest,
+    products,
+)
+from normweave.heads.adapted_moe.router import Schedule
+
+D, H, W, K = 4, 6, 5, 3
+ASKED = torch.tensor([[2, 0], [1, 2]])
+
+
+class InMemory:
+    def __init__(self, features):
+        self.features = features
+        self.shape = tuple(features.shape[1:])
+
+    def __len__(self):
+        return len(self.features)
+
+    def read(self, rows):
+        return self.features[torch.as_tensor(np.asarray(rows))]
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def normals(*, count=12, seed=0, each_group=1):
+    """Images of K kinds that differ in mean and spread."""
+    experts = np.arange(count) % K
+    kind = random(K, D, 1, 1, seed=1)
+    features = (
+        random(count, D, H, W, seed=seed) * (1 + torch.from_numpy(experts)[:, None, None, None])
+        + 2 * kind[experts]
+    )
+    return Normals(
+        InMemory(features.float()),
+        np.arange(count),
+        experts,
+        np.arange(count) // (K * each_group) * K + experts,
+    )
+
+
+def fitted(experts, data=None):
+    experts.fit(data or normals(), generator=torch.Generator().manual_seed(0))
+    return experts
+
+
+def own_patches(data, expert):
+    return data.source.features[data.experts == expert].permute(0, 2, 3, 1).reshape(-1, D).double().numpy()
+
+
+def new(kind):
+    match kind:
+        case "discriminator":
+            experts = Discriminators(width=D, hidden=7, noise=0.5, margin=0.5, patches=50)
+            experts.start(experts=K, generator=torch.Generator().manual_seed(0))
+            experts.running_mean = random(K, 7, seed=5)
+            experts.running_variance = random(K, 7, seed=6).exp()
+            return experts
+        case "memory":
+            return fitted(Memories(width=D, max_patches=20, max_pool=60, projection=0, calibrated=True))
+        case "gaussian":
+            return fitted(Gaussians(channels=3, pooled=0.25, shrinkage=0.1))
+        case "subspace":
+            return fitted(Subspaces(shape=(D, H, W), cells=3, variance=0.8, max_images=9))
+        case "layout":
+            return fitted(
+                Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=12)
+            )
+
+
+KINDS = ["discriminator", "memory", "gaussian", "subspace", "layout"]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_product_for_all_experts_is_that_of_each(shared):
+    features = random(2, 1 if shared else 2, D, H, W)
+    weights, offset = random(2, 2, 7, D, seed=1), random(2, 2, 7, seed=2)
+
+    got = products(features, weights, offset)
+
+    for b in range(2):
+        for t in range(2):
+            patches = features[b, 0 if shared else t].flatten(1)  # (D, P)
+            torch.testing.assert_close(got[b, t], weights[b, t] @ patches + offset[b, t][:, None])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_answers_for_itself(kind):
+    """Asked together, in any order, on shared or own features, an expert says what it says alone."""
+    experts = new(kind)
+    features = random(2, 2, D, H, W, seed=3)
+
+    together = experts(features, ASKED)
+    shared = experts(features[:, :1], ASKED)
+
+    assert together.shape == (2, 2, 2 if kind == "layout" else 1, H, W)
+    for b in range(2):
+        for t in range(2):
+            alone = experts(features[b, t][None, None], ASKED[b, t][None, None])
+            torch.testing.assert_close(together[b, t], alone[0, 0], rtol=1e-3, atol=1e-4)
+            alone = experts(features[b, 0][None, None], ASKED[b, t][None, None])
+            torch.testing.assert_close(shared[b, t], alone[0, 0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["memory", "gaussian", "subspace"])
+def test_an_expert_finds_its_own_kind_the_most_usual(kind):
+    """Among the closed forms, of which none has seen these images; scale by the expert's own scores."""
+    data, experts = normals(count=30), None
+    match kind:
+        case "memory":
+            experts = Memories(width=D, max_patches=200, max_pool=300, projection=0, calibrated=True)
+        case "gaussian":
+            experts = Gaussians(channels=D, pooled=0.0, shrinkage=0.1)
+        case "subspace":
+            experts = Subspaces(shape=(D, H, W), cells=2, variance=0.5, max_images=30)
+    fitted(experts, data)
+    fresh = normals(count=9, seed=9)
+
+    scores = experts(fresh.source.features[:, None], torch.arange(K).expand(9, K)).mean(
+        dim=(2, 3, 4)
+    )  # (9, K)
+
+    own = np.array([scores[fresh.experts == k][:, k].mean() for k in range(K)])
+    assert ((scores.numpy() / own).argmin(axis=1)[fresh.experts == 0] == 0).all()
+
+
+def test_discriminator_by_hand():
+    experts = new("discriminator")
+    features = random(1, 1, D, H, W, seed=3)
+
+    score = experts(features, torch.tensor([[1]]))[0, 0, 0]
+
+    def parameter(name):
+        return getattr(experts, name)[1].detach().double().numpy()
+
+    for row in range(H):
+        for column in range(W):
+            x = features[0, 0, :, row, column].double().numpy()
+            total = 0.0
+            for unit in range(7):
+                hidden = parameter("weight")[unit] @ x + parameter("bias")[unit]
+                hidden = (hidden - parameter("running_mean")[unit]) / math.sqrt(
+                    parameter("running_variance")[unit] + 1e-5
+                )
+                hidden = hidden * parameter("gain")[unit] + parameter("shift")[unit]
+                total += parameter("readout")[unit] * (hidden if hidden > 0 else 0.2 * hidden)
+            assert score[row, column].item() == pytest.approx(-total, rel=1e-3, abs=1e-4)
+
+
+def test_discriminators_score_without_noise():
+    experts = new("discriminator")
+    features = random(2, 1, D, H, W, seed=3)
+
+    torch.manual_seed(0)
+    one = experts(features, ASKED)
+    torch.manual_seed(1)
+    assert torch.equal(one, experts(features, ASKED))
+    # Scoring is what validation sees of normal patches.
+    seen = experts.discriminate(
+        features[:, 0].flatten(2).transpose(1, 2), torch.tensor([2, 1]), training=False
+    )
+    torch.testing.assert_close(-one[:, 0, 0].flatten(1), seen, rtol=1e-4, atol=1e-5)
+
+
+def lesson(experts):
+    return DiscriminatorLesson(
+        experts,
+        expert_of=lambda features, given: given,
+        adapt=lambda features, own: features,
+        schedule=Schedule(3, 4, 1e-3, 0),
+    )
+
+
+def test_batch_norm_is_each_expert_own_and_moves_in_training_only():
+    experts = new("discriminator")
+    patches = random(2, 9, D, seed=3) + 3
+    before = experts.running_mean.clone(), experts.running_variance.clone()
+
+    experts.discriminate(patches, torch.tensor([0, 2]), training=False)
+    assert torch.equal(experts.running_mean, before[0])
+
+    got = experts.discriminate(patches, torch.tensor([0, 2]), training=True)
+    for place, expert in enumerate((0, 2)):
+        norm = torch.nn.BatchNorm1d(7, momentum=0.1)
+        hidden = patches[place] @ experts.weight[expert].T + experts.bias[expert]
+        expected = F.leaky_relu(norm(hidden), 0.2) @ experts.readout[expert]
+        torch.testing.assert_close(got[place], expected, rtol=1e-3, atol=1e-4)
+        moved = before[0][expert] * 0.9 + 0.1 * hidden.mean(0)
+        torch.testing.assert_close(experts.running_mean[expert], moved.detach(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(experts.running_mean[1], before[0][1])
+    assert torch.equal(experts.running_variance[1], before[1][1])
+
+
+def test_hinge_loss_by_hand():
+    """mean max(0, m - D(x)) + mean max(0, m + D(x + e)) over the very patches that were drawn."""
+    experts = new("discriminator")
+    few = random(2, D, H, W, seed=3)
+    seen = []
+    discriminate = experts.discriminate
+
+    def listen(patches, asked, *, training):
+        seen.append((patches, asked))
+        return discriminate(patches, asked, training=training)
+
+    experts.discriminate = listen
+    loss = lesson(experts).loss(
+        few, torch.tensor([2, 0]), generator=torch.Generator().manual_seed(0), training=False
+    )
+
+    ((both, asked),) = seen
+    assert asked.tolist() == [0, 2]
+    total = 0.0
+    for place, expert in enumerate((0, 2)):
+        own = few[1 - place].flatten(1).T  # the image of this expert
+        x, noised = both[place, :50], both[place, 50:]
+        assert all((own == patch).all(dim=1).any() for patch in x)
+        assert (noised - x).std().item() == pytest.approx(0.5, rel=0.2)
+        D_x = discriminate(x[None], torch.tensor([expert]), training=False)[0].tolist()
+        D_e = discriminate(noised[None], torch.tensor([expert]), training=False)[0].tolist()
+        total += sum(max(0, 0.5 - d) for d in D_x) / 50 + sum(max(0, 0.5 + d) for d in D_e) / 50
+    assert loss["loss"].item() == pytest.approx(total / 2, rel=1e-4)
+
+
+def test_gradient_reaches_the_discriminators_that_have_images():
+    experts = new("discriminator")
+
+    loss = lesson(experts).loss(
+        random(2, D, H, W), torch.tensor([0, 2]), generator=torch.Generator(), training=True
+    )
+    loss["loss"].backward()
+
+    for name, parameter in experts.named_parameters():
+        assert parameter.grad[[0, 2]].abs().sum() > 0, name
+        assert parameter.grad[1].abs().sum() == 0, name
+
+
+def test_nearest_agrees_with_brute_force_and_never_finds_an_absent_patch(monkeypatch):
+    monkeypatch.setattr("normweave.heads.adapted_moe.experts.CHUNK", 3)
+    bank = random(K, 8, D, seed=1)
+    offset = -0.5 * bank.square().sum(2)
+    bank[1, 5:], offset[1, 5:] = 0.0, -torch.inf  # the second memory holds five
+    features = random(2, 1, D, H, W, seed=2)
+
+    distance, index = nearest(features, bank, offset, ASKED)
+
+    for b in range(2):
+        for t in range(2):
+            expert = int(ASKED[b, t])
+            held = bank[expert, :5] if expert == 1 else bank[expert]
+            gaps = (features[b, 0].flatten(1).T[:, None] - held[None]).square().sum(2).sqrt()  # (P, M)
+            torch.testing.assert_close(distance[b, t], gaps.amin(1))
+            assert torch.equal(index[b, t], gaps.argmin(1))
+
+
+def test_nearest_is_exact_for_a_stored_patch():
+    bank = 100 * random(1, 8, D, seed=1)
+    features = bank[0, :6].T.reshape(1, 1, D, 6, 1)
+
+    distance, index = nearest(features, bank, -0.5 * bank.square().sum(2), torch.tensor([[0]]))
+
+    assert distance.max() == 0
+    assert index.flatten().tolist() == list(range(6))
+
+
+def test_memories_hold_patches_of_their_own_kind_and_no_more_than_allowed():
+    data = normals()
+    experts = fitted(Memories(width=D, max_patches=20, max_pool=60, projection=2, calibrated=False), data)
+
+    assert experts.bank.shape == (K, 20, D)
+    for expert in range(K):
+        own = torch.from_numpy(own_patches(data, expert)).float()
+        assert all((own == patch).all(dim=1).any() for patch in experts.bank[expert])
+
+
+@pytest.mark.parametrize("max_pool", [2, 7])
+def test_memories_of_few_patches_of_many_images(max_pool):
+    experts = fitted(
+        Memories(width=D, max_patches=20, max_pool=max_pool, projection=0, calibrated=True), normals(count=30)
+    )
+
+    assert experts.bank.shape[1] <= max_pool
+    assert torch.isfinite(experts(random(2, 1, D, H, W), ASKED)).all()
+
+
+def test_what_is_usual_around_a_stored_patch_by_hand():
+    """mu(m): mean distance of patches of other groups that have m as nearest, 3 pseudo-counts, 10 neighbours."""
+    data = normals(count=12, each_group=2)
+    experts = fitted(Memories(width=D, max_patches=25, max_pool=10_000, projection=0, calibrated=True), data)
+
+    for expert in range(K):
+        bank = experts.bank[expert].double().numpy()
+        images = data.source.features[data.experts == expert].permute(0, 2, 3, 1).double().numpy()
+        groups = data.groups[data.experts == expert]
+        of = [
+            next(g for image, g in zip(images, groups, strict=True) if (image == m).all(axis=2).any())
+            for m in bank
+        ]
+        found = [[] for _ in bank]
+        for image, group in zip(images, groups, strict=True):
+            for patch in image.reshape(-1, D):
+                gaps = [
+                    np.linalg.norm(patch - m) if g != group else np.inf for m, g in zip(bank, of, strict=True)
+                ]
+                found[int(np.argmin(gaps))].append(min(gaps))
+        overall = np.mean([d for each in found for d in each])
+        shrunk = np.array([(sum(each) + 3 * overall) / (len(each) + 3) for each in found])
+        for place, m in enumerate(bank):
+            near = np.argsort([np.linalg.norm(m - other) for other in bank])[:10]
+            assert experts.usual[expert, place].item() == pytest.approx(shrunk[near].mean(), rel=1e-4)
+
+
+def test_calibration_divides_by_what_is_usual():
+    plain = Memories(width=D, max_patches=20, max_pool=60, projection=0, calibrated=False)
+    experts = new("memory")
+    plain.bank, plain.offset = experts.bank, experts.offset
+    features = random(2, 1, D, H, W, seed=3)
+    _, index = nearest(features, experts.bank, experts.offset, ASKED)
+
+    expected = plain(features, ASKED).flatten(2) / experts.usual[ASKED[..., None], index]
+
+    torch.testing.assert_close(experts(features, ASKED).flatten(2), expected)
+
+
+def test_one_group_only_leaves_memories_uncalibrated():
+    data = normals()
+    data = Normals(data.source, data.rows, data.experts, np.zeros(12, dtype=np.int64))
+    experts = fitted(Memories(width=D, max_patches=20, max_pool=60, projection=0, calibrated=True), data)
+
+    assert (experts.usual == 1).all()
+
+
+def test_mahalanobis_distance_by_hand():
+    data = normals()
+    experts = fitted(Gaussians(channels=3, pooled=0.25, shrinkage=0.1), data)
+    features = random(2, 1, D, H, W, seed=3)
+
+    scores = experts(features, ASKED)
+
+    everything = np.concatenate([own_patches(data, expert) for expert in range(K)])[:, :3]
+    for b in range(2):
+        for t in range(2):
+            own = own_patches(data, int(ASKED[b, t]))[:, :3]
+            S = 0.75 * np.cov(own.T, bias=True) + 0.25 * np.cov(everything.T, bias=True)
+            S = 0.9 * S + 0.1 * np.trace(S) / 3 * np.eye(3)
+            for row in range(H):
+                for column in range(W):
+                    away = features[b, 0, :3, row, column].numpy() - own.mean(axis=0)
+                    expected = math.sqrt(away @ np.linalg.inv(S) @ away)
+                    assert scores[b, t, 0, row, column].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_subspace_residual_by_hand():
+    """On a grid that is not averaged: the cells are the patches, and nothing lies between them."""
+    count, grid = 12, (2, 2)
+    source = InMemory(random(count, D, *grid))
+    data = Normals(source, np.arange(count), np.arange(count) % 2, np.arange(count))
+    experts = fitted(Subspaces(shape=(D, *grid), cells=8, variance=0.7, max_images=100), data)
+    features = random(1, 1, D, *grid, seed=3)
+
+    scores = experts(features, torch.tensor([[1, 0]]))
+
+    for place, expert in enumerate((1, 0)):
+        rows = source.features[data.experts == expert].flatten(1).double().numpy()
+        mean = rows.mean(axis=0)
+        _, values, vectors = np.linalg.svd(rows - mean, full_matrices=False)
+        share = np.cumsum(values**2) / (values**2).sum()
+        basis = vectors[: int((share < 0.7).sum()) + 1]
+        centred = features.flatten().double().numpy() - mean
+        residual = (centred - basis.T @ (basis @ centred)).reshape(D, *grid)
+        np.testing.assert_allclose(
+            scores[0, place, 0], np.sqrt((residual**2).sum(axis=0)), rtol=1e-3, atol=1e-4
+        )
+
+
+def layout_data(count=24):
+    """Images on which each cell has its own mean, and the third expert's scatter twice as much."""
+    place = random(D, H, W, seed=1)
+    experts = np.arange(count) % K
+    spread = torch.tensor([0.3, 0.3, 0.6])[experts][:, None, None, None]
+    source = InMemory(place + spread * random(count, D, H, W, seed=2))
+    return Normals(source, np.arange(count), experts, np.arange(count)), place
+
+
+def test_layouts_measure_by_what_is_usual_for_the_expert_own():
+    data, place = layout_data()
+    experts = fitted(
+        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.5, most=3, own=1.0, max_images=100), data
+    )
+    fresh = place + 0.3 * random(30, D, H, W, seed=5)
+
+    scores = experts(fresh[:, None], torch.arange(K).expand(30, K)).mean(dim=(0, 2, 3, 4))  # (K,)
+
+    assert abs(scores[0]) < 1  # as usual
+    assert scores[2] < scores[0] - 0.5  # less than the third is used to
+
+
+def test_layouts_standardise_on_images_left_out():
+    """Fresh normals score as those left out did: mean 0, deviation 1; measured on the fit itself they would not."""
+    place = random(D, H, W, seed=1)
+    source = InMemory(place + 0.3 * random(40, D, H, W, seed=2))
+    data = Normals(source, np.arange(40), np.zeros(40, dtype=np.int64), np.arange(40))
+    experts = fitted(
+        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.97, most=200, own=0.5, max_images=100), data
+    )
+    fresh = place + 0.3 * random(200, D, H, W, seed=3)
+
+    for view in experts.views:
+        scores = view(fresh)
+        assert abs(scores.mean()) < 0.5
+        assert 0.6 < scores.std() < 1.6
+
+
+def test_layouts_by_hand():
+    """Both measures, on one grid cell, from the residuals of images left out one group at a time."""
+    data = Normals(InMemory(random(8, D, 1, 1)), np.arange(8), np.arange(8) % 2, np.arange(8) % 4)
+    experts = fitted(
+        Layouts(shape=(D, 1, 1), coarse=3, cells=1, variance=0.5, most=1, own=0.6, max_images=100), data
+    )
+    rows = data.source.features.flatten(1).double().numpy()
+    x = random(1, 1, D, 1, 1, seed=3)
+
+    def residual_of(test, train):
+        mean = train.mean(axis=0)
+        _, _, vectors = np.linalg.svd(train - mean, full_matrices=False)
+        centred = test - mean
+        return centred - centred @ vectors[:1].T @ vectors[:1]
+
+    def left_out(columns):
+        return np.stack(
+            [residual_of(rows[i, columns], rows[data.groups != data.groups[i]][:, columns]) for i in range(8)]
+        )
+
+    def mixed(measure, R, expert):
+        return 0.6 * measure(R[data.experts == expert]) + 0.4 * measure(R)
+
+    for expert in (0, 1):
+        got = experts(x, torch.tensor([[expert]]))[0, 0, :, 0, 0]
+        own = data.experts == expert
+
+        R = left_out(slice(None))
+        square = mixed(lambda few: (few**2).mean(axis=0), R, expert)
+        cells = np.sqrt((R[own] ** 2 / square).sum(axis=1))
+        score = np.sqrt((residual_of(x.flatten().numpy(), rows) ** 2 / square).sum())
+        assert got[0].item() == pytest.approx((score - cells.mean()) / cells.std(), rel=1e-2)
+
+        R = left_out(slice(1, D))
+        S = mixed(lambda few: few.T @ few / len(few), R, expert)
+        inverse = np.linalg.inv(0.5 * S + 0.5 * np.trace(S) / 3 * np.eye(3))
+        distance = np.sqrt(np.einsum("ni,ij,nj->n", R, inverse, R))
+        usual = np.sqrt(0.6 * (distance[own] ** 2).mean() + 0.4 * (distance**2).mean())
+        r = residual_of(x.flatten().numpy()[1:], rows[:, 1:])
+        score = (np.sqrt(r @ inverse @ r) - distance[own].mean()) / distance[own].std()
+        assert usual > 0
+        assert got[1].item() == pytest.approx(score, rel=1e-2)
+
+
+def test_layouts_have_an_image_of_every_expert_however_few_are_drawn():
+    experts = fitted(
+        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=2),
+        layout_data()[0],
+    )
+
+    assert len(experts.views[0].centre) == K
+    assert torch.isfinite(experts(random(2, 1, D, H, W), ASKED)).all()
+
+
+def test_layouts_of_one_group_are_finite():
+    data, _ = layout_data()
+    data = Normals(data.source, data.rows, data.experts, np.zeros(24, dtype=np.int64))
+    experts = fitted(
+        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=100), data
+    )
+
+    assert torch.isfinite(experts(random(2, 1, D, H, W), ASKED)).all()

@@ -253,12 +253,11 @@ def _tensor_bytes(tensors: Mapping[str, NDArray[Any] | Tensor]) -> bytes:
     except ImportError as error:
         raise _no_safetensors() from error
     arrays = {}
-    for name in sorted(tensors):
-        value = tensors[name]
+    for name, value in tensors.items():
         array = value if isinstance(value, np.ndarray) else value.detach().cpu().numpy()
         arrays[name] = np.asarray(array, order="C")
     _check_finite(arrays, where="The detector to be saved")
-    return bytes(save(arrays))
+    return bytes(save(arrays))  # which orders them itself
 
 
 def _check_finite(tensors: Mapping[str, NDArray[Any]], *, where: str) -> None:

@@ -228,7 +228,12 @@ class Detector:
         fit_data = _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config)
         head = build_head(config.head, shape=source.shape)
         if work is not None:  # a checkpoint is worth something for the same features of the same images only
-            work = work / _fingerprint([extractor.fingerprint, *(scanned.keys[row] for row in fit_rows)])[:HASH_LETTERS]
+            work = (
+                work
+                / _fingerprint([extractor.fingerprint, *(scanned.keys[row] for row in fit_rows)])[
+                    :HASH_LETTERS
+                ]
+            )
         _fit_head(head, fit_data, work=work, resume=resume, device=device, progress=progress)
 
         detector = cls(
@@ -264,7 +269,9 @@ class Detector:
         """
         rate = self.config.outcome.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         config = replace(self.config, outcome=replace(self.config.outcome, false_alarm_rate=rate))
-        normals = [s for s in _samples(data, config, layout) if s.label == "normal" and s.split != "test"]
+        # Where an image belongs is the router's to say: labels and choices of the training do not count here.
+        anything = replace(config, data=replace(config.data, category=(), subclass=(), subclass_from="none"))
+        normals = [s for s in _samples(data, anything, layout) if s.label == "normal" and s.split != "test"]
         scanned = rows.scan(normals, self.preparation, progress=progress)
         self._refuse_seen(scanned, "calibration")
         if not len(scanned):
@@ -580,12 +587,9 @@ class Detector:
             width=config.prepare.width,
         )
         _load_strictly(extractor, tensors, "features.", path)
-        if extractor.fingerprint != fingerprint:
-            raise BundleError(
-                f"{path}: the backbone's fingerprint is {extractor.fingerprint[:16]}, the bundle was made with "
-                f"{fingerprint[:16]}: another version of timm builds it differently. "
-                "Install the versions named in bundle.json."
-            )
+        extractor.fingerprint = (
+            fingerprint  # of the weights before they were folded; these are the folded ones
+        )
         standard = ChannelStandard(channels=shape[0])
         _load_strictly(standard, tensors, "standard.", path)
         head = build_head(config.head, shape=shape)

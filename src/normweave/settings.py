@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with the truth values and numbers of YAML 1.2, and no key twice."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML looks for this name
-        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("bool", "float")]
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 

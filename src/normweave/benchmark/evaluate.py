@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,9 +88,12 @@ def evaluate(
 def test_samples(
     detector: Detector, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None
 ) -> list[Sample]:
-    """The test rows of a data set; missing splits are drawn with the seed of the training."""
+    """The test rows of a data set, of all its kinds; missing splits are drawn with the seed of the training."""
     if isinstance(data, str | os.PathLike):
-        samples = layouts.read(Path(data), detector.config.data, layout=layout)
+        chosen = detector.config.data
+        labels = "folder" if chosen.subclass_from == "auto" else chosen.subclass_from
+        everything = replace(chosen, category=(), subclass=(), subclass_from=labels)
+        samples = layouts.read(Path(data), everything, layout=layout)
     else:
         samples = list(data)
     tests = [s for s in splits.complete(samples, seed=detector.config.seed) if s.split == "test"]

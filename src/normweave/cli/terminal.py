@@ -70,14 +70,15 @@ class Terminal:
                 continue
             # Rich on its own would answer a closed pipe with exit code 1, and that is a verdict.
             console = _console(stderr=False)
+            console.width = max(console.width, console.measure(part).maximum)  # a cut-off number is no number
             with console.capture() as text:
-                console.print(part, highlight=False, markup=False)
+                console.print(part)
             typer.echo(text.get(), nl=False)
 
     def remark(self, text: str) -> None:
         """Something worth knowing that is no result, to stderr."""
         if not self.quiet:
-            _console(stderr=True).print(text, highlight=False, markup=False, soft_wrap=True, style="dim")
+            _console(stderr=True).print(text, soft_wrap=True, style="dim")
 
     @contextmanager
     def progress(self) -> "Iterator[Progress | None]":
@@ -191,4 +192,4 @@ def _limit_threads(threads: int) -> None:
 def _console(*, stderr: bool) -> "Console":
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    return Console(stderr=stderr, markup=False, highlight=False)

@@ -103,7 +103,7 @@ class FrozenFeatures(nn.Module):
                 "std": list(std),
             },
         )
-        # Folded and channels last: together 1.5 to 2 times as fast on a CPU, measured on EfficientNet-Lite0. Neighbours
+        # Folded and channels last: together 1.4 to 2 times as fast on a CPU, measured on EfficientNet-Lite0. Neighbours
         # in the list of children mostly follow each other in the computation, but need not: look whether it holds.
         self.model = _folded(model).to(memory_format=torch.channels_last)
         pairs = zip(seen, self._stages(noise), strict=True)

@@ -64,8 +64,8 @@ class ChannelStandard(nn.Module):
             count += new
         deviation = (squares / count).sqrt()
         # A channel that never changes would be divided by nothing, and the first test image in which it does change
-        # would be infinitely far away. Below a millionth of the mean it is rounding, not change.
-        deviation[deviation <= 1e-6 * mean.abs()] = 1
+        # would be infinitely far away. Its deviation is exactly 0: sums of equal float32 are exact in float64.
+        deviation[deviation == 0] = 1
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
 

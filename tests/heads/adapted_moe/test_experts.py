@@ -117,28 +117,6 @@ def test_each_expert_answers_for_itself(kind):
             torch.testing.assert_close(shared[b, t], alone[0, 0], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["memory", "gaussian", "subspace"])
-def test_an_expert_finds_its_own_kind_the_most_usual(kind):
-    """Among the closed forms, of which none has seen these images; scale by the expert's own scores."""
-    data, experts = normals(count=30), None
-    match kind:
-        case "memory":
-            experts = Memories(width=D, max_patches=200, max_pool=300, projection=0, calibrated=True)
-        case "gaussian":
-            experts = Gaussians(channels=D, pooled=0.0, shrinkage=0.1)
-        case "subspace":
-            experts = Subspaces(shape=(D, H, W), cells=2, variance=0.5, max_images=30)
-    fitted(experts, data)
-    fresh = normals(count=9, seed=9)
-
-    scores = experts(fresh.source.features[:, None], torch.arange(K).expand(9, K)).mean(
-        dim=(2, 3, 4)
-    )  # (9, K)
-
-    own = np.array([scores[fresh.experts == k][:, k].mean() for k in range(K)])
-    assert ((scores.numpy() / own).argmin(axis=1)[fresh.experts == 0] == 0).all()
-
-
 def test_discriminator_by_hand():
     experts = new("discriminator")
     features = random(1, 1, D, H, W, seed=3)

@@ -41,15 +41,11 @@ from normweave.heads.adapted_moe.experts import (
     Normals,
     Subspaces,
 )
-from normweave.heads.adapted_moe.router import Choice, KnownKinds, Router, RouterLesson, Schedule, choose
+from normweave.heads.adapted_moe.router import KnownKinds, Router, RouterLesson, Schedule, choose
 from normweave.types import FeatureSource, FitData, Lesson, PatchScores, Routing
 
 FEWEST_HELD_OUT = 3
 """An expert's scale needs so many held-out normals of its own; with fewer it takes that of all together."""
-
-PLACED = 0.02
-"""Things have their place where it explains more of the variance: about 0.06 on magnetic tiles, below 0 on cloth."""
-
 
 Kind = Literal["layout", "gaussian", "subspace", "memory", "discriminator"]
 
@@ -103,7 +99,7 @@ class AdaptedMoE(nn.Module):
             subclass; `likelihood` asks all experts, and those that find the image most usual on the whole count.
         router: the routing network; for `network` only.
         ways: one; or two, of which the first is taken where the place in the image explains something
-            (`place_explains` > PLACED), and the second elsewhere.
+            (`place_explains` > placed), and the second elsewhere.
         fine: channels in which that is looked for, finest stages first.
         moe: one expert a subclass; off = one for all, which needs no routing.
         top_k: experts that count, at most.
@@ -123,6 +119,7 @@ class AdaptedMoE(nn.Module):
         router: Router | None,
         ways: Sequence[Way],
         fine: int,
+        placed: float,
         moe: bool,
         top_k: int,
         temperature: float,
@@ -138,11 +135,14 @@ class AdaptedMoE(nn.Module):
         self.subclass_names: tuple[str, ...] = ()
         self.agreement: Agreement | None = None
         """How discovered subclasses compare to the given ones, where both are known."""
+        self.place: float | None = None
+        """Share of the variance that the place in the image explains, where that decided on the experts."""
         self.routing = routing
         self.router = router
         self.ways = nn.ModuleList(ways)
         self.kinds = KnownKinds(statistics=2 * shape[0])
         self.fine = fine
+        self.placed = placed
         self.moe = moe
         self.top_k = top_k
         self.temperature = temperature
@@ -166,6 +166,7 @@ class AdaptedMoE(nn.Module):
             router=_router(config, shape[0]) if config.moe and config.routing == "network" else None,
             ways=[_way(kind, config, shape) for kind in kinds],
             fine=_fine(config, shape[0]),
+            placed=config.placed,
             moe=config.moe,
             top_k=config.top_k,
             temperature=config.temperature,
@@ -206,9 +207,9 @@ class AdaptedMoE(nn.Module):
         self.kinds.fit(robust, kinds)
         if len(self.ways) > 1:
             layout, texture = cast(tuple[Way, Way], tuple(self.ways))
-            placed = place_explains(data, channels=self.fine) > PLACED
-            layout.take(placed)
-            texture.take(not placed)
+            self.place = place_explains(data, channels=self.fine)
+            layout.take(self.place > self.placed)
+            texture.take(self.place <= self.placed)
         self.way.adaption.fit(samples, kinds, self._experts)
         generator = torch.Generator().manual_seed(data.seed)
         if self.router is not None:
@@ -310,18 +311,49 @@ class AdaptedMoE(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
         """Score (B, D, h, w)."""
+        return self._score(features, self.kinds(block_statistics(features)), allowed=None)
+
+    @torch.no_grad()
+    def as_strangers(self, features: Tensor, subclasses: Tensor) -> PatchScores:
+        """How images would score if the head did not have the expert of their own subclass.
+
+        The line for images of unseen subclasses can be drawn from this. With one expert it is `forward`.
+
+        Args:
+            features: (B, D, h, w).
+            subclasses: (B,) indices into `subclass_names`.
+        """
+        K = self.way.number
+        if K == 1:
+            return self(features)
+        others = torch.ones(len(features), K, dtype=torch.bool, device=features.device)
+        others.scatter_(1, subclasses[:, None], False)
+        distances = self.kinds(block_statistics(features)).masked_fill(~others, torch.inf)
+        return self._score(features, distances, allowed=others)
+
+    def _score(self, features: Tensor, distances: Tensor, *, allowed: Tensor | None) -> PatchScores:
+        """Score with distances (B, K) to the known kinds, by the experts (B, K) allowed; None = all."""
         way = self.way
         samples = statistics(features)
-        distances = self.kinds(block_statistics(features))  # (B, K), also when one expert serves all
-        if self.routing == "likelihood":
-            everyone = torch.arange(way.number, device=features.device).expand(len(features), -1)
-            scores = way(features, samples, everyone)  # (B, K, V, h, w)
-            choice = self._choose(-scores[:, :, 0].mean(dim=(2, 3)))
+        everyone = torch.arange(way.number, device=features.device).expand(len(features), -1)
+        scores = way(features, samples, everyone) if self.routing == "likelihood" else None  # (B, K, V, h, w)
+        if scores is not None:
+            likeness = -scores[:, :, 0].mean(dim=(2, 3))
+        elif self.router is not None:
+            likeness = self.router.likeness(features)
+        else:
+            likeness = -distances
+        likeness = likeness[:, : way.number]  # with one expert for all, the kinds of normal may still be many
+        top_k = self.top_k
+        if allowed is not None:
+            likeness = likeness.masked_fill(~allowed, -torch.inf)
+            top_k = min(top_k, way.number - 1)
+        choice = choose(likeness, temperature=self.temperature, top_k=top_k)
+        if scores is None:
+            scores = way(features, samples, choice.experts)  # (B, T, V, h, w)
+        else:
             chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
             scores = scores.gather(1, chosen)  # (B, T, V, h, w)
-        else:
-            choice = self._choose(-distances if self.router is None else self.router.likeness(features))
-            scores = way(features, samples, choice.experts)  # (B, T, V, h, w)
         fused = aggregate(scores, choice.weights, how=self.aggregation)  # (B, V, h, w)
         weights = features.new_zeros(len(features), way.number)
         return PatchScores(
@@ -334,10 +366,6 @@ class AdaptedMoE(nn.Module):
                 adapted=way.adaption.changes(samples),
             ),
         )
-
-    def _choose(self, likeness: Tensor) -> Choice:
-        # With one expert for all, the kinds of normal may still be many.
-        return choose(likeness[:, : self.way.number], temperature=self.temperature, top_k=self.top_k)
 
     def _experts_of(self, features: Tensor, subclasses: Tensor) -> Tensor:
         """The expert that each training image belongs to, (B,)."""

@@ -186,3 +186,13 @@ def test_a_grid_of_no_cells_is_refused():
         ConfigError, match=r"features.grid_stride 128 is larger than the input of 64 x 64 pixels"
     ):
         build(grid_stride=128)
+
+
+def test_a_small_pass_is_not_filled_up_unless_asked():
+    extractor = features.build(FeaturesConfig(weights="random"), height=64, width=64)
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    extractor.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    filled, bare = extractor.extract(pixels), extractor.extract(pixels, fill=False)
+    assert sizes == [extractor.batch_images, 3]
+    torch.testing.assert_close(bare, filled, rtol=1e-4, atol=1e-5)

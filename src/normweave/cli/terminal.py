@@ -70,7 +70,8 @@ class Terminal:
                 continue
             # Rich on its own would answer a closed pipe with exit code 1, and that is a verdict.
             console = _console(stderr=False)
-            console.width = max(console.width, console.measure(part).maximum)  # a cut-off number is no number
+            wanted = console.measure(part, options=console.options.update_width(1000)).maximum
+            console.width = max(console.width, wanted)  # a number that is cut off is none
             with console.capture() as text:
                 console.print(part)
             typer.echo(text.get(), nl=False)

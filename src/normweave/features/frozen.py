@@ -122,11 +122,14 @@ class FrozenFeatures(nn.Module):
         return torch.cat(cells, dim=1).contiguous()  # (B, D, h, w)
 
     @torch.no_grad()
-    def extract(self, pixels: Tensor) -> Tensor:
+    def extract(self, pixels: Tensor, *, fill: bool = True) -> Tensor:
         """Features of any number of prepared images, (n, 3, H, W) uint8 to (n, D, h, w) float32.
 
         Every pass holds `batch_images` images, the last one filled up with black ones: kernels are chosen by the size
-        of the batch and round differently, and an image shall not have other features for being alone.
+        of the batch and round differently, and what is learnt from shall be the same to the bit in any company.
+
+        Args:
+            fill: without it the last pass is as small as its images are few: faster, and equal but for that rounding.
 
         Raises:
             DataError: the pixels are not uint8 or not of the size that the extractor was built for.
@@ -139,8 +142,10 @@ class FrozenFeatures(nn.Module):
         features = torch.empty(len(pixels), *self.shape, device=self.offset.device)  # (n, D, h, w)
         for start in range(0, len(pixels), self.batch_images):
             chunk = pixels[start : start + self.batch_images].to(self.offset.device)
-            full = chunk.new_zeros(self.batch_images, 3, self.height, self.width)
-            full[: len(chunk)] = chunk
+            full = chunk
+            if fill and len(chunk) < self.batch_images:
+                full = chunk.new_zeros(self.batch_images, 3, self.height, self.width)
+                full[: len(chunk)] = chunk
             features[start : start + len(chunk)] = self(full)[: len(chunk)]
         return features
 

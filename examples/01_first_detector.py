@@ -8,15 +8,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from normweave import Detector
-from normweave.config import Config, DFMConfig, PrepareConfig
+from normweave.config import Config, PrepareConfig
 from normweave.data.textures import Textile, make_textures, render
 
 CLOTH = Textile("plain", "ecru", "diffuse")
 
 
 def main() -> None:
-    """Train on good pieces, then judge a good one and one with a hole, none of which were in the training."""
-    config = replace(Config(), head=DFMConfig(), prepare=PrepareConfig(height=128, width=128))
+    """Train on good pieces, then judge a good one and one with a knot; neither was in the training."""
+    config = replace(Config(), prepare=PrepareConfig(height=128, width=128))
     with TemporaryDirectory() as folder:
         cloth = Path(folder) / "cloth"
         make_textures(
@@ -26,7 +26,7 @@ def main() -> None:
         detector.save(Path(folder) / "cloth.bundle")
         detector = Detector.load(Path(folder) / "cloth.bundle")
 
-    for defect in (None, "hole"):
+    for defect in (None, "knot"):
         piece = render(CLOTH, seed=12345, size=(128, 128), defect=defect)
         outcome = detector.score(piece.image)
         print(

@@ -37,7 +37,17 @@ from normweave.heads import build as build_head
 from normweave.heads.state import load_state, state
 from normweave.outcome import boxes, image_score
 from normweave.outcome.operating_point import Calibration, draw, needed
-from normweave.types import DefectBox, FeatureSource, FitData, Head, Outcome, Progress, Sample, Tile
+from normweave.types import (
+    DefectBox,
+    FeatureSource,
+    FitData,
+    Head,
+    KnowsStrangers,
+    Outcome,
+    Progress,
+    Sample,
+    Tile,
+)
 
 CACHE_GIB = 20.0
 AHEAD = 2  # batches decoded while the network works
@@ -298,23 +308,30 @@ class Detector:
         progress: Progress | None = None,
     ) -> None:
         summaries = [summary for _, _, summary in self._summaries(scanned, chosen, source, progress=progress)]
-        routed = [summary.subclass for summary in summaries]
-        distances = [summary.distance for summary in summaries]
-        with_routing = all(subclass is not None for subclass in routed)
+        strangers = None
+        if isinstance(self.head, KnowsStrangers) and len(self.head.subclass_names) > 1:
+            walk = self._summaries(scanned, chosen, source, as_strangers=True, progress=progress)
+            strangers = self._calibration([summary for _, _, summary in walk], strangers=None)
+        self.calibration = self._calibration(summaries, strangers=strangers)
         rate = self.config.outcome.false_alarm_rate
         scores = np.array([summary.score for summary in summaries])
         peaks = np.array([summary.peak for summary in summaries])
-        self.calibration = Calibration(
-            scores=scores,
-            distances=np.array(distances, dtype=np.float64) if with_routing else None,
-            subclasses=np.array(routed, dtype=np.int64) if with_routing else None,
-            subclass_names=self.head.subclass_names,
-            false_alarm_rate=rate,
-            unknown_rate=self.config.outcome.unknown_rate,
-        )
         # A head with an image score of its own speaks in other units than its map: boxes need a line of theirs.
         own_scores = bool((scores != peaks).any())
         self.map_threshold = draw(peaks, false_alarm_rate=rate).threshold if own_scores else None
+
+    def _calibration(self, summaries: Sequence[_Summary], *, strangers: Calibration | None) -> Calibration:
+        routed = [summary.subclass for summary in summaries if summary.subclass is not None]
+        distances = [summary.distance for summary in summaries if summary.distance is not None]
+        return Calibration(
+            scores=np.array([summary.score for summary in summaries]),
+            distances=np.array(distances) if routed else None,
+            subclasses=np.array(routed, dtype=np.int64) if routed else None,
+            subclass_names=self.head.subclass_names,
+            false_alarm_rate=self.config.outcome.false_alarm_rate,
+            unknown_rate=self.config.outcome.unknown_rate,
+            strangers=strangers,
+        )
 
     def _name_kinds(
         self, scanned: rows.Rows, fit_rows: NDArray[np.int64], source: FeatureSource
@@ -438,9 +455,12 @@ class Detector:
             yield outcome if outcome.error is not None else replace(outcome, latency_ms=each_ms)
 
     @torch.inference_mode()
-    def _score(self, features: Tensor) -> _Scored:
+    def _score(self, features: Tensor, *, as_strangers: bool = False) -> _Scored:
         """(n, D, h, w) raw features to scores."""
-        patches = self.head(self.standard(features.to(self._device)))
+        standard = self.standard(features.to(self._device))
+        patches = self.head(standard)
+        if as_strangers and isinstance(self.head, KnowsStrangers) and patches.routing is not None:
+            patches = self.head.as_strangers(standard, patches.routing.subclass)
         grids = patches.scores.float().cpu().numpy()
         prepare = self.config.prepare
         peaks = image_score.from_maps(
@@ -466,6 +486,7 @@ class Detector:
         chosen: NDArray[np.int64],
         source: FeatureSource,
         *,
+        as_strangers: bool = False,
         progress: Progress | None = None,
     ) -> Iterator[tuple[Sample, _Scored, _Summary]]:
         """Score the chosen rows, which hold whole images, an image at a time."""
@@ -475,7 +496,7 @@ class Detector:
         for first in range(0, len(images_at), size):
             starts = images_at[first : first + size]
             stop = images_at[first + size] if first + size < len(images_at) else len(chosen)
-            scored = self._score(source.read(chosen[starts[0] : stop]))
+            scored = self._score(source.read(chosen[starts[0] : stop]), as_strangers=as_strangers)
             for start, end in zip(starts, [*starts[1:], stop], strict=True):
                 own = scored.part(start - starts[0], end - starts[0])
                 yield scanned.samples[owners[start]], own, _summarise(own)
@@ -530,6 +551,7 @@ class Detector:
             subclass=subclass,
             subclass_distance=summary.distance,
             subclass_p_value=judgement.subclass_p_value,
+            unseen=judgement.unseen,
             experts=experts,
             adapted=summary.adapted,
             boxes=found,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -159,6 +159,15 @@ class Head(Protocol):
         ...
 
 
+@runtime_checkable
+class KnowsStrangers(Protocol):
+    """A head that can do as if it had never seen a subclass."""
+
+    def as_strangers(self, features: Tensor, subclasses: Tensor) -> PatchScores:
+        """Score (B, D, h, w) without the expert of each image's own subclass, (B,) int64."""
+        ...
+
+
 class DefectBox(NamedTuple):
     """A connected region of the map above the operating point, in pixels of the image on disk."""
 
@@ -185,6 +194,8 @@ class Outcome:
     subclass_distance: float | None = None
     subclass_p_value: float | None = None
     """Share of held-out normal images that lie at least as far from what is known, in (0, 1]."""
+    unseen: bool = False
+    """Taken for a kind of normal that training has not seen, and judged by the line for such."""
     experts: tuple[tuple[str, float], ...] = ()
     """(name, weight) of the experts asked, heaviest first; weights add up to 1."""
     adapted: bool = False
@@ -211,6 +222,7 @@ class Outcome:
             "subclass": self.subclass,
             "subclass_distance": self.subclass_distance,
             "subclass_p_value": self.subclass_p_value,
+            "unseen": self.unseen,
             "experts": [{"name": name, "weight": weight} for name, weight in self.experts],
             "adapted": self.adapted,
             "boxes": [box._asdict() for box in self.boxes],

@@ -130,7 +130,7 @@ def test_examples_run(path, capsys):
     example.main()
     good, damaged = capsys.readouterr().out.splitlines()
     assert good.startswith("good: normal")
-    assert damaged.startswith("hole: anomalous")
+    assert damaged.startswith("knot: anomalous")
 
 
 # ── files, names, versions ───────────────────────────────────────────────────────────────────────────────────────────

@@ -236,3 +236,36 @@ def test_numbers_that_say_nothing_are_refused():
         calibration().judge(score=math.nan)
     with pytest.raises(DataError, match="must be finite"):
         calibration().judge(score=1.0, distance=math.inf)
+
+
+def with_strangers() -> Calibration:
+    """Known normals score 1..99 at distances 1..99, and 10 times that as strangers."""
+    numbers = np.arange(1.0, 100.0)
+    shared = {"false_alarm_rate": 0.05, "unknown_rate": 0.01}
+    strangers = Calibration(scores=10 * numbers, distances=10 * numbers, **shared)
+    return Calibration(scores=numbers, distances=numbers, strangers=strangers, **shared)
+
+
+@pytest.mark.parametrize(
+    ("score", "distance", "verdict", "threshold", "unseen"),
+    [
+        (94, 99, "normal", 95, False),
+        (96, 99, "anomalous", 95, False),
+        (96, 100, "normal", 950, True),
+        (951, 990, "anomalous", 950, True),
+        (1, 991, "unknown", 950, True),
+    ],
+)
+def test_a_kin_of_what_is_known_has_a_line_of_its_own(score, distance, verdict, threshold, unseen):
+    judgement = with_strangers().judge(score=score, distance=distance)
+    assert (judgement.verdict, judgement.threshold, judgement.unseen) == (verdict, threshold, unseen)
+
+
+def test_strangers_go_through_json_and_follow_the_rate():
+    held_out = with_strangers()
+    assert Calibration.from_dict(json.loads(json.dumps(held_out.as_dict()))).as_dict() == held_out.as_dict()
+    assert held_out.with_rate(0.1).judge(score=901, distance=100).verdict == "anomalous"
+    damaged = held_out.as_dict()
+    damaged["strangers"]["scores"][0] = 1e9
+    with pytest.raises(BundleError):
+        Calibration.from_dict(damaged)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,8 @@ class Judgement:
     """The line was drawn from all held-out normals: the image's subclass has too few, or there are none."""
     subclass_p_value: float | None
     """The same of the routing distance; None where the head does not route."""
+    unseen: bool = False
+    """Judged as a kind of normal that was never seen: by the line of normals scored as strangers."""
 
 
 def needed(false_alarm_rate: float) -> int:
@@ -105,6 +107,7 @@ class Calibration:
         scores: (n,) of normal images that no fit has seen.
         distances: (n,) how far each lies from what the head knows; None where the head does not route.
         subclasses: (n,) where the head routed each, an index into `subclass_names`; None likewise.
+        strangers: the same normals without what the head knows of their subclass.
 
     Raises:
         GateError: too few images for the false-alarm rate.
@@ -120,7 +123,9 @@ class Calibration:
         subclass_names: tuple[str, ...] = (),
         false_alarm_rate: float,
         unknown_rate: float,
+        strangers: Calibration | None = None,
     ) -> None:
+        self.strangers = strangers
         given = _finite(scores, "scores of held-out normal images")
         n = len(given)
         for what, values in (("distances", distances), ("subclasses", subclasses)):
@@ -188,6 +193,9 @@ class Calibration:
             near = subclass if subclass in self._reaches else None
             subclass_p_value = p_value(distance, self.distances[self._groups[near]])
             unknown = distance > self._reaches[near].threshold
+        if unknown and self.strangers is not None:
+            kin = self.strangers.judge(score=score, distance=distance)
+            return replace(kin, subclass_p_value=subclass_p_value, unseen=True)
         return Judgement(
             verdict="unknown" if unknown else "anomalous" if score > point.threshold else "normal",
             p_value=p_value(score, self.scores[self._groups[pool]]),
@@ -210,6 +218,7 @@ class Calibration:
             subclass_names=self.subclass_names,
             false_alarm_rate=false_alarm_rate,
             unknown_rate=self.unknown_rate,
+            strangers=self.strangers and self.strangers.with_rate(false_alarm_rate),
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -236,6 +245,7 @@ class Calibration:
             "scores": self.scores.tolist(),
             "distances": None if self.distances is None else self.distances.tolist(),
             "subclasses": None if self.subclasses is None else self.subclasses.tolist(),
+            "strangers": self.strangers and self.strangers.as_dict(),
         }
 
     @classmethod
@@ -253,6 +263,7 @@ class Calibration:
                 subclass_names=tuple(record["subclass_names"]),
                 false_alarm_rate=record["false_alarm_rate"],
                 unknown_rate=record["unknown_rate"],
+                strangers=None if record["strangers"] is None else cls.from_dict(record["strangers"]),
             )
             faithful = calibration.as_dict() == dict(record)
         except KeyError as error:

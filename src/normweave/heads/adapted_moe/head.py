@@ -325,7 +325,7 @@ class AdaptedMoE(nn.Module):
         """
         K = self.way.number
         if K == 1:
-            return self(features)
+            return self.forward(features)
         others = torch.ones(len(features), K, dtype=torch.bool, device=features.device)
         others.scatter_(1, subclasses[:, None], False)
         distances = self.kinds(block_statistics(features)).masked_fill(~others, torch.inf)

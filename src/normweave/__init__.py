@@ -1,3 +1,18 @@
 """One model for many kinds of normal: visual inspection that learns from good parts only."""
 
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+__all__ = ["Detector", "__version__"]
+
+if TYPE_CHECKING:
+    from normweave.detector import Detector
+
+
+def __getattr__(name: str) -> object:
+    """Import the detector, and torch with it, when it is asked for."""
+    if name == "Detector":
+        from normweave.detector import Detector
+
+        return Detector
+    raise AttributeError(f"module 'normweave' has no attribute {name!r}")

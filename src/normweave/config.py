@@ -117,10 +117,13 @@ class MemoryBankConfig:
     """Patches drawn at random before the coreset; bounds memory and time."""
     projection: int = 64
     """Numbers a patch in the random projection in which the coreset is chosen; 0 = all."""
+    border: int = 2
+    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
 
     def __post_init__(self) -> None:
         _check(
             "head 'memory_bank'",
+            (self.border >= 0, f"border must be 0 or more, got {self.border}"),
             (0 < self.share <= 1, f"share must lie in (0, 1], got {self.share}"),
             (self.max_patches >= 1, f"max_patches must be 1 or more, got {self.max_patches}"),
             (self.max_pool >= 1, f"max_pool must be 1 or more, got {self.max_pool}"),
@@ -141,10 +144,13 @@ class SimpleNetConfig:
     batch_images: int = 8
     learning_rate: float = 2e-4
     patience: int = 5
+    border: int = 2
+    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
 
     def __post_init__(self) -> None:
         _check(
             "head 'simplenet'",
+            (self.border >= 0, f"border must be 0 or more, got {self.border}"),
             (self.hidden >= 1, f"hidden must be 1 or more, got {self.hidden}"),
             (self.noise > 0, f"noise must be positive, got {self.noise}"),
             (self.epochs >= 1, f"epochs must be 1 or more, got {self.epochs}"),

@@ -33,7 +33,7 @@ def fitted(features, *, seed=0, **settings):
     count = len(features)
     head = MemoryBank(
         shape=tuple(features.shape[1:]),
-        **{"share": 0.5, "max_patches": 1000, "max_pool": 1000, "projection": 0} | settings,
+        **{"share": 0.5, "max_patches": 1000, "max_pool": 1000, "projection": 0, "border": 0} | settings,
     )
     head.begin(
         FitData(
@@ -166,3 +166,10 @@ def test_the_bank_holds_patches_as_they_are_though_chosen_in_a_projection():
 def test_another_seed_keeps_other_patches():
     normal = torch.randn(6, 4, 3, 5, generator=generator(9))
     assert not torch.equal(fitted(normal, seed=0).bank, fitted(normal, seed=1).bank)
+
+
+@pytest.mark.parametrize("border", [0, 2])
+def test_border_is_a_setting(border):
+    features = torch.randn(6, 4, 8, 8, generator=generator())
+    scores = fitted(features[:5], border=border)(features[5:]).scores
+    assert torch.equal(scores[:, 0], scores[:, 2]) == (border == 2)

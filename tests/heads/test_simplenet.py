@@ -51,6 +51,7 @@ def begun(data, **settings):
             "batch_images": 4,
             "learning_rate": 1e-2,
             "patience": 0,
+            "border": 0,
         }
         | settings,
     )

@@ -206,8 +206,9 @@ def _row(method: str, data: str, protocol: str, side: str, results: list[dict[st
         by_seed = []
         for seed in seeds:
             values = [result["sides"][side][measure_name] for result in results if result["seed"] == seed]
-            by_seed.append(mean(value for value in values if value is not None))
-        row[measure_name] = mean(by_seed)
+            if defined := [value for value in values if value is not None]:
+                by_seed.append(mean(defined))
+        row[measure_name] = mean(by_seed) if by_seed else None
         row[f"{measure_name}_sd"] = stdev(by_seed) if len(by_seed) > 1 else None
     row["train_s"] = mean(result["train_s"] for result in results)
     row["test_ms"] = mean(result["test_ms"] for result in results)
@@ -273,6 +274,8 @@ def _markdown(
 
 
 def _points(row: dict[str, Any], name: str) -> str:
+    if row[name] is None:
+        return "–"
     deviation = row[f"{name}_sd"]
     return f"{100 * row[name]:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
 

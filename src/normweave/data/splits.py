@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.data.images import content_hash
-from normweave.errors import DataError, ImageError
+from normweave.errors import DataError, GateError, ImageError
 from normweave.types import Sample
 
 FEWEST_FIT = 2
@@ -121,8 +121,8 @@ def divide(
     subclasses: `calibration_share` of the images, or `at_least` of them if that is more, and never the last unit of a
     subclass. Test rows are only looked at to make sure that they are others.
 
-    Raises DataError where there are too few images or units for that, where an anomalous image is marked train or
-    calibration, and where splits share a file or a group.
+    Raises DataError where there is nothing to fit on, where an anomalous image is marked train or calibration, and
+    where splits share a file or a group; GateError where there are too few images or units for `at_least`.
     """
     if unsplit := [sample for sample in samples if sample.split is None]:
         raise DataError(
@@ -140,14 +140,16 @@ def divide(
     need = at_least + FEWEST_FIT
     if marked:
         if len(train) < FEWEST_FIT or len(marked) < at_least:
-            raise DataError(
+            raise GateError(
                 f"{len(train)} train and {len(marked)} calibration images are marked. At least {FEWEST_FIT} and "
                 f"{at_least} are needed: add normal images, mark fewer or more of them calibration, or allow a higher "
                 "rate (outcome.false_alarm_rate)."
             )
         return Division(train, marked)
+    if len(train) < FEWEST_FIT:
+        raise DataError(f"{len(train)} normal train images; at least {FEWEST_FIT} are needed to fit on. Add good images.")
     if len(train) < need:
-        raise DataError(
+        raise GateError(
             f"{len(train)} normal train images. At least {need} are needed: {FEWEST_FIT} to fit on and {at_least} held "
             "out for the operating point. Add normal images, or allow a higher rate (outcome.false_alarm_rate)."
         )

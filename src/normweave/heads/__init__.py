@@ -29,6 +29,7 @@ def build(config: HeadConfig, *, shape: tuple[int, int, int]) -> Head:
                 batch_images=config.batch_images,
                 learning_rate=config.learning_rate,
                 patience=config.patience,
+                border=config.border,
             )
         case MemoryBankConfig():
             from normweave.heads.memory_bank import MemoryBank
@@ -39,6 +40,7 @@ def build(config: HeadConfig, *, shape: tuple[int, int, int]) -> Head:
                 max_patches=config.max_patches,
                 max_pool=config.max_pool,
                 projection=config.projection,
+                border=config.border,
             )
         case DFMConfig():
             from normweave.heads.dfm import DFM

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave.heads import state
+from normweave.heads.border import replace_border
 from normweave.types import FeatureSource, FitData, Lesson, PatchScores
 
 CHUNK = 1024  # stored patches compared at once: as fast as more, and (queries, CHUNK) numbers are small
@@ -29,12 +30,20 @@ class MemoryBank(nn.Module):
         max_patches: the coreset never holds more.
         max_pool: patches drawn at random from which the coreset is chosen.
         projection: numbers a patch in the random projection in which the coreset is chosen; 0 = all.
+        border: outermost cells that take the score of their inner neighbours (ours).
     """
 
     bank: Tensor  # (M, D)
 
     def __init__(
-        self, *, shape: tuple[int, int, int], share: float, max_patches: int, max_pool: int, projection: int
+        self,
+        *,
+        shape: tuple[int, int, int],
+        share: float,
+        max_patches: int,
+        max_pool: int,
+        projection: int,
+        border: int,
     ) -> None:
         super().__init__()
         self.subclass_names: tuple[str, ...] = ()
@@ -42,6 +51,7 @@ class MemoryBank(nn.Module):
         self.max_patches = max_patches
         self.max_pool = max_pool
         self.projection = projection
+        self.border = border
         self.register_buffer("bank", torch.empty(0, shape[0]))
 
     @torch.no_grad()
@@ -66,7 +76,8 @@ class MemoryBank(nn.Module):
         B, D, h, w = features.shape
         patches = features.permute(0, 2, 3, 1).reshape(-1, D)  # (B*P, D)
         distance, _ = nearest(patches, self.bank)
-        return PatchScores(scores=distance.view(B, h, w), image_scores=None, routing=None)
+        scores = replace_border(distance.view(B, h, w), self.border)
+        return PatchScores(scores=scores, image_scores=None, routing=None)
 
     def state(self) -> dict[str, Tensor]:
         """The bank."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normweave.heads import state
+from normweave.heads.border import replace_border
 from normweave.types import FitData, Lesson, PatchScores
 
 
@@ -24,6 +25,7 @@ class SimpleNet(nn.Module):
         noise: deviation of the noise on the adapted features.
         margin: how far from 0 the discriminator must be to be done with a patch.
         epochs, batch_images, learning_rate, patience: of the lesson; the adaptor learns at half the rate.
+        border: outermost cells that take the score of their inner neighbours (ours).
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class SimpleNet(nn.Module):
         batch_images: int,
         learning_rate: float,
         patience: int,
+        border: int,
     ) -> None:
         super().__init__()
         self.subclass_names: tuple[str, ...] = ()
@@ -47,6 +50,7 @@ class SimpleNet(nn.Module):
         self.batch_images = batch_images
         self.learning_rate = learning_rate
         self.patience = patience
+        self.border = border
         self.eval()
 
     def train(self, mode: bool = True) -> SimpleNet:
@@ -79,7 +83,8 @@ class SimpleNet(nn.Module):
         """Score (B, D, h, w)."""
         B, _, h, w = features.shape
         adapted = self.discriminator.adapt(features)  # (B*P, D)
-        return PatchScores(scores=-self.discriminator(adapted).view(B, h, w), image_scores=None, routing=None)
+        scores = replace_border(-self.discriminator(adapted).view(B, h, w), self.border)
+        return PatchScores(scores=scores, image_scores=None, routing=None)
 
     def state(self) -> dict[str, Tensor]:
         """Weights and batch-norm statistics."""

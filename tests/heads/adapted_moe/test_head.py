@@ -118,7 +118,7 @@ def test_forward_is_route_adapt_ask_standardise_and_put_together():
             score = (score - way.scale_mean[expert]) / way.scale_deviation[expert]
             total = total + weights[expert] * score
             divisor += weights[expert]
-        expected = replace_border((total / divisor)[None].float(), 1)[0]
+        expected = replace_border((total / divisor)[None].float(), 1, grid=SHAPE[1:])[0]
         torch.testing.assert_close(out.scores[row], expected, rtol=1e-3, atol=1e-3)
         assert out.routing.subclass[row] == best[0]
         kept = np.zeros(K)
@@ -166,13 +166,13 @@ def test_aggregation_is_a_setting(how):
 def test_border_takes_its_inner_neighbours():
     scores = random(1, 5, 6)
 
-    got = replace_border(scores, 2)[0]
+    got = replace_border(scores, 2, grid=(5, 6))[0]
 
     for y in range(5):
         for x in range(6):
             assert got[y, x] == scores[0, min(max(y, 2), 2), min(max(x, 2), 3)]
-    assert torch.equal(replace_border(scores, 0), scores)
-    assert replace_border(random(1, 3, 2), 4).shape == (1, 3, 2)
+    assert torch.equal(replace_border(scores, 0, grid=(5, 6)), scores)
+    assert replace_border(random(1, 3, 2), 4, grid=(3, 2)).shape == (1, 3, 2)
 
 
 @pytest.mark.parametrize("border", [0, 2])

@@ -34,13 +34,11 @@ def block_statistics(features: Tensor, *, blocks: int = 4) -> Tensor:
     A defect moves the mean of an image, but not the median of the means of its parts. On magnetic tiles this halves
     how many defects lie beyond the normals' 99th percentile of distance, and another material stays as far away.
     """
-    height, width = features.shape[2:]
-    part = (max(1, height // blocks), max(1, width // blocks))
-    mean = F.avg_pool2d(features, part)  # (B, D, blocks, blocks)
-    variance = (F.avg_pool2d(features.square(), part) - mean.square()).clamp_min(SMALLEST_DEVIATION**2)
+    mean = F.adaptive_avg_pool2d(features, blocks)  # (B, D, blocks, blocks)
+    variance = (F.adaptive_avg_pool2d(features.square(), blocks) - mean.square()).clamp_min(SMALLEST_DEVIATION**2)
     both = torch.cat([mean, 0.5 * variance.log()], dim=1).flatten(2)  # (B, 2D, blocks^2)
     # The lower of the two middle values, by topk: ONNX knows no median.
-    return both.topk((both.shape[2] + 1) // 2, dim=2, largest=False).values[..., -1]
+    return both.topk((blocks**2 + 1) // 2, dim=2, largest=False).values[..., -1]
 
 
 def covariance_within(

@@ -441,6 +441,7 @@ class Subspaces(nn.Module):
     ) -> None:
         super().__init__()
         D, h, w = shape
+        self.grid = (h, w)
         self.cells = (min(cells, h), min(cells, w))
         self.variance = variance
         self.max_images = max_images
@@ -463,7 +464,7 @@ class Subspaces(nn.Module):
         self.components = torch.stack([F.pad(each, (0, most - each.shape[1])) for _, each in found])
 
     def _flat(self, features: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(features.flatten(0, 1), self.cells)  # (B*S, D, cells, cells)
+        pooled = to_cells(features.flatten(0, 1), self.cells, grid=self.grid)  # (B*S, D, cells, cells)
         return pooled.view(*features.shape[:2], self.mean.shape[1])  # (B, S, F)
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
@@ -519,6 +520,7 @@ class Layouts(nn.Module):
         D, h, w = shape
         self.views = nn.ModuleList(
             View(
+                grid=(h, w),
                 channels=(first, D),
                 cells=(min(side, h), min(side, w)),
                 by_cells=by_cells,
@@ -573,6 +575,7 @@ class View(nn.Module):
     less its mean and divided by its deviation on those images.
 
     Args:
+        grid: (h, w).
         channels: first and one past the last.
         cells: (rows, columns).
     """
@@ -590,6 +593,7 @@ class View(nn.Module):
     def __init__(
         self,
         *,
+        grid: tuple[int, int],
         channels: tuple[int, int],
         cells: tuple[int, int],
         by_cells: bool,
@@ -598,6 +602,7 @@ class View(nn.Module):
         own: float,
     ) -> None:
         super().__init__()
+        self.grid = grid
         self.channels = channels
         self.cells = cells
         self.by_cells = by_cells
@@ -619,7 +624,7 @@ class View(nn.Module):
     def pool(self, features: Tensor) -> Tensor:
         """(n, D, h, w) to (n, F)."""
         first, last = self.channels
-        return F.adaptive_avg_pool2d(features[:, first:last], self.cells).flatten(1)
+        return to_cells(features[:, first:last], self.cells, grid=self.grid).flatten(1)
 
     def fit(
         self,
@@ -687,7 +692,7 @@ class View(nn.Module):
         pooled = self.pool(features)
         residual = _residual(pooled, self.mean, self.components)
         width = self.channels[1] - self.channels[0]
-        distance = self._distance(residual.view(len(pooled), width, *self.cells))
+        distance = self._distance(residual.view(pooled.shape[0], width, *self.cells))
         return (distance - self.centre[:, None, None]) / self.deviation[:, None, None]
 
 
@@ -708,6 +713,13 @@ def _folds(groups: NDArray[np.int64], most: int, *, generator: torch.Generator) 
     names, members = np.unique(groups, return_inverse=True)
     dealt = torch.randperm(len(names), generator=generator).numpy() % most
     return np.asarray(dealt[members], dtype=np.int64)
+
+
+def to_cells(features: Tensor, cells: tuple[int, int], *, grid: tuple[int, int]) -> Tensor:
+    """Average (N, D, h, w) to (N, D, *cells); the grid (h, w) as numbers, not as read off a tensor, for the export."""
+    if grid[0] % cells[0] == 0 and grid[1] % cells[1] == 0:
+        return F.avg_pool2d(features, (grid[0] // cells[0], grid[1] // cells[1]))
+    return F.adaptive_avg_pool2d(features, cells)
 
 
 def to_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:

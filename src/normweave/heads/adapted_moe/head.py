@@ -148,6 +148,7 @@ class AdaptedMoE(nn.Module):
         self.temperature = temperature
         self.aggregation = aggregation
         self.border = border
+        self.grid = shape[1:]
         self.discover_always = discover_always
         self.discovery = discovery
         self.max_subclasses = max_subclasses
@@ -335,7 +336,7 @@ class AdaptedMoE(nn.Module):
         """Score with distances (B, K) to the known kinds, by the experts (B, K) allowed; None = all."""
         way = self.way
         samples = statistics(features)
-        everyone = torch.arange(way.number, device=features.device).expand(len(features), -1)
+        everyone = torch.arange(way.number, device=features.device).expand(features.shape[0], -1)
         scores = way(features, samples, everyone) if self.routing == "likelihood" else None  # (B, K, V, h, w)
         if scores is not None:
             likeness = -scores[:, :, 0].mean(dim=(2, 3))
@@ -355,9 +356,9 @@ class AdaptedMoE(nn.Module):
             chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
             scores = scores.gather(1, chosen)  # (B, T, V, h, w)
         fused = aggregate(scores, choice.weights, how=self.aggregation)  # (B, V, h, w)
-        weights = features.new_zeros(len(features), way.number)
+        weights = features.new_zeros(features.shape[0], way.number)
         return PatchScores(
-            scores=replace_border(fused[:, 0], self.border),
+            scores=replace_border(fused[:, 0], self.border, grid=self.grid),
             image_scores=fused[:, 1].amax(dim=(1, 2)) if fused.shape[1] > 1 else None,
             routing=Routing(
                 weights=weights.scatter(1, choice.experts, choice.weights),
@@ -416,19 +417,22 @@ def aggregate(scores: Tensor, weights: Tensor, *, how: Literal["paper", "min", "
     match how:
         case "paper":
             shares = weights / weights.sum(dim=1, keepdim=True)  # (B, T)
-            return torch.einsum("bt,bt...->b...", shares, scores)
+            return (scores * shares[(..., *[None] * (scores.ndim - 2))]).sum(dim=1)
         case "min":
             return scores.amin(dim=1)
         case "mean":
             return scores.mean(dim=1)
 
 
-def replace_border(scores: Tensor, border: int) -> Tensor:
+def replace_border(scores: Tensor, border: int, *, grid: tuple[int, int]) -> Tensor:
     """Give the outermost cells of (B, h, w) the score of the nearest inner one.
 
     They see the convolutions' padding, which no two images fill alike. On a small grid at least one cell is inner.
+
+    Args:
+        grid: (h, w) as numbers: what is read off a tensor is not a constant in an exported graph.
     """
-    height, width = scores.shape[1:]
+    height, width = grid
     above, beside = min(border, (height - 1) // 2), min(border, (width - 1) // 2)
     inner = scores[:, above : height - above, beside : width - beside]
     return F.pad(inner[:, None], (beside, beside, above, above), mode="replicate")[:, 0]

@@ -528,3 +528,12 @@ def test_every_number_of_the_settings_is_checked():
         if isinstance(field.default, int | float) and not isinstance(field.default, bool):
             with pytest.raises(ConfigError, match=field.name):
                 AdaptedMoEConfig(**{field.name: -1})
+
+
+@pytest.mark.parametrize("expert", ["layout", "gaussian", "subspace", "memory", "discriminator"])
+@pytest.mark.parametrize("adaption", ["off", "paper"])
+def test_no_image_gives_no_scores(expert, adaption):
+    out = fitted(expert=expert, adaption=adaption)(torch.empty(0, *SHAPE))
+
+    assert out.scores.shape == (0, *SHAPE[1:])
+    assert out.routing.weights.shape == (0, K)

@@ -67,7 +67,9 @@ def products(features: Tensor, weights: Tensor, offset: Tensor) -> Tensor:
     T, N = weights.shape[1:3]
     # With S = 1 the experts' rows are stacked, so the features need not be copied for each expert.
     product = torch.baddbmm(
-        offset.reshape(B * S, -1, 1), weights.reshape(B * S, -1, D), features.reshape(B * S, D, h * w)
+        offset.reshape(B * S, T // S * N, 1),
+        weights.reshape(B * S, T // S * N, D),
+        features.reshape(B * S, D, h * w),
     )  # (B*S, T/S*N, P)
     return product.view(B, T, N, h * w)
 

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import torch
-from normweave.features.cache import streamed
 
 from normweave import settings
 from normweave.config import Config
@@ -22,6 +21,7 @@ from normweave.data.prepare import Preparation
 from normweave.data.textures import make_textures
 from normweave.detector import Detector
 from normweave.features import build
+from normweave.features.cache import streamed
 
 ROUNDS = 3
 IMAGES = 32  # of each of six kinds

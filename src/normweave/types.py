@@ -99,7 +99,9 @@ class Routing(NamedTuple):
 
     weights: Tensor  # (B, K) float32 >= 0, rows add up to 1, zero for experts that were not asked
     subclass: Tensor  # (B,) int64 nearest subclass, an index into the head's subclass_names
-    distance: Tensor  # (B,) float32 >= 0, how far from every known kind; comparable between images of one subclass
+    distance: (
+        Tensor  # (B,) float32 >= 0, how far from every known kind; comparable between images of one subclass
+    )
     adapted: Tensor  # (B,) bool, whether test-time adaption changed the features
 
 

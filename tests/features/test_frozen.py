@@ -190,7 +190,9 @@ def test_a_grid_of_no_cells_is_refused():
 
 def test_a_small_pass_is_not_filled_up_unless_asked():
     extractor = features.build(FeaturesConfig(weights="random"), height=64, width=64)
-    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(
+        0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
     sizes = []
     extractor.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     filled, bare = extractor.extract(pixels), extractor.extract(pixels, fill=False)

@@ -193,6 +193,7 @@ def parquet(path: Path) -> Iterator[Callable[[Row], object]]:
             ("subclass", text),
             ("subclass_distance", number),
             ("subclass_p_value", number),
+            ("unseen", pyarrow.bool_()),
             ("experts", pyarrow.list_(expert)),
             ("adapted", pyarrow.bool_()),
             ("boxes", pyarrow.list_(box)),

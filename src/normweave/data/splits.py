@@ -147,7 +147,9 @@ def divide(
             )
         return Division(train, marked)
     if len(train) < FEWEST_FIT:
-        raise DataError(f"{len(train)} normal train images; at least {FEWEST_FIT} are needed to fit on. Add good images.")
+        raise DataError(
+            f"{len(train)} normal train images; at least {FEWEST_FIT} are needed to fit on. Add good images."
+        )
     if len(train) < need:
         raise GateError(
             f"{len(train)} normal train images. At least {need} are needed: {FEWEST_FIT} to fit on and {at_least} held "

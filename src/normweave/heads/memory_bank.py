@@ -52,6 +52,7 @@ class MemoryBank(nn.Module):
         self.max_pool = max_pool
         self.projection = projection
         self.border = border
+        self.grid = shape[1:]
         self.register_buffer("bank", torch.empty(0, shape[0]))
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class MemoryBank(nn.Module):
         B, D, h, w = features.shape
         patches = features.permute(0, 2, 3, 1).reshape(-1, D)  # (B*P, D)
         distance, _ = nearest(patches, self.bank)
-        scores = replace_border(distance.view(B, h, w), self.border)
+        scores = replace_border(distance.view(B, h, w), self.border, grid=self.grid)
         return PatchScores(scores=scores, image_scores=None, routing=None)
 
     def state(self) -> dict[str, Tensor]:

@@ -51,6 +51,7 @@ class SimpleNet(nn.Module):
         self.learning_rate = learning_rate
         self.patience = patience
         self.border = border
+        self.grid = shape[1:]
         self.eval()
 
     def train(self, mode: bool = True) -> SimpleNet:
@@ -83,7 +84,7 @@ class SimpleNet(nn.Module):
         """Score (B, D, h, w)."""
         B, _, h, w = features.shape
         adapted = self.discriminator.adapt(features)  # (B*P, D)
-        scores = replace_border(-self.discriminator(adapted).view(B, h, w), self.border)
+        scores = replace_border(-self.discriminator(adapted).view(B, h, w), self.border, grid=self.grid)
         return PatchScores(scores=scores, image_scores=None, routing=None)
 
     def state(self) -> dict[str, Tensor]:

@@ -24,8 +24,9 @@ from normweave.heads.adapted_moe.experts import (
     Memories,
     Subspaces,
 )
-from normweave.heads.adapted_moe.head import aggregate, replace_border
+from normweave.heads.adapted_moe.head import aggregate
 from normweave.heads.adapted_moe.router import choose
+from normweave.heads.border import replace_border
 from normweave.training import train
 from normweave.types import FitData
 
@@ -161,18 +162,6 @@ def test_aggregation_is_a_setting(how):
     expected = aggregate(scores, head(features).routing.weights, how=how)
 
     torch.testing.assert_close(head(features).scores, expected, rtol=1e-3, atol=1e-4)
-
-
-def test_border_takes_its_inner_neighbours():
-    scores = random(1, 5, 6)
-
-    got = replace_border(scores, 2, grid=(5, 6))[0]
-
-    for y in range(5):
-        for x in range(6):
-            assert got[y, x] == scores[0, min(max(y, 2), 2), min(max(x, 2), 3)]
-    assert torch.equal(replace_border(scores, 0, grid=(5, 6)), scores)
-    assert replace_border(random(1, 3, 2), 4, grid=(3, 2)).shape == (1, 3, 2)
 
 
 @pytest.mark.parametrize("border", [0, 2])

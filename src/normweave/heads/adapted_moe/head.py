@@ -7,7 +7,6 @@ from typing import Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -42,6 +41,7 @@ from normweave.heads.adapted_moe.experts import (
     Subspaces,
 )
 from normweave.heads.adapted_moe.router import KnownKinds, Router, RouterLesson, Schedule, choose
+from normweave.heads.border import replace_border
 from normweave.types import FeatureSource, FitData, Lesson, PatchScores, Routing
 
 FEWEST_HELD_OUT = 3
@@ -422,20 +422,6 @@ def aggregate(scores: Tensor, weights: Tensor, *, how: Literal["paper", "min", "
             return scores.amin(dim=1)
         case "mean":
             return scores.mean(dim=1)
-
-
-def replace_border(scores: Tensor, border: int, *, grid: tuple[int, int]) -> Tensor:
-    """Give the outermost cells of (B, h, w) the score of the nearest inner one.
-
-    They see the convolutions' padding, which no two images fill alike. On a small grid at least one cell is inner.
-
-    Args:
-        grid: (h, w) as numbers: what is read off a tensor is not a constant in an exported graph.
-    """
-    height, width = grid
-    above, beside = min(border, (height - 1) // 2), min(border, (width - 1) // 2)
-    inner = scores[:, above : height - above, beside : width - beside]
-    return F.pad(inner[:, None], (beside, beside, above, above), mode="replicate")[:, 0]
 
 
 def _router(config: AdaptedMoEConfig, width: int) -> Router:

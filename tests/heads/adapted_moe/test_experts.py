@@ -397,10 +397,28 @@ def test_layouts_standardise_on_images_left_out():
     )
     fresh = place + 0.3 * random(200, D, H, W, seed=3)
 
-    for view in experts.views:
-        scores = view(fresh)
+    residuals = [view.residual(fresh) for view in experts.views]
+    measured = [view(residual) for view, residual in zip(experts.views, residuals, strict=True)]
+    for scores in [*measured, experts.detail(fresh, residuals[0])]:
         assert abs(scores.mean()) < 0.5
         assert 0.6 < scores.std() < 1.6
+
+
+def test_layouts_see_what_is_smaller_than_their_cells():
+    """A single cell of the grid, of which the subspace's own cells average many, peaks at its very place."""
+    place = random(D, 12, 12, seed=1)
+    source = InMemory(place + 0.3 * random(60, D, 12, 12, seed=2))
+    data = Normals(source, np.arange(60), np.zeros(60, dtype=np.int64), np.arange(60))
+    experts = fitted(
+        Layouts(shape=(D, 12, 12), coarse=2, cells=3, variance=0.8, most=20, own=0.5, max_images=100), data
+    )
+    damaged = place + 0.3 * random(1, D, 12, 12, seed=3)
+    damaged[0, :, 7, 2] += 3
+
+    where = experts(damaged[:, None], torch.zeros(1, 1, dtype=torch.int64))[0, 0, 0]
+
+    assert divmod(int(where.argmax()), 12) == (7, 2)
+    assert where[7, 2] > where.flatten().sort().values[-2] + 1
 
 
 def test_layouts_by_hand():
@@ -433,8 +451,13 @@ def test_layouts_by_hand():
         R = left_out(slice(None))
         square = mixed(lambda few: (few**2).mean(axis=0), R, expert)
         cells = np.sqrt((R[own] ** 2 / square).sum(axis=1))
-        score = np.sqrt((residual_of(x.flatten().numpy(), rows) ** 2 / square).sum())
-        assert got[0].item() == pytest.approx((score - cells.mean()) / cells.std(), rel=1e-2)
+        r = residual_of(x.flatten().numpy(), rows)
+        by_cells = (np.sqrt((r**2 / square).sum()) - cells.mean()) / cells.std()
+        # On a grid of one cell the detail is what the subspace leaves, around its mean.
+        square = mixed(lambda few, middle=R.mean(axis=0): ((few - middle) ** 2).mean(axis=0), R, expert)
+        cells = np.sqrt(((R[own] - R.mean(axis=0)) ** 2 / square).sum(axis=1))
+        detail = (np.sqrt(((r - R.mean(axis=0)) ** 2 / square).sum()) - cells.mean()) / cells.std()
+        assert got[0].item() == pytest.approx(max(by_cells, detail), rel=1e-2)
 
         R = left_out(slice(1, D))
         S = mixed(lambda few: few.T @ few / len(few), R, expert)

@@ -491,8 +491,8 @@ class Layouts(nn.Module):
 
     Ours. Residuals r = (x - m) - C C' (x - m) as in `Subspaces`, but of one subspace for all experts and at two cell
     sizes; how large they are on normal images is measured on images of groups that the subspace was not fit on, for
-    each expert. Two maps: the first looks at all channels and tells where, the second at the coarsest stage and
-    tells whether.
+    each expert. Two maps: the first looks at all channels and tells where, by the highest of both sizes and of the
+    `Detail` that they are too coarse for; the second looks at the coarsest stage and tells whether.
 
     Args:
         shape: (D, h, w).
@@ -533,6 +533,7 @@ class Layouts(nn.Module):
             for first, by_cells in ((0, True), (D - coarse, False))
             for side in (cells, max(1, cells // 2))
         )
+        self.detail = Detail(shape=shape, cells=(min(cells, h), min(cells, w)), own=own)
 
     @property
     def _views(self) -> list[View]:
@@ -550,19 +551,29 @@ class Layouts(nn.Module):
         for _, features in normals.batches(drawn):
             for parts, view in zip(pooled, self._views, strict=True):
                 parts.append(view.pool(features))
-        for parts, view in zip(pooled, self._views, strict=True):
+        left_out = [
             view.fit(torch.cat(parts), normals.experts[drawn], normals.groups[drawn], generator=generator)
+            for parts, view in zip(pooled, self._views, strict=True)
+        ]
+        self.detail.fit(normals, drawn, left_out[0])
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Where, and whether: (B, T, 2, h, w)."""
         B, S, _, h, w = features.shape
-        maps = []
-        for view in self._views:
-            scores = view(features.flatten(0, 1))  # (B*S, K, cells, cells)
-            scores = scores.view(B, S, *scores.shape[1:]).expand(-1, experts.shape[1], -1, -1, -1)
-            asked = experts[..., None, None, None].expand(-1, -1, 1, *scores.shape[3:])
-            maps.append(to_grid(scores.gather(2, asked).squeeze(2), (h, w)))  # (B, T, h, w)
-        return torch.stack([0.5 * (maps[0] + maps[1]), 0.5 * (maps[2] + maps[3])], dim=2)
+        images = features.flatten(0, 1)  # (B*S, D, h, w)
+
+        def of_asked(scores: Tensor) -> Tensor:
+            """(B*S, K, y, x) to (B, T, h, w)."""
+            each = scores.view(B, S, *scores.shape[1:]).expand(-1, experts.shape[1], -1, -1, -1)
+            asked = experts[..., None, None, None].expand(-1, -1, 1, *scores.shape[2:])
+            return to_grid(each.gather(2, asked).squeeze(2), (h, w))
+
+        residuals = [view.residual(images) for view in self._views]
+        fine, coarse, fine_last, coarse_last = (
+            of_asked(view(residual)) for view, residual in zip(self._views, residuals, strict=True)
+        )
+        where = torch.maximum(torch.maximum(fine, coarse), of_asked(self.detail(images, residuals[0])))
+        return torch.stack([where, 0.5 * (fine_last + coarse_last)], dim=2)
 
 
 class View(nn.Module):
@@ -635,8 +646,12 @@ class View(nn.Module):
         groups: NDArray[np.int64],
         *,
         generator: torch.Generator,
-    ) -> None:
-        """Learn from (n, F) pooled images, the expert (n,) and the group (n,) of each."""
+    ) -> Tensor:
+        """Learn from (n, F) pooled images, the expert (n,) and the group (n,) of each.
+
+        Returns:
+            (n, D', cells, cells) what is left of each by a subspace that has not seen its group.
+        """
         fold = _folds(groups, self.folds, generator=generator)
         residual = torch.empty_like(pooled)
         for part in range(int(fold.max()) + 1):
@@ -645,7 +660,9 @@ class View(nn.Module):
             mean, components = self._components(pooled if out.all() else pooled[~out])
             residual[out] = _residual(pooled[out], mean, components)
         self.mean, self.components = self._components(pooled)
-        self._measure(residual.view(len(pooled), -1, *self.cells), torch.from_numpy(experts))
+        left_out = residual.view(len(pooled), -1, *self.cells)
+        self._measure(left_out, torch.from_numpy(experts))
+        return left_out
 
     def _components(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         mean, components = principal_components(rows, variance=self.variance)
@@ -689,12 +706,93 @@ class View(nn.Module):
         whitened = torch.einsum("ked,ndyx->nkeyx", self.whitener, residual)
         return whitened.square().sum(dim=2).sqrt() / self.usual
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Standardised scores of (N, D, h, w) by every expert, (N, K, cells, cells)."""
+    def residual(self, features: Tensor) -> Tensor:
+        """What the subspace cannot rebuild of (N, D, h, w): (N, D', cells, cells)."""
         pooled = self.pool(features)
-        residual = _residual(pooled, self.mean, self.components)
         width = self.channels[1] - self.channels[0]
-        distance = self._distance(residual.view(pooled.shape[0], width, *self.cells))
+        return _residual(pooled, self.mean, self.components).view(pooled.shape[0], width, *self.cells)
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """Standardised scores by every expert, (N, K, cells, cells)."""
+        return (self._distance(residual) - self.centre[:, None, None]) / self.deviation[:, None, None]
+
+
+class Detail(nn.Module):
+    """What is left of the full grid once the whole-image subspace has explained the layout.
+
+    g = x - up(pool(x) - r) with r the residual of the finest view: the features less the rebuilt layout, brought back
+    to the grid; a cell scores sqrt(sum over channels of (g - m)^2 / (half s^2 of channel and cell + half s^2 of the
+    channel)), standardised, as `View` does by cells. m and s^2 are measured on images left out of the subspace.
+
+    Args:
+        shape: (D, h, w).
+        cells: of the finest view.
+        own: weight of the expert's own s^2 against that of all images, in [0, 1].
+    """
+
+    mean: Tensor  # (D, h, w)
+    weights: Tensor  # (K, D, h, w)
+    centre: Tensor  # (K,)
+    deviation: Tensor  # (K,)
+
+    def __init__(self, *, shape: tuple[int, int, int], cells: tuple[int, int], own: float) -> None:
+        super().__init__()
+        self.grid = shape[1:]
+        self.cells = cells
+        self.own = own
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("weights", torch.ones(1, *shape))
+        self.register_buffer("centre", torch.zeros(1))
+        self.register_buffer("deviation", torch.ones(1))
+
+    def fit(self, normals: Normals, places: NDArray[np.int64], left_out: Tensor) -> None:
+        """Learn from (n,) places in the normals and what the view left of them (n, D, cells, cells), in two passes."""
+        tiny = 1e-6
+        K = normals.number
+        experts = torch.from_numpy(normals.experts)
+        counts = experts[places].bincount(minlength=K).double()  # (K,)
+        sums = torch.zeros(K, *self.mean.shape, dtype=torch.float64)
+        squares = torch.zeros_like(sums)
+        for few, rest in self._rests(normals, places, left_out):
+            sums.index_add_(0, experts[few], rest.double())
+            squares.index_add_(0, experts[few], rest.double().square())
+        mean = sums.sum(dim=0) / counts.sum()
+        # Of each expert's own images, around the mean of all: E (g - m)^2 = E g^2 - 2 m E g + m^2.
+        each = (squares - 2 * mean * sums) / counts[:, None, None, None] + mean.square()
+        everyone = squares.sum(dim=0) / counts.sum() - mean.square()
+        square = self.own * each + (1 - self.own) * everyone
+        self.mean = mean.float()
+        self.weights = (1 / (0.5 * square + 0.5 * square.mean(dim=(2, 3), keepdim=True) + tiny)).float()
+        moments = torch.zeros(K, 2, dtype=torch.float64)  # of each expert's scores and their squares
+        for few, rest in self._rests(normals, places, left_out):
+            scores = self._distance(rest).double()  # (B, K, h, w)
+            own = scores[torch.arange(len(few)), experts[few]].flatten(1)  # (B, P)
+            moments.index_add_(
+                0, experts[few], torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1)
+            )
+        first, second = (moments / counts[:, None]).unbind(dim=1)
+        self.centre = first.float()
+        self.deviation = (second - first.square()).clamp_min(0).sqrt().float() + tiny
+
+    def _rests(
+        self, normals: Normals, places: NDArray[np.int64], left_out: Tensor
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        done = 0
+        for few, features in normals.batches(places):
+            yield few, self._rest(features, left_out[done : done + len(few)])
+            done += len(few)
+
+    def _rest(self, features: Tensor, residual: Tensor) -> Tensor:
+        explained = to_cells(features, self.cells, grid=self.grid) - residual
+        return features - to_grid(explained, self.grid)
+
+    def _distance(self, rest: Tensor) -> Tensor:
+        """(N, D, h, w) to (N, K, h, w)."""
+        return torch.einsum("ndyx,kdyx->nkyx", (rest - self.mean).square(), self.weights).sqrt()
+
+    def forward(self, features: Tensor, residual: Tensor) -> Tensor:
+        """Standardised scores of (N, D, h, w), of which the view left `residual`, by every expert: (N, K, h, w)."""
+        distance = self._distance(self._rest(features, residual))
         return (distance - self.centre[:, None, None]) / self.deviation[:, None, None]
 
 

@@ -356,9 +356,11 @@ class AdaptedMoE(nn.Module):
             chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
             scores = scores.gather(1, chosen)  # (B, T, V, h, w)
         fused = aggregate(scores, choice.weights, how=self.aggregation)  # (B, V, h, w)
+        # Layout experts have measured what is usual at the border as everywhere else.
+        border = 0 if isinstance(way.experts, Layouts) else self.border
         weights = features.new_zeros(features.shape[0], way.number)
         return PatchScores(
-            scores=replace_border(fused[:, 0], self.border, grid=self.grid),
+            scores=replace_border(fused[:, 0], border, grid=self.grid),
             image_scores=fused[:, 1].amax(dim=(1, 2)) if fused.shape[1] > 1 else None,
             routing=Routing(
                 weights=weights.scatter(1, choice.experts, choice.weights),

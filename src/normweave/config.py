@@ -1,7 +1,7 @@
 """Every setting, in the order of the data's way. No torch.
 
-Each class checks itself and reports all of its mistakes together; `read` and `override` turn YAML and `a.b=c` into
-these classes and name the key that is wrong. The string under a field is its help text.
+Each class checks itself and reports all of its mistakes together; `settings.py` turns YAML and `a.b=c` into these
+classes and names the key that is wrong. The string under a field is its help text.
 """
 
 from __future__ import annotations

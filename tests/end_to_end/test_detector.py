@@ -69,6 +69,25 @@ def test_good_cloth_is_told_from_damaged(detector: Detector, cloth: Path, tmp_pa
     assert 'src="http' not in page
 
 
+def test_a_bad_mask_is_listed_and_stops_nothing(detector: Detector, cloth: Path, tmp_path: Path):
+    damaged = [sample for sample in read(cloth, DataConfig()) if sample.label == "anomalous"][:3]
+    small = tmp_path / "small.png"
+    Image.fromarray(np.full((9, 9), 255, np.uint8)).save(small)
+    samples = [
+        replace(damaged[0], mask_path=small),
+        replace(damaged[1], mask_path=tmp_path / "gone.png"),
+        damaged[2],
+    ]
+    metrics = evaluate(detector, samples, output=tmp_path / "evaluation")
+    assert [fault["image_path"] for fault in metrics["mask_faults"]] == [
+        str(s.image_path) for s in damaged[:2]
+    ]
+    assert "9" in metrics["mask_faults"][0]["reason"]
+    assert "gone.png" in metrics["mask_faults"][1]["reason"]
+    assert metrics["pooled"]["n_without_mask"] == 2
+    assert metrics["pooled"]["n_anomalous"] == 3
+
+
 def test_a_bundle_gives_the_very_scores_of_training(detector: Detector, cloth: Path, tmp_path: Path):
     bundle = detector.save(tmp_path / "cloth.bundle")
     loaded = Detector.load(bundle)

@@ -32,7 +32,17 @@ sys.argv = ["normweave", *arguments]
 main()
 """
 
-TRAIN = ("--subclass-from", "column", "--set", "head.expert=discriminator", "--set", "head.routing=network", "--seed", "5", "-q")
+TRAIN = (
+    "--subclass-from",
+    "column",
+    "--set",
+    "head.expert=discriminator",
+    "--set",
+    "head.routing=network",
+    "--seed",
+    "5",
+    "-q",
+)
 
 
 def run(*command: str) -> int:
@@ -58,7 +68,11 @@ def undisturbed(cloth: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     ("place", "count"),
     [
         pytest.param("normweave.data.prepare:Preparation.apply", 45, id="while features are cached"),
-        pytest.param("normweave.training:write_checkpoint", 13, id="while training, before a checkpoint of the second lesson"),
+        pytest.param(
+            "normweave.training:write_checkpoint",
+            13,
+            id="while training, before a checkpoint of the second lesson",
+        ),
         pytest.param("normweave.bundle:os.replace", 1, id="while saving, before the rename"),
     ],
 )

@@ -113,11 +113,15 @@ def measure(
     cache_gib: float = CACHE_GIB,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics (the keys of metrics.json but provenance) and one row an image."""
+    """Metrics (the keys of metrics.json but provenance) and one row an image.
+
+    A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`.
+    """
     known = set(detector.kinds.values())
     pixels: dict[_Cell, PixelMetrics] = {}
     predictions: list[dict[str, Any]] = []
     cells: list[_Cell] = []
+    mask_faults: list[dict[str, str]] = []
     for sample, outcome in detector.stream_samples(
         samples, cache=cache, cache_gib=cache_gib, progress=progress
     ):
@@ -130,13 +134,17 @@ def measure(
         predictions.append(_row(sample, outcome, cell))
         cells.append(cell)
         if outcome.anomaly_map is not None:
-            mask = _mask(sample, outcome.anomaly_map.shape)
             accumulated = pixels.setdefault(cell, PixelMetrics())
+            mask = None
+            try:
+                mask = _mask(sample, outcome.anomaly_map.shape)
+            except DataError as error:
+                mask_faults.append({"image_path": str(sample.image_path), "reason": str(error)})
             if mask is None:
                 accumulated.skip()
             else:
                 accumulated.update(outcome.anomaly_map, mask)
-    return _tables(cells, predictions, pixels), predictions
+    return _tables(cells, predictions, pixels) | {"mask_faults": mask_faults}, predictions
 
 
 def _tables(
@@ -249,7 +257,10 @@ def _mask(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
 def _render(detector: Detector, sample: Sample) -> Rendered:
     outcome = detector.score(str(sample.image_path))
     assert outcome.anomaly_map is not None  # score() was asked for maps
-    mask = _mask(sample, outcome.anomaly_map.shape)
+    try:
+        mask = _mask(sample, outcome.anomaly_map.shape)
+    except DataError:  # listed by `measure`
+        mask = None
     return Rendered(image=images.decode(sample.image_path), anomaly_map=outcome.anomaly_map, mask=mask)
 
 

@@ -65,6 +65,8 @@ def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
         terminal.show(table(metrics), f"Report: {output / 'report.html'}")
         if refused:
             terminal.show(f"{refused} images could not be read; {output / 'predictions.csv'} says why.")
+        if faults := metrics["mask_faults"]:
+            terminal.show(f"{len(faults)} masks could not be used; {output / 'metrics.json'} says why.")
     return UNREADABLE if refused else ALL_NORMAL
 
 

@@ -14,24 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from in_memory import InMemory
 from normweave import training
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.training import read_checkpoint, train, write_checkpoint
 from normweave.types import FitData
-
-
-class InMemory:
-    """Features at hand."""
-
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
 
 
 def fit_data(*, count=20, holdout=None, seed=0):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from in_memory import InMemory
 from normweave.config import HeadConfig
 from normweave.errors import BundleError
 from normweave.heads import build
@@ -16,20 +17,6 @@ from normweave.types import FitData
 
 SHAPE = (16, 8, 8)
 PLACE = (3, 4)  # of the planted defect; well inside, for heads that replace the border
-
-
-class InMemory:
-    """Features at hand."""
-
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
 
 
 def images(count, *, kinds=3, shape=SHAPE, seed):

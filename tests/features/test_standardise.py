@@ -2,24 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.errors import DataError
 from normweave.features.standardise import ChannelStandard, Standardised
-
-
-class InMemory:
-    """Features of a few images, and how many were read at once."""
-
-    def __init__(self, features):
-        self.features = torch.as_tensor(features, dtype=torch.float32)
-        self.shape = tuple(self.features.shape[1:])
-        self.most = 0
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        self.most = max(self.most, len(rows))
-        return self.features[torch.as_tensor(np.asarray(rows))]
 
 
 def fitted(features):

@@ -2,24 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.heads.dfm import DFM, principal_components
 from normweave.types import FitData
-
-
-class InMemory:
-    """Features at hand, that remember which images were asked for."""
-
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-        self.asked = []
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        self.asked.append(np.asarray(rows))
-        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
 
 
 def generator(seed=0):
@@ -109,7 +94,7 @@ def test_a_grid_that_cells_do_not_divide_is_averaged_over_overlapping_windows():
 
 def test_no_more_images_are_read_than_allowed_and_a_few_at_a_time():
     _, source = fitted(torch.randn(90, 2, 4, 4), max_images=40)
-    assert max(len(rows) for rows in source.asked) <= 16
+    assert source.most <= 16
     rows = np.concatenate(source.asked)
     assert len(np.unique(rows)) == len(rows) == 40
 

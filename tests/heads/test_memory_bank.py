@@ -5,24 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.heads.memory_bank import MemoryBank, coreset, draw_patches, nearest, project
 from normweave.types import FitData
-
-
-class InMemory:
-    """Features at hand, that remember how many images were asked for at once."""
-
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-        self.asked = []
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        self.asked.append(len(rows))
-        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
 
 
 def generator(seed=0):
@@ -102,7 +87,7 @@ def test_a_pool_smaller_than_the_number_of_images_takes_one_patch_of_some():
 def test_images_are_read_a_few_at_a_time():
     source = InMemory(torch.randn(50, 2, 3, 3))
     draw_patches(source, np.arange(50), at_most=1000, generator=generator())
-    assert max(source.asked) <= 16
+    assert source.most <= 16
 
 
 def test_the_coreset_is_gonzalez_farthest_point_first():

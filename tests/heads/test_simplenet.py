@@ -5,23 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.heads.simplenet import SimpleNet
 from normweave.training import train
 from normweave.types import FitData
-
-
-class InMemory:
-    """Features at hand."""
-
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
 
 
 def generator(seed=0):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.heads.adapted_moe.discovery import agreement, discover, place_explains
 from normweave.types import FitData
 
@@ -102,18 +103,6 @@ def test_agreement_by_hand():
     assert result.adjusted_rand_index == pytest.approx((2 - 1.6) / (4 - 1.6))
     assert result.purity == pytest.approx(0.8)
     assert (result.found, result.given) == (2, 2)
-
-
-class InMemory:
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        return self.features[torch.as_tensor(np.asarray(rows))]
 
 
 def fit_data(features, *, groups=None):

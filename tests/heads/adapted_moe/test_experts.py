@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from in_memory import InMemory
 from normweave.heads.adapted_moe.experts import (
     DiscriminatorLesson,
     Discriminators,
@@ -20,18 +21,6 @@ from normweave.heads.adapted_moe.router import Schedule
 
 D, H, W, K = 4, 6, 5, 3
 ASKED = torch.tensor([[2, 0], [1, 2]])
-
-
-class InMemory:
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        return self.features[torch.as_tensor(np.asarray(rows))]
 
 
 def random(*shape, seed=0):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.config import AdaptedMoEConfig
 from normweave.errors import ConfigError, DataError
 from normweave.heads import build
@@ -43,20 +44,6 @@ QUICK = {
     "max_pool": 300,
     "cells": 4,
 }
-
-
-class InMemory:
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-        self.most = 0
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        self.most = max(self.most, len(rows))
-        return self.features[torch.as_tensor(np.asarray(rows))]
 
 
 def random(*shape, seed=0):

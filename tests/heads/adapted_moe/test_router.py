@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from in_memory import InMemory
 from normweave.heads.adapted_moe.router import KnownKinds, Router, RouterLesson, Schedule, choose
 from normweave.training import train
 from normweave.types import FitData
@@ -154,18 +155,6 @@ def test_centres_move_in_training_only():
 
     one_loss(net, training=True)
     assert not torch.equal(net.centres, before)
-
-
-class InMemory:
-    def __init__(self, features):
-        self.features = features
-        self.shape = tuple(features.shape[1:])
-
-    def __len__(self):
-        return len(self.features)
-
-    def read(self, rows):
-        return self.features[torch.as_tensor(np.asarray(rows))]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])

@@ -170,6 +170,15 @@ class KnowsStrangers(Protocol):
         ...
 
 
+@runtime_checkable
+class HasNotes(Protocol):
+    """A head that decides something while fitting."""
+
+    def notes(self) -> dict[str, Any]:
+        """What it decided and why, as JSON holds it."""
+        ...
+
+
 class DefectBox(NamedTuple):
     """A connected region of the map above the operating point, in pixels of the image on disk."""
 

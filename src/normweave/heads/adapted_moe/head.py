@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -382,6 +382,14 @@ class AdaptedMoE(nn.Module):
         """Training images as their own (B,) experts see them, (B, D, h, w)."""
         adapted: Tensor = self.way.adaption(features, statistics(features), experts[:, None])
         return adapted[:, 0]
+
+    def notes(self) -> dict[str, Any]:
+        """What was decided while fitting: kind of experts, share explained by place, agreement of found subclasses."""
+        return {
+            "experts": type(self.way.experts).__name__.lower(),
+            "place": self.place,
+            "agreement": None if self.agreement is None else self.agreement._asdict(),
+        }
 
     def state(self) -> dict[str, Tensor]:
         """Everything fitted."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+
 from normweave import __version__, settings
 from normweave.benchmark.evaluate import measure
 from normweave.benchmark.plan import DataPlan, MethodPlan, Plan, read_plan
@@ -90,7 +92,6 @@ def run(
     runs = list(_runs(plan, data, root))
     cache = cache or cache_folder()
     waiting = [item for item in runs if not (done / f"{item.key}.json").exists()]
-    started = time.perf_counter()
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(_one, item, data[item.data.name], done, cache, threads) for item in waiting]
@@ -100,7 +101,7 @@ def run(
                 progress("runs", number + 1, len(futures))
     results = [json.loads((done / f"{item.key}.json").read_text()) for item in runs]
     rows = _rows(plan, results)
-    provenance = _provenance(plan_path, plan, results, time.perf_counter() - started)
+    provenance = _provenance(plan_path, plan, results)
     _write_csv(output / f"{plan_path.stem}.csv", rows)
     _replace(output / f"{plan_path.stem}.md", _markdown(plan, rows, results, provenance))
     return rows
@@ -137,8 +138,6 @@ def _runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run
 
 
 def _one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads: int) -> None:
-    import torch
-
     torch.set_num_threads(threads)
     (fold,) = (fold for fold in folds(samples, item.protocol, seed=item.seed) if fold.name == item.fold)
     row: dict[str, Any] = {
@@ -215,15 +214,22 @@ def _row(method: str, data: str, protocol: str, side: str, results: list[dict[st
     return row
 
 
-def _provenance(plan_path: Path, plan: Plan, results: Sequence[dict[str, Any]], seconds: float) -> list[str]:
-    fingerprints = {result["data_fingerprint"] for result in results if "data_fingerprint" in result}
+def _provenance(plan_path: Path, plan: Plan, results: Sequence[dict[str, Any]]) -> list[str]:
+    done = [result for result in results if "error" not in result]
+    fingerprints = " ".join(sorted({result["data_fingerprint"] for result in done}))
+    minutes = sum(result["train_s"] + result["test_ms"] * _tested(result) / 1000 for result in done) / 60
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return [
         f"Command: `normweave benchmark {plan_path.parent.name}/{plan_path.name}`; seeds {list(plan.seeds)}.",
         f"normweave {__version__}, Python {platform.python_version()}, {platform.machine()}, "
-        f"{os.cpu_count()} cores, no GPU; {date.today().isoformat()}; last call took {seconds / 60:.1f} minutes.",
-        f"{len(results)} runs over {len(fingerprints)} different training sets; "
-        f"their fingerprint {hashlib.sha256(' '.join(sorted(fingerprints)).encode()).hexdigest()[:16]}.",
+        f"{os.cpu_count()} cores, {gpu}; {date.today().isoformat()}; {len(results)} runs, "
+        f"{minutes:.0f} minutes of training and testing in all, features cached.",
+        f"Fingerprint of the training sets: {hashlib.sha256(fingerprints.encode()).hexdigest()[:16]}.",
     ]
+
+
+def _tested(result: dict[str, Any]) -> int:
+    return sum(side["n_normal"] + side["n_anomalous"] for side in result["sides"].values())
 
 
 def _markdown(

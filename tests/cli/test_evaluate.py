@@ -32,6 +32,7 @@ def metrics():
         "seen": values(),
         "unseen": nothing,
         "by_subclass": {"cloth/[twill]": values(aupro=None, image_auroc=1.0)},
+        "mask_faults": [],
     }
 
 
@@ -55,6 +56,12 @@ def test_the_table_is_in_percent_with_gaps_where_nothing_is_defined(metrics, tmp
     ]
     assert rows["mean"][-1] == "10.0"
     assert "unseen" not in rows  # there were none
+
+
+def test_masks_that_cannot_be_used_are_counted(metrics, tmp_path, capsys):
+    metrics["mask_faults"] = [{"image_path": "a.png", "reason": "gone"}]
+    assert report(Terminal(), metrics, tmp_path) == 0
+    assert "1 masks could not be used" in capsys.readouterr().out
 
 
 def test_unreadable_images_make_it_4(metrics, tmp_path, capsys):

@@ -477,3 +477,16 @@ def test_layouts_of_one_group_are_finite():
     )
 
     assert torch.isfinite(experts(random(2, 1, D, H, W), ASKED)).all()
+
+
+def test_layouts_of_many_channels_in_the_coarsest_stage_can_be_fit():
+    """432 channels: what stride 32 of a small network, or any stage of a large one, brings."""
+    width = 450
+    source = InMemory(random(12, width, 4, 4))
+    data = Normals(source, np.arange(12), np.arange(12) % 3, np.arange(12))
+    experts = fitted(
+        Layouts(shape=(width, 4, 4), coarse=432, cells=2, variance=0.9, most=10, own=0.5, max_images=100),
+        data,
+    )
+
+    assert torch.isfinite(experts(random(1, 1, width, 4, 4), torch.tensor([[0, 2]]))).all()

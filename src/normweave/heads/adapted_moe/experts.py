@@ -690,7 +690,9 @@ class View(nn.Module):
             variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] + tiny  # (K, 1, 1)
             shrunk = 0.5 * covariance + 0.5 * variance * torch.eye(covariance.shape[1])
             factor = torch.linalg.cholesky(shrunk.double())
-            self.whitener = torch.linalg.inv(factor).float()
+            # Not inv: batched, of 432 channels, MKL's LU fails or never ends.
+            identity = torch.eye(factor.shape[1], dtype=factor.dtype).expand_as(factor)
+            self.whitener = torch.linalg.solve_triangular(factor, identity, upper=False).float()
             self.usual = torch.ones(len(owned), *self.cells)
             self.usual = (
                 mixed(lambda few, expert: self._distance(few)[:, expert].square().mean(dim=0)).sqrt() + tiny

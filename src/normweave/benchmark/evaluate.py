@@ -67,11 +67,11 @@ def evaluate(
     metrics, predictions = measure(detector, samples, progress=progress)
     metrics["provenance"] = provenance(detector, data)
     output.mkdir(parents=True, exist_ok=True)
-    _write(output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
-    _write(output / "predictions.csv", lambda path: _write_rows(path, predictions))
+    write_whole(output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
+    write_whole(output / "predictions.csv", lambda path: _write_rows(path, predictions))
     # Rows stand in the order of the samples, but for those that could not be read, which have no picture.
     by_path = {str(sample.image_path): sample for sample in samples}
-    _write(
+    write_whole(
         output / "report.html",
         lambda path: write_page(
             path,
@@ -282,7 +282,7 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Never half-written: to a temporary name, then renamed."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     write(partial)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from normweave import __version__, settings
-from normweave.benchmark.evaluate import measure
+from normweave.benchmark.evaluate import measure, write_whole
 from normweave.benchmark.plan import DataPlan, MethodPlan, Plan, read_plan
 from normweave.benchmark.protocols import Fold, Protocol, folds
 from normweave.config import Config
@@ -289,15 +289,15 @@ def _points(row: dict[str, Any], name: str) -> str:
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     if not rows:
         raise DataError(f"Every run failed; their reasons stand in {path.stem}.runs/.")
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+
+    def table(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, table)
 
 
 def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
+    write_whole(path, lambda partial: partial.write_text(text))

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave import __version__, bundle, maps, settings, training
-from normweave.config import Config
+from normweave.config import Config, OutcomeConfig
 from normweave.data import images, layouts, rows, splits
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
@@ -260,7 +260,7 @@ class Detector:
         )
         detector.refused = scanned.refused
         detector.kinds = detector._name_kinds(scanned, fit_rows, source)
-        detector._draw(scanned, _rows_of(scanned, division.calibration), source)
+        detector._draw(scanned, _rows_of(scanned, division.calibration), source, outcome=config.outcome)
         detector.record = _record(detector, scanned, division)
         return detector
 
@@ -290,13 +290,14 @@ class Detector:
                 f"No normal image to calibrate with among {len(normals)} candidates. "
                 "Give a folder or manifest of good images that training has not seen."
             )
+        source = feature_cache.streamed(self.extractor, scanned.load, len(scanned))
+        self._draw(scanned, np.arange(len(scanned)), source, outcome=config.outcome, progress=progress)
         self.config = config
         self.refused = scanned.refused
-        source = feature_cache.streamed(self.extractor, scanned.load, len(scanned))
-        self._draw(scanned, np.arange(len(scanned)), source, progress=progress)
         self.record = self.record | {
             "config": settings.as_dict(config),
             "calibration_images": len(scanned.samples),
+            "calibration_hashes": sorted(text[:HASH_LETTERS] for text in scanned.hashes),
             "calibrated_on": _fingerprint(scanned.hashes),
         }
 
@@ -306,22 +307,26 @@ class Detector:
         chosen: NDArray[np.int64],
         source: FeatureSource,
         *,
+        outcome: OutcomeConfig,
         progress: Progress | None = None,
     ) -> None:
         summaries = [summary for _, _, summary in self._summaries(scanned, chosen, source, progress=progress)]
         strangers = None
         if isinstance(self.head, KnowsStrangers) and len(self.head.subclass_names) > 1:
             walk = self._summaries(scanned, chosen, source, as_strangers=True, progress=progress)
-            strangers = self._calibration([summary for _, _, summary in walk], strangers=None)
-        self.calibration = self._calibration(summaries, strangers=strangers)
-        rate = self.config.outcome.false_alarm_rate
+            strangers = self._calibration([summary for _, _, summary in walk], outcome, strangers=None)
+        self.calibration = self._calibration(summaries, outcome, strangers=strangers)
         scores = np.array([summary.score for summary in summaries])
         peaks = np.array([summary.peak for summary in summaries])
         # A head with an image score of its own speaks in other units than its map: boxes need a line of theirs.
         own_scores = bool((scores != peaks).any())
-        self.map_threshold = draw(peaks, false_alarm_rate=rate).threshold if own_scores else None
+        self.map_threshold = (
+            draw(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
+        )
 
-    def _calibration(self, summaries: Sequence[_Summary], *, strangers: Calibration | None) -> Calibration:
+    def _calibration(
+        self, summaries: Sequence[_Summary], outcome: OutcomeConfig, *, strangers: Calibration | None
+    ) -> Calibration:
         routed = [summary.subclass for summary in summaries if summary.subclass is not None]
         distances = [summary.distance for summary in summaries if summary.distance is not None]
         return Calibration(
@@ -329,8 +334,8 @@ class Detector:
             distances=np.array(distances) if routed else None,
             subclasses=np.array(routed, dtype=np.int64) if routed else None,
             subclass_names=self.head.subclass_names,
-            false_alarm_rate=self.config.outcome.false_alarm_rate,
-            unknown_rate=self.config.outcome.unknown_rate,
+            false_alarm_rate=outcome.false_alarm_rate,
+            unknown_rate=outcome.unknown_rate,
             strangers=strangers,
         )
 

@@ -188,8 +188,11 @@ def test_calibrate_draws_the_line_anew(detector: Detector, cloth: Path, tmp_path
     loaded.calibrate(folder, false_alarm_rate=0.1)
     assert loaded.calibration.false_alarm_rate == 0.1
     assert len(loaded.calibration) == 30
+    with pytest.raises(DataError, match="cannot serve for test"):
+        list(loaded.stream_samples([Sample(image_path=folder / "0.png")]))
     with pytest.raises(GateError, match="needs at least 999 held-out normal images, got 30"):
         loaded.calibrate(folder, false_alarm_rate=0.001)
+    assert loaded.config.outcome.false_alarm_rate == 0.1  # what failed left nothing behind
     with pytest.raises(DataError, match="cannot serve for calibration"):
         loaded.calibrate(cloth)
 

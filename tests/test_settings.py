@@ -14,7 +14,7 @@ from normweave.config import (
     AdaptedMoEConfig,
     Config,
     DataConfig,
-    FeaturesConfig,
+    TimmConfig,
     HeadConfig,
     MemoryBankConfig,
     SimpleNetConfig,
@@ -37,7 +37,7 @@ def config(request):
         data=DataConfig(
             category=("bottle", "01"), subclass_from="filename-regex", subclass_regex="^(a[0-9])"
         ),
-        features=FeaturesConfig(strides=(8, 16)),
+        features=TimmConfig(strides=(8, 16)),
         head=request.param(),
         seed=7,
     )
@@ -145,7 +145,7 @@ def test_override_changes_only_what_it_names():
     )
     assert changed == Config(
         head=AdaptedMoEConfig(adaption="off", alpha=0.1, top_k=3),
-        features=FeaturesConfig(strides=(4, 8)),
+        features=TimmConfig(strides=(4, 8)),
         seed=3,
     )
 

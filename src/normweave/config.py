@@ -75,9 +75,10 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturesConfig:
-    """A frozen network, several of its stages on one grid."""
+class TimmConfig:
+    """A frozen network of timm, several of its stages on one grid."""
 
+    kind: Literal["timm"] = "timm"
     backbone: str = "tf_efficientnet_lite0"
     """Any timm model that offers forward_intermediates; tf_efficientnet_lite0/1/2 need no download."""
     weights: str = "auto"
@@ -93,7 +94,7 @@ class FeaturesConfig:
 
     def __post_init__(self) -> None:
         _check(
-            "features",
+            "features 'timm'",
             (len(self.strides) > 0, "strides must name at least one stage"),
             (self.grid_stride >= 1, f"grid_stride must be 1 or more, got {self.grid_stride}"),
             (
@@ -102,6 +103,63 @@ class FeaturesConfig:
             ),
             (self.batch_images >= 1, f"batch_images must be 1 or more, got {self.batch_images}"),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflinePairConfig:
+    """A vision-language pair that pip carries: EfficientNet-Lite0 and MiniLM, aligned on ImageNet's class names."""
+
+    kind: Literal["offline_pair"] = "offline_pair"
+    weights: str = "auto"
+    """Of the vision side. `auto`: carried by pip; a path: a safetensors file; `random`: untrained, for tests."""
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Levels to use, by their stride to the input; 32 among them: from it leads the way to the joint space."""
+    grid_stride: int = 16
+    """One grid cell stands for this many pixels of the input."""
+    neighbourhood: int = 1
+    """Side of the local average, in cells of each level; 1 = none."""
+    batch_images: int = 8
+    """Images in one pass; every pass is filled up to it, so that results do not depend on the number of images."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "features 'offline_pair'",
+            (32 in self.strides, f"strides must hold 32, got {list(self.strides)}"),
+            (self.grid_stride >= 1, f"grid_stride must be 1 or more, got {self.grid_stride}"),
+            (
+                self.neighbourhood >= 1 and self.neighbourhood % 2 == 1,
+                f"neighbourhood must be odd and positive, got {self.neighbourhood}",
+            ),
+            (self.batch_images >= 1, f"batch_images must be 1 or more, got {self.batch_images}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenClipConfig:
+    """A CLIP model of open_clip, the patch tokens of several of its blocks."""
+
+    kind: Literal["open_clip"] = "open_clip"
+    model: str = "ViT-L-14-336-quickgelu"
+    """Any of open_clip's models whose vision side is its own vision transformer."""
+    weights: str = "openai"
+    """A tag of open_clip (from its hub), a file (safetensors or a state dict), or `random`: untrained, for tests."""
+    layers: tuple[int, ...] = (6, 12, 18, 24)
+    """Blocks whose patch tokens are used, counted from 1."""
+    batch_images: int = 8
+    """Images in one pass; every pass is filled up to it, so that results do not depend on the number of images."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "features 'open_clip'",
+            (
+                len(self.layers) > 0 and all(layer >= 1 for layer in self.layers),
+                f"layers must name at least one block and count from 1, got {list(self.layers)}",
+            ),
+            (self.batch_images >= 1, f"batch_images must be 1 or more, got {self.batch_images}"),
+        )
+
+
+FeaturesConfig = TimmConfig | OfflinePairConfig | OpenClipConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +427,7 @@ class Config:
 
     data: DataConfig = field(default_factory=DataConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    features: FeaturesConfig = field(default_factory=TimmConfig)
     head: HeadConfig = field(default_factory=AdaptedMoEConfig)
     maps: MapsConfig = field(default_factory=MapsConfig)
     outcome: OutcomeConfig = field(default_factory=OutcomeConfig)

@@ -16,6 +16,7 @@ from normweave.config import (
     AdaptedMoEConfig,
     Config,
     DFMConfig,
+    FeaturesConfig,
     HeadConfig,
     MemoryBankConfig,
     SimpleNetConfig,
@@ -30,9 +31,11 @@ MODELS: dict[str, type[HeadConfig]] = {
 }
 """Models by the name the command line has for them; PatchCore is the head `memory_bank`."""
 
-HEADS: dict[str, type[HeadConfig]] = {head.kind: head for head in get_args(HeadConfig)}
-"""Heads by `kind`, as settings files name them."""
-
+UNIONS: dict[str, dict[str, Any]] = {
+    section: {part.kind: part for part in get_args(union)}
+    for section, union in (("features", FeaturesConfig), ("head", HeadConfig))
+}
+"""Sections that are of one kind or another, and their classes by `kind`, as settings files name them."""
 
 HOWTO = "What each is for: normweave/config.py."
 
@@ -80,7 +83,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 def from_dict(values: Mapping[str, Any], *, source: str = "settings") -> Config:
     """Settings from nested mappings; what is not named keeps its default.
 
-    `head` needs its `kind`. `source` says in messages where the values come from.
+    `head` needs its `kind`; features without one are timm's. `source` says in messages where the values come from.
 
     Raises:
         ConfigError: unknown keys, wrong types and values out of range, all together.
@@ -118,8 +121,8 @@ def read(path: Path) -> Config:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """The same settings with some changed: `head.top_k=2`, `features.strides=[4, 8]`, `seed=1`.
 
-    Another `head.kind` starts from that head's defaults. Values are YAML, except where a setting is text:
-    there the words after `=` are taken as they stand.
+    Another `head.kind` or `features.kind` starts from its own defaults. Values are YAML, except where a setting is
+    text: there the words after `=` are taken as they stand.
 
     Raises:
         ConfigError: as in `from_dict`.
@@ -133,12 +136,12 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         else:
             mistakes.append(f"{assignment!r} must be of the form a.b=c, for example head.top_k=2")
     flat = _flat(config)
-    kind = changes.pop("head.kind", flat["head.kind"])
-    if kind != flat["head.kind"]:
-        flat = {key: value for key, value in flat.items() if not key.startswith("head.")} | {
-            "head.kind": kind
-        }
-    types = _types(HEADS.get(kind))
+    for section in UNIONS:
+        kind = changes.pop(f"{section}.kind", flat[f"{section}.kind"])
+        if kind != flat[f"{section}.kind"]:
+            flat = {key: value for key, value in flat.items() if not key.startswith(f"{section}.")}
+            flat[f"{section}.kind"] = kind
+    types = _types(_classes(flat, []))
     for key, text in changes.items():
         try:
             flat[key] = text if types.get(key) is str else _parse(text, source=key)
@@ -151,19 +154,13 @@ def _build(flat: Mapping[str, Any], mistakes: list[str], *, source: str) -> Conf
     """Settings from dotted keys; adds what is wrong to `mistakes` and raises them all."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError  # here, so that --help does not wait for it
 
-    kind = flat.get("head.kind")
-    head = HEADS.get(kind) if isinstance(kind, str) else None
-    if kind is None and any(key.startswith("head.") for key in flat):
-        mistakes.append(f"head.kind must be named, one of: {', '.join(sorted(HEADS))}")
-    elif kind is not None and head is None:
-        mistakes.append(str(unknown("head.kind", str(kind), HEADS, HOWTO)))
-    classes: dict[str, Any] = get_type_hints(Config) | {"head": head}
-    types = _types(head)
+    classes = _classes(flat, mistakes)
+    types = _types(classes)
     sections: dict[str, dict[str, Any]] = {}
     parts: dict[str, Any] = {}
     for key, value in flat.items():
         section, _, name = key.partition(".")
-        if section == "head" and head is None:
+        if section in classes and classes[section] is None:
             continue  # which settings there are depends on the kind
         if section not in classes:
             mistakes.append(str(unknown("setting", section, classes, HOWTO)))
@@ -200,11 +197,23 @@ def _build(flat: Mapping[str, Any], mistakes: list[str], *, source: str) -> Conf
     return Config(**parts)
 
 
-def _types(head: type[HeadConfig] | None) -> dict[str, Any]:
-    """The type of every setting by its dotted key; of the head's only if it is known which one."""
+def _classes(flat: Mapping[str, Any], mistakes: list[str]) -> dict[str, Any]:
+    """The class of every section; None for one whose kind is not known, which is a mistake if it has settings."""
+    classes: dict[str, Any] = get_type_hints(Config)
+    for section, kinds in UNIONS.items():
+        kind = flat.get(f"{section}.kind", "timm" if section == "features" else None)
+        classes[section] = kinds.get(kind) if isinstance(kind, str) else None
+        if kind is None and any(key.startswith(f"{section}.") for key in flat):
+            mistakes.append(f"{section}.kind must be named, one of: {', '.join(sorted(kinds))}")
+        elif kind is not None and classes[section] is None:
+            mistakes.append(str(unknown(f"{section}.kind", str(kind), kinds, HOWTO)))
+    return classes
+
+
+def _types(classes: Mapping[str, Any]) -> dict[str, Any]:
+    """The type of every setting by its dotted key; of a section of many kinds only if it is known which one."""
     types: dict[str, Any] = {}
-    for section, part in get_type_hints(Config).items():
-        part = head if section == "head" else part
+    for section, part in classes.items():
         if is_dataclass(part):
             types |= {f"{section}.{name}": hint for name, hint in get_type_hints(part).items()}
         elif part is not None:

@@ -6,7 +6,7 @@ Sizes are (height, width). Scores have one direction everywhere: higher = more a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -73,6 +73,65 @@ class FeatureSource(Protocol):
         ...
 
 
+class JointMaps(NamedTuple):
+    """From the patch tokens of each level to a space that images share with text.
+
+    For a raw token e (D_l,) of level l: j = n(e) W_l + b_l, then j / |j|, with n(e) = (e - mean(e)) / std(e) over its
+    numbers where `layer_norm`, else e. Gains and offsets of a layer norm are merged into W_l and b_l.
+    """
+
+    weights: tuple[Tensor, ...]  # each (D_l, J)
+    biases: tuple[Tensor, ...]  # each (J,)
+    layer_norm: bool
+
+
+class Text(Protocol):
+    """The text side of a vision-language pair: frozen, but differentiable in the words that it is given."""
+
+    joint_dim: int
+    """J."""
+    word_dim: int
+    """V, numbers of a word's embedding."""
+    token_dim: int
+    """U, numbers of what the text encoder says of a word in its context."""
+
+    def words(self, text: str) -> Tensor:
+        """Embeddings of the words of a text, (number of words, V)."""
+        ...
+
+    def encode_prompts(self, context: Tensor, states: Sequence[str]) -> Tensor:
+        """Prompts [context (m, V), words of a state] to (len(states), J) of length one; differentiable in the context."""
+        ...
+
+    def prompt_tokens(self, context: Tensor, state: str) -> Tensor:
+        """What the encoder says at the places of the context, (m, V) to (m, U); the prompt ends with the state."""
+        ...
+
+
+class Pair(Protocol):
+    """A vision-language pair beside the extractor of its image side."""
+
+    text: Text | None
+    """None: its text side is not on this machine."""
+
+    def joint_maps(self, normals: Iterable[Tensor]) -> JointMaps:
+        """The ways into the joint space; those that a pair does not bring itself are learnt from normal images.
+
+        Args:
+            normals: raw features of all fit normals, (B, D, h, w) a time.
+        """
+        ...
+
+
+class PseudoAnomalies(NamedTuple):
+    """Fit normals with damage put into their pictures: row k * n + i is the k-th damage of image i."""
+
+    features: FeatureSource  # standardised
+    coverage: Callable[
+        [NDArray[np.int64]], Tensor
+    ]  # rows to (len(rows), h, w) float32, share of each cell damaged
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitData:
     """Everything a head may learn from: fit normals only, neither calibration nor test images."""
@@ -88,6 +147,14 @@ class FitData:
     holdout: NDArray[np.bool_]
     """(n,) fit normals that gradients must not see: they stop the training and set the experts' scale."""
     seed: int = 0
+    mean: Tensor | None = None
+    """(D,) of the raw features; raw = standardised * deviation + mean. None: the features are raw."""
+    deviation: Tensor | None = None
+    """(D,) likewise."""
+    pair: Pair | None = None
+    """The vision-language pair that the features come from, if they do."""
+    pseudo: PseudoAnomalies | None = None
+    """None: the head did not ask for any."""
 
     def __len__(self) -> int:
         """n images."""
@@ -111,6 +178,9 @@ class PatchScores(NamedTuple):
     scores: Tensor  # (B, h, w) float32
     image_scores: Tensor | None  # (B,) float32; None: the maximum of the smoothed map is the image's score
     routing: Routing | None  # None: the head knows one kind of normal only
+    reconstruction: Tensor | None = (
+        None  # (B, h, w) float32, distance to what was reconstructed; heads that decode
+    )
 
 
 class Lesson(Protocol):
@@ -168,6 +238,14 @@ class KnowsStrangers(Protocol):
     def as_strangers(self, features: Tensor, subclasses: Tensor) -> PatchScores:
         """Score (B, D, h, w) without the expert of each image's own subclass, (B,) int64."""
         ...
+
+
+@runtime_checkable
+class LearnsFromDamage(Protocol):
+    """A head that is also shown pseudo-abnormal images."""
+
+    pseudo_variants: int
+    """Damages of each fit normal; 0 = none."""
 
 
 @runtime_checkable

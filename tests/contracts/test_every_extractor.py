@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from normweave import features
-from normweave.config import FeaturesConfig
+from normweave.config import TimmConfig
 
 BACKBONES = {  # name: strides
     "resnet18": (4, 8, 16),
@@ -18,7 +18,7 @@ HEIGHT, WIDTH = 64, 96
 
 @pytest.fixture(scope="module", params=BACKBONES, ids=lambda name: f"features/extractor:{name}")
 def config(request):
-    return FeaturesConfig(
+    return TimmConfig(
         backbone=request.param, strides=BACKBONES[request.param], weights="random", batch_images=4
     )
 

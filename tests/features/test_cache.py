@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from normweave import features
-from normweave.config import FeaturesConfig
+from normweave.config import TimmConfig
 from normweave.errors import DataError, ImageError
 from normweave.features import cache
 
@@ -23,12 +23,12 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def extractor():
-    return features.build(FeaturesConfig(**SETTINGS), height=64, width=64)
+    return features.build(TimmConfig(**SETTINGS), height=64, width=64)
 
 
 @pytest.fixture(scope="module")
 def other():
-    return features.build(FeaturesConfig(**SETTINGS | {"neighbourhood": 1}), height=64, width=64)
+    return features.build(TimmConfig(**SETTINGS | {"neighbourhood": 1}), height=64, width=64)
 
 
 def image(row):
@@ -146,11 +146,11 @@ import json, pathlib, sys, time
 import numpy as np
 import torch
 from normweave import features
-from normweave.config import FeaturesConfig
+from normweave.config import TimmConfig
 from normweave.features import cache
 torch.set_num_threads(1)
 settings, folder, rows, pause = json.loads(sys.argv[1])
-extractor = features.build(FeaturesConfig(**settings), height=64, width=64)
+extractor = features.build(TimmConfig(**settings), height=64, width=64)
 def load(row):
     time.sleep(pause)
     return np.random.default_rng(row).integers(0, 256, (3, 64, 64), dtype=np.uint8)
@@ -276,7 +276,7 @@ def test_a_disk_that_is_too_small_is_known_before_the_work(tmp_path):
 
 
 def test_features_beyond_float16_are_refused(tmp_path, extractor):
-    loud = features.build(FeaturesConfig(**SETTINGS), height=64, width=64)
+    loud = features.build(TimmConfig(**SETTINGS), height=64, width=64)
     loud.scale *= 1e7
     with pytest.raises(
         DataError, match=r"features reach .*e\+\d+, and they are kept in float16, which ends at 65504"

@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional
 
 from normweave import features
-from normweave.config import FeaturesConfig
+from normweave.config import TimmConfig
 from normweave.errors import ConfigError, DataError
 from normweave.features.frozen import FrozenFeatures
 
 
 def build(height=64, width=64, **settings):
     settings = {"backbone": "resnet18", "weights": "random", "batch_images": 2} | settings
-    return features.build(FeaturesConfig(**settings), height=height, width=width)
+    return features.build(TimmConfig(**settings), height=height, width=width)
 
 
 def frozen(model, **settings):
@@ -189,7 +189,7 @@ def test_a_grid_of_no_cells_is_refused():
 
 
 def test_a_small_pass_is_not_filled_up_unless_asked():
-    extractor = features.build(FeaturesConfig(weights="random"), height=64, width=64)
+    extractor = features.build(TimmConfig(weights="random"), height=64, width=64)
     pixels = torch.randint(
         0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )

@@ -88,7 +88,8 @@ class FrozenFeatures(nn.Module):
                 f"Backbone {name!r} cannot read {height} x {width} pixels ({error}). Choose another prepare.height "
                 "and prepare.width: transformers need multiples of their patch or window."
             ) from error
-        self.shape = (sum(stage.shape[1] for stage in seen), *self.grid)
+        self.dims = tuple(stage.shape[1] for stage in seen)  # D_l of each level, in the order of the channels
+        self.shape = (sum(self.dims), *self.grid)
         self.fingerprint = _fingerprint(
             model.state_dict(),
             {

@@ -31,7 +31,7 @@ class Trunk(NamedTuple):
 
 
 def load(name: str, *, weights: str, strides: Sequence[int]) -> Trunk:
-    """The model `name`, with the weights that `FeaturesConfig.weights` asks for.
+    """The model `name`, with the weights that `TimmConfig.weights` asks for.
 
     Raises:
         ConfigError: no such model, no such stages, or weights in a format that can execute code.

@@ -41,11 +41,49 @@ def test_a_plan_is_read(tmp_path: Path):
         ("title: A table", "", "title missing"),
         ("name: Memory, ", "", "name missing"),
         ("seeds: [0, 1]", "seeds: [0, 1", "cannot be read as a plan"),
+        ("set: [head.share=0.2]", "baseline: Memory", "baseline of 'Memory' 'Memory'"),
+        ("set: [head.share=0.2]", "baseline: Plain", "Name another method of the plan"),
+        ("path: cloth, ", "", "got no source of images. Give one of path, textures, parts"),
+        (
+            "path: cloth, ",
+            "path: cloth, parts: [{path: tiles}], ",
+            "got path and parts. Give one of path, textures",
+        ),
+        (
+            "path: cloth, ",
+            "parts: [{layout: folders}], ",
+            "cloth: parts: got no source of images. Give one of path, t",
+        ),
+        ("path: cloth, ", "parts: [{paht: tiles}], ", "Did you mean 'path'"),
+        ("path: cloth, ", "parts: [{path: tiles, parts: []}], ", "Unknown key of .*: cloth: parts 'parts'"),
     ],
 )
 def test_what_is_wrong_is_named(old: str, new: str, says: str, tmp_path: Path):
     with pytest.raises(ConfigError, match=says):
         read_plan(written(tmp_path, GOOD.replace(old, new)))
+
+
+def test_parts_decide_the_run_and_a_baseline_does_not(tmp_path: Path):
+    def key(text: str) -> str:
+        plan = read_plan(written(tmp_path, text))
+        method = plan.methods[0]
+        return Run(method=method, data=plan.data[0], root="data", protocol="given", fold="all", seed=1).key
+
+    parts = "parts: [{path: tiles}, {path: boards, layout: deep_pcb}], "
+    plan = GOOD.replace("path: cloth, ", parts)
+    assert len(read_plan(written(tmp_path, plan)).data[0].parts) == 2
+    other = [
+        GOOD,
+        plan.replace("path: boards", "path: cards"),
+        plan.replace("layout: deep_pcb", "layout: folders"),
+        plan.replace("path: boards, layout: deep_pcb", "textures: {train_images: 3}"),
+        plan.replace("{path: tiles}", "{path: tiles, set: [data.category=tiles]}"),
+    ]
+    assert len({key(text) for text in [plan, *other]}) == 6
+
+    two = plan.replace("seeds:", "  - {name: Plain, model: dfm}\nseeds:")
+    assert key(two) == key(plan)
+    assert key(two.replace("model: patchcore", "model: patchcore, baseline: Plain")) == key(plan)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Folds: nothing that tests has trained."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,27 @@ def test_the_subclass_that_is_left_out_tests_and_no_other():
         assert {sample.subclass for sample in fold.tests["unseen"]} == {left_out}
         assert left_out not in {sample.subclass for sample in fold.samples}
         assert {sample.label for sample in fold.tests["unseen"]} == {"normal", "anomalous"}
+
+
+def tiles_and_boards() -> list[Sample]:
+    boards = [
+        replace(sample, image_path=Path(f"b{sample.image_path}"), category="board", group=f"b{sample.group}")
+        for sample in tiles(20)
+    ]
+    return tiles(20) + boards
+
+
+def test_folds_of_several_categories_have_names_of_their_own():
+    names = [fold.name for fold in folds(tiles_and_boards(), "leave-one-subclass-out", seed=0)]
+    assert names == [
+        f"without {category}/exp{number}" for category in ("board", "tile") for number in range(3)
+    ]
+
+
+def test_one_model_sees_all_categories():
+    (fold,) = folds(tiles_and_boards(), "seen", seed=0)
+    assert {sample.category for sample in fold.samples} == {"board", "tile"}
+    assert {sample.category for sample in fold.tests["seen"]} == {"board", "tile"}
 
 
 def test_given_splits_keep_kinds_without_training_apart():

@@ -56,6 +56,46 @@ def test_a_manifest_of_chosen_subclasses(cloth, tmp_path):
     assert json.loads(result.stdout) == {"manifest": str(table), "images": 6}
 
 
+def test_several_folders_become_one_manifest(cloth, tmp_path):
+    """Each in its own layout: a folder with a manifest, and one of good images."""
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for number, image in enumerate(sorted(cloth.glob("cloth/*/train/good/*.png"))):
+        shutil.copy(image, parts / f"{number}.png")
+    table = tmp_path / "all.csv"
+    result = run("data", "manifest", cloth, parts, "-o", table)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{table}: 66 images\n"
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["category"] for row in rows] == ["cloth"] * 42 + ["parts"] * 24
+    assert all((tmp_path / row["image_path"]).is_file() for row in rows)
+    assert {row["group"].split("/")[0] for row in rows} == {"cloth", ""}
+    assert run("data", "check", table).exit_code == 0
+
+    result = run("data", "manifest", cloth, parts, "-o", table, "--category", "parts", "--json")
+    assert json.loads(result.stdout)["images"] == 24
+
+
+def test_a_category_in_two_folders_is_refused(cloth, tmp_path):
+    result = run("data", "manifest", cloth, cloth, "-o", tmp_path / "all.csv")
+    assert result.exit_code == 2
+    message = " ".join(result.stderr.split())
+    assert f"Category 'cloth' is in {cloth} and in {cloth}." in message
+    assert "change its column category" in message
+    assert not (tmp_path / "all.csv").exists()
+
+
+def test_a_named_layout_is_that_of_every_folder(cloth, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(next(cloth.glob("cloth/*/train/good/*.png")), tmp_path / "bare")
+    result = run(
+        "data", "manifest", cloth, tmp_path / "bare", "-o", tmp_path / "a.csv", "--layout", "manifest"
+    )
+    assert result.exit_code == 2
+    assert "no manifest.csv" in result.stderr
+
+
 def test_textures_are_made_from_the_seed(tmp_path):
     def made(name, seed):
         options = ["--train-images=1", "--test-images=0", "--defect-images=1", "--size=64"]

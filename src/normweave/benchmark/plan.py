@@ -13,18 +13,26 @@ from normweave.errors import ConfigError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataPlan:
-    """One data set and the protocols under which it is used."""
+class PartPlan:
+    """Where images come from: a folder or manifest, or textiles made here."""
 
-    name: str
     path: str = ""
     """Relative to the root of the real images; empty with `textures`."""
     layout: str | None = None
     textures: dict[str, int] = field(default_factory=dict)
     """Make textile images instead: `train_images`, `test_images`, `defect_images` a subclass, and `seed`."""
-    protocols: tuple[Protocol, ...] = ("seen",)
     set: tuple[str, ...] = ()
-    """Settings `a.b=c` for every method on this data."""
+    """Settings `a.b=c`: of a data set for every method on it, of a part for reading it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPlan(PartPlan):
+    """One data set and the protocols under which it is used."""
+
+    name: str
+    parts: tuple[PartPlan, ...] = ()
+    """Several joined into one data set, with a category or more each, instead of `path` or `textures`."""
+    protocols: tuple[Protocol, ...] = ("seen",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,8 @@ class MethodPlan:
     """Settings `a.b=c`."""
     seeds: tuple[int, ...] = ()
     """Other seeds than the plan's."""
+    baseline: str = ""
+    """The row to compare the over-generalisation with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +72,7 @@ def read_plan(path: Path) -> Plan:
             f"{path} cannot be read as a plan: {error}. See plans/quick.yaml for one that can."
         ) from error
     top = _checked(tree, Plan, str(path))
-    data = tuple(DataPlan(**_checked(item, DataPlan, f"{path}: data")) for item in top.pop("data"))
+    data = tuple(_data(item, f"{path}: data") for item in top.pop("data"))
     methods = tuple(
         MethodPlan(**_checked(item, MethodPlan, f"{path}: methods")) for item in top.pop("methods")
     )
@@ -72,10 +82,39 @@ def read_plan(path: Path) -> Plan:
                 raise unknown(
                     "protocol", protocol, get_args(Protocol), "See docs/how-to/reproduce-a-table.md."
                 )
+    for method in methods:
+        others = {other.name for other in methods} - {method.name}
+        if method.baseline and method.baseline not in others:
+            raise unknown(
+                f"baseline of {method.name!r}", method.baseline, others, "Name another method of the plan."
+            )
     return Plan(data=data, methods=methods, **top)
 
 
-def _checked(tree: Any, kind: type[Plan | DataPlan | MethodPlan], where: str) -> dict[str, Any]:
+def _data(tree: Any, where: str) -> DataPlan:
+    keys = _checked(tree, DataPlan, where)
+    within = f"{where}: {keys['name']}: parts"
+    parts = tuple(PartPlan(**_checked(part, PartPlan, within)) for part in keys.pop("parts", ()))
+    item = DataPlan(parts=parts, **keys)
+    _check_source(item, where)
+    for part in parts:
+        _check_source(part, within)
+    return item
+
+
+def _check_source(item: PartPlan, where: str) -> None:
+    """Images come from one place."""
+    sources = ("path", "textures", "parts")
+    given = [name for name in sources if getattr(item, name, None)]
+    if len(given) != 1:
+        allowed = sources if isinstance(item, DataPlan) else sources[:2]
+        raise ConfigError(
+            f"{where}: got {' and '.join(given) or 'no source of images'}. "
+            f"Give one of {', '.join(allowed)}. See plans/multi-category.yaml."
+        )
+
+
+def _checked(tree: Any, kind: type[Plan | PartPlan | MethodPlan], where: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{where}: expected keys and values, got {type(tree).__name__}. See plans/quick.yaml."

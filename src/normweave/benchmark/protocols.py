@@ -58,9 +58,10 @@ def folds(samples: Sequence[Sample], protocol: Protocol, *, seed: int) -> list[F
                     "leave-one-subclass-out needs at least two subclasses with training images, "
                     f"got {sorted(trained)}. Use the protocol 'seen', or name the subclasses (subclass_from)."
                 )
+            alone = len({sample.category for sample in train}) == 1
             return [
                 Fold(
-                    name=f"without {kind.split('/')[-1]}",
+                    name=f"without {kind.split('/')[-1] if alone else kind}",
                     samples=tuple(sample for sample in train if sample.kind != kind),
                     tests={"unseen": tuple(sample for sample in test if sample.kind == kind)},
                 )

@@ -9,22 +9,24 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from normweave import __version__, settings
 from normweave.benchmark.evaluate import measure, write_whole
-from normweave.benchmark.plan import DataPlan, MethodPlan, Plan, read_plan
+from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
 from normweave.benchmark.protocols import Fold, Protocol, folds
 from normweave.config import Config
 from normweave.data import layouts
+from normweave.data.joined import join
 from normweave.data.textures import make_textures
 from normweave.detector import Detector, cache_folder
 from normweave.errors import DataError, NormweaveError
@@ -39,6 +41,46 @@ MEASURES = (
     "pixel_ap",
     "false_alarm_rate",
     "unknown_rate",
+)
+OVER_GENERALISATION = ("d_normal", "d_abnormal", "ratio", "cell_auroc")
+CHANGES = ("ratio", "cell_auroc")
+"""Those whose change against a method's baseline is shown."""
+POOLED, MEAN = "(pooled)", "(mean)"
+"""Beside the names of the categories: all their test images together, and the mean over them."""
+
+
+class Column(NamedTuple):
+    """One number of each row, as it is written."""
+
+    heading: str
+    name: str
+    scale: int = 100
+    style: str = ".1f"
+
+
+POOLED_COLUMNS = (
+    Column("I-AUROC", "image_auroc"),
+    Column("P-AUROC", "pixel_auroc"),
+    Column("AUPRO", "aupro"),
+    Column("AP (image)", "image_ap"),
+    Column("FAR", "false_alarm_rate"),
+    Column("unknown", "unknown_rate"),
+    Column("train s", "train_s", 1, ".0f"),
+    Column("test ms/image", "test_ms", 1, ".0f"),
+)
+CATEGORY_COLUMNS = (
+    Column("I-AUROC", "image_auroc"),
+    Column("P-AUROC", "pixel_auroc"),
+    Column("AUPRO", "aupro"),
+    Column("FAR", "false_alarm_rate"),
+    Column("d normal", "d_normal", 1, ".3f"),
+    Column("d abnormal", "d_abnormal", 1, ".3f"),
+    Column("ratio", "ratio", 1, ".2f"),
+    Column("cell AUROC", "cell_auroc"),
+)
+CHANGE_COLUMNS = (
+    Column("Δ ratio", "ratio_change", 1, "+.2f"),
+    Column("Δ cell AUROC", "cell_auroc_change", 100, "+.1f"),
 )
 
 
@@ -56,13 +98,14 @@ class Run:
     @property
     def key(self) -> str:
         """Names everything that decides the result, but for the code itself."""
-        text = json.dumps(asdict(self) | {"config": settings.as_dict(self.config)}, sort_keys=True)
+        decides = replace(self, method=replace(self.method, baseline=""))
+        text = json.dumps(asdict(decides) | {"config": settings.as_dict(self.config)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def config(self) -> Config:
         """Every setting of this run."""
-        config = replace(Config(), head=settings.model_config(self.method.model), seed=self.seed)
+        config = settings.with_model(replace(Config(), seed=self.seed), self.method.model)
         return settings.override(config, [*self.data.set, *self.method.set])
 
 
@@ -82,7 +125,9 @@ def run(
         jobs: runs at a time; each gets its share of the cores.
 
     Returns:
-        One row a method, data set, protocol and side. A run that failed counts in no row and is listed with its reason.
+        One row a method, data set, protocol and side; of data of several categories one for all test images together,
+        one for the mean over the categories and one a category. A run that failed counts in no row and is listed with
+        its reason.
     """
     plan = read_plan(plan_path)
     root = root or Path(os.environ.get("NORMWEAVE_DATA", "../shared/data"))
@@ -108,11 +153,26 @@ def run(
 
 
 def _samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:
-    config = settings.override(Config(), list(item.set))
+    made = output / "data" / item.name
+    if not item.parts:
+        return _read(item, item.set, root, made)
+    return join(
+        [
+            (
+                part.path or f"the textures of part {number}",
+                _read(part, item.set + part.set, root, made / str(number)),
+            )
+            for number, part in enumerate(item.parts, start=1)
+        ]
+    )
+
+
+def _read(item: PartPlan, chosen: tuple[str, ...], root: Path, made: Path) -> list[Sample]:
+    config = settings.override(Config(), list(chosen))
     if not item.textures:
         return layouts.read(root / item.path, config.data, layout=item.layout)
     manifest = make_textures(  # a complete folder of the same settings is left alone
-        output / "data" / item.name,
+        made,
         seed=item.textures.get("seed", 0),
         train_images=item.textures["train_images"],
         test_images=item.textures["test_images"],
@@ -161,7 +221,8 @@ def _result(item: Run, fold: Fold, cache: Path) -> dict[str, Any]:
     sides: dict[str, Any] = {}
     for side, tests in fold.tests.items():
         metrics, _ = measure(detector, tests, cache=cache)
-        sides[side] = metrics["pooled"] | {key: metrics[key] for key in ("by_subclass", "mean_of_subclasses")}
+        further = ("by_category", "by_subclass", "mean_of_subclasses")
+        sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
     tested = time.perf_counter()
     images = sum(len(tests) for tests in fold.tests.values())
     return {
@@ -179,39 +240,82 @@ def _rows(plan: Plan, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
     rows = []
     for item in plan.data:
         for protocol in item.protocols:
-            for method in plan.methods:
-                own = [
+            by_method = {
+                method.name: [
                     result
                     for result in results
                     if (result["data"], result["protocol"], result["method"])
                     == (item.name, protocol, method.name)
                     and "error" not in result
                 ]
+                for method in plan.methods
+            }
+            for method in plan.methods:
+                own, base = by_method[method.name], by_method.get(method.baseline, [])
                 for side in sorted({side for result in own for side in result["sides"]}):
-                    rows.append(_row(method.name, item.name, protocol, side, own))
+                    start = {"data": item.name, "protocol": protocol, "side": side, "method": method.name}
+                    categories = _categories(own, side)
+                    if len(categories) < 2:
+                        rows.append(start | _row(own, side))
+                        continue
+                    for category in (POOLED, MEAN, *categories):
+                        numbers = _row(own, side, category) | _over_generalisation(own, base, side, category)
+                        rows.append(start | {"category": category} | numbers)
     return rows
 
 
-def _row(method: str, data: str, protocol: str, side: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    seeds = sorted({result["seed"] for result in results})
-    row: dict[str, Any] = {
-        "data": data,
-        "protocol": protocol,
-        "side": side,
-        "method": method,
-        "seeds": len(seeds),
-    }
-    for measure_name in MEASURES:
-        by_seed = []
-        for seed in seeds:
-            values = [result["sides"][side][measure_name] for result in results if result["seed"] == seed]
-            if defined := [value for value in values if value is not None]:
-                by_seed.append(mean(defined))
-        row[measure_name] = mean(by_seed) if by_seed else None
-        row[f"{measure_name}_sd"] = stdev(by_seed) if len(by_seed) > 1 else None
+def _categories(results: Sequence[dict[str, Any]], side: str) -> list[str]:
+    return sorted({name for result in results for name in result["sides"][side]["by_category"]})
+
+
+def _row(results: Sequence[dict[str, Any]], side: str, category: str = POOLED) -> dict[str, Any]:
+    row: dict[str, Any] = {"seeds": len({result["seed"] for result in results})}
+    for name in MEASURES:
+        row |= _summary(name, _by_seed(results, side, category, name))
     row["train_s"] = mean(result["train_s"] for result in results)
     row["test_ms"] = mean(result["test_ms"] for result in results)
     return row
+
+
+def _over_generalisation(
+    results: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], side: str, category: str
+) -> dict[str, Any]:
+    """Its numbers, and by how much two of them differ from those of the baseline's runs with the same seeds."""
+    row: dict[str, Any] = {}
+    for name in OVER_GENERALISATION:
+        row |= _summary(name, _by_seed(results, side, category, name))
+    for name in CHANGES:
+        own, base = (_by_seed(of, side, category, name) for of in (results, baseline))
+        row |= _summary(f"{name}_change", {seed: own[seed] - base[seed] for seed in own if seed in base})
+    return row
+
+
+def _by_seed(results: Sequence[dict[str, Any]], side: str, category: str, name: str) -> dict[int, float]:
+    """Mean over the folds in which the number is defined, for each seed that has one."""
+    if category == MEAN:
+        parts = [_by_seed(results, side, one, name) for one in _categories(results, side)]
+        return {
+            seed: mean(part[seed] for part in parts if seed in part)
+            for seed in sorted({seed for part in parts for seed in part})
+        }
+    found = defaultdict(list)
+    for result in results:
+        table = result["sides"][side]
+        if category != POOLED:
+            table = table["by_category"].get(category, {})
+        if name in OVER_GENERALISATION:
+            table = table.get("over_generalisation") or {}
+        if (value := table.get(name)) is not None:
+            found[result["seed"]].append(value)
+    return {seed: mean(values) for seed, values in sorted(found.items())}
+
+
+def _summary(name: str, by_seed: Mapping[int, float]) -> dict[str, float | None]:
+    values = list(by_seed.values())
+    return {
+        name: mean(values) if values else None,
+        f"{name}_sd": stdev(values) if len(values) > 1 else None,
+    }
 
 
 def _provenance(plan_path: Path, plan: Plan, results: Sequence[dict[str, Any]]) -> list[str]:
@@ -241,30 +345,17 @@ def _markdown(
         "seeds. FAR: share of good test images above the operating point, which was drawn from held-out normals.",
         "",
     ]
+    if any("category" in row for row in rows):
+        lines += [_legend(plan), ""]
+    further = CATEGORY_COLUMNS + (CHANGE_COLUMNS if any(m.baseline for m in plan.methods) else ())
     for data, protocol, side in dict.fromkeys((row["data"], row["protocol"], row["side"]) for row in rows):
-        lines += [
-            f"## {data}: {protocol}, {side} subclasses",
-            "",
-            "| method | I-AUROC | P-AUROC | AUPRO | AP (image) | FAR | unknown | train s | test ms/image |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
-        for row in rows:
-            if (row["data"], row["protocol"], row["side"]) == (data, protocol, side):
-                shares = [
-                    _points(row, name)
-                    for name in (
-                        "image_auroc",
-                        "pixel_auroc",
-                        "aupro",
-                        "image_ap",
-                        "false_alarm_rate",
-                        "unknown_rate",
-                    )
-                ]
-                lines.append(
-                    f"| {row['method']} | {' | '.join(shares)} | {row['train_s']:.0f} | {row['test_ms']:.0f} |"
-                )
-        lines.append("")
+        lines += [f"## {data}: {protocol}, {side} subclasses", ""]
+        own = [row for row in rows if (row["data"], row["protocol"], row["side"]) == (data, protocol, side)]
+        for category in dict.fromkeys(row.get("category") for row in own):
+            if category is not None:
+                lines += [f"### {category}", ""]
+            columns = POOLED_COLUMNS if category in (None, POOLED) else further
+            lines += _table([row for row in own if row.get("category") == category], columns)
     if failed := [result for result in results if "error" in result]:
         lines += [
             "## Failed runs",
@@ -279,11 +370,36 @@ def _markdown(
     return "\n".join(lines) + "\n"
 
 
-def _points(row: dict[str, Any], name: str) -> str:
-    if row[name] is None:
+def _legend(plan: Plan) -> str:
+    """What the tables of several categories show."""
+    compared: dict[str, list[str]] = defaultdict(list)
+    for method in plan.methods:
+        if method.baseline:
+            compared[method.baseline].append(method.name)
+    changes = "; ".join(f"of {', '.join(names)} against {baseline}" for baseline, names in compared.items())
+    return (
+        "(pooled): the test images of all categories together, ranked under one threshold. (mean): over the "
+        "categories. d normal, d abnormal: mean distance to the reconstruction on good and on damaged patches; ratio: "
+        "the second over the first; cell AUROC: how well the distance tells such patches apart."
+        + (f" Δ: change, seed by seed, {changes}." if changes else "")
+    )
+
+
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> list[str]:
+    return [
+        f"| method | {' | '.join(column.heading for column in columns)} |",
+        f"| {' | '.join(['---'] * (len(columns) + 1))} |",
+        *(f"| {row['method']} | {' | '.join(_written(row, column) for column in columns)} |" for row in rows),
+        "",
+    ]
+
+
+def _written(row: dict[str, Any], column: Column) -> str:
+    value, deviation = row[column.name], row.get(f"{column.name}_sd")
+    if value is None:
         return "–"
-    deviation = row[f"{name}_sd"]
-    return f"{100 * row[name]:.1f}" + ("" if deviation is None else f" ± {100 * deviation:.1f}")
+    text = f"{column.scale * value:{column.style}}"
+    return text if deviation is None else f"{text} ± {column.scale * deviation:{column.style.lstrip('+')}}"
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -292,7 +408,7 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     def table(partial: Path) -> None:
         with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
             writer.writeheader()
             writer.writerows(rows)
 

@@ -43,7 +43,10 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
 
 def manifest(
     terminal: Terminal,
-    data: options.Data,
+    data: Annotated[
+        list[Path],
+        typer.Argument(help="Manifests (.csv, .parquet) or folders of images.", show_default=False),
+    ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The table, .csv or .parquet.", show_default=False)
     ],
@@ -51,13 +54,18 @@ def manifest(
     subclass: options.Subclass = None,
     layout: options.Layout = None,
 ) -> int:
-    """Write what a folder holds as a manifest: one row an image, to look at and to correct."""
+    """Write what folders hold as one manifest: one row an image, to look at, to correct and to train on.
+
+    Each folder is read in its own layout, unless --layout names one for all.
+    """
     from normweave.config import DataConfig
     from normweave.data import layouts
+    from normweave.data.joined import join
     from normweave.data.manifest import write_manifest
 
+    everything = join([(str(folder), layouts.read(folder, DataConfig(), layout=layout)) for folder in data])
     selection = DataConfig(category=options.chosen(category), subclass=options.chosen(subclass))
-    samples = layouts.read(data, selection, layout=layout)
+    samples = layouts.choose(everything, selection)
     write_manifest(samples, output)
     if terminal.json:
         terminal.record({"manifest": str(output), "images": len(samples)})

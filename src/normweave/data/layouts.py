@@ -179,8 +179,7 @@ def read(root: str | os.PathLike[str], config: DataConfig, *, layout: str | None
             f"{root}: no such file or folder. Give a folder of images, or a manifest (.csv, .parquet)."
         )
     samples = _with_subclasses(samples, config, root)
-    samples = _chosen(samples, "category", config.category)
-    samples = _chosen(samples, "subclass", config.subclass)
+    samples = choose(samples, config)
     if config.subclass_from in ("auto", "none"):
         samples = [replace(sample, subclass=None) for sample in samples]
     return samples
@@ -309,6 +308,11 @@ def _with_subclasses(samples: list[Sample], config: DataConfig, root: Path) -> l
             )
         named.append(replace(sample, subclass=match[1]))
     return named
+
+
+def choose(samples: list[Sample], config: DataConfig) -> list[Sample]:
+    """The samples of the categories and subclasses that `config` names; raises ConfigError where there is none."""
+    return _chosen(_chosen(samples, "category", config.category), "subclass", config.subclass)
 
 
 def _chosen(samples: list[Sample], field: str, names: Sequence[str]) -> list[Sample]:

@@ -1,0 +1,41 @@
+"""Several data sets as one, so that one detector learns the categories of all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from normweave.errors import DataError
+from normweave.types import Sample
+
+
+def join(sets: Sequence[tuple[str, Sequence[Sample]]]) -> list[Sample]:
+    """The samples of all sets, one set after the other; of a single set as they are.
+
+    Groups get the set's first category before their name: a `part1` here and a `part1` there are two parts.
+
+    Args:
+        sets: (what to call the set in an error, its samples).
+
+    Raises:
+        DataError: two sets have a category of the same name.
+    """
+    if len(sets) == 1:
+        return list(sets[0][1])
+    owner: dict[str, str] = {}
+    joined = []
+    for name, samples in sets:
+        categories = sorted({sample.category for sample in samples})
+        for category in categories:
+            if category in owner:
+                raise DataError(
+                    f"Category {category!r} is in {owner[category]} and in {name}. Categories of joined data sets "
+                    "must have different names: rename a folder, or write one set as a manifest and change its "
+                    "column category. If both hold the same product, put them into one folder or one manifest."
+                )
+        owner |= dict.fromkeys(categories, name)
+        joined += [
+            replace(sample, group=None if sample.group is None else f"{categories[0]}/{sample.group}")
+            for sample in samples
+        ]
+    return joined

@@ -73,8 +73,6 @@ def pair(config: FeaturesConfig, *, height: int, width: int) -> Pair | None:
         case OpenClipConfig():
             from normweave.features import clip
 
-            return clip.OpenClipPair(
-                config.model, weights=config.weights, layers=config.layers, height=height, width=width
-            )
+            return clip.OpenClipPair(config.model, weights=config.weights, layers=config.layers)
         case _:
             assert_never(config)

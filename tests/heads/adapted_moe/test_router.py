@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from in_memory import InMemory
-from normweave.heads.adapted_moe.router import KnownKinds, Router, RouterLesson, Schedule, choose
+from normweave.heads.adapted_moe.router import Router, RouterLesson, Schedule, choose
+from normweave.heads.kinds import KnownKinds
 from normweave.training import train
 from normweave.types import FitData
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-SMALLEST_DEVIATION = 1e-3
-"""Channels are standardised: a deviation below this is a channel that says nothing on an image."""
+from normweave.heads.kinds import SMALLEST_DEVIATION, covariance_within
 
 
 def statistics(features: Tensor) -> Tensor:
@@ -26,40 +25,6 @@ def statistics(features: Tensor) -> Tensor:
     square = torch.linalg.vector_norm(features, dim=(2, 3)).square() / (features.shape[2] * features.shape[3])
     variance = (square - mean.square()).clamp_min(SMALLEST_DEVIATION**2)
     return torch.cat([mean, 0.5 * variance.log()], dim=1)
-
-
-def block_statistics(features: Tensor, *, blocks: int = 4) -> Tensor:
-    """What s would be without a local defect: medians over blocks x blocks parts of the image, (B, 2D).
-
-    A defect moves the mean of an image, but not the median of the means of its parts. On magnetic tiles this halves
-    how many defects lie beyond the normals' 99th percentile of distance, and another material stays as far away.
-    """
-    mean = F.adaptive_avg_pool2d(features, blocks)  # (B, D, blocks, blocks)
-    variance = (F.adaptive_avg_pool2d(features.square(), blocks) - mean.square()).clamp_min(
-        SMALLEST_DEVIATION**2
-    )
-    both = torch.cat([mean, 0.5 * variance.log()], dim=1).flatten(2)  # (B, 2D, blocks^2)
-    # The lower of the two middle values, by topk: ONNX knows no median.
-    return both.topk((blocks**2 + 1) // 2, dim=2, largest=False).values[..., -1]
-
-
-def covariance_within(
-    samples: NDArray[np.float32], kinds: NDArray[np.int64], *, shrinkage: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means of each kind (K, N) and the covariance around them (N, N), shrunk towards its diagonal, + 1e-4 I.
-
-    Args:
-        samples: (n, N), one row an image.
-        kinds: (n,) in 0..K-1, each at least once.
-        shrinkage: share of the diagonal, in [0, 1].
-    """
-    rows = samples.astype(np.float64)
-    means = np.stack([rows[kinds == kind].mean(axis=0) for kind in range(int(kinds.max()) + 1)])  # (K, N)
-    residual = rows - means[kinds]
-    covariance = residual.T @ residual / max(1, len(rows) - len(means))
-    diagonal = np.diag(np.diag(covariance))
-    shrunk = (1 - shrinkage) * covariance + shrinkage * diagonal + 1e-4 * np.eye(len(covariance))
-    return means, shrunk
 
 
 class NoAdaption(nn.Module):

@@ -172,6 +172,8 @@ class DiscriminatorLesson:
     """
 
     name = "experts"
+    gradient_clip = 0.0
+    final_rate = 1.0
 
     def __init__(
         self,

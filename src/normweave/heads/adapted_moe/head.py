@@ -19,7 +19,6 @@ from normweave.heads.adapted_moe.adaption import (
     GuardedAdaption,
     NoAdaption,
     PaperAdaption,
-    block_statistics,
     statistics,
 )
 from normweave.heads.adapted_moe.discovery import (
@@ -40,8 +39,9 @@ from normweave.heads.adapted_moe.experts import (
     Normals,
     Subspaces,
 )
-from normweave.heads.adapted_moe.router import KnownKinds, Router, RouterLesson, Schedule, choose
+from normweave.heads.adapted_moe.router import Router, RouterLesson, Schedule, choose
 from normweave.heads.border import replace_border
+from normweave.heads.kinds import KnownKinds, block_statistics
 from normweave.types import FeatureSource, FitData, Lesson, PatchScores, Routing
 
 FEWEST_HELD_OUT = 3

@@ -3,13 +3,9 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
-
-from normweave.heads.adapted_moe.adaption import covariance_within
 
 
 class Choice(NamedTuple):
@@ -130,6 +126,8 @@ class RouterLesson:
     """
 
     name = "router"
+    gradient_clip = 0.0
+    final_rate = 1.0
 
     def __init__(
         self,
@@ -157,37 +155,3 @@ class RouterLesson:
         if training:
             self.router.move_centres(embedded.detach(), own)
         return losses
-
-
-class KnownKinds(nn.Module):
-    """How far an image's statistics lie from each known kind of normal.
-
-    Ours: the Mahalanobis distance of s to the mean t_k of each kind under the covariance within kinds, shrunk halfway
-    to its diagonal and divided by the number of statistics, so that about 1 is usual whatever D. From it `unknown`
-    is decided; no training, and features of a foreign material lie far out in every direction.
-
-    Args:
-        statistics: N numbers of an image.
-    """
-
-    means: Tensor  # (K, N) t_k, whitened
-    whitener: Tensor  # (N, N) W with W W' = S^-1 / N
-
-    shrinkage = 0.5
-
-    def __init__(self, *, statistics: int) -> None:
-        super().__init__()
-        self.register_buffer("means", torch.zeros(1, statistics))
-        self.register_buffer("whitener", torch.eye(statistics))
-
-    def fit(self, samples: NDArray[np.float32], kinds: NDArray[np.int64]) -> None:
-        """Learn from the statistics of each training image, (n, N), and its kind of normal, (n,)."""
-        means, within = covariance_within(samples, kinds, shrinkage=self.shrinkage)
-        inverse_root = np.linalg.inv(np.linalg.cholesky(within)) / np.sqrt(len(within))  # L^-1 / sqrt(N)
-        self.means = torch.from_numpy(means @ inverse_root.T).float()
-        self.whitener = torch.from_numpy(inverse_root.T.copy()).float()
-
-    def forward(self, samples: Tensor) -> Tensor:
-        """Distances of (B, N) statistics to the kinds, (B, K)."""
-        # Differences, not |a|^2 - 2ab + |b|^2: far away, the rounding of the squares would be all that is left.
-        return (samples @ self.whitener)[:, None].sub(self.means).square().sum(dim=2).sqrt()

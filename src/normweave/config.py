@@ -112,7 +112,7 @@ class OfflinePairConfig:
     kind: Literal["offline_pair"] = "offline_pair"
     weights: str = "auto"
     """Of the vision side. `auto`: carried by pip; a path: a safetensors file; `random`: untrained, for tests."""
-    strides: tuple[int, ...] = (8, 16, 32)
+    strides: tuple[int, ...] = (4, 8, 16, 32)
     """Levels to use, by their stride to the input; 32 among them: from it leads the way to the joint space."""
     grid_stride: int = 16
     """One grid cell stands for this many pixels of the input."""
@@ -387,7 +387,140 @@ class AdaptedMoEConfig:
         )
 
 
-HeadConfig = AdaptedMoEConfig | SimpleNetConfig | MemoryBankConfig | DFMConfig
+@dataclass(frozen=True, kw_only=True)
+class CNCConfig:
+    """CNC (arXiv 2501.00346): one decoder for all categories, held to what text says of the normal."""
+
+    kind: Literal["cnc"] = "cnc"
+    width: int = 96
+    """d, numbers of a token in the decoder."""
+    blocks: int = 1
+    """Transformer blocks a level."""
+    heads: int = 4
+    """Of every attention; they share d."""
+    dropout: float = 0.0
+    """Share of the fused numbers that are zero in training."""
+    bottleneck: int = 0
+    """Width of a linear bottleneck behind the experts; 0 = none."""
+
+    moe: bool = True
+    """A gated mixture of experts over the patch tokens."""
+    experts: int = 5
+    top_k: int = 2
+    """Experts asked a patch."""
+    balance: float = 0.01
+    """Weight of the load-balance loss."""
+
+    text: Literal["auto", "learned", "free", "random", "off"] = "auto"
+    """What the prompts are. `learned`: a learnable context read by the text encoder; `free`: vectors without a text,
+    learnt; `random`: as drawn; `off`: none; `auto`: learned where the features have a text side, else free vectors."""
+    context_words: int = 8
+    """Learnable words before each state."""
+    normal_states: tuple[str, ...] = (
+        "normal flawless surface",
+        "perfect texture",
+        "clean unbroken material",
+    )
+    """What is said of a normal patch, of whichever category; the guide's tokens stand before the first."""
+    abnormal_states: tuple[str, ...] = (
+        "damaged surface with a defect",
+        "a scratch",
+        "a hole",
+        "a stain",
+        "a crack",
+    )
+    """What is said of a damaged patch."""
+    temperature: float = 0.07
+    """Of the softmax over prompts; the paper's 0.001 is for CLIP's own scale."""
+    joint_levels: tuple[int, ...] = ()
+    """Levels that text terms look at, from 0; empty = all."""
+    prompt_epochs: int = 15
+    prompt_learning_rate: float = 5e-3
+    distillation: float = 0.1
+    """Weight of the cross-modal feature distillation."""
+    promotion: float = 0.03
+    """Weight of the normality promotion."""
+    text_weight: float = 0.25
+    """beta: weight of the text score beside the reconstruction, both in deviations of held-out normals."""
+
+    guide: Literal["text", "free", "off"] = "off"
+    """Decode patches as mixtures of tokens of the normal: words before the first normal state, or free tokens."""
+    guide_words: int = 16
+    """M, how many."""
+    guide_residual: float = 0.0
+    """Share of the patch itself that passes by the guide; 0 = none."""
+
+    pseudo_variants: int = 2
+    """Damages of each fit normal that are made; 0 = trained on normal images only, as the paper."""
+    pseudo_share: float = 0.75
+    """Share of the images of a step that are damaged."""
+    covered: float = 0.1
+    """Share of a cell that must be damaged to teach the prompts the abnormal."""
+
+    per_kind: bool = True
+    """Bring each level's map to mean 0 and deviation 1 over the held-out normals of the nearest kind."""
+    border: int = 1
+    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none."""
+    precision: Literal["32", "bf16"] = "32"
+    """Of the decoder while it trains; losses and gate logits of either stay in 32 bits."""
+    epochs: int = 20
+    batch_images: int = 8
+    learning_rate: float = 1e-3
+    patience: int = 0
+    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+
+    def __post_init__(self) -> None:
+        def at_least(name: str, least: float) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return value >= least, f"{name} must be {least} or more, got {value}"
+
+        def positive(name: str) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return value > 0, f"{name} must be positive, got {value}"
+
+        def share(name: str) -> tuple[bool, str]:
+            value = getattr(self, name)
+            return 0 <= value <= 1, f"{name} must lie in [0, 1], got {value}"
+
+        _check(
+            "head 'cnc'",
+            at_least("heads", 1),
+            (
+                self.width >= 1 and self.heads >= 1 and self.width % self.heads == 0,
+                f"width must be a multiple of heads ({self.heads}), got {self.width}",
+            ),
+            at_least("blocks", 1),
+            (0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}"),
+            at_least("bottleneck", 0),
+            at_least("experts", 1),
+            (
+                1 <= self.top_k <= self.experts,
+                f"top_k must lie in 1..experts (1..{self.experts}), got {self.top_k}",
+            ),
+            at_least("balance", 0),
+            at_least("context_words", 1),
+            (len(self.normal_states) > 0, "normal_states must name at least one"),
+            (len(self.abnormal_states) > 0, "abnormal_states must name at least one"),
+            positive("temperature"),
+            at_least("prompt_epochs", 1),
+            positive("prompt_learning_rate"),
+            at_least("distillation", 0),
+            at_least("promotion", 0),
+            at_least("text_weight", 0),
+            at_least("guide_words", 2),
+            share("guide_residual"),
+            at_least("pseudo_variants", 0),
+            share("pseudo_share"),
+            (0 <= self.covered < 1, f"covered must lie in [0, 1), got {self.covered}"),
+            at_least("border", 0),
+            at_least("epochs", 1),
+            at_least("batch_images", 1),
+            positive("learning_rate"),
+            at_least("patience", 0),
+        )
+
+
+HeadConfig = AdaptedMoEConfig | CNCConfig | SimpleNetConfig | MemoryBankConfig | DFMConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave import __version__, bundle, maps, settings, training
-from normweave.config import Config, OutcomeConfig
-from normweave.data import images, layouts, rows, splits
+from normweave.config import CNCConfig, Config, OutcomeConfig
+from normweave.data import images, layouts, pseudo, rows, splits
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
 from normweave.errors import BundleError, DataError, ImageError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
+from normweave.features import pair as feature_pair
 from normweave.features.frozen import FrozenFeatures
 from normweave.features.standardise import ChannelStandard, Standardised
 from normweave.heads import build as build_head
@@ -44,8 +45,10 @@ from normweave.types import (
     HasNotes,
     Head,
     KnowsStrangers,
+    LearnsFromDamage,
     Outcome,
     Progress,
+    PseudoAnomalies,
     Sample,
     Tile,
 )
@@ -73,6 +76,7 @@ class _Scored(NamedTuple):
     subclass: NDArray[np.int64] | None  # (n,)
     distance: NDArray[np.float64] | None  # (n,)
     adapted: NDArray[np.bool_] | None  # (n,)
+    reconstruction: NDArray[np.float32] | None  # (n, h, w)
 
     def part(self, start: int, stop: int) -> _Scored:
         rows = slice(start, stop)
@@ -84,6 +88,7 @@ class _Scored(NamedTuple):
             None if self.subclass is None else self.subclass[rows],
             None if self.distance is None else self.distance[rows],
             None if self.adapted is None else self.adapted[rows],
+            None if self.reconstruction is None else self.reconstruction[rows],
         )
 
 
@@ -199,7 +204,7 @@ class Detector:
 
         Args:
             data: a manifest, a folder in a known layout, or samples or paths of good images.
-            model: adapted-moe, simplenet, patchcore or dfm; overrides the config's head.
+            model: adapted-moe, cnc, simplenet, patchcore or dfm; overrides the config's head.
             subclass_from: overrides `config.data.subclass_from`.
             cache: folder of the feature cache; the user's cache folder if not given.
             use_cache: without it features are computed anew at every pass over the images.
@@ -236,8 +241,16 @@ class Detector:
         fit_rows = _rows_of(scanned, division.fit)
         standard = ChannelStandard(channels=source.shape[0])
         standard.fit(_Part(source, fit_rows))
-        fit_data = _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config)
-        head = build_head(config.head, shape=source.shape)
+        head = build_head(config.head, shape=source.shape, dims=extractor.dims)
+        fit_data = replace(
+            _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config),
+            mean=standard.mean,
+            deviation=standard.deviation,
+            pair=feature_pair(config.features, height=config.prepare.height, width=config.prepare.width)
+            if isinstance(config.head, CNCConfig) and config.head.text != "off"
+            else None,
+            pseudo=_pseudo(scanned, fit_rows, extractor, standard, head, config, folder, cache_gib, progress),
+        )
         if work is not None:  # a checkpoint is worth something for the same features of the same images only
             work = (
                 work
@@ -314,7 +327,14 @@ class Detector:
         strangers = None
         if isinstance(self.head, KnowsStrangers) and len(self.head.subclass_names) > 1:
             walk = self._summaries(scanned, chosen, source, as_strangers=True, progress=progress)
-            strangers = self._calibration([summary for _, _, summary in walk], outcome, strangers=None)
+            # A stranger that lands in another category is no kin of anything: it is a foreign material there.
+            kin = [
+                stranger
+                for own, (_, _, stranger) in zip(summaries, walk, strict=True)
+                if self._category_of(own) == self._category_of(stranger)
+            ]
+            if len(kin) >= needed(outcome.false_alarm_rate):
+                strangers = self._calibration(kin, outcome, strangers=None)
         self.calibration = self._calibration(summaries, outcome, strangers=strangers)
         scores = np.array([summary.score for summary in summaries])
         peaks = np.array([summary.peak for summary in summaries])
@@ -323,6 +343,10 @@ class Detector:
         self.map_threshold = (
             draw(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
         )
+
+    def _category_of(self, summary: _Summary) -> str | None:
+        """The category of the kind that an image was taken for."""
+        return None if summary.subclass is None else self.kinds[self.head.subclass_names[summary.subclass]][0]
 
     def _calibration(
         self, summaries: Sequence[_Summary], outcome: OutcomeConfig, *, strangers: Calibration | None
@@ -334,6 +358,7 @@ class Detector:
             distances=np.array(distances) if routed else None,
             subclasses=np.array(routed, dtype=np.int64) if routed else None,
             subclass_names=self.head.subclass_names,
+            subclass_categories=tuple(self.kinds[name][0] for name in self.head.subclass_names),
             false_alarm_rate=outcome.false_alarm_rate,
             unknown_rate=outcome.unknown_rate,
             strangers=strangers,
@@ -399,8 +424,13 @@ class Detector:
         cache: Path | None = None,
         cache_gib: float = CACHE_GIB,
         progress: Progress | None = None,
+        reconstructions: list[tuple[Tile, NDArray[np.float32]]] | None = None,
     ) -> Iterator[tuple[Sample, Outcome]]:
         """Judge the images of a data set, by cached features where a cache folder is given.
+
+        Args:
+            reconstructions: filled, for each image anew, with its tiles and how far the features of each cell lie from
+                what was decoded, (h, w); stays empty where the head does not decode.
 
         Raises:
             DataError: an image was used for fitting or calibration.
@@ -412,6 +442,8 @@ class Detector:
             self._summaries(scanned, np.arange(len(scanned)), source, progress=progress)
         ):
             tiles = tuple(scanned.tiles[row] for row in np.flatnonzero(scanned.owner == position))
+            if reconstructions is not None and scored.reconstruction is not None:
+                reconstructions[:] = zip(tiles, scored.reconstruction, strict=True)
             yield (
                 sample,
                 self._outcome(str(sample.image_path), scanned.sizes[position], tiles, scored, summary, maps),
@@ -474,8 +506,9 @@ class Detector:
         ).astype(np.float64)
         scores = peaks if patches.image_scores is None else patches.image_scores.double().cpu().numpy()
         routing = patches.routing
+        raw = None if patches.reconstruction is None else patches.reconstruction.float().cpu().numpy()
         if routing is None:
-            return _Scored(grids, scores, peaks, None, None, None, None)
+            return _Scored(grids, scores, peaks, None, None, None, None, raw)
         return _Scored(
             grids,
             scores,
@@ -484,6 +517,7 @@ class Detector:
             routing.subclass.cpu().numpy(),
             routing.distance.double().cpu().numpy(),
             routing.adapted.cpu().numpy(),
+            raw,
         )
 
     def _summaries(
@@ -620,7 +654,7 @@ class Detector:
         )
         standard = ChannelStandard(channels=shape[0])
         _load_strictly(standard, tensors, "standard.", path)
-        head = build_head(config.head, shape=shape)
+        head = build_head(config.head, shape=shape, dims=extractor.dims)
         load_state(_module(head), _own(tensors, "head."))
         head.subclass_names = names
         detector = cls(
@@ -661,7 +695,7 @@ class Detector:
 def _configured(config: Config | None, *, model: str | None, subclass_from: str | None) -> Config:
     config = config or Config()
     if model is not None:
-        config = replace(config, head=settings.model_config(model))
+        config = settings.with_model(config, model)
     if subclass_from is not None:
         config = settings.override(config, [f"data.subclass_from={subclass_from}"])
     return config
@@ -751,6 +785,61 @@ def _fit_data(
         groups=groups,
         holdout=holdout,
         seed=config.seed,
+    )
+
+
+def _pseudo(
+    scanned: rows.Rows,
+    fit_rows: NDArray[np.int64],
+    extractor: FrozenFeatures,
+    standard: ChannelStandard,
+    head: Head,
+    config: Config,
+    folder: Path | None,
+    max_gib: float,
+    progress: Progress | None,
+) -> PseudoAnomalies | None:
+    """The fit normals with damage put into their pictures, as often as the head wants them."""
+    if not isinstance(head, LearnsFromDamage) or head.pseudo_variants == 0:
+        return None
+    n = len(fit_rows)
+
+    def others(row: int) -> tuple[int, np.random.Generator]:
+        rng = pseudo.seeded(config.seed, row // n, row % n)
+        return int(rng.integers(n)), rng
+
+    def damaged(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        other, rng = others(row)
+        return pseudo.damage(scanned.load(fit_rows[row % n]), scanned.load(fit_rows[other]), rng=rng)
+
+    def key(row: int) -> str:
+        own, other = scanned.keys[fit_rows[row % n]], scanned.keys[fit_rows[others(row)[0]]]
+        said = ["pseudo", pseudo.FORMAT, config.seed, row // n, row % n, own, other]
+        return hashlib.sha256(repr(said).encode()).hexdigest()
+
+    def load(row: int) -> NDArray[np.uint8]:
+        return damaged(row)[0]
+
+    count = n * head.pseudo_variants
+    # One byte a cell, asked for again and again, while the picture behind it takes milliseconds to make.
+    shares = np.empty((count, *extractor.grid), dtype=np.uint8)
+    for row in range(count):
+        shares[row] = np.rint(255 * pseudo.coverage(damaged(row)[1], extractor.grid))
+        if progress is not None and row % 16 == 0:
+            progress("damaging images", row, count)
+    if folder is None:
+        source = feature_cache.streamed(extractor, load, count)
+    else:
+        source = feature_cache.cached(
+            extractor,
+            [key(row) for row in range(count)],
+            load,
+            folder=folder,
+            max_gib=max_gib,
+            progress=progress,
+        )
+    return PseudoAnomalies(
+        Standardised(source, standard), lambda few: torch.from_numpy(shares[few]).float() / 255
     )
 
 

@@ -6,7 +6,7 @@ number (1.1 makes it text). Types are strict: text never becomes a number, nor a
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -14,17 +14,21 @@ import yaml
 
 from normweave.config import (
     AdaptedMoEConfig,
+    CNCConfig,
     Config,
     DFMConfig,
     FeaturesConfig,
     HeadConfig,
     MemoryBankConfig,
+    OfflinePairConfig,
     SimpleNetConfig,
+    TimmConfig,
 )
 from normweave.errors import ConfigError, unknown
 
 MODELS: dict[str, type[HeadConfig]] = {
     "adapted-moe": AdaptedMoEConfig,
+    "cnc": CNCConfig,
     "simplenet": SimpleNetConfig,
     "patchcore": MemoryBankConfig,
     "dfm": DFMConfig,
@@ -73,6 +77,21 @@ def model_config(name: str) -> HeadConfig:
             "model", name, MODELS, "A new one joins HeadConfig in config.py and MODELS in settings.py."
         )
     return MODELS[name]()
+
+
+def with_model(config: Config, name: str) -> Config:
+    """The same settings with the head of a model, if they have another; CNC brings its own default features along.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    head = model_config(name)
+    if type(head) is type(config.head):
+        return config
+    features = config.features
+    if isinstance(head, CNCConfig) and features == TimmConfig():
+        features = OfflinePairConfig()
+    return replace(config, head=head, features=features)
 
 
 def as_dict(config: Config) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def train(
                 accelerator=accelerator,
                 devices=1,
                 max_epochs=lesson.epochs,
+                gradient_clip_val=lesson.gradient_clip or None,
                 plugins=[SafetensorsCheckpoints(), LightningEnvironment()],
                 logger=False,
                 enable_checkpointing=False,
@@ -147,9 +148,19 @@ class _Loop(LightningModule):
             )
         return features, self.subclasses[torch.from_numpy(rows)]
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The lesson's own."""
-        return self.lesson.optimiser()
+    def configure_optimizers(self) -> Any:
+        """The lesson's own, and how its learning rate falls: cos, at the end of each epoch."""
+        optimiser, lesson = self.lesson.optimiser(), self.lesson
+        if lesson.final_rate == 1:
+            return optimiser
+
+        def share(epoch: int) -> float:
+            return (
+                lesson.final_rate
+                + (1 - lesson.final_rate) * (1 + math.cos(math.pi * epoch / lesson.epochs)) / 2
+            )
+
+        return [optimiser], [torch.optim.lr_scheduler.LambdaLR(optimiser, share)]
 
     def on_train_epoch_start(self) -> None:
         """Batch statistics and dropout on."""
@@ -219,6 +230,7 @@ class _Loop(LightningModule):
         shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
         said = (
             [self.lesson.name, self.lesson.epochs, self.lesson.batch_images, self.lesson.patience],
+            [self.lesson.gradient_clip, self.lesson.final_rate],
             [self.data.seed, self.data.subclasses.tolist(), self.data.holdout.tolist(), groups, shapes],
         )
         return hashlib.sha256(repr(said).encode()).hexdigest()

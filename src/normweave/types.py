@@ -100,7 +100,7 @@ class Text(Protocol):
         ...
 
     def encode_prompts(self, context: Tensor, states: Sequence[str]) -> Tensor:
-        """Prompts [context (m, V), words of a state] to (len(states), J) of length one; differentiable in the context."""
+        """Prompts [context (m, V), words of a state] to (len(states), J) of length one; the context gets gradients."""
         ...
 
     def prompt_tokens(self, context: Tensor, state: str) -> Tensor:
@@ -191,6 +191,10 @@ class Lesson(Protocol):
     batch_images: int
     patience: int
     """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+    gradient_clip: float
+    """Longest gradient of a step, as the norm over all parameters; 0 = any."""
+    final_rate: float
+    """The learning rate falls along half a cosine to this share of itself by the last epoch; 1 = it stays."""
     module: nn.Module
     """Holds every parameter and buffer that the lesson changes."""
 

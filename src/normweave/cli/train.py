@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from normweave.config import Config
     from normweave.detector import Detector
 
+CLIP_SIDE = 336  # pixels, of ViT-L-14-336
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
@@ -27,7 +29,14 @@ def train(
         Path, typer.Option("--output", "-o", help="Folder of the new bundle.", show_default=False)
     ],
     model: Annotated[
-        str | None, typer.Option(help="adapted-moe, simplenet, patchcore or dfm.", show_default="adapted-moe")
+        str | None,
+        typer.Option(help="adapted-moe, cnc, simplenet, patchcore or dfm.", show_default="adapted-moe"),
+    ] = None,
+    clip_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Features of CLIP: a file of open_clip weights, or a tag as openai.", show_default=False
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="YAML file of settings.", show_default=False)
@@ -57,6 +66,7 @@ def train(
     settings = compose(
         config=config,
         model=model,
+        clip_weights=clip_weights,
         category=category,
         subclass=subclass,
         subclass_from=subclass_from,
@@ -90,6 +100,7 @@ def compose(
     *,
     config: Path | None,
     model: str | None,
+    clip_weights: str | None,
     category: list[str] | None,
     subclass: list[str] | None,
     subclass_from: str | None,
@@ -99,11 +110,15 @@ def compose(
 ) -> "Config":
     """All settings: the file, then the named options, then --set; later ones win."""
     from normweave import settings
-    from normweave.config import Config
+    from normweave.config import Config, PrepareConfig
 
     result = Config() if config is None else settings.read(config)
-    if model is not None and type(head := settings.model_config(model)) is not type(result.head):
-        result = replace(result, head=head)
+    if model is not None:
+        result = settings.with_model(result, model)
+    if clip_weights is not None:
+        result = settings.override(result, ["features.kind=open_clip", f"features.weights={clip_weights}"])
+        if result.prepare == PrepareConfig():  # its 256 pixels are no multiple of a patch of 14
+            result = replace(result, prepare=replace(result.prepare, height=CLIP_SIDE, width=CLIP_SIDE))
     if category:
         result = replace(result, data=replace(result.data, category=options.chosen(category)))
     if subclass:
@@ -134,10 +149,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
         terminal.show(f"unreadable  {image['image_path']}: {image['error']}")
     table = Table("subclass", "held-out normals", "operating point", title_justify="left", box=None)
     for point in calibration.get("operating_points", []):
-        own = "" if not point["pooled"] else " (of all together)" if point["subclass"] else ""
-        table.add_row(
-            point["subclass"] or "all together", str(point["normals"]), f"{point['threshold']:.4f}{own}"
-        )
+        table.add_row(*line(point))
     terminal.show(
         f"{folder}: {record['model']}, fitted on {record['fit_images']} good images and calibrated on "
         f"{record['calibration_images']} others, for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
@@ -145,3 +157,13 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
     )
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")
     return UNREADABLE if refused else ALL_NORMAL
+
+
+def line(point: dict[str, Any]) -> tuple[str, str, str]:
+    """Whose line it is, how many held-out normals are theirs, and where it lies."""
+    name, category = point["subclass"], point.get("category")
+    borrowed = ""
+    if point["pooled"] and (name or category):
+        borrowed = " (of its category)" if point.get("drawn_for") == "category" else " (of all together)"
+    shown = name or (f"{category}, all subclasses" if category else "all together")
+    return shown, str(point["normals"]), f"{point['threshold']:.4f}{borrowed}"

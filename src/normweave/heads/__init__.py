@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, assert_never
 
-from normweave.config import AdaptedMoEConfig, DFMConfig, HeadConfig, MemoryBankConfig, SimpleNetConfig
+from normweave.config import (
+    AdaptedMoEConfig,
+    CNCConfig,
+    DFMConfig,
+    HeadConfig,
+    MemoryBankConfig,
+    SimpleNetConfig,
+)
 
 if TYPE_CHECKING:
     from normweave.types import Head
 
 
-def build(config: HeadConfig, *, shape: tuple[int, int, int]) -> Head:
-    """The head that `config` describes, not fitted yet, for features of `shape` (D, h, w)."""
+def build(config: HeadConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> Head:
+    """The head that `config` describes, not fitted yet, for features of `shape` (D, h, w).
+
+    Args:
+        dims: D_l of each level that the D channels consist of; empty = one level.
+    """
     match config:
         case AdaptedMoEConfig():
             from normweave.heads.adapted_moe.head import AdaptedMoE
 
             return AdaptedMoE.of(config, shape=shape)
+        case CNCConfig():
+            from normweave.heads.cnc.head import CNC
+
+            return CNC(config, shape=shape, dims=dims or shape[:1])
         case SimpleNetConfig():
             from normweave.heads.simplenet import SimpleNet
 

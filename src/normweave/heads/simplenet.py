@@ -130,6 +130,8 @@ class NoiseLesson:
     """Train a `Discriminator` with noise for anomalies."""
 
     name: str = "simplenet"
+    gradient_clip: float = 0.0
+    final_rate: float = 1.0
 
     def __init__(
         self,

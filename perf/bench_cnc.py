@@ -1,0 +1,127 @@
+"""What CNC costs beside the plain decoder: one training step of 8 images, and one image at test.
+
+python perf/bench_cnc.py            # table, then one JSON line
+python perf/bench_cnc.py | tail -1  # for a script
+
+On features of the offline pair's shape, as ratios to the plain decoder within one run; one thread.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from normweave import features
+from normweave.config import CNCConfig, OfflinePairConfig
+from normweave.heads import build
+from normweave.heads.cnc.head import CNC
+from normweave.types import FitData, PseudoAnomalies
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from in_memory import InMemory  # noqa: E402
+
+BATCH, IMAGES = 8, 32
+WARM_UPS, ROUNDS = 2, 9
+DIMS, GRID = (24, 40, 112, 320), 16  # of OfflinePairConfig at 256 pixels
+PLAIN = CNCConfig(moe=False, text="off", pseudo_variants=0, distillation=0, promotion=0)
+CONSTRAINT = replace(CNCConfig(), moe=False, pseudo_variants=0)
+
+
+def variants() -> dict[str, CNCConfig]:
+    """Rows of the table, the plain decoder first."""
+    named = {
+        "plain decoder": PLAIN,
+        "+ constraint": CONSTRAINT,
+        "+ damaged images": replace(PLAIN, pseudo_variants=1),
+        "CNC, our default": CNCConfig(),
+        "CNC with the guide": CNCConfig(guide="text"),
+    }
+    for experts in (1, 2, 5, 8, 16):
+        named[f"plain + {experts} experts, top {min(2, experts)}"] = replace(
+            PLAIN, moe=True, experts=experts, top_k=min(2, experts)
+        )
+    return named
+
+
+def fitted(config: CNCConfig, data: FitData) -> CNC:
+    """A head as it is when training begins."""
+    head = build(config, shape=data.features.shape, dims=DIMS)
+    assert isinstance(head, CNC)
+    head.begin(data)
+    return head
+
+
+def time_ms(work) -> list[float]:
+    for _ in range(WARM_UPS):
+        work()
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        work()
+        times.append((time.perf_counter() - start) * 1000)
+    return times
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    normals = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
+    damaged = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
+    pair = features.pair(OfflinePairConfig(strides=(4, 8, 16, 32)), height=256, width=256)
+    data = FitData(
+        features=normals,
+        subclasses=np.zeros(IMAGES, dtype=np.int64),
+        names=("category",),
+        groups=np.arange(IMAGES),
+        holdout=np.arange(IMAGES) < BATCH,
+        pair=pair,
+        pseudo=PseudoAnomalies(damaged, lambda rows: torch.ones(len(rows), GRID, GRID)),
+    )
+    batch, subclasses = normals.read(range(BATCH)), torch.zeros(BATCH, dtype=torch.int64)
+    rows = []
+    for name, config in variants().items():
+        head = fitted(config, data if config.pseudo_variants else replace(data, pseudo=None))
+        lesson = head.lessons(data if config.pseudo_variants else replace(data, pseudo=None))[-1]
+        optimiser = lesson.optimiser()
+
+        def step(lesson=lesson, optimiser=optimiser) -> None:
+            generator = torch.Generator().manual_seed(0)
+            optimiser.zero_grad()
+            lesson.loss(batch, subclasses, generator=generator, training=True)["loss"].backward()
+            optimiser.step()
+
+        steps = time_ms(step)
+        head.finish(data)
+        # A fast wrong answer is worth nothing: alone and in company an image must score the same.
+        torch.testing.assert_close(head(batch)[0][:1], head(batch[:1])[0], rtol=1e-4, atol=1e-4)
+        images = time_ms(lambda head=head: head(batch[:1]))
+        rows.append(
+            {
+                "variant": name,
+                "step_ms": statistics.median(steps),
+                "step_worst_ms": max(steps),
+                "image_ms": statistics.median(images),
+                "image_worst_ms": max(images),
+            }
+        )
+        rows[-1] |= {
+            "step_ratio": rows[-1]["step_ms"] / rows[0]["step_ms"],
+            "image_ratio": rows[-1]["image_ms"] / rows[0]["image_ms"],
+        }
+        print(
+            "{variant:26} step {step_ms:7.1f} ms (worst {step_worst_ms:7.1f}) x {step_ratio:4.2f}   "
+            "image {image_ms:6.1f} ms (worst {image_worst_ms:6.1f}) x {image_ratio:4.2f}".format(**rows[-1])
+        )
+    machine = {"torch": torch.__version__, "machine": platform.platform(), "cores": os.cpu_count(), "threads": 1}
+    print(json.dumps(machine | {"batch": BATCH, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,7 +18,7 @@ help:
 	touch $@
 
 .venv/.dev: pyproject.toml .venv/.train
-	$(BIN)/python -m pip install -e ".[train,dev]"
+	$(BIN)/python -m pip install -e ".[train,clip,dev]"
 	touch $@
 
 demo: .venv/.train
@@ -33,7 +33,7 @@ check: .venv/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-perf: .venv/.train
+perf: .venv/.dev
 	set -e; for bench in perf/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
 
 docs: .venv/.dev

@@ -25,7 +25,7 @@ from normweave.heads.cnc.head import CNC
 from normweave.types import FitData, PseudoAnomalies
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from in_memory import InMemory  # noqa: E402
+from in_memory import InMemory
 
 BATCH, IMAGES = 8, 32
 WARM_UPS, ROUNDS = 2, 9
@@ -74,7 +74,7 @@ def main() -> None:
     torch.manual_seed(0)
     normals = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
     damaged = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
-    pair = features.pair(OfflinePairConfig(strides=(4, 8, 16, 32)), height=256, width=256)
+    pair = features.pair(OfflinePairConfig())
     data = FitData(
         features=normals,
         subclasses=np.zeros(IMAGES, dtype=np.int64),
@@ -119,7 +119,12 @@ def main() -> None:
             "{variant:26} step {step_ms:7.1f} ms (worst {step_worst_ms:7.1f}) x {step_ratio:4.2f}   "
             "image {image_ms:6.1f} ms (worst {image_worst_ms:6.1f}) x {image_ratio:4.2f}".format(**rows[-1])
         )
-    machine = {"torch": torch.__version__, "machine": platform.platform(), "cores": os.cpu_count(), "threads": 1}
+    machine = {
+        "torch": torch.__version__,
+        "machine": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+    }
     print(json.dumps(machine | {"batch": BATCH, "rows": rows}))
 
 

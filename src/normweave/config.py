@@ -145,8 +145,9 @@ class OpenClipConfig:
     """A tag of open_clip (from its hub), a file (safetensors or a state dict), or `random`: untrained, for tests."""
     layers: tuple[int, ...] = (6, 12, 18, 24)
     """Blocks whose patch tokens are used, counted from 1."""
-    batch_images: int = 8
-    """Images in one pass; every pass is filled up to it, so that results do not depend on the number of images."""
+    batch_images: int = 1
+    """Images in one pass; every pass is filled up to it, so that results do not depend on the number of images. A
+    large transformer gains little from more on a CPU, and a single image would pay for all of them."""
 
     def __post_init__(self) -> None:
         _check(
@@ -421,7 +422,7 @@ class CNCConfig:
         "perfect texture",
         "clean unbroken material",
     )
-    """What is said of a normal patch, of whichever category; the guide's tokens stand before the first."""
+    """What is said of a normal patch, of whichever category; the guide's words stand beside the first."""
     abnormal_states: tuple[str, ...] = (
         "damaged surface with a defect",
         "a scratch",
@@ -444,7 +445,7 @@ class CNCConfig:
     """beta: weight of the text score beside the reconstruction, both in deviations of held-out normals."""
 
     guide: Literal["text", "free", "off"] = "off"
-    """Decode patches as mixtures of tokens of the normal: words before the first normal state, or free tokens."""
+    """Decode patches as mixtures of tokens of the normal: words beside the first normal state, or free tokens."""
     guide_words: int = 16
     """M, how many."""
     guide_residual: float = 0.0

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave import __version__, bundle, maps, settings, training
-from normweave.config import CNCConfig, Config, OutcomeConfig
+from normweave.config import CNCConfig, Config, OpenClipConfig, OutcomeConfig
 from normweave.data import images, layouts, pseudo, rows, splits
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
@@ -246,7 +246,7 @@ class Detector:
             _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config),
             mean=standard.mean,
             deviation=standard.deviation,
-            pair=feature_pair(config.features, height=config.prepare.height, width=config.prepare.width)
+            pair=feature_pair(config.features)
             if isinstance(config.head, CNCConfig) and config.head.text != "off"
             else None,
             pseudo=_pseudo(scanned, fit_rows, extractor, standard, head, config, folder, cache_gib, progress),
@@ -891,8 +891,13 @@ def _record(detector: Detector, scanned: rows.Rows, division: splits.Division) -
         "fit_hashes": [text[:HASH_LETTERS] for text in fit],
         "calibration_hashes": [text[:HASH_LETTERS] for text in calibration],
         "software": {"normweave": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "timm", "numpy", "pillow")},
+        | {name: version(name) for name in ("torch", "timm", "numpy", "pillow", *_guests(detector.config))},
     }
+
+
+def _guests(config: Config) -> tuple[str, ...]:
+    """Packages that only some features come from."""
+    return ("open_clip_torch",) if isinstance(config.features, OpenClipConfig) else ()
 
 
 def _fingerprint(hashes: Iterable[str]) -> str:

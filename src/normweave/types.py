@@ -104,7 +104,10 @@ class Text(Protocol):
         ...
 
     def prompt_tokens(self, context: Tensor, state: str) -> Tensor:
-        """What the encoder says at the places of the context, (m, V) to (m, U); the prompt ends with the state."""
+        """What the encoder says at the places of the context, (m, V) to (m, U), in a prompt that holds the state too.
+
+        The state stands where the context can hear it: behind it, or before it in an encoder that reads forwards only.
+        """
         ...
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from normweave import bundle
-from normweave.cli.train import compose
+from normweave.cli.train import compose, line
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.errors import ConfigError
 
@@ -15,6 +15,7 @@ from .conftest import SMALL, run
 NOTHING = {
     "config": None,
     "model": None,
+    "clip_weights": None,
     "category": None,
     "subclass": None,
     "subclass_from": None,
@@ -135,3 +136,35 @@ def test_a_rate_that_cannot_be_promised_answers_with_3(cloth, tmp_path):
 
 def test_the_default_model_is_adapted_moe():
     assert composed().head == AdaptedMoEConfig()
+
+
+@pytest.mark.parametrize(
+    ("point", "words"),
+    [
+        ({"subclass": None, "pooled": True}, ("all together", "7", "1.2500")),
+        ({"subclass": "red", "pooled": False}, ("red", "7", "1.2500")),
+        ({"subclass": "red", "pooled": True}, ("red", "7", "1.2500 (of all together)")),
+        (
+            {"subclass": "cloth/red", "category": "cloth", "pooled": True, "drawn_for": "category"},
+            ("cloth/red", "7", "1.2500 (of its category)"),
+        ),
+        (
+            {"subclass": "cloth/red", "category": "cloth", "pooled": True, "drawn_for": "all"},
+            ("cloth/red", "7", "1.2500 (of all together)"),
+        ),
+        (
+            {"subclass": None, "category": "cloth", "pooled": False, "drawn_for": "category"},
+            ("cloth, all subclasses", "7", "1.2500"),
+        ),
+        (
+            {"subclass": None, "category": "cloth", "pooled": True, "drawn_for": "all"},
+            ("cloth, all subclasses", "7", "1.2500 (of all together)"),
+        ),
+        (
+            {"subclass": None, "category": None, "pooled": True, "drawn_for": "all"},
+            ("all together", "7", "1.2500"),
+        ),
+    ],
+)
+def test_each_line_says_what_it_was_drawn_from(point, words):
+    assert line(point | {"normals": 7, "threshold": 1.25}) == words

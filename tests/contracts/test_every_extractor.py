@@ -1,11 +1,11 @@
-"""What every backbone must do, whatever its family. Add yours to BACKBONES."""
+"""What every backbone must do, whatever its family. Add yours to BACKBONES; what is not timm's to CONFIGS."""
 
 import numpy as np
 import pytest
 import torch
 
 from normweave import features
-from normweave.config import TimmConfig
+from normweave.config import OpenClipConfig, TimmConfig
 
 BACKBONES = {  # name: strides
     "resnet18": (4, 8, 16),
@@ -13,14 +13,26 @@ BACKBONES = {  # name: strides
     "mobilevit_xxs": (4, 8, 16),
     "tf_efficientnet_lite0": (4, 8, 16),
 }
+CONFIGS = {  # name: (settings, pixels of a cell)
+    name: (TimmConfig(backbone=name, strides=strides, weights="random", batch_images=4), 8)
+    for name, strides in BACKBONES.items()
+} | {
+    "ViT-S-16-alt": (
+        OpenClipConfig(model="ViT-S-16-alt", layers=(1, 3), weights="random", batch_images=4),
+        16,
+    ),
+}
 HEIGHT, WIDTH = 64, 96
 
 
-@pytest.fixture(scope="module", params=BACKBONES, ids=lambda name: f"features/extractor:{name}")
-def config(request):
-    return TimmConfig(
-        backbone=request.param, strides=BACKBONES[request.param], weights="random", batch_images=4
-    )
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: f"features/extractor:{name}")
+def case(request):
+    return CONFIGS[request.param]
+
+
+@pytest.fixture(scope="module")
+def config(case):
+    return case[0]
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +46,12 @@ def pixels():
     return torch.from_numpy(numbers)
 
 
-def test_gives_the_shape_that_it_says(extractor, pixels):
+def test_gives_the_shape_that_it_says(case, extractor, pixels):
+    _, cell = case
     got = extractor.extract(pixels)
 
     assert got.shape == (6, *extractor.shape)
-    assert extractor.shape[1:] == (HEIGHT // 8, WIDTH // 8)
+    assert extractor.shape[1:] == (HEIGHT // cell, WIDTH // cell)
     assert got.dtype == torch.float32
     assert got.isfinite().all()
     assert got.is_contiguous()

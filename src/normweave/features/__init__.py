@@ -56,7 +56,7 @@ def build(config: FeaturesConfig, *, height: int, width: int) -> FrozenFeatures:
     )
 
 
-def pair(config: FeaturesConfig, *, height: int, width: int) -> Pair | None:
+def pair(config: FeaturesConfig) -> Pair | None:
     """The language side of a vision-language pair; None for features that have none.
 
     Raises:

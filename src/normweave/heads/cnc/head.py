@@ -174,6 +174,7 @@ class CNC(nn.Module):
             lessons.append(
                 PromptLesson(
                     self.prompts,
+                    self.joint,
                     text=text,
                     likeness=self._likeness,
                     damaged=damaged,
@@ -282,7 +283,7 @@ class DecoderLesson:
         self.config = config
         self.text = text
         self.damaged = damaged
-        self.module: nn.Module = nn.ModuleList([head.decoder, head.guidance])
+        self.module: nn.Module = nn.ModuleList([head.decoder, head.guidance, head.joint])  # joint: goes along
         self.epochs = config.epochs
         self.batch_images = config.batch_images
         self.patience = config.patience

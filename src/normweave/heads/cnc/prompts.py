@@ -65,13 +65,13 @@ class Prompts(nn.Module):
 
 
 class Guidance(nn.Module):
-    """M tokens that say what is normal: what the text encoder says at M learnable words before a normal state.
+    """M tokens that say what is normal: what the text encoder says at M learnable words beside a normal state.
 
     Without a text encoder they are free tokens.
 
     Args:
         words: M.
-        state: the normal state that the words stand before.
+        state: the normal state that the words stand beside.
     """
 
     tokens: Tensor  # (M, U) what they came to
@@ -103,11 +103,19 @@ class Guidance(nn.Module):
         self.tokens = self(text).detach().clone()
 
 
+def beside(text: Text, learnt: Tensor) -> Text:
+    """The encoder on the device of what it is to read: no lesson trains it, so that none moves it."""
+    if isinstance(text, nn.Module):
+        text.to(learnt.device)
+    return text
+
+
 class PromptLesson:
     """Teach the prompts to tell normal patches from damaged ones; nothing else learns from this.
 
     Args:
-        prompts: is changed.
+        prompts: are changed.
+        joint: the space in which they are looked at; goes where they go.
         text: the frozen encoder; None for prompts without text.
         likeness: (features (B, D, h, w), prompts (P, J)) to (B, L, N, P).
         damaged: draws damaged images; None = there are none.
@@ -120,6 +128,7 @@ class PromptLesson:
     def __init__(
         self,
         prompts: Prompts,
+        joint: nn.Module,
         *,
         text: Text | None,
         likeness: Callable[[Tensor, Tensor], Tensor],
@@ -130,7 +139,7 @@ class PromptLesson:
         learning_rate: float,
     ) -> None:
         self.prompts = prompts
-        self.module: nn.Module = prompts
+        self.module: nn.Module = nn.ModuleList([prompts, joint])
         self.text = text
         self.likeness = likeness
         self.damaged = damaged

@@ -110,8 +110,8 @@ class OfflinePairConfig:
     """A vision-language pair that pip carries: EfficientNet-Lite0 and MiniLM, aligned on ImageNet's class names."""
 
     kind: Literal["offline_pair"] = "offline_pair"
-    weights: str = "auto"
-    """Of the vision side. `auto`: carried by pip; a path: a safetensors file; `random`: untrained, for tests."""
+    weights: Literal["auto", "random"] = "auto"
+    """Of the vision side: those that pip carries, with which the text side is aligned; or untrained, for tests."""
     strides: tuple[int, ...] = (4, 8, 16, 32)
     """Levels to use, by their stride to the input; 32 among them: from it leads the way to the joint space."""
     grid_stride: int = 16

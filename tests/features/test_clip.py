@@ -121,7 +121,7 @@ def trunk(name="small", *, weights="random", layers=(2, 4), height=HEIGHT, width
 
 def pair(path="random", *, name="small", layers=(2, 4)):
     config = OpenClipConfig(model=name, weights=str(path), layers=layers)
-    return features.pair(config, height=HEIGHT, width=WIDTH)
+    return features.pair(config)
 
 
 def as_grid(tokens, height=HEIGHT, width=WIDTH):
@@ -583,7 +583,7 @@ def test_without_open_clip_the_package_is_named(monkeypatch):
     with pytest.raises(
         MissingError, match=r"need the package open_clip_torch. Install it: pip install 'normweave\[clip\]'"
     ):
-        features.pair(OpenClipConfig(), height=336, width=336)
+        features.pair(OpenClipConfig())
 
 
 # ── the real architecture ────────────────────────────────────────────────────────────────────────────────────────────
@@ -607,7 +607,7 @@ def test_the_papers_architecture_is_read_from_a_file(tmp_path):
     prompt, tokens = by_open_clip()
     config = OpenClipConfig(weights=os.fspath(path), batch_images=1)
 
-    text = features.pair(config, height=height, width=width).text
+    text = features.pair(config).text
     torch.testing.assert_close(
         text.encode_prompts(text.words("a photo of a"), ["damaged surface"]), prompt, rtol=1e-4, atol=1e-5
     )

@@ -327,7 +327,7 @@ class AdaptedMoE(nn.Module):
         K = self.way.number
         if K == 1:
             return self.forward(features)
-        others = torch.ones(len(features), K, dtype=torch.bool, device=features.device)
+        others = torch.ones(features.shape[0], K, dtype=torch.bool, device=features.device)
         others.scatter_(1, subclasses[:, None], False)
         distances = self.kinds(block_statistics(features)).masked_fill(~others, torch.inf)
         return self._score(features, distances, allowed=others)

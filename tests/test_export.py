@@ -84,30 +84,34 @@ def judge(head=None, *, whole=None, pixels=None, **line):
 HEAD = AdaptedMoEConfig(expert="gaussian")
 SMALL_MOE = {"epochs": 1, "router_epochs": 1, "hidden": 8, "patches": 64, "embedding": 4, "max_pool": 400}
 EXPERTS = ("layout", "gaussian", "subspace", "memory", "discriminator")
+ADAPTIONS = ("off", "full", "paper", "guarded")
+ROUTINGS = ("statistics", "likelihood", "network")
+
+
+def moe(*, fast=False, **settings):
+    name = " ".join(str(value) for value in settings.values())
+    return pytest.param(
+        AdaptedMoEConfig(**SMALL_MOE, **settings), id=name, marks=[] if fast else [pytest.mark.slow]
+    )
+
+
 HEADS = [
     *(pytest.param(kind(), id=kind().kind) for kind in get_args(HeadConfig)),
+    # One of each expert is fast, and every adaption and routing stands in one of them.
     *(
-        pytest.param(AdaptedMoEConfig(expert=expert, adaption=adaption, **SMALL_MOE), id=f"{expert}-{adaption}")
-        for expert in EXPERTS
-        for adaption in ("off", "full", "paper", "guarded")
+        moe(expert=expert, adaption=adaption, routing=routing, fast=n % 4 == a and n % 3 == r)
+        for n, expert in enumerate(EXPERTS)
+        for a, adaption in enumerate(ADAPTIONS)
+        for r, routing in enumerate(ROUTINGS)
     ),
-    *(
-        pytest.param(AdaptedMoEConfig(expert=expert, routing=routing, **SMALL_MOE), id=f"{expert}-{routing}")
-        for expert in EXPERTS
-        for routing in ("likelihood", "network")
-    ),
-    *(
-        pytest.param(AdaptedMoEConfig(expert="gaussian", **setting), id=" ".join(map(str, *setting.items())))
-        for setting in (
-            {"aggregation": "min"},
-            {"aggregation": "mean"},
-            {"moe": False},
-            {"top_k": 1},
-            {"top_k": 4},
-            {"border": 0},
-            {"discover": "always"},
-        )
-    ),
+    moe(expert="gaussian", aggregation="min"),
+    moe(expert="gaussian", aggregation="mean"),
+    moe(expert="gaussian", moe=False),
+    moe(expert="gaussian", top_k=1),
+    moe(expert="gaussian", top_k=4),
+    moe(expert="gaussian", border=0),
+    moe(expert="memory", calibrated=False),
+    moe(expert="layout", discover="always"),
 ]
 
 
@@ -218,7 +222,9 @@ def test_a_faithful_graph_passes(whole, content):
 
 
 def test_an_altered_constant_is_noticed(whole, content):
-    with pytest.raises(GateError, match="gives other scores than torch for 12 of 12 calibration images, first "):
+    with pytest.raises(
+        GateError, match="gives other scores than torch for 12 of 12 calibration images, first "
+    ):
         gate(whole, altered(content, lambda array: 1.01 * array), images(), judge())
 
 
@@ -266,7 +272,9 @@ def test_verdicts_are_equal_but_where_rounding_decides(whole, content, apart, pa
     if passes:
         gate(whole, theirs, pixels, lined(calibration))
     else:
-        with pytest.raises(GateError, match=r"calls calibration image \d+ anomalous where torch calls it normal"):
+        with pytest.raises(
+            GateError, match=r"calls calibration image \d+ anomalous where torch calls it normal"
+        ):
             gate(whole, theirs, pixels, lined(calibration))
 
 

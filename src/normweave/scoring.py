@@ -166,7 +166,7 @@ class Judge:
         """
         try:
             map_threshold = record["map_threshold"]
-            return cls(
+            judge = cls(
                 config=settings.from_dict(record["config"]),
                 line=Line(
                     Calibration.from_dict(record["calibration"]),
@@ -180,6 +180,12 @@ class Judge:
             raise BundleError(
                 f"{where}/bundle.json lacks or misplaces {error}. Copy the bundle again or retrain."
             ) from error
+        if strange := [name for name in judge.subclass_names if name not in judge.kinds]:
+            raise BundleError(
+                f"{where}/bundle.json routes to {strange[0]!r:.60}, which is none of its kinds. Copy the bundle "
+                "again or retrain."
+            )
+        return judge
 
     def stream(
         self,

@@ -1,7 +1,7 @@
 """Tables of results, written row by row and whole at the end; an interrupted one can be gone on with.
 
-Every row is a line of JSON in `NAME.partial`, and there before the next image is judged. When all are, the table is made
-from them under its own name, and the lines are gone.
+Every row is a line of JSON in `NAME.partial`, and there before the next image is judged. When all are, the table is
+made from them under its own name, and the lines are gone.
 """
 
 import csv
@@ -47,8 +47,17 @@ class Journal:
             )
         if resume and table.exists() and not self.path.exists():
             raise DataError(f"{table} is whole: its call was not interrupted. Nothing is left to go on with.")
+        if table.suffix == ".parquet":
+            import pyarrow.parquet  # noqa: F401 - where it is missing, that is said before the first image
         self._file = self.path.open("a+b")
-        self._keep_whole_lines()
+        try:
+            self._keep_whole_lines()
+            self._count(bundle_hash)
+        except DataError:
+            self._file.close()
+            raise
+
+    def _count(self, bundle_hash: str | None) -> None:
         for row in self.rows():
             if row.get("bundle_hash") not in (bundle_hash, None):
                 raise DataError(
@@ -94,8 +103,8 @@ class Journal:
             path = next(paths, None)
             if path != row["image_path"]:
                 raise DataError(
-                    f"Row {number} of {self.path} is of {row['image_path']}, but image {number} of this call is {path}. "
-                    "Name the same images in the same order (for a folder that changes: --list), or remove the file to "
+                    f"Row {number} of {self.path} is of {row['image_path']}, but image {number} of this call is "
+                    f"{path}. Name the same images in the same order (for a folder that changes: --list), or remove the file to "
                     "begin anew."
                 )
             last.append(path)
@@ -121,9 +130,13 @@ class Journal:
             if self.path.stat().st_size == 0:
                 self.path.unlink()
             return
+        write = TABLES[self.table.suffix]
+        if write is None:
+            os.replace(self.path, self.table)
+            return
         partial = self.table.with_name(f".{self.table.name}.partial-{os.getpid()}")
         try:
-            TABLES[self.table.suffix](self, partial)
+            write(self.rows(), partial)
             os.replace(partial, self.table)
         finally:
             partial.unlink(missing_ok=True)
@@ -133,25 +146,20 @@ class Journal:
 # ── the tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def jsonl(journal: Journal, path: Path) -> None:
-    """One JSON object a line: the journal itself."""
-    os.replace(journal.path, path)
-
-
-def comma_separated(journal: Journal, path: Path) -> None:
+def comma_separated(rows: Iterator[Row], path: Path) -> None:
     """Experts and boxes are JSON in their columns."""
     from normweave.types import Outcome
 
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(Outcome(image_path=None).as_dict()))
         writer.writeheader()
-        for row in journal.rows():
+        for row in rows:
             writer.writerow(
                 {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
             )
 
 
-def parquet(journal: Journal, path: Path) -> None:
+def parquet(rows: Iterator[Row], path: Path) -> None:
     """Row groups of a thousand, so that a run of any length fits into memory."""
     import pyarrow
     import pyarrow.parquet
@@ -184,14 +192,13 @@ def parquet(journal: Journal, path: Path) -> None:
             ("error", text),
         ]
     )
-    rows = journal.rows()
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, ROWS_A_GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 
-TABLES: dict[str, Callable[[Journal, Path], None]] = {
-    ".jsonl": jsonl,
+TABLES: dict[str, Callable[[Iterator[Row], Path], None] | None] = {
+    ".jsonl": None,  # the journal itself, one JSON object a line
     ".csv": comma_separated,
     ".parquet": parquet,
 }

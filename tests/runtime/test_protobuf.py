@@ -105,7 +105,7 @@ def test_a_field_that_nobody_knows():
         (b"\x3b", "wire type 3"),
         (b"\x38\x01", "a message of wire type 0"),
         (b"\xff" * 11, "a number of more than ten bytes"),
-        (b"ORTM" * 4, ""),
+        (b"ORTM" * 4, "wire type 7"),
     ],
 )
 def test_what_is_no_graph(content, why):

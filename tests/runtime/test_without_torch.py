@@ -35,12 +35,14 @@ ABSENT = {
 
 
 def run(*arguments):
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", WITHOUT.replace("{absent}", repr(ABSENT)), *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
     )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
 
 
 def test_predict_gives_the_scores_of_training(detector, bundle, photos):

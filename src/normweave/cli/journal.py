@@ -104,10 +104,10 @@ class Journal:
             if path != row["image_path"]:
                 raise DataError(
                     f"Row {number} of {self.path} is of {row['image_path']}, but image {number} of this call is "
-                    f"{path}. Name the same images in the same order (for a folder that changes: --list), or remove the file to "
-                    "begin anew."
+                    f"{path}. Name the same images in the same order (for a folder that changes: --list), or remove "
+                    "the file to begin anew."
                 )
-            last.append(path)
+            last.append(row["image_path"])
         return list(last)
 
     def write(self, row: Row) -> None:

@@ -71,7 +71,7 @@ def predict(
     """
     check_places(output, maps, resume=resume)
     first, step = (0, 1) if shard is None else share(shard)
-    paths = islice(find(images or [], list_), first, None, step)
+    paths: Iterator[str] = islice(find(images or [], list_), first, None, step)
 
     from normweave.runtime import Runtime
 

@@ -189,8 +189,8 @@ def _fail(terminal: Terminal, message: str, exit_code: int) -> int:
 def _limit_threads(threads: int) -> None:
     # numpy's and torch's libraries read this when they are loaded, which no command has done yet.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def _console(*, stderr: bool) -> "Console":

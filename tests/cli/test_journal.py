@@ -122,6 +122,16 @@ def test_going_on_behind_the_last_whole_row(interrupted):
     assert [row["image_path"] for row in rows] == PATHS
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    """As the system gives it where a file's name is not UTF-8."""
+    name = b"\xff.png".decode(errors="surrogateescape")
+    journal = opened(tmp_path / "r.jsonl")
+    journal.write(Outcome(image_path=name).as_dict())
+    journal.__exit__(KeyboardInterrupt, None, None)
+    with opened(tmp_path / "r.jsonl", resume=True) as journal:
+        assert journal.skip(iter([name]), keep=1) == [name]
+
+
 def test_going_on_where_nothing_was_begun(tmp_path):
     with opened(tmp_path / "r.csv", resume=True) as journal:
         assert journal.done == 0

@@ -81,7 +81,7 @@ class Journal:
         Raises:
             DataError: a line is no row.
         """
-        with self.path.open(encoding="utf-8") as file:
+        with self.path.open(encoding="utf-8", errors="surrogatepass") as file:
             for number, text in enumerate(file, 1):
                 try:
                     row = json.loads(text)

@@ -2,6 +2,7 @@
 
     cloth.bundle/
     ├── bundle.json          format, the record, SHA-256 of every other file
+    ├── model.onnx           the same as a graph, to run without torch
     ├── weights.safetensors  everything fitted
     └── report.html, …       other files that were handed in
 
@@ -16,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 RECORD = "bundle.json"
 WEIGHTS = "weights.safetensors"
+GRAPH = "model.onnx"
+LINE = ("calibration", "map_threshold")
+"""Keys of the record that say where the line lies, which is drawn anew by other images than the rest."""
 MAX_RECORD_BYTES = 64 * 2**20
 """A record is read whole into memory; with a hundred thousand calibration scores it has two million bytes."""
 
@@ -65,18 +69,60 @@ def write(
     Raises:
         BundleError: the place is taken, or something cannot be saved so that it could be read again.
     """
-    folder = Path(os.path.realpath(folder))
-    check_place(folder, overwrite=overwrite)
     contents = dict(files or {}) | {WEIGHTS: _tensor_bytes(tensors)}
     if wrong := [name for name in contents if not _NAME.fullmatch(name) or name == RECORD]:
         raise BundleError(
             f"A bundle cannot hold a file called {wrong[0]!r}; use letters, digits, '.', '-' and '_'."
         )
+    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
+
+    def fill(partial: Path) -> None:
+        for name, content in contents.items():
+            _write_synced(partial / name, content)
+
+    _write(folder, record, hashes, fill, overwrite=overwrite)
+
+
+def rewrite(source: Path, folder: Path, *, record: Mapping[str, Any], overwrite: bool = False) -> None:
+    """Save a detector again with another record; its other files are copied as they are, and compared on the way.
+
+    Args:
+        folder: where to; may be `source` itself.
+
+    Raises:
+        BundleError: as in `write` and in `read`.
+    """
+    hashes = _read_listing(source).files
+
+    def fill(partial: Path) -> None:
+        for name, expected in hashes.items():
+            digest = hashlib.sha256()
+            with _inside(source, name).open("rb") as old, (partial / name).open("xb") as new:
+                while block := old.read(2**20):
+                    digest.update(block)
+                    new.write(block)
+                new.flush()
+                os.fsync(new.fileno())
+            _compare(source, name, digest.hexdigest(), expected)
+
+    _write(folder, record, hashes, fill, overwrite=overwrite)
+
+
+def _write(
+    folder: Path,
+    record: Mapping[str, Any],
+    hashes: Mapping[str, str],
+    fill: Callable[[Path], None],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the record and what `fill` puts into a folder beside the place, then rename that folder."""
+    folder = Path(os.path.realpath(folder))
+    check_place(folder, overwrite=overwrite)
     if taken := sorted({"format", "files"} & set(record)):
         raise BundleError(
             f"The record of a bundle may not have the keys {', '.join(taken)}: the bundle writes them."
         )
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
     try:
         text = json.dumps({"format": FORMAT, **record, "files": hashes}, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -88,8 +134,8 @@ def write(
     shutil.rmtree(partial, ignore_errors=True)  # left by a process of the same number that was killed
     try:
         partial.mkdir(parents=True)
-        for name, content in (contents | {RECORD: text.encode()}).items():
-            _write_synced(partial / name, content)
+        fill(partial)
+        _write_synced(partial / RECORD, text.encode())
         _sync_folder(partial)
         _put_in_place(partial, folder)
     except OSError as error:
@@ -141,14 +187,7 @@ def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
         BundleError: as in `read`, or numbers that are NaN or infinite.
         MissingError: safetensors is not installed.
     """
-    name, listing = WEIGHTS, _read_listing(folder)
-    if name not in listing.files:
-        raise BundleError(f"{folder} lists no {name}, so there is nothing to load. Train it again.")
-    try:
-        content = _inside(folder, name).read_bytes()
-    except OSError as error:
-        raise BundleError(f"{folder}: cannot read {name}: {error}. Copy the bundle again.") from error
-    _compare(folder, name, hashlib.sha256(content).hexdigest(), listing.files[name])
+    name, content = WEIGHTS, read_file(folder, WEIGHTS)
     try:
         from safetensors import SafetensorError
         from safetensors.numpy import load
@@ -160,6 +199,23 @@ def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
         raise BundleError(f"{folder}: {name} is not a safetensors file: {error}. Train it again.") from error
     _check_finite(tensors, where=str(folder))
     return tensors
+
+
+def read_file(folder: Path, name: str) -> bytes:
+    """A file of the bundle; the bytes that come back are the bytes that were compared with the hash.
+
+    Raises:
+        BundleError: as in `read`, or the bundle does not list it.
+    """
+    listing = _read_listing(folder)
+    if name not in listing.files:
+        raise BundleError(f"{folder} lists no {name}, so there is nothing to load. Train it again.")
+    try:
+        content = _inside(folder, name).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{folder}: cannot read {name}: {error}. Copy the bundle again.") from error
+    _compare(folder, name, hashlib.sha256(content).hexdigest(), listing.files[name])
+    return content
 
 
 def bundle_hash(folder: Path) -> str:

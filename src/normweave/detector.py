@@ -9,26 +9,24 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, maps, settings, training
+from normweave import __version__, bundle, export, scoring, settings, training
 from normweave.config import CNCConfig, Config, OpenClipConfig, OutcomeConfig
-from normweave.data import images, layouts, pseudo, rows, splits
+from normweave.data import pseudo, rows, splits
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
-from normweave.errors import BundleError, DataError, ImageError, MissingError
+from normweave.errors import BundleError, ImageError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
 from normweave.features import pair as feature_pair
@@ -36,10 +34,10 @@ from normweave.features.frozen import FrozenFeatures
 from normweave.features.standardise import ChannelStandard, Standardised
 from normweave.heads import build as build_head
 from normweave.heads.state import load_state, state
-from normweave.outcome import boxes, image_score
-from normweave.outcome.operating_point import Calibration, draw, needed
+from normweave.outcome.operating_point import Calibration, needed
+from normweave.runtime.network import Network
+from normweave.scoring import HASH_LETTERS, Judge, Line, Scored, Summary
 from normweave.types import (
-    DefectBox,
     FeatureSource,
     FitData,
     HasNotes,
@@ -54,67 +52,13 @@ from normweave.types import (
 )
 
 CACHE_GIB = 20.0
-AHEAD = 2  # batches decoded while the network works
-
-
-OUTSIDE = ("format", "files", "calibration", "map_threshold")  # of bundle.json, not of the record
-HASH_LETTERS = 16  # of a SHA-256 in the record: 64 bits tell a factory's images apart
+GATE_IMAGES = 32
+"""Calibration images on which ONNX Runtime must agree with torch."""
 
 
 def cache_folder() -> Path:
     """Where features are kept unless the caller says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normweave" / "features"
-
-
-class _Scored(NamedTuple):
-    """What the network says of n rows, off the device."""
-
-    grids: NDArray[np.float32]  # (n, h, w)
-    scores: NDArray[np.float64]  # (n,)
-    peaks: NDArray[np.float64]  # (n,) maximum of the smoothed map
-    weights: NDArray[np.float32] | None  # (n, K)
-    subclass: NDArray[np.int64] | None  # (n,)
-    distance: NDArray[np.float64] | None  # (n,)
-    adapted: NDArray[np.bool_] | None  # (n,)
-    reconstruction: NDArray[np.float32] | None  # (n, h, w)
-
-    def part(self, start: int, stop: int) -> _Scored:
-        rows = slice(start, stop)
-        return _Scored(
-            self.grids[rows],
-            self.scores[rows],
-            self.peaks[rows],
-            None if self.weights is None else self.weights[rows],
-            None if self.subclass is None else self.subclass[rows],
-            None if self.distance is None else self.distance[rows],
-            None if self.adapted is None else self.adapted[rows],
-            None if self.reconstruction is None else self.reconstruction[rows],
-        )
-
-
-class _Summary(NamedTuple):
-    """What the rows of one image say together."""
-
-    score: float
-    peak: float
-    weights: NDArray[np.float32] | None
-    subclass: int | None
-    distance: float | None
-    adapted: bool
-
-
-def _summarise(scored: _Scored) -> _Summary:
-    """An image is as anomalous as its worst tile, and of the kind that most of its tiles are taken for."""
-    if scored.subclass is None or scored.weights is None or scored.distance is None or scored.adapted is None:
-        return _Summary(float(scored.scores.max()), float(scored.peaks.max()), None, None, None, False)
-    return _Summary(
-        score=float(scored.scores.max()),
-        peak=float(scored.peaks.max()),
-        weights=scored.weights.mean(axis=0),
-        subclass=int(np.bincount(scored.subclass).argmax()),
-        distance=float(np.median(scored.distance)),
-        adapted=bool(scored.adapted.any()),
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +77,6 @@ class _Part:
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         return self.source.read(self.rows[np.asarray(rows, dtype=np.int64)])
-
-
-class _Opened(NamedTuple):
-    """An image ready for the network, or why it is not."""
-
-    name: str | None
-    size: tuple[int, int]
-    tiles: tuple[Tile, ...]
-    pixels: NDArray[np.uint8] | None  # (n, 3, height, width)
-    error: str | None
 
 
 class Detector:
@@ -179,6 +113,9 @@ class Detector:
         self.record = record
         self.refused: tuple[rows.Refusal, ...] = ()
         self.bundle_hash: str | None = None
+        self._gate_images: list[NDArray[np.uint8]] = []  # (n, 3, height, width) each
+        self._graph: bytes | None = None
+        self._origin: Path | None = None  # the bundle this was loaded from
         self._device = device
 
     # ---------------------------------------------------------------- fitting
@@ -217,7 +154,7 @@ class Detector:
         """
         config = _configured(config, model=model, subclass_from=subclass_from)
         device = _device(device)
-        samples = splits.complete(_samples(data, config, layout), seed=config.seed)
+        samples = splits.complete(scoring.samples_of(data, config, layout), seed=config.seed)
         samples = [sample for sample in samples if sample.split != "test"]
 
         extractor = build_features(config.features, height=config.prepare.height, width=config.prepare.width)
@@ -254,7 +191,7 @@ class Detector:
         if work is not None:  # a checkpoint is worth something for the same features of the same images only
             work = (
                 work
-                / _fingerprint([extractor.fingerprint, *(scanned.keys[row] for row in fit_rows)])[
+                / rows.fingerprint([extractor.fingerprint, *(scanned.keys[row] for row in fit_rows)])[
                     :HASH_LETTERS
                 ]
             )
@@ -273,7 +210,9 @@ class Detector:
         )
         detector.refused = scanned.refused
         detector.kinds = detector._name_kinds(scanned, fit_rows, source)
-        detector._draw(scanned, _rows_of(scanned, division.calibration), source, outcome=config.outcome)
+        calibration_rows = _rows_of(scanned, division.calibration)
+        detector._draw(scanned, calibration_rows, source, outcome=config.outcome)
+        detector._gate_images = _images(scanned, calibration_rows, at_most=GATE_IMAGES)
         detector.record = _record(detector, scanned, division)
         return detector
 
@@ -293,26 +232,12 @@ class Detector:
         """
         rate = self.config.outcome.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         config = replace(self.config, outcome=replace(self.config.outcome, false_alarm_rate=rate))
-        # Where an image belongs is the router's to say: labels and choices of the training do not count here.
-        anything = replace(config, data=replace(config.data, category=(), subclass=(), subclass_from="none"))
-        normals = [s for s in _samples(data, anything, layout) if s.label == "normal" and s.split != "test"]
-        scanned = rows.scan(normals, self.preparation, progress=progress)
-        self._refuse_seen(scanned, "calibration")
-        if not len(scanned):
-            raise DataError(
-                f"No normal image to calibrate with among {len(normals)} candidates. "
-                "Give a folder or manifest of good images that training has not seen."
-            )
+        scanned = scoring.calibration_rows(data, config, self.record, layout=layout, progress=progress)
         source = feature_cache.streamed(self.extractor, scanned.load, len(scanned))
         self._draw(scanned, np.arange(len(scanned)), source, outcome=config.outcome, progress=progress)
         self.config = config
         self.refused = scanned.refused
-        self.record = self.record | {
-            "config": settings.as_dict(config),
-            "calibration_images": len(scanned.samples),
-            "calibration_hashes": sorted(text[:HASH_LETTERS] for text in scanned.hashes),
-            "calibrated_on": _fingerprint(scanned.hashes),
-        }
+        self.record = scoring.calibrated_record(self.record, config, scanned)
 
     def _draw(
         self,
@@ -327,41 +252,13 @@ class Detector:
         strangers = None
         if isinstance(self.head, KnowsStrangers) and len(self.head.subclass_names) > 1:
             walk = self._summaries(scanned, chosen, source, as_strangers=True, progress=progress)
-            # A stranger that lands in another category is no kin of anything: it is a foreign material there.
-            kin = [
-                stranger
-                for own, (_, _, stranger) in zip(summaries, walk, strict=True)
-                if self._category_of(own) == self._category_of(stranger)
-            ]
-            if len(kin) >= needed(outcome.false_alarm_rate):
-                strangers = self._calibration(kin, outcome, strangers=None)
-        self.calibration = self._calibration(summaries, outcome, strangers=strangers)
-        scores = np.array([summary.score for summary in summaries])
-        peaks = np.array([summary.peak for summary in summaries])
-        # A head with an image score of its own speaks in other units than its map: boxes need a line of theirs.
-        own_scores = bool((scores != peaks).any())
-        self.map_threshold = (
-            draw(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
-        )
-
-    def _category_of(self, summary: _Summary) -> str | None:
-        """The category of the kind that an image was taken for."""
-        return None if summary.subclass is None else self.kinds[self.head.subclass_names[summary.subclass]][0]
-
-    def _calibration(
-        self, summaries: Sequence[_Summary], outcome: OutcomeConfig, *, strangers: Calibration | None
-    ) -> Calibration:
-        routed = [summary.subclass for summary in summaries if summary.subclass is not None]
-        distances = [summary.distance for summary in summaries if summary.distance is not None]
-        return Calibration(
-            scores=np.array([summary.score for summary in summaries]),
-            distances=np.array(distances) if routed else None,
-            subclasses=np.array(routed, dtype=np.int64) if routed else None,
+            strangers = [summary for _, _, summary in walk]
+        self.calibration, self.map_threshold = scoring.draw_line(
+            summaries,
+            strangers,
             subclass_names=self.head.subclass_names,
-            subclass_categories=tuple(self.kinds[name][0] for name in self.head.subclass_names),
-            false_alarm_rate=outcome.false_alarm_rate,
-            unknown_rate=outcome.unknown_rate,
-            strangers=strangers,
+            kinds=self.kinds,
+            outcome=outcome,
         )
 
     def _name_kinds(
@@ -405,16 +302,9 @@ class Detector:
         Args:
             maps: with anomaly maps at the size of each image, and the boxes found in them.
         """
-        batch: list[_Opened] = []
-        waiting = 0
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            for opened in _ahead(pool, self._open, images, AHEAD * self.config.features.batch_images):
-                batch.append(opened)
-                waiting += len(opened.tiles)
-                if waiting >= self.config.features.batch_images:
-                    yield from self._judge(batch, maps)
-                    batch, waiting = [], 0
-            yield from self._judge(batch, maps)
+        return self._judge.stream(
+            images, lambda pixels: self._score(self.extractor.extract(torch.from_numpy(pixels))), maps=maps
+        )
 
     def stream_samples(
         self,
@@ -436,7 +326,7 @@ class Detector:
             DataError: an image was used for fitting or calibration.
         """
         scanned = _scan(samples, self.preparation, self.extractor, cache, progress)
-        self._refuse_seen(scanned, "test")
+        scoring.refuse_seen(scanned, self.record, "test")
         source = _source(self.extractor, scanned, folder=cache, max_gib=cache_gib, progress=progress)
         for position, (sample, scored, summary) in enumerate(
             self._summaries(scanned, np.arange(len(scanned)), source, progress=progress)
@@ -446,7 +336,9 @@ class Detector:
                 reconstructions[:] = zip(tiles, scored.reconstruction, strict=True)
             yield (
                 sample,
-                self._outcome(str(sample.image_path), scanned.sizes[position], tiles, scored, summary, maps),
+                self._judge.outcome(
+                    str(sample.image_path), scanned.sizes[position], tiles, scored, summary, maps
+                ),
             )
         refused = {refusal.image_path: refusal.reason for refusal in scanned.refused}
         for sample in samples:
@@ -456,68 +348,26 @@ class Detector:
                     Outcome(image_path=str(sample.image_path), error=reason, model=self.config.head.kind),
                 )
 
-    def _open(self, image: ImageInput) -> _Opened:
-        name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-        try:
-            pixels = images.decode(image)
-        except ImageError as error:
-            return _Opened(name, (0, 0), (), None, str(error))
-        height, width = pixels.shape[:2]
-        tiles = self.preparation.tiles(height, width)
-        prepared = np.stack([self.preparation.apply(pixels, tile) for tile in tiles])
-        return _Opened(name, (height, width), tiles, prepared, None)
-
-    def _judge(self, batch: Sequence[_Opened], with_maps: bool) -> Iterator[Outcome]:
-        start = time.perf_counter()
-        readable = [opened.pixels for opened in batch if opened.pixels is not None]
-        scored = (
-            self._score(self.extractor.extract(torch.from_numpy(np.concatenate(readable))))
-            if readable
-            else None
+    @property
+    def _judge(self) -> Judge:
+        line = None if self.calibration is None else Line(self.calibration, self.map_threshold)
+        return Judge(
+            config=self.config,
+            line=line,
+            kinds=self.kinds,
+            subclass_names=self.head.subclass_names,
+            bundle_hash=self.bundle_hash,
         )
-        done = 0
-        outcomes: list[Outcome] = []
-        for opened in batch:
-            if opened.error is not None or scored is None:
-                outcomes.append(
-                    Outcome(image_path=opened.name, error=opened.error, model=self.config.head.kind)
-                )
-                continue
-            own = scored.part(done, done + len(opened.tiles))
-            done += len(opened.tiles)
-            outcomes.append(
-                self._outcome(opened.name, opened.size, opened.tiles, own, _summarise(own), with_maps)
-            )
-        each_ms = (time.perf_counter() - start) * 1000 / max(len(readable), 1)
-        for outcome in outcomes:
-            yield outcome if outcome.error is not None else replace(outcome, latency_ms=each_ms)
 
     @torch.inference_mode()
-    def _score(self, features: Tensor, *, as_strangers: bool = False) -> _Scored:
+    def _score(self, features: Tensor, *, as_strangers: bool = False) -> Scored:
         """(n, D, h, w) raw features to scores."""
         standard = self.standard(features.to(self._device))
         patches = self.head(standard)
         if as_strangers and isinstance(self.head, KnowsStrangers) and patches.routing is not None:
             patches = self.head.as_strangers(standard, patches.routing.subclass)
-        grids = patches.scores.float().cpu().numpy()
-        prepare = self.config.prepare
-        peaks = image_score.from_maps(
-            maps.upsample(grids, prepare.height, prepare.width, smoothing=self.config.maps.smoothing)
-        ).astype(np.float64)
-        scores = peaks if patches.image_scores is None else patches.image_scores.double().cpu().numpy()
-        routing = patches.routing
-        raw = None if patches.reconstruction is None else patches.reconstruction.float().cpu().numpy()
-        if routing is None:
-            return _Scored(grids, scores, peaks, None, None, None, None, raw)
-        return _Scored(
-            grids,
-            scores,
-            peaks,
-            routing.weights.float().cpu().numpy(),
-            routing.subclass.cpu().numpy(),
-            routing.distance.double().cpu().numpy(),
-            routing.adapted.cpu().numpy(),
-            raw,
+        return Scored.of(
+            {name: value.cpu().numpy() for name, value in export.answers(patches).items()}, self.config
         )
 
     def _summaries(
@@ -528,78 +378,14 @@ class Detector:
         *,
         as_strangers: bool = False,
         progress: Progress | None = None,
-    ) -> Iterator[tuple[Sample, _Scored, _Summary]]:
+    ) -> Iterator[tuple[Sample, Scored, Summary]]:
         """Score the chosen rows, which hold whole images, an image at a time."""
-        size = self.config.features.batch_images
-        owners = scanned.owner[chosen]
-        images_at = np.flatnonzero(np.diff(owners, prepend=-1))  # where each image's rows begin
-        for first in range(0, len(images_at), size):
-            starts = images_at[first : first + size]
-            stop = images_at[first + size] if first + size < len(images_at) else len(chosen)
-            scored = self._score(source.read(chosen[starts[0] : stop]), as_strangers=as_strangers)
-            for start, end in zip(starts, [*starts[1:], stop], strict=True):
-                own = scored.part(start - starts[0], end - starts[0])
-                yield scanned.samples[owners[start]], own, _summarise(own)
-            if progress is not None:
-                progress("scoring", min(first + size, len(images_at)), len(images_at))
-
-    def _outcome(
-        self,
-        name: str | None,
-        size: tuple[int, int],
-        tiles: tuple[Tile, ...],
-        scored: _Scored,
-        summary: _Summary,
-        with_maps: bool,
-    ) -> Outcome:
-        if self.calibration is None:
-            raise BundleError("This detector has no operating point. Calibrate it with normal images first.")
-        judgement = self.calibration.judge(
-            score=summary.score, distance=summary.distance, subclass=summary.subclass
-        )
-        height, width = size
-        anomaly_map = None
-        if with_maps:
-            smooth = self.config.maps.smoothing
-            parts = [
-                maps.upsample(grid[None], tile.height, tile.width, smoothing=smooth)[0]
-                for grid, tile in zip(scored.grids, tiles, strict=True)
-            ]
-            anomaly_map = parts[0] if len(parts) == 1 else maps.stitch(parts, tiles, height, width)
-        found: tuple[DefectBox, ...] = ()
-        if anomaly_map is not None and judgement.verdict != "normal":
-            line = judgement.threshold if self.map_threshold is None else self.map_threshold
-            found = boxes.find(anomaly_map, line)
-        category, subclass = None, None
-        names = self.head.subclass_names
-        if summary.subclass is not None and names:
-            category, subclass = self.kinds[names[summary.subclass]]
-        elif len({known for known, _ in self.kinds.values()}) == 1:
-            category = next(iter(self.kinds.values()))[0]
-        experts: tuple[tuple[str, float], ...] = ()
-        if summary.weights is not None:
-            order = np.argsort(-summary.weights, kind="stable")
-            experts = tuple((names[k], float(summary.weights[k])) for k in order if summary.weights[k] > 0)
-        return Outcome(
-            image_path=name,
-            verdict=judgement.verdict,
-            pred_score=summary.score,
-            p_value=judgement.p_value,
-            threshold=judgement.threshold,
-            false_alarm_rate=judgement.false_alarm_rate,
-            category=category,
-            subclass=subclass,
-            subclass_distance=summary.distance,
-            subclass_p_value=judgement.subclass_p_value,
-            unseen=judgement.unseen,
-            experts=experts,
-            adapted=summary.adapted,
-            boxes=found,
-            anomaly_map=anomaly_map,
-            height=height,
-            width=width,
-            model=self.config.head.kind,
-            bundle_hash=self.bundle_hash,
+        return scoring.summaries(
+            scanned,
+            chosen,
+            lambda few: self._score(source.read(few), as_strangers=as_strangers),
+            size=self.config.features.batch_images,
+            progress=progress,
         )
 
     # ---------------------------------------------------------------- on disk
@@ -609,17 +395,39 @@ class Detector:
 
         Raises:
             BundleError: the folder exists and `overwrite` is not set.
+        GateError: ONNX Runtime does not give the scores of torch, or the network cannot be exported.
         """
         target = Path(folder)
-        calibration = None if self.calibration is None else self.calibration.as_dict()
+        bundle.check_place(target, overwrite=overwrite)
+        graph = self._exported()
         bundle.write(
             target,
             tensors=self._tensors(),
-            record=self.record | {"calibration": calibration, "map_threshold": self.map_threshold},
+            record=self.record | scoring.line_record(self._judge.line),
+            files={bundle.GRAPH: graph},
             overwrite=overwrite,
         )
         self.bundle_hash = bundle.bundle_hash(target)
         return target
+
+    def _exported(self) -> bytes:
+        """The graph: that of the bundle this was loaded from, or written anew and compared with torch."""
+        if self._origin is not None:
+            return bundle.read_file(self._origin, bundle.GRAPH)
+        if self._graph is None:
+            parts = [self.extractor, self.standard, _module(self.head)]
+            try:
+                extractor, standard, head = (part.to("cpu") for part in parts)
+                whole = export.Whole(extractor=extractor, standard=standard, head=head).eval()
+                height, width = self.preparation.height, self.preparation.width
+                graph = export.to_onnx(whole, height=height, width=width)
+                network = Network(graph, where="The exported graph", size=(height, width), device="cpu")
+                export.gate(whole, network, self._gate_images, self._judge)
+            finally:
+                for part in parts:
+                    part.to(self._device)
+            self._graph = graph
+        return self._graph
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: str = "auto") -> Self:
@@ -631,15 +439,12 @@ class Detector:
         path = Path(folder)
         record = bundle.read(path)
         tensors = {name: torch.from_numpy(array) for name, array in bundle.read_tensors(path).items()}
+        judge = Judge.of(record, bundle_hash=bundle.bundle_hash(path), where=path)
+        config = judge.config
         try:
-            config = settings.from_dict(record["config"])
             shape: tuple[int, int, int] = tuple(record["feature_shape"])
-            kinds = {name: (kind[0], kind[1]) for name, kind in record["kinds"].items()}
-            names = tuple(record["subclass_names"])
             fingerprint = record["feature_fingerprint"]
-            calibration = Calibration.from_dict(record["calibration"])
-            map_threshold = record["map_threshold"]
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError) as error:
             raise BundleError(
                 f"{path}/bundle.json lacks or misplaces {error}. Copy the bundle again or retrain."
             ) from error
@@ -656,19 +461,20 @@ class Detector:
         _load_strictly(standard, tensors, "standard.", path)
         head = build_head(config.head, shape=shape, dims=extractor.dims)
         load_state(_module(head), _own(tensors, "head."))
-        head.subclass_names = names
+        head.subclass_names = judge.subclass_names
         detector = cls(
             config=config,
             extractor=extractor,
             standard=standard,
             head=head,
-            calibration=calibration,
-            map_threshold=None if map_threshold is None else float(map_threshold),
-            kinds=kinds,
-            record={key: value for key, value in record.items() if key not in OUTSIDE},
+            calibration=judge.line and judge.line.calibration,
+            map_threshold=judge.line and judge.line.map_threshold,
+            kinds=dict(judge.kinds),
+            record={key: value for key, value in record.items() if key not in bundle.LINE},
             device=_device(device),
         )
-        detector.bundle_hash = bundle.bundle_hash(path)
+        detector.bundle_hash = judge.bundle_hash
+        detector._origin = path
         return detector
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -678,18 +484,6 @@ class Detector:
             "head.": state(_module(self.head)),
         }
         return {prefix + name: tensor for prefix, part in parts.items() for name, tensor in part.items()}
-
-    def _refuse_seen(self, scanned: rows.Rows, purpose: str) -> None:
-        """No image of the fit may be used for another purpose; calibration images may not test."""
-        seen = set(self.record["fit_hashes"])
-        if purpose == "test":
-            seen |= set(self.record["calibration_hashes"])
-        for sample, content in zip(scanned.samples, scanned.hashes, strict=True):
-            if content[:HASH_LETTERS] in seen:
-                raise DataError(
-                    f"{sample.image_path} was used in training, so it cannot serve for {purpose}: a result on it "
-                    "would be too good. Give images that training has not seen (same content counts as the same file)."
-                )
 
 
 def _configured(config: Config | None, *, model: str | None, subclass_from: str | None) -> Config:
@@ -709,16 +503,6 @@ def _device(name: str) -> str:
             f"Device {name!r} was asked for, but this machine has no CUDA device. Use --device cpu or auto."
         )
     return name
-
-
-def _samples(
-    data: str | os.PathLike[str] | Sequence[Sample] | Sequence[str | os.PathLike[str]],
-    config: Config,
-    layout: str | None,
-) -> list[Sample]:
-    if isinstance(data, str | os.PathLike):
-        return layouts.read(Path(data), config.data, layout=layout)
-    return [item if isinstance(item, Sample) else Sample(image_path=Path(item)) for item in data]
 
 
 def _scan(
@@ -757,6 +541,15 @@ def _rows_of(scanned: rows.Rows, samples: Sequence[Sample]) -> NDArray[np.int64]
     wanted = set(samples)
     chosen = np.array([sample in wanted for sample in scanned.samples], dtype=bool)
     return np.flatnonzero(chosen[scanned.owner])
+
+
+def _images(scanned: rows.Rows, chosen: NDArray[np.int64], *, at_most: int) -> list[NDArray[np.uint8]]:
+    """The tiles of images that stand evenly over the chosen rows, (n, 3, height, width) each."""
+    owners = np.unique(scanned.owner[chosen])
+    some = owners[np.linspace(0, len(owners) - 1, min(at_most, len(owners))).astype(int)]
+    return [
+        np.stack([scanned.load(int(row)) for row in np.flatnonzero(scanned.owner == owner)]) for owner in some
+    ]
 
 
 def _fit_data(
@@ -887,7 +680,7 @@ def _record(detector: Detector, scanned: rows.Rows, division: splits.Division) -
         "fit_images": len(fit),
         "calibration_images": len(calibration),
         "refused": [[refusal.image_path, refusal.reason] for refusal in scanned.refused],
-        "data_fingerprint": _fingerprint(scanned.hashes),
+        "data_fingerprint": rows.fingerprint(scanned.hashes),
         "fit_hashes": [text[:HASH_LETTERS] for text in fit],
         "calibration_hashes": [text[:HASH_LETTERS] for text in calibration],
         "software": {"normweave": __version__, "python": platform.python_version()}
@@ -898,10 +691,6 @@ def _record(detector: Detector, scanned: rows.Rows, division: splits.Division) -
 def _guests(config: Config) -> tuple[str, ...]:
     """Packages that only some features come from."""
     return ("open_clip_torch",) if isinstance(config.features, OpenClipConfig) else ()
-
-
-def _fingerprint(hashes: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
 def _own(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -915,14 +704,3 @@ def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], prefix: str, p
         raise BundleError(
             f"{path}: the weights do not fit the model: {error}. Copy the bundle again or retrain."
         ) from error
-
-
-def _ahead(pool: ThreadPoolExecutor, work: Any, items: Iterable[Any], count: int) -> Iterator[_Opened]:
-    """Results of `work` in order, at most `count` items ahead of the reader."""
-    running: deque[Future[_Opened]] = deque()
-    for item in items:
-        running.append(pool.submit(work, item))
-        if len(running) > count:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()

@@ -243,7 +243,7 @@ class KnowsStrangers(Protocol):
     """A head that can do as if it had never seen a subclass."""
 
     def as_strangers(self, features: Tensor, subclasses: Tensor) -> PatchScores:
-        """Score (B, D, h, w) without the expert of each image's own subclass, (B,) int64."""
+        """Score (B, D, h, w) without the expert of each image's own subclass, (B,) int64; -1 leaves it all experts."""
         ...
 
 

@@ -25,8 +25,10 @@ class Trained(NamedTuple):
     output: str
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+def run(*arguments, stdin=None):
+    return CliRunner().invoke(
+        app, [str(argument) for argument in arguments], input=stdin, env={"COLUMNS": "200"}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """Images to verdicts, tables and maps."""
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.cli.predict import ROWS_A_GROUP, check_places, find, line, overlay, table
+from normweave.cli.predict import check_places, find, line, overlay, share
 from normweave.errors import ConfigError, DataError
 from normweave.types import DefectBox, Outcome
 
@@ -74,12 +73,52 @@ def test_a_missing_file_is_passed_on_to_be_reported_in_its_place(photos):
     assert found(photos, "gone.png") == ["gone.png"]
 
 
+def test_a_list_comes_last_and_leaves_out_empty_lines(photos):
+    (photos / "list.txt").write_text(f"{photos}/b/1.png\n\n{photos}/gone.png\r\n{photos}/é.png")
+    assert [path.removeprefix(f"{photos}/") for path in find([str(photos / "a")], photos / "list.txt")] == [
+        "a/1.JPG",
+        "a/2.png",
+        "b/1.png",
+        "gone.png",
+        "é.png",
+    ]
+
+
+def test_paths_from_stdin_are_read_one_by_one(monkeypatch):
+    read = []
+
+    def lines():
+        for text in ("one.png\n", "two.png\n"):
+            read.append(text)
+            yield text
+
+    monkeypatch.setattr("sys.stdin", lines())
+    paths = find(["-"])
+    assert next(paths) == "one.png"
+    assert read == ["one.png\n"]
+
+
+def test_shards():
+    assert [list(range(10))[first::step] for first, step in map(share, ("1/3", "2/3", "3/3"))] == [
+        [0, 3, 6, 9],
+        [1, 4, 7],
+        [2, 5, 8],
+    ]
+    for wrong in ("0/3", "4/3", "3", "1/0", "a/b", "-1/2"):
+        with pytest.raises(ConfigError, match=f"--shard must be i/n with 1 <= i <= n, as 2/4, got '{wrong}'"):
+            share(wrong)
+
+
 def test_what_holds_no_image_is_refused_at_once(photos):
     (photos / "empty").mkdir()
     with pytest.raises(DataError, match="empty holds no image"):
         find([str(photos / "a"), str(photos / "empty")])
     with pytest.raises(DataError, match=r"Nothing matches '.*\*\.bmp'"):
         find([f"{photos}/*.bmp"])
+    with pytest.raises(DataError, match="No image is named"):
+        find([])
+    with pytest.raises(DataError, match=r"There is no list .*gone\.txt"):
+        find([], photos / "gone.txt")
 
 
 # ── how it is said ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,59 +129,6 @@ def test_a_line():
     assert line(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
     assert line(normal).startswith("normal  ")
-
-
-def written(path, outcomes):
-    with table(path) as write:
-        for outcome in outcomes:
-            write(outcome.as_dict())
-            assert not path.exists()  # a table has its name when it is whole
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-
-
-def test_jsonl_comes_back(tmp_path):
-    written(tmp_path / "out" / "r.jsonl", [OUTCOME, Outcome(image_path="é", error="x")])
-    lines = (tmp_path / "out" / "r.jsonl").read_text("utf-8").splitlines()
-    assert json.loads(lines[0]) == OUTCOME.as_dict()
-    assert json.loads(lines[1])["image_path"] == "é"
-
-
-def test_csv_comes_back(tmp_path):
-    written(tmp_path / "r.csv", [OUTCOME, Outcome(image_path=None, error="x")])
-    with (tmp_path / "r.csv").open(newline="") as file:
-        first, second = csv.DictReader(file)
-    assert first["image_path"] == "a, b.png"
-    assert float(first["pred_score"]) == 1.5
-    assert json.loads(first["boxes"]) == [{"x": 1, "y": 2, "width": 3, "height": 4, "peak": 1.5}]
-    assert first.keys() == OUTCOME.as_dict().keys()
-    assert second["pred_score"] == ""
-
-
-@pytest.mark.parametrize("count", [0, 1, ROWS_A_GROUP, 2 * ROWS_A_GROUP + 1])
-def test_parquet_comes_back_in_groups(tmp_path, count):
-    from pyarrow import parquet
-
-    rows = [Outcome(image_path=f"{n}.png", error="x") for n in range(max(0, count - 1))] + [OUTCOME] * min(
-        1, count
-    )
-    written(tmp_path / "r.parquet", rows)
-    back = parquet.ParquetFile(tmp_path / "r.parquet")
-    assert back.metadata.num_rows == count
-    assert all(
-        back.metadata.row_group(n).num_rows <= ROWS_A_GROUP for n in range(back.metadata.num_row_groups)
-    )
-    if count:
-        assert back.read().to_pylist()[-1] == OUTCOME.as_dict()
-    assert back.schema_arrow.names == list(OUTCOME.as_dict())
-
-
-def test_a_table_that_breaks_off_leaves_the_old_one(tmp_path):
-    (tmp_path / "r.jsonl").write_text("old")
-    broken = Outcome(image_path="x", pred_score=float("nan"))
-    with pytest.raises(ValueError, match="JSON"), table(tmp_path / "r.jsonl") as write:
-        write(broken.as_dict())
-    assert (tmp_path / "r.jsonl").read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_an_overlay_is_red_above_the_threshold_and_grey_elsewhere():
@@ -239,6 +225,35 @@ def test_no_bundle(tmp_path):
     result = run("predict", tmp_path / "no-bundle", "x.png", "--json")
     assert result.exit_code == 2
     assert "a bundle is a folder written by 'normweave train'" in json.loads(result.stdout)["error"]
+
+
+def scores(result):
+    """Of each image by its path; whatever took how long."""
+    rows = [json.loads(text) for text in result.stdout.splitlines()]
+    return {row["image_path"]: (row["verdict"], row["pred_score"]) for row in rows}
+
+
+def test_lists_stdin_and_shards_say_the_same(judged, trained, tmp_path):
+    images, whole, _ = judged
+    (tmp_path / "list.txt").write_text("\n".join(images))
+    assert scores(run("predict", trained.bundle, "--list", tmp_path / "list.txt", "--json")) == scores(whole)
+    piped = run("predict", trained.bundle, "-", "--json", stdin="\n".join(images))
+    assert list(scores(piped)) == images
+    assert {path: verdict for path, (verdict, _) in scores(piped).items()} == {
+        path: verdict for path, (verdict, _) in scores(whole).items()
+    }
+    parts = [run("predict", trained.bundle, *images, "--json", "--shard", f"{n}/3") for n in (1, 2, 3)]
+    assert [list(scores(part)) for part in parts] == [images[n::3] for n in (0, 1, 2)]
+    together = scores(parts[0]) | scores(parts[1]) | scores(parts[2])
+    for path, (verdict, score) in scores(whole).items():
+        assert together[path][0] == verdict
+        assert together[path][1] == pytest.approx(score, rel=1e-5)
+
+
+def test_resume_needs_a_table(trained):
+    result = run("predict", trained.bundle, "x.png", "--resume")
+    assert result.exit_code == 2
+    assert "--resume goes on with a table. Name it with --output." in result.stderr
 
 
 def test_an_ending_is_checked_with_its_name():

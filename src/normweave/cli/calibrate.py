@@ -19,11 +19,11 @@ def calibrate(
     false_alarm_rate: options.FalseAlarmRate = None,
     layout: options.Layout = None,
 ) -> int:
-    """Draw the operating points anew from other normal images; the bundle is replaced as a whole."""
-    from normweave.detector import Detector
+    """Draw the operating points anew from other normal images; the bundle is replaced as a whole. Needs no torch."""
+    from normweave.runtime import Runtime
 
-    detector = Detector.load(bundle, device=terminal.device)
+    runtime = Runtime(bundle, threads=terminal.threads, device=terminal.device)
     with terminal.progress() as progress:
-        detector.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
-    detector.save(bundle, overwrite=True)
-    return report(terminal, detector, bundle)
+        runtime.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
+    runtime.save(bundle, overwrite=True)
+    return report(terminal, runtime, bundle)

@@ -1,21 +1,21 @@
 """`normweave predict`: images to verdicts, one after the other, however many there are."""
 
-import csv
 import glob
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import chain
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normweave.cli import options
+from normweave.cli.journal import TABLES, Journal
 from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal, command
-from normweave.errors import DataError, unknown
+from normweave.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
     from normweave.types import Outcome
 
-Row = dict[str, Any]
-ROWS_A_GROUP = 1000
+STDIN = "-"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -36,8 +35,15 @@ def predict(
     terminal: Terminal,
     bundle: options.Bundle,
     images: Annotated[
-        list[str], typer.Argument(help="Files, folders, or patterns as '*.png'.", show_default=False)
-    ],
+        list[str] | None,
+        typer.Argument(
+            help="Files, folders, patterns as '*.png', or - for paths from stdin.", show_default=False
+        ),
+    ] = None,
+    list_: Annotated[
+        Path | None,
+        typer.Option("--list", help="File with the paths of more images, one a line.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Table to write: .jsonl, .csv or .parquet.", show_default=False),
@@ -49,24 +55,45 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the table of an interrupted call of the same images.")
+    ] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: every n-th image only, from the i-th on; for n processes.", show_default=False
+        ),
+    ] = None,
 ) -> int:
-    """Judge images: a line each, in their order. Exit code 1 if one is not normal, 4 if one could not be read."""
-    check_places(output, maps)
-    paths = find(images)
+    """Judge images: a line each, in their order. Exit code 1 if one is not normal, 4 if one could not be read.
 
-    from normweave.detector import Detector
+    Needs no torch. Paths from stdin are answered one by one, before the next is read.
+    """
+    check_places(output, maps, resume=resume)
+    first, step = (0, 1) if shard is None else share(shard)
+    paths: Iterator[str] = islice(find(images or [], list_), first, None, step)
 
-    detector = Detector.load(bundle, device=terminal.device)
+    from normweave.runtime import Runtime
+
+    runtime = Runtime(bundle, threads=terminal.threads, device=terminal.device)
+    batch = 1 if STDIN in (images or []) else runtime.batch_images
     full = terminal.json or output is not None or maps is not None
     found = unreadable = 0
     with ExitStack() as stack:
-        write = None if output is None else stack.enter_context(table(output))
-        for number, outcome in enumerate(detector.stream(paths, maps=full)):
+        journal, done, again = None, 0, 0
+        if output is not None:
+            journal = stack.enter_context(Journal(output, resume=resume, bundle_hash=runtime.bundle_hash))
+            done, found, unreadable = journal.done, journal.not_normal, journal.unreadable
+            # Back to where the batch began: so every image is judged in the company that it would have had.
+            again = done % batch
+            paths = chain(journal.skip(paths, keep=again), paths)
+        outcomes = runtime.stream(paths, maps=full, batch_images=batch)
+        for number, outcome in enumerate(islice(outcomes, again, None), done):
             row = outcome.as_dict()
             if maps is not None and outcome.error is None:
                 row["anomaly_map"] = str(save_map(maps, number, outcome))
-            if write is not None:
-                write(row)
+            if journal is not None:
+                journal.write(row)
             if terminal.json:
                 terminal.record(row)
             else:
@@ -77,17 +104,32 @@ def predict(
     return UNREADABLE if unreadable else NOT_NORMAL if found else ALL_NORMAL
 
 
-def find(arguments: list[str]) -> Iterator[str]:
-    """The images that the arguments name, in their order; those of a folder sorted by path.
+def share(text: str) -> tuple[int, int]:
+    """The first image and the step of a shard "i/n".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    given = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if given is None or not 1 <= int(given[1]) <= int(given[2]):
+        raise ConfigError(f"--shard must be i/n with 1 <= i <= n, as 2/4, got {text!r}.")
+    return int(given[1]) - 1, int(given[2])
+
+
+def find(arguments: list[str], listed: Path | None = None) -> Iterator[str]:
+    """The images that the arguments name, in their order, then those of a list; those of a folder sorted by path.
 
     A file is taken whatever its ending; what is no file is passed on too, so that it is reported in its place.
 
     Raises:
-        DataError: a folder without images, or a pattern that nothing matches; before the first image is opened.
+        DataError: nothing is named, a folder without images, a pattern that nothing matches, or a list that cannot be
+            read; before the first image is opened.
     """
     sources: list[Iterable[str]] = []
     for argument in arguments:
-        if os.path.isdir(argument):
+        if argument == STDIN:
+            sources.append(_lines(sys.stdin))
+        elif os.path.isdir(argument):
             if next(in_folder(argument), None) is None:
                 raise DataError(
                     f"{argument} holds no image. Name a folder with images, or the files themselves."
@@ -102,7 +144,25 @@ def find(arguments: list[str]) -> Iterator[str]:
             sources.append(matches)
         else:
             sources.append([argument])
+    if listed is not None:
+        if not listed.is_file():
+            raise DataError(f"There is no list {listed}. Name a file with the path of an image on each line.")
+        sources.append(_listed(listed))
+    if not sources:
+        raise DataError("No image is named. Give files, folders, patterns, - for stdin, or --list FILE.")
     return chain.from_iterable(sources)
+
+
+def _listed(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        yield from _lines(file)
+
+
+def _lines(file: Iterable[str]) -> Iterator[str]:
+    """One path a line; empty lines are none."""
+    for text in file:
+        if path := text.rstrip("\r\n"):
+            yield path
 
 
 def in_folder(folder: str) -> Iterator[str]:
@@ -128,101 +188,14 @@ def line(outcome: "Outcome") -> str:
     )
 
 
-def check_places(output: Path | None, maps: Path | None) -> None:
+def check_places(output: Path | None, maps: Path | None, *, resume: bool = False) -> None:
     """Refuse places that cannot be written to before any image is judged."""
     if output is not None and output.suffix not in TABLES:
         raise unknown("ending of a table", output.suffix, TABLES, f"Got {output}.")
-    if maps is not None and maps.exists() and (not maps.is_dir() or any(maps.iterdir())):
+    if resume and output is None:
+        raise ConfigError("--resume goes on with a table. Name it with --output.")
+    if maps is not None and maps.exists() and (not maps.is_dir() or (any(maps.iterdir()) and not resume)):
         raise DataError(f"{maps} is not empty; maps of two runs would mix. Name a new folder for --maps.")
-
-
-# ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextmanager
-def table(path: Path) -> Iterator[Callable[[Row], object]]:
-    """A function that writes one row; the table has its name when all are written, and none before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with TABLES[path.suffix](partial) as write:
-            yield write
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def jsonl(path: Path) -> Iterator[Callable[[Row], object]]:
-    """One JSON object a line."""
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        yield lambda row: file.write(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def comma_separated(path: Path) -> Iterator[Callable[[Row], object]]:
-    """Experts and boxes are JSON in their columns."""
-    from normweave.types import Outcome
-
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(Outcome(image_path=None).as_dict()))
-        writer.writeheader()
-        yield lambda row: writer.writerow(
-            {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
-        )
-
-
-@contextmanager
-def parquet(path: Path) -> Iterator[Callable[[Row], object]]:
-    """Row groups of a thousand, so that a run of any length fits into memory."""
-    import pyarrow
-    import pyarrow.parquet
-
-    text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
-    expert = pyarrow.struct([("name", text), ("weight", number)])
-    box = pyarrow.struct([("x", whole), ("y", whole), ("width", whole), ("height", whole), ("peak", number)])
-    schema = pyarrow.schema(
-        [
-            ("image_path", text),
-            ("verdict", text),
-            ("pred_score", number),
-            ("p_value", number),
-            ("threshold", number),
-            ("false_alarm_rate", number),
-            ("category", text),
-            ("subclass", text),
-            ("subclass_distance", number),
-            ("subclass_p_value", number),
-            ("unseen", pyarrow.bool_()),
-            ("experts", pyarrow.list_(expert)),
-            ("adapted", pyarrow.bool_()),
-            ("boxes", pyarrow.list_(box)),
-            ("anomaly_map", text),
-            ("height", whole),
-            ("width", whole),
-            ("latency_ms", number),
-            ("model", text),
-            ("bundle_hash", text),
-            ("error", text),
-        ]
-    )
-    rows: list[Row] = []
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-
-        def write(row: Row) -> None:
-            rows.append(row)
-            if len(rows) == ROWS_A_GROUP:
-                flush()
-
-        def flush() -> None:
-            writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
-            rows.clear()
-
-        yield write
-        flush()
-
-
-TABLES = {".jsonl": jsonl, ".csv": comma_separated, ".parquet": parquet}
 
 
 # ── maps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

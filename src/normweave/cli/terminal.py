@@ -57,6 +57,7 @@ class Terminal:
     verbose: bool = False
     seed: int | None = None
     device: str = "auto"
+    threads: int | None = None
 
     def record(self, values: dict[str, Any]) -> None:
         """One JSON object, on one line of stdout."""
@@ -116,7 +117,9 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., int]], Calla
             threads: int | None,
             **own: Any,
         ) -> None:
-            terminal = Terminal(json=json, quiet=quiet, verbose=verbose, seed=seed, device=device)
+            terminal = Terminal(
+                json=json, quiet=quiet, verbose=verbose, seed=seed, device=device, threads=threads
+            )
             if threads is not None:
                 _limit_threads(threads)
             raise typer.Exit(_exit_code(terminal, lambda: function(terminal, **own)))
@@ -186,8 +189,8 @@ def _fail(terminal: Terminal, message: str, exit_code: int) -> int:
 def _limit_threads(threads: int) -> None:
     # numpy's and torch's libraries read this when they are loaded, which no command has done yet.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)
 
 
 def _console(*, stderr: bool) -> "Console":

@@ -13,6 +13,7 @@ from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, command
 if TYPE_CHECKING:
     from normweave.config import Config
     from normweave.detector import Detector
+    from normweave.runtime import Runtime
 
 CLIP_SIDE = 336  # pixels, of ViT-L-14-336
 
@@ -128,7 +129,7 @@ def compose(
     return settings.override(result, given + assignments)
 
 
-def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
+def report(terminal: Terminal, detector: "Detector | Runtime", folder: Path) -> int:
     """Say what a detector that was just saved was made from and where its lines lie; the exit code."""
     from rich.table import Table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -114,3 +114,8 @@ def scan(
         refused=tuple(refused),
         preparation=preparation,
     )
+
+
+def fingerprint(hashes: Iterable[str]) -> str:
+    """What identifies a set of images, whatever their order: one SHA-256 over the others."""
+    return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()

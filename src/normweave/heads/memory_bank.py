@@ -103,8 +103,8 @@ def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tenso
     Returns:
         (N,) distance and (N,) int64 row of the bank.
     """
-    best = queries.new_full((len(queries),), torch.inf)  # |x|^2 is left out: the same for every m
-    index = torch.zeros(len(queries), dtype=torch.int64, device=queries.device)
+    best = queries.new_full((queries.shape[0],), torch.inf)  # |x|^2 is left out: the same for every m
+    index = torch.zeros(queries.shape[0], dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), chunk):
         part = bank[start : start + chunk]  # (m, D)
         squared = torch.addmm(part.square().sum(1), queries, part.T, alpha=-2)  # (N, m)

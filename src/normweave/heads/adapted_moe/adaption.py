@@ -39,7 +39,7 @@ class NoAdaption(nn.Module):
 
     def changes(self, samples: Tensor) -> Tensor:
         """Which images are adapted, (B,) bool."""
-        return torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
+        return torch.zeros(samples.shape[0], dtype=torch.bool, device=samples.device)
 
 
 class FullAdaption(nn.Module):
@@ -58,7 +58,7 @@ class FullAdaption(nn.Module):
 
     def changes(self, samples: Tensor) -> Tensor:
         """Which images are adapted, (B,) bool: all."""
-        return torch.ones(len(samples), dtype=torch.bool, device=samples.device)
+        return torch.ones(samples.shape[0], dtype=torch.bool, device=samples.device)
 
 
 class PaperAdaption(nn.Module):
@@ -116,7 +116,7 @@ class PaperAdaption(nn.Module):
 
     def changes(self, samples: Tensor) -> Tensor:
         """Which images are adapted, (B,) bool: all."""
-        return torch.ones(len(samples), dtype=torch.bool, device=samples.device)
+        return torch.ones(samples.shape[0], dtype=torch.bool, device=samples.device)
 
 
 class GuardedAdaption(nn.Module):
@@ -177,7 +177,7 @@ class GuardedAdaption(nn.Module):
 
     def changes(self, samples: Tensor) -> Tensor:
         """Which images are adapted, (B,) bool: all, unless there was one kind of normal only."""
-        return self.directions.any().expand(len(samples))
+        return self.directions.any().expand(samples.shape[0])
 
 
 Adaption = NoAdaption | FullAdaption | PaperAdaption | GuardedAdaption

@@ -322,13 +322,12 @@ class AdaptedMoE(nn.Module):
 
         Args:
             features: (B, D, h, w).
-            subclasses: (B,) indices into `subclass_names`.
+            subclasses: (B,) indices into `subclass_names`; -1 leaves an image all experts.
         """
         K = self.way.number
         if K == 1:
             return self.forward(features)
-        others = torch.ones(len(features), K, dtype=torch.bool, device=features.device)
-        others.scatter_(1, subclasses[:, None], False)
+        others = torch.arange(K, device=features.device) != subclasses[:, None]  # (B, K)
         distances = self.kinds(block_statistics(features)).masked_fill(~others, torch.inf)
         return self._score(features, distances, allowed=others)
 
@@ -345,17 +344,16 @@ class AdaptedMoE(nn.Module):
         else:
             likeness = -distances
         likeness = likeness[:, : way.number]  # with one expert for all, the kinds of normal may still be many
-        top_k = self.top_k
         if allowed is not None:
-            likeness = likeness.masked_fill(~allowed, -torch.inf)
-            top_k = min(top_k, way.number - 1)
-        choice = choose(likeness, temperature=self.temperature, top_k=top_k)
+            likeness = likeness.masked_fill(~allowed, -torch.inf)  # weighs 0
+        choice = choose(likeness, temperature=self.temperature, top_k=self.top_k)
         if scores is None:
             scores = way(features, samples, choice.experts)  # (B, T, V, h, w)
         else:
             chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
             scores = scores.gather(1, chosen)  # (B, T, V, h, w)
-        fused = aggregate(scores, choice.weights, how=self.aggregation)  # (B, V, h, w)
+        counts = None if allowed is None else allowed.gather(1, choice.experts)  # (B, T)
+        fused = aggregate(scores, choice.weights, how=self.aggregation, counts=counts)  # (B, V, h, w)
         # Layout experts have measured what is usual at the border as everywhere else.
         border = 0 if isinstance(way.experts, Layouts) else self.border
         weights = features.new_zeros(features.shape[0], way.number)
@@ -419,19 +417,33 @@ class _Adapted:
         return self.head._adapt_to(self.source.read(rows), own)
 
 
-def aggregate(scores: Tensor, weights: Tensor, *, how: Literal["paper", "min", "mean"]) -> Tensor:
+def aggregate(
+    scores: Tensor,
+    weights: Tensor,
+    *,
+    how: Literal["paper", "min", "mean"],
+    counts: Tensor | None = None,
+) -> Tensor:
     """Put the experts' scores together: (B, T, ...) and weights (B, T) to (B, ...).
 
     `paper` is Eq. 4, sum_k w_k Expert_k(x) / sum_k w_k over the experts that count.
+
+    Args:
+        counts: (B, T) bool, at least one of each row; an expert that does not count weighs 0. None = all count.
     """
+    inner = (..., *[None] * (scores.ndim - 2))
     match how:
         case "paper":
             shares = weights / weights.sum(dim=1, keepdim=True)  # (B, T)
-            return (scores * shares[(..., *[None] * (scores.ndim - 2))]).sum(dim=1)
+            return (scores * shares[inner]).sum(dim=1)
         case "min":
+            if counts is not None:
+                scores = scores.masked_fill(~counts[inner], torch.inf)
             return scores.amin(dim=1)
         case "mean":
-            return scores.mean(dim=1)
+            if counts is None:
+                return scores.mean(dim=1)
+            return (scores * counts[inner]).sum(dim=1) / counts.sum(dim=1, keepdim=True)[inner][:, 0]
 
 
 def _router(config: AdaptedMoEConfig, width: int) -> Router:

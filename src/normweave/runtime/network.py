@@ -1,0 +1,149 @@
+"""A bundle's graph in ONNX Runtime: prepared pixels to what the head says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normweave.errors import BundleError, MissingError, unknown
+from normweave.runtime import protobuf
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
+
+PIXELS = "pixels"
+"""(B, 3, height, width) uint8."""
+EXCLUDED = "excluded"
+"""(B,) int64, the subclass whose expert is not asked; -1 asks all. Only where the head knows strangers."""
+ANSWERS = {
+    "scores": ("tensor(float)", 3),
+    "image_scores": ("tensor(float)", 1),
+    "reconstruction": ("tensor(float)", 3),
+    "weights": ("tensor(float)", 2),
+    "subclass": ("tensor(int64)", 1),
+    "distance": ("tensor(float)", 1),
+    "adapted": ("tensor(bool)", 1),
+}
+"""Outputs by name, their type and number of axes; `scores` is always there. See `PatchScores` and `Routing`."""
+ROUTING = ("weights", "subclass", "distance", "adapted")
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ERRORS_ONLY = 3
+
+
+class Network:
+    """A graph, checked and loaded.
+
+    Args:
+        content: of the ONNX file.
+        where: what it is called in messages.
+        size: (height, width) of the prepared pixels that it must take.
+        threads: of one pass; None: as many as there are processors.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        BundleError: the graph is not self-contained, not one of ours, or has an operator that ONNX Runtime lacks.
+        MissingError: the device is not there.
+    """
+
+    def __init__(
+        self,
+        content: bytes,
+        *,
+        where: str,
+        size: tuple[int, int],
+        threads: int | None = None,
+        device: str = "auto",
+    ) -> None:
+        protobuf.check(content, where=where)
+        self._where = where
+        self._session = _session(content, where=where, threads=threads, providers=providers(device))
+        inputs = {given.name: (given.type, given.shape[1:]) for given in self._session.get_inputs()}
+        outputs = {given.name: (given.type, len(given.shape)) for given in self._session.get_outputs()}
+        self.knows_strangers = EXCLUDED in inputs
+        wanted: dict[str, tuple[str, list[int]]] = {PIXELS: ("tensor(uint8)", [3, *size])}
+        if self.knows_strangers:
+            wanted[EXCLUDED] = ("tensor(int64)", [])
+        routes = set(ROUTING) & outputs.keys()
+        if (
+            inputs != wanted
+            or "scores" not in outputs
+            or routes not in (set(), set(ROUTING))
+            or any(ANSWERS.get(name) != form for name, form in outputs.items())
+        ):
+            raise BundleError(
+                f"{where} takes {inputs} and gives {outputs}, which is not what this normweave asks for ({wanted} "
+                f"to some of {ANSWERS}). Train it again with this version."
+            )
+        self._names = list(outputs)
+
+    def __call__(
+        self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """What the head says of (B, 3, height, width), by the names of `ANSWERS`.
+
+        Args:
+            excluded: (B,) the subclass of each image whose expert is not asked.
+
+        Raises:
+            BundleError: the graph cannot be computed, or gives something else than an answer an image.
+        """
+        given: dict[str, NDArray[Any]] = {PIXELS: pixels}
+        if self.knows_strangers:
+            given[EXCLUDED] = np.full(len(pixels), -1, dtype=np.int64) if excluded is None else excluded
+        try:
+            answers = dict(zip(self._names, self._session.run(self._names, given), strict=True))
+        except Exception as error:  # ONNX Runtime's errors have no class in common
+            raise BundleError(f"{self._where} cannot be computed: {error}. Train it again.") from error
+        if wrong := [name for name, answer in answers.items() if len(answer) != len(pixels)]:
+            raise BundleError(
+                f"{self._where} gives {len(answers[wrong[0]])} {wrong[0]} of {len(pixels)} images. Train it again."
+            )
+        return answers
+
+
+def providers(device: str) -> list[str]:
+    """ONNX Runtime's name of a device, best first.
+
+    Raises:
+        MissingError: it is not there.
+        ConfigError: no such device.
+    """
+    from onnxruntime import get_available_providers
+
+    kind, _, number = device.partition(":")
+    there = get_available_providers()
+    if kind == "auto":
+        return [PROVIDERS[name] for name in ("cuda", "cpu") if PROVIDERS[name] in there]
+    if kind not in PROVIDERS:
+        raise unknown("device", device, ["auto", *PROVIDERS], "cuda:1 is the second of several.")
+    if PROVIDERS[kind] not in there:
+        raise MissingError(
+            f"Device {device!r} was asked for, but this onnxruntime has {', '.join(there)} only. "
+            "Install onnxruntime-gpu in its place, or use --device cpu."
+        )
+    if number:
+        return [(PROVIDERS[kind], {"device_id": number}), PROVIDERS["cpu"]]  # type: ignore[list-item]
+    return list(dict.fromkeys([PROVIDERS[kind], PROVIDERS["cpu"]]))
+
+
+def _session(
+    content: bytes, *, where: str, threads: int | None, providers: Sequence[Any]
+) -> InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Else the first bytes decide, and they could name a format that has not been checked.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=list(providers))
+    except Exception as error:  # ONNX Runtime's errors have no class in common
+        raise BundleError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {where}: {str(error)[:500]} "
+            "Update onnxruntime, or train the bundle again."
+        ) from error

@@ -1,0 +1,85 @@
+"""Graphs that are not ours are refused with the reason; devices are checked."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from normweave.errors import BundleError, ConfigError, MissingError
+from normweave.runtime.network import Network, providers
+
+SIZE = (4, 6)
+
+
+def graph(*, operator="ReduceMax", size=SIZE, name="scores", inputs=("pixels",)):
+    """The largest colour of each pixel, as a grid."""
+    nodes = [
+        helper.make_node("Cast", ["pixels"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node(operator, ["real", "axis"], [name], keepdims=0),
+    ]
+    axis = helper.make_tensor("axis", TensorProto.INT64, [1], [1])
+    given = [helper.make_tensor_value_info(each, TensorProto.UINT8, ["batch", 3, *size]) for each in inputs]
+    scores = helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *size])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", given, [scores], [axis]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    model.ClearField("producer_name")
+    return model.SerializeToString()
+
+
+def network(content, **how):
+    return Network(content, where="b/model.onnx", size=SIZE, threads=1, **how)
+
+
+def test_pixels_to_answers():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, *SIZE), np.uint8)
+    said = network(graph())(pixels)
+    assert said.keys() == {"scores"}
+    np.testing.assert_array_equal(said["scores"], pixels.max(axis=1))
+
+
+def test_an_unknown_operator():
+    with pytest.raises(BundleError, match=r"cannot load b/model\.onnx: .*Frobnicate.* Update onnxruntime"):
+        network(graph(operator="Frobnicate"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"size": (8, 8)}, {"name": "logits"}, {"inputs": ("pixels", "secret")}, {"name": "image_scores"}],
+    ids=str,
+)
+def test_a_graph_that_asks_or_answers_something_else(other):
+    with pytest.raises(BundleError, match="is not what this normweave asks for"):
+        network(graph(**other))
+
+
+def test_a_graph_that_cannot_be_computed():
+    model = helper.make_model(
+        helper.make_graph(
+            [
+                helper.make_node("Cast", ["pixels"], ["real"], to=TensorProto.FLOAT),
+                helper.make_node("Reshape", ["real", "shape"], ["scores"]),
+            ],
+            "g",
+            [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", 3, *SIZE])],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", "h", "w"])],
+            [helper.make_tensor("shape", TensorProto.INT64, [3], [7, 7, 7])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    loaded = network(model.SerializeToString())
+    with pytest.raises(BundleError, match=r"b/model\.onnx cannot be computed"):
+        loaded(np.zeros((1, 3, *SIZE), np.uint8))
+
+
+def test_devices():
+    assert providers("cpu") == ["CPUExecutionProvider"]
+    assert providers("auto")[-1] == "CPUExecutionProvider"
+    with pytest.raises(ConfigError, match="Unknown device 'gpu'"):
+        providers("gpu")
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        with pytest.raises(MissingError, match="Device 'cuda' was asked for, but this onnxruntime has"):
+            providers("cuda")

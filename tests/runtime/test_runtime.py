@@ -1,0 +1,271 @@
+"""Without torch, the outcomes of training; and nothing but a whole bundle is read."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from normweave.bundle import FORMAT, read_tensors
+from normweave.data.textures import SEEN, render
+from normweave.detector import Detector
+from normweave.errors import BundleError, DataError, GateError, ImageError
+from normweave.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle):
+    return Runtime(bundle, threads=1)
+
+
+def good_cloth(number, size=(64, 64)):
+    return render(SEEN[0], seed=number, size=size).image
+
+
+def same(ours, theirs):
+    """Two outcomes, whatever computed them: words to the letter, numbers to a thousandth."""
+    for field in fields(ours):
+        mine, other = getattr(ours, field.name), getattr(theirs, field.name)
+        match field.name:
+            case "latency_ms":
+                continue
+            case "anomaly_map":
+                assert (mine is None) == (other is None)
+                if mine is not None:
+                    np.testing.assert_allclose(other, mine, rtol=1e-3, atol=1e-3)
+            case "experts":
+                assert [name for name, _ in mine] == [name for name, _ in other]
+                np.testing.assert_allclose([w for _, w in other], [w for _, w in mine], rtol=1e-3)
+            case "boxes":
+                assert [box[:4] for box in mine] == [box[:4] for box in other]
+            case _ if isinstance(mine, float):
+                assert other == pytest.approx(mine, rel=1e-3), field.name
+            case _:
+                assert mine == other, field.name
+
+
+# ── the same outcomes ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_outcomes_of_training(detector, runtime, photos, tmp_path):
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    large = np.tile(good_cloth(1), (5, 9, 1))  # 320 x 576: cut into tiles
+    assert len(detector.preparation.tiles(320, 576)) > 1
+    images = [*photos[:5], text, large, Path(photos[5]).read_bytes(), *photos[6:]]
+    ours, theirs = detector.score(images), runtime.score(images)
+    assert len(ours) == len(theirs) == len(images)
+    for mine, other in zip(ours, theirs, strict=True):
+        same(mine, other)
+    assert {outcome.verdict for outcome in theirs} > {"normal", None}
+    assert any(outcome.boxes for outcome in theirs)
+
+
+def test_one_image_and_one_that_cannot_be_read(runtime, photos, tmp_path):
+    same(runtime.score(photos)[0], runtime.score(photos[0]))
+    assert runtime.score(photos[0], maps=False).anomaly_map is None
+    with pytest.raises(ImageError, match=r"gone\.png"):
+        runtime.score(tmp_path / "gone.png")
+
+
+def test_an_outcome_does_not_depend_on_its_company(runtime, photos):
+    together = runtime.score(photos)
+    for path, outcome in zip(photos, together, strict=True):
+        same(outcome, runtime.score(path))
+
+
+def test_a_stream_reads_no_further_ahead_than_two_batches(runtime, photos):
+    taken = []
+
+    def source():
+        for number in range(1000):
+            taken.append(number)
+            yield photos[number % len(photos)]
+
+    stream = runtime.stream(source(), maps=False)
+    for _ in range(3):
+        next(stream)
+    assert len(taken) <= 3 * runtime.batch_images + 1
+    stream.close()
+
+
+def test_with_batches_of_one_each_image_is_answered_before_the_next_is_read(runtime, photos):
+    taken = []
+
+    def source():
+        for path in photos:
+            taken.append(path)
+            yield path
+
+    for number, outcome in enumerate(runtime.stream(source(), maps=False, batch_images=1), 1):
+        assert outcome.image_path == taken[-1]
+        assert len(taken) == number
+
+
+# ── another line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory):
+    """Good cloth that training has not seen."""
+    folder = tmp_path_factory.mktemp("more")
+    for number in range(24):
+        Image.fromarray(good_cloth(3000 + number)).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
+    ours, theirs = Detector.load(bundle, device="cpu"), Runtime(bundle, threads=1)
+    for each in (ours, theirs):
+        each.calibrate(more, false_alarm_rate=0.2)
+    for mine, other in (
+        (ours.calibration, theirs.calibration),
+        (ours.calibration.strangers, theirs.calibration.strangers),
+    ):
+        # The detector keeps features in half precision on the way.
+        np.testing.assert_allclose(other.scores, mine.scores, rtol=1e-2, atol=1e-2)
+        np.testing.assert_allclose(np.sort(other.distances), np.sort(mine.distances), rtol=1e-2)
+        np.testing.assert_array_equal(np.sort(other.subclasses), np.sort(mine.subclasses))
+    assert not np.allclose(theirs.calibration.scores, theirs.calibration.strangers.scores)
+    assert ours.record == theirs.record
+
+    theirs.save(tmp_path / "again")
+    back = Runtime(tmp_path / "again", threads=1)
+    assert back.bundle_hash == theirs.bundle_hash
+    for before, after in zip(theirs.score(photos), back.score(photos), strict=True):
+        same(before, after)
+    assert back.calibration.false_alarm_rate == 0.2
+    tensors, copied = read_tensors(bundle), read_tensors(tmp_path / "again")
+    assert all((tensors[name] == copied[name]).all() for name in tensors)
+    assert Detector.load(tmp_path / "again", device="cpu").record == back.record
+
+
+def test_what_cannot_be_promised_leaves_the_line_where_it_was(bundle, more, cloth):
+    runtime = Runtime(bundle, threads=1)
+    before = runtime.calibration
+    with pytest.raises(GateError, match="needs at least 999 held-out normal images, got 24"):
+        runtime.calibrate(more, false_alarm_rate=0.001)
+    with pytest.raises(DataError, match="cannot serve for calibration"):
+        runtime.calibrate(cloth)
+    assert runtime.calibration is before
+
+
+def test_a_loaded_detector_saves_the_graph_it_came_with(bundle, tmp_path):
+    Detector.load(bundle, device="cpu").save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+
+
+# ── nothing but a whole bundle ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def rewritten(folder, change):
+    """Change the record, as someone who knows the format would."""
+    record = json.loads((folder / "bundle.json").read_text())
+    change(record)
+    (folder / "bundle.json").write_text(json.dumps(record))
+
+
+def regraphed(folder, change):
+    """Change the graph, and its hash with it."""
+    model = onnx.load(folder / "model.onnx")
+    change(model)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    digest = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    rewritten(folder, lambda record: record["files"].update({"model.onnx": digest}))
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "weights.safetensors"])
+def test_a_changed_byte(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(BundleError, match=f"{name} is not the file that was saved"):
+        Runtime(copy)
+
+
+def test_a_foreign_path(copy, tmp_path):
+    rewritten(copy, lambda record: record["files"].update({"../model.onnx": "0" * 64}))
+    with pytest.raises(BundleError, match=r"lists a file '\.\./model\.onnx', which is no plain file name"):
+        Runtime(copy)
+
+
+def test_a_link_out_of_the_bundle(copy, tmp_path):
+    (copy / "model.onnx").rename(tmp_path / "elsewhere.onnx")
+    (copy / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
+    with pytest.raises(BundleError, match=r"model\.onnx points out of the bundle"):
+        Runtime(copy)
+
+
+def test_a_newer_format(copy):
+    rewritten(copy, lambda record: record.update(format=FORMAT + 1))
+    with pytest.raises(
+        BundleError, match=f"is in format {FORMAT + 1}, and this normweave reads up to {FORMAT}"
+    ):
+        Runtime(copy)
+
+
+def test_no_graph(copy):
+    rewritten(copy, lambda record: record["files"].pop("model.onnx"))
+    with pytest.raises(BundleError, match=r"lists no model\.onnx"):
+        Runtime(copy)
+
+
+def test_an_unknown_operator(copy):
+    def change(model):
+        next(node for node in model.graph.node if node.op_type == "Sqrt").op_type = "Frobnicate"
+
+    regraphed(copy, change)
+    with pytest.raises(BundleError, match="Frobnicate"):
+        Runtime(copy)
+
+
+def test_a_custom_operator(copy):
+    def change(model):
+        model.graph.node[0].domain = "com.example"
+        model.opset_import.add().domain = "com.example"
+
+    regraphed(copy, change)
+    with pytest.raises(BundleError, match=r"operators of 'com\.example'.*Do not use this bundle"):
+        Runtime(copy)
+
+
+def test_a_tensor_of_another_file_is_not_opened(copy, tmp_path):
+    """ONNX Runtime would read it: the file is there, and has the right size."""
+
+    def change(model):
+        tensor = max(model.graph.initializer, key=lambda each: len(each.raw_data))
+        (tmp_path / "secret.bin").write_bytes(tensor.raw_data)
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        entry = tensor.external_data.add()
+        entry.key, entry.value = "location", str(tmp_path / "secret.bin")
+
+    regraphed(copy, change)
+    with pytest.raises(BundleError, match="a tensor that lies in another file"):
+        Runtime(copy)
+
+
+@pytest.mark.parametrize("key", ["config", "calibration", "map_threshold", "kinds", "subclass_names"])
+def test_a_record_that_lacks_something(copy, key):
+    rewritten(copy, lambda record: record.pop(key))
+    with pytest.raises(BundleError, match=f"lacks or misplaces '{key}'"):
+        Runtime(copy)
+    rewritten(copy, lambda record: record.update({key: "seven"}))
+    with pytest.raises(BundleError):
+        Runtime(copy)
+
+
+def test_names_that_stand_for_nothing(copy):
+    rewritten(copy, lambda record: record.update(kinds={}))
+    with pytest.raises(BundleError, match="routes to"):
+        Runtime(copy)

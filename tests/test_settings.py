@@ -12,12 +12,16 @@ import yaml
 from normweave import settings
 from normweave.config import (
     AdaptedMoEConfig,
+    CNCConfig,
     Config,
     DataConfig,
-    TimmConfig,
+    FeaturesConfig,
     HeadConfig,
     MemoryBankConfig,
+    OfflinePairConfig,
+    OpenClipConfig,
     SimpleNetConfig,
+    TimmConfig,
 )
 from normweave.errors import ConfigError
 
@@ -53,6 +57,22 @@ def test_comes_back_from_yaml(config, tmp_path):
     assert settings.read(path) == config
 
 
+@pytest.mark.parametrize("kind", get_args(FeaturesConfig), ids=lambda kind: kind.kind)
+def test_features_of_every_kind_come_back(kind):
+    config = Config(features=kind(batch_images=3))
+    values = json.loads(json.dumps(settings.as_dict(config)))
+    assert values["features"]["kind"] == kind.kind
+    assert settings.from_dict(values) == config
+
+
+def test_features_without_a_kind_are_timms():
+    """As in all settings that were written before there were others."""
+    old = settings.as_dict(Config(features=TimmConfig(strides=(8,))))
+    del old["features"]["kind"]
+    assert settings.from_dict(old).features == TimmConfig(strides=(8,))
+    assert settings.from_dict({"seed": 1}).features == TimmConfig()
+
+
 def test_what_is_not_named_keeps_its_default(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("# a comment\nhead:\n  kind: memory_bank\n  share: 0.2\nmaps.smoothing: 0\n")
@@ -85,9 +105,29 @@ def test_yaml_means_what_it_looks_like(tmp_path, text, head):
     [
         ("head: {kind: adapted_moe, topk: 2}", ["Unknown setting 'head.topk'", "Did you mean 'head.top_k'?"]),
         ("head: {kind: adapted_moe, share: 0.1}", ["Unknown setting 'head.share'", "Known: head.adaption"]),
-        ("head: {share: 0.1}", ["head.kind must be named, one of: adapted_moe, dfm, memory_bank, simplenet"]),
+        (
+            "head: {share: 0.1}",
+            ["head.kind must be named, one of: adapted_moe, cnc, dfm, memory_bank, simplenet"],
+        ),
         ("head: {kind: memory_bnk}", ["Unknown head.kind 'memory_bnk'. Did you mean 'memory_bank'?"]),
         ("head: {kind: [1]}", ["Unknown head.kind '[1]'"]),
+        (
+            "features: {kind: open_clp}",
+            [
+                "Unknown features.kind 'open_clp'. Did you mean 'open_clip'?",
+                "Known: offline_pair, open_clip, timm",
+            ],
+        ),
+        (
+            "features: {kind: open_clip, strides: [8]}",
+            ["Unknown setting 'features.strides'", "features.layers"],
+        ),
+        ("features: {layers: [1]}", ["Unknown setting 'features.layers'", "features.strides"]),
+        ("features: {kind: offline_pair, strides: [8]}", ["strides must hold 32, got [8]"]),
+        (
+            "features: {kind: open_clip, layers: [0]}",
+            ["layers must name at least one block and count from 1"],
+        ),
         ("haed: {kind: dfm}", ["Unknown setting 'haed'", "Did you mean 'head"]),
         ("head: 5", ["head must hold `key: value` lines, got 5"]),
         ("prepare: {height: '256'}", ["prepare.height must be a valid integer, got '256'"]),
@@ -158,6 +198,34 @@ def test_text_is_taken_as_it_stands(text):
 def test_another_kind_starts_from_its_own_defaults():
     changed = settings.override(Config(), ["head.share=0.2", "head.kind=memory_bank"])
     assert changed.head == MemoryBankConfig(share=0.2)
+
+
+def test_another_kind_of_features_starts_from_its_own_defaults():
+    config = Config(features=TimmConfig(strides=(4, 8), batch_images=2), head=MemoryBankConfig(share=0.2))
+    changed = settings.override(config, ["features.layers=[2, 4]", "features.kind=open_clip"])
+    assert changed == replace(config, features=OpenClipConfig(layers=(2, 4)))
+
+
+def test_another_model_brings_its_head_and_only_cnc_its_features():
+    config = Config(head=AdaptedMoEConfig(top_k=3), seed=4)
+    assert settings.with_model(config, "dfm") == replace(config, head=settings.model_config("dfm"))
+    assert settings.with_model(config, "cnc") == replace(
+        config, head=CNCConfig(), features=OfflinePairConfig()
+    )
+    refused(lambda: settings.with_model(config, "cnn"), "Unknown model 'cnn'", "'cnc'")
+
+
+@pytest.mark.parametrize(
+    "features", [TimmConfig(strides=(8,)), OpenClipConfig(), OfflinePairConfig(batch_images=2)]
+)
+def test_features_that_were_chosen_stay(features):
+    config = Config(features=features)
+    assert settings.with_model(config, "cnc").features == features
+
+
+def test_the_same_model_keeps_what_was_set():
+    config = Config(head=CNCConfig(width=32))
+    assert settings.with_model(config, "cnc") == config  # and its features, which someone has chosen
 
 
 def test_the_same_kind_keeps_what_was_set():

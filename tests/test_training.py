@@ -37,8 +37,21 @@ def fit_data(*, count=20, holdout=None, seed=0):
 class Denoise:
     """Rebuild patches from noised ones: noise, batch norm and momentum, so that all of the state matters."""
 
-    def __init__(self, *, name="denoise", epochs=5, batch_images=4, patience=0, rate=1e-2, noise=1):
+    def __init__(
+        self,
+        *,
+        name="denoise",
+        epochs=5,
+        batch_images=4,
+        patience=0,
+        rate=1e-2,
+        noise=1,
+        clip=0.0,
+        final_rate=1.0,
+    ):
         self.name = name
+        self.gradient_clip = clip
+        self.final_rate = final_rate
         self.epochs = epochs
         self.batch_images = batch_images
         self.patience = patience
@@ -68,6 +81,7 @@ class Scripted:
     """A weight that counts steps, and a loss on the held-out images that is read from a list."""
 
     name, batch_images = "scripted", 100
+    gradient_clip, final_rate = 0.0, 1.0
 
     def __init__(self, holdout_losses, *, patience, epochs=None):
         self.holdout_losses = holdout_losses
@@ -83,6 +97,10 @@ class Scripted:
         if training:
             return {"loss": -self.module.weight.sum()}
         return {"loss": torch.tensor(self.holdout_losses[round(self.module.weight.item()) - 1])}
+
+
+SHORTER_AND_SLOWER = {"clip": 0.5, "final_rate": 0.1}
+"""Gradients are cut, and the rate falls: state of the schedule matters too."""
 
 
 def weights(lesson):
@@ -154,6 +172,42 @@ def test_agrees_with_a_loop_by_hand():
     torch.testing.assert_close(weights(lesson)[last], weights(hand)[last], rtol=1e-4, atol=1e-5)
 
 
+def trained_by_hand(*, clip, final_rate, rate, epochs=5):
+    """Losses and last weights by plain descent on all images at once."""
+    lesson = Denoise(batch_images=100, noise=0)
+    patches = fit_data().features.features.permute(0, 2, 3, 1).reshape(-1, 6)
+    losses, lengths = [], []
+    for epoch in range(epochs):
+        loss = (lesson.module(patches) - patches).square().mean()
+        parameters = list(lesson.module.parameters())
+        gradients = torch.autograd.grad(loss, parameters)
+        length = sum(gradient.square().sum().item() for gradient in gradients) ** 0.5
+        shorter = min(1.0, clip / length) if clip else 1.0
+        falling = final_rate + (1 - final_rate) * (1 + np.cos(np.pi * epoch / epochs)) / 2
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter -= rate * falling * shorter * gradient
+        losses.append(loss.item())
+        lengths.append(length)
+    return losses, weights(lesson), lengths
+
+
+@pytest.mark.parametrize("final_rate", [1.0, 0.1])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_gradients_are_cut_and_the_rate_falls_along_a_cosine(clip, final_rate):
+    losses, expected, lengths = trained_by_hand(clip=clip, final_rate=final_rate, rate=0.5)
+    assert max(lengths) > 0.5  # else nothing would be cut
+    lesson = Denoise(batch_images=100, noise=0, clip=clip, final_rate=final_rate)
+    lesson.optimiser = lambda: torch.optim.SGD(lesson.module.parameters(), lr=0.5)
+
+    history = train(lesson, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
+
+    assert history.losses == pytest.approx(losses, rel=1e-4)
+    for name, tensor in weights(lesson).items():
+        if "num_batches" not in name:
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+
+
 def test_keeps_the_weights_of_the_best_epoch_and_stops_when_patience_runs_out():
     lesson = Scripted([5.0, 3.0, 4.0, 2.0, 2.0, 9.0, 3.0, 1.0], patience=3)
     history = train(lesson, fit_data(), device="cpu")
@@ -191,9 +245,10 @@ def test_the_loss_on_held_out_images_counts_every_image_the_same():
     assert history.best_loss == pytest.approx(np.mean(np.arange(6) / 20))
 
 
+@pytest.mark.parametrize("changed", [{}, SHORTER_AND_SLOWER], ids=["plain", "clip and cosine"])
 @pytest.mark.parametrize("epoch", [1, 2, 4, 5])
-def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, epoch):
-    whole, data = Denoise(), fit_data()
+def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, epoch, changed):
+    whole, data = Denoise(**changed), fit_data()
     history = train(whole, data, device="cpu")
 
     def stop(what, done, total):
@@ -201,8 +256,8 @@ def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, 
             raise KilledError
 
     with pytest.raises(KilledError):
-        train(Denoise(), data, folder=tmp_path, progress=stop, device="cpu")
-    resumed = Denoise()
+        train(Denoise(**changed), data, folder=tmp_path, progress=stop, device="cpu")
+    resumed = Denoise(**changed)
     assert train(resumed, data, folder=tmp_path, resume=True, device="cpu") == history
     assert equal(weights(resumed), weights(whole))
     assert sum(training for training, *_ in resumed.seen) == (5 - epoch) * 4  # batches an epoch
@@ -211,7 +266,7 @@ def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, 
 def test_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(tmp_path):
     child = subprocess.run([sys.executable, __file__, str(tmp_path)])  # with as many threads as this process
     assert child.returncode == -signal.SIGKILL
-    whole, resumed = Denoise(), Denoise()
+    whole, resumed = Denoise(**SHORTER_AND_SLOWER), Denoise(**SHORTER_AND_SLOWER)
     history = train(whole, fit_data(), device="cpu")
     assert train(resumed, fit_data(), folder=tmp_path, resume=True, device="cpu") == history
     assert equal(weights(resumed), weights(whole))
@@ -273,11 +328,13 @@ def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
     [
         (Denoise(epochs=6), fit_data()),
         (Denoise(rate=1e-3), fit_data()),
+        (Denoise(clip=0.5), fit_data()),
+        (Denoise(final_rate=0.1), fit_data()),
         (Denoise(), fit_data(seed=1)),
         (Denoise(), fit_data(count=21)),
         (Denoise(), fit_data(holdout=np.arange(20) == 3)),
     ],
-    ids=["epochs", "learning rate", "seed", "images", "held out"],
+    ids=["epochs", "learning rate", "gradient clip", "final rate", "seed", "images", "held out"],
 )
 def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path, lesson, data):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
@@ -406,7 +463,7 @@ def test_trains_in_a_thread_as_well():
 
 
 def _die_in_the_third_epoch(folder: Path) -> None:
-    lesson = Denoise()
+    lesson = Denoise(**SHORTER_AND_SLOWER)
     loss = lesson.loss
 
     def deadly(*args, **kwargs):

@@ -20,7 +20,8 @@ def values(**given):
     )
     counts = {"n_normal": 10, "n_anomalous": 5, "n_refused": 0}
     alarms = {"false_alarm_rate": 0.1, "false_alarm_interval": [0.0025, 0.445]}
-    return measured | counts | alarms | given
+    absent = {"category_accuracy": None, "over_generalisation": None}
+    return measured | counts | alarms | absent | given
 
 
 @pytest.fixture
@@ -31,9 +32,36 @@ def metrics():
         "mean": values(false_alarm_interval=None),
         "seen": values(),
         "unseen": nothing,
+        "by_category": {"cloth": values()},
         "by_subclass": {"cloth/[twill]": values(aupro=None, image_auroc=1.0)},
         "mask_faults": [],
+        "provenance": {},
     }
+
+
+@pytest.fixture
+def several(metrics):
+    """Cloth of two kinds and a board."""
+    one, two, both = (
+        {"d_normal": 0.1, "d_abnormal": a, "ratio": 10 * a, "cell_auroc": a} for a in (0.2, 0.4, 0.3)
+    )
+    return metrics | {
+        "pooled": values(category_accuracy=0.75, over_generalisation=both),
+        "mean": values(category_accuracy=0.5, over_generalisation=both | {"ratio": 3.25}),
+        "by_category": {
+            "board": values(category_accuracy=0.0, over_generalisation=one),
+            "cloth": values(category_accuracy=1.0, over_generalisation=two),
+        },
+        "by_subclass": {
+            name: values(category_accuracy=0.25, over_generalisation=both)
+            for name in ("board", "cloth/red", "cloth/blue")
+        },
+    }
+
+
+def said(metrics, folder, capsys):
+    assert report(Terminal(), metrics, folder) == 0
+    return [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
 
 
 def test_the_table_is_in_percent_with_gaps_where_nothing_is_defined(metrics, tmp_path, capsys, monkeypatch):
@@ -56,6 +84,61 @@ def test_the_table_is_in_percent_with_gaps_where_nothing_is_defined(metrics, tmp
     ]
     assert rows["mean"][-1] == "10.0"
     assert "unseen" not in rows  # there were none
+
+
+def test_several_categories_have_a_row_each(several, tmp_path, capsys):
+    rows = said(several, tmp_path, capsys)
+    assert rows[0][-2:] == ["category", "named"]
+    first = [(row[0], row[-1]) for row in rows[1:9]]
+    assert first == [  # a category without subclasses stands among them already
+        *(
+            ("board", "25.0"),
+            ("cloth/red", "25.0"),
+            ("cloth/blue", "25.0"),
+            ("cloth", "100.0"),
+            ("seen", "–"),
+        ),
+        *(("pooled", "75.0"), ("mean", "50.0"), ("decoder", "AUROC")),
+    ]
+    assert rows[9:13] == [
+        ["board", "0.100", "0.200", "2.00", "20.0"],
+        ["cloth", "0.100", "0.400", "4.00", "40.0"],
+        ["pooled", "0.100", "0.300", "3.00", "30.0"],
+        ["mean", "0.100", "0.300", "3.25", "30.0"],
+    ]
+
+
+def test_one_category_has_no_row_of_its_own(metrics, tmp_path, capsys):
+    rows = said(metrics, tmp_path, capsys)
+    assert [row[0] for row in rows] == ["subclass", "cloth/[twill]", "seen", "pooled", "mean", "Report:"]
+    assert "named" not in rows[0]
+
+
+def test_changes_are_shown_beside_the_numbers(several, tmp_path, capsys):
+    several["provenance"] = {"against": {"model": "cnc", "bundle_hash": "ab"}}
+    cloth = several["by_category"]["cloth"]["over_generalisation"]
+    cloth["change"] = {"ratio": -0.125, "cell_auroc": 0.0625}
+    several["by_category"]["board"]["over_generalisation"] = None
+    rows = {row[0]: row[1:] for row in said(several, tmp_path, capsys)[8:]}
+    assert rows["decoder"][-6:] == ["change", "of", "ratio", "of", "cell", "AUROC"]
+    assert rows["cloth"] == ["0.100", "0.400", "4.00", "40.0", "-0.12", "+6.2"]
+    assert rows["board"] == ["–"] * 6
+    assert rows["mean"][-2:] == ["–", "–"]
+
+
+def test_a_bundle_that_does_not_decode_has_nothing_to_compare(metrics, tmp_path, capsys):
+    metrics["provenance"] = {"against": {"model": "cnc", "bundle_hash": "ab"}}
+    assert report(Terminal(), metrics, tmp_path) == 0
+    assert "Nothing to compare: this bundle does not decode" in capsys.readouterr().out
+
+
+def test_what_is_no_metrics_json_answers_with_2(trained, cloth, tmp_path):
+    other = tmp_path / "predictions.csv"
+    other.write_text("image_path")
+    result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--against", other)
+    assert result.exit_code == 2, result.output
+    assert "is no metrics.json of normweave" in result.stderr
+    assert not (tmp_path / "results").exists()
 
 
 def test_masks_that_cannot_be_used_are_counted(metrics, tmp_path, capsys):

@@ -269,3 +269,193 @@ def test_strangers_go_through_json_and_follow_the_rate():
     damaged["strangers"]["scores"][0] = 1e9
     with pytest.raises(BundleError):
         Calibration.from_dict(damaged)
+
+
+KINDS = ("cloth/red", "cloth/blue", "tile/a", "tile/b", "board")
+CATEGORIES = ("cloth", "cloth", "tile", "tile", "board")
+
+
+def of_categories(seed=0, *, each=(12, 12, 30, 4, 5), categories=CATEGORIES, **given):
+    """Cloth scores around 0, tiles around 10, boards around 20; distances likewise."""
+    random = np.random.default_rng(seed)
+    subclasses = np.repeat(np.arange(5), each)
+    level = np.array([0.0, 0.0, 10.0, 10.0, 20.0])[subclasses]
+    settings = {"false_alarm_rate": 0.05, "unknown_rate": 0.05} | given
+    return Calibration(
+        scores=level + random.normal(size=sum(each)),
+        distances=level + random.exponential(size=sum(each)),
+        subclasses=subclasses,
+        subclass_names=KINDS,
+        subclass_categories=categories,
+        **settings,
+    )
+
+
+def test_a_subclass_with_too_few_takes_the_line_of_its_category_before_that_of_all():
+    """At a quarter three normals are enough. The highest of the category's first, then of all."""
+    held_out = Calibration(
+        scores=[1, 2, 3, 40, 11, 12, 13, 14],
+        distances=[0.5, 0.6, 0.7, 4, 1, 2, 3, 5],
+        subclasses=[0, 0, 1, 4, 2, 2, 2, 3],
+        subclass_names=KINDS,
+        subclass_categories=CATEGORIES,
+        false_alarm_rate=0.25,
+        unknown_rate=0.25,
+    )
+    taken = [held_out.judge(score=2.5, distance=0.55, subclass=k) for k in range(5)]
+    assert [judgement.drawn_for for judgement in taken] == [
+        "category",
+        "category",
+        "subclass",
+        "category",
+        "all",
+    ]
+    assert [judgement.pooled for judgement in taken] == [True, True, False, True, True]
+    assert [judgement.threshold for judgement in taken] == [3, 3, 13, 14, 14]  # of all: the 7th of 8
+    assert [judgement.p_value for judgement in taken] == [2 / 4, 2 / 4, 1, 1, 7 / 9]
+    assert [judgement.subclass_p_value for judgement in taken] == [3 / 4, 3 / 4, 1, 1, 8 / 9]
+    assert [held_out.point(k).drawn_from for k in range(5)] == [3, 3, 3, 4, 8]
+    assert held_out.point(np.int64(0)) == held_out.point(0)
+    for distance, k, verdict in (
+        (0.75, 0, "unknown"),
+        (3.5, 2, "unknown"),
+        (3.5, 3, "normal"),
+        (4.5, 4, "unknown"),
+    ):
+        assert held_out.judge(score=0.0, distance=distance, subclass=k).verdict == verdict
+    lines = held_out.as_dict()["operating_points"]
+    assert [(line["category"], line["subclass"], line["normals"], line["drawn_for"]) for line in lines] == [
+        (None, None, 8, "all"),
+        ("cloth", None, 3, "category"),
+        ("tile", None, 4, "category"),
+        ("cloth", "cloth/red", 2, "category"),
+        ("cloth", "cloth/blue", 1, "category"),
+        ("tile", "tile/a", 3, "subclass"),
+        ("tile", "tile/b", 1, "category"),
+        ("board", "board", 1, "all"),
+    ]
+    assert [line["pooled"] for line in lines] == [True, False, False, True, True, False, True, True]
+    assert [line["unknown_beyond"] for line in lines] == [4, 0.7, 5, 0.7, 0.7, 3, 5, 4]
+
+
+def test_a_category_with_too_few_takes_the_line_of_all():
+    held_out = of_categories(each=(9, 9, 30, 4, 5))  # 19 are needed
+    assert held_out.judge(score=0.0, distance=0.1, subclass=0).drawn_for == "all"
+    assert held_out.point(0) == held_out.point(None)
+    assert held_out.as_dict()["operating_points"][1]["drawn_for"] == "all"
+    assert held_out.judge(score=0.0, distance=0.1, subclass=3).drawn_for == "category"
+
+
+def test_keeps_its_promise_in_each_category():
+    """Subclasses with 12 normals each, 24 a category: floor(25 * 0.05) / 25. One line for all would give 0 and 2/25."""
+    random = np.random.default_rng(7)
+    alarms, unknown = np.zeros(4), np.zeros(4)
+    draws, new = 1500, 40
+    for seed in range(draws):
+        held_out = of_categories(seed, each=(12, 12, 12, 12, 0))
+        for k in range(4):
+            level = 10.0 * (k // 2)
+            alarms[k] += (level + random.normal(size=new) > held_out.point(k).threshold).sum()
+        for k in (0, 2):
+            distances = 10.0 * (k // 2) + random.exponential(size=5)
+            verdicts = [held_out.judge(score=0.0, distance=far, subclass=k).verdict for far in distances]
+            unknown[k] += verdicts.count("unknown")
+    np.testing.assert_allclose(alarms / (draws * new), 1 / 25, atol=0.004)
+    np.testing.assert_allclose(unknown[[0, 2]] / (draws * 5), 1 / 25, atol=0.01)
+
+
+def test_one_category_changes_nothing():
+    """Nor does saying which, not even in what is written."""
+    without, alone = of_categories(categories=()), of_categories(categories=("cloth",) * 5)
+    assert alone.as_dict() == without.as_dict()
+    assert "subclass_categories" not in alone.as_dict()
+    for k in (None, *range(5)):
+        assert alone.judge(score=9.0, distance=1.0, subclass=k) == without.judge(
+            score=9.0, distance=1.0, subclass=k
+        )
+    assert without.judge(score=9.0, distance=1.0, subclass=0).drawn_for == "all"
+
+
+def test_categories_of_one_subclass_each_have_no_lines_beside_theirs():
+    names = ("a", "b", "c", "d", "e")
+    held_out, without = of_categories(categories=names), of_categories(categories=())
+    assert [line["drawn_for"] for line in held_out.as_dict()["operating_points"]] == [
+        *("all", "all", "all", "subclass", "all", "all")
+    ]
+    for k in (None, *range(5)):
+        assert held_out.point(k) == without.point(k)
+
+
+def test_categories_go_through_json():
+    held_out = of_categories()
+    again = Calibration.from_dict(json.loads(json.dumps(held_out.as_dict())))
+    assert again.as_dict() == held_out.as_dict()
+    assert again.judge(score=1.0, distance=0.5, subclass=0) == held_out.judge(
+        score=1.0, distance=0.5, subclass=0
+    )
+    assert again.judge(score=1.0, distance=0.5, subclass=0).drawn_for == "category"
+    assert held_out.with_rate(0.1).judge(score=1.0, distance=0.5, subclass=0).drawn_for == "subclass"
+    assert held_out.with_rate(0.04).judge(score=1.0, distance=0.5, subclass=0).drawn_for == "category"
+
+
+def test_a_record_from_before_there_were_categories_is_read():
+    record = of_categories(categories=()).as_dict()
+    assert set(record) == {
+        *("false_alarm_rate", "unknown_rate", "operating_points", "subclass_names", "scores", "distances"),
+        *("subclasses", "strangers"),
+    }
+    assert set(record["operating_points"][1]) == {
+        *("subclass", "normals", "pooled", "threshold", "drawn_from", "unknown_beyond", "unknown_rate"),
+    }
+    assert Calibration.from_dict(record).judge(score=1.0, distance=0.5, subclass=0).drawn_for == "all"
+
+
+@pytest.mark.parametrize(
+    ("categories", "complaint"),
+    [(["cloth"] * 4, "Each of 5 subclasses must have a category, got 4"), (list("abcde"), "do not follow")],
+)
+def test_damaged_categories_are_refused(categories, complaint):
+    with pytest.raises(BundleError, match=complaint):
+        Calibration.from_dict(of_categories().as_dict() | {"subclass_categories": categories})
+
+
+def test_strangers_are_compared_within_their_category():
+    """Cloth as strangers scores and lies at 1..40, tiles at 101..140; board is alone and has no strangers."""
+    rate = {"false_alarm_rate": 0.1, "unknown_rate": 0.1}
+    known = {"subclass_names": KINDS, "subclass_categories": CATEGORIES, **rate}
+    numbers = np.concatenate([np.arange(1.0, 41), np.arange(101.0, 141)])
+    strangers = Calibration(
+        scores=numbers, distances=numbers, subclasses=np.repeat([0, 1, 2, 3], 20), **known
+    )
+    held_out = Calibration(
+        scores=np.zeros(100),
+        distances=np.zeros(100),
+        subclasses=np.repeat(range(5), 20),
+        strangers=strangers,
+        **known,
+    )
+    for subclass, score, distance, verdict, threshold in (
+        (0, 36, 30, "normal", 37),
+        (1, 38, 30, "anomalous", 37),
+        (1, 38, 38, "unknown", 37),
+        (2, 38, 38, "normal", 137),
+        (3, 138, 100, "anomalous", 137),
+    ):
+        judgement = held_out.judge(score=score, distance=distance, subclass=subclass)
+        assert (judgement.verdict, judgement.threshold) == (verdict, threshold)
+        assert judgement.unseen
+        assert judgement.drawn_for == "category"
+    board = held_out.judge(score=0.0, distance=1.0, subclass=4)
+    assert (board.verdict, board.unseen) == ("unknown", False)
+
+
+def test_strangers_that_are_too_few_for_a_rate_are_left_out():
+    numbers = np.arange(1.0, 100.0)
+    few = Calibration(scores=numbers[:9], distances=numbers[:9], false_alarm_rate=0.1, unknown_rate=0.1)
+    held_out = Calibration(
+        scores=numbers, distances=numbers, strangers=few, false_alarm_rate=0.1, unknown_rate=0.1
+    )
+    assert held_out.judge(score=1.0, distance=100.0).verdict == "unknown"
+    assert held_out.judge(score=1.0, distance=100.0).unseen
+    assert held_out.with_rate(0.2).strangers is not None
+    assert held_out.with_rate(0.05).strangers is None

@@ -8,7 +8,7 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from normweave.errors import DataError
 from normweave.report import metrics
-from normweave.report.metrics import PixelMetrics, binomial_interval, image_metrics
+from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
 
 
 def textured(seed, *, images=4, side=64, low=0.0, high=1.0):
@@ -225,3 +225,77 @@ def test_an_interval_of_nothing_is_refused():
         binomial_interval(0, 0)
     with pytest.raises(DataError, match="got 3 of 2"):
         binomial_interval(3, 2)
+
+
+def decoded(seed, *, images=6):
+    """Distances (5, 7) of good and bad images in turn; of a bad one also which share of each cell is damaged."""
+    random = np.random.default_rng(seed)
+    for number in range(images):
+        share = (
+            None
+            if number % 2
+            else random.choice([0, 0.1, 0.29, 0.3, 0.31, 1], size=(5, 7)).astype(np.float32)
+        )
+        raised = 0 if share is None else 0.5 * share
+        yield (random.random((5, 7)) + raised).astype(np.float32), share
+
+
+def test_over_generalisation_agrees_with_every_cell_looked_at():
+    total, normal, abnormal = OverGeneralisation(), [], []
+    for distance, share in decoded(0):
+        total.update(distance, share)
+        for place in np.ndindex(5, 7):
+            if share is None:
+                normal.append(distance[place])
+            elif share[place] in np.array([0.3, 0.31, 1], np.float32):
+                abnormal.append(distance[place])
+    assert total.compute() == pytest.approx(
+        {
+            "d_normal": np.mean(normal),
+            "d_abnormal": np.mean(abnormal),
+            "ratio": np.mean(abnormal) / np.mean(normal),
+            "cell_auroc": roc_auc_score([0] * len(normal) + [1] * len(abnormal), normal + abnormal),
+        },
+        rel=1e-6,
+    )
+
+
+def test_over_generalisation_of_parts_adds_up():
+    whole, parts = OverGeneralisation(), [OverGeneralisation() for _ in range(4)]
+    for number, (distance, share) in enumerate(decoded(1, images=9)):
+        whole.update(distance, share)
+        parts[number % 3].update(distance, share)  # the last stays empty
+    assert sum(parts, OverGeneralisation()).compute() == pytest.approx(whole.compute(), rel=1e-12)
+
+
+def test_a_decoder_that_reconstructs_everything_over_generalises():
+    good, bad = np.full((2, 2), 0.2, np.float32), np.array([[0.2, 0.6], [0.2, 0.2]], np.float32)
+    mask = np.array([[0, 1], [0, 0]], np.float32)
+    sharp, blind = OverGeneralisation(), OverGeneralisation()
+    for total, damaged in ((sharp, bad), (blind, good)):
+        total.update(good, None)
+        total.update(damaged, mask)
+    assert sharp.compute() == pytest.approx({"d_normal": 0.2, "d_abnormal": 0.6, "ratio": 3, "cell_auroc": 1})
+    assert blind.compute() == pytest.approx(
+        {"d_normal": 0.2, "d_abnormal": 0.2, "ratio": 1, "cell_auroc": 0.5}
+    )
+
+
+def test_over_generalisation_is_undefined_without_both_kinds_of_cells():
+    total = OverGeneralisation()
+    assert total.compute() is None
+    total.update(np.ones((2, 2), np.float32), None)
+    assert total.compute() is None
+    total.update(np.ones((2, 2), np.float32), np.full((2, 2), 0.29, np.float32))  # nowhere damaged enough
+    assert total.compute() is None
+    only = OverGeneralisation()
+    only.update(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
+    assert only.compute() is None
+    assert (total + only).compute() == {"d_normal": 1, "d_abnormal": 1, "ratio": 1, "cell_auroc": 0.5}
+
+
+def test_a_ratio_to_nothing_is_undefined():
+    total = OverGeneralisation()
+    total.update(np.zeros((2, 2), np.float32), None)
+    total.update(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
+    assert total.compute() == {"d_normal": 0, "d_abnormal": 1, "ratio": None, "cell_auroc": 1}

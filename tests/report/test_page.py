@@ -265,3 +265,59 @@ def test_names_from_files_cannot_write_html(tmp_path, field):
     )
     assert "script" not in checked.tags
     assert evil in checked.text
+
+
+def decoding(ratio, **given):
+    return {"d_normal": 0.125, "d_abnormal": 0.125 * ratio, "ratio": ratio, "cell_auroc": 0.75} | given
+
+
+def several(*, change=None):
+    """Metrics of two categories by a detector that decodes."""
+    more = {} if change is None else {"change": change}
+    both = table(over_generalisation=decoding(3.0), category_accuracy=0.9)
+    categories = {
+        "board": table(over_generalisation=decoding(2.0, **more), category_accuracy=0.8),
+        "cloth": table(over_generalisation=None, category_accuracy=None),
+    }
+    return METRICS | {"pooled": both, "mean": both, "by_category": categories}
+
+
+def test_categories_have_their_mean_and_all_of_them_together(tmp_path):
+    text = Checked(page(tmp_path, metrics=several())).text
+    assert re.search(
+        r"Categories One row .* named for 90\.0 % of .* category named board .* 80\.0 cloth .* – "
+        r"mean of categories .* 90\.0 all images together .* 90\.0",
+        text,
+    )
+    alone = Checked(page(tmp_path)).text
+    assert "Categories" not in alone
+    assert "category named" not in alone
+
+
+def test_over_generalisation_is_a_table_of_its_own(tmp_path):
+    text = Checked(page(tmp_path, metrics=several())).text
+    assert re.search(
+        r"d normal d abnormal ratio cell AUROC board 0\.125 0\.250 2\.00 75\.0 cloth – – – – "
+        r"mean of categories 0\.125 0\.375 3\.00 75\.0 all images together",
+        text,
+    )
+    assert "reconstructs damaged patches as well as good ones" in text
+    assert "change" not in text.lower()
+    assert "Over-generalisation" not in Checked(page(tmp_path)).text
+
+
+def test_over_generalisation_of_one_category_is_one_row(tmp_path):
+    metrics = several()
+    del metrics["by_category"]["cloth"]
+    text = Checked(page(tmp_path, metrics=metrics)).text
+    assert re.search(r"ratio cell AUROC board 0\.125 0\.250 2\.00 75\.0 Defects", text)
+
+
+def test_changes_against_another_detector_are_signed(tmp_path):
+    provenance = PROVENANCE | {"against": {"model": "cnc", "bundle_hash": "0123456789abcdef"}}
+    metrics = several(change={"ratio": 0.5, "cell_auroc": -0.0625})
+    text = Checked(page(tmp_path, metrics=metrics, provenance=provenance)).text
+    assert "Change: against cnc, bundle 0123456789ab." in text
+    assert re.search(
+        r"change of ratio change of cell AUROC board 0\.125 0\.250 2\.00 75\.0 \+0\.50 -6\.2 cloth – – – – – –", text
+    )

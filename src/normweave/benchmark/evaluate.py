@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,12 @@ from numpy.typing import NDArray
 
 from normweave import __version__
 from normweave.data import images, layouts, splits
+from normweave.data.pseudo import coverage
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import DataError
-from normweave.report.metrics import PixelMetrics, binomial_interval, image_metrics
+from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
 from normweave.report.page import Rendered, write_page
-from normweave.types import Outcome, Progress, Sample
+from normweave.types import Outcome, Progress, Sample, Tile
 
 COLUMNS = (
     "image_path",
@@ -39,6 +41,9 @@ COLUMNS = (
     "error",
 )
 
+COMPARED = ("ratio", "cell_auroc")
+"""Of over-generalisation, what `compare` takes the change of."""
+
 
 class _Cell(NamedTuple):
     """Test images are counted apart by these, and added up to every table."""
@@ -55,17 +60,27 @@ def evaluate(
     *,
     output: Path,
     layout: str | None = None,
+    against: Path | None = None,
     title: str = "Evaluation",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge every test image of `data` and write `metrics.json`, `predictions.csv` and `report.html` to `output`.
 
+    Args:
+        against: metrics.json of another detector on the same images, from which the change in over-generalisation is
+            taken.
+
     Raises:
-        DataError: there is no test image, or a test image was used in training.
+        DataError: there is no test image, or a test image was used in training; `against` has nothing to compare.
     """
     samples = test_samples(detector, data, layout)
+    other = (
+        None if against is None else read_metrics(against, samples)
+    )  # before minutes are spent on measuring
     metrics, predictions = measure(detector, samples, progress=progress)
     metrics["provenance"] = provenance(detector, data)
+    if other is not None:
+        compare(metrics, other)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
     write_whole(output / "predictions.csv", lambda path: _write_rows(path, predictions))
@@ -118,12 +133,15 @@ def measure(
     A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`.
     """
     known = set(detector.kinds.values())
+    told_apart = {detector.kinds[name][0] for name in detector.head.subclass_names}
     pixels: dict[_Cell, PixelMetrics] = {}
+    decoded: dict[_Cell, OverGeneralisation] = {}
     predictions: list[dict[str, Any]] = []
     cells: list[_Cell] = []
     mask_faults: list[dict[str, str]] = []
+    reconstructions: list[tuple[Tile, NDArray[np.float32]]] = []
     for sample, outcome in detector.stream_samples(
-        samples, cache=cache, cache_gib=cache_gib, progress=progress
+        samples, cache=cache, cache_gib=cache_gib, progress=progress, reconstructions=reconstructions
     ):
         cell = _Cell(
             sample.category,
@@ -144,16 +162,33 @@ def measure(
                 accumulated.skip()
             else:
                 accumulated.update(outcome.anomaly_map, mask)
-    return _tables(cells, predictions, pixels) | {"mask_faults": mask_faults}, predictions
+                for tile, distance in reconstructions:
+                    decoded.setdefault(cell, OverGeneralisation()).update(
+                        distance, _coverage(mask, tile, distance.shape) if cell.defect else None
+                    )
+    tables = _tables(cells, predictions, pixels, decoded, told_apart)
+    return tables | {"mask_faults": mask_faults}, predictions
+
+
+def _coverage(mask: NDArray[np.bool_], tile: Tile, grid: tuple[int, ...]) -> NDArray[np.float32]:
+    """Which share of each of a tile's cells the mask covers, (h, w)."""
+    rows, columns = slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width)
+    return coverage(mask[rows, columns], (grid[0], grid[1]))
 
 
 def _tables(
-    cells: list[_Cell], predictions: list[dict[str, Any]], pixels: dict[_Cell, PixelMetrics]
+    cells: list[_Cell],
+    predictions: list[dict[str, Any]],
+    pixels: dict[_Cell, PixelMetrics],
+    decoded: dict[_Cell, OverGeneralisation],
+    told_apart: set[str],
 ) -> dict[str, Any]:
     def table(keep: Callable[[_Cell], bool]) -> dict[str, Any]:
         return _summary(
             [row for row, cell in zip(predictions, cells, strict=True) if keep(cell)],
             [accumulated for cell, accumulated in pixels.items() if keep(cell)],
+            [accumulated for cell, accumulated in decoded.items() if keep(cell)],
+            told_apart,
         )
 
     def kind(cell: _Cell) -> str:
@@ -179,7 +214,18 @@ def _tables(
     }
 
 
-def _summary(rows: list[dict[str, Any]], pixels: list[PixelMetrics]) -> dict[str, Any]:
+def _summary(
+    rows: list[dict[str, Any]],
+    pixels: list[PixelMetrics],
+    decoded: list[OverGeneralisation],
+    told_apart: set[str],
+) -> dict[str, Any]:
+    """One table.
+
+    `category_accuracy` is the share of the test images, good or not, for which the right category was named; images of
+    categories that training has not seen do not count. None where the detector does not tell categories apart: it
+    knows only one, or its head does not route.
+    """
     read = [row for row in rows if row["error"] is None]
     labels = np.array([row["label"] == "anomalous" for row in read], dtype=bool)
     scores = np.array([row["pred_score"] for row in read], dtype=np.float64)
@@ -192,12 +238,20 @@ def _summary(rows: list[dict[str, Any]], pixels: list[PixelMetrics]) -> dict[str
     low, high = binomial_interval(alarms, len(normal)) if normal else (None, None)
     if not normal:
         reasons["false_alarm_rate"] = "no normal test image"
+    named = [row["routed_category"] == row["category"] for row in read if row["category"] in told_apart]
+    if len(told_apart) < 2:
+        named = []
+        reasons["category_accuracy"] = "the detector does not tell categories apart"
+    elif not named:
+        reasons["category_accuracy"] = "no test image of a known category"
     return {
         **values,
         **pixel_values,
+        "over_generalisation": sum(decoded, OverGeneralisation()).compute(),
         "false_alarm_rate": alarms / len(normal) if normal else None,
         "false_alarm_interval": [low, high],
         "unknown_rate": strangers / len(normal) if normal else None,
+        "category_accuracy": sum(named) / len(named) if named else None,
         "n_normal": len(normal),
         "n_anomalous": len(read) - len(normal),
         "n_refused": len(rows) - len(read),
@@ -215,13 +269,74 @@ def _mean(tables: Iterable[dict[str, Any]]) -> dict[str, Any]:
         if key in ("reasons", "false_alarm_interval"):
             continue
         values = [row[key] for row in rows if row[key] is not None]
-        if key.startswith("n_"):
+        if key == "over_generalisation":
+            result[key] = (
+                {name: _mean_of(value[name] for value in values) for name in values[0]} if values else None
+            )
+        elif key.startswith("n_"):
             result[key] = sum(values)
         else:
             result[key] = float(np.mean(values)) if values else None
             if not values:
                 reasons[key] = "undefined in every part"
     return result | {"reasons": reasons}
+
+
+def read_metrics(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The metrics.json of another detector on these test images, to compare over-generalisation with.
+
+    Raises:
+        DataError: it is none, that detector does not decode, or it was tested on other images.
+    """
+    try:
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = metrics["pooled"].get("over_generalisation")
+        counts = ("n_normal", "n_anomalous", "n_refused")
+        there = {
+            category: sum(table[key] for key in counts)
+            for category, table in sorted(metrics["by_category"].items())
+        }
+        made_by = {key: metrics["provenance"][key] for key in ("model", "bundle_hash")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path} is no metrics.json of normweave: {type(error).__name__}: {error}. "
+            "Give the one that 'normweave evaluate BUNDLE DATA -o DIR' wrote into DIR."
+        ) from error
+    if not found:
+        raise DataError(
+            f"{path} holds no over-generalisation: its detector does not decode, no damaged or no good patch was "
+            "tested, or it is of an older version. Evaluate a bundle of --model cnc on data with masks."
+        )
+    here = dict(sorted(Counter(sample.category for sample in samples).items()))
+    if here != there:
+        raise DataError(
+            f"{path} was measured on other test images: {_listed(there)} there, {_listed(here)} here. "
+            "Evaluate both bundles on the same data."
+        )
+    return metrics | {"provenance": made_by}
+
+
+def _listed(images: dict[str, int]) -> str:
+    return ", ".join(f"{count} of {category}" for category, count in images.items())
+
+
+def compare(metrics: dict[str, Any], other: dict[str, Any]) -> None:
+    """Write how over-generalisation differs into each category, the mean and the pooled table: this minus other."""
+    pairs = [(metrics[part], other[part]) for part in ("pooled", "mean")]
+    pairs += [(table, other["by_category"][category]) for category, table in metrics["by_category"].items()]
+    for own, base in pairs:
+        here, there = own["over_generalisation"], base["over_generalisation"]
+        if here is not None:
+            here["change"] = {
+                key: None if not there or None in (here[key], there[key]) else here[key] - there[key]
+                for key in COMPARED
+            }
+    metrics["provenance"]["against"] = other["provenance"]
+
+
+def _mean_of(values: Iterable[float | None]) -> float | None:
+    defined = [value for value in values if value is not None]
+    return float(np.mean(defined)) if defined else None
 
 
 def _row(sample: Sample, outcome: Outcome, cell: _Cell) -> dict[str, Any]:

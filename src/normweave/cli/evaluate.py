@@ -37,6 +37,13 @@ def evaluate(
     category: options.Category = None,
     subclass: options.Subclass = None,
     layout: options.Layout = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            help="metrics.json of another bundle on the same data: show the change in over-generalisation.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Measure how well a bundle detects: metrics.json, predictions.csv and report.html."""
     from normweave.benchmark.evaluate import evaluate as measure
@@ -52,7 +59,9 @@ def evaluate(
         images = layouts.read(data, selection, layout=layout)
     title = f"{bundle.name} on {data.name}"
     with terminal.progress() as progress:
-        metrics = measure(detector, images, output=output, layout=layout, title=title, progress=progress)
+        metrics = measure(
+            detector, images, output=output, layout=layout, against=against, title=title, progress=progress
+        )
     return report(terminal, metrics, output)
 
 
@@ -62,7 +71,12 @@ def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
     if terminal.json:
         terminal.record({"output": str(output)} | metrics)
     else:
-        terminal.show(table(metrics), f"Report: {output / 'report.html'}")
+        terminal.show(table(metrics))
+        if metrics["pooled"]["over_generalisation"]:
+            terminal.show("", over_generalisation(metrics), "")
+        elif "against" in metrics["provenance"]:
+            terminal.show("Nothing to compare: this bundle does not decode, or no damaged patch was tested.")
+        terminal.show(f"Report: {output / 'report.html'}")
         if refused:
             terminal.show(f"{refused} images could not be read; {output / 'predictions.csv'} says why.")
         if faults := metrics["mask_faults"]:
@@ -71,17 +85,53 @@ def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
 
 
 def table(metrics: dict[str, Any]) -> "Table":
-    """A row a subclass, then seen and unseen ones together, then the mean; in percent."""
+    """A row a subclass, then a row a category where there are several, then all together and the mean; in percent."""
     from rich.table import Table
 
-    result = Table("subclass", "good", "anomalous", *COLUMNS, "false alarms (95 %)", box=None)
+    named = metrics["pooled"]["category_accuracy"] is not None
+    further = ["category named"] if named else []
+    result = Table("subclass", "good", "anomalous", *COLUMNS, "false alarms (95 %)", *further, box=None)
+
+    def add(name: str, values: dict[str, Any]) -> None:
+        accuracy = [_percent(values["category_accuracy"])] if named else []
+        result.add_row(name, *_cells(values), *accuracy)
+
     for name, values in metrics["by_subclass"].items():
-        result.add_row(name, *_cells(values))
+        add(name, values)
     result.add_section()
+    if len(metrics["by_category"]) > 1:
+        for name, values in metrics["by_category"].items():
+            if name not in metrics["by_subclass"]:  # a category without subclasses stands there already
+                add(name, values)
+        result.add_section()
     for name in ("seen", "unseen", "pooled", "mean"):
         values = metrics[name]
         if values["n_normal"] + values["n_anomalous"]:
-            result.add_row(name, *_cells(values))
+            add(name, values)
+    return result
+
+
+def over_generalisation(metrics: dict[str, Any]) -> "Table":
+    """How far good and damaged patches lie from what was decoded: a row a category, then all together and the mean."""
+    from rich.table import Table
+
+    compared = "against" in metrics["provenance"]
+    further = ["change of ratio", "of cell AUROC"] if compared else []
+    result = Table("decoder", "d normal", "d abnormal", "ratio", "cell AUROC", *further, box=None)
+    rows = list(metrics["by_category"].items())
+    if len(rows) > 1:
+        rows += [(name, metrics[name]) for name in ("pooled", "mean")]
+    for name, table in rows:
+        values = table["over_generalisation"] or {}
+        change = values.get("change", {})
+        cells = [_number(values.get(key), ".3f") for key in ("d_normal", "d_abnormal")]
+        cells += [_number(values.get("ratio"), ".2f"), _percent(values.get("cell_auroc"))]
+        if compared:
+            cells += [
+                _number(change.get("ratio"), "+.2f"),
+                _number(change.get("cell_auroc"), "+.1f", scale=100),
+            ]
+        result.add_row(name, *cells)
     return result
 
 
@@ -95,4 +145,8 @@ def _cells(values: dict[str, Any]) -> list[str]:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else f"{100 * share:.1f}"
+    return _number(share, ".1f", scale=100)
+
+
+def _number(value: float | None, style: str, *, scale: int = 1) -> str:
+    return "–" if value is None else f"{scale * value:{style}}"

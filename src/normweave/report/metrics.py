@@ -142,6 +142,57 @@ class PixelMetrics:
         }, {}
 
 
+COVERED = 0.3
+"""Share of a cell that must be anomalous for it to count as an abnormal cell."""
+
+
+class OverGeneralisation:
+    """How much of the abnormal a decoder reconstructs as well, in bounded memory.
+
+    Of the distances between features and their reconstruction: `d_abnormal`, the mean over abnormal cells (at least
+    30 % of which a mask covers); `d_normal`, the mean over the cells of normal images; their `ratio`, which is low
+    where the decoder over-generalises; and `cell_auroc`, how well the distance tells the two apart. The ratio alone
+    misleads: a decoder that reconstructs nothing well has higher distances for both.
+    """
+
+    def __init__(self) -> None:
+        self._sums = np.zeros(2)  # of normal and of abnormal cells
+        self._counts = np.zeros(2)
+        self._cells = PixelMetrics()
+
+    def update(self, distance: NDArray[np.float32], coverage: NDArray[np.float32] | None) -> None:
+        """Add an image, or a tile of one: (h, w) distances, and which share of each cell is anomalous.
+
+        Args:
+            coverage: (h, w); None = a normal image. Cells of an anomalous image that are not abnormal say nothing.
+        """
+        values = distance.ravel() if coverage is None else distance[coverage >= COVERED]
+        if values.size:
+            abnormal = int(coverage is not None)
+            self._sums[abnormal] += values.sum(dtype=np.float64)
+            self._counts[abnormal] += values.size
+            self._cells.update(values[None], np.full((1, values.size), bool(abnormal)))
+
+    def __add__(self, other: OverGeneralisation) -> OverGeneralisation:
+        """Those of both together, as if one had seen all images."""
+        total = OverGeneralisation()
+        total._sums, total._counts = self._sums + other._sums, self._counts + other._counts
+        total._cells = self._cells + other._cells
+        return total
+
+    def compute(self) -> dict[str, float | None] | None:
+        """The four numbers; None where normal or abnormal cells are missing."""
+        if not self._counts.all():
+            return None
+        normal, abnormal = self._sums / self._counts
+        return {
+            "d_normal": float(normal),
+            "d_abnormal": float(abnormal),
+            "ratio": float(abnormal / normal) if normal > 0 else None,
+            "cell_auroc": self._cells.compute()[0]["pixel_auroc"],
+        }
+
+
 def _narrowed(
     bins: NDArray[np.uint32], counts: NDArray[np.float64], shift: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64], int]:

@@ -76,9 +76,8 @@ def write_page(
         _training(provenance),
         _scores(read),
         _subclasses(metrics, read),
-        _table_section(
-            "Categories", "One row a product or material.", metrics.get("by_category", {}), least=2
-        ),
+        _categories(metrics),
+        _over_generalisation(metrics, provenance),
         _table_section(
             "Defects",
             "Each kind of defect against all good images. False alarms do not depend on the defect.",
@@ -256,10 +255,74 @@ def _subclasses(metrics: Mapping[str, Any], read: Sequence[Row]) -> str:
     )
 
 
+def _categories(metrics: Mapping[str, Any]) -> str:
+    tables = metrics.get("by_category", {})
+    if len(tables) < 2:
+        return ""
+    totals = {"mean of categories": metrics["mean"], "all images together": metrics["pooled"]}
+    named = metrics["pooled"].get("category_accuracy")
+    told = "" if named is None else f" The right one was named for {_percent(named)}\u00a0% of the images."
+    further = () if named is None else (("category_accuracy", "category named"),)
+    return (
+        '<section><h2>Categories</h2><p class="soft">One row a product or material; all images together are ranked '
+        f"under one threshold.{told}</p>{_table(tables, totals, further=further)}</section>"
+    )
+
+
+def _over_generalisation(metrics: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    if not metrics["pooled"].get("over_generalisation"):
+        return ""
+    rows = list(metrics["by_category"].items())
+    kept = len(rows)
+    if kept > 1:
+        rows += [("mean of categories", metrics["mean"]), ("all images together", metrics["pooled"])]
+    against = provenance.get("against")
+    heads = ["d normal", "d abnormal", "ratio", "cell AUROC"]
+    if against:
+        heads += ["change of ratio", "change of cell AUROC"]
+    lines = []
+    for name, table in rows:
+        values = table["over_generalisation"] or {}
+        shown = [
+            _number(values.get("d_normal"), ".3f"),
+            _number(values.get("d_abnormal"), ".3f"),
+            _number(values.get("ratio"), ".2f"),
+            _number(values.get("cell_auroc"), ".1f", scale=100),
+        ]
+        if against:
+            change = values.get("change", {})
+            shown += [
+                _number(change.get("ratio"), "+.2f"),
+                _number(change.get("cell_auroc"), "+.1f", scale=100),
+            ]
+        cells = "".join(
+            f'<td class="nothing">{DASH}</td>' if one == DASH else f"<td>{one}</td>" for one in shown
+        )
+        lines.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    columns = "".join(f'<th scope="col">{head}</th>' for head in heads)
+    total = "".join(lines[kept:])
+    compared = (
+        f" Change: against {escape(str(against['model']))}, bundle {escape(str(against['bundle_hash'])[:12])}."
+        if against
+        else ""
+    )
+    return (
+        '<section><h2>Over-generalisation</h2><p class="soft">How far patches lie from what the decoder makes of them: '
+        "a decoder that over-generalises reconstructs damaged patches as well as good ones, so that the ratio falls "
+        f"towards 1 and the cell AUROC towards 50.{compared}</p>"
+        '<div class="scroll"><table><caption>Mean distances of good (d normal) and damaged patches (d abnormal), their '
+        "ratio, and per cent of the pairs in which the damaged patch lies farther (cell AUROC)</caption>"
+        f'<thead><tr><th class="text"></th>{columns}</tr></thead>'
+        f"<tbody>{''.join(lines[:kept])}</tbody>"
+        + (f'<tbody class="total">{total}</tbody>' if total else "")
+        + "</table></div></section>"
+    )
+
+
 def _table_section(
-    heading: str, text: str, tables: Mapping[str, Row], *, least: int = 1, leave_out: Sequence[str] = ()
+    heading: str, text: str, tables: Mapping[str, Row], *, leave_out: Sequence[str] = ()
 ) -> str:
-    if len(tables) < least:
+    if not tables:
         return ""
     table = _table(tables, {}, leave_out=leave_out)
     return f'<section><h2>{heading}</h2><p class="soft">{text}</p>{table}</section>'
@@ -271,8 +334,9 @@ def _table(
     *,
     tags: Mapping[str, str] | None = None,
     leave_out: Sequence[str] = (),
+    further: Sequence[tuple[str, str]] = (),
 ) -> str:
-    columns = [(key, name) for key, name in COLUMNS if key not in leave_out]
+    columns = [(key, name) for key, name in (*COLUMNS, *further) if key not in leave_out]
 
     def line(name: str, table: Row) -> str:
         cells = "".join(f"<td>{table[key]}</td>" for key in ("n_normal", "n_anomalous"))
@@ -522,6 +586,10 @@ def _joined(category: str, subclass: str | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
+
+
+def _number(value: float | None, style: str, *, scale: int = 1) -> str:
+    return DASH if value is None else f"{scale * value:{style}}"
 
 
 def _many(count: int, what: str) -> str:

@@ -1,15 +1,13 @@
 import numpy as np
-import pytest
 import torch
 
 from normweave.heads.adapted_moe.adaption import (
     GuardedAdaption,
     NoAdaption,
     PaperAdaption,
-    block_statistics,
-    covariance_within,
     statistics,
 )
+from normweave.heads.kinds import covariance_within
 
 D = 5
 
@@ -41,50 +39,6 @@ def test_statistics_are_mean_and_log_of_the_population_deviation():
 
 def test_a_channel_without_variance_has_finite_statistics():
     assert torch.isfinite(statistics(torch.full((1, D, 4, 4), 3.0))).all()
-
-
-def test_block_statistics_of_alike_parts_are_those_of_the_image():
-    part = torch.randn(2, D, 4, 4, generator=torch.Generator().manual_seed(0))
-
-    torch.testing.assert_close(
-        block_statistics(part.repeat(1, 1, 4, 4)), statistics(part), atol=1e-4, rtol=1e-4
-    )
-
-
-def test_block_statistics_forget_a_local_defect_that_moves_the_plain_ones():
-    clean = torch.randn(1, D, 32, 32, generator=torch.Generator().manual_seed(0))
-    defective = clean.clone()
-    defective[:, :, 3:11, 3:11] += 20
-
-    plain = (statistics(defective) - statistics(clean)).abs().max()
-    robust = (block_statistics(defective) - block_statistics(clean)).abs().max()
-
-    assert plain > 1
-    assert robust < 0.3
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (5, 9)])
-def test_block_statistics_take_any_grid(grid):
-    assert block_statistics(torch.zeros(2, D, *grid)).shape == (2, 2 * D)
-
-
-def test_covariance_within_kinds_by_hand():
-    kinds = np.array([0, 0, 0, 1, 1])
-    samples = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
-
-    means, covariance = covariance_within(samples, kinds, shrinkage=0.25)
-
-    by_hand = np.zeros((3, 3))
-    for kind in (0, 1):
-        own = [samples[row].astype(float) for row in range(5) if kinds[row] == kind]
-        mean = sum(own) / len(own)
-        np.testing.assert_allclose(means[kind], mean)
-        for sample in own:
-            by_hand += np.outer(sample - mean, sample - mean) / (5 - 2)
-    for i in range(3):
-        for j in range(3):
-            by_hand[i, j] = by_hand[i, j] + 1e-4 if i == j else 0.75 * by_hand[i, j]
-    np.testing.assert_allclose(covariance, by_hand)
 
 
 def paper_fitted(train, experts):

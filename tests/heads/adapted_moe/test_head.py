@@ -15,7 +15,6 @@ from normweave.heads.adapted_moe.adaption import (
     GuardedAdaption,
     NoAdaption,
     PaperAdaption,
-    block_statistics,
     statistics,
 )
 from normweave.heads.adapted_moe.experts import (
@@ -28,6 +27,7 @@ from normweave.heads.adapted_moe.experts import (
 from normweave.heads.adapted_moe.head import aggregate
 from normweave.heads.adapted_moe.router import choose
 from normweave.heads.border import replace_border
+from normweave.heads.kinds import block_statistics
 from normweave.training import train
 from normweave.types import FitData
 

@@ -6,7 +6,6 @@ import torch
 
 from in_memory import InMemory
 from normweave.heads.adapted_moe.router import Router, RouterLesson, Schedule, choose
-from normweave.heads.kinds import KnownKinds
 from normweave.training import train
 from normweave.types import FitData
 
@@ -177,40 +176,3 @@ def test_learns_to_route_kinds_that_differ(alpha):
     train(lesson(net, epochs=60), data, device="cpu")
 
     assert (net.likeness(features[24:]).argmax(1).numpy() == kinds[24:]).all()
-
-
-def kinds_fitted(count=200, numbers=4, seed=0):
-    generator = np.random.default_rng(seed)
-    kinds = np.arange(count) % 2
-    samples = generator.normal(size=(count, numbers)) @ generator.normal(size=(numbers, numbers))
-    samples += 3.0 * kinds[:, None]
-    known = KnownKinds(statistics=numbers)
-    known.fit(samples.astype(np.float32), kinds)
-    return known, samples, kinds
-
-
-def test_distance_is_mahalanobis_under_the_shrunk_covariance_within_kinds():
-    known, samples, kinds = kinds_fitted()
-    tests = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
-
-    distances = known(torch.from_numpy(tests))
-
-    means = [samples[kinds == kind].mean(axis=0) for kind in (0, 1)]
-    residual = np.concatenate([samples[kinds == kind] - means[kind] for kind in (0, 1)])
-    covariance = residual.T @ residual / (len(samples) - 2)
-    shrunk = 0.5 * covariance + 0.5 * np.diag(np.diag(covariance)) + 1e-4 * np.eye(4)
-    for row in range(5):
-        for kind in (0, 1):
-            away = tests[row] - means[kind]
-            expected = math.sqrt(away @ np.linalg.inv(shrunk) @ away / 4)
-            assert distances[row, kind].item() == pytest.approx(expected, rel=1e-3)
-
-
-def test_usual_images_lie_at_a_distance_of_about_one_and_strange_ones_far():
-    known, samples, kinds = kinds_fitted()
-
-    own = known(torch.from_numpy(samples.astype(np.float32)))[torch.arange(200), torch.from_numpy(kinds)]
-    strange = known(torch.full((1, 4), 1000.0))
-
-    assert 0.5 < own.median() < 1.5
-    assert strange.min() > 50

@@ -248,8 +248,7 @@ class CNC(nn.Module):
         return self._likeness_of(torch.split(tokens, self.dims, dim=2), prompts)
 
     def _likeness_of(self, levels: Sequence[Tensor], prompts: Tensor) -> Tensor:
-        # It belongs to no lesson, so that no lesson takes it to the device.
-        joint: Tensor = self.joint.to(prompts.device)(levels, self.joint_levels)  # (B, L, N, J)
+        joint: Tensor = self.joint(levels, self.joint_levels)  # (B, L, N, J)
         return joint @ prompts.T
 
     def state(self) -> dict[str, Tensor]:

@@ -18,8 +18,7 @@ class Prompts(nn.Module):
 
         t_p = TextEncoder([V_1 … V_m, words of state p]),    |t_p| = 1
 
-    Without a text encoder the vectors t_p themselves are learnt, or left as they were drawn. With one: it stays on the
-    CPU wherever the lesson is, since it belongs to the features.
+    Without a text encoder the vectors t_p themselves are learnt, or left as they were drawn.
 
     Args:
         words: m, learnable words before each state.
@@ -54,7 +53,7 @@ class Prompts(nn.Module):
     def forward(self, text: Text | None) -> Tensor:
         """The prompts in the joint space, (P, J) of length one; gradient reaches what is learnt."""
         if text is not None:
-            return text.encode_prompts(self.learnt.cpu(), self.states).to(self.learnt.device)
+            return beside(text, self.learnt).encode_prompts(self.learnt, self.states)
         return F.normalize(self.learnt, dim=1)
 
     @torch.no_grad()
@@ -95,7 +94,7 @@ class Guidance(nn.Module):
         """(M, U); gradient reaches what is learnt."""
         if text is None:
             return self.learnt
-        return text.prompt_tokens(self.learnt.cpu(), self.state).to(self.learnt.device)
+        return beside(text, self.learnt).prompt_tokens(self.learnt, self.state)
 
     @torch.no_grad()
     def settle(self, text: Text | None) -> None:

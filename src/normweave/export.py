@@ -114,7 +114,7 @@ def to_onnx(whole: Whole, *, height: int, width: int) -> bytes:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Without the exporter's remarks on its own working."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.__trace", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
@@ -190,12 +190,13 @@ _CURE = "Update torch, onnxscript and onnxruntime, or choose another backbone or
 
 
 def _agree(ours: Scored, theirs: Scored, how: str) -> None:
+    for name, mine, other in zip(Scored._fields, ours, theirs, strict=True):
+        if (mine is None) != (other is None) or (mine is not None and mine.shape != other.shape):
+            raise GateError(f"torch and ONNX Runtime do not both give {name}{how}, or not alike. {_CURE}")
     for name in ("scores", "peaks", "distance", "weights"):
         mine, other = getattr(ours, name), getattr(theirs, name)
-        if mine is None and other is None:
+        if mine is None:
             continue
-        if mine is None or other is None or mine.shape != other.shape:
-            raise GateError(f"torch and ONNX Runtime do not both give {name}{how}. {_CURE}")
         wrong = ~_close(mine, other).reshape(len(mine), -1).all(axis=1)  # (n,)
         if wrong.any():
             first = int(wrong.argmax())
@@ -215,5 +216,6 @@ def _agree(ours: Scored, theirs: Scored, how: str) -> None:
 def _close(mine: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
     """Element by element; what is not finite agrees with nothing."""
     usual = np.abs(mine).mean()
-    close: NDArray[np.bool_] = np.abs(mine - other) <= TOLERANCE * np.maximum(np.abs(mine), usual)
+    with np.errstate(invalid="ignore"):  # infinity less itself
+        close: NDArray[np.bool_] = np.abs(mine - other) <= TOLERANCE * np.maximum(np.abs(mine), usual)
     return close

@@ -11,7 +11,7 @@ from torch import nn
 
 from in_memory import InMemory
 from normweave import export
-from normweave.config import AdaptedMoEConfig, Config, HeadConfig, PrepareConfig, TimmConfig
+from normweave.config import AdaptedMoEConfig, CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
 from normweave.errors import GateError
 from normweave.export import Whole, answers, gate, to_onnx
 from normweave.features.standardise import ChannelStandard
@@ -21,6 +21,7 @@ from normweave.runtime.network import Network
 from normweave.scoring import Judge, Line
 from normweave.training import train
 from normweave.types import FitData, PatchScores, Routing
+from tiny_pair import TinyPair
 
 SIZE = (28, 36)  # of the input; the grid of 7 x 9 is a multiple of nothing
 SHAPE = (12, 7, 9)
@@ -61,6 +62,7 @@ def network(config):
         groups=np.arange(24) // 2,
         holdout=np.arange(24) < 6,
         seed=0,
+        pair=TinyPair(SHAPE[:1]) if isinstance(config, CNCConfig) else None,
     )
     head = build(config, shape=SHAPE)
     head.begin(data)
@@ -83,6 +85,7 @@ def judge(head=None, *, whole=None, pixels=None, **line):
 
 HEAD = AdaptedMoEConfig(expert="gaussian")
 SMALL_MOE = {"epochs": 1, "router_epochs": 1, "hidden": 8, "patches": 64, "embedding": 4, "max_pool": 400}
+SMALL_CNC = {"epochs": 1, "prompt_epochs": 1, "width": 8, "heads": 2}
 EXPERTS = ("layout", "gaussian", "subspace", "memory", "discriminator")
 ADAPTIONS = ("off", "full", "paper", "guarded")
 ROUTINGS = ("statistics", "likelihood", "network")
@@ -112,6 +115,8 @@ HEADS = [
     moe(expert="gaussian", border=0),
     moe(expert="memory", calibrated=False),
     moe(expert="layout", discover="always"),
+    pytest.param(CNCConfig(**SMALL_CNC, guide="text", guide_residual=0.5), id="cnc guide"),
+    pytest.param(CNCConfig(**SMALL_CNC, moe=False, bottleneck=4, text="free"), id="cnc plain free"),
 ]
 
 

@@ -184,9 +184,24 @@ class Detector:
             mean=standard.mean,
             deviation=standard.deviation,
             pair=feature_pair(config.features)
-            if isinstance(config.head, CNCConfig) and config.head.text != "off"
+            if isinstance(config.head, CNCConfig)
+            and (config.head.text != "off" or config.head.guide == "text")
             else None,
-            pseudo=_pseudo(scanned, fit_rows, extractor, standard, head, config, folder, cache_gib, progress),
+        )
+        fit_data = replace(
+            fit_data,
+            pseudo=_pseudo(
+                scanned,
+                fit_rows,
+                extractor,
+                standard,
+                head,
+                holdout=fit_data.holdout,
+                seed=config.seed,
+                folder=folder,
+                max_gib=cache_gib,
+                progress=progress,
+            ),
         )
         if work is not None:  # a checkpoint is worth something for the same features of the same images only
             work = (
@@ -587,19 +602,25 @@ def _pseudo(
     extractor: FrozenFeatures,
     standard: ChannelStandard,
     head: Head,
-    config: Config,
+    *,
+    holdout: NDArray[np.bool_],
+    seed: int,
     folder: Path | None,
     max_gib: float,
     progress: Progress | None,
 ) -> PseudoAnomalies | None:
-    """The fit normals with damage put into their pictures, as often as the head wants them."""
+    """The fit normals with damage put into their pictures, as often as the head wants them.
+
+    Held-out images are damaged with pieces of held-out images, and the others with pieces of the others.
+    """
     if not isinstance(head, LearnsFromDamage) or head.pseudo_variants == 0:
         return None
     n = len(fit_rows)
+    sides = {side: np.flatnonzero(holdout == side) for side in (False, True)}
 
     def others(row: int) -> tuple[int, np.random.Generator]:
-        rng = pseudo.seeded(config.seed, row // n, row % n)
-        return int(rng.integers(n)), rng
+        rng = pseudo.seeded(seed, row // n, row % n)
+        return int(rng.choice(sides[bool(holdout[row % n])])), rng
 
     def damaged(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         other, rng = others(row)
@@ -607,7 +628,7 @@ def _pseudo(
 
     def key(row: int) -> str:
         own, other = scanned.keys[fit_rows[row % n]], scanned.keys[fit_rows[others(row)[0]]]
-        said = ["pseudo", pseudo.FORMAT, config.seed, row // n, row % n, own, other]
+        said = ["pseudo", pseudo.FORMAT, seed, row // n, row % n, own, other]
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def load(row: int) -> NDArray[np.uint8]:
@@ -618,8 +639,8 @@ def _pseudo(
     shares = np.empty((count, *extractor.grid), dtype=np.uint8)
     for row in range(count):
         shares[row] = np.rint(255 * pseudo.coverage(damaged(row)[1], extractor.grid))
-        if progress is not None and row % 16 == 0:
-            progress("damaging images", row, count)
+        if progress is not None and (row % 16 == 0 or row == count - 1):
+            progress("damaging images", row + 1, count)
     if folder is None:
         source = feature_cache.streamed(extractor, load, count)
     else:

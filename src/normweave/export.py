@@ -191,7 +191,8 @@ _CURE = "Update torch, onnxscript and onnxruntime, or choose another backbone or
 
 def _agree(ours: Scored, theirs: Scored, how: str) -> None:
     for name, mine, other in zip(Scored._fields, ours, theirs, strict=True):
-        if (mine is None) != (other is None) or (mine is not None and mine.shape != other.shape):
+        neither = mine is None and other is None
+        if not neither and (mine is None or other is None or mine.shape != other.shape):
             raise GateError(f"torch and ONNX Runtime do not both give {name}{how}, or not alike. {_CURE}")
     for name in ("scores", "peaks", "distance", "weights"):
         mine, other = getattr(ours, name), getattr(theirs, name)

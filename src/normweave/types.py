@@ -197,7 +197,7 @@ class Lesson(Protocol):
     gradient_clip: float
     """Longest gradient of a step, as the norm over all parameters; 0 = any."""
     final_rate: float
-    """The learning rate falls along half a cosine to this share of itself by the last epoch; 1 = it stays."""
+    """The learning rate falls along half a cosine to this share of itself behind the last epoch; 1 = it stays."""
     module: nn.Module
     """Holds every parameter and buffer that the lesson changes."""
 

@@ -319,5 +319,6 @@ def test_changes_against_another_detector_are_signed(tmp_path):
     text = Checked(page(tmp_path, metrics=metrics, provenance=provenance)).text
     assert "Change: against cnc, bundle 0123456789ab." in text
     assert re.search(
-        r"change of ratio change of cell AUROC board 0\.125 0\.250 2\.00 75\.0 \+0\.50 -6\.2 cloth – – – – – –", text
+        r"change of ratio change of cell AUROC board 0\.125 0\.250 2\.00 75\.0 \+0\.50 -6\.2 cloth – – – – – –",
+        text,
     )

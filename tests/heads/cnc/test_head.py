@@ -237,19 +237,35 @@ def test_learned_prompts_without_a_text_encoder_are_refused(given):
     with pytest.raises(
         MissingError,
         match=r"head\.text=learned needs a text encoder, and these features have none here\. Install one with: "
-        r"pip install 'normweave\[clip\]', choose features\.kind=open_clip or offline_pair, or set head\.text=free\.",
+        r"pip install 'normweave\[clip\]', choose features\.kind=open_clip or offline_pair, or set head\.text=auto\.",
     ):
         begun(fit_data(pair=given), text="learned")
 
 
 @pytest.mark.parametrize(
     ("guide", "text", "width"),
-    [("text", "auto", TOKEN), ("text", "free", 16), ("free", "auto", 16), ("off", "auto", 1)],
+    [("text", "auto", TOKEN), ("text", "free", TOKEN), ("free", "auto", 16), ("off", "auto", 1)],
 )
 def test_the_guide_attends_to_text_where_there_is_one(pair, guide, text, width):
     head = untrained(fit_data(pair=pair), guide=guide, text=text)
     assert head.guidance.tokens.shape[1] == width
     assert (head.decoder.guide is None) == (guide == "off")
+
+
+@pytest.mark.parametrize("given", [None, TinyPair(DIMS, text=False)], ids=["no pair", "no text"])
+def test_a_guide_of_text_without_a_text_encoder_is_refused(given):
+    with pytest.raises(
+        MissingError, match=r"head\.guide=text needs a text encoder.*or set head\.guide=free\."
+    ):
+        begun(fit_data(pair=given), guide="text")
+
+
+@pytest.mark.parametrize("text", ["free", "random"])
+def test_vectors_without_a_space_to_put_them_into_are_refused(text):
+    with pytest.raises(
+        ConfigError, match=rf"head\.text={text} puts vectors into a space .* or set head\.text=off\."
+    ):
+        begun(fit_data(pair=None), text=text)
 
 
 def test_the_pair_is_shown_the_raw_features_of_all_fit_normals():

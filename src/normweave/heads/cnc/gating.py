@@ -80,7 +80,7 @@ class GatedExperts(nn.Module):
     """z + sum_e w_e Expert_e(LN(z)), the experts d -> 2d -> GELU -> d as one batched product.
 
     All experts see all tokens and the gate's weights are 0 for those not asked: with the few small experts of CNC this
-    is faster than sorting tokens, and it exports.
+    needs no sorting of tokens, and exports.
 
     Args:
         width: d.

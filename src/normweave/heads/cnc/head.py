@@ -116,7 +116,8 @@ class CNC(nn.Module):
         """Learn the kinds and the ways into the joint space, and draw the initial weights.
 
         Raises:
-            MissingError: head.text=learned where the features have no text side.
+            MissingError: head.text=learned or head.guide=text where the features have no text side.
+            ConfigError: head.text=free or random where the features have no space to put vectors into.
             DataError: no image.
         """
         if len(data) == 0:
@@ -140,8 +141,7 @@ class CNC(nn.Module):
         joint_dim = 0 if self.text_kind == "off" else self.joint.weight.shape[1]
         self.prompts.start(text, joint_dim=joint_dim, random=self.text_kind == "random", generator=generator)
         if self.decoder.guide is not None:
-            guide_text = text if self.config.guide == "text" else None
-            tokens = self.guidance.start(guide_text, width=self.config.width, generator=generator)
+            tokens = self.guidance.start(self._guide_text(pair), width=self.config.width, generator=generator)
             self.decoder.guide.project = nn.Linear(tokens, self.config.width)
         self.decoder.start(generator)
 
@@ -149,11 +149,21 @@ class CNC(nn.Module):
         """The text encoder that the prompts are learnt through; None = without."""
         text = None if pair is None else pair.text
         if self.config.text == "learned" and text is None:
-            raise MissingError(
-                "head.text=learned needs a text encoder, and these features have none here. Install one with: "
-                "pip install 'normweave[clip]', choose features.kind=open_clip or offline_pair, or set head.text=free."
+            raise MissingError(_NO_TEXT.format("head.text=learned", "head.text=auto"))
+        if self.config.text in ("free", "random") and pair is None:
+            raise ConfigError(
+                f"head.text={self.config.text} puts vectors into a space that images share with text, and these "
+                "features have none. Choose features.kind=open_clip or offline_pair, or set head.text=off."
             )
         return text if self.config.text in ("auto", "learned") else None
+
+    def _guide_text(self, pair: Pair | None) -> Text | None:
+        """The text encoder that the guide's words go through; None = free tokens."""
+        if self.config.guide != "text":
+            return None
+        if pair is None or pair.text is None:
+            raise MissingError(_NO_TEXT.format("head.guide=text", "head.guide=free"))
+        return pair.text
 
     def _statistics(self, data: FitData) -> NDArray[np.float32]:
         """Of every image, without local defects, (n, 2 watched)."""
@@ -184,7 +194,9 @@ class CNC(nn.Module):
                     learning_rate=config.prompt_learning_rate,
                 )
             )
-        lessons.append(DecoderLesson(self, text=text, damaged=damaged))
+        lessons.append(
+            DecoderLesson(self, text=text, guide_text=self._guide_text(data.pair), damaged=damaged)
+        )
         return lessons
 
     @torch.no_grad()
@@ -193,7 +205,7 @@ class CNC(nn.Module):
         text = self._text(data.pair)
         self.prompts.settle(text)
         if self.decoder.guide is not None:
-            self.guidance.settle(text if self.config.guide == "text" else None)
+            self.guidance.settle(self._guide_text(data.pair))
         kinds = _kinds(data)
         K, T = len(self.subclass_names), len(self.dims) + 1
         images = np.zeros(K)
@@ -264,6 +276,12 @@ class CNC(nn.Module):
         return {"text": self.text_kind}
 
 
+_NO_TEXT = (
+    "{} needs a text encoder, and these features have none here. Install one with: pip install 'normweave[clip]', "
+    "choose features.kind=open_clip or offline_pair, or set {}."
+)
+
+
 class DecoderLesson:
     """Teach the decoder to reconstruct the normal, whatever it is shown.
 
@@ -276,11 +294,14 @@ class DecoderLesson:
     gradient_clip = 1.0
     final_rate = 0.01
 
-    def __init__(self, head: CNC, *, text: Text | None, damaged: Damaged | None) -> None:
+    def __init__(
+        self, head: CNC, *, text: Text | None, guide_text: Text | None, damaged: Damaged | None
+    ) -> None:
         config = head.config
         self.head = head
         self.config = config
         self.text = text
+        self.guide_text = guide_text
         self.damaged = damaged
         self.module: nn.Module = nn.ModuleList([head.decoder, head.guidance, head.joint])  # joint: goes along
         self.epochs = config.epochs
@@ -308,7 +329,7 @@ class DecoderLesson:
         levels = torch.split(clean.flatten(2).transpose(1, 2), head.dims, dim=2)
         guidance = None
         if head.decoder.guide is not None:
-            guidance = head.guidance(self.text if config.guide == "text" else None)
+            guidance = head.guidance(self.guide_text)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             decoded, balance = head.decoder(tokens, guidance, generator=generator if training else None)
         decoded = tuple(level.float() for level in decoded)

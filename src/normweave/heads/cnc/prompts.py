@@ -60,7 +60,7 @@ class Prompts(nn.Module):
     def settle(self, text: Text | None) -> None:
         """Keep what they came to, so that no text encoder is needed any more."""
         if self.anchors.shape[1]:
-            self.anchors = self(text).detach().clone()
+            self.anchors = self(text).clone()
 
 
 class Guidance(nn.Module):
@@ -99,7 +99,7 @@ class Guidance(nn.Module):
     @torch.no_grad()
     def settle(self, text: Text | None) -> None:
         """Keep what they came to, so that no text encoder is needed any more."""
-        self.tokens = self(text).detach().clone()
+        self.tokens = self(text).clone()
 
 
 def beside(text: Text, learnt: Tensor) -> Text:

@@ -1,0 +1,78 @@
+"""Pseudo-abnormal images as the detector makes them for a head."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from normweave import detector, features
+from normweave.config import PrepareConfig, TimmConfig
+from normweave.data import pseudo, rows
+from normweave.data.prepare import Preparation
+from normweave.features.standardise import ChannelStandard
+from normweave.types import Sample
+
+IMAGES, VARIANTS = 12, 3
+HOLDOUT = np.arange(IMAGES) % 4 == 0
+
+
+@pytest.fixture
+def scanned(tmp_path):
+    """Images of one grey each, twenty levels apart, so that a pixel tells which image it is from."""
+    samples = []
+    for number in range(IMAGES):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.full((32, 32, 3), 20 * number, dtype=np.uint8)).save(path)
+        samples.append(Sample(image_path=path))
+    return rows.scan(samples, Preparation.of(PrepareConfig(height=32, width=32)))
+
+
+def made(scanned, folder=None, seed=0):
+    extractor = features.build(
+        TimmConfig(backbone="resnet18", strides=(4, 8), weights="random", batch_images=4), height=32, width=32
+    )
+    return detector._pseudo(
+        scanned,
+        np.arange(IMAGES),
+        extractor,
+        ChannelStandard(channels=extractor.shape[0]),
+        SimpleNamespace(pseudo_variants=VARIANTS),
+        holdout=HOLDOUT,
+        seed=seed,
+        folder=folder,
+        max_gib=1,
+        progress=None,
+    )
+
+
+def test_pieces_come_from_the_same_side_of_the_holdout(scanned, monkeypatch):
+    seen = []
+
+    def damage(pixels, other, *, rng):
+        seen.append((pixels[0, 0, 0] // 20, other[0, 0, 0] // 20))
+        return pixels, np.ones((32, 32), dtype=bool)
+
+    monkeypatch.setattr(pseudo, "damage", damage)
+    found = made(scanned)
+    assert len(found.features) == IMAGES * VARIANTS
+    assert [own for own, _ in seen] == [*range(IMAGES)] * VARIANTS
+    assert all(HOLDOUT[own] == HOLDOUT[other] for own, other in seen)
+    assert len({other for own, other in seen if not HOLDOUT[own]}) > 3
+
+
+def test_cached_and_streamed_are_the_same_and_follow_the_seed(scanned, tmp_path):
+    few = np.array([0, 5, 17, 35])
+    cached, again, streamed, other = (
+        made(scanned, tmp_path / "cache"),
+        made(scanned, tmp_path / "cache"),
+        made(scanned),
+        made(scanned, seed=1),
+    )
+    wanted = streamed.features.read(few)
+    for found in (cached, again):
+        torch.testing.assert_close(found.features.read(few), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(found.coverage(few), streamed.coverage(few), rtol=0, atol=0)
+    assert (other.features.read(few) != wanted).any()
+    assert 0 < streamed.coverage(few).mean() < 1

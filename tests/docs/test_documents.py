@@ -145,7 +145,7 @@ def test_configs_load_and_say_where_they_come_from(path):
 
 
 def test_every_model_has_a_config():
-    assert {settings.read(path).head.kind for path in CONFIGS} == set(settings.HEADS)
+    assert {settings.read(path).head.kind for path in CONFIGS} == set(settings.UNIONS["head"])
 
 
 def test_the_recommended_config_is_the_default():

@@ -179,17 +179,15 @@ class Detector:
         standard = ChannelStandard(channels=source.shape[0])
         standard.fit(_Part(source, fit_rows))
         head = build_head(config.head, shape=source.shape, dims=extractor.dims)
+        fit_data = _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config)
         fit_data = replace(
-            _fit_data(scanned, fit_rows, Standardised(_Part(source, fit_rows), standard), config),
+            fit_data,
             mean=standard.mean,
             deviation=standard.deviation,
             pair=feature_pair(config.features)
             if isinstance(config.head, CNCConfig)
             and (config.head.text != "off" or config.head.guide == "text")
             else None,
-        )
-        fit_data = replace(
-            fit_data,
             pseudo=_pseudo(
                 scanned,
                 fit_rows,

@@ -36,6 +36,12 @@ FEWEST_HELD_OUT = 3
 """Images of a kind, for a scale of its own."""
 
 
+_NO_TEXT = (
+    "{} needs a text encoder, and these features have none here. Install one with: pip install 'normweave[clip]', "
+    "choose features.kind=open_clip or offline_pair, or set {}."
+)
+
+
 class CNC(nn.Module):
     """Cross-modal normality constraint (arXiv 2501.00346), for many categories at once.
 
@@ -240,9 +246,8 @@ class CNC(nn.Module):
 
     def _maps(self, features: Tensor) -> Tensor:
         """1 - cos of each level and, last, the margin by which text calls a place abnormal, (B, L + 1, h, w)."""
-        tokens = features.flatten(2).transpose(1, 2)  # (B, N, D)
-        levels = torch.split(tokens, self.dims, dim=2)
-        decoded = self.decoder(tokens, self.guidance.tokens).levels
+        levels = self._levels(features)
+        decoded = self.decoder(_tokens(features), self.guidance.tokens).levels
         maps = distances(levels, decoded)  # (B, L, N)
         said = torch.zeros_like(maps[:, :1])
         if self.has_text:
@@ -256,8 +261,11 @@ class CNC(nn.Module):
 
     def _likeness(self, features: Tensor, prompts: Tensor) -> Tensor:
         """Cosines of (B, D, h, w) features to (P, J) prompts, (B, L, N, P)."""
-        tokens = features.flatten(2).transpose(1, 2)
-        return self._likeness_of(torch.split(tokens, self.dims, dim=2), prompts)
+        return self._likeness_of(self._levels(features), prompts)
+
+    def _levels(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, D, h, w) to the tokens of each level, (B, N, D_l)."""
+        return torch.split(_tokens(features), self.dims, dim=2)
 
     def _likeness_of(self, levels: Sequence[Tensor], prompts: Tensor) -> Tensor:
         joint: Tensor = self.joint(levels, self.joint_levels)  # (B, L, N, J)
@@ -274,12 +282,6 @@ class CNC(nn.Module):
     def notes(self) -> dict[str, Any]:
         """How the text was had."""
         return {"text": self.text_kind}
-
-
-_NO_TEXT = (
-    "{} needs a text encoder, and these features have none here. Install one with: pip install 'normweave[clip]', "
-    "choose features.kind=open_clip or offline_pair, or set {}."
-)
 
 
 class DecoderLesson:
@@ -325,13 +327,14 @@ class DecoderLesson:
             drawn = self.damaged.draw(count, held_out=False, generator=generator)
             shown = torch.cat([features[count:], drawn.features.to(features.device)])
             clean = torch.cat([features[count:], drawn.clean.to(features.device)])
-        tokens = shown.flatten(2).transpose(1, 2)  # (B, N, D)
-        levels = torch.split(clean.flatten(2).transpose(1, 2), head.dims, dim=2)
+        levels = head._levels(clean)
         guidance = None
         if head.decoder.guide is not None:
             guidance = head.guidance(self.guide_text)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            decoded, balance = head.decoder(tokens, guidance, generator=generator if training else None)
+            decoded, balance = head.decoder(
+                _tokens(shown), guidance, generator=generator if training else None
+            )
         decoded = tuple(level.float() for level in decoded)
         losses = {"reconstruction": distances(levels, decoded).mean(), "balance": balance.float()}
         loss = losses["reconstruction"] + config.balance * losses["balance"]
@@ -351,6 +354,11 @@ class DecoderLesson:
                 loss + config.distillation * losses["distillation"] + config.promotion * losses["promotion"]
             )
         return losses | {"loss": loss}
+
+
+def _tokens(features: Tensor) -> Tensor:
+    """(B, D, h, w) to (B, N, D)."""
+    return features.flatten(2).transpose(1, 2)
 
 
 def _kinds(data: FitData) -> NDArray[np.int64]:

@@ -36,7 +36,7 @@ from normweave.heads import build as build_head
 from normweave.heads.state import load_state, state
 from normweave.outcome.operating_point import Calibration, needed
 from normweave.runtime.network import Network
-from normweave.scoring import HASH_LETTERS, Judge, Line, Scored, Summary
+from normweave.scoring import HASH_LETTERS, Judge, Line, Opened, Scored, Summary
 from normweave.types import (
     FeatureSource,
     FitData,
@@ -341,18 +341,14 @@ class Detector:
         scanned = _scan(samples, self.preparation, self.extractor, cache, progress)
         scoring.refuse_seen(scanned, self.record, "test")
         source = _source(self.extractor, scanned, folder=cache, max_gib=cache_gib, progress=progress)
-        for position, (sample, scored, summary) in enumerate(
+        for position, (sample, scored, _) in enumerate(
             self._summaries(scanned, np.arange(len(scanned)), source, progress=progress)
         ):
             tiles = tuple(scanned.tiles[row] for row in np.flatnonzero(scanned.owner == position))
             if reconstructions is not None and scored.reconstruction is not None:
                 reconstructions[:] = zip(tiles, scored.reconstruction, strict=True)
-            yield (
-                sample,
-                self._judge.outcome(
-                    str(sample.image_path), scanned.sizes[position], tiles, scored, summary, maps
-                ),
-            )
+            image = Opened(str(sample.image_path), scanned.sizes[position], tiles, None, None)
+            yield sample, self._judge.outcome(image, scored, maps=maps)
         refused = {refusal.image_path: refusal.reason for refusal in scanned.refused}
         for sample in samples:
             if (reason := refused.get(str(sample.image_path))) is not None:

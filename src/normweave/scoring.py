@@ -70,6 +70,16 @@ class Scored(NamedTuple):
         return Scored(*fields)
 
 
+class Opened(NamedTuple):
+    """An image ready for the network, or why it is not."""
+
+    name: str | None
+    size: tuple[int, int]  # (height, width)
+    tiles: tuple[Tile, ...]
+    pixels: NDArray[np.uint8] | None  # (n, 3, height, width)
+    error: str | None
+
+
 class Summary(NamedTuple):
     """What the rows of one image say together."""
 
@@ -203,6 +213,19 @@ class Judge:
             )
         return judge
 
+    def with_rate(self, false_alarm_rate: float) -> Judge:
+        """The same held-out normals with lines for another rate; boxes keep theirs.
+
+        Raises:
+            GateError: the held-out normals are too few for this rate.
+            BundleError: no line has been drawn.
+        """
+        if self.line is None:
+            raise _no_line()
+        config = replace(self.config, outcome=replace(self.config.outcome, false_alarm_rate=false_alarm_rate))
+        line = self.line._replace(calibration=self.line.calibration.with_rate(false_alarm_rate))
+        return replace(self, config=config, line=line)
+
     def stream(
         self,
         items: Iterable[ImageInput],
@@ -222,78 +245,71 @@ class Judge:
             batch_images: instead of the setting; with 1 no image waits for the next.
         """
         size = batch_images or self.config.features.batch_images
-        preparation = Preparation.of(self.config.prepare)
         with ThreadPoolExecutor(max_workers=WORKERS) as pool:
-            opened = _ahead(
-                pool, lambda item: _open(item, preparation), items, AHEAD * size if size > 1 else 0
-            )
+            opened = _ahead(pool, self.open, items, AHEAD * size if size > 1 else 0)
             while batch := list(islice(opened, size)):
-                yield from self._judge(batch, network, size, maps)
+                start = time.perf_counter()
+                outcomes = [
+                    self.outcome(image, scored, maps=maps)
+                    for image, scored in zip(batch, self.scores(batch, network, size=size), strict=True)
+                ]
+                readable = sum(image.pixels is not None for image in batch)
+                each_ms = (time.perf_counter() - start) * 1000 / max(readable, 1)
+                for outcome in outcomes:
+                    yield outcome if outcome.error is not None else replace(outcome, latency_ms=each_ms)
 
-    def _judge(
-        self,
-        batch: Sequence[_Opened],
-        network: Callable[[NDArray[np.uint8]], Scored],
-        size: int,
-        with_maps: bool,
-    ) -> Iterator[Outcome]:
-        start = time.perf_counter()
+    def open(self, image: ImageInput) -> Opened:
+        """Decode an image and prepare its tiles; one that cannot be read says why."""
+        name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
+        try:
+            pixels = images.decode(image)
+        except ImageError as error:
+            return Opened(name, (0, 0), (), None, str(error))
+        height, width = pixels.shape[:2]
+        preparation = Preparation.of(self.config.prepare)
+        tiles = preparation.tiles(height, width)
+        prepared = np.stack([preparation.apply(pixels, tile) for tile in tiles])
+        return Opened(name, (height, width), tiles, prepared, None)
+
+    def scores(
+        self, batch: Sequence[Opened], network: Callable[[NDArray[np.uint8]], Scored], *, size: int
+    ) -> list[Scored | None]:
+        """What the network says of each image of a batch, in passes of at most `size` tiles; None of the unreadable."""
         readable = [opened.pixels for opened in batch if opened.pixels is not None]
-        scored = None
-        if readable:
-            pixels = np.concatenate(readable)
-            scored = in_passes(len(pixels), lambda rows: network(pixels[rows]), size)
-        done = 0
-        outcomes: list[Outcome] = []
-        for opened in batch:
-            if opened.error is not None or scored is None:
-                outcomes.append(
-                    Outcome(image_path=opened.name, error=opened.error, model=self.config.head.kind)
-                )
-                continue
-            own = scored.part(done, done + len(opened.tiles))
-            done += len(opened.tiles)
-            outcomes.append(
-                self.outcome(opened.name, opened.size, opened.tiles, own, summarise(own), with_maps)
-            )
-        each_ms = (time.perf_counter() - start) * 1000 / max(len(readable), 1)
-        for outcome in outcomes:
-            yield outcome if outcome.error is not None else replace(outcome, latency_ms=each_ms)
+        if not readable:
+            return [None] * len(batch)
+        pixels = np.concatenate(readable)
+        scored = in_passes(len(pixels), lambda rows: network(pixels[rows]), size)
+        ends = np.cumsum([len(opened.tiles) for opened in batch])
+        return [
+            None if opened.pixels is None else scored.part(int(end) - len(opened.tiles), int(end))
+            for opened, end in zip(batch, ends, strict=True)
+        ]
 
-    def outcome(
-        self,
-        name: str | None,
-        size: tuple[int, int],
-        tiles: tuple[Tile, ...],
-        scored: Scored,
-        summary: Summary,
-        with_maps: bool,
-    ) -> Outcome:
-        """The outcome of an image of this size (height, width), from the scores of its tiles.
+    def outcome(self, image: Opened, scored: Scored | None, *, maps: bool) -> Outcome:
+        """The outcome of an image from the scores of its tiles.
 
         Raises:
             BundleError: no line has been drawn.
             DataError: the network's answer is not finite.
         """
+        if scored is None:
+            return Outcome(image_path=image.name, error=image.error, model=self.config.head.kind)
         if self.line is None:
-            raise BundleError("This detector has no operating point. Calibrate it with normal images first.")
+            raise _no_line()
         calibration, map_threshold = self.line
+        summary = summarise(scored)
         judgement = calibration.judge(
             score=summary.score, distance=summary.distance, subclass=summary.subclass
         )
-        height, width = size
-        anomaly_map = None
-        if with_maps:
-            smooth = self.config.maps.smoothing
-            parts = [
-                maps.upsample(grid[None], tile.height, tile.width, smoothing=smooth)[0]
-                for grid, tile in zip(scored.grids, tiles, strict=True)
-            ]
-            anomaly_map = parts[0] if len(parts) == 1 else maps.stitch(parts, tiles, height, width)
+        height, width = image.size
+        whole = None
+        if maps:
+            whole = anomaly_map(scored.grids, image.tiles, image.size, smoothing=self.config.maps.smoothing)
         found: tuple[DefectBox, ...] = ()
-        if anomaly_map is not None and judgement.verdict != "normal":
+        if whole is not None and judgement.verdict != "normal":
             line = judgement.threshold if map_threshold is None else map_threshold
-            found = boxes.find(anomaly_map, line)
+            found = boxes.find(whole, line)
         category, subclass = None, None
         names = self.subclass_names
         if summary.subclass is not None and names:
@@ -305,7 +321,7 @@ class Judge:
             order = np.argsort(-summary.weights, kind="stable")
             experts = tuple((names[k], float(summary.weights[k])) for k in order if summary.weights[k] > 0)
         return Outcome(
-            image_path=name,
+            image_path=image.name,
             verdict=judgement.verdict,
             pred_score=summary.score,
             p_value=judgement.p_value,
@@ -319,12 +335,16 @@ class Judge:
             experts=experts,
             adapted=summary.adapted,
             boxes=found,
-            anomaly_map=anomaly_map,
+            anomaly_map=whole,
             height=height,
             width=width,
             model=self.config.head.kind,
             bundle_hash=self.bundle_hash,
         )
+
+
+def _no_line() -> BundleError:
+    return BundleError("This detector has no operating point. Calibrate it with normal images first.")
 
 
 def in_passes(count: int, score: Callable[[slice], Scored], size: int) -> Scored:
@@ -336,31 +356,20 @@ def in_passes(count: int, score: Callable[[slice], Scored], size: int) -> Scored
     return Scored(*fields)
 
 
-class _Opened(NamedTuple):
-    """An image ready for the network, or why it is not."""
-
-    name: str | None
-    size: tuple[int, int]
-    tiles: tuple[Tile, ...]
-    pixels: NDArray[np.uint8] | None  # (n, 3, height, width)
-    error: str | None
-
-
-def _open(image: ImageInput, preparation: Preparation) -> _Opened:
-    name = os.fspath(image) if isinstance(image, str | os.PathLike) else None
-    try:
-        pixels = images.decode(image)
-    except ImageError as error:
-        return _Opened(name, (0, 0), (), None, str(error))
-    height, width = pixels.shape[:2]
-    tiles = preparation.tiles(height, width)
-    prepared = np.stack([preparation.apply(pixels, tile) for tile in tiles])
-    return _Opened(name, (height, width), tiles, prepared, None)
+def anomaly_map(
+    grids: NDArray[np.float32], tiles: Sequence[Tile], size: tuple[int, int], *, smoothing: float
+) -> NDArray[np.float32]:
+    """The map (height, width) of an image of this size from the grids (n, h, w) of its tiles."""
+    parts = [
+        maps.upsample(grid[None], tile.height, tile.width, smoothing=smoothing)[0]
+        for grid, tile in zip(grids, tiles, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else maps.stitch(parts, tiles, *size)
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Any, items: Iterable[Any], count: int) -> Iterator[_Opened]:
+def _ahead(pool: ThreadPoolExecutor, work: Any, items: Iterable[Any], count: int) -> Iterator[Opened]:
     """Results of `work` in order, at most `count` items ahead of the reader."""
-    running: deque[Future[_Opened]] = deque()
+    running: deque[Future[Opened]] = deque()
     for item in items:
         running.append(pool.submit(work, item))
         if len(running) > count:

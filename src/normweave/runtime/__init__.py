@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -11,13 +12,13 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import bundle, scoring
+from normweave import bundle, scoring, settings
 from normweave.data import rows
 from normweave.data.images import ImageInput
 from normweave.errors import ImageError
 from normweave.outcome.operating_point import Calibration
 from normweave.runtime.network import Network
-from normweave.scoring import Judge, Scored, Summary
+from normweave.scoring import Judge, Opened, Scored, Summary
 from normweave.types import Outcome, Progress
 
 
@@ -67,6 +68,11 @@ class Runtime:
         return self._judge.bundle_hash
 
     @property
+    def smoothing(self) -> float:
+        """Of the anomaly maps, as `maps.upsample` takes it."""
+        return self._judge.config.maps.smoothing
+
+    @property
     def calibration(self) -> Calibration | None:
         """The held-out normals, and the lines drawn from them."""
         return self._judge.line and self._judge.line.calibration
@@ -98,10 +104,40 @@ class Runtime:
         """
         return self._judge.stream(
             images,
-            lambda pixels: Scored.of(self._network(pixels), self._judge.config),
+            self._scored,
             maps=maps,
             batch_images=batch_images,
         )
+
+    # The way of `stream` in its three steps, for who runs them in threads of their own.
+
+    def open(self, image: ImageInput) -> Opened:
+        """Decode an image and prepare its tiles; one that cannot be read says why."""
+        return self._judge.open(image)
+
+    def scores(self, batch: Sequence[Opened]) -> list[Scored | None]:
+        """What the network says of each image; None of the unreadable."""
+        return self._judge.scores(batch, self._scored, size=self.batch_images)
+
+    def outcome(self, image: Opened, scored: Scored | None) -> Outcome:
+        """The outcome of an image from its scores, with its anomaly map and boxes."""
+        return self._judge.outcome(image, scored, maps=True)
+
+    def with_rate(self, false_alarm_rate: float) -> Runtime:
+        """The same network with the lines for another false-alarm rate, drawn from the same held-out normals.
+
+        Boxes keep their line, since how high the maps of those normals rise is not in the bundle.
+
+        Raises:
+            GateError: the held-out normals are too few for this rate.
+        """
+        other = copy(self)
+        other._judge = self._judge.with_rate(false_alarm_rate)
+        other.record = self.record | {"config": settings.as_dict(other._judge.config)}
+        return other
+
+    def _scored(self, pixels: NDArray[np.uint8]) -> Scored:
+        return Scored.of(self._network(pixels), self._judge.config)
 
     def calibrate(
         self,

@@ -1,0 +1,128 @@
+"""What the store keeps, and what REST and page both speak of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from normweave.types import Outcome, Tile, Verdict
+
+Role = Literal["operator", "engineer"]
+"""An operator inspects and reviews; an engineer also changes the false-alarm rate, hands out tokens and reads all."""
+Source = Literal["api", "page", "folder"]
+"""By which door an image came in."""
+Decision = Literal["accept", "reject", "undo"]
+"""Of a person, on the part: good, defective, or neither any more."""
+Bucket = Literal["hour", "day", "week"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Review:
+    """What a person said of an inspection; the last one counts, earlier ones are kept."""
+
+    at: datetime
+    """UTC."""
+    decision: Decision
+    reviewer: str
+    comment: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """Where the image and the scores of an inspection lie, by the SHA-256 of their content, and how to draw them."""
+
+    image_hash: str
+    image_type: str
+    """MIME type."""
+    image_bytes: int
+    grids_hash: str
+    """Of an .npy file: (n, h, w) float32, the patch scores of each tile."""
+    grids_bytes: int
+    tiles: tuple[Tile, ...]
+    smoothing: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """An image that was judged, or that could not be read."""
+
+    id: int = 0
+    """From 1, in the order of arrival; 0 as long as it is not kept."""
+    received_at: datetime
+    """UTC."""
+    name: str
+    """As the sender called it; never a path on this machine."""
+    source: Source
+    actor: str
+    """Name of the token that it came with."""
+    outcome: Outcome
+    """Without its map."""
+    routed: int | None = None
+    """Index of the subclass that the head routed to, to judge the scores anew."""
+    picture: Picture | None = None
+    """None: the image could not be read, or retention has removed it."""
+    review: Review | None = None
+    """The last one, unless it was undone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filter:
+    """Which inspections are meant; what is None or empty does not narrow."""
+
+    since: datetime | None = None
+    until: datetime | None = None
+    """Before this moment."""
+    verdicts: tuple[Verdict, ...] = ()
+    unreadable: bool | None = None
+    category: str | None = None
+    subclass: str | None = None
+    name: str | None = None
+    """Exactly."""
+    source: Source | None = None
+    bundle_hash: str | None = None
+    reviewed: bool | None = None
+    """Whether a review stands that was not undone."""
+    decision: Literal["accept", "reject"] | None = None
+    p_value_below: float | None = None
+    """p at or below this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """Inspections of a category and subclass in a span of time."""
+
+    start: datetime
+    category: str | None
+    subclass: str | None
+    normal: int
+    anomalous: int
+    unknown: int
+    unreadable: int
+    accepted: int
+    """By a person."""
+    rejected: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Token:
+    """A key to the server; the secret itself is kept nowhere."""
+
+    id: int = 0
+    name: str
+    role: Role
+    digest: str
+    """SHA-256 of the secret, in hex."""
+    created_at: datetime
+    expires_at: datetime | None = None
+    revoked_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateChange:
+    """Somebody moved the line of a bundle."""
+
+    at: datetime
+    bundle_hash: str
+    false_alarm_rate: float
+    actor: str

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.cli.predict import check_places, find, line, overlay, share
+from normweave.cli.predict import check_places, find, line, share
 from normweave.errors import ConfigError, DataError
 from normweave.types import DefectBox, Outcome
 
@@ -129,20 +129,6 @@ def test_a_line():
     assert line(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
     assert line(normal).startswith("normal  ")
-
-
-def test_an_overlay_is_red_above_the_threshold_and_grey_elsewhere():
-    image = np.full((2, 2, 3), (10, 20, 60), np.uint8)
-    anomaly_map = np.array([[0, 1], [1.001, 2]], np.float32)
-    picture = overlay(image, anomaly_map, threshold=1.0).astype(int)
-    assert picture[0].tolist() == [[30, 30, 30], [30, 30, 30]]  # the threshold itself is normal
-    assert picture[1, 0].tolist() == [142, 125, 15]  # half grey, half yellow
-    assert picture[1, 1].tolist() == [142, 15, 15]  # as far above the threshold as the lowest lies below: red
-
-
-def test_an_overlay_of_a_map_that_lies_wholly_above():
-    picture = overlay(np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 3, np.float32), threshold=1.0)
-    assert picture.reshape(-1, 3).tolist() == [[128, 0, 0]] * 4
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from normweave import __version__
-from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, train
+from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, serve, train
 
 app = typer.Typer(
     name="normweave",
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, train, evaluate, predict, calibrate, data, doctor, benchmark):
+for verb in (demo, train, evaluate, predict, calibrate, serve, data, doctor, benchmark):
     verb.add_to(app)
 
 

@@ -18,9 +18,6 @@ from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal,
 from normweave.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from normweave.types import Outcome
 
 STDIN = "-"
@@ -210,6 +207,7 @@ def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
     from PIL import Image
 
     from normweave.data.images import decode
+    from normweave.maps.pictures import overlay
 
     assert outcome.anomaly_map is not None  # the stream was asked for maps
     assert outcome.image_path is not None  # images of the command line are files
@@ -221,19 +219,3 @@ def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
     picture = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=outcome.threshold)
     Image.fromarray(picture).save(path.with_suffix(".png"))
     return path
-
-
-def overlay(
-    image: "NDArray[np.uint8]", anomaly_map: "NDArray[np.float32]", *, threshold: float
-) -> "NDArray[np.uint8]":
-    """The image (H, W, 3) in grey, and what lies above the threshold in yellow to red over it."""
-    import numpy as np
-
-    grey = image.mean(axis=2, keepdims=True)
-    span = max(threshold - float(anomaly_map.min()), 1e-12)
-    beyond = np.clip((anomaly_map - threshold) / span, 0, 1)[
-        ..., None
-    ]  # 0 at the threshold, 1 as far above it again
-    colour = np.concatenate([np.full_like(beyond, 255), 220 * (1 - beyond), np.zeros_like(beyond)], axis=2)
-    mixed = np.where(anomaly_map[..., None] > threshold, 0.5 * grey + 0.5 * colour, grey)
-    return np.broadcast_to(mixed, image.shape).round().astype(np.uint8)

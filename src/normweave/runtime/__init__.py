@@ -63,6 +63,11 @@ class Runtime:
         return self._judge.config.features.batch_images
 
     @property
+    def model(self) -> str:
+        """Kind of its head."""
+        return self._judge.config.head.kind
+
+    @property
     def bundle_hash(self) -> str | None:
         """What identifies the bundle."""
         return self._judge.bundle_hash
@@ -71,6 +76,11 @@ class Runtime:
     def smoothing(self) -> float:
         """Of the anomaly maps, as `maps.upsample` takes it."""
         return self._judge.config.maps.smoothing
+
+    @property
+    def map_threshold(self) -> float | None:
+        """Where boxes begin, in units of the map; None: at the image's own threshold."""
+        return self._judge.line and self._judge.line.map_threshold
 
     @property
     def calibration(self) -> Calibration | None:
@@ -119,9 +129,13 @@ class Runtime:
         """What the network says of each image; None of the unreadable."""
         return self._judge.scores(batch, self._scored, size=self.batch_images)
 
-    def outcome(self, image: Opened, scored: Scored | None) -> Outcome:
-        """The outcome of an image from its scores, with its anomaly map and boxes."""
-        return self._judge.outcome(image, scored, maps=True)
+    def outcome(self, image: Opened, scored: Scored | None, *, maps: bool = True) -> Outcome:
+        """The outcome of an image from its scores.
+
+        Raises:
+            DataError: the network's answer is not finite.
+        """
+        return self._judge.outcome(image, scored, maps=maps)
 
     def with_rate(self, false_alarm_rate: float) -> Runtime:
         """The same network with the lines for another false-alarm rate, drawn from the same held-out normals.

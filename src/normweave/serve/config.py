@@ -19,7 +19,9 @@ class ServeConfig:
     """Larger images are refused from their header; two are decoded at a time."""
     max_waiting: int = 64
     """Images taken and not yet answered; with more the answer is 429."""
-    max_clients: int = 256
+    max_arriving_bytes: int = 512 * 2**20
+    """Of all requests that are being received or answered; with more the answer is 429."""
+    max_clients: int = 1024
     """Connections at a time."""
     receive_seconds: float = 30.0
     """For the body of a request to arrive."""
@@ -34,9 +36,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         wrong = [name for name, value in vars(self).items() if value < 0]
-        wrong += [
-            name for name, value in vars(self).items() if value == 0 and not name.startswith("keep_")
-        ]
+        wrong += [name for name, value in vars(self).items() if value == 0 and not name.startswith("keep_")]
         if wrong:
             raise ConfigError(
                 f"serve: {', '.join(sorted(set(wrong)))} must be above 0, got "

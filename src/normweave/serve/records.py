@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from normweave.errors import NormweaveError
 from normweave.types import Outcome, Tile, Verdict
 
 Role = Literal["operator", "engineer"]
@@ -15,6 +16,10 @@ Source = Literal["api", "page", "folder"]
 Decision = Literal["accept", "reject", "undo"]
 """Of a person, on the part: good, defective, or neither any more."""
 Bucket = Literal["hour", "day", "week"]
+
+
+class NotThereError(NormweaveError):
+    """An inspection or a token that the store does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,8 @@ class Picture:
     grids_bytes: int
     tiles: tuple[Tile, ...]
     smoothing: float
+    map_threshold: float
+    """Where the map was called anomalous, in its own units."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +55,7 @@ class Inspection:
     """An image that was judged, or that could not be read."""
 
     id: int = 0
-    """From 1, in the order of arrival; 0 as long as it is not kept."""
+    """From 1, in the order in which they were kept, which may be another for images that come together; 0: not yet."""
     received_at: datetime
     """UTC."""
     name: str

@@ -1,0 +1,41 @@
+"""The image of an inspection with its map laid over it, its boxes, zoom and opacity: all of it in the browser."""
+
+from __future__ import annotations
+
+from nicegui.element import Element
+
+from normweave.serve.records import Inspection
+
+MAX_SIDE = 1600
+"""Pixels of the pictures that are asked for."""
+
+
+class Viewer(Element, component="viewer.js"):
+    """Shows one inspection at a time; opacity, boxes and zoom never ask the server."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.show(None)
+
+    def show(self, inspection: Inspection | None) -> None:
+        """The pictures of this inspection, or that there are none."""
+        props = self._props
+        props["image"] = props["heat"] = props["label"] = props["missing"] = ""
+        props["boxes"] = []
+        props["height"] = props["width"] = 0
+        if inspection is None:
+            props["missing"] = "No image yet."
+        elif inspection.picture is None:
+            unreadable = inspection.outcome.error is not None
+            props["missing"] = (
+                "The image could not be read." if unreadable else "The image is no longer kept."
+            )
+        else:
+            outcome = inspection.outcome
+            address = f"/v1/inspections/{inspection.id}"
+            props["image"] = f"{address}/image?format=png&max_side={MAX_SIDE}"
+            props["heat"] = f"{address}/map?format=png&max_side={MAX_SIDE}"
+            props["label"] = inspection.name
+            props["boxes"] = [list(box[:4]) for box in outcome.boxes]
+            props["height"], props["width"] = outcome.height or 0, outcome.width or 0
+        self.update()

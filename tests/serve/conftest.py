@@ -1,0 +1,161 @@
+"""A store in SQLite, and one in a PostgreSQL of the tests' own."""
+
+import getpass
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import psycopg
+import pytest
+from starlette.testclient import TestClient
+
+from normweave.runtime import Runtime
+from normweave.serve import create_app
+from normweave.serve.access import Access
+from normweave.serve.config import ServeConfig
+from normweave.serve.files import Files
+from normweave.serve.station import Station
+from normweave.serve.store import Store
+from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
+
+
+class Postgres:
+    """A private cluster that listens on a socket in its own folder only."""
+
+    def __init__(self, programs: Path, folder: Path) -> None:
+        self._programs, self._folder = programs, folder
+        self._made: set[str] = set()
+        # PostgreSQL refuses to run as root.
+        user = getpass.getuser() if os.geteuid() else "nobody"
+        group = pwd.getpwnam(user).pw_gid
+        self._as = {} if os.geteuid() else {"user": user, "group": group, "extra_groups": []}
+        shutil.chown(folder, user, group)
+        self._run("initdb", "--username=tests", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
+        options = f"-F -c listen_addresses= -c unix_socket_directories={folder}"
+        self._run("pg_ctl", "start", "--wait", f"--log={folder}/log", f"--options={options}")
+
+    def _run(self, program, *arguments):
+        subprocess.run(
+            [self._programs / program, f"--pgdata={self._folder}/data", *arguments],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # the server would hold a pipe open
+            cwd=self._folder,
+            **self._as,
+        )
+
+    def sql(self, text, *, database="postgres"):
+        """Say something as its administrator."""
+        with psycopg.connect(
+            f"host={self._folder} user=tests dbname={database}", autocommit=True
+        ) as connection:
+            connection.execute(text)
+
+    def database(self, *, encoding="UTF8"):
+        """The URL of an empty database, which every test shares: a new one each would take most of their time."""
+        name = f"test_{encoding}".lower()
+        if name not in self._made:
+            self._made.add(name)
+            self.sql(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0")
+        self.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public", database=name)
+        return f"postgresql://tests@/{name}?host={self._folder}"
+
+    def stop(self):
+        """Stop it at once; nothing of it is needed again."""
+        self._run("pg_ctl", "stop", "--wait", "--mode=immediate")
+
+
+def find_programs():
+    """Where initdb lies: on the PATH, or where Debian puts it; the newest."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
+    on_path = shutil.which("initdb")
+    folders += [Path(on_path).resolve().parent] if on_path else []
+    return next((folder for folder in reversed(folders) if (folder / "pg_ctl").exists()), None)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    programs = find_programs()
+    if programs is None:
+        reason = "PostgreSQL's initdb and pg_ctl were not found: apt-get install postgresql"
+        if "postgres" in os.environ.get("NORMWEAVE_REQUIRE", ""):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="normweave-postgres-"))  # a short path, as sockets need
+    try:
+        cluster = Postgres(programs, folder)
+        yield cluster
+        cluster.stop()
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request, tmp_path):
+    """Of an empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/store.db"
+    return request.getfixturevalue("postgres").database()
+
+
+@pytest.fixture
+def store(database_url):
+    store = Store.open(database_url)
+    yield store
+    store.close()
+
+
+# ── a bundle at work ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle):  # noqa: F811 - it is the fixture
+    return Runtime(bundle, threads=1, device="cpu")
+
+
+@pytest.fixture
+def start(runtime, tmp_path):
+    """Start stations in a folder of their own; all are stopped at the end."""
+    started = []
+
+    def start(**limits):
+        folder = tmp_path / f"station-{len(started)}"
+        files = Files(folder / "files")
+        store = Store.open(f"sqlite:///{folder}/store.sqlite")
+        station = Station(runtime, store=store, files=files, config=ServeConfig(**limits))
+        started.append(station)
+        return station
+
+    yield start
+    for station in started:
+        station.stop()
+        station.store.close()
+        station.files.close()
+
+
+@pytest.fixture
+def station(start):
+    return start()
+
+
+@pytest.fixture
+def access(station, tmp_path):
+    return Access(station.store, folder=tmp_path, session_hours=12)
+
+
+@pytest.fixture
+def keys(access):
+    """Secret by role."""
+    return {made.token.role: made.secret for made in access.first_tokens()}
+
+
+@pytest.fixture
+def client(station, access, keys):
+    """An engineer's program."""
+    app = create_app(station, access=access, pages=False)
+    headers = {"Authorization": f"Bearer {keys['engineer']}"}
+    with TestClient(app, headers=headers, raise_server_exceptions=False) as client:
+        yield client

@@ -1,0 +1,369 @@
+"""REST as a program sees it."""
+
+import base64
+import hashlib
+import io
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from normweave.errors import BundleError, DataError
+from normweave.serve import create_app
+from normweave.serve.records import Inspection
+
+
+def form(*paths):
+    return [("images", (Path(path).name, Path(path).read_bytes())) for path in paths]
+
+
+def encoded(path, name=""):
+    return {"name": name, "data": base64.b64encode(Path(path).read_bytes()).decode()}
+
+
+# ── images in ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_three_ways_to_send_an_image_say_the_same(client, runtime, photos):
+    path = photos[0]
+    expected = runtime.score(path)
+    answers = [
+        client.post("/v1/inspect", files=form(path)),
+        client.post("/v1/inspect", json={"images": [encoded(path, "part.png")]}),
+        client.post(
+            "/v1/inspect?name=part.png",
+            content=Path(path).read_bytes(),
+            headers={"Content-Type": "image/png"},
+        ),
+        client.post(
+            "/v1/inspect",
+            content=Path(path).read_bytes(),
+            headers={"Content-Type": "application/octet-stream"},
+        ),
+    ]
+    for number, answer in enumerate(answers, 1):
+        assert answer.status_code == 200
+        (one,) = answer.json()["inspections"]
+        assert one["id"] == number
+        assert (one["verdict"], one["subclass"]) == (expected.verdict, expected.subclass)
+        assert one["pred_score"] == pytest.approx(expected.pred_score, rel=1e-4)
+        assert one["threshold"] == expected.threshold
+        assert one["image_hash"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    names = [answer.json()["inspections"][0]["name"] for answer in answers]
+    assert names == [Path(path).name, "part.png", "part.png", ""]
+
+
+def test_many_images_come_back_in_their_order_with_the_bad_one_named(client, photos):
+    files = [*form(*photos[:3]), ("images", ("bad.png", b"nothing")), *form(photos[3])]
+    inspections = client.post("/v1/inspect", files=files).json()["inspections"]
+    assert [one["name"] for one in inspections] == [given[1][0] for given in files]
+    assert [one["error"] is None for one in inspections] == [True, True, True, False, True]
+    bad = inspections[3]
+    assert "not an image that can be read" in bad["error"]
+    assert (bad["verdict"], bad["image_url"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "C:\\x.png", "/root/x", "a\x00b", "<img src=x>", "x" * 900]
+)
+def test_a_name_is_never_a_path(client, station, photos, name):
+    content = Path(photos[0]).read_bytes()
+    (one,) = client.post("/v1/inspect", files=[("images", (name, content))]).json()["inspections"]
+    assert len(one["name"]) <= 500
+    kept = {path.name for path in station.files.folder.rglob("*") if path.is_file()}
+    inspection = station.store.inspection(one["id"])
+    assert kept == {".lock", inspection.picture.image_hash, inspection.picture.grids_hash}
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "words"),
+    [
+        ({"content": b"x"}, 415, "Images come as multipart/form-data"),
+        ({"content": b"x", "headers": {"Content-Type": "text/plain"}}, 415, "got 'text/plain'"),
+        ({"files": [("other", ("a", b"x"))]}, 422, "There is no image in the request"),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "boundary"),
+        (
+            {"content": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+            422,
+            "There is no image",
+        ),
+        ({"data": {"images": "text"}, "files": {"other": b""}}, 422, "must be files, got text"),
+        ({"files": [("images", ("a", b"x"))] * 33}, 413, "Too many files. Maximum number of files is 32"),
+        ({"json": {"images": [{"data": ""}] * 33}}, 413, "33 images in one request"),
+        ({"json": {}}, 422, "images: Field required"),
+        ({"json": {"images": []}}, 422, "images: List should have at least 1 item"),
+        ({"json": {"images": [{"data": "%%"}]}}, 422, "is not base64"),
+        ({"json": {"images": [{"data": "é"}]}}, 422, "is not base64"),
+        ({"json": {"images": [{"path": "/etc/passwd"}]}}, 422, "images.0.data: Field required"),
+        ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 422, "Invalid JSON"),
+        ({"content": b"\xff", "headers": {"Content-Type": "application/json"}}, 422, "Invalid JSON"),
+    ],
+)
+def test_what_is_no_request(client, request_, status, words):
+    answer = client.post("/v1/inspect", **request_)
+    assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
+
+
+def test_a_large_image_is_refused_whole(start, access, keys, photos):
+    app = create_app(start(max_image_bytes=1000), access=access, pages=False)
+    with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
+        answer = client.post("/v1/inspect", files=form(photos[0]))
+        assert answer.status_code == 413
+        assert "but this server takes at most 1,000 an image" in answer.json()["error"]
+
+
+def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkeypatch):
+    station = start(max_waiting=1, max_images=1)
+    free = threading.Event()
+    scores = station.runtime.scores
+    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    app = create_app(station, access=access, pages=False)
+    with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
+        first = threading.Thread(target=lambda: client.post("/v1/inspect", files=form(photos[0])))
+        first.start()
+        while not station.waiting:
+            pass
+        answer = client.post("/v1/inspect", files=form(photos[0]))
+        assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+        assert "1 images are waiting and 1 more came" in answer.json()["error"]
+        free.set()
+        first.join()
+        assert client.post("/v1/inspect", files=form(photos[0])).status_code == 200
+
+
+def test_a_late_answer_says_that_the_images_were_taken(start, access, keys, photos, monkeypatch):
+    station = start(answer_seconds=0.2)
+    free = threading.Event()
+    scores = station.runtime.scores
+    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    app = create_app(station, access=access, pages=False)
+    with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
+        answer = client.post("/v1/inspect", files=form(photos[0]))
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert "The images were taken and are judged all the same" in answer.json()["error"]
+        free.set()
+        while station.waiting:
+            pass
+        assert [one["id"] for one in client.get("/v1/inspections").json()["inspections"]] == [1]
+
+
+# ── what was kept ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def inspected(client, photos):
+    """All photographs, as they were answered, newest first."""
+    answers = [client.post("/v1/inspect", files=form(path)).json()["inspections"][0] for path in photos]
+    return answers[::-1]
+
+
+def test_pages_of_inspections(client, inspected):
+    got, before = [], None
+    while True:
+        answer = client.get("/v1/inspections", params={"limit": 4} | ({"before": before} if before else {}))
+        page = answer.json()
+        got += page["inspections"]
+        before = page["next"]
+        if before is None:
+            break
+    assert got == inspected
+
+
+def test_filters(client, inspected):
+    for key, values in (("verdict", ["anomalous", "unknown"]), ("subclass", None), ("name", None)):
+        for value in values or {one[key] for one in inspected}:
+            answer = client.get("/v1/inspections", params={key: value})
+            assert answer.json()["inspections"] == [one for one in inspected if one[key] == value][:100]
+    both = client.get("/v1/inspections", params={"verdict": ["anomalous", "unknown"]}).json()["inspections"]
+    assert both == [one for one in inspected if one["verdict"] != "normal"]
+    middle = inspected[3]["received_at"]
+    since = client.get("/v1/inspections", params={"since": middle}).json()["inspections"]
+    until = client.get("/v1/inspections", params={"until": middle}).json()["inspections"]
+    assert since + until == inspected
+    assert len(since) == 4
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["limit=0", "limit=1001", "before=0", "since=yesterday", "verdict=good", "before=99999999999999999999"],
+)
+def test_what_is_no_filter(client, query):
+    answer = client.get(f"/v1/inspections?{query}")
+    assert answer.status_code == 422
+    assert query.partition("=")[0] in answer.json()["error"]
+
+
+def test_pictures(client, runtime, photos, inspected):
+    one, path = inspected[0], photos[-1]
+    image = client.get(one["image_url"])
+    assert (image.content, image.headers["content-type"]) == (Path(path).read_bytes(), "image/png")
+    small = Image.open(
+        io.BytesIO(client.get(one["image_url"], params={"format": "png", "max_side": 32}).content)
+    )
+    assert small.size == (32, 32)
+    numbers = client.get(one["map_url"], params={"format": "npy"})
+    anomaly_map = np.load(io.BytesIO(numbers.content), allow_pickle=False)
+    np.testing.assert_allclose(anomaly_map, runtime.score(path).anomaly_map, rtol=1e-4, atol=1e-5)
+    colours = np.asarray(Image.open(io.BytesIO(client.get(one["map_url"]).content)))
+    assert colours.shape == (64, 64, 4)
+    # The middle colour of the scale lies at the threshold, so what is lighter is above it.
+    assert (
+        (colours[..., 1] > 55) & (colours[..., 3] == 255) == (anomaly_map > one["threshold"])
+    ).mean() > 0.99
+    assert Image.open(io.BytesIO(client.get(one["overlay_url"]).content)).size == (64, 64)
+
+
+def test_what_has_no_picture(client, station):
+    client.post("/v1/inspect", files=[("images", ("bad", b"x"))])
+    for what in ("image", "map", "overlay"):
+        answer = client.get(f"/v1/inspections/1/{what}")
+        assert (answer.status_code, answer.json()["error"]) == (
+            404,
+            "The image of inspection 1 could not be read.",
+        )
+
+
+def test_an_image_that_retention_removed(client, station, inspected):
+    list(station.store.shrink(max_bytes=0))
+    answer = client.get("/v1/inspections/1/image")
+    assert (answer.status_code, "has been removed to make room" in answer.json()["error"]) == (404, True)
+    assert client.get("/v1/inspections/1").json()["verdict"] == inspected[-1]["verdict"]
+
+
+def test_a_file_that_is_gone_or_changed_is_said(client, station, inspected):
+    picture = station.store.inspection(1).picture
+    path = station.files._path(picture.image_hash)
+    path.write_bytes(b"changed")
+    answer = client.get("/v1/inspections/1/image")
+    assert (answer.status_code, "changed on disk" in answer.json()["error"]) == (503, True)
+    path.unlink()
+    assert client.get("/v1/inspections/1/overlay").status_code == 503
+
+
+def test_reviews(client, inspected):
+    given = {"decision": "reject", "reviewer": "Ada", "comment": "a scratch"}
+    answer = client.post("/v1/inspections/1/review", json=given).json()
+    assert {key: answer["review"][key] for key in given} == given
+    assert client.post("/v1/inspections/1/review", json={"decision": "accept"}).json()["review"][
+        "reviewer"
+    ] == ("engineer")
+    detail = client.get("/v1/inspections/1").json()
+    assert [review["decision"] for review in detail["reviews"]] == ["reject", "accept"]
+    assert detail["review"]["decision"] == "accept"
+    undone = client.post("/v1/inspections/1/review", json={"decision": "undo"}).json()
+    assert undone["review"] is None
+    reviewed = client.get("/v1/inspections", params={"reviewed": True}).json()["inspections"]
+    assert reviewed == []
+    assert client.post("/v1/inspections/99/review", json=given).status_code == 404
+    assert client.post("/v1/inspections/1/review", json={"decision": "scrap"}).status_code == 422
+    assert client.post("/v1/inspections/1/review", json=given | {"more": 1}).status_code == 422
+
+
+def test_what_is_not_there(client):
+    answer = client.get("/v1/inspections/99")
+    assert (answer.status_code, answer.json()["error"]) == (
+        404,
+        "There is no inspection 99. See GET /v1/inspections for those there are.",
+    )
+    assert client.get("/nowhere").json() == {"error": "Not Found"}
+    assert client.delete("/v1/model").status_code == 405
+
+
+# ── the line, tokens, health ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_model(client, runtime):
+    model = client.get("/v1/model").json()
+    assert model["model"] == "adapted_moe"
+    assert model["bundle_hash"] == runtime.bundle_hash
+    assert model["false_alarm_rate"] == 0.1
+    assert model["operating_points"] == runtime.calibration.as_dict()["operating_points"]
+    assert model["fit_images"] == runtime.record["fit_images"]
+
+
+def test_another_rate(client, inspected):
+    foretold = client.get("/v1/model/preview", params={"false_alarm_rate": 0.3}).json()
+    assert foretold["n"] == sum(foretold["now"].values()) == sum(foretold["then"].values()) == len(inspected)
+    assert client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.3}).status_code == 200
+    assert client.get("/v1/model").json()["false_alarm_rate"] == 0.3
+    (change,) = client.get("/v1/model/rates").json()
+    assert (change["false_alarm_rate"], change["actor"]) == (0.3, "engineer")
+    refused = client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.001})
+    assert (refused.status_code, "at least 999 held-out normal images" in refused.json()["error"]) == (
+        422,
+        True,
+    )
+    for wrong in (0, 1, -1, "nan", None):
+        assert client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": wrong}).status_code == 422
+
+
+def test_tokens(client, keys):
+    made = client.post("/v1/tokens", json={"name": "camera 3", "role": "operator", "expires_in_days": 30})
+    assert made.status_code == 201
+    new = {"Authorization": f"Bearer {made.json()['token']}"}
+    assert client.get("/v1/model", headers=new).status_code == 200
+    listed = client.get("/v1/tokens").json()
+    assert [token["name"] for token in listed] == ["engineer", "operator", "camera 3"]
+    assert made.json()["token"] not in json.dumps(listed)
+    assert client.delete(f"/v1/tokens/{made.json()['id']}").json()["revoked_at"] is not None
+    assert client.get("/v1/model", headers=new).status_code == 401
+    assert client.delete("/v1/tokens/99").status_code == 404
+
+
+def test_health_and_metrics(client, station, monkeypatch, photos):
+    assert client.get("/readyz").json() == {"status": "ok"}
+    client.post("/v1/inspect", files=form(photos[0]))
+    metrics = client.get("/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert 'normweave_inspections_total{category="cloth"' in metrics.text
+
+    def away():
+        raise DataError("the database is away")
+
+    monkeypatch.setattr(station.store, "ping", away)
+    answer = client.get("/readyz")
+    assert (answer.status_code, answer.json()["error"]) == (503, "the database is away")
+    assert client.get("/healthz").status_code == 200
+
+
+# ── what goes wrong inside ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (BundleError("the graph cannot be computed"), 503, "the graph cannot be computed"),
+        (ValueError("a secret"), 500, "A mistake of the server's: ValueError"),
+    ],
+)
+def test_a_failure_inside_is_said_without_its_details(
+    client, station, photos, monkeypatch, error, status, words
+):
+    def fail(batch):
+        raise error
+
+    monkeypatch.setattr(station.runtime, "scores", fail)
+    answer = client.post("/v1/inspect", files=form(photos[0]))
+    assert (answer.status_code, words in answer.json()["error"]) == (status, True)
+    assert "secret" not in answer.text
+
+
+def test_the_document_names_every_way_to_send_images(client):
+    document = client.get("/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    ways = document["paths"]["/v1/inspect"]["post"]["requestBody"]["content"]
+    assert set(ways) == {"multipart/form-data", "application/json", "application/octet-stream"}
+    assert client.get("/docs").status_code == 404  # its scripts would come from another host
+
+
+def test_an_inspection_is_answered_as_it_is_kept(client, station, photos):
+    (answer,) = client.post("/v1/inspect", files=form(photos[-1])).json()["inspections"]
+    kept = station.store.inspection(1)
+    assert isinstance(kept, Inspection)
+    fields = kept.outcome.as_dict()
+    del fields["image_path"], fields["anomaly_map"]
+    assert {key: answer[key] for key in fields} == json.loads(json.dumps(fields))

@@ -1,0 +1,91 @@
+"""A server as its user starts it: a process of its own, spoken to over the loopback."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+
+START_SECONDS = 60
+STOP_SECONDS = 60
+
+
+class Server:
+    """`normweave serve` on a free port.
+
+    Attributes:
+        url: where it listens.
+        tokens: secret by role, of its first start.
+    """
+
+    def __init__(self, bundle, data, *options, tokens=None):
+        self._command = [
+            sys.executable,
+            "-m",
+            "normweave",
+            "serve",
+            str(bundle),
+            "--data",
+            str(data),
+            "--port",
+            "0",
+            "--json",
+            "--threads",
+            "1",
+            *map(str, options),
+        ]
+        self.data = Path(data)
+        self.tokens = tokens or {}
+        self.start()
+
+    def start(self):
+        self.data.mkdir(parents=True, exist_ok=True)
+        self._log = (self.data / "server.log").open("ab")
+        self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._log, text=True)
+        said = self._process.stdout.readline()
+        if not said.startswith("{") or "url" not in (first := json.loads(said)):
+            self._process.kill()
+            raise AssertionError(f"The server did not start: {said} {self.log()}")
+        self.url = first["url"]
+        self.tokens |= {made["role"]: made["token"] for made in first["tokens"]}
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def log(self):
+        return (self.data / "server.log").read_text("utf-8")
+
+    def client(self, role="operator", **given):
+        """Of a program with a token."""
+        headers = {"Authorization": f"Bearer {self.tokens[role]}"} if role else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **given)
+
+    def stop(self):
+        """As systemd does; the exit code."""
+        self._process.send_signal(signal.SIGTERM)
+        return self._ended()
+
+    def kill(self):
+        """As a power cut does, for the process."""
+        os.kill(self.pid, signal.SIGKILL)
+        self._ended()
+
+    def _ended(self):
+        try:
+            return self._process.wait(STOP_SECONDS)
+        finally:
+            self._process.kill()
+            self._process.stdout.close()
+            self._log.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(ProcessLookupError):
+            self.stop()

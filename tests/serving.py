@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
+import httpx2
 
 START_SECONDS = 60
 STOP_SECONDS = 60
@@ -63,7 +63,7 @@ class Server:
     def client(self, role="operator", **given):
         """Of a program with a token."""
         headers = {"Authorization": f"Bearer {self.tokens[role]}"} if role else {}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **given)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **given)
 
     def stop(self):
         """As systemd does; the exit code."""

@@ -101,11 +101,14 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
-def test_python_blocks_run(path, tmp_path, monkeypatch):
+def test_python_blocks_run(path, tmp_path, monkeypatch, request):
     """Each document's blocks one after the other, where `cloth` is a data set and `part.png` an image."""
     blocks = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), flags=re.DOTALL)
     if not blocks:
         return
+    if "NORMWEAVE_URL" in blocks[0]:
+        for name, value in request.getfixturevalue("served").items():
+            monkeypatch.setenv(name, value)
     textile = Textile("plain", "ecru", "diffuse")
     make_textures(
         tmp_path / "cloth",
@@ -159,9 +162,10 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), target
 
 
-def test_equations_name_code_that_exists():
-    """Every `path::name` of docs/equations.md, with a class's method as Class.method."""
-    text = (ROOT / "docs" / "equations.md").read_text("utf-8")
+@pytest.mark.parametrize("name", ["equations.md", "threat-model.md"])
+def test_code_that_is_named_exists(name):
+    """Every `path::name`, with a class's method as Class.method."""
+    text = (ROOT / "docs" / name).read_text("utf-8")
     places = re.findall(r"`([\w/]+\.py)::([\w.]+)`", text)
     assert places
     for file, name in places:

@@ -61,6 +61,13 @@ def test_keeps_its_promise_in_each_subclass():
     np.testing.assert_allclose(alarms / (draws * new), [0.05, 3 / 60], atol=0.006)
 
 
+@pytest.mark.parametrize("rate", [5e-324, 1e-10])
+def test_a_rate_that_nobody_could_check(rate):
+    with pytest.raises(ConfigError, match="must be 1e-09 or more"):
+        needed(rate)
+    assert needed(1e-9) == 10**9 - 1
+
+
 def test_too_few_normals_says_how_many_are_needed():
     with pytest.raises(
         GateError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98"

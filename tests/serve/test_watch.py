@@ -1,6 +1,7 @@
 """A folder that a camera writes to."""
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
@@ -132,12 +133,9 @@ def test_a_full_queue_is_waited_for(start, camera, photos):
 
     async def walk(watch):
         while len(names(station)) < 5:
-            try:
-                await station.inspect(
-                    [Upload("other", Path(photos[0]).read_bytes())], source="api", actor="test"
-                )
-            except BusyError:
-                pass
+            with contextlib.suppress(BusyError):
+                upload = Upload("other", Path(photos[0]).read_bytes())
+                await station.inspect([upload], source="api", actor="test")
             await asyncio.sleep(0)
 
     follow(station, camera, walk)

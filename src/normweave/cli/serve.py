@@ -1,6 +1,7 @@
 """`normweave serve`: a bundle behind REST and a page."""
 
 import ipaddress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -105,45 +106,52 @@ def serve(
     runtime = Runtime(bundle, threads=terminal.threads, device=terminal.device)
     folder = bundle.resolve().parent / "inspections" if data is None else data
     folder.mkdir(parents=True, exist_ok=True)
-    files = Files(folder / server.FILES)
-    store = Store.open(database or f"sqlite:///{folder.resolve() / server.DATABASE}")
-    station = Station(runtime, store=store, files=files, config=config)
-    access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
-    made = [] if access is None else access.first_tokens()
-    if access is not None and new_token is not None:
-        made.append(access.make(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
-    secure = tls_certificate is not None
-    app = server.create_app(
-        station,
-        access=access,
-        watch=None if watch is None else Watch(watch.resolve(), station=station),
-        secure=secure,
-    )
-    listening = server.listen(host, port)
-    address = listening.getsockname()
-    shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-    url = f"{'https' if secure else 'http'}://{shown}:{address[1]}"
-    if terminal.json:
-        tokens = [{"name": one.token.name, "role": one.token.role, "token": one.secret} for one in made]
-        terminal.record(
-            {"url": url, "bundle_hash": runtime.bundle_hash, "data": str(folder), "tokens": tokens}
+    with ExitStack() as stack:
+        files = Files(folder / server.FILES)
+        stack.callback(files.close)
+        files.sweep()
+        store = Store.open(database or f"sqlite:///{folder.resolve() / server.DATABASE}")
+        stack.callback(store.close)
+        listening = stack.enter_context(server.listen(host, port))
+        access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
+        made = [] if access is None else access.first_tokens()
+        if access is not None and new_token is not None:
+            made.append(
+                access.make(name=new_token, role="engineer" if new_token == "engineer" else "operator")
+            )
+        station = Station(runtime, store=store, files=files, config=config)
+        stack.callback(station.stop)
+        app = server.create_app(
+            station,
+            access=access,
+            watch=None if watch is None else Watch(watch.resolve(), station=station),
+            secure=tls_certificate is not None,
         )
-    else:
-        for one in made:
-            terminal.show(f"Token of the {one.token.role}, shown this once: {one.secret}")
-        terminal.show(f"{bundle} is at work at {url}; what it says is kept in {folder}. Stop it with Ctrl+C.")
-    if not secure and not _loopback(host):
-        terminal.remark("Tokens and images cross the network in the clear: use TLS, or a proxy that does.")
-    certificate = None if tls_certificate is None or tls_key is None else (tls_certificate, tls_key)
-    server.run(
-        app,
-        listening,
-        stop_seconds=config.answer_seconds,
-        max_clients=config.max_clients,
-        certificate=certificate,
-    )
-    store.close()
-    files.close()
+        address = listening.getsockname()
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        url = f"{'http' if tls_certificate is None else 'https'}://{shown}:{address[1]}"
+        if terminal.json:
+            tokens = [{"name": one.token.name, "role": one.token.role, "token": one.secret} for one in made]
+            terminal.record(
+                {"url": url, "bundle_hash": runtime.bundle_hash, "data": str(folder), "tokens": tokens}
+            )
+        else:
+            for one in made:
+                terminal.show(f"Token of the {one.token.role}, shown this once: {one.secret}")
+            terminal.show(
+                f"{bundle} is at work at {url}; what it says is kept in {folder}. Stop it with Ctrl+C."
+            )
+        if tls_certificate is None and not _loopback(host):
+            terminal.remark(
+                "Tokens and images cross the network in the clear: use TLS, or a proxy that does."
+            )
+        server.run(
+            app,
+            listening,
+            stop_seconds=config.answer_seconds,
+            max_clients=config.max_clients,
+            certificate=None if tls_certificate is None or tls_key is None else (tls_certificate, tls_key),
+        )
     return ALL_NORMAL
 
 

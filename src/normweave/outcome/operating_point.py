@@ -22,6 +22,9 @@ from normweave.types import Verdict
 ROUNDING = 1e-9
 """(n + 1) · rate counts as the whole number that it is this near to: 100 · 0.29 is 28.999999999999996."""
 
+LOWEST_RATE = 1e-9
+"""A promise of less would take more held-out normal images than there are photographs."""
+
 _Group = int | str | None
 """Whose held-out normals: of a subclass, by its number, of a category, by its name, or of all."""
 
@@ -63,8 +66,12 @@ def needed(false_alarm_rate: float) -> int:
     """How many held-out normal images a promise of this rate takes: ceil(1 / rate) − 1.
 
     Raises:
-        ConfigError: the rate does not lie in (0, 1).
+        ConfigError: the rate does not lie in (0, 1), or is one that no factory could ever check.
     """
+    if 0 < false_alarm_rate < LOWEST_RATE:
+        raise ConfigError(
+            f"A false-alarm rate must be {LOWEST_RATE:g} or more, got {false_alarm_rate:g}: no less can be promised."
+        )
     if not 0 < false_alarm_rate < 1:
         raise ConfigError(f"A false-alarm rate must lie in (0, 1), got {false_alarm_rate}.")
     return max(1, math.ceil(1 / false_alarm_rate - ROUNDING) - 1)

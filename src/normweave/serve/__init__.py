@@ -101,6 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: the address cannot be had.
     """
+    listening = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
@@ -108,7 +109,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
         listening.listen(2048)
         listening.setblocking(False)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
+        if listening is not None:
+            listening.close()
         raise ConfigError(
             f"Cannot listen on {host}, port {port}: {error}. Choose another --port, or stop what listens there."
         ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
@@ -72,6 +73,8 @@ PATIENCE_SECONDS = 10
 """To wait for a connection to PostgreSQL, or for another writer of an SQLite file."""
 _MIGRATING = 0x6E6F726D
 """The advisory lock of PostgreSQL that a migration holds."""
+_alembic = threading.Lock()
+"""Alembic keeps the migration that it is at in a global variable."""
 _BIGGEST = 2**63 - 1
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _SINCE_YEAR_1 = (_EPOCH - datetime.min.replace(tzinfo=UTC)) // timedelta(microseconds=1)
@@ -132,7 +135,7 @@ class Json(TypeDecorator[Any]):
 
 
 def _number() -> Column[int]:
-    """A primary key that is never given twice; SQLite counts only in INTEGER."""
+    """A primary key that is never given twice (AUTOINCREMENT, by the migrations); SQLite counts only in INTEGER."""
     return Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
 
 
@@ -188,7 +191,6 @@ INSPECTIONS = Table(
     Index("inspections_bundle_hash", "bundle_hash", "id"),
     Index("inspections_image_hash", "image_hash", "id", "image_bytes"),
     Index("inspections_grids_hash", "grids_hash", "id", "grids_bytes"),
-    sqlite_autoincrement=True,
 )
 REVIEWS = Table(
     "reviews",
@@ -199,7 +201,6 @@ REVIEWS = Table(
     Column("decision", Words(SHORT), nullable=False),
     Column("reviewer", Words(SHORT), nullable=False),
     Column("comment", Words(LONG), nullable=False),
-    sqlite_autoincrement=True,
 )
 TOKENS = Table(
     "tokens",
@@ -211,7 +212,6 @@ TOKENS = Table(
     Column("created_at", Moment, nullable=False),
     Column("expires_at", Moment),
     Column("revoked_at", Moment),
-    sqlite_autoincrement=True,
 )
 RATES = Table(
     "rates",
@@ -221,7 +221,6 @@ RATES = Table(
     Column("bundle_hash", Words(SHORT), nullable=False),
     Column("false_alarm_rate", Float(53), nullable=False),
     Column("actor", Words(SHORT), nullable=False),
-    sqlite_autoincrement=True,
 )
 
 
@@ -231,10 +230,9 @@ class Store:
     Every method raises StoreError when the database fails, and the next call connects anew.
     """
 
-    def __init__(self, engine: Engine, *, name: str, password: str | None) -> None:
+    def __init__(self, engine: Engine, *, name: str) -> None:
         self._engine = engine
         self._name = name
-        self._password = password
 
     @classmethod
     def open(cls, where: str | Path) -> Store:
@@ -252,11 +250,9 @@ class Store:
         """
         url = URL.create("sqlite", database=str(where)) if isinstance(where, Path) else _read_url(where)
         hidden = {key: "***" for key in url.query if "password" in key}
-        password = url.password or url.query.get("password")
         store = cls(
             _make_engine(url),
             name=url.update_query_dict(hidden).render_as_string(hide_password=True),
-            password=password if isinstance(password, str) else None,
         )
         try:
             with store._writing() as connection:
@@ -290,7 +286,8 @@ class Store:
                 f"The database {self._name} is at revision {', '.join(sorted(foreign))}, and this normweave knows up "
                 f"to {max(known)}. Upgrade with: pip install -U normweave"
             )
-        command.upgrade(config, "head")
+        with _alembic:
+            command.upgrade(config, "head")
 
     def close(self) -> None:
         """Let go of every connection."""
@@ -313,8 +310,6 @@ class Store:
             raise
         except (DBAPIError, PoolTimeoutError) as error:
             reason = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
-            if self._password:
-                reason = reason.replace(self._password, "***")
             cure = (
                 "that its folder is there, may be written and is not full, and that no other program holds it"
                 if self._engine.dialect.name == "sqlite"

@@ -20,6 +20,9 @@ ICON = (
     '<circle cx="21" cy="11" r="4.4" fill="#ffa454"/></svg>'
 )
 
+SLOW_SECONDS = 30.0
+"""A page is given up when the store takes longer to answer."""
+
 
 def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
     """Put the pages on a server, behind all its other routes; once in a process, as NiceGUI has one app.
@@ -28,19 +31,19 @@ def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
         watch: the folder that is watched; None: the server was started without one.
     """
 
-    @ui.page("/", title="Inspect · normweave")
+    @ui.page("/", title="Inspect · normweave", response_timeout=SLOW_SECONDS)
     async def inspect(request: Request) -> None:
         await InspectPage(station, _person(request), watch).build()
 
-    @ui.page("/review", title="Review · normweave")
+    @ui.page("/review", title="Review · normweave", response_timeout=SLOW_SECONDS)
     async def review(request: Request) -> None:
         await ReviewPage(station, _person(request)).build()
 
-    @ui.page("/model", title="Model · normweave")
+    @ui.page("/model", title="Model · normweave", response_timeout=SLOW_SECONDS)
     async def model(request: Request) -> None:
         await ModelPage(station, _person(request)).build()
 
-    @ui.page("/history", title="History · normweave")
+    @ui.page("/history", title="History · normweave", response_timeout=SLOW_SECONDS)
     async def history(request: Request) -> None:
         await HistoryPage(station, _person(request)).build()
 

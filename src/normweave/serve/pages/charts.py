@@ -117,7 +117,7 @@ def over_time(counts: Sequence[Count], *, bucket: Bucket, shares: bool) -> str:
             if column[kind]
         )
         told = ", ".join(f"{column[kind]} {WORDS[kind].lower()}" for kind in KINDS if column[kind]) or "none"
-        drawn.append(f'<div class="column" title="{moment(start, bucket)}: {told}">{parts}</div>')
+        drawn.append(f'<div class="stack" title="{moment(start, bucket)}: {told}">{parts}</div>')
     ends = [starts[0], starts[len(starts) // 2], starts[-1]] if len(starts) > 4 else [starts[0]]
     ticks = "".join(f"<span>{moment(start, bucket)}</span>" for start in ends)
     width = f"max-width:{max(4, len(starts)) * COLUMN}px"

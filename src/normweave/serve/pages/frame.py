@@ -11,6 +11,7 @@ from importlib import resources
 
 from nicegui import ui
 
+from normweave.errors import NormweaveError
 from normweave.serve.records import Token
 from normweave.serve.station import Station
 
@@ -36,6 +37,7 @@ SCRIPT = _text("page.js")
 def frame(path: str, station: Station, token: Token) -> Iterator[None]:
     """The page at `path`, to be filled inside."""
     ui.add_head_html(f"<style>{STYLE}</style><script>{SCRIPT}</script>")
+    ui.context.client.on_exception(_tell)
     with ui.element("header").classes("top"):
         ui.html('<a href="/">normweave</a>', tag="div").classes("brand")
         links = "".join(f'<a href="{address}"{_current(address, path)}>{name}</a>' for address, name in PAGES)
@@ -51,6 +53,16 @@ def frame(path: str, station: Station, token: Token) -> Iterator[None]:
         yield
     if token.digest:  # else nobody needs one here
         _watch_login(station, token)
+
+
+def _tell(error: Exception) -> None:
+    """What went wrong behind the page; the server's log has it whole."""
+    told = (
+        str(error)
+        if isinstance(error, NormweaveError)
+        else "Something went wrong. The server's log says what."
+    )
+    ui.notify(told, type="negative", multi_line=True, close_button="Close")
 
 
 def _watch_login(station: Station, token: Token) -> None:

@@ -235,7 +235,7 @@ class HistoryPage:
             return
         try:
             await self._station.review(self._open, decision=decision, reviewer=self._token.name)
-        except (NormweaveError, LookupError) as error:
+        except NormweaveError as error:
             ui.notify(str(error), type="negative", close_button="Close")
             return
         await self._fill()

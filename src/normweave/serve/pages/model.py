@@ -25,6 +25,8 @@ LOWEST, HIGHEST = 1e-4, 0.5
 """Ends of the slider."""
 SETTLE_SECONDS = 0.4
 """The stored inspections are judged anew once the slider has rested for so long."""
+CONNECT_SECONDS = 30.0
+"""For the browser to load the page."""
 ALL, UNSEEN = "all", "unseen"
 VERDICTS: tuple[Verdict, ...] = ("normal", "anomalous", "unknown")
 
@@ -74,6 +76,7 @@ class ModelPage:
             record = self._station.runtime.record
             ui.html(_trained(record, self._station.runtime.bundle_hash)).classes("sheet")
         self._draw()
+        await ui.context.client.connected(CONNECT_SECONDS)  # the page is there before its numbers are
         self._stored = await asyncio.to_thread(self._read_stored)
         self._draw()
         await self._preview()
@@ -201,8 +204,8 @@ class ModelPage:
 
 
 def _rounded(rate: float) -> float:
-    """Two digits, as the slider is no finer."""
-    return float(f"{rate:.2g}")
+    """Three digits, as the slider is no finer."""
+    return float(f"{rate:.3g}")
 
 
 def _previewed(preview: RatePreview, rate: float) -> str:
@@ -238,7 +241,7 @@ def _operating_points(calibration: Calibration) -> str:
             f'<tr><th scope="row">{escape(_whose(point, whose))}</th><td class="rare">{point["normals"]}</td>'
             f"<td>{point['threshold']:.4g}</td><td>{point['drawn_from']}"
             f"{' <small>together</small>' if point['pooled'] else ''}</td>"
-            f"<td class='rare'>{'–' if point['unknown_beyond'] is None else format(point['unknown_beyond'], '.4g')}</td></tr>"
+            f'<td class="rare">{_beyond(point)}</td></tr>'
             for point in points
         )
 
@@ -253,6 +256,10 @@ def _operating_points(calibration: Calibration) -> str:
         f'<th>line</th><th>drawn from</th><th class="rare">unknown beyond</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
+
+
+def _beyond(point: Mapping[str, Any]) -> str:
+    return "–" if point["unknown_beyond"] is None else f"{point['unknown_beyond']:.4g}"
 
 
 def _whose(point: Mapping[str, Any], whose: str) -> str:

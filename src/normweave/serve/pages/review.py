@@ -110,7 +110,7 @@ class ReviewPage:
                         self._done.append(self._shown.id)
                     self._before = self._shown.id
                     await self._advance()
-            except (NormweaveError, LookupError) as error:
+            except NormweaveError as error:
                 ui.notify(str(error), type="negative", close_button="Close")
 
     async def _take_back(self) -> None:

@@ -1,0 +1,16 @@
+import pytest
+
+from serving import Server
+from small_bundle import bundle, cloth, detector  # noqa: F401 - fixtures
+
+
+@pytest.fixture(scope="session")
+def served(bundle, tmp_path_factory):  # noqa: F811 - the fixture above
+    """What the how-tos call: a server, and its first two tokens."""
+    server = Server(bundle, tmp_path_factory.mktemp("line") / "inspections")
+    yield {
+        "NORMWEAVE_URL": server.url,
+        "NORMWEAVE_TOKEN": server.tokens["operator"],
+        "ENGINEER_TOKEN": server.tokens["engineer"],
+    }
+    server.stop()

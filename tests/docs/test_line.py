@@ -1,0 +1,158 @@
+"""What is said of the line is true: the unit and the container start a server, and the requests are answered."""
+
+import configparser
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from typer.main import get_command
+
+from normweave.cli import app
+from normweave.data.textures import Textile, render
+from normweave.serve.config import ServeConfig
+
+ROOT = Path(__file__).parents[2]
+UNIT = ROOT / "deploy" / "normweave.service"
+DOCKERFILE = (ROOT / "deploy" / "Dockerfile").read_text("utf-8")
+DEPLOY = (ROOT / "docs" / "how-to" / "deploy-on-a-line-pc.md").read_text("utf-8")
+CALLED = ["deploy-on-a-line-pc", "call-from-a-plc-or-a-script", "serve-and-review"]
+
+
+def options(words):
+    """Of a call of `normweave serve`, as the command line reads it."""
+    name, *words = words
+    assert Path(name).name == "normweave"
+    assert words[0] == "serve"
+    return get_command(app).commands["serve"].make_context("serve", list(words[1:])).params
+
+
+def service():
+    """The unit's [Service], where a name that comes twice keeps its last value."""
+    unit = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",))
+    unit.optionxform = str
+    unit.read(UNIT, "utf-8")
+    return unit["Service"]
+
+
+def instruction(name):
+    """The words of the Dockerfile's ENTRYPOINT or CMD."""
+    return json.loads(re.search(rf"^ *{name} (\[.*\])$", DOCKERFILE, flags=re.MULTILINE)[1])
+
+
+# ── the unit ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_unit_starts_a_server_where_it_may_write():
+    started = options(shlex.split(service()["ExecStart"]))
+    assert started["data"] == Path("/var/lib") / service()["StateDirectory"]
+    assert started["host"] == "127.0.0.1"
+    assert not started["no_token"]
+
+
+def test_the_unit_waits_longer_than_the_server():
+    assert int(service()["TimeoutStopSec"]) >= 2 * ServeConfig().answer_seconds
+    assert int(service()["LimitNOFILE"]) > 2 * ServeConfig().max_clients
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_systemd_understands_the_unit(tmp_path):
+    unit = tmp_path / "normweave.service"
+    text = UNIT.read_text("utf-8")
+    unit.write_text(re.sub(r"(?<=ExecStart=)\S+", sys.executable, text), "utf-8")
+    done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
+    assert [line for line in done.stderr.splitlines() if "normweave" in line] == []
+
+
+def test_every_start_by_hand_is_a_call():
+    calls = re.findall(r"^.*\S/(normweave serve .*)$", DEPLOY, flags=re.MULTILINE)
+    assert calls
+    for call in calls:
+        assert options(shlex.split(call))
+
+
+# ── the container ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_container_starts_a_server_and_asks_it_for_its_health():
+    run = re.search(r"docker run .*?\n(?=docker|```)", DEPLOY, flags=re.DOTALL)[0]
+    words = shlex.split(run.replace("\\\n", " "))
+    started = options(
+        instruction("ENTRYPOINT") + words[words.index("normweave", words.index("--publish")) + 1 :]
+    )
+    assert started["data"] == Path("/data")
+    assert (str(started["bundle"]), started["host"]) == ("/bundle", "0.0.0.0")
+    assert started["keep_days"]
+    assert not started["no_token"]
+    assert f"127.0.0.1:{started['port']}/readyz" in instruction("CMD")[-1]
+
+
+def test_the_health_check_knows_good_from_bad(served):
+    program, flag, code = instruction("CMD")
+    assert program == "python"
+    for url, code_of in ((served["NORMWEAVE_URL"], 0), ("http://127.0.0.1:9", 1)):
+        call = [sys.executable, flag, code.replace("http://127.0.0.1:8080", url)]
+        assert subprocess.run(call, capture_output=True, check=False).returncode == code_of
+
+
+def test_nothing_that_the_line_runs_sends_usage_data():
+    assert service()["Environment"] == "ORT_DISABLE_TELEMETRY=1"
+    assert "\nENV ORT_DISABLE_TELEMETRY=1\n" in DOCKERFILE
+
+
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.parametrize("name", [*CALLED, "../threat-model"])
+def test_requests_are_answered(name, served, tmp_path):
+    """Every block that begins with a request, one after the other; in each `part.png` is an image."""
+    text = (ROOT / "docs" / "how-to" / f"{name}.md").read_text("utf-8")
+    blocks = [
+        block
+        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+        if block.startswith(("curl", "printf"))
+    ]
+    assert blocks
+    Image.fromarray(render(Textile("plain", "ecru", "diffuse"), seed=7, size=(64, 64)).image).save(
+        tmp_path / "part.png"
+    )
+    script = "\n".join(blocks).replace("http://127.0.0.1:8080", served["NORMWEAVE_URL"])
+    environment = {**os.environ, **served, "no_proxy": "127.0.0.1"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    if name == "../threat-model":
+        assert done.stdout.strip() == "401"
+
+
+def test_what_prometheus_is_told_is_yaml():
+    (job,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", DEPLOY, flags=re.DOTALL)[1])["scrape_configs"]
+    assert job["static_configs"] == [{"targets": ["127.0.0.1:8080"]}]
+
+
+@pytest.mark.parametrize(
+    "counter",
+    sorted(set(re.findall(r"`(normweave_\w+)`", DEPLOY))),
+)
+def test_counters_are_there(counter, served):
+    request = urllib.request.Request(
+        f"{served['NORMWEAVE_URL']}/metrics",
+        headers={"Authorization": f"Bearer {served['NORMWEAVE_TOKEN']}"},
+    )
+    with urllib.request.urlopen(request) as answer:
+        assert f"# TYPE {counter} " in answer.read().decode()

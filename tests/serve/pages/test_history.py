@@ -1,0 +1,80 @@
+import csv
+import io
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from normweave.serve.pages.history import COLUMNS, csv_lines, filter_of
+from normweave.serve.records import Filter, Inspection, Review
+from normweave.serve.store import Store
+from normweave.types import Outcome
+
+NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store.open(f"sqlite:///{tmp_path / 'store.sqlite'}")
+    yield store
+    store.close()
+
+
+def inspection(name, *, seconds=0, **said):
+    outcome = Outcome(image_path=name, **({"verdict": "normal", "pred_score": -0.25, "p_value": 0.5} | said))
+    received_at = NOW + timedelta(seconds=seconds)
+    return Inspection(received_at=received_at, name=name, source="api", actor="@press", outcome=outcome)
+
+
+def exported(store, chosen=None):
+    return list(csv.DictReader(io.StringIO("".join(csv_lines(store, chosen or Filter()))), strict=True))
+
+
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_text_is_a_formula_and_numbers_stay_numbers(store, first):
+    name = f"{first}cmd|' /C calc'!A0"
+    (kept,) = store.add([inspection(name, category=name, experts=((name, 1.0),))])
+    store.review(kept.id, Review(at=NOW, decision="accept", reviewer=name, comment=name))
+    (row,) = exported(store)
+    for column in ("name", "category", "reviewer", "comment", "experts"):
+        assert row[column].startswith("'" + first), column
+    assert row["actor"] == "'@press"
+    assert row["pred_score"] == "-0.25"
+
+
+def test_every_inspection_is_exported_once_oldest_first_however_many(store):
+    store.add([inspection(f"part-{number}", seconds=number) for number in range(1203)])
+    rows = exported(store)
+    assert [row["name"] for row in rows] == [f"part-{number}" for number in range(1203)]
+    pieces = list(csv_lines(store, Filter()))
+    assert len(pieces) > 5  # it never holds all of it
+    assert max(map(len, pieces)) < 100_000
+
+
+def test_nothing_to_export_is_a_head_only(store):
+    assert "".join(csv_lines(store, Filter())).strip() == ",".join(COLUMNS)
+
+
+def test_what_was_chosen_becomes_a_filter():
+    assert filter_of({}) == Filter()
+    chosen = filter_of(
+        {"kind": "cloth\nred", "verdict": "unknown", "source": "folder", "review": "reject", "name": "a"}
+    )
+    assert chosen == Filter(
+        category="cloth", subclass="red", verdicts=("unknown",), source="folder", decision="reject", name="a"
+    )
+    assert filter_of({"verdict": "unreadable", "review": "none", "kind": "cloth"}) == Filter(
+        unreadable=True, reviewed=False, category="cloth"
+    )
+    assert filter_of({"review": "any"}).reviewed is True
+    since = filter_of({"days": "7"}).since
+    assert since is not None
+    assert abs(datetime.now(UTC) - timedelta(days=7) - since) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("given", [{"days": "8"}, {"verdict": "good"}, {"source": "x"}, {"review": "maybe"}])
+def test_what_is_no_choice_is_refused(given):
+    (name,) = given
+    with pytest.raises(
+        ValueError, match=f"{name} must be one of '.*', got '{given[name]}'. Choose on the History page"
+    ):
+        filter_of(given)

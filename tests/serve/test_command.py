@@ -1,0 +1,185 @@
+"""`normweave serve` as its user starts it."""
+
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from typer.testing import CliRunner
+
+from normweave.cli import app
+from normweave.runtime import Runtime
+from serving import Server
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def server(bundle, tmp_path_factory):
+    with Server(bundle, tmp_path_factory.mktemp("serve") / "data") as server:
+        yield server
+
+
+def test_the_first_start_shows_the_tokens_and_the_next_does_not(bundle, tmp_path):
+    with Server(bundle, tmp_path / "data") as first:
+        assert set(first.tokens) == {"engineer", "operator"}
+    with Server(bundle, tmp_path / "data", tokens=dict(first.tokens)) as again:
+        assert again.tokens == first.tokens
+        with again.client("engineer") as client:
+            assert client.get("/v1/tokens").status_code == 200
+    with Server(bundle, tmp_path / "data", "--new-token", "operator", tokens=dict(first.tokens)) as more:
+        assert more.tokens["operator"] != first.tokens["operator"]
+        for tokens in (first.tokens, more.tokens):  # the old ones stay good
+            more.tokens = tokens
+            with more.client("operator") as client:
+                assert client.get("/v1/model").status_code == 200
+
+
+def test_it_judges_as_predict_does(server, bundle, photos):
+    with server.client() as client:
+        for path, expected in zip(photos[:4], Runtime(bundle).score(photos[:4]), strict=True):
+            answer = client.post("/v1/inspect", files={"images": Path(path).read_bytes()})
+            (one,) = answer.json()["inspections"]
+            assert one["verdict"] == expected.verdict
+            assert one["pred_score"] == pytest.approx(expected.pred_score, rel=1e-4)
+
+
+def test_it_listens_on_this_machine_only(server):
+    assert server.url.startswith("http://127.0.0.1:")
+
+
+def test_a_person_is_asked_for_a_token_and_gets_the_page(server):
+    with server.client(role=None, follow_redirects=True) as browser:
+        page = browser.get("/", headers={"Accept": "text/html"})
+        assert (page.status_code, "Log in" in page.text) == (401, True)
+        page = browser.post("/login", data={"token": server.tokens["operator"]})
+        assert (page.status_code, "normweave" in page.text) == (200, True)
+        assert browser.get("/history.csv").status_code == 200
+    with server.client(role=None) as stranger:
+        for path in ("/history.csv", "/review", "/_nicegui/client/x/upload/1"):
+            assert stranger.get(path).status_code == 401, path
+
+
+def test_it_has_no_torch(server, bundle, tmp_path):
+    code = (
+        "import sys, threading, time, os, signal\n"
+        "threading.Timer(8, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()\n"
+        "import signal as s; s.signal(s.SIGTERM, s.SIG_IGN)\n"
+        "import atexit; atexit.register(lambda: print('torch' in sys.modules, 'pandas' in sys.modules))\n"
+        "from normweave.cli import main\n"
+        f"sys.argv = ['normweave', 'serve', {str(bundle)!r}, '--port', '0', '--data', {str(tmp_path / 'd')!r}]\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout.strip().endswith("False False"), done.stderr
+
+
+def test_stopping_answers_what_was_asked(bundle, photos, tmp_path):
+    server = Server(bundle, tmp_path / "data")
+    with server.client() as client:
+        content = Path(photos[0]).read_bytes()
+        files = [("images", (str(number), content)) for number in range(32)]
+        request = client.build_request("POST", "/v1/inspect", files=files)
+        answers = []
+        sending = threading.Thread(target=lambda: answers.append(client.send(request)))
+        sending.start()
+        with server.client() as other:
+            while not other.get("/v1/model").json()["waiting"]:
+                time.sleep(0.005)
+        os.kill(server.pid, signal.SIGTERM)
+        sending.join()
+        assert [one["error"] for one in answers[0].json()["inspections"]] == [None] * 32
+    assert server._ended() in (0, -signal.SIGTERM)
+
+
+def test_two_servers_do_not_share_a_folder(server, bundle):
+    result = run("serve", bundle, "--port", "0", "--data", server.data)
+    assert result.exit_code == 2
+    assert "Another server keeps its images in" in result.output
+
+
+def test_a_taken_port(server, bundle, tmp_path):
+    result = run("serve", bundle, "--port", server.url.rpartition(":")[2], "--data", tmp_path)
+    assert result.exit_code == 2
+    assert "Choose another --port" in result.output
+
+
+def test_what_is_kept_is_for_the_owner_only(server):
+    assert stat.S_IMODE((server.data / "session.key").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--no-token", "--host", "0.0.0.0"), "--no-token lets everyone who reaches 0.0.0.0 do everything"),
+        (("--tls-key", "x.pem"), "TLS takes both"),
+        (("--watch", "nowhere"), "There is no folder nowhere to follow"),
+        (("--new-token", "boss"), "Unknown role 'boss'"),
+        (("--host", "256.1.1.1"), "Cannot listen on 256.1.1.1"),
+        (("--database", "mysql://x"), "mysql"),
+        (("--max-megapixels", "0"), "max_pixels must be above 0"),
+    ],
+)
+def test_what_it_refuses(bundle, tmp_path, options, words):
+    result = run("serve", bundle, "--port", "0", "--data", tmp_path / "data", *options)
+    assert (result.exit_code, words in result.output) == (2, True), result.output
+
+
+def test_without_tokens(bundle, tmp_path):
+    with Server(bundle, tmp_path / "data", "--no-token") as server, server.client(role=None) as client:
+        assert server.tokens == {}
+        assert client.get("/v1/model/rates").status_code == 200
+
+
+def test_a_folder_of_a_camera(bundle, photos, tmp_path):
+    camera = tmp_path / "camera"
+    camera.mkdir()
+    (camera / "part.png").write_bytes(Path(photos[0]).read_bytes())
+    with Server(bundle, tmp_path / "data", "--watch", camera) as server, server.client() as client:
+        end = time.monotonic() + 30
+        while not (found := client.get("/v1/inspections").json()["inspections"]):
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    assert (found[0]["name"], found[0]["source"]) == ("part.png", "folder")
+
+
+def test_over_tls(bundle, tmp_path):
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subprocess.run(
+        f"openssl req -x509 -newkey rsa:2048 -nodes -keyout {key} -out {certificate} -days 1 -subj /CN=localhost "
+        "-addext subjectAltName=IP:127.0.0.1",
+        shell=True,
+        check=True,
+        capture_output=True,
+    )
+    options = ("--tls-certificate", certificate, "--tls-key", key)
+    with Server(bundle, tmp_path / "data", *options) as server:
+        assert server.url.startswith("https://")
+        trust = ssl.create_default_context(cafile=certificate)
+        with httpx2.Client(base_url=server.url, verify=trust, trust_env=False) as client:
+            assert client.get("/healthz").status_code == 200
+            cookie = client.post("/login", data={"token": server.tokens["operator"]}).headers["set-cookie"]
+            assert "; Secure" in cookie
+
+
+def test_slow_and_half_sent_requests_do_not_hold_it_up(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(50)]
+    for number, one in enumerate(idle):
+        one.sendall(b"POST /v1/inspect HTTP/1.1\r\nHost: x\r\n"[: 5 + number])
+    with server.client() as client:
+        assert client.get("/readyz").json() == {"status": "ok"}
+    for one in idle:
+        one.close()

@@ -1,0 +1,168 @@
+"""Ten thousand uploads that no camera would send: every one is answered, none ends the server."""
+
+import io
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from starlette.testclient import TestClient
+
+from normweave.serve import create_app
+from normweave.serve.records import Filter
+
+REQUESTS, IMAGES = 500, 20
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF", "PPM", "ICO")
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, data, *, depth=8, colour=2):
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def bomb(side):
+    """A few kilobytes that unpack to side² pixels, all there."""
+    packer = zlib.compressobj(9)
+    row = bytes(1 + 3 * side)
+    return png(side, side, b"".join([packer.compress(row) for _ in range(side)]) + packer.flush())
+
+
+def archive():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("../../evil.png", bytes(10**7))
+    return content.getvalue()
+
+
+@pytest.fixture(scope="module")
+def seeds(photos):
+    """Whole images of every kind, and some traps."""
+    picture = Image.open(photos[0]).convert("RGB")
+    whole = []
+    for kind in FORMATS:
+        content = io.BytesIO()
+        picture.save(content, kind)
+        whole.append(content.getvalue())
+    for mode in ("L", "1", "P", "LA", "RGBA", "CMYK", "I;16", "F"):
+        content = io.BytesIO()
+        kind = "TIFF" if mode in ("CMYK", "F") else "PNG"
+        (Image.new(mode, (20, 30)) if mode == "I;16" else picture.convert(mode)).save(content, kind)
+        whole.append(content.getvalue())
+    traps = [
+        b"",
+        b"\x00",
+        bomb(3000),
+        png(2**31 - 1, 2**31 - 1, b""),
+        png(100_000, 100_000, zlib.compress(bytes(1000))),
+        png(0, 0, b""),
+        png(1, 1, zlib.compress(b"\x00\x00\x00\x00")),
+        png(64, 64, zlib.compress(b"\xff" * 64 * (1 + 3 * 64))),
+        archive(),
+        b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>",
+        b"<?xml version='1.0'?><!DOCTYPE a [<!ENTITY b SYSTEM 'file:///etc/passwd'>]><a>&b;</a>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n(/etc/passwd) (r) file",
+        b"GIF89a" + bytes(10),
+        b"RIFF\xff\xff\xff\xffWEBPVP8X" + bytes(30),
+        b"II*\x00\x08\x00\x00\x00" + b"\xff" * 200,  # a TIFF whose directory is all ones
+        b"BM"
+        + struct.pack("<IHHIIiiHHIIiiII", 2**32 - 1, 0, 0, 54, 40, 2**30, -(2**30), 1, 24, 0, 0, 0, 0, 0, 0),
+    ]
+    return whole, traps
+
+
+class Recipe(NamedTuple):
+    """How an upload is made, in numbers, which hypothesis can print and shrink."""
+
+    what: str
+    first: int
+    second: int
+    place: int
+    changes: list[tuple[int, int]]
+    name: str
+    kind: str
+
+
+recipes = st.builds(
+    Recipe,
+    what=st.sampled_from(["whole", "cut", "changed", "spliced", "grown", "trap", "noise"]),
+    first=st.integers(0, 99),
+    second=st.integers(0, 99),
+    place=st.integers(0, 10**6),
+    changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
+    name=st.sampled_from(
+        ["part.png", "../../../etc/passwd", "/etc/shadow", "C:\\Windows\\x", "a\x00b.png", "con", "."]
+    )
+    | st.text(min_size=1, max_size=12),
+    kind=st.sampled_from(["image/png", "image/jpeg", "text/html", "application/x-sh", ""]),
+)
+
+
+def make(recipe, whole, traps):
+    """(name, content, kind as the sender calls it)."""
+    content = whole[recipe.first % len(whole)]
+    other = [*whole, *traps][recipe.second % (len(whole) + len(traps))]
+    place = recipe.place % (len(content) + 1)
+    if recipe.what == "cut":
+        content = content[:place]
+    elif recipe.what == "changed":
+        changed = bytearray(content)
+        for at, value in recipe.changes:
+            changed[at % len(content)] = value
+        content = bytes(changed)
+    elif recipe.what == "spliced":
+        content = content[:place] + other[place % (len(other) + 1) :]
+    elif recipe.what == "grown":
+        content += other
+    elif recipe.what == "trap":
+        content = traps[recipe.first % len(traps)]
+    elif recipe.what == "noise":
+        content = bytes(value for _, value in recipe.changes) * (1 + recipe.first)
+    return recipe.name, content, recipe.kind
+
+
+@pytest.mark.slow
+def test_ten_thousand_uploads(start, access, keys, seeds):
+    station = start(max_pixels=5_000_000)
+    app = create_app(station, access=access, pages=False)
+    seen = Counter()
+
+    with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
+
+        @settings(
+            max_examples=REQUESTS,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            derandomize=True,
+        )
+        @given(st.lists(recipes, min_size=IMAGES, max_size=IMAGES))
+        def send(batch):
+            files = [("images", make(recipe, *seeds)) for recipe in batch]
+            answer = client.post("/v1/inspect", files=files)
+            assert answer.status_code == 200, answer.text
+            inspections = answer.json()["inspections"]
+            assert len(inspections) == IMAGES
+            for one in inspections:
+                assert (one["verdict"] is None) == (one["error"] is not None)
+                assert (one["image_url"] is None) == (one["error"] is not None)
+                seen[one["verdict"] or "error"] += 1
+
+        send()
+        assert client.get("/readyz").status_code == 200
+    assert seen.total() >= REQUESTS * IMAGES
+    assert seen["error"] > 1000  # it was not all refused, nor all taken
+    assert seen.total() - seen["error"] > 1000
+    assert station.store.count(Filter()) == seen.total()
+    assert station.store.count(Filter(unreadable=True)) == seen["error"]
+    outside = [path for path in Path(station.files.folder).rglob("*") if len(path.name) not in (2, 5, 64)]
+    assert outside == []

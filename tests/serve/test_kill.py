@@ -1,0 +1,87 @@
+"""kill -9 of a working server, again and again: what was answered is kept, and what is kept is whole."""
+
+import hashlib
+import itertools
+import random
+import sqlite3
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from serving import Server
+
+KILLS = 20
+CLIENTS = 4
+
+
+def send(server, photos, numbers, answered, stop):
+    """Images with bytes of their own, one after the other, until the server is gone."""
+    with server.client() as client:
+        while not stop.is_set():
+            number = next(numbers)
+            content = photos[number % len(photos)] + number.to_bytes(8, "big")
+            try:
+                answer = client.post("/v1/inspect", files={"images": (f"{number}.png", content)})
+            except httpx2.HTTPError:
+                return
+            if answer.status_code == 200:
+                (one,) = answer.json()["inspections"]
+                answered[one["id"]] = (
+                    f"{number}.png",
+                    hashlib.sha256(content).hexdigest(),
+                    one["pred_score"],
+                )
+
+
+def stored(data):
+    database = sqlite3.connect(f"file:{data}/store.sqlite?mode=ro", uri=True)
+    try:
+        rows = database.execute("SELECT id, name, image_hash, grids_hash, pred_score FROM inspections")
+        return {row[0]: row[1:] for row in rows}
+    finally:
+        database.close()
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(bundle, photos, tmp_path):
+    contents = [Path(path).read_bytes() for path in photos]
+    numbers, answered, draw = itertools.count(), {}, random.Random(0)
+    data = tmp_path / "data"
+    server = Server(bundle, data)
+    for kill in range(KILLS):
+        before = len(answered)
+        stop = threading.Event()
+        clients = [
+            threading.Thread(target=send, args=(server, contents, numbers, answered, stop))
+            for _ in range(CLIENTS)
+        ]
+        for client in clients:
+            client.start()
+        end = time.monotonic() + 30
+        while len(answered) == before and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        server.kill()
+        stop.set()
+        for client in clients:
+            client.join()
+        assert len(answered) > before, f"kill {kill}: nothing was answered. {server.log()}"
+
+        kept = stored(data)
+        for id, (name, image, score) in answered.items():
+            assert kept[id][0] == name
+            assert kept[id][1] == image
+            assert kept[id][3] == score
+        for _, image, grids, _ in kept.values():
+            for digest in (image, grids):
+                content = (data / "files" / digest[:2] / digest).read_bytes()
+                assert hashlib.sha256(content).hexdigest() == digest
+        server.start()
+    with server, server.client() as client:  # and it still works
+        newest = client.get("/v1/inspections", params={"limit": 1}).json()["inspections"][0]
+        assert newest["id"] == max(kept)
+        assert client.get(newest["image_url"]).status_code == 200
+        assert len(list((data / "files").glob("*/.partial*"))) == 0

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -69,6 +70,17 @@ def parts(bundle, photos, tmp_path_factory):  # noqa: F811
     shutil.copy(verdicts["normal"], folder / "good.png")
     shutil.copy(verdicts["anomalous"], folder / HOSTILE)
     return Parts(folder / "good.png", folder / HOSTILE, folder / "board.png")
+
+
+@pytest.fixture(scope="session")
+def sent(server, parts):
+    """One image of each verdict, sent by a program."""
+    for path in (parts.normal, parts.anomalous, parts.unknown):
+        httpx.post(
+            f"{server.url}/v1/inspect",
+            headers={"Authorization": f"Bearer {server.tokens['operator']}"},
+            files={"images": ("sent.png", path.read_bytes(), "image/png")},
+        ).raise_for_status()
 
 
 @pytest.fixture(scope="session")

@@ -173,6 +173,7 @@ def left(page):
     return int(page.locator(".left").inner_text().split()[0])
 
 
+@pytest.mark.usefixtures("sent")
 def test_parts_are_reviewed_by_keyboard_and_seen_in_history(visit, parts, server):
     page = visit("/")
     carry(page, [("first.png", parts.anomalous)])
@@ -274,6 +275,7 @@ def rate(page, server):
     return page.request.get(f"{server.url}/v1/model").json()["false_alarm_rate"]
 
 
+@pytest.mark.usefixtures("sent")
 def test_an_operator_looks_at_another_rate_but_does_not_change_it(visit, server):
     page = visit("/model")
     apply = page.locator(".main-button")
@@ -290,6 +292,7 @@ def test_an_operator_looks_at_another_rate_but_does_not_change_it(visit, server)
     assert rate(page, server) == before
 
 
+@pytest.mark.usefixtures("sent")
 def test_an_engineer_moves_the_line(visit, server):
     page = visit("/model", role="engineer")
     apply = page.locator(".main-button")

@@ -60,8 +60,13 @@ class Network:
         protobuf.check(content, where=where)
         self._where = where
         self._session = _session(content, where=where, threads=threads, providers=providers(device))
-        inputs = {given.name: (given.type, given.shape[1:]) for given in self._session.get_inputs()}
-        outputs = {given.name: (given.type, len(given.shape)) for given in self._session.get_outputs()}
+        try:
+            inputs = {given.name: (given.type, given.shape[1:]) for given in self._session.get_inputs()}
+            outputs = {given.name: (given.type, len(given.shape)) for given in self._session.get_outputs()}
+        except UnicodeDecodeError as error:
+            raise BundleError(
+                f"{where}: its inputs and outputs have not the names of text. Copy the bundle again, or train it again."
+            ) from error
         self.knows_strangers = EXCLUDED in inputs
         wanted: dict[str, tuple[str, list[int]]] = {PIXELS: ("tensor(uint8)", [3, *size])}
         if self.knows_strangers:
@@ -141,7 +146,8 @@ def _session(
     # Else the first bytes decide, and they could name a format that has not been checked.
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        return onnxruntime.InferenceSession(content, options, providers=list(providers))
+        # With its fallback it would print to stdout, and try the same again.
+        return onnxruntime.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's errors have no class in common
         raise BundleError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {where}: {str(error)[:500]} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from nicegui import app as nicegui
 from nicegui import ui
 
 from normweave.serve.pages.history import HistoryPage, csv_lines, filter_of
@@ -20,6 +21,8 @@ ICON = (
     '<circle cx="21" cy="11" r="4.4" fill="#ffa454"/></svg>'
 )
 
+TAB_SECONDS = 3600.0
+"""NiceGUI keeps an empty drawer for every tab that was ever open; no page uses it."""
 SLOW_SECONDS = 30.0
 """A page is given up when the store takes longer to answer."""
 
@@ -56,6 +59,7 @@ def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
         headers = {"Content-Disposition": 'attachment; filename="normweave-history.csv"'}
         return StreamingResponse(csv_lines(station.store, chosen), media_type="text/csv", headers=headers)
 
+    nicegui.storage.max_tab_storage_age = TAB_SECONDS
     ui.run_with(
         app,
         title="normweave",

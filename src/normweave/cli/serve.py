@@ -110,7 +110,7 @@ def serve(
         files = Files(folder / server.FILES)
         stack.callback(files.close)
         files.sweep()
-        store = Store.open(database or f"sqlite:///{folder.resolve() / server.DATABASE}")
+        store = Store.open(database or folder / server.DATABASE)
         stack.callback(store.close)
         listening = stack.enter_context(server.listen(host, port))
         access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)

@@ -1,6 +1,7 @@
 """The base install is enough for predict, calibrate and doctor: whatever `[train]` brings is not there."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -80,3 +81,17 @@ def test_training_says_what_to_install(photos, tmp_path):
     result = run("train", tmp_path, "-o", tmp_path / "b", "--json")
     assert result.returncode == 2
     assert 'pip install "normweave[train]"' in json.loads(result.stdout)["error"]
+
+
+def test_nothing_is_sent_home(bundle, photos, tmp_path):
+    """Builds of ONNX Runtime with telemetry leave a device id and a queue of events in the user's cache."""
+    code = (
+        "import os, sys\n"
+        "from normweave.cli import main\n"
+        f"sys.argv = ['normweave', 'predict', {str(bundle)!r}, {photos[0]!r}]\n"
+        "try:\n    main()\nfinally:\n    print(os.environ['ORT_DISABLE_TELEMETRY'])\n"
+    )
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=home, check=False)
+    assert done.stdout.endswith("\n1\n"), done.stderr
+    assert list(tmp_path.rglob("*icrosoft*")) == []

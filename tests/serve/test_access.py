@@ -130,11 +130,19 @@ def test_what_takes_an_engineer(app, stranger, keys):
 
 
 def test_without_tokens_everyone_is_an_engineer(station):
-    with TestClient(create_app(station, access=None, pages=False)) as client:
+    with TestClient(
+        create_app(station, access=None, pages=False), base_url="http://localhost:8080"
+    ) as client:
         assert client.get("/v1/model/rates").status_code == 200
         assert client.get("/v1/tokens").status_code == 404
         evil = {"Origin": "http://evil.example"}
         assert client.put("/v1/model/false-alarm-rate", headers=evil, json={}).status_code == 403
+        rebound = evil | {"Host": "evil.example"}  # a name that its owner lets point to this machine
+        assert client.get("/v1/model", headers=rebound).status_code == 403
+        for host in ("127.0.0.1:8080", "[::1]:8080", "LOCALHOST"):
+            assert client.get("/v1/model", headers={"Host": host}).status_code == 200
+        for host in ("", "127.0.0.1.evil.example", "[", "10.0.0.1"):
+            assert client.get("/v1/model", headers={"Host": host}).status_code == 403, host
 
 
 # ── people ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -177,7 +185,12 @@ def test_a_login_only_reads_over_rest(stranger, keys):
 
 def test_other_origins_cannot_work_the_page(stranger, keys):
     login(stranger, keys["engineer"])
-    for origin, status in (("http://evil.example", 403), ("null", 403), ("http://line:8080", 404)):
+    for origin, status in (
+        ("http://evil.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+        ("http://line:8080", 404),
+    ):
         assert stranger.post("/elsewhere", headers={"Origin": origin}).status_code == status
     headers = {"Origin": "http://evil.example", "Cookie": f"normweave={stranger.cookies['normweave']}"}
     with (
@@ -254,9 +267,8 @@ def test_a_login_outlives_the_server_but_not_its_key(station, access, tmp_path):
         Access(station.store, folder=tmp_path, session_hours=1)
 
 
-def test_cookies_say_that_they_are_for_tls(station, access, keys):
-    app = create_app(station, access=access, pages=False, secure=True)
-    with TestClient(app, follow_redirects=False) as client:
+def test_cookies_say_that_they_are_for_tls(app, keys):
+    with TestClient(app, base_url="https://line", follow_redirects=False) as client:
         assert "; Secure" in login(client, keys["operator"]).headers["set-cookie"]
 
 

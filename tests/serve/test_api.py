@@ -68,7 +68,7 @@ def test_many_images_come_back_in_their_order_with_the_bad_one_named(client, pho
 
 
 @pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "C:\\x.png", "/root/x", "a\x00b", "<img src=x>", "x" * 900]
+    "name", ["../../etc/passwd", "C:\\x.png", "/etc/x", "a\x00b", "<img src=x>", "x" * 900]
 )
 def test_a_name_is_never_a_path(client, station, photos, name):
     content = Path(photos[0]).read_bytes()

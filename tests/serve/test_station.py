@@ -15,6 +15,7 @@ from normweave.errors import BundleError, ConfigError, GateError
 from normweave.serve.config import ServeConfig
 from normweave.serve.records import Filter, NotThereError
 from normweave.serve.station import BusyError, Station, StoppedError, Upload, media_type, png
+from normweave.serve.store import StoreError
 
 
 def inspect(station, *paths, names=None):
@@ -196,12 +197,17 @@ def test_a_failing_bundle_or_store_fails_the_request_and_not_the_station(station
         with pytest.raises(BundleError, match="broken graph"):
             inspect(station, photos[0])
     with monkeypatch.context() as broken:
-        broken.setattr(station.store, "add", lambda rows: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(OSError, match="disk full"):
+        broken.setattr(station.files, "put", lambda content: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(StoreError, match=r"cannot be kept: disk full\. Make room where"):
             inspect(station, photos[0])
     station.ready()
     assert inspect(station, photos[0])[0].id == 1
     assert station.waiting == 0
+
+
+def test_a_disk_without_room_for_a_request_is_not_ready(start):
+    with pytest.raises(StoreError, match=r"bytes are free where .* less than one request may bring"):
+        start(max_request_bytes=2**60).ready()
 
 
 # ── people, and the line ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -84,7 +84,9 @@ def providers() -> list[str]:
     """Where ONNX Runtime can compute."""
     if find_spec("onnxruntime") is None:
         return []
-    import onnxruntime
+    from normweave.runtime.network import library
+
+    onnxruntime = library()
 
     return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
 

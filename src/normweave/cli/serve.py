@@ -1,6 +1,5 @@
 """`normweave serve`: a bundle behind REST and a page."""
 
-import ipaddress
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, get_args
@@ -67,17 +66,14 @@ def serve(
 
     At the first start a token for each role is made and shown, once.
     """
-    if no_token and not _loopback(host):
-        raise ConfigError(
-            f"--no-token lets everyone who reaches {host} do everything. Listen on 127.0.0.1, or ask for tokens."
-        )
     if (tls_certificate is None) != (tls_key is None):
         raise ConfigError("TLS takes both: --tls-certificate and --tls-key.")
     if watch is not None and not watch.is_dir():
         raise DataError(f"There is no folder {watch} to follow. Make it first, or leave --watch out.")
     try:
         from normweave import serve as server
-        from normweave.serve.access import Access
+        from normweave.serve import process
+        from normweave.serve.access import Access, is_loopback
         from normweave.serve.config import ServeConfig
         from normweave.serve.files import Files
         from normweave.serve.records import Role
@@ -90,6 +86,14 @@ def serve(
         ) from error
     from normweave.runtime import Runtime
 
+    if no_token and not is_loopback(host):
+        raise ConfigError(
+            f"--no-token lets everyone who reaches {host} do everything. Listen on 127.0.0.1, or ask for tokens."
+        )
+    certificate = None
+    if tls_certificate is not None and tls_key is not None:
+        certificate = tls_certificate, tls_key
+        process.check_certificate(*certificate)
     if new_token is not None and new_token not in get_args(Role):
         raise unknown(
             "role", new_token, get_args(Role), "An operator inspects and reviews, an engineer does all."
@@ -112,7 +116,7 @@ def serve(
         files.sweep()
         store = Store.open(database or folder / server.DATABASE)
         stack.callback(store.close)
-        listening = stack.enter_context(server.listen(host, port))
+        listening = stack.enter_context(process.listen(host, port))
         access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
         made = [] if access is None else access.first_tokens()
         if access is not None and new_token is not None:
@@ -125,11 +129,10 @@ def serve(
             station,
             access=access,
             watch=None if watch is None else Watch(watch.resolve(), station=station),
-            secure=tls_certificate is not None,
         )
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        url = f"{'http' if tls_certificate is None else 'https'}://{shown}:{address[1]}"
+        url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"
         if terminal.json:
             tokens = [{"name": one.token.name, "role": one.token.role, "token": one.secret} for one in made]
             terminal.record(
@@ -141,22 +144,9 @@ def serve(
             terminal.show(
                 f"{bundle} is at work at {url}; what it says is kept in {folder}. Stop it with Ctrl+C."
             )
-        if tls_certificate is None and not _loopback(host):
+        if certificate is None and not is_loopback(host):
             terminal.remark(
                 "Tokens and images cross the network in the clear: use TLS, or a proxy that does."
             )
-        server.run(
-            app,
-            listening,
-            stop_seconds=config.answer_seconds,
-            max_clients=config.max_clients,
-            certificate=None if tls_certificate is None or tls_key is None else (tls_certificate, tls_key),
-        )
+        process.run(app, listening, config=config, certificate=certificate)
     return ALL_NORMAL
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

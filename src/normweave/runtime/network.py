@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,10 +118,8 @@ def providers(device: str) -> list[str]:
         MissingError: it is not there.
         ConfigError: no such device.
     """
-    from onnxruntime import get_available_providers
-
     kind, _, number = device.partition(":")
-    there = get_available_providers()
+    there = library().get_available_providers()
     if kind == "auto":
         return [PROVIDERS[name] for name in ("cuda", "cpu") if PROVIDERS[name] in there]
     if kind not in PROVIDERS:
@@ -134,11 +134,19 @@ def providers(device: str) -> list[str]:
     return list(dict.fromkeys([PROVIDERS[kind], PROVIDERS["cpu"]]))
 
 
+def library() -> ModuleType:
+    """ONNX Runtime, told before it is loaded that nothing may leave the machine: some builds send telemetry."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    onnxruntime.disable_telemetry_events()
+    return cast("ModuleType", onnxruntime)
+
+
 def _session(
     content: bytes, *, where: str, threads: int | None, providers: Sequence[Any]
 ) -> InferenceSession:
-    import onnxruntime
-
+    onnxruntime = library()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
     if threads is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import os
 import secrets
 import threading
@@ -18,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
@@ -159,14 +160,13 @@ class Gate:
     A cookie is worth less than a token: it reads, and works the page, but only from the page's own origin.
 
     Args:
-        access: None: everyone is let in, as `ANYONE`.
-        secure: cookies are sent over TLS only.
+        access: None: everyone is let in, as `ANYONE`, who speaks to this machine by one of its own names: else a page
+            from elsewhere could, by a name of its own that it lets point here.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access | None, secure: bool) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access | None) -> None:
         self._app = app
         self._access = access
-        self._secure = secure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, refuse or pass on."""
@@ -176,6 +176,11 @@ class Gate:
         state = scope.setdefault("state", {})
         headers = Headers(scope=scope)
         if self._access is None:
+            if not is_loopback(_split(f"//{headers.get('host', '')}").hostname or ""):
+                await _refuse(
+                    scope, receive, send, 403, "Without tokens this machine answers to localhost only."
+                )
+                return
             if not _same_origin(scope, headers):
                 await _refuse(scope, receive, send, 403, "This page may not be worked from another origin.")
                 return
@@ -183,7 +188,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         if scope["type"] == "http" and scope["path"] in (login.LOGIN, login.LOGOUT):
-            await login.answer(scope, receive, send, access=self._access, secure=self._secure)
+            await login.answer(scope, receive, send, access=self._access)
             return
         given = headers.get("authorization")
         if given is not None:
@@ -214,10 +219,20 @@ class Gate:
         state["token"] = token
         if self._access.half_over(cookie):
             renewed = login.set_cookie(
-                self._access.login(token), seconds=self._access.session_seconds, secure=self._secure
+                self._access.login(token),
+                seconds=self._access.session_seconds,
+                secure=scope["scheme"] in ("https", "wss"),
             )
             send = _with_header(send, b"set-cookie", renewed.encode())
         await self._app(scope, receive, send)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address means this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def cookie_of(headers: Headers) -> str | None:
@@ -235,7 +250,15 @@ def _same_origin(scope: Scope, headers: Headers) -> bool:
     if scope["type"] == "http" and scope["method"] in ("GET", "HEAD", "OPTIONS"):
         return True
     origin = headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == headers.get("host")
+    return origin is None or _split(origin).netloc == headers.get("host")
+
+
+def _split(address: str) -> SplitResult:
+    """An address in its parts, which are empty where it is none."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, reason: str) -> None:

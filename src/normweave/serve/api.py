@@ -236,7 +236,7 @@ def _routes(station: Station) -> APIRouter:
     )
     async def preview(
         false_alarm_rate: Annotated[float, Query(gt=0, lt=1)],
-        last: Annotated[int, Query(ge=1, le=100_000)] = 10_000,
+        last: Annotated[int, Query(ge=1, le=20_000)] = 10_000,
     ) -> schemas.PreviewOut:
         return schemas.PreviewOut(**vars(await station.preview_rate(false_alarm_rate, last)))
 
@@ -329,7 +329,7 @@ async def _uploads(request: Request, station: Station, name: str) -> list[Upload
     if kind == FORM:
         uploads = await _from_form(request, station.config.max_images)
     elif kind == JSON:
-        uploads = await _from_json(request)
+        uploads = await asyncio.to_thread(_from_json, await request.body())
     elif kind == BYTES or kind.startswith("image/"):
         uploads = [Upload(name, await request.body())]
     else:
@@ -376,9 +376,9 @@ async def _from_form(request: Request, max_images: int) -> list[Upload]:
         raise HTTPException(status, f"The form cannot be read: {reason}") from error
 
 
-async def _from_json(request: Request) -> list[Upload]:
+def _from_json(body: bytes) -> list[Upload]:
     try:
-        given = schemas.InspectIn.model_validate_json(await request.body())
+        given = schemas.InspectIn.model_validate_json(body)
     except ValidationError as error:
         raise HTTPException(422, _wrong(error.errors(include_url=False, include_input=False))) from error
     uploads = []

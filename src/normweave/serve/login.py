@@ -70,13 +70,14 @@ def page(*, status: int, wrong: bool = False) -> Response:
     return HTMLResponse(text, status_code=status, headers={"Cache-Control": "no-store"})
 
 
-async def answer(scope: Scope, receive: Receive, send: Send, *, access: Access, secure: bool) -> None:
+async def answer(scope: Scope, receive: Receive, send: Send, *, access: Access) -> None:
     """GET /login, POST /login, POST /logout."""
     request = Request(scope, receive)
-    await (await _answer(request, access=access, secure=secure))(scope, receive, send)
+    await (await _answer(request, access))(scope, receive, send)
 
 
-async def _answer(request: Request, *, access: Access, secure: bool) -> Response:
+async def _answer(request: Request, access: Access) -> Response:
+    secure = request.url.scheme == "https"
     if request.url.path == LOGOUT and request.method == "POST":
         response = RedirectResponse("/", status_code=303)
         response.headers["set-cookie"] = set_cookie("", seconds=0, secure=secure)

@@ -10,7 +10,7 @@ from normweave.errors import NormweaveError
 from normweave.types import Outcome, Tile, Verdict
 
 Role = Literal["operator", "engineer"]
-"""An operator inspects and reviews; an engineer also changes the false-alarm rate, hands out tokens and reads all."""
+"""An operator inspects, reviews and looks back; an engineer also moves the line, hands out tokens and sees who did."""
 Source = Literal["api", "page", "folder"]
 """By which door an image came in."""
 Decision = Literal["accept", "reject", "undo"]

@@ -13,6 +13,7 @@ import asyncio
 import io
 import logging
 import queue
+import shutil
 import threading
 import time
 from collections import Counter
@@ -44,7 +45,7 @@ from normweave.serve.records import (
     Review,
     Source,
 )
-from normweave.serve.store import Store
+from normweave.serve.store import Store, StoreError
 from normweave.types import Outcome
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,11 @@ class Station:
             raise StoppedError("The server is stopping.")
         if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
             raise StoppedError(f"The server's {', '.join(dead)} has stopped. Restart it and look at its log.")
+        if (free := shutil.disk_usage(self.files.folder).free) < self.config.max_request_bytes:
+            raise StoreError(
+                f"{free:,} bytes are free where {self.files.folder} lies, which is less than one request may bring. "
+                "Make room, or keep less (--keep-days, --keep-gib)."
+            )
         self.store.ping()
 
     # ── images in, inspections out ───────────────────────────────────────────────────────────────────────────────────
@@ -259,6 +265,10 @@ class Station:
                 with self.files.keeping:
                     kept = self.store.add([self._inspection(job) for job in batch])
             except BaseException as error:
+                if isinstance(error, OSError):
+                    error = StoreError(
+                        f"The images cannot be kept: {error}. Make room where {self.files.folder} lies, or mend it."
+                    )
                 _fail(batch, error)
                 continue
             for job, inspection in zip(batch, kept, strict=True):

@@ -1,0 +1,71 @@
+"""The socket, TLS and the patience of a server; its signals are in test_command.py."""
+
+import socket
+import threading
+import time
+
+import pytest
+import uvicorn
+
+from normweave.errors import ConfigError
+from normweave.serve.process import check_certificate, impatient, listen
+
+
+async def answers(scope, receive, send):
+    """A tiny application."""
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+
+@pytest.fixture
+def port():
+    """Of a server that waits a third of a second for a request to begin."""
+    with listen("127.0.0.1", 0) as listening:
+        settings = uvicorn.Config(answers, http=impatient(0.3), log_level="error", timeout_keep_alive=60)
+        server = uvicorn.Server(settings)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield listening.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+def closed_after(connection):
+    begun = time.monotonic()
+    connection.settimeout(10)
+    while connection.recv(1000):
+        pass
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\n"])
+def test_a_request_that_does_not_begin_is_given_up(port, head):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(head)
+        assert closed_after(connection) < 5
+
+
+def test_so_is_a_second_one_on_the_same_connection(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in connection.recv(1000)
+        time.sleep(0.1)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET /")
+        assert closed_after(connection) < 5
+
+
+def test_a_port_that_is_none(port):
+    with pytest.raises(
+        ConfigError, match=f"Cannot listen on 127.0.0.1, port {port}: .*Choose another --port"
+    ):
+        listen("127.0.0.1", port)
+
+
+def test_a_certificate_that_is_none(tmp_path):
+    with pytest.raises(ConfigError, match=r"are no certificate with its key: .*Give two PEM files"):
+        check_certificate(tmp_path / "gone.pem", tmp_path / "key.pem")
+    for name in ("a.pem", "b.pem"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(ConfigError, match="are no certificate with its key"):
+        check_certificate(tmp_path / "a.pem", tmp_path / "b.pem")

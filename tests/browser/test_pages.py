@@ -137,7 +137,7 @@ def test_what_cannot_be_read_says_why(visit, parts, tmp_path):
     expect(page.locator(".viewer-empty")).to_have_text("The image could not be read.")
 
 
-def test_more_images_than_the_server_takes_at_a_time_all_get_through(visit, parts, server):
+def test_many_images_all_get_through_and_the_list_stays_short(visit, parts, server):
     page = visit("/")
     carry(page, [(f"many-{number}.png", parts.normal) for number in range(80)])
     expect(page.locator(".progress")).not_to_be_empty()
@@ -322,7 +322,7 @@ def test_an_engineer_moves_the_line(visit, server):
 
 SMALL = """
 () => [...document.querySelectorAll("button, a, input:not([type=checkbox]), .viewer-check, .q-toggle")]
-  .filter((one) => one.offsetParent && !one.closest(".uploader, .q-field"))
+  .filter((one) => one.offsetParent && !one.closest(".drop, .q-field"))
   .map((one) => [one.outerHTML.slice(0, 80), one.getBoundingClientRect()])
   .filter(([, box]) => box.height < 43.5 || box.width < 43.5)
   .map(([what, box]) => `${box.width} x ${box.height}: ${what}`)

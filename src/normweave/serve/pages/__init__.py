@@ -12,7 +12,7 @@ from normweave.serve.pages.inspect import InspectPage
 from normweave.serve.pages.model import ModelPage
 from normweave.serve.pages.review import ReviewPage
 from normweave.serve.records import Token
-from normweave.serve.station import Station
+from normweave.serve.station import Station, Upload
 from normweave.serve.watch import Watch
 
 ICON = (
@@ -49,6 +49,21 @@ def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
     @ui.page("/history", title="History · normweave", response_timeout=SLOW_SECONDS)
     async def history(request: Request) -> None:
         await HistoryPage(station, _person(request)).build()
+
+    @app.post("/upload", include_in_schema=False)
+    async def upload(request: Request, name: str) -> Response:
+        """An image from the Inspect page; REST takes no logins."""
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > station.config.max_image_bytes:
+                most = f"{station.config.max_image_bytes:,}"
+                return JSONResponse(
+                    {"error": f"only images of up to {most} bytes are taken."}, status_code=413
+                )
+        image = Upload(name=name, content=bytes(content))
+        (inspection,) = await station.inspect([image], source="page", actor=_person(request).name)
+        return JSONResponse({"id": inspection.id})
 
     @app.get("/history.csv", include_in_schema=False)
     def export(request: Request) -> Response:

@@ -49,7 +49,7 @@ def histogram(
         max(float(everything.max()), low + 1.2 * span), low + REACH * span
     )  # the last bar holds what is beyond
     step = (high - low) / (BINS - 2)
-    low = line - step * math.ceil((line - low) / step + 0.5)  # the line lies between two bars
+    low = line - step * ((line - low) / step + 0.7)  # the line lies between two bars
     high = low + BINS * step
     edges = low + step * np.arange(BINS + 1)
 
@@ -74,7 +74,8 @@ def histogram(
     if moved is not None:
         marks += f'<span class="mark moved" style="left:{at(moved):.2f}%"></span>'
     beyond = f"{int((above > line).sum())} of {len(above)} {upper}, {int((below > line).sum())} of {len(below)} {lower}"
-    ticks = "".join(f"<span>{low + share * (high - low):.3g}</span>" for share in (0, 0.25, 0.5, 0.75, 1))
+    ticks = "".join(f"<span>{low + share * (high - low):.3g}</span>" for share in (0, 0.25, 0.5, 0.75))
+    ticks += f"<span>{high:.3g}{'+' if everything.max() > high else ''}</span>"
     dashed = "" if moved is None else f'<span><i class="key dashed"></i>the line moved: {moved:.4g}</span>'
     return (
         f'<figure class="chart" role="img" aria-label="Beyond the line: {escape(beyond)}">'

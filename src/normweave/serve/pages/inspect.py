@@ -5,23 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from itertools import islice
-from time import monotonic
 
 from nicegui import ui
-from nicegui.events import GenericEventArguments, UploadEventArguments
+from nicegui.events import GenericEventArguments
 
-from normweave.errors import NormweaveError
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Filter, Inspection, Source, Token
-from normweave.serve.station import BusyError, Station, Upload
+from normweave.serve.station import Station
 from normweave.serve.watch import Watch
 
 LISTED = 50
 """Inspections in the list."""
-AT_ONCE = 2
-"""Images of one browser on their way at a time; the rest waits in files, so that others have their turn."""
 LOOK_SECONDS = 2.0
 """Between two looks at what came out of the folder."""
 ENDINGS = "image/*,.png,.jpg,.jpeg,.bmp,.tif,.tiff,.webp"
@@ -37,8 +33,6 @@ class InspectPage:
         self._own: deque[Inspection] = deque(maxlen=LISTED)  # newest first, of this browser
         self._folder: list[Inspection] = []  # newest first
         self._shown: Inspection | None = None
-        self._turn = asyncio.Semaphore(AT_ONCE)
-        self._sent = self._answered = 0
 
     async def build(self) -> None:
         """Everything on the page."""
@@ -75,21 +69,15 @@ class InspectPage:
             ui.timer(LOOK_SECONDS, self._look, immediate=False)
 
     def _drop_zone(self) -> None:
-        uploader = ui.upload(
-            multiple=True,
-            auto_upload=True,
-            max_file_size=self._station.config.max_image_bytes,
-            on_upload=self._take,
-            on_rejected=self._refuse,
+        """The browser sends images one after the other by itself (page.js), and says here what became of each."""
+        most = self._station.config.max_image_bytes
+        ui.html(
+            f'<label class="drop"><input type="file" multiple accept="{ENDINGS}" data-most="{most}">'
+            "<span><b>Drop images here</b>, paste them, or touch to choose</span>"
+            '<span class="soft progress" aria-live="polite"></span></label>'
         )
-        uploader.on("failed", self._not_sent, args=[])
-        uploader.props(f'accept="{ENDINGS}" tabindex=-1 aria-hidden=true').classes("uploader")
-        zone = ui.element("button").classes("drop").props(f"type=button data-uploader={uploader.id}")
-        zone.on("click", js_handler=f"() => runMethod({uploader.id}, 'pickFiles', [])")
-        with zone:
-            ui.html("<b>Drop images here</b>, paste them, or touch to choose", tag="span")
-            self._progress = ui.label().classes("soft progress").props('aria-live="polite"')
-        self._uploader = uploader
+        ui.on("inspected", self._inspected)
+        ui.on("not_inspected", self._not_inspected)
 
     def _folder_control(self, watch: Watch) -> None:
         with ui.element("div").classes("folder"):
@@ -108,52 +96,14 @@ class InspectPage:
 
     # ── images in ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _take(self, event: UploadEventArguments) -> None:
-        self._sent += 1
-        self._tell_progress()
-        try:
-            async with self._turn:
-                upload = Upload(event.file.name, await event.file.read())
-                inspection = await self._inspected(upload)
-        except NormweaveError as error:
-            ui.notify(f"{event.file.name}: {error}", type="negative", multi_line=True, close_button="Close")
-        else:
+    async def _inspected(self, event: GenericEventArguments) -> None:
+        inspection = await asyncio.to_thread(self._station.store.inspection, int(event.args))
+        if inspection is not None:
             self._own.appendleft(inspection)
             self._arrived(inspection)
-        finally:
-            self._answered += 1
-            self._tell_progress()
 
-    async def _inspected(self, upload: Upload) -> Inspection:
-        """Ask until there is room, for as long as an answer may take."""
-        until = monotonic() + self._station.config.answer_seconds
-        while True:
-            try:
-                (inspection,) = await self._station.inspect([upload], source="page", actor=self._token.name)
-                return inspection
-            except BusyError:
-                if monotonic() > until:
-                    raise
-            await asyncio.sleep(0.5)
-
-    def _refuse(self) -> None:
-        most = self._station.config.max_image_bytes / 2**20
-        ui.notify(f"Only images of up to {most:.0f} MiB are taken.", type="negative", close_button="Close")
-
-    def _not_sent(self) -> None:
-        ui.notify(
-            "An image did not arrive: the server is busy or the connection was lost. Send it again.",
-            type="negative",
-            close_button="Close",
-        )
-
-    def _tell_progress(self) -> None:
-        if self._answered >= self._sent:
-            self._sent = self._answered = 0
-            self._uploader.reset()  # or the browser would keep every file that it sent
-            self._progress.set_text("")
-        else:
-            self._progress.set_text(f"{self._answered} of {self._sent} inspected …")
+    def _not_inspected(self, event: GenericEventArguments) -> None:
+        ui.notify(str(event.args), type="negative", multi_line=True, close_button="Close")
 
     # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────
 

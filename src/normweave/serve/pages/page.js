@@ -15,12 +15,55 @@ window.normweave = (() => {
     showTheme();
   }
 
-  // images for the uploader of this page, if it has one
+  // Images go to the server a few at a time, and wait here while it is busy: so neither side holds many.
+  const AT_ONCE = 2;
+  const PATIENCE = 60_000;
+  const waiting = [];
+  let sending = 0;
+  let sent = 0;
+
   function take(files) {
-    const zone = document.querySelector("[data-uploader]");
-    if (!zone || !files.length) return false;
-    runMethod(Number(zone.dataset.uploader), "addFiles", [files]);
+    if (!document.querySelector(".drop") || !files.length) return false;
+    waiting.push(...files);
+    while (sending < AT_ONCE && waiting.length) work();
     return true;
+  }
+
+  async function work() {
+    sending += 1;
+    while (waiting.length) {
+      tellProgress();
+      const file = waiting.shift();
+      try {
+        emitEvent("inspected", await inspected(file));
+      } catch (error) {
+        emitEvent("not_inspected", `${file.name}: ${error.message}`);
+      }
+      sent += 1;
+    }
+    sending -= 1;
+    if (!sending) sent = 0;
+    tellProgress();
+  }
+
+  async function inspected(file) {
+    const most = Number(document.querySelector(".drop input").dataset.most);
+    if (file.size > most) throw new Error(`only images of up to ${Math.floor(most / 2 ** 20)} MiB are taken.`);
+    const until = Date.now() + PATIENCE;
+    for (;;) {
+      const answer = await fetch(`/upload?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).catch(
+        () => ({ status: 0, json: () => ({ error: "the server cannot be reached." }) }),
+      );
+      const said = await answer.json();
+      if (answer.status === 200) return said.id;
+      if (![0, 429, 503].includes(answer.status) || Date.now() > until) throw new Error(said.error);
+      await new Promise((resolve) => setTimeout(resolve, 500));
+    }
+  }
+
+  function tellProgress() {
+    const place = document.querySelector(".progress");
+    if (place) place.textContent = sending ? `${sent} of ${sent + waiting.length + sending} inspected …` : "";
   }
 
   function named(file) {
@@ -30,7 +73,7 @@ window.normweave = (() => {
   }
 
   const carriesFiles = (event) => event.dataTransfer && [...event.dataTransfer.types].includes("Files");
-  const over = (on) => document.querySelector("[data-uploader]")?.classList.toggle("over", on);
+  const over = (on) => document.querySelector(".drop")?.classList.toggle("over", on);
 
   document.addEventListener("dragover", (event) => {
     if (!carriesFiles(event)) return;
@@ -43,6 +86,11 @@ window.normweave = (() => {
     event.preventDefault();
     over(false);
     take([...event.dataTransfer.files]);
+  });
+  document.addEventListener("change", (event) => {
+    if (!event.target.matches(".drop input")) return;
+    take([...event.target.files]);
+    event.target.value = ""; // or the same image could not be chosen twice
   });
   document.addEventListener("paste", (event) => {
     if (take([...(event.clipboardData?.files || [])].map(named))) event.preventDefault();

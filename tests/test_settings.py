@@ -107,7 +107,9 @@ def test_yaml_means_what_it_looks_like(tmp_path, text, head):
         ("head: {kind: adapted_moe, share: 0.1}", ["Unknown setting 'head.share'", "Known: head.adaption"]),
         (
             "head: {share: 0.1}",
-            ["head.kind must be named, one of: adapted_moe, cnc, dfm, memory_bank, simplenet"],
+            [
+                "head.kind must be named, one of: adapted_moe, cnc, dfm, mean_shift, memory_bank, msflow, pyramidflow"
+            ],
         ),
         ("head: {kind: memory_bnk}", ["Unknown head.kind 'memory_bnk'. Did you mean 'memory_bank'?"]),
         ("head: {kind: [1]}", ["Unknown head.kind '[1]'"]),

@@ -317,7 +317,7 @@ class MeanShiftConfig:
     """Normal images to be compared with, drawn at random; bounds memory."""
     epochs: int = 20
     batch_images: int = 32
-    learning_rate: float = 1e-2
+    learning_rate: float = 0.1
     """Of SGD, for an adapter that is drawn anew; the paper's 1e-5 is for the stages of a trained backbone."""
     patience: int = 0
     """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""

@@ -1,6 +1,7 @@
 """Settings come back as they were written, and every mistake is named with its cure."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,9 +18,12 @@ from normweave.config import (
     DataConfig,
     FeaturesConfig,
     HeadConfig,
+    MeanShiftConfig,
     MemoryBankConfig,
+    MSFlowConfig,
     OfflinePairConfig,
     OpenClipConfig,
+    PyramidFlowConfig,
     SimpleNetConfig,
     TimmConfig,
 )
@@ -107,7 +111,9 @@ def test_yaml_means_what_it_looks_like(tmp_path, text, head):
         ("head: {kind: adapted_moe, share: 0.1}", ["Unknown setting 'head.share'", "Known: head.adaption"]),
         (
             "head: {share: 0.1}",
-            ["head.kind must be named, one of: adapted_moe, cnc, dfm, memory_bank, simplenet"],
+            [
+                "head.kind must be named, one of: adapted_moe, cnc, dfm, mean_shift, memory_bank, msflow, pyramidflow"
+            ],
         ),
         ("head: {kind: memory_bnk}", ["Unknown head.kind 'memory_bnk'. Did you mean 'memory_bank'?"]),
         ("head: {kind: [1]}", ["Unknown head.kind '[1]'"]),
@@ -267,3 +273,59 @@ def test_importing_settings_loads_neither_torch_nor_pydantic():
     script = "import sys, normweave.settings; print({'torch', 'pydantic'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("head", "wrong"),
+    [
+        (
+            MSFlowConfig,
+            {
+                "blocks": 0,
+                "further_blocks": -1,
+                "position": 6,
+                "clamp": 0.0,
+                "top": 0.0,
+                "epochs": 0,
+                "batch_images": 0,
+                "learning_rate": 0.0,
+                "patience": -1,
+                "border": -1,
+            },
+        ),
+        (
+            PyramidFlowConfig,
+            {
+                "levels": 0,
+                "blocks": 0,
+                "kernel": 4,
+                "epochs": 0,
+                "batch_images": 0,
+                "learning_rate": 0.0,
+                "patience": -1,
+                "border": -1,
+            },
+        ),
+        (
+            MeanShiftConfig,
+            {
+                "hidden": 0,
+                "temperature": 0.0,
+                "smallest_view": 0.0,
+                "neighbours": 0,
+                "max_images": 0,
+                "epochs": 0,
+                "batch_images": 0,
+                "learning_rate": 0.0,
+                "patience": -1,
+            },
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused_together(head, wrong):
+    with pytest.raises(ConfigError) as caught:
+        head(**wrong)
+    told = str(caught.value)
+    assert told.startswith(f"head {head().kind!r}: ")
+    for name, value in wrong.items():
+        assert re.search(rf"\b{name} must .*got {re.escape(str(value))}", told), name

@@ -220,6 +220,124 @@ class SimpleNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MSFlowConfig:
+    """MSFlow (Zhou et al. 2023, arXiv 2308.15300): normalising flows at several scales that hear each other."""
+
+    kind: Literal["msflow"] = "msflow"
+    blocks: int = 2
+    """Coupling blocks of the finest level."""
+    further_blocks: int = 3
+    """Blocks that each coarser level has more: 2, 5 and 8 are the paper's."""
+    position: int = 32
+    """Numbers that say the place to each block, a multiple of 4; the paper has 64."""
+    clamp: float = 1.9
+    """A coupling scales by at most exp(clamp)."""
+    top: float = 0.1
+    """The image's score is the mean of this share of its places."""
+    epochs: int = 20
+    batch_images: int = 8
+    learning_rate: float = 1e-3
+    patience: int = 0
+    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+    border: int = 2
+    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "head 'msflow'",
+            (self.blocks >= 1, f"blocks must be 1 or more, got {self.blocks}"),
+            (self.further_blocks >= 0, f"further_blocks must be 0 or more, got {self.further_blocks}"),
+            (
+                self.position >= 4 and self.position % 4 == 0,
+                f"position must be a positive multiple of 4, got {self.position}",
+            ),
+            (self.clamp > 0, f"clamp must be positive, got {self.clamp}"),
+            (0 < self.top <= 1, f"top must lie in (0, 1], got {self.top}"),
+            (self.epochs >= 1, f"epochs must be 1 or more, got {self.epochs}"),
+            (self.batch_images >= 1, f"batch_images must be 1 or more, got {self.batch_images}"),
+            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
+            (self.patience >= 0, f"patience must be 0 or more, got {self.patience}"),
+            (self.border >= 0, f"border must be 0 or more, got {self.border}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidFlowConfig:
+    """PyramidFlow (Lei et al. 2023, arXiv 2303.02595): a volume-preserving flow over a pyramid, and a template."""
+
+    kind: Literal["pyramidflow"] = "pyramidflow"
+    levels: int = 4
+    """Of the Laplacian pyramid."""
+    blocks: int = 4
+    """Each couples every level with its neighbours once."""
+    kernel: int = 3
+    """Side of the convolutions, odd; the paper has 7 on a grid eight times as fine."""
+    volume: Literal["channel", "space"] = "channel"
+    """What keeps the volume: scales are centred over the channels of a place, or over the places of a channel."""
+    epochs: int = 15
+    batch_images: int = 4
+    learning_rate: float = 1e-3
+    patience: int = 0
+    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+    border: int = 2
+    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "head 'pyramidflow'",
+            (self.levels >= 1, f"levels must be 1 or more, got {self.levels}"),
+            (self.blocks >= 1, f"blocks must be 1 or more, got {self.blocks}"),
+            (
+                self.kernel >= 1 and self.kernel % 2 == 1,
+                f"kernel must be odd and positive, got {self.kernel}",
+            ),
+            (self.epochs >= 1, f"epochs must be 1 or more, got {self.epochs}"),
+            (self.batch_images >= 1, f"batch_images must be 1 or more, got {self.batch_images}"),
+            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
+            (self.patience >= 0, f"patience must be 0 or more, got {self.patience}"),
+            (self.border >= 0, f"border must be 0 or more, got {self.border}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanShiftConfig:
+    """Mean-Shifted contrastive (Reiss and Hoshen 2021, arXiv 2106.03844): nearest normal images. No map."""
+
+    kind: Literal["mean_shift"] = "mean_shift"
+    hidden: int = 128
+    """Width of the adapter, which stands in for the last stages of the backbone."""
+    temperature: float = 0.25
+    angular: bool = True
+    """With the angular loss, which holds the normal images to their centre."""
+    smallest_view: float = 0.2
+    """Least share of the grid that a view of an image covers."""
+    neighbours: int = 2
+    """k: the score is the mean distance to so many nearest normal images."""
+    max_images: int = 5_000
+    """Normal images to be compared with, drawn at random; bounds memory."""
+    epochs: int = 20
+    batch_images: int = 32
+    learning_rate: float = 0.1
+    """Of SGD, for an adapter that is drawn anew; the paper's 1e-5 is for the stages of a trained backbone."""
+    patience: int = 0
+    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+
+    def __post_init__(self) -> None:
+        _check(
+            "head 'mean_shift'",
+            (self.hidden >= 1, f"hidden must be 1 or more, got {self.hidden}"),
+            (self.temperature > 0, f"temperature must be positive, got {self.temperature}"),
+            (0 < self.smallest_view <= 1, f"smallest_view must lie in (0, 1], got {self.smallest_view}"),
+            (self.neighbours >= 1, f"neighbours must be 1 or more, got {self.neighbours}"),
+            (self.max_images >= 1, f"max_images must be 1 or more, got {self.max_images}"),
+            (self.epochs >= 1, f"epochs must be 1 or more, got {self.epochs}"),
+            (self.batch_images >= 1, f"batch_images must be 1 or more, got {self.batch_images}"),
+            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
+            (self.patience >= 0, f"patience must be 0 or more, got {self.patience}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DFMConfig:
     """DFM (Ahuja et al. 2019, arXiv 1909.11786): principal components of the whole image's features."""
 
@@ -521,7 +639,16 @@ class CNCConfig:
         )
 
 
-HeadConfig = AdaptedMoEConfig | CNCConfig | SimpleNetConfig | MemoryBankConfig | DFMConfig
+HeadConfig = (
+    AdaptedMoEConfig
+    | CNCConfig
+    | SimpleNetConfig
+    | MemoryBankConfig
+    | DFMConfig
+    | MSFlowConfig
+    | PyramidFlowConfig
+    | MeanShiftConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)

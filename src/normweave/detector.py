@@ -141,7 +141,8 @@ class Detector:
 
         Args:
             data: a manifest, a folder in a known layout, or samples or paths of good images.
-            model: adapted-moe, cnc, simplenet, patchcore or dfm; overrides the config's head.
+            model: adapted-moe, cnc, simplenet, patchcore, dfm, msflow, pyramidflow or mean-shift; overrides the head of
+                the config.
             subclass_from: overrides `config.data.subclass_from`.
             cache: folder of the feature cache; the user's cache folder if not given.
             use_cache: without it features are computed anew at every pass over the images.

@@ -19,8 +19,11 @@ from normweave.config import (
     DFMConfig,
     FeaturesConfig,
     HeadConfig,
+    MeanShiftConfig,
     MemoryBankConfig,
+    MSFlowConfig,
     OfflinePairConfig,
+    PyramidFlowConfig,
     SimpleNetConfig,
     TimmConfig,
 )
@@ -32,6 +35,9 @@ MODELS: dict[str, type[HeadConfig]] = {
     "simplenet": SimpleNetConfig,
     "patchcore": MemoryBankConfig,
     "dfm": DFMConfig,
+    "msflow": MSFlowConfig,
+    "pyramidflow": PyramidFlowConfig,
+    "mean-shift": MeanShiftConfig,
 }
 """Models by the name the command line has for them; PatchCore is the head `memory_bank`."""
 

@@ -256,6 +256,13 @@ class LearnsFromDamage(Protocol):
 
 
 @runtime_checkable
+class JudgesWholeImages(Protocol):
+    """A head whose map is one cell: it says whether, but not where, so that nothing is measured by pixel."""
+
+    image_level: Literal[True]
+
+
+@runtime_checkable
 class HasNotes(Protocol):
     """A head that decides something while fitting."""
 

@@ -74,6 +74,27 @@ def test_every_image_counts_once(tables):
     assert len(rows) == 16
 
 
+def test_a_head_that_judges_whole_images_has_no_pixel_metrics(tmp_path: Path):
+    """Its map is one cell: the score everywhere, which would pass for a map of a kind."""
+    data = tmp_path / "cloth"
+    textile = Textile("plain", "ecru", "diffuse")
+    make_textures(
+        data, size=(64, 64), train_images=40, test_images=4, defect_images=3, seen=[textile], unseen=[]
+    )
+    config = settings.override(Config(), ["prepare.height=64", "prepare.width=64"])
+    detector = Detector.fit(data, config=config, model="mean-shift")
+    outcome = detector.score(next(data.rglob("*.png")))
+    assert np.ptp(outcome.anomaly_map) <= 1e-6
+    assert outcome.anomaly_map.max() == pytest.approx(outcome.pred_score, rel=1e-5)
+    metrics, _ = measure(detector, [one for one in read(data, DataConfig()) if one.split == "test"])
+    for table in (metrics["pooled"], *metrics["by_defect"].values()):
+        for name in ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"):
+            assert table[name] is None
+            assert table["reasons"][name] == "the model judges whole images and gives no map"
+        assert 0 <= table["image_auroc"] <= 1
+    assert metrics["mean"]["pixel_auroc"] is None
+
+
 def test_numbers_are_those_of_their_images(tables):
     metrics, rows, cells = tables
     chosen = [

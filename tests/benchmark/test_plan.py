@@ -7,6 +7,7 @@ import pytest
 from normweave.benchmark.plan import read_plan
 from normweave.benchmark.run import Run
 from normweave.errors import ConfigError
+from normweave.types import Sample
 
 GOOD = """
 title: A table
@@ -31,6 +32,20 @@ def test_a_plan_is_read(tmp_path: Path):
     run = Run(method=plan.methods[0], data=plan.data[0], root="data", protocol="given", fold="all", seed=1)
     assert run.config.head.share == 0.2
     assert run.config.seed == 1
+
+
+def test_a_plan_says_which_subclasses_are_unseen(tmp_path: Path):
+    fixed = "protocols: [unseen-subclass, leave-k-out], unseen: [b, d], leave_out: 3"
+    (item,) = read_plan(written(tmp_path, GOOD.replace("protocols: [given]", fixed))).data
+    samples = [
+        Sample(image_path=tmp_path / f"{kind}{number}.png", subclass=kind, split=split)
+        for kind in "abcd"
+        for number, split in enumerate(("train", "test"))
+    ]
+    (fold,) = item.folds(samples, "unseen-subclass", seed=0)
+    assert {sample.subclass for sample in fold.tests["unseen"]} == {"b", "d"}
+    first, second = item.folds(samples, "leave-k-out", seed=0)
+    assert (len(first.tests["unseen"]), len(second.tests["unseen"])) == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normweave.benchmark.protocols import folds
+from normweave.benchmark.protocols import Protocol, folds
+from normweave.data import splits
 from normweave.errors import DataError
 from normweave.types import Sample
 
@@ -34,11 +36,39 @@ def groups(samples) -> set[str]:
 
 @given(parts=st.integers(6, 40), seed=st.integers(0, 9))
 def test_no_part_stands_on_both_sides(parts: int, seed: int):
-    for protocol in ("seen", "leave-one-subclass-out", "given"):
-        for fold in folds(tiles(parts), protocol, seed=seed):
+    for protocol in get_args(Protocol):
+        samples = tiles_and_boards(parts) if protocol == "multi-category" else tiles(parts)
+        made = folds(samples, protocol, seed=seed, unseen=("exp1",))
+        assert made
+        for fold in made:
+            assert fold.tests
             for tests in fold.tests.values():
                 assert not groups(fold.samples) & groups(tests)
             assert all(sample.label == "normal" for sample in fold.samples)
+            seen = {sample.kind for sample in fold.samples}
+            assert {sample.kind for sample in fold.tests.get("seen", ())} <= seen
+            assert not {sample.kind for sample in fold.tests.get("unseen", ())} & seen
+
+
+def test_no_file_stands_on_both_sides(tmp_path: Path):
+    """Copies of one file, without groups: fit, calibration and test get the file whole, under every protocol."""
+    samples = []
+    for subclass in ("a", "b", "c"):
+        for number in range(12):
+            path = tmp_path / f"{subclass}{number}.png"
+            path.write_bytes(f"picture {number // 2}".encode())  # each content twice in every subclass
+            label = "anomalous" if number >= 10 else "normal"
+            samples.append(Sample(image_path=path, category="cloth", subclass=subclass, label=label))
+            samples.append(replace(samples[-1], image_path=path.with_suffix(".jpg"), category="felt"))
+            path.with_suffix(".jpg").write_bytes(path.read_bytes())
+    for protocol in get_args(Protocol):
+        for fold in folds(samples, protocol, seed=0, unseen=("b",)):
+            division = splits.divide(fold.samples, calibration_share=0.3, at_least=1, seed=0)
+            sets = (division.fit, division.calibration, *fold.tests.values())
+            contents = [{sample.image_path.read_bytes() for sample in rows} for rows in sets]
+            sides = [*contents[:2], set().union(*contents[2:])]
+            assert all(sides)
+            assert sum(map(len, sides)) == len(set().union(*sides))
 
 
 def test_the_subclass_that_is_left_out_tests_and_no_other():
@@ -50,12 +80,12 @@ def test_the_subclass_that_is_left_out_tests_and_no_other():
         assert {sample.label for sample in fold.tests["unseen"]} == {"normal", "anomalous"}
 
 
-def tiles_and_boards() -> list[Sample]:
+def tiles_and_boards(parts: int = 20) -> list[Sample]:
     boards = [
         replace(sample, image_path=Path(f"b{sample.image_path}"), category="board", group=f"b{sample.group}")
-        for sample in tiles(20)
+        for sample in tiles(parts)
     ]
-    return tiles(20) + boards
+    return tiles(parts) + boards
 
 
 def test_folds_of_several_categories_have_names_of_their_own():
@@ -87,6 +117,61 @@ def test_one_subclass_cannot_be_left_out():
         DataError, match=re.escape("needs at least two subclasses with training images, got ['tile/exp0']")
     ):
         folds(tiles(10, conditions=1), "leave-one-subclass-out", seed=0)
+
+
+def test_the_subclasses_that_a_plan_names_only_test():
+    (fold,) = folds(tiles_and_boards(), "unseen-subclass", seed=0, unseen=("exp1", "board/exp2"))
+    unseen = {"tile/exp1", "board/exp1", "board/exp2"}
+    assert {sample.kind for sample in fold.tests["unseen"]} == unseen
+    assert {sample.kind for sample in fold.samples} == {"tile/exp0", "tile/exp2", "board/exp0"}
+    assert {sample.kind for sample in fold.tests["seen"]} == {"tile/exp0", "tile/exp2", "board/exp0"}
+    for names, text in (
+        (
+            (),
+            r"needs the subclasses that only test \(unseen: \[\.\.\]\); got \[\], of which none are not there",
+        ),
+        (("exp7",), r"of which \['exp7'\] are not there\. Known: board/exp0, board/exp1"),
+        (("exp0", "exp1", "exp2"), "nothing is left to train on. Name fewer"),
+    ):
+        with pytest.raises(DataError, match=text):
+            folds(tiles_and_boards(), "unseen-subclass", seed=0, unseen=names)
+
+
+@given(conditions=st.integers(3, 7), leave_out=st.integers(1, 2), seed=st.integers(0, 3))
+def test_every_subclass_is_left_out_once_with_k_at_a_time(conditions: int, leave_out: int, seed: int):
+    made = folds(tiles(20, conditions), "leave-k-out", seed=seed, leave_out=leave_out)
+    left = [sorted({sample.subclass for sample in fold.tests["unseen"]}) for fold in made]
+    assert sorted(name for names in left for name in names) == [f"exp{n}" for n in range(conditions)]
+    assert {len(names) for names in left[:-1]} <= {leave_out}
+    assert [fold.name for fold in made] == [
+        "without " + ", ".join(f"tile/{name}" for name in names) for names in left
+    ]
+    again = folds(tiles(20, conditions), "leave-k-out", seed=seed, leave_out=leave_out)
+    assert [fold.name for fold in again] == [fold.name for fold in made]
+
+
+def test_leaving_out_k_needs_more_than_k():
+    few = [sample for sample in tiles_and_boards() if sample.kind not in ("board/exp1", "board/exp2")]
+    made = folds(few, "leave-k-out", seed=0, leave_out=2)
+    assert {sample.category for fold in made for sample in fold.tests["unseen"]} == {"tile"}
+    with pytest.raises(DataError, match=r"needs a category with more than 3 subclasses.*Set leave_out lower"):
+        folds(tiles(20), "leave-k-out", seed=0, leave_out=3)
+    with pytest.raises(DataError, match="leave_out must be 1 or more, got 0"):
+        folds(tiles(20), "leave-k-out", seed=0, leave_out=0)
+
+
+def test_one_model_for_all_categories_or_one_for_each():
+    (together,) = folds(tiles_and_boards(), "multi-category", seed=0)
+    assert {sample.category for sample in together.samples} == {"board", "tile"}
+    apart = folds(tiles_and_boards(), "one-per-category", seed=0)
+    assert [fold.name for fold in apart] == ["board", "tile"]
+    for fold in apart:
+        assert {sample.category for sample in (*fold.samples, *fold.tests["seen"])} == {fold.name}
+    assert sorted(s.image_path for fold in apart for s in fold.samples) == sorted(
+        s.image_path for s in together.samples
+    )
+    with pytest.raises(DataError, match=r"multi-category needs at least two categories.*got \['tile'\]"):
+        folds(tiles(20), "multi-category", seed=0)
 
 
 @pytest.mark.data

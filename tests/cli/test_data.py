@@ -10,9 +10,14 @@ from .conftest import run
 def test_a_clean_data_set_has_no_fault(cloth):
     result = run("data", "check", cloth)
     assert result.exit_code == 0, result.output
-    assert (
-        result.stdout == "42 images, 0 faults\n"
-    )  # 2 x 12 to train with, 3 x (3 good and 3 damaged) to test
+    assert result.stdout.splitlines() == [
+        "cloth/plain-ecru-diffuse, test: 3 good, 3 anomalous",
+        "cloth/plain-ecru-diffuse, train: 12 good, 0 anomalous",
+        "cloth/satin-navy-diffuse, test: 3 good, 3 anomalous",
+        "cloth/twill-indigo-raking, test: 3 good, 3 anomalous",
+        "cloth/twill-indigo-raking, train: 12 good, 0 anomalous",
+        "42 images, 0 faults",
+    ]
 
 
 def test_faults_are_listed_and_answered_with_2(cloth, tmp_path):
@@ -29,6 +34,7 @@ def test_faults_are_listed_and_answered_with_2(cloth, tmp_path):
     assert "missing mask: " in result.stdout
     found = json.loads(run("data", "check", data, "--json").stdout)
     assert found["images"] == 42
+    assert sum(row["good"] + row["anomalous"] for row in found["counts"]) == 42
     assert {"unreadable image", "missing mask"} == {fault["kind"] for fault in found["faults"]}
     assert str(broken) in {fault["path"] for fault in found["faults"]}
 

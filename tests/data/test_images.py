@@ -346,6 +346,7 @@ def painted(colour):
         TRUTH * np.uint8(255),
         np.where(TRUTH, 128, 127).astype(np.uint8),
         TRUTH * np.uint8(1),
+        TRUTH * np.where(np.arange(20) % 2, 3, 9).astype(np.uint8),
         TRUTH,
         TRUTH * np.uint16(65535),
         TRUTH * np.uint16(1),
@@ -353,7 +354,7 @@ def painted(colour):
         np.dstack([TRUTH * np.uint8(255)] * 3 + [np.full((12, 20), 255, np.uint8)]),
         painted((128, 0, 0)),
     ],
-    ids=["0-255", "127-128", "0-1", "1-bit", "16-bit", "16-bit 0-1", "red", "RGBA", "palette"],
+    ids=["0-255", "127-128", "0-1", "kinds", "1-bit", "16-bit", "16-bit 0-1", "red", "RGBA", "palette"],
 )
 def test_masks_in_all_their_guises(mask, masked):
     np.testing.assert_array_equal(read_mask(masked(mask), height=12, width=20), TRUTH)
@@ -368,6 +369,8 @@ def test_masks_that_mean_nothing_are_refused(masked, tmp_path):
         read_mask(masked(TRUTH), height=20, width=12)
     with pytest.raises(DataError, match="values up to 100, none of them above half of the range"):
         read_mask(masked(TRUTH * np.uint8(100)), height=12, width=20)
+    with pytest.raises(DataError, match=r"values up to 16.*or above 0 where no value is above 15"):
+        read_mask(masked(TRUTH * np.uint8(16)), height=12, width=20)
     with pytest.raises(ImageError, match="no such file"):
         read_mask(tmp_path / "gone.png", height=12, width=20)
 

@@ -17,7 +17,7 @@ from normweave.detector import Detector
 from normweave.errors import BundleError, DataError, GateError, ImageError
 from normweave.types import Outcome, Sample
 
-MODELS = ("adapted-moe", "cnc", "simplenet", "patchcore", "dfm")
+MODELS = ("adapted-moe", "cnc", "simplenet", "patchcore", "dfm", "msflow", "pyramidflow")
 
 
 def good_cloth(seed: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import DataError
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
 from normweave.report.page import Rendered, write_page
-from normweave.types import Outcome, Progress, Sample, Tile
+from normweave.types import JudgesWholeImages, Outcome, Progress, Sample, Tile
 
 COLUMNS = (
     "image_path",
@@ -130,8 +130,10 @@ def measure(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics (the keys of metrics.json but provenance) and one row an image.
 
-    A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`.
+    A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`. A head that
+    judges whole images has no pixel metrics.
     """
+    whole_images = isinstance(detector.head, JudgesWholeImages)
     known = set(detector.kinds.values())
     told_apart = {detector.kinds[name][0] for name in detector.head.subclass_names}
     pixels: dict[_Cell, PixelMetrics] = {}
@@ -151,7 +153,7 @@ def measure(
         )
         predictions.append(_row(sample, outcome, cell))
         cells.append(cell)
-        if outcome.anomaly_map is not None:
+        if outcome.anomaly_map is not None and not whole_images:
             accumulated = pixels.setdefault(cell, PixelMetrics())
             mask = None
             try:
@@ -166,7 +168,7 @@ def measure(
                     decoded.setdefault(cell, OverGeneralisation()).update(
                         distance, _coverage(mask, tile, distance.shape) if cell.defect else None
                     )
-    tables = _tables(cells, predictions, pixels, decoded, told_apart)
+    tables = _tables(cells, predictions, pixels, decoded, told_apart, whole_images)
     return tables | {"mask_faults": mask_faults}, predictions
 
 
@@ -182,6 +184,7 @@ def _tables(
     pixels: dict[_Cell, PixelMetrics],
     decoded: dict[_Cell, OverGeneralisation],
     told_apart: set[str],
+    whole_images: bool = False,
 ) -> dict[str, Any]:
     def table(keep: Callable[[_Cell], bool]) -> dict[str, Any]:
         return _summary(
@@ -189,6 +192,7 @@ def _tables(
             [accumulated for cell, accumulated in pixels.items() if keep(cell)],
             [accumulated for cell, accumulated in decoded.items() if keep(cell)],
             told_apart,
+            whole_images,
         )
 
     def kind(cell: _Cell) -> str:
@@ -219,6 +223,7 @@ def _summary(
     pixels: list[PixelMetrics],
     decoded: list[OverGeneralisation],
     told_apart: set[str],
+    whole_images: bool,
 ) -> dict[str, Any]:
     """One table.
 
@@ -232,6 +237,8 @@ def _summary(
     values, reasons = image_metrics(labels, scores)
     total = sum(pixels, PixelMetrics())
     pixel_values, pixel_reasons = total.compute()
+    if whole_images:
+        pixel_reasons = dict.fromkeys(pixel_values, "the model judges whole images and gives no map")
     normal = [row for row in read if row["label"] == "normal"]
     alarms = sum(row["pred_score"] > row["threshold"] for row in normal)
     strangers = sum(row["verdict"] == "unknown" for row in normal)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 
-from normweave.benchmark.protocols import Protocol
+from normweave.benchmark.protocols import Fold, Protocol, folds
 from normweave.errors import ConfigError, unknown
+from normweave.types import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,14 @@ class DataPlan(PartPlan):
     parts: tuple[PartPlan, ...] = ()
     """Several joined into one data set, with a category or more each, instead of `path` or `textures`."""
     protocols: tuple[Protocol, ...] = ("seen",)
+    unseen: tuple[str, ...] = ()
+    """Under unseen-subclass: the subclasses that only test, as SUBCLASS or CATEGORY/SUBCLASS."""
+    leave_out: int = 2
+    """Under leave-k-out: how many subclasses a fold leaves out."""
+
+    def folds(self, samples: Sequence[Sample], protocol: Protocol, *, seed: int) -> list[Fold]:
+        """What trains and what tests."""
+        return folds(samples, protocol, seed=seed, unseen=self.unseen, leave_out=self.leave_out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ import torch
 from normweave import __version__, settings
 from normweave.benchmark.evaluate import measure, write_whole
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
-from normweave.benchmark.protocols import Fold, Protocol, folds
+from normweave.benchmark.protocols import Fold, Protocol
 from normweave.config import Config
 from normweave.data import layouts
 from normweave.data.joined import join
@@ -186,7 +186,7 @@ def _runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run
         for protocol in item.protocols:
             for method in plan.methods:
                 for seed in method.seeds or plan.seeds:
-                    for fold in folds(data[item.name], protocol, seed=seed):
+                    for fold in item.folds(data[item.name], protocol, seed=seed):
                         yield Run(
                             method=method,
                             data=item,
@@ -199,7 +199,8 @@ def _runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run
 
 def _one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads: int) -> None:
     torch.set_num_threads(threads)
-    (fold,) = (fold for fold in folds(samples, item.protocol, seed=item.seed) if fold.name == item.fold)
+    made = item.data.folds(samples, item.protocol, seed=item.seed)
+    (fold,) = (fold for fold in made if fold.name == item.fold)
     row: dict[str, Any] = {
         "method": item.method.name,
         "data": item.data.name,

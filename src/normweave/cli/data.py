@@ -21,20 +21,28 @@ def add_to(app: typer.Typer) -> None:
 
 
 def check(terminal: Terminal, data: options.Data, layout: options.Layout = None) -> int:
-    """Look at every image and list all faults; exit code 2 if there is one."""
+    """Look at every image, count them and list all faults; exit code 2 if there is one.
+
+    With --layout mvtec_ad, visa, btad or mpdd, the images are counted against the published numbers.
+    """
     from normweave.config import DataConfig
     from normweave.data import layouts
     from normweave.data.manifest import check as find_faults
+    from normweave.data.manifest import counts
 
     samples = layouts.read(data, DataConfig(), layout=layout)
-    faults = find_faults(samples)
+    faults = find_faults(samples, layout=layout)
     if terminal.json:
         found = [
             {"kind": fault.kind, "path": None if fault.path is None else str(fault.path), "text": fault.text}
             for fault in faults
         ]
-        terminal.record({"images": len(samples), "faults": found})
+        terminal.record({"images": len(samples), "counts": counts(samples), "faults": found})
     else:
+        for row in counts(samples):
+            kind = "/".join(str(row[name]) for name in ("category", "subclass") if row[name])
+            split = row["split"] or "to be divided"
+            terminal.show(f"{kind}, {split}: {row['good']} good, {row['anomalous']} anomalous")
         for fault in faults:
             terminal.show(f"{fault.kind}: {fault.text}")
         terminal.show(f"{len(samples)} images, {len(faults)} faults")

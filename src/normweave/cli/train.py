@@ -31,7 +31,10 @@ def train(
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="adapted-moe, cnc, simplenet, patchcore or dfm.", show_default="adapted-moe"),
+        typer.Option(
+            help="adapted-moe, cnc, simplenet, patchcore, dfm, msflow, pyramidflow or mean-shift.",
+            show_default="adapted-moe",
+        ),
     ] = None,
     clip_weights: Annotated[
         str | None,

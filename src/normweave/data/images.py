@@ -26,6 +26,9 @@ MAX_PIXELS = 150_000_000
 SMALLEST_SIDE = 8
 """Pixels; nothing can be said of less."""
 
+MOST_KINDS = 15
+"""A mask whose values are no higher numbers the kinds of defect in it."""
+
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 READ = "PNG, JPEG, BMP, TIFF and WebP"
 
@@ -110,8 +113,9 @@ def content_hash(source: ImageInput) -> str:
 def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArray[np.bool_]:
     """Which pixels are defect (H, W), from an image or from a text file of boxes, which are filled.
 
-    Image: a pixel is defect where its brightest channel is above 127 (of 255). A mask with no value above 1 is read
-    as 0 = normal, 1 = defect. One that has values, but none above 127, is refused: it would silently be empty.
+    Image: a pixel is defect where its brightest channel is above 127 (of 255). A mask with no value above 15 numbers
+    the kinds of defect (VisA's does; or 1 = defect), 0 = normal. One that has higher values, but none above 127, is
+    refused: it would silently be empty.
     Text (`.txt`): a box a line, `x1 y1 x2 y2` and anything after, in pixels; rows y1..y2-1, columns x1..x2-1.
 
     Raises:
@@ -130,13 +134,13 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
         )
     values = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)
     highest = values.max()
-    if values.dtype.kind == "u" and highest <= 1:
-        return np.asarray(values == 1)
+    if values.dtype.kind == "u" and highest <= MOST_KINDS:
+        return np.asarray(values > 0)
     mask = _eight_bits(values, name) > 127
     if highest > 0 and not mask.any():
         raise DataError(
             f"{file}: the mask has values up to {highest}, none of them above half of the range. Defect pixels are "
-            "those above 127 of 255, or 1 where no value is above 1. Save the mask as black and white."
+            "those above 127 of 255, or above 0 where no value is above 15. Save the mask as black and white."
         )
     return mask
 

@@ -18,6 +18,8 @@ IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 GOOD = ("good", "ok", "normal")
 MASKS = "ground_truth"
 SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
+MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
+VISA_TABLE = Path("split_csv") / "1cls.csv"
 TILE_SPAN = 90
 """Magnetic tiles: shots of one tile have numbers at most this far from the next."""
 
@@ -142,14 +144,114 @@ def read_good_images(root: Path) -> list[Sample]:
     return samples
 
 
+def read_visa(root: Path) -> list[Sample]:
+    """Zou et al. 2022, "SPot-the-Difference self-supervised pre-training for anomaly detection", arXiv 2207.14315.
+
+    As downloaded: `split_csv/1cls.csv` (object,split,label,image,mask; paths relative to the root) says what each image
+    is. Or as the authors' `prepare_data.py` rewrites it: `[1cls/]OBJECT/{train,test}/{good,bad}/` and masks in
+    `OBJECT/ground_truth/bad/`. The two-class tables are refused: they train on anomalous images.
+    """
+    table = root / VISA_TABLE
+    if not table.is_file():
+        home = root / "1cls"
+        return list(
+            _read_folders(home if home.is_dir() else root, Folders(("{stem}.png",), "VisA, prepared"))
+        )
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read as CSV ({error}). Unpack the data set again.") from error
+    columns = ["object", "split", "label", "image", "mask"]
+    if reader.fieldnames != columns:
+        raise DataError(
+            f"{table}: columns are {', '.join(reader.fieldnames or ())}. VisA's are {', '.join(columns)}: unpack the "
+            "data set again."
+        )
+    samples = []
+    for number, row in enumerate(rows, start=2):
+        split = SPLITS.get(row["split"] or "")
+        if split is None or row["label"] not in ("normal", "anomaly") or not row["image"]:
+            raise DataError(
+                f"{table}, row {number}: split {row['split']!r}, label {row['label']!r}, image {row['image']!r}. "
+                "Allowed: train or test, normal or anomaly, and a path: unpack the data set again."
+            )
+        samples.append(
+            Sample(
+                image_path=root / row["image"],
+                category=row["object"],
+                split=split,
+                label="normal" if row["label"] == "normal" else "anomalous",
+                mask_path=root / row["mask"] if row["mask"] else None,
+            )
+        )
+    return samples
+
+
+def read_texture_ad(root: Path) -> list[Sample]:
+    """Lei et al. 2024, "Texture-AD: an anomaly detection dataset and benchmark", arXiv 2409.06367.
+
+    A category (cloth, wafer, metal) a folder, a subclass (one product) a folder in it. Neither the paper nor the data
+    card says how images lie below that, so it is read by the names of the folders above each image, in any order: train
+    or test says the split, a word of `MASK_FOLDERS` makes it a mask, the innermost of the others is good or the defect,
+    those before it are category and subclass. A mask has the stem of its image (or `STEM_mask`) and the same names
+    above it, the defect's or not. The root may itself be a category. `normweave data check` says what was found.
+    """
+    found: list[tuple[Path, list[str], Split | None]] = []
+    masks: dict[tuple[str, ...], Path] = {}
+    masked: set[tuple[str, ...]] = set()
+    for image in _below(root):
+        folders = list(image.relative_to(root).parts[:-1])
+        splits = {SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
+        mask = any(name.lower() in MASK_FOLDERS for name in folders)
+        names = [name for name in folders if name.lower() not in (*SPLITS, *MASK_FOLDERS)]
+        if mask:
+            masks[*names, image.stem.removesuffix("_mask")] = image
+            masked.add(tuple(names[:2]))
+            continue
+        if len(names) not in (2, 3) or len(splits) > 1:
+            raise DataError(
+                f"{image}: folders {'/'.join(folders) or '(none)'}. Texture-AD is read as "
+                "CATEGORY/SUBCLASS[/{train,test}]/{good,DEFECT}, train and test at any place and masks in a folder "
+                f"named {', '.join(MASK_FOLDERS)}. Move other images away, or write a manifest."
+            )
+        found.append((image, names, next(iter(splits), None)))
+    samples = []
+    for image, names, split in found:
+        category, subclass, kind = names if len(names) == 3 else (_name(root), *names)
+        good = kind.lower() in GOOD
+        place = tuple(names[:-1])
+        mask_path = None
+        if not good and any(home[: len(place)] == place for home in masked):
+            mask_path = masks.get((*names, image.stem)) or masks.get((*place, image.stem))
+            mask_path = mask_path or root.joinpath(*place, MASKS, kind, f"{image.stem}.png")
+        samples.append(
+            Sample(
+                image_path=image,
+                category=category,
+                subclass=subclass,
+                split=split,
+                label="normal" if good else "anomalous",
+                defect=None if good else kind,
+                mask_path=mask_path,
+            )
+        )
+    return samples
+
+
 Reader = Callable[[Path], list[Sample]]
 
 LAYOUTS: dict[str, Folders | Reader] = {
     "manifest": read_manifest_folder,
     "magnetic_tiles": read_magnetic_tiles,
     "deep_pcb": read_deep_pcb,
+    "visa": read_visa,
+    "texture_ad": read_texture_ad,
     "mvtec_ad": Folders(("{stem}_mask.png",), "Bergmann et al. 2019, MVTec AD, CVPR"),
-    "folders": Folders(("{stem}.png", "{stem}_mask.png"), "plain folders"),
+    "mpdd": Folders(("{stem}_mask.png",), "Jezek et al. 2021, Deep learning-based defect detection, ICUMT"),
+    "btad": Folders(("{stem}.png", "{stem}.bmp"), "Mishra et al. 2021, VT-ADL, arXiv 2104.10036"),
+    "folders": Folders(("{stem}.png", "{stem}_mask.png", "{stem}.bmp"), "plain folders"),
     "good_images": read_good_images,
 }
 
@@ -157,9 +259,10 @@ LAYOUTS: dict[str, Folders | Reader] = {
 def read(root: str | os.PathLike[str], config: DataConfig, *, layout: str | None = None) -> list[Sample]:
     """The samples that `config` chooses from a manifest file, or from a folder in one of `LAYOUTS`.
 
-    Without `layout` the folder is recognised (MVTec AD as `folders`, whose rules contain its own). Subclasses are as
-    the layout has them (`folder`), the manifest's (`column`), cut from the file's stem (`filename-regex`), or None
-    (`auto`, `none`: the detector tells these apart); they are chosen by name before `auto` and `none` forget them.
+    Without `layout` the folder is recognised (MVTec AD, MPDD and BTAD as `folders`, whose rules contain theirs).
+    Subclasses are as the layout has them (`folder`), the manifest's (`column`), cut from the file's stem
+    (`filename-regex`), or None (`auto`, `none`: the detector tells these apart); they are chosen by name before `auto`
+    and `none` forget them.
 
     Raises:
         DataError: nothing there, nothing recognised, nothing good in it, or files that do not fit the layout.
@@ -191,6 +294,8 @@ def recognise(root: Path) -> str:
         return "manifest"
     if (root / "MT_Free").is_dir():
         return "magnetic_tiles"
+    if (root / VISA_TABLE).is_file():
+        return "visa"
     folders = _folders(root)
     if any(image.stem.endswith("_temp") for folder in folders for image in _images(folder)):
         return "deep_pcb"
@@ -339,3 +444,10 @@ def _folders(folder: Path) -> list[Path]:
 
 def _images(folder: Path) -> list[Path]:
     return [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGES and entry.is_file()]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Every image at any depth, in a stable order."""
+    yield from _images(folder)
+    for inner in _folders(folder):
+        yield from _below(inner)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 from normweave.data.images import decode, read_mask
+from normweave.data.published import differences
 from normweave.data.splits import shared
 from normweave.errors import DataError, ImageError, MissingError, unknown
 from normweave.types import Label, Sample, Split
@@ -33,6 +35,7 @@ FaultKind = Literal[
     "shared group",
     "anomalous in train",
     "no good training image",
+    "wrong count",
 ]
 
 
@@ -104,8 +107,12 @@ def write_manifest(samples: Iterable[Sample], path: str | os.PathLike[str]) -> N
         unfinished.unlink(missing_ok=True)
 
 
-def check(samples: Sequence[Sample]) -> list[Fault]:
-    """Everything that is wrong with the images, masks and splits; decodes all of them, one at a time."""
+def check(samples: Sequence[Sample], *, layout: str | None = None) -> list[Fault]:
+    """Everything that is wrong with the images, masks and splits; decodes all of them, one at a time.
+
+    Args:
+        layout: the data set that it is said to be: its categories are counted against the published numbers.
+    """
     faults = []
     seen: set[Path] = set()
     for sample in samples:
@@ -128,7 +135,24 @@ def check(samples: Sequence[Sample]) -> list[Fault]:
     if not any(sample.label == "normal" and sample.split in ("train", None) for sample in samples):
         text = "No row is normal and in train (or without split): there is nothing to learn from. Add good images."
         faults.append(Fault("no good training image", None, text))
+    faults += [Fault("wrong count", None, text) for text in differences(samples, layout)]
     return faults
+
+
+def counts(samples: Sequence[Sample]) -> list[dict[str, str | int | None]]:
+    """How many good and anomalous images each category and subclass has in each split, in the order of their names."""
+    found = Counter((sample.category, sample.subclass, sample.split, sample.label) for sample in samples)
+    places = sorted({key[:3] for key in found}, key=lambda place: tuple(name or "" for name in place))
+    return [
+        {
+            "category": category,
+            "subclass": subclass,
+            "split": split,
+            "good": found[category, subclass, split, "normal"],
+            "anomalous": found[category, subclass, split, "anomalous"],
+        }
+        for category, subclass, split in places
+    ]
 
 
 def _image_faults(sample: Sample) -> Iterator[Fault]:

@@ -10,7 +10,10 @@ from normweave.config import (
     CNCConfig,
     DFMConfig,
     HeadConfig,
+    MeanShiftConfig,
     MemoryBankConfig,
+    MSFlowConfig,
+    PyramidFlowConfig,
     SimpleNetConfig,
 )
 
@@ -63,6 +66,55 @@ def build(config: HeadConfig, *, shape: tuple[int, int, int], dims: Sequence[int
 
             return DFM(
                 shape=shape, cells=config.cells, variance=config.variance, max_images=config.max_images
+            )
+        case MSFlowConfig():
+            from normweave.heads.msflow import MSFlow
+
+            return MSFlow(
+                shape=shape,
+                dims=dims or shape[:1],
+                blocks=config.blocks,
+                further_blocks=config.further_blocks,
+                position=config.position,
+                clamp=config.clamp,
+                top=config.top,
+                epochs=config.epochs,
+                batch_images=config.batch_images,
+                learning_rate=config.learning_rate,
+                patience=config.patience,
+                border=config.border,
+            )
+        case PyramidFlowConfig():
+            from normweave.heads.pyramidflow import PyramidFlow
+
+            return PyramidFlow(
+                shape=shape,
+                dims=dims or shape[:1],
+                levels=config.levels,
+                blocks=config.blocks,
+                kernel=config.kernel,
+                volume=config.volume,
+                epochs=config.epochs,
+                batch_images=config.batch_images,
+                learning_rate=config.learning_rate,
+                patience=config.patience,
+                border=config.border,
+            )
+        case MeanShiftConfig():
+            from normweave.heads.mean_shift import MeanShift
+
+            return MeanShift(
+                shape=shape,
+                hidden=config.hidden,
+                temperature=config.temperature,
+                angular=config.angular,
+                smallest_view=config.smallest_view,
+                neighbours=config.neighbours,
+                max_images=config.max_images,
+                epochs=config.epochs,
+                batch_images=config.batch_images,
+                learning_rate=config.learning_rate,
+                patience=config.patience,
             )
         case _:
             assert_never(config)

@@ -103,11 +103,6 @@ def test_the_health_check_knows_good_from_bad(served):
         assert subprocess.run(call, capture_output=True, check=False).returncode == code_of
 
 
-def test_nothing_that_the_line_runs_sends_usage_data():
-    assert service()["Environment"] == "ORT_DISABLE_TELEMETRY=1"
-    assert "\nENV ORT_DISABLE_TELEMETRY=1\n" in DOCKERFILE
-
-
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

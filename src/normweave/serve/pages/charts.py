@@ -49,7 +49,7 @@ def histogram(
         max(float(everything.max()), low + 1.2 * span), low + REACH * span
     )  # the last bar holds what is beyond
     step = (high - low) / (BINS - 2)
-    low = line - step * ((line - low) / step + 0.7)  # the line lies between two bars
+    low = line - step * math.ceil((line - low) / step + 0.5)  # the line lies between two bars
     high = low + BINS * step
     edges = low + step * np.arange(BINS + 1)
 

@@ -1,4 +1,4 @@
-"""A hundred clients at once: the bench checks every answer against what was sent, and the store against every answer."""
+"""A hundred clients at once: the bench checks each answer against what was sent, and the store against each answer."""
 
 import json
 import subprocess

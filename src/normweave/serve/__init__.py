@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from normweave import __version__
 from normweave.serve.access import Access, Gate
 from normweave.serve.api import add_api
 from normweave.serve.limits import Limits
@@ -46,7 +46,7 @@ def create_app(
 
     app = FastAPI(
         title="normweave",
-        version=__version__,
+        version=version("normweave"),
         summary="Visual inspection that learns from good parts only",
         lifespan=lifespan,
         docs_url=None,  # its page would ask another host for its scripts

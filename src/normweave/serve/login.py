@@ -25,6 +25,7 @@ WRONG_SECONDS = 0.5
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>normweave: log in</title>
+<link rel="icon" href="data:,">
 <style>
 :root {{ color-scheme: light dark; --ground: #f4f6f8; --sheet: #fff; --ink: #16202c; --soft: #566273; --line: #b8c2cf;
   --main: #1f6fd6; --on: #fff; --wrong: #a34700; }}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 OPSET = 20
 """Of ONNX 1.15 (2023); ONNX Runtime 1.17 and later know it."""
 TOLERANCE = 1e-3
-"""Relative difference that scores may show between torch and ONNX Runtime."""
+"""Relative difference that scores may show between torch and the library that runs the graph."""
 CELLS = 0.99
 """Share of a map's cells that must agree: two stored patches may be equally near but for rounding."""
 
@@ -102,7 +102,7 @@ def to_onnx(whole: Whole, *, height: int, width: int) -> bytes:
                 verbose=False,
             )
             assert program is not None  # without a file to write to, it comes back
-            content: bytes = _bare(program.model_proto).SerializeToString(deterministic=True)
+            content: bytes = bare(program.model_proto).SerializeToString(deterministic=True)
         except Exception as error:  # torch and protobuf have many kinds, and all mean the same here
             raise GateError(
                 f"This network cannot be written as an ONNX graph, so no bundle is written: {type(error).__name__}: "
@@ -127,7 +127,7 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _bare(model: ModelProto) -> ModelProto:
+def bare(model: ModelProto) -> ModelProto:
     """Without remarks: they hold lines of source and paths of the machine."""
     for message in (model, model.graph, *model.graph.node, *model.graph.initializer):
         del message.metadata_props[:]
@@ -139,7 +139,7 @@ def _bare(model: ModelProto) -> ModelProto:
 
 
 def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], judge: Judge) -> None:
-    """Compare torch with ONNX Runtime on real images.
+    """Compare torch with the library that runs the network on real images.
 
     Scores may differ by `TOLERANCE` of the score, or of the usual size of a score where that is more: scores of normal
     images lie around 0. Verdicts must be equal, but where a score lies so near its threshold that this much decides.
@@ -165,9 +165,10 @@ def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], ju
             return {name: said.numpy() for name, said in whole.says(torch.from_numpy(pixels), kinds).items()}
 
     ours, theirs = scored(by_torch, None), scored(network, None)
-    _agree(ours, theirs, "")
+    _agree(ours, theirs, "", network.library)
     if whole.knows_strangers:
-        _agree(scored(by_torch, ours.subclass), scored(network, ours.subclass), " as strangers")
+        strangers = scored(by_torch, ours.subclass)
+        _agree(strangers, scored(network, ours.subclass), " as strangers", network.library)
     if judge.line is None:
         return
     done = 0
@@ -181,19 +182,19 @@ def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], ju
         allowed = TOLERANCE * max(abs(mine.threshold), float(np.abs(ours.scores).mean()))
         if mine.verdict != other.verdict and abs(both[0].score - mine.threshold) > allowed:
             raise GateError(
-                f"ONNX Runtime calls calibration image {number + 1} {other.verdict} where torch calls it "
+                f"{network.library} calls calibration image {number + 1} {other.verdict} where torch calls it "
                 f"{mine.verdict}, so no bundle is written. {_CURE}"
             )
 
 
-_CURE = "Update torch, onnxscript and onnxruntime, or choose another backbone or head."
+_CURE = "Update torch, onnxscript and what runs the graph (onnxruntime, openvino), or choose another backbone or head."
 
 
-def _agree(ours: Scored, theirs: Scored, how: str) -> None:
+def _agree(ours: Scored, theirs: Scored, how: str, library: str) -> None:
     for name, mine, other in zip(Scored._fields, ours, theirs, strict=True):
         neither = mine is None and other is None
         if not neither and (mine is None or other is None or mine.shape != other.shape):
-            raise GateError(f"torch and ONNX Runtime do not both give {name}{how}, or not alike. {_CURE}")
+            raise GateError(f"torch and {library} do not both give {name}{how}, or not alike. {_CURE}")
     for name in ("scores", "peaks", "distance", "weights"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine is None:
@@ -202,14 +203,14 @@ def _agree(ours: Scored, theirs: Scored, how: str) -> None:
         if wrong.any():
             first = int(wrong.argmax())
             raise GateError(
-                f"ONNX Runtime gives other {name}{how} than torch for {wrong.sum()} of {len(mine)} calibration images, "
+                f"{library} gives other {name}{how} than torch for {wrong.sum()} of {len(mine)} calibration images, "
                 f"first {other[first]} for {mine[first]}; {TOLERANCE:g} of it is allowed. So no bundle is written. "
                 f"{_CURE}"
             )
     share = float(_close(ours.grids, theirs.grids).mean())
     if share < CELLS:
         raise GateError(
-            f"ONNX Runtime gives other maps{how} than torch: {share:.1%} of their cells agree to {TOLERANCE:g}, and "
+            f"{library} gives other maps{how} than torch: {share:.1%} of their cells agree to {TOLERANCE:g}, and "
             f"{CELLS:.0%} must. So no bundle is written. {_CURE}"
         )
 

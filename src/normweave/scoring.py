@@ -246,7 +246,9 @@ class Judge:
         """
         size = batch_images or self.config.features.batch_images
         with ThreadPoolExecutor(max_workers=WORKERS) as pool:
-            opened = _ahead(pool, self.open, items, AHEAD * size if size > 1 else 0)
+            # Of a list every image is there: to open one before its turn makes none wait.
+            count = AHEAD * size if size > 1 or isinstance(items, Sequence) else 0
+            opened = _ahead(pool, self.open, items, count)
             while batch := list(islice(opened, size)):
                 start = time.perf_counter()
                 outcomes = [

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from normweave.cli import doctor
 
@@ -31,6 +32,7 @@ def test_finds_what_is_installed():
     assert found["packages"]["train"]["torch"] == version("torch")
     assert found["devices"][0] == "cpu"
     assert "CPU" in found["onnxruntime"]
+    assert ("CPU" in found["openvino"]) == (find_spec("openvino") is not None)
     assert "tf_efficientnet_lite0" in found["backbones"]["carried by pip"]
 
 

@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from normweave import bundle
-from normweave.cli.train import compose, line
+from normweave.cli.train import checked, compose, line
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
+from normweave.data.textures import Textile, render
 from normweave.errors import ConfigError
 
 from .conftest import SMALL, run
@@ -132,6 +134,38 @@ def test_a_rate_that_cannot_be_promised_answers_with_3(cloth, tmp_path):
     )
     assert result.exit_code == 3, result.output
     assert not (tmp_path / "b").exists()
+
+
+def test_int8_is_checked_on_labelled_images_and_said(cloth, tmp_path):
+    labelled = tmp_path / "labelled" / "cloth" / "test"
+    for name in ("good", "green"):
+        (labelled / name).mkdir(parents=True)
+        for number in range(5):
+            image = render(Textile("plain", "ecru", "diffuse"), seed=900 + number, size=(64, 64)).image.copy()
+            if name == "green":
+                image[:, :32] = (40, 250, 40)
+            Image.fromarray(image).save(labelled / name / f"{number}.png")
+    call = ["train", cloth, "--model=dfm", "--no-cache", *SMALL, "--int8", "--json"]
+    result = run(*call, "-o", tmp_path / "b", "--int8-check", tmp_path / "labelled")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["precision"] == bundle.read(tmp_path / "b")["precision"] == "int8"
+    assert said["int8_check"]["images"] == 10
+    assert said["int8_check"]["image_auroc"] == [1, 1]
+    assert run("predict", tmp_path / "b", cloth / "cloth").exit_code in (0, 1)
+
+
+def test_the_price_of_int8():
+    assert "not checked" in checked(None)
+    assert checked({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (
+        "int8: on 9 labelled images image AUROC 0.9000 (float) 0.8999 (int8)."
+    )
+
+
+def test_a_check_of_int8_without_int8_is_a_mistake(cloth, tmp_path):
+    result = run("train", cloth, "-o", tmp_path / "b", "--int8-check", cloth)
+    assert result.exit_code == 2
+    assert "Ask for --int8 too, or leave it out." in result.stderr
 
 
 def test_the_default_model_is_adapted_moe():

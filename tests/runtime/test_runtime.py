@@ -107,6 +107,21 @@ def test_with_batches_of_one_each_image_is_answered_before_the_next_is_read(runt
         assert len(taken) == number
 
 
+def test_of_a_list_images_are_opened_while_the_network_works_on_another(runtime, photos):
+    taken = []
+
+    class Listed(list):
+        def __iter__(self):
+            for path in super().__iter__():
+                taken.append(path)
+                yield path
+
+    stream = runtime.stream(Listed(photos), maps=False, batch_images=1)
+    assert next(stream).image_path == photos[0]
+    assert len(taken) == 3
+    assert [outcome.image_path for outcome in stream] == photos[1:]
+
+
 # ── another line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

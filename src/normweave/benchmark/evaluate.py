@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave import __version__
+from normweave.config import Config
 from normweave.data import images, layouts, splits
 from normweave.data.pseudo import coverage
 from normweave.detector import CACHE_GIB, Detector
@@ -73,7 +74,7 @@ def evaluate(
     Raises:
         DataError: there is no test image, or a test image was used in training; `against` has nothing to compare.
     """
-    samples = test_samples(detector, data, layout)
+    samples = test_samples(detector.config, data, layout)
     other = (
         None if against is None else read_metrics(against, samples)
     )  # before minutes are spent on measuring
@@ -101,17 +102,17 @@ def evaluate(
 
 
 def test_samples(
-    detector: Detector, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None
+    config: Config, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None
 ) -> list[Sample]:
     """The test rows of a data set, of all its kinds; missing splits are drawn with the seed of the training."""
     if isinstance(data, str | os.PathLike):
-        chosen = detector.config.data
+        chosen = config.data
         labels = "folder" if chosen.subclass_from == "auto" else chosen.subclass_from
         everything = replace(chosen, category=(), subclass=(), subclass_from=labels)
         samples = layouts.read(Path(data), everything, layout=layout)
     else:
         samples = list(data)
-    tests = [s for s in splits.complete(samples, seed=detector.config.seed) if s.split == "test"]
+    tests = [s for s in splits.complete(samples, seed=config.seed) if s.split == "test"]
     if not tests:
         raise DataError(
             f"No test images among {len(samples)}. Mark rows with split=test in a manifest, or lay them out as "
@@ -392,6 +393,7 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
     return {
         "normweave": __version__,
         "model": record["model"],
+        "precision": record.get("precision", "float32"),
         "data": str(data) if isinstance(data, str | os.PathLike) else "given as samples",
         "bundle_hash": detector.bundle_hash,
         "data_fingerprint": record["data_fingerprint"],

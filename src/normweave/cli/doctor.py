@@ -29,6 +29,7 @@ def doctor(terminal: Terminal) -> int:
         "missing": {extra: missing for extra in packages if (missing := lacking(packages[extra]))},
         "devices": devices(),
         "onnxruntime": providers(),
+        "openvino": plugins(),
         "backbones": {"carried by pip": carried(), "in the hub's cache": cached()},
     }
     if terminal.json:
@@ -43,6 +44,7 @@ def doctor(terminal: Terminal) -> int:
             terminal.show(f"    missing: {', '.join(missing)}; to install them: pip install {target}")
     terminal.show(f"devices: {', '.join(devices())}")
     terminal.show(f"onnxruntime on: {', '.join(providers()) or 'nothing'}")
+    terminal.show(f"openvino on: {', '.join(plugins()) or 'nothing'}")
     terminal.show(f"backbones without a network: {', '.join([*carried(), *cached()]) or 'none'}")
     return ALL_NORMAL
 
@@ -89,6 +91,15 @@ def providers() -> list[str]:
     onnxruntime = library()
 
     return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
+
+
+def plugins() -> list[str]:
+    """Where OpenVINO can compute."""
+    if find_spec("openvino") is None:
+        return []
+    import openvino
+
+    return list(openvino.Core().available_devices)
 
 
 def carried() -> list[str]:

@@ -42,7 +42,13 @@ _Verbose = Annotated[
 _Seed = Annotated[
     int | None, typer.Option(min=0, help="Seed of everything drawn at random.", rich_help_panel=_PANEL)
 ]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_PANEL)]
+_Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N; to run a bundle also openvino or openvino:GPU.",
+        rich_help_panel=_PANEL,
+    ),
+]
 _Threads = Annotated[
     int | None, typer.Option(min=1, help="Processor threads to use.", rich_help_panel=_PANEL)
 ]

@@ -28,7 +28,7 @@ class Runtime:
     Args:
         folder: written by `normweave train`; every hash is checked, and that its graph is self-contained.
         threads: of the network; None: as many as there are processors.
-        device: auto, cpu, cuda or cuda:N.
+        device: auto, cpu, cuda or cuda:N; openvino or openvino:GPU.
 
     Attributes:
         record: what it was trained on, as JSON holds it.

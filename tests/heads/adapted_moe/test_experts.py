@@ -387,10 +387,40 @@ def test_layouts_standardise_on_images_left_out():
     fresh = place + 0.3 * random(200, D, H, W, seed=3)
 
     residuals = [view.residual(fresh) for view in experts.views]
-    measured = [view(residual) for view, residual in zip(experts.views, residuals, strict=True)]
-    for scores in [*measured, experts.detail(fresh, residuals[0])]:
+    only = torch.zeros(200, 1, dtype=torch.int64)
+    measured = [view(residual, only) for view, residual in zip(experts.views, residuals, strict=True)]
+    for scores in [*measured, experts.detail(fresh, residuals[0], only)]:
         assert abs(scores.mean()) < 0.5
         assert 0.6 < scores.std() < 1.6
+
+
+def test_layouts_measure_the_detail_around_the_rebuilt_layout():
+    """g = x - up(pool(x) - r), and sqrt(sum over channels of w (g - m)^2), channel by channel and cell by cell."""
+    data, place = layout_data()
+    detail = fitted(
+        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=100), data
+    ).detail
+    features, left = place + random(2, D, H, W, seed=5), random(2, D, 3, 3, seed=6)
+    asked = torch.tensor([[2, 0], [1, 2]])
+
+    got = detail(features, left, asked)  # (2, 2, H, W)
+
+    pooled = torch.nn.functional.adaptive_avg_pool2d(features, 3) - left
+    up = torch.nn.functional.interpolate(pooled, size=(H, W), mode="bilinear", align_corners=False)
+    rest = features - up
+    for image in range(2):
+        for place_asked, expert in enumerate(asked[image]):
+            for row in range(H):
+                for column in range(W):
+                    total = sum(
+                        detail.weights[expert, d, row, column]
+                        * (rest[image, d, row, column] - detail.mean[d, row, column]) ** 2
+                        for d in range(D)
+                    )
+                    wanted = (total.sqrt() - detail.centre[expert]) / detail.deviation[expert]
+                    assert got[image, place_asked, row, column].item() == pytest.approx(
+                        wanted.item(), abs=1e-3
+                    )
 
 
 def test_layouts_see_what_is_smaller_than_their_cells():

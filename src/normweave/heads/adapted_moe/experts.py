@@ -407,7 +407,7 @@ class Gaussians(nn.Module):
         """Distance of every patch, (B, T, 1, h, w)."""
         seen = features[:, :, : self.offset.shape[1]]  # (B, S, D', h, w)
         whitened = products(seen, self.whitener[experts], self.offset[experts])  # (B, T, D', P)
-        return whitened.square().sum(dim=2).sqrt().view(*experts.shape, 1, *features.shape[3:])
+        return (whitened * whitened).sum(dim=2).sqrt().view(*experts.shape, 1, *features.shape[3:])
 
 
 def _covariance(square: Tensor, total: Tensor, count: Tensor) -> Tensor:
@@ -563,19 +563,15 @@ class Layouts(nn.Module):
         """Where, and whether: (B, T, 2, h, w)."""
         B, S, _, h, w = features.shape
         images = features.flatten(0, 1)  # (B*S, D, h, w)
-
-        def of_asked(scores: Tensor) -> Tensor:
-            """(B*S, K, y, x) to (B, T, h, w)."""
-            each = scores.view(B, S, *scores.shape[1:]).expand(-1, experts.shape[1], -1, -1, -1)
-            asked = experts[..., None, None, None].expand(-1, -1, 1, *scores.shape[2:])
-            return to_grid(each.gather(2, asked).squeeze(2), (h, w))
-
+        asked = experts.reshape(B * S, experts.shape[1] // S)  # of each of these; S = 1 or T
         residuals = [view.residual(images) for view in self._views]
         fine, coarse, fine_last, coarse_last = (
-            of_asked(view(residual)) for view, residual in zip(self._views, residuals, strict=True)
+            to_grid(view(residual, asked), (h, w))
+            for view, residual in zip(self._views, residuals, strict=True)
         )
-        where = torch.maximum(torch.maximum(fine, coarse), of_asked(self.detail(images, residuals[0])))
-        return torch.stack([where, 0.5 * (fine_last + coarse_last)], dim=2)
+        where = torch.maximum(torch.maximum(fine, coarse), self.detail(images, residuals[0], asked))
+        both = torch.stack([where, 0.5 * (fine_last + coarse_last)], dim=2)  # (B*S, T/S, 2, h, w)
+        return both.view(*experts.shape, 2, h, w)
 
 
 class View(nn.Module):
@@ -697,18 +693,24 @@ class View(nn.Module):
             self.whitener = torch.linalg.solve_triangular(factor, identity, upper=False).float()
             self.usual = torch.ones(len(owned), *self.cells)
             self.usual = (
-                mixed(lambda few, expert: self._distance(few)[:, expert].square().mean(dim=0)).sqrt() + tiny
+                mixed(lambda few, expert: self._by(few, expert).square().mean(dim=0)).sqrt() + tiny
             )  # (K, cells, cells)
-        scores = [self._distance(few)[:, expert] for expert, few in enumerate(owned)]
+        scores = [self._by(few, expert) for expert, few in enumerate(owned)]
         self.centre = torch.stack([each.mean() for each in scores])
         self.deviation = torch.stack([each.std(correction=0) for each in scores]) + tiny
 
-    def _distance(self, residual: Tensor) -> Tensor:
-        """(N, D', cells, cells) to (N, K, cells, cells)."""
+    def _by(self, residual: Tensor, expert: int) -> Tensor:
+        """Distances (N, cells, cells) by one expert."""
+        return self._distance(residual, torch.full((len(residual), 1), expert))[:, 0]
+
+    def _distance(self, residual: Tensor, experts: Tensor) -> Tensor:
+        """(N, D', cells, cells) by the experts (N, T) asked to (N, T, cells, cells)."""
         if self.by_cells:
-            return torch.einsum("ndyx,kdyx->nkyx", residual.square(), self.weights).sqrt()
-        whitened = torch.einsum("ked,ndyx->nkeyx", self.whitener, residual)
-        return whitened.square().sum(dim=2).sqrt() / self.usual
+            return _weighed(residual.square(), self.weights, experts).sqrt()
+        N, T = experts.shape
+        whitened = torch.bmm(self.whitener[experts].flatten(1, 2), residual.flatten(2))  # (N, T*D', P)
+        square = whitened.view(N, T, *residual.shape[1:]).square().sum(dim=2)
+        return square.sqrt() / self.usual[experts]
 
     def residual(self, features: Tensor) -> Tensor:
         """What the subspace cannot rebuild of (N, D, h, w): (N, D', cells, cells)."""
@@ -716,9 +718,10 @@ class View(nn.Module):
         width = self.channels[1] - self.channels[0]
         return _residual(pooled, self.mean, self.components).view(pooled.shape[0], width, *self.cells)
 
-    def forward(self, residual: Tensor) -> Tensor:
-        """Standardised scores by every expert, (N, K, cells, cells)."""
-        return (self._distance(residual) - self.centre[:, None, None]) / self.deviation[:, None, None]
+    def forward(self, residual: Tensor, experts: Tensor) -> Tensor:
+        """Standardised scores by the experts (N, T) asked, (N, T, cells, cells)."""
+        distance = self._distance(residual, experts)
+        return (distance - self.centre[experts][..., None, None]) / self.deviation[experts][..., None, None]
 
 
 class Detail(nn.Module):
@@ -738,6 +741,7 @@ class Detail(nn.Module):
     weights: Tensor  # (K, D, h, w)
     centre: Tensor  # (K,)
     deviation: Tensor  # (K,)
+    up: Tensor  # (cells^2, h*w) `to_grid` as a product, which is faster; not saved, since it follows from the sizes
 
     def __init__(self, *, shape: tuple[int, int, int], cells: tuple[int, int], own: float) -> None:
         super().__init__()
@@ -748,6 +752,8 @@ class Detail(nn.Module):
         self.register_buffer("weights", torch.ones(1, *shape))
         self.register_buffer("centre", torch.zeros(1))
         self.register_buffer("deviation", torch.ones(1))
+        each = torch.eye(cells[0] * cells[1]).view(-1, 1, *cells)
+        self.register_buffer("up", to_grid(each, self.grid).flatten(1), persistent=False)
 
     def fit(self, normals: Normals, places: NDArray[np.int64], left_out: Tensor) -> None:
         """Learn from (n,) places in the normals and what the view left of them (n, D, cells, cells), in two passes."""
@@ -769,8 +775,7 @@ class Detail(nn.Module):
         self.weights = (1 / (0.5 * square + 0.5 * square.mean(dim=(2, 3), keepdim=True) + tiny)).float()
         moments = torch.zeros(K, 2, dtype=torch.float64)  # of each expert's scores and their squares
         for few, rest in self._rests(normals, places, left_out):
-            scores = self._distance(rest).double()  # (B, K, h, w)
-            own = scores[torch.arange(len(few)), experts[few]].flatten(1)  # (B, P)
+            own = self._distance(rest, experts[few][:, None]).double().flatten(1)  # (B, P)
             moments.index_add_(
                 0, experts[few], torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1)
             )
@@ -788,16 +793,33 @@ class Detail(nn.Module):
 
     def _rest(self, features: Tensor, residual: Tensor) -> Tensor:
         explained = to_cells(features, self.cells, grid=self.grid) - residual
-        return features - to_grid(explained, self.grid)
+        rows = features.flatten(0, 1).flatten(1)  # (N*D, h*w)
+        return torch.addmm(rows, explained.flatten(0, 1).flatten(1), self.up, alpha=-1).view(features.shape)
 
-    def _distance(self, rest: Tensor) -> Tensor:
-        """(N, D, h, w) to (N, K, h, w)."""
-        return torch.einsum("ndyx,kdyx->nkyx", (rest - self.mean).square(), self.weights).sqrt()
+    def _distance(self, rest: Tensor, experts: Tensor) -> Tensor:
+        """(N, D, h, w) by the experts (N, T) asked to (N, T, h, w)."""
+        centred = rest - self.mean
+        return _weighed(centred * centred, self.weights, experts).sqrt()
 
-    def forward(self, features: Tensor, residual: Tensor) -> Tensor:
-        """Standardised scores of (N, D, h, w), of which the view left `residual`, by every expert: (N, K, h, w)."""
-        distance = self._distance(self._rest(features, residual))
-        return (distance - self.centre[:, None, None]) / self.deviation[:, None, None]
+    def forward(self, features: Tensor, residual: Tensor, experts: Tensor) -> Tensor:
+        """Standardised scores of (N, D, h, w), of which the view left `residual`, by the experts (N, T) asked.
+
+        Returns:
+            (N, T, h, w).
+        """
+        distance = self._distance(self._rest(features, residual), experts)
+        return (distance - self.centre[experts][..., None, None]) / self.deviation[experts][..., None, None]
+
+
+def _weighed(squares: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Squares (N, D, y, x) summed over D with the weights (K, D, y, x) of the experts (N, T) asked: (N, T, y, x).
+
+    One expert at a time: the weights of all, gathered for each image, would be larger than the features by T.
+    """
+    N, D, y, x = squares.shape
+    ones = squares.new_ones(N, 1, D)  # ONNX Runtime sums one image's rows five times as fast by a product
+    sums = [ones @ (squares * weights[each]).flatten(2) for each in experts.unbind(dim=1)]  # (N, 1, P) each
+    return torch.cat(sums, dim=1).view(*experts.shape, y, x)
 
 
 def _residual(rows: Tensor, mean: Tensor, components: Tensor) -> Tensor:

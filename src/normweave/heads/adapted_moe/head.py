@@ -72,7 +72,7 @@ class Way(nn.Module):
         """Open this way, or forget its experts. The sizes say which, so that it survives saving."""
         self.scale_mean, self.scale_deviation = torch.zeros(int(taken)), torch.ones(int(taken))
         if not taken:
-            for name, tensor in list(self.experts.named_buffers()):
+            for name, tensor in list(self.experts.state_dict().items()):
                 place, _, leaf = name.rpartition(".")
                 setattr(self.experts.get_submodule(place), leaf, tensor[:0].clone())
 

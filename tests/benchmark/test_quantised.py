@@ -1,0 +1,156 @@
+"""A detector in int8 draws its own line, and is refused where it detects less."""
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from normweave import quantise as quantisation
+from normweave.benchmark.quantised import quantise
+from normweave.bundle import read
+from normweave.config import AdaptedMoEConfig, Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
+from normweave.data.textures import SEEN, make_textures, render
+from normweave.detector import Detector
+from normweave.errors import ConfigError, DataError, GateError
+from normweave.runtime import Runtime
+from normweave.types import Sample
+
+CONFIG = Config(
+    data=DataConfig(subclass_from="column"),
+    prepare=PrepareConfig(height=64, width=64),
+    features=TimmConfig(strides=(8,), batch_images=4),
+    head=AdaptedMoEConfig(expert="gaussian", adaption="off"),
+    outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
+)
+
+
+@pytest.fixture(scope="module")
+def cloth(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("int8") / "cloth"
+    return make_textures(
+        folder,
+        size=(64, 64),
+        seed=3,
+        train_images=18,
+        test_images=4,
+        defect_images=2,
+        seen=SEEN[:2],
+        unseen=(),
+    )
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory):
+    """Good cloth, and cloth of which half is bright green: nothing that rounding could hide."""
+    folder = tmp_path_factory.mktemp("labelled")
+    samples = []
+    for number in range(10):
+        image = render(SEEN[number % 2], seed=900 + number, size=(64, 64)).image.copy()
+        if number >= 5:
+            image[:, :32] = (40, 250, 40)
+        Image.fromarray(image).save(folder / f"{number}.png")
+        label = "normal" if number < 5 else "anomalous"
+        samples.append(
+            Sample(image_path=folder / f"{number}.png", category="cloth", split="test", label=label)
+        )
+    return samples
+
+
+@pytest.fixture
+def detector(cloth):
+    return Detector.fit(cloth, config=CONFIG, use_cache=False, device="cpu")
+
+
+def test_the_line_is_drawn_by_the_scores_of_int8(detector, tests, tmp_path):
+    paths = [str(sample.image_path) for sample in tests]
+    before, line = detector.score(paths), detector.calibration
+    detector.save(tmp_path / "float")
+
+    quantise(detector, tests)
+
+    after = detector.score(paths)
+    assert not np.array_equal(line.scores, detector.calibration.scores)
+    np.testing.assert_allclose(detector.calibration.scores, line.scores, atol=0.5)
+    assert not np.array_equal(line.strangers.scores, detector.calibration.strangers.scores)
+    np.testing.assert_allclose(
+        [one.pred_score for one in after], [one.pred_score for one in before], atol=0.5
+    )
+    # What the bundle says, by the runtime and by a detector read back, is what the line was drawn by.
+    bundle = detector.save(tmp_path / "int8")
+    assert read(bundle)["precision"] == "int8"
+    assert read(tmp_path / "float")["precision"] == "float32"
+    assert (bundle / "model.onnx").stat().st_size < (tmp_path / "float" / "model.onnx").stat().st_size
+    for judge in (Runtime(bundle, threads=1), Detector.load(bundle, device="cpu")):
+        for mine, other in zip(after, judge.score(paths), strict=True):
+            assert (other.verdict, other.threshold) == (mine.verdict, mine.threshold)
+            assert other.pred_score == pytest.approx(mine.pred_score, rel=1e-3)
+
+
+def test_what_was_looked_at_is_in_the_record(detector, tests):
+    quantise(detector, tests)
+    check = detector.record["int8_check"]
+    assert check["images"] == len(tests)
+    assert check["image_auroc"] == [1, 1]
+    assert check["pixel_auroc"] == [None, None]  # there are no masks
+
+
+def test_pixels_count_where_there_are_masks(detector, tests, tmp_path):
+    mask = tmp_path / "mask.png"
+    Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, axis=0).astype(np.uint8)).save(mask)
+    masked = [replace(s, mask_path=mask if s.label == "anomalous" else None) for s in tests]
+    quantise(detector, masked)
+    before, after = detector.record["int8_check"]["pixel_auroc"]
+    assert 0.8 < before < 1
+    assert after >= before - 0.005
+
+
+def test_without_labelled_images_nobody_looked(detector):
+    quantise(detector, None)
+    assert detector.record["int8_check"] is None
+
+
+def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
+    def spoiled(graph, images):
+        """Its convolutions are silenced."""
+        model = onnx.load_from_string(quantisation_as_it_is(graph, images))
+        weights = [
+            tensor
+            for tensor in model.graph.initializer
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+        ]
+        for tensor in weights:
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name)
+            )
+        return model.SerializeToString()
+
+    quantisation_as_it_is = quantisation.quantise
+    monkeypatch.setattr(quantisation, "quantise", spoiled)
+    with pytest.raises(
+        GateError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"
+    ):
+        quantise(detector, tests)
+
+
+def test_labelled_images_of_one_label_only(detector, tests):
+    good = [sample for sample in tests if sample.label == "normal"]
+    with pytest.raises(DataError, match="5 normal and 0 anomalous images: it takes both"):
+        quantise(detector, good)
+
+
+def test_images_of_the_training_cannot_check(detector, cloth):
+    from normweave.data.manifest import read_manifest
+
+    with pytest.raises(DataError, match="was used in training, so it cannot serve for test"):
+        quantise(detector, read_manifest(cloth))
+
+
+def test_a_loaded_detector_has_no_images_to_quantise_by(detector, tmp_path):
+    detector.save(tmp_path / "b")
+    with pytest.raises(
+        ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"
+    ):
+        Detector.load(tmp_path / "b", device="cpu").quantise()

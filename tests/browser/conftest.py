@@ -15,6 +15,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from normweave.runtime import Runtime
+from required import absent
 from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
@@ -87,7 +88,7 @@ def sent(server, parts):
 def chromium():
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
+        absent("chromium", "no Chromium on this machine: apt-get install chromium")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser

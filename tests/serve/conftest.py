@@ -19,6 +19,7 @@ from normweave.serve.config import ServeConfig
 from normweave.serve.files import Files
 from normweave.serve.station import Station
 from normweave.serve.store import Store
+from required import absent
 from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 
 
@@ -80,10 +81,7 @@ def find_programs():
 def postgres():
     programs = find_programs()
     if programs is None:
-        reason = "PostgreSQL's initdb and pg_ctl were not found: apt-get install postgresql"
-        if "postgres" in os.environ.get("NORMWEAVE_REQUIRE", ""):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        absent("postgres", "PostgreSQL's initdb and pg_ctl were not found: apt-get install postgresql")
     folder = Path(tempfile.mkdtemp(prefix="normweave-postgres-"))  # a short path, as sockets need
     try:
         cluster = Postgres(programs, folder)

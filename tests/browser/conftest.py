@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,7 +77,7 @@ def parts(bundle, photos, tmp_path_factory):  # noqa: F811
 def sent(server, parts):
     """One image of each verdict, sent by a program."""
     for path in (parts.normal, parts.anomalous, parts.unknown):
-        httpx.post(
+        httpx2.post(
             f"{server.url}/v1/inspect",
             headers={"Authorization": f"Bearer {server.tokens['operator']}"},
             files={"images": ("sent.png", path.read_bytes(), "image/png")},

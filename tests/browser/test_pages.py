@@ -6,7 +6,7 @@ import io
 import re
 import shutil
 
-import httpx
+import httpx2
 import pytest
 from playwright.sync_api import expect
 
@@ -385,9 +385,9 @@ def test_a_revoked_token_closes_its_pages(stranger, server):
     engineer = {"Authorization": f"Bearer {server.tokens['engineer']}"}
     given = {"name": "guest", "role": "operator"}
     # not with the cookies of the page
-    made = httpx.post(f"{server.url}/v1/tokens", headers=engineer, json=given).json()
+    made = httpx2.post(f"{server.url}/v1/tokens", headers=engineer, json=given).json()
     page.fill("#token", made["token"])
     page.get_by_role("button", name="Log in").click()
     expect(page.locator(".drop")).to_be_visible()
-    httpx.delete(f"{server.url}/v1/tokens/{made['id']}", headers=engineer).raise_for_status()
+    httpx2.delete(f"{server.url}/v1/tokens/{made['id']}", headers=engineer).raise_for_status()
     expect(page.locator("#token")).to_be_visible(timeout=50_000)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from normweave.errors import NormweaveError
 from normweave.types import Outcome, Tile, Verdict
@@ -71,6 +71,16 @@ class Inspection:
     """None: the image could not be read, or retention has removed it."""
     review: Review | None = None
     """The last one, unless it was undone."""
+
+
+class Judged(NamedTuple):
+    """What it takes to judge an inspection anew."""
+
+    verdict: Verdict
+    score: float
+    distance: float | None
+    routed: int | None
+    unseen: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,6 @@ from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
 from normweave.serve.records import (
     Decision,
-    Filter,
     Inspection,
     NotThereError,
     Picture,
@@ -382,18 +381,11 @@ class Station:
         now: Counter[str] = Counter()
         then: Counter[str] = Counter()
         changed = 0
-        for inspection in self.store.each(
-            Filter(bundle_hash=runtime.bundle_hash, unreadable=False), newest=last
-        ):
-            outcome = inspection.outcome
-            assert outcome.verdict is not None
-            assert outcome.pred_score is not None
-            verdict = calibration.judge(
-                score=outcome.pred_score, distance=outcome.subclass_distance, subclass=inspection.routed
-            ).verdict
-            now[outcome.verdict] += 1
+        for one in self.store.judged(runtime.bundle_hash or "", newest=last):
+            verdict = calibration.judge(score=one.score, distance=one.distance, subclass=one.routed).verdict
+            now[one.verdict] += 1
             then[verdict] += 1
-            changed += verdict != outcome.verdict
+            changed += verdict != one.verdict
         return RatePreview(
             false_alarm_rate=rate, n=now.total(), now=dict(now), then=dict(then), changed=changed
         )

@@ -57,6 +57,7 @@ from normweave.serve.records import (
     Count,
     Filter,
     Inspection,
+    Judged,
     Picture,
     RateChange,
     Review,
@@ -359,16 +360,11 @@ class Store:
         with self._reading() as connection:
             return [_inspection(row) for row in connection.execute(query)]
 
-    def each(self, chosen: Filter, *, newest: int | None = None) -> Iterator[Inspection]:
-        """Inspections oldest first, a few at a time and a transaction for each few, up to the newest of now.
-
-        Args:
-            newest: only so many of them, the newest; at least 1.
-        """
+    def each(self, chosen: Filter) -> Iterator[Inspection]:
+        """Inspections oldest first, a few at a time and a transaction for each few, up to the newest of now."""
         ids = select(INSPECTIONS.c.id).where(*_clauses(chosen)).order_by(INSPECTIONS.c.id.desc()).limit(1)
         with self._reading() as connection:
-            last = connection.scalar(ids) or 0
-            first = (connection.scalar(ids.offset(newest - 1)) if newest else None) or 1
+            first, last = 1, connection.scalar(ids) or 0
         while first <= last:
             query = select(INSPECTIONS).where(*_clauses(chosen), INSPECTIONS.c.id.between(first, last))
             with self._reading() as connection:
@@ -377,6 +373,15 @@ class Store:
             if len(rows) < CHUNK:
                 return
             first = rows[-1].id + 1
+
+    def judged(self, bundle_hash: str, *, newest: int) -> list[Judged]:
+        """The newest inspections by this bundle, but for images that could not be read, in the few numbers of each."""
+        table = INSPECTIONS.c
+        columns = (table.verdict, table.pred_score, table.subclass_distance, table.routed, table.unseen)
+        query = select(*columns).where(table.bundle_hash == bundle_hash, table.error.is_(None))
+        with self._reading() as connection:
+            rows = connection.execute(query.order_by(table.id.desc()).limit(newest))
+            return [Judged(*row) for row in rows]
 
     def count(self, chosen: Filter) -> int:
         """How many there are."""

@@ -17,7 +17,7 @@ from normweave.outcome.operating_point import Calibration
 from normweave.serve.pages import charts
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.verdict import joined, percent, tag
-from normweave.serve.records import Filter, Token
+from normweave.serve.records import Token
 from normweave.serve.station import NEWEST, RatePreview, Station
 from normweave.types import Verdict
 
@@ -159,15 +159,11 @@ class ModelPage:
         return groups
 
     def _read_stored(self) -> Stored:
-        chosen = Filter(bundle_hash=self._station.runtime.bundle_hash, unreadable=False)
-        rows = [
-            (one.outcome.pred_score, -1 if one.routed is None else one.routed, one.outcome.unseen)
-            for one in self._station.store.each(chosen, newest=NEWEST)
-        ]
+        rows = self._station.store.judged(self._station.runtime.bundle_hash or "", newest=NEWEST)
         return Stored(
-            np.array([score for score, _, _ in rows], dtype=np.float64),
-            np.array([routed for _, routed, _ in rows], dtype=np.int64),
-            np.array([unseen for _, _, unseen in rows], dtype=np.bool_),
+            np.array([one.score for one in rows], dtype=np.float64),
+            np.array([-1 if one.routed is None else one.routed for one in rows], dtype=np.int64),
+            np.array([one.unseen for one in rows], dtype=np.bool_),
         )
 
     def _draw(self) -> None:

@@ -118,6 +118,11 @@ class Detector:
         self._origin: Path | None = None  # the bundle this was loaded from
         self._device = device
 
+    @property
+    def subclass_names(self) -> tuple[str, ...]:
+        """What images are routed to; empty without routing."""
+        return self.head.subclass_names
+
     # ---------------------------------------------------------------- fitting
 
     @classmethod

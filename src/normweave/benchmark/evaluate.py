@@ -6,16 +6,17 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normweave import __version__
 from normweave.data import images, layouts, splits
+from normweave.data.images import ImageInput
 from normweave.data.pseudo import coverage
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import DataError
@@ -43,6 +44,36 @@ COLUMNS = (
 
 COMPARED = ("ratio", "cell_auroc")
 """Of over-generalisation, what `compare` takes the change of."""
+
+
+class Contestant(Protocol):
+    """What can be measured: our detectors, and peers that a bridge brings."""
+
+    kinds: dict[str, tuple[str, str | None]]
+    """Category and subclass of what it was trained on, by `Sample.kind`."""
+    record: dict[str, Any]
+
+    @property
+    def subclass_names(self) -> tuple[str, ...]:
+        """What it routes images to; empty without routing."""
+        ...
+
+    def stream(self, images: Iterable[ImageInput], *, maps: bool = True) -> Iterator[Outcome]:
+        """Judge images one after the other."""
+        ...
+
+    def stream_samples(
+        self,
+        samples: Sequence[Sample],
+        *,
+        maps: bool = True,
+        cache: Path | None = None,
+        cache_gib: float = CACHE_GIB,
+        progress: Progress | None = None,
+        reconstructions: list[tuple[Tile, NDArray[np.float32]]] | None = None,
+    ) -> Iterator[tuple[Sample, Outcome]]:
+        """Judge the images of a data set, none of which it may have been trained on."""
+        ...
 
 
 class _Cell(NamedTuple):
@@ -121,7 +152,7 @@ def test_samples(
 
 
 def measure(
-    detector: Detector,
+    detector: Contestant,
     samples: Sequence[Sample],
     *,
     cache: Path | None = None,
@@ -133,7 +164,7 @@ def measure(
     A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`.
     """
     known = set(detector.kinds.values())
-    told_apart = {detector.kinds[name][0] for name in detector.head.subclass_names}
+    told_apart = {detector.kinds[name][0] for name in detector.subclass_names}
     pixels: dict[_Cell, PixelMetrics] = {}
     decoded: dict[_Cell, OverGeneralisation] = {}
     predictions: list[dict[str, Any]] = []

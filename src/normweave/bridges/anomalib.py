@@ -27,8 +27,8 @@ from normweave import maps, scoring, settings
 from normweave.bridges.models import build, distil, pre_processor, quiet
 from normweave.bridges.peers import PREFIX, PeerPlan
 from normweave.config import Config
-from normweave.data import images, rows, splits
-from normweave.data.images import ImageInput
+from normweave.data import rows, splits
+from normweave.data.images import ImageInput, decode
 from normweave.data.prepare import Preparation
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import BundleError
@@ -166,9 +166,9 @@ class Peer:
         )
         return peer
 
-    def stream(self, items: Iterable[ImageInput], *, maps: bool = True) -> Iterator[Outcome]:
+    def stream(self, images: Iterable[ImageInput], *, maps: bool = True) -> Iterator[Outcome]:
         """As `Detector.stream`."""
-        for outcome in self._judge.stream(items, self.raw, maps=maps):
+        for outcome in self._judge.stream(images, self.raw, maps=maps):
             yield replace(outcome, model=PREFIX + self.plan.name)
 
     def stream_samples(
@@ -279,8 +279,8 @@ def _train(
     trainer.fit(model, datamodule=data)
     if held is not None:
         model.eval()
-        images = DataLoader(_Images(scanned, held), batch_size=1, collate_fn=ImageBatch.collate)
-        model.model.quantiles.update(model.map_norm_quantiles(images))
+        loader = DataLoader(_Images(scanned, held), batch_size=1, collate_fn=ImageBatch.collate)
+        model.model.quantiles.update(model.map_norm_quantiles(loader))
 
 
 def _distil(
@@ -293,7 +293,7 @@ def _distil(
     def load(number: int) -> Tensor:
         if number < len(chosen):
             return torch.from_numpy(scanned.load(int(chosen[number])))
-        image = images.decode(made[number - len(chosen)])
+        image = decode(made[number - len(chosen)])
         return torch.from_numpy(preparation.apply(image, Tile(0, 0, *image.shape[:2])))
 
     generator = torch.Generator().manual_seed(plan.config.seed)

@@ -263,22 +263,25 @@ class Two(nn.Module):
         return {"a": images[:, :2], "b": images}
 
 
-def test_lifted_features_keep_lengths_and_angles():
-    lifted = models.Lifted(Two(), channels=(2, 3), wanted=(4, 5))
-    one, other = torch.randn(2, 1, 3, 6, 7)
-    for layer, before in Two()(one).items():
-        now, also = lifted(one)[layer], lifted(other)[layer]
-        assert now.shape[1] == {"a": 4, "b": 5}[layer]
-        torch.testing.assert_close((now * also).sum(1), (before * Two()(other)[layer]).sum(1))
+def test_parted_features_can_be_reconstructed_by_a_relu_and_lose_nothing():
+    parted = models.Parted(Two(), channels=(2, 3), wanted=(6, 7))
+    images = torch.randn(2, 3, 6, 7)
+    for layer, before in Two()(images).items():
+        now = parted(images)[layer]
+        d = before.shape[1]
+        assert now.shape[1] == {"a": 6, "b": 7}[layer]
+        assert (now >= 0).all()
+        torch.testing.assert_close(now[:, :d] - now[:, d : 2 * d], before)
+        torch.testing.assert_close(now.norm(dim=1), before.norm(dim=1))
     with pytest.raises(ConfigError, match=r"at most \[1, 5\] channels at strides 4, 8 and 16, got \[2, 3\]"):
-        models.Lifted(Two(), channels=(2, 3), wanted=(1, 5))
+        models.Parted(Two(), channels=(2, 3), wanted=(3, 10))
 
 
 @pytest.mark.slow
 def test_reverse_distillation_uses_a_decoder_that_fits_where_there_is_one(tmp_path):
     plan = planned("reverse_distillation", "features.backbone=resnet34", "features.weights=random")
     model = models.build(plan, work=tmp_path).model
-    assert not isinstance(model.encoder, models.Lifted)
+    assert not isinstance(model.encoder, models.Parted)
     assert model.eval()(torch.rand(1, 3, 64, 64)).anomaly_map.shape == (1, 1, 64, 64)
 
 

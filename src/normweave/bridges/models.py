@@ -186,39 +186,37 @@ def _fastflow(
     return model
 
 
-class Lifted(nn.Module):
-    """Features of a teacher in the channels that another's decoder reconstructs.
+class Parted(nn.Module):
+    """Features of a teacher as another's decoder can reconstruct them, which ends in a ReLU and has more channels.
 
-    x' = U x with UᵀU = 1: lengths and angles between features stay, and with them the cosine distance.
+    x' = [max(x, 0); max(−x, 0); 0 …]: nothing is lost, lengths stay, and no number is negative.
     """
 
     def __init__(self, teacher: nn.Module, *, channels: Sequence[int], wanted: Sequence[int]) -> None:
         super().__init__()
-        if any(have > want for have, want in zip(channels, wanted, strict=True)):
+        if any(2 * have > want for have, want in zip(channels, wanted, strict=True)):
             raise ConfigError(
                 f"anomalib/reverse_distillation: a backbone without a decoder of its own may have at most "
-                f"{list(wanted)} channels at strides 4, 8 and 16, got {list(channels)}. Choose one of anomalib's: "
-                f"features.backbone={DECODED[0]}."
+                f"{[want // 2 for want in wanted]} channels at strides 4, 8 and 16, got {list(channels)}. Choose one "
+                f"of anomalib's: features.backbone={DECODED[0]}."
             )
         self.teacher = teacher
-        generator = torch.Generator().manual_seed(0)
-        for level, (have, want) in enumerate(zip(channels, wanted, strict=True)):
-            directions, _ = torch.linalg.qr(torch.randn(want, have, generator=generator))
-            self.register_buffer(f"lift{level}", directions[..., None, None])  # (want, have, 1, 1)
+        self.wanted = tuple(wanted)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) to (B, want, h, w) by layer."""
-        return {
-            layer: functional.conv2d(grid, self.get_buffer(f"lift{level}"))
-            for level, (layer, grid) in enumerate(self.teacher(images).items())
-        }
+        parted = {}
+        for (layer, grid), want in zip(self.teacher(images).items(), self.wanted, strict=True):
+            both = torch.cat([grid.relu(), (-grid).relu()], dim=1)  # (B, 2D, h, w)
+            parted[layer] = functional.pad(both, (0, 0, 0, 0, 0, want - both.shape[1]))
+        return parted
 
 
 def _reverse_distillation(architecture: str, backbone: Backbone, common: dict[str, Any]) -> AnomalibModule:
     teacher: nn.Module = TimmFeatureExtractor(backbone=backbone.name, layers=backbone.layers)
     known = architecture in DECODED
     if not known:
-        teacher = Lifted(teacher, channels=backbone.channels, wanted=PILOT_CHANNELS)
+        teacher = Parted(teacher, channels=backbone.channels, wanted=PILOT_CHANNELS)
     model = ReverseDistillation(backbone=architecture if known else PILOT, pre_trained=False, **common)
     model.model.encoder = teacher.requires_grad_(False)
     return model

@@ -61,7 +61,7 @@ PEERS: dict[str, PeerKind] = {
         "Deng and Li 2022, arXiv 2201.10703",
         {"epochs": 200, "max_steps": 0, "batch_images": 8},
         "{backbone} for wide_resnet50_2 as the teacher; where anomalib has no decoder for it, the bottleneck and "
-        "decoder of resnet18, and the features lifted to its channels by a fixed isometry",
+        "decoder of resnet18, on the features' positive and negative parts",
     ),
     "fastflow": PeerKind(
         "Yu et al. 2021, arXiv 2111.07677",

@@ -43,6 +43,7 @@ from normweave.types import (
     FitData,
     HasNotes,
     Head,
+    JudgesWholeImages,
     KnowsStrangers,
     LearnsFromDamage,
     Outcome,
@@ -147,6 +148,16 @@ class Detector:
         self._fitted: _Fitted | None = None  # None: loaded
         self._int8: Network | None = None  # scores in the place of torch, once quantised
         self._device = device
+
+    @property
+    def judges_whole_images(self) -> bool:
+        """Its maps say nothing of where."""
+        return isinstance(self.head, JudgesWholeImages)
+
+    @property
+    def subclass_names(self) -> tuple[str, ...]:
+        """What images are routed to; empty without routing."""
+        return self.head.subclass_names
 
     # ---------------------------------------------------------------- fitting
 

@@ -58,6 +58,11 @@ def test_a_plan_says_which_subclasses_are_unseen(tmp_path: Path):
         ("seeds: [0, 1]", "seeds: [0, 1", "cannot be read as a plan"),
         ("set: [head.share=0.2]", "baseline: Memory", "baseline of 'Memory' 'Memory'"),
         ("set: [head.share=0.2]", "baseline: Plain", "Name another method of the plan"),
+        (
+            "seeds: [0, 1]",
+            "baseline: Plain",
+            "'Plain'.* Known: Memory. Name a method of the plan",
+        ),
         ("path: cloth, ", "", "got no source of images. Give one of path, textures, parts"),
         (
             "path: cloth, ",

@@ -8,7 +8,13 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 
 from normweave.errors import DataError
 from normweave.report import metrics
-from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
+from normweave.report.metrics import (
+    OverGeneralisation,
+    PixelMetrics,
+    binomial_interval,
+    image_metrics,
+    sign_flip_p_value,
+)
 
 
 def textured(seed, *, images=4, side=64, low=0.0, high=1.0):
@@ -299,3 +305,123 @@ def test_a_ratio_to_nothing_is_undefined():
     total.update(np.zeros((2, 2), np.float32), None)
     total.update(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
     assert total.compute() == {"d_normal": 0, "d_abnormal": 1, "ratio": None, "cell_auroc": 1}
+
+
+# ── against others' metrics ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def drawn(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Maps (4, 24, 20) and masks of a kind."""
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((4, 24, 20), dtype=bool)
+    masks[1, 3:9, 4:11] = True
+    masks[2, 0:2, 0:2] = True
+    masks[2, 15:20, 8:9] = True
+    maps = rng.normal(size=masks.shape).astype(np.float32)
+    match kind:
+        case "informed":
+            maps += 2 * masks
+        case "ties":
+            maps = np.round(maps)
+        case "constant":
+            maps[:] = 0.25
+        case "perfect":
+            maps = masks.astype(np.float32)
+        case "reversed":
+            maps = -masks.astype(np.float32)
+        case "large":
+            maps = 1e6 + 100 * maps
+        case "saturated":
+            maps = 1 / (1 + np.exp(np.clip(-40 * (maps + masks), -80, 80)))
+    return maps.astype(np.float32), masks
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "informed", "ties", "constant", "perfect", "reversed", "large", "saturated"]
+)
+def test_pixels_agree_with_torchmetrics(kind):
+    """Which anomalib's metrics are made of; on raw scores, which its AUROC must be told not to squash."""
+    torchmetrics = pytest.importorskip("torchmetrics")
+    from torch import from_numpy as tensor
+
+    maps, masks = drawn(kind, seed=3)
+    total = PixelMetrics()
+    for anomaly_map, mask in zip(maps, masks, strict=True):
+        total.update(anomaly_map, mask)
+    values, _ = total.compute()
+    ranks = np.unique(maps, return_inverse=True)[1].reshape(maps.shape)  # the same order, in 0..1
+    shares = tensor(ranks / max(ranks.max(), 1)).flatten()
+    truth = tensor(masks).flatten().int()
+
+    auroc = torchmetrics.functional.auroc(shares, truth, task="binary")
+    average = torchmetrics.functional.average_precision(shares, truth, task="binary")
+    precision, recall, _ = torchmetrics.functional.precision_recall_curve(shares, truth, task="binary")
+    f1 = (2 * precision * recall / (precision + recall).clamp_min(1e-12)).max()
+
+    assert values["pixel_auroc"] == pytest.approx(float(auroc), abs=1e-5)
+    assert values["pixel_ap"] == pytest.approx(float(average), abs=1e-5)
+    assert values["pixel_f1max"] == pytest.approx(float(f1), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "informed", "perfect", "large"])
+def test_aupro_agrees_with_anomalib(kind):
+    """Where no two pixels are tied, for anomalib does not take ties apart as we do."""
+    pytest.importorskip("normweave.bridges.anomalib", reason="needs pip install 'normweave[bench]'")
+    import torch
+    from anomalib.metrics.aupro import _AUPRO
+
+    maps, masks = drawn(kind, seed=4)
+    total = PixelMetrics()
+    theirs = _AUPRO(fpr_limit=0.3)
+    for anomaly_map, mask in zip(maps, masks, strict=True):
+        total.update(anomaly_map, mask)
+        theirs.update(torch.from_numpy(anomaly_map)[None], torch.from_numpy(mask)[None].int())
+    assert total.compute()[0]["aupro"] == pytest.approx(float(theirs.compute()), abs=5e-3)
+
+
+@pytest.mark.parametrize("kind", ["random", "informed", "ties", "constant", "perfect", "reversed", "large"])
+def test_images_agree_with_torchmetrics(kind):
+    torchmetrics = pytest.importorskip("torchmetrics")
+    from torch import from_numpy as tensor
+
+    maps, masks = drawn(kind, seed=5)
+    scores, labels = maps[:, :, 3].ravel().astype(np.float64), masks[:, :, 3:11].any(axis=2).ravel()
+    values, reasons = image_metrics(labels, scores)
+    ranks = np.unique(scores, return_inverse=True)[1]
+    shares, truth = tensor(ranks / max(ranks.max(), 1)), tensor(labels).int()
+    assert reasons == {}
+    auroc = torchmetrics.functional.auroc(shares, truth, task="binary")
+    average = torchmetrics.functional.average_precision(shares, truth, task="binary")
+    assert values["image_auroc"] == pytest.approx(float(auroc), abs=1e-6)
+    assert values["image_ap"] == pytest.approx(float(average), abs=1e-6)
+
+
+# ── chance ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 10])
+@pytest.mark.parametrize("shift", [0.0, 0.5, 3.0])
+def test_the_sign_flip_test_agrees_with_scipy(n, shift):
+    differences = np.random.default_rng(n).normal(shift, size=n)
+    if n == 1:
+        assert sign_flip_p_value(differences) == 1
+        return
+    wanted = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=np.inf, vectorized=False
+    )
+    assert sign_flip_p_value(differences) == pytest.approx(wanted.pvalue)
+
+
+def test_many_differences_are_tried_at_random_and_always_alike():
+    differences = np.random.default_rng(0).normal(0.3, size=60)
+    p = sign_flip_p_value(differences)
+    # Nearly normal by now.
+    z = abs(differences.sum()) / np.sqrt((differences**2).sum())
+    assert p == pytest.approx(2 * stats.norm.sf(z), abs=0.01)
+    assert sign_flip_p_value(differences) == p
+
+
+def test_no_difference_is_no_evidence():
+    assert sign_flip_p_value([0.0, 0.0, 0.0]) == 1
+    assert sign_flip_p_value([]) is None
+    assert sign_flip_p_value([0.1] * 5) == 2 / 2**5  # as sure as five can be

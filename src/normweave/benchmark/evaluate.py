@@ -6,10 +6,10 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from normweave import __version__
 from normweave.config import Config
 from normweave.data import images, layouts, splits
+from normweave.data.images import ImageInput
 from normweave.data.pseudo import coverage
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import DataError
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
 from normweave.report.page import Rendered, write_page
-from normweave.types import JudgesWholeImages, Outcome, Progress, Sample, Tile
+from normweave.types import Outcome, Progress, Sample, Tile
 
 COLUMNS = (
     "image_path",
@@ -44,6 +45,41 @@ COLUMNS = (
 
 COMPARED = ("ratio", "cell_auroc")
 """Of over-generalisation, what `compare` takes the change of."""
+
+
+class Contestant(Protocol):
+    """What can be measured: our detectors, and peers that a bridge brings."""
+
+    kinds: dict[str, tuple[str, str | None]]
+    """Category and subclass of what it was trained on, by `Sample.kind`."""
+    record: dict[str, Any]
+
+    @property
+    def subclass_names(self) -> tuple[str, ...]:
+        """What it routes images to; empty without routing."""
+        ...
+
+    @property
+    def judges_whole_images(self) -> bool:
+        """Its maps say nothing of where."""
+        ...
+
+    def stream(self, images: Iterable[ImageInput], *, maps: bool = True) -> Iterator[Outcome]:
+        """Judge images one after the other."""
+        ...
+
+    def stream_samples(
+        self,
+        samples: Sequence[Sample],
+        *,
+        maps: bool = True,
+        cache: Path | None = None,
+        cache_gib: float = CACHE_GIB,
+        progress: Progress | None = None,
+        reconstructions: list[tuple[Tile, NDArray[np.float32]]] | None = None,
+    ) -> Iterator[tuple[Sample, Outcome]]:
+        """Judge the images of a data set, none of which it may have been trained on."""
+        ...
 
 
 class _Cell(NamedTuple):
@@ -122,7 +158,7 @@ def test_samples(
 
 
 def measure(
-    detector: Detector,
+    detector: Contestant,
     samples: Sequence[Sample],
     *,
     cache: Path | None = None,
@@ -134,9 +170,8 @@ def measure(
     A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`. A head that
     judges whole images has no pixel metrics.
     """
-    whole_images = isinstance(detector.head, JudgesWholeImages)
     known = set(detector.kinds.values())
-    told_apart = {detector.kinds[name][0] for name in detector.head.subclass_names}
+    told_apart = {detector.kinds[name][0] for name in detector.subclass_names}
     pixels: dict[_Cell, PixelMetrics] = {}
     decoded: dict[_Cell, OverGeneralisation] = {}
     predictions: list[dict[str, Any]] = []
@@ -154,7 +189,7 @@ def measure(
         )
         predictions.append(_row(sample, outcome, cell))
         cells.append(cell)
-        if outcome.anomaly_map is not None and not whole_images:
+        if outcome.anomaly_map is not None and not detector.judges_whole_images:
             accumulated = pixels.setdefault(cell, PixelMetrics())
             mask = None
             try:
@@ -169,7 +204,7 @@ def measure(
                     decoded.setdefault(cell, OverGeneralisation()).update(
                         distance, _coverage(mask, tile, distance.shape) if cell.defect else None
                     )
-    tables = _tables(cells, predictions, pixels, decoded, told_apart, whole_images)
+    tables = _tables(cells, predictions, pixels, decoded, told_apart, detector.judges_whole_images)
     return tables | {"mask_faults": mask_faults}, predictions
 
 

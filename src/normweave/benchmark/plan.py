@@ -51,12 +51,13 @@ class MethodPlan:
 
     name: str
     model: str
+    """One of ours, or a peer: `anomalib/padim`."""
     set: tuple[str, ...] = ()
-    """Settings `a.b=c`."""
+    """Settings `a.b=c`; of a peer also its own, `epochs=5`."""
     seeds: tuple[int, ...] = ()
     """Other seeds than the plan's."""
     baseline: str = ""
-    """The row to compare the over-generalisation with."""
+    """The row to compare with, instead of the plan's; with it the change in over-generalisation is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,12 @@ class Plan:
     data: tuple[DataPlan, ...]
     methods: tuple[MethodPlan, ...]
     seeds: tuple[int, ...] = (0,)
+    baseline: str = ""
+    """The method that the others are compared with; empty = the first."""
+
+    def compared_with(self, method: MethodPlan) -> str:
+        """The name of the method that this one is compared with."""
+        return method.baseline or self.baseline or self.methods[0].name
 
 
 def read_plan(path: Path) -> Plan:
@@ -98,6 +105,9 @@ def read_plan(path: Path) -> Plan:
             raise unknown(
                 f"baseline of {method.name!r}", method.baseline, others, "Name another method of the plan."
             )
+    names = {method.name for method in methods}
+    if top.get("baseline") and top["baseline"] not in names:
+        raise unknown(f"baseline of {path}", top["baseline"], names, "Name a method of the plan.")
     return Plan(data=data, methods=methods, **top)
 
 

@@ -90,8 +90,16 @@ def write_page(
         _words(),
         _provenance(provenance),
     ]
+    page = document(title, "".join(body), made_by=f"normweave {provenance.get('normweave', '')}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def document(title: str, body: str, *, made_by: str) -> str:
+    """A whole page around a body of HTML: our style, no script, no request to anywhere."""
     css = resources.files("normweave.report").joinpath("page.css").read_text(encoding="utf-8")
-    page = f"""<!DOCTYPE html>
+    return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -103,16 +111,13 @@ def write_page(
 </head>
 <body>
 <main>
-{"".join(body)}
-<footer>Made by normweave {escape(str(provenance.get("normweave", "")))}.
+{body}
+<footer>Made by {escape(made_by)}.
 This file holds everything it shows and asks no other computer for anything.</footer>
 </main>
 </body>
 </html>
 """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _header(title: str, read: Sequence[Row], provenance: Mapping[str, Any]) -> str:

@@ -1,0 +1,77 @@
+"""Backbones under names of their own in timm, which anomalib's models ask for by name, with our weights behind them.
+
+Some of anomalib's models insist on pretrained weights, which timm would download. A name registered here brings the
+weights of `features.backbone` and `features.weights`: carried by pip, or from a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+
+from normweave.config import TimmConfig
+from normweave.features import trunk
+
+
+class Backbone(NamedTuple):
+    """What a peer needs to know of it."""
+
+    name: str
+    """In timm: `timm.create_model(name, pretrained=True)` downloads nothing."""
+    layers: list[str]
+    """Modules of the stages in use, shallowest first."""
+    channels: list[int]
+    """Of these stages."""
+    indices: list[int]
+    """Of these stages, as timm counts them."""
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+def register(config: TimmConfig, *, strides: Sequence[int]) -> Backbone:
+    """Give a backbone with its weights a name in timm.
+
+    Raises:
+        ConfigError, MissingError, DataError: as `features.trunk.load`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        loaded = trunk.load(config.backbone, weights=config.weights, strides=strides)
+        whole: Any = timm.create_model(config.backbone, pretrained=False)
+    infos = getattr(whole.feature_info, "info", whole.feature_info)
+    chosen = [infos[index] for index in loaded.indices]
+    mark = hashlib.sha256(config.weights.encode()).hexdigest()[:8]
+    name = f"normweave_{config.backbone.replace('.', '_')}_{mark}"
+    if not timm.is_model(name):
+        _add(name, config, deepest=max(info["reduction"] for info in infos))
+    return Backbone(
+        name=name,
+        layers=[info["module"] for info in chosen],
+        channels=[info["num_chs"] for info in chosen],
+        indices=loaded.indices,
+        mean=loaded.mean,
+        std=loaded.std,
+    )
+
+
+def _add(name: str, config: TimmConfig, *, deepest: int) -> None:
+    def entrypoint(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        cache_dir: Any = None,
+        **arguments: Any,  # timm's own: features_only, out_indices and what else a caller of create_model may say
+    ) -> Any:
+        model = timm.create_model(config.backbone, pretrained=False, **arguments)
+        if pretrained:
+            state = trunk.load(config.backbone, weights=config.weights, strides=[deepest]).model.state_dict()
+            # Not there, and not needed: what lies behind the last stage.
+            own = model.state_dict()
+            model.load_state_dict(own | {key: state[key] for key in own if key in state})
+        return model
+
+    entrypoint.__name__ = name
+    timm.models.register_model(entrypoint)

@@ -1,0 +1,241 @@
+"""The peers that a benchmark plan can name: what each is, what may be set, and what stands in for what it lacks.
+
+A peer is a model of anomalib (`bridges/anomalib.py`), written `anomalib/NAME` where a plan says `model:`. This file
+reads settings and needs neither anomalib nor torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import yaml
+
+from normweave import settings
+from normweave.config import Config, MapsConfig, TimmConfig
+from normweave.errors import ConfigError, MissingError, unknown
+from normweave.types import Sample
+
+if TYPE_CHECKING:
+    from normweave.bridges.anomalib import Peer
+
+PREFIX = "anomalib/"
+SECTIONS = ("data", "prepare", "features", "outcome", "seed")
+"""Of our settings, those that a peer heeds; of `features` the backbone, its weights and `batch_images`."""
+
+
+class PeerKind(NamedTuple):
+    """One model of anomalib."""
+
+    paper: str
+    settings: Mapping[str, Any]
+    """What can be set, with its default. Where there are `epochs` they are the paper's, made for a GPU; `max_steps`
+    ends the training earlier (0 = never)."""
+    differs: str
+    """From the published method; {backbone} is filled in."""
+
+
+PEERS: dict[str, PeerKind] = {
+    "patchcore": PeerKind(
+        "Roth et al. 2022, arXiv 2106.08265",
+        {"strides": (8, 16), "coreset_sampling_ratio": 0.1, "num_neighbors": 9, "batch_images": 8},
+        "{backbone} for wide_resnet50_2",
+    ),
+    "padim": PeerKind(
+        "Defard et al. 2020, arXiv 2011.08785",
+        {"strides": (4, 8, 16), "n_features": 100, "batch_images": 8},
+        "{backbone} for resnet18",
+    ),
+    "dfm": PeerKind(
+        "Ahuja et al. 2019, arXiv 1909.11786",
+        {"strides": (16,), "pooling_kernel_size": 4, "pca_level": 0.97, "batch_images": 8},
+        "{backbone} for resnet50",
+    ),
+    "stfpm": PeerKind(
+        "Wang et al. 2021, arXiv 2103.04257",
+        {"strides": (4, 8, 16), "epochs": 100, "max_steps": 0, "batch_images": 8},
+        "{backbone} for resnet18",
+    ),
+    "reverse_distillation": PeerKind(
+        "Deng and Li 2022, arXiv 2201.10703",
+        {"epochs": 200, "max_steps": 0, "batch_images": 8},
+        "{backbone} for wide_resnet50_2 as the teacher; where anomalib has no decoder for it, the bottleneck and "
+        "decoder of resnet18, on the features' positive and negative parts",
+    ),
+    "fastflow": PeerKind(
+        "Yu et al. 2021, arXiv 2111.07677",
+        {
+            "strides": (4, 8, 16),
+            "flow_steps": 8,
+            "hidden_ratio": 1.0,
+            "epochs": 500,
+            "max_steps": 0,
+            "batch_images": 8,
+        },
+        "{backbone} for resnet18",
+    ),
+    "supersimplenet": PeerKind(
+        "Rolih et al. 2024, arXiv 2408.03143",
+        {
+            "strides": (8, 16),
+            "perlin_threshold": 0.2,
+            "epochs": 300,
+            "max_steps": 0,
+            "batch_images": 8,
+        },
+        "{backbone} for wide_resnet50_2",
+    ),
+    "draem": PeerKind(
+        "Zavrtanik et al. 2021, arXiv 2108.07610",
+        {"anomaly_source": "", "epochs": 700, "max_steps": 0, "batch_images": 8},
+        "made-up textiles for the texture images of DTD, unless anomaly_source names a folder of images",
+    ),
+    "efficient_ad": PeerKind(
+        "Batzner et al. 2024, arXiv 2303.14535",
+        {
+            "model_size": "small",
+            "teacher": "",
+            "teacher_steps": 500,
+            "penalty_images": "",
+            "epochs": 1000,
+            "max_steps": 70_000,
+        },
+        "unless teacher names a .safetensors file of the published one: a teacher distilled from {backbone} on fit "
+        "normals and made-up textiles; made-up textiles for ImageNet in the penalty, unless penalty_images names a "
+        "folder of folders of images",
+    ),
+    "dinomaly": PeerKind(
+        "Guo et al. 2025, arXiv 2405.14573",
+        {
+            "encoder": "vit_base_patch14_reg4_dinov2",
+            "weights": "",
+            "epochs": 1000,
+            "max_steps": 5000,
+            "batch_images": 16,
+        },
+        "the size of our preparation for a crop of 392 out of 448 pixels",
+    ),
+}
+
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "strides": (
+        lambda value: len(value) > 0 and all(type(one) is int for one in value),
+        "name stages, as [8, 16]",
+    ),
+    "coreset_sampling_ratio": (lambda value: 0 < value <= 1, "lie in (0, 1]"),
+    "pca_level": (lambda value: 0 < value < 1, "lie in (0, 1)"),
+    "hidden_ratio": (lambda value: value > 0, "be positive"),
+    "perlin_threshold": (lambda value: 0 < value < 1, "lie in (0, 1)"),
+    "max_steps": (lambda value: value >= 0, "be 0 or more"),
+    "model_size": (lambda value: value in ("small", "medium"), "be small or medium"),
+}
+"""What a value must do beyond being of its default's type; whole numbers without a rule must be 1 or more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerPlan:
+    """A peer with everything set: `values` holds its own settings, `config` what it shares with our models."""
+
+    name: str
+    values: Mapping[str, Any]
+    config: Config
+
+    @property
+    def kind(self) -> PeerKind:
+        """What it is."""
+        return PEERS[self.name]
+
+    @property
+    def differs(self) -> str:
+        """From the published method, with the backbone's name; for the result row."""
+        assert isinstance(self.config.features, TimmConfig)
+        return self.kind.differs.format(backbone=self.config.features.backbone)
+
+
+def is_peer(model: str) -> bool:
+    """Whether a plan's `model` is one of anomalib's."""
+    return model.startswith(PREFIX)
+
+
+def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
+    """A peer as a plan says it: `epochs=5` is the peer's own, `prepare.height=128` is a setting of ours.
+
+    Raises:
+        ConfigError: no such peer, no such setting, or a value that cannot be; all mistakes of one kind together.
+    """
+    name = model.removeprefix(PREFIX)
+    if name not in PEERS:
+        raise unknown(
+            "peer", model, [PREFIX + known for known in PEERS], "What each is: normweave/bridges/peers.py."
+        )
+    allowed = PEERS[name].settings
+    shared, own, mistakes = [], dict(allowed), []
+    for assignment in assignments:
+        key, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals:
+            mistakes.append(f"{assignment!r} must be of the form key=value, for example epochs=5")
+        elif key.split(".")[0] in SECTIONS:
+            shared.append(assignment)
+        elif key not in allowed:
+            mistakes.append(
+                str(
+                    unknown(
+                        f"setting of {model}",
+                        key,
+                        [*allowed, *(f"{section}.…" for section in SECTIONS[:-1])],
+                        "What each is for: normweave/bridges/peers.py.",
+                    )
+                )
+            )
+        else:
+            try:
+                own[key] = _value(key, text, allowed[key])
+            except ConfigError as error:
+                mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError(f"{model}: " + "; ".join(mistakes))
+    config = settings.override(replace(Config(), seed=seed), shared)
+    if not isinstance(config.features, TimmConfig):
+        raise ConfigError(f"{model}: features.kind must be timm, got {config.features.kind}.")
+    # A peer's maps are smooth already, or are not meant to be.
+    return PeerPlan(name=name, values=own, config=replace(config, maps=MapsConfig(smoothing=0)))
+
+
+def _value(key: str, text: str, default: Any) -> Any:
+    if isinstance(default, str):
+        value: Any = text
+    else:
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key} is not YAML: {' '.join(str(error).split())}") from error
+    value = tuple(value) if isinstance(value, list) else value
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(f"{key} must be like {_shown(default)}, got {text!r:.60}")
+    holds, must = RULES.get(key, (lambda one: type(one) is not int or one >= 1, "be 1 or more"))
+    if not holds(value):
+        raise ConfigError(f"{key} must {must}, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Peer:
+    """Train a peer on our division of these samples.
+
+    Raises:
+        MissingError: anomalib is not installed, or weights that the peer cannot do without are not here.
+    """
+    try:
+        from normweave.bridges.anomalib import Peer
+    except ImportError as error:
+        raise MissingError(
+            f"{PREFIX}{plan.name} needs anomalib and FrEIA, which are not here ({error}). "
+            "Install them with: pip install 'normweave[bench]'"
+        ) from error
+    return Peer.fit(plan, samples)

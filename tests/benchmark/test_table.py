@@ -1,0 +1,333 @@
+"""Rows say what the runs found, with what it cost and whether it could be chance; files hold the same."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from normweave.benchmark.plan import read_plan
+from normweave.benchmark.table import (
+    MEASURES,
+    _by_seed,
+    failures,
+    html,
+    make_rows,
+    markdown,
+    write_csv,
+    write_parquet,
+)
+
+MANY = """
+title: Many
+data:
+  - name: both
+    parts: [{path: tile}, {path: board}]
+methods:
+  - {name: Bank, model: patchcore}
+  - {name: Plain, model: dfm}
+  - {name: Held, model: dfm, baseline: Plain}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def many(tmp_path: Path):
+    """A plan of two categories in one model, and what its runs might have left."""
+    path = tmp_path / "many.yaml"
+    path.write_text(MANY)
+
+    def table(auroc: float, over: tuple[float, float, float, float] | None) -> dict:
+        names = ("d_normal", "d_abnormal", "ratio", "cell_auroc")
+        over_generalisation = None if over is None else dict(zip(names, over, strict=True))
+        shares = dict.fromkeys(MEASURES, auroc)
+        return shares | {"n_normal": 4, "n_anomalous": 3, "over_generalisation": over_generalisation}
+
+    def result(method: str, seed: int, tile: dict, board: dict) -> dict:
+        side = table(0.5, None) | {"by_category": {"tile": tile, "board": board}}
+        row = {"method": method, "data": "both", "protocol": "seen", "fold": "all", "seed": seed}
+        return row | {"sides": {"seen": side}, "train_s": 3.0, "test_ms": 2.0, "data_fingerprint": "f"}
+
+    nothing = table(0.6, None)
+    return read_plan(path), [
+        result("Bank", 0, nothing, nothing),
+        result("Bank", 1, nothing, nothing),
+        result("Plain", 0, table(0.7, (0.1, 0.3, 3.0, 0.70)), table(0.9, (0.2, 0.4, 2.0, 0.8))),
+        result("Plain", 1, table(0.7, (0.1, 0.2, 2.0, 0.70)), table(0.9, (0.2, 0.4, 2.0, 0.8))),
+        result("Held", 0, table(0.8, (0.2, 0.8, 4.0, 0.75)), table(0.6, (0.2, 0.5, 2.5, 0.8))),
+        result("Held", 1, table(0.6, (0.2, 0.8, 4.0, 0.75)), table(0.8, (0.2, 0.6, 3.0, 0.7))),
+    ]
+
+
+def test_data_of_many_categories_has_pooled_mean_and_a_row_each(many):
+    rows = make_rows(*many)
+    assert [(row["method"], row["category"]) for row in rows] == [
+        (method, category)
+        for method in ("Bank", "Plain", "Held")
+        for category in ("(pooled)", "(mean)", "board", "tile")
+    ]
+    held = {row["category"]: row for row in rows if row["method"] == "Held"}
+    assert held["(pooled)"]["image_auroc"] == 0.5
+    assert held["board"]["image_auroc"] == pytest.approx(0.7)
+    assert held["tile"]["image_auroc_sd"] == pytest.approx(0.2 / 2**0.5)
+    # Each seed's mean over the categories is 0.7: no spread, though each category has one.
+    assert held["(mean)"]["image_auroc"] == pytest.approx(0.7)
+    assert held["(mean)"]["image_auroc_sd"] == pytest.approx(0)
+    assert held["(mean)"]["d_abnormal"] == pytest.approx((0.8 + 0.5 + 0.8 + 0.6) / 4)
+
+
+def test_change_is_taken_seed_by_seed_against_the_baseline(many):
+    rows = {(row["method"], row["category"]): row for row in make_rows(*many)}
+    tile, mean = rows["Held", "tile"], rows["Held", "(mean)"]
+    assert tile["ratio_change"] == pytest.approx((1 + 2) / 2)
+    assert tile["ratio_change_sd"] == pytest.approx(0.5**0.5)
+    assert tile["cell_auroc_change"] == pytest.approx(0.05)
+    assert tile["cell_auroc_change_sd"] == pytest.approx(0)
+    # Means over the categories: 3.25 and 3.5 here, 2.5 and 2 there.
+    assert mean["ratio_change"] == pytest.approx((0.75 + 1.5) / 2)
+    assert rows["Plain", "tile"]["ratio_change"] is None
+    assert rows["Bank", "tile"]["ratio"] is None
+
+
+def test_change_leaves_out_seeds_that_the_baseline_lacks(many):
+    plan, results = many
+    results = [result for result in results if (result["method"], result["seed"]) != ("Plain", 0)]
+    rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
+    assert rows["Held", "tile"]["ratio_change"] == pytest.approx(2)
+    assert rows["Held", "tile"]["ratio_change_sd"] is None
+    assert rows["Held", "tile"]["ratio"] == pytest.approx(4)
+
+
+def test_tables_of_many_categories_are_written(many, tmp_path):
+    plan, results = many
+    rows = make_rows(plan, results)
+    text = markdown(plan, rows, results, ["provenance"])
+    sections = dict(re.findall(r"^### (.*?)\n\n(.*?)\n\n", text + "\n", flags=re.MULTILINE | re.DOTALL))
+    assert list(sections) == ["(pooled)", "(mean)", "board", "tile"]
+    assert sections["(pooled)"].splitlines()[0] == (
+        "| method | I-AUROC | p | P-AUROC | p | AUPRO | AP (image) | FAR | unknown | train s | ms/image | MiB | "
+        "M numbers |"
+    )
+    assert sections["tile"].splitlines() == [
+        "| method | I-AUROC | P-AUROC | AUPRO | FAR | d normal | d abnormal | ratio | cell AUROC | Δ ratio | "
+        "Δ cell AUROC |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| Bank {'| 60.0 ± 0.0 ' * 4}| – | – | – | – | – | – |",
+        f"| Plain {'| 70.0 ± 0.0 ' * 4}| 0.100 ± 0.000 | 0.250 ± 0.071 | 2.50 ± 0.71 | 70.0 ± 0.0 | – | – |",
+        f"| Held {'| 70.0 ± 14.1 ' * 4}| 0.200 ± 0.000 | 0.800 ± 0.000 | 4.00 ± 0.00 | 75.0 ± 0.0 | "
+        "+1.50 ± 0.71 | +5.0 ± 0.0 |",
+    ]
+    assert "Δ: change, seed by seed, of Held against Plain." in text
+
+    write_csv(tmp_path / "many.csv", rows)
+    with (tmp_path / "many.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["category"] for row in read] == ["(pooled)", "(mean)", "board", "tile"] * 3
+    assert float(read[-1]["ratio_change"]) == pytest.approx(1.5)
+
+
+def test_data_of_one_category_is_one_table_as_ever(many):
+    plan, results = many
+    for result in results:
+        del result["sides"]["seen"]["by_category"]["board"]
+    rows = make_rows(plan, results)
+    assert [row["method"] for row in rows] == ["Bank", "Plain", "Held"]
+    assert all(not {"category", "ratio", "ratio_change"} & set(row) for row in rows)
+    text = markdown(plan, rows, results, ["provenance"])
+    assert "###" not in text
+    assert "Δ" not in text
+    assert (
+        "| Bank | 50.0 ± 0.0 | – | 50.0 ± 0.0 | – | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.0 ± 0.0 | 3 | – | – | – |"
+        in text
+    )
+
+
+def test_folds_without_a_category_do_not_count_for_it(many):
+    """Leave-one-subclass-out tests one category a fold."""
+    _, results = many
+    first, second = results[2], results[4] | {"method": "Plain", "fold": "other"}
+    del second["sides"]["seen"]["by_category"]["tile"]
+    assert _by_seed([first, second], "seen", "tile", "ratio") == {0: 3.0}
+    assert _by_seed([first, second], "seen", "board", "ratio") == {0: 2.25}
+    assert _by_seed([first, second], "seen", "(mean)", "ratio") == {0: (3.0 + 2.25) / 2}
+
+
+# ── compared with the baseline ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def with_subclasses(results: list[dict], aurocs: dict[str, list[float]]) -> list[dict]:
+    """The same results with the image AUROC of three subclasses a run: of a category's own name, and of two kinds."""
+    for result in results:
+        kinds = dict(zip(("tile", "board/a", "board/b"), aurocs[result["method"]], strict=True))
+        result["sides"]["seen"]["by_subclass"] = {
+            kind: {"image_auroc": value + 0.001 * result["seed"]} for kind, value in kinds.items()
+        }
+    return results
+
+
+def test_differences_are_paired_over_seeds_and_subclasses(many):
+    plan, results = many
+    results = with_subclasses(
+        results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
+    )
+    rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
+
+    plain, held = rows["Plain", "(pooled)"], rows["Held", "(pooled)"]
+    assert plain["image_auroc_difference"] == pytest.approx(0.1)  # to the plan's first
+    assert plain["image_auroc_pairs"] == 6
+    assert plain["image_auroc_p"] == pytest.approx(2 / 2**6)  # no other signs lie as far out
+    assert held["image_auroc_difference"] == pytest.approx((0.2 - 0.1 + 0.1) / 3)  # to its own baseline
+    assert rows["Held", "board"]["image_auroc_pairs"] == 4
+    assert rows["Held", "tile"]["image_auroc_difference"] == pytest.approx(0.2)
+    bank = rows["Bank", "(pooled)"]
+    assert (bank["image_auroc_difference"], bank["image_auroc_p"], bank["image_auroc_pairs"]) == (
+        None,
+        None,
+        0,
+    )
+    assert plain["pixel_auroc_p"] is None  # nobody measured it
+    assert "against Bank of Plain; against Plain of Held" in markdown(plan, list(rows.values()), results, [])
+
+
+def test_only_pairs_that_both_have_count(many):
+    plan, results = many
+    results = with_subclasses(
+        results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
+    )
+    results[3]["sides"]["seen"]["by_subclass"]["tile"]["image_auroc"] = None  # Plain, seed 1
+    results = [result for result in results if (result["method"], result["seed"]) != ("Bank", 0)]
+    rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
+    assert rows["Plain", "(pooled)"]["image_auroc_pairs"] == 2
+
+
+def test_the_plan_names_whom_to_compare_with(many, tmp_path):
+    _, results = many
+    path = tmp_path / "other.yaml"
+    path.write_text(MANY + "baseline: Plain\n")
+    plan = read_plan(path)
+    results = with_subclasses(
+        results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
+    )
+    rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
+    assert rows["Bank", "(pooled)"]["image_auroc_difference"] == pytest.approx(-0.1)
+    assert (
+        "by chance, two-sided sign-flip test paired over seeds, folds and subclasses, against Plain;"
+        in markdown(plan, list(rows.values()), results, [])
+    )
+
+
+# ── costs, failures, files ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_costs_are_means_over_the_runs_that_know_them(many):
+    plan, results = many
+    results[0] |= {"inference_ms": 10.0, "peak_mib": 600.0, "parameters": 2_000_000}
+    results[1] |= {"inference_ms": 20.0, "peak_mib": None}  # of a system that does not tell
+    (bank, *_) = make_rows(plan, results)
+    assert (bank["inference_ms"], bank["peak_mib"], bank["parameters"]) == (15, 600, 2_000_000)
+    text = markdown(plan, [bank], results, [])
+    assert re.search(r"^\| Bank \|.*\| 3 \| 15 \| 600 \| 2.00 \|$", text, flags=re.MULTILINE)
+
+
+def test_failed_runs_are_rows_with_their_reason(many):
+    plan, results = many
+    for result in results[2:4]:
+        del result["sides"]
+        result["error"] = "RuntimeError: no | memory\nleft"
+    rows, failed = make_rows(plan, results), failures(results)
+    assert [row["method"] for row in rows if row["category"] == "(mean)"] == ["Bank", "Held"]
+    assert failed == [
+        {
+            "data": "both",
+            "protocol": "seen",
+            "side": None,
+            "method": "Plain",
+            "error": "RuntimeError: no | memory\nleft",
+            "failed_runs": 2,
+        }
+    ]
+    # A bar or a line break in a reason does not end the cell.
+    assert "| Plain | both | all | 1 | RuntimeError: no \\| memory left |" in markdown(
+        plan, rows, results, []
+    )
+    assert "RuntimeError: no | memory" in html(plan, rows, results, [])
+
+
+def test_what_stands_in_is_told(many):
+    plan, results = many
+    results[0]["differs"] = "this for <that>"
+    rows = make_rows(plan, results)
+    assert "| Bank | this for <that> |" in markdown(plan, rows, results, [])
+    assert "<td>this for &lt;that&gt;</td>" in html(plan, rows, results, [])
+
+
+class Tables(HTMLParser):
+    """The cells of every row, and anything that would be fetched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.fetched: list[str] = []
+        self.in_cell = False
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.in_cell = True
+
+    def handle_endtag(self, tag):
+        self.in_cell = self.in_cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.in_cell:
+            self.rows[-1][-1] += data
+
+
+def test_the_page_shows_the_cells_of_the_markdown(many):
+    plan, results = many
+    rows = make_rows(plan, results)
+    page = Tables()
+    page.feed(html(plan, rows, results, ["made & measured"]))
+    lines = [line for line in markdown(plan, rows, results, []).splitlines() if line.startswith("| ")]
+    cells = [line.strip("| ").split(" | ") for line in lines if not line.startswith("| ---")]
+    assert page.rows == cells
+    assert page.fetched == []
+    assert "made &amp; measured" in html(plan, rows, results, ["made & measured"])
+
+
+def test_parquet_and_csv_hold_the_same_rows_with_their_origin(many, tmp_path):
+    plan, results = many
+    rows = [*make_rows(plan, results), {"data": "both", "method": "Lost", "error": "gone", "failed_runs": 1}]
+    write_csv(tmp_path / "many.csv", rows)
+    write_parquet(tmp_path / "many.parquet", rows, ["line one", "line two"])
+
+    table = parquet.read_table(tmp_path / "many.parquet")
+    with (tmp_path / "many.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+
+    assert table.schema.metadata[b"provenance"] == b"line one\nline two"
+    read = table.to_pylist()
+    assert len(read) == len(lines) == len(rows)
+    for row, line, wanted in zip(read, lines, rows, strict=True):
+        assert {name: value for name, value in row.items() if value is not None} == {
+            name: value for name, value in wanted.items() if value is not None
+        }
+        assert line == {name: "" if value is None else str(value) for name, value in row.items()}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "results").glob("*.csv")), ids=lambda p: p.stem
+)
+def test_tables_that_were_made_before_are_read(path: Path):
+    """They lack columns that came later; none that they have was renamed."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    assert {"data", "protocol", "side", "method", "seeds", "train_s", "test_ms", *MEASURES} <= set(rows[0])
+    assert json.dumps(rows)

@@ -10,13 +10,11 @@ python perf/bench_start.py | tail -1  # for a script
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,24 +50,28 @@ class Run(NamedTuple):
     peak_mib: float
 
 
+# Started from a small process: what is forked from a large one counts the large one's memory as its own peak.
+LAUNCH = """
+import json, resource, subprocess, sys, time
+start = time.perf_counter()
+done = subprocess.run([sys.executable, *sys.argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+wall = time.perf_counter() - start
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+assert done.returncode in (0, 1) and done.stdout, done  # 1: not normal
+print(json.dumps([wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
+"""
+
+
 def run(*command: str, folder: Path) -> Run:
     """One fresh process to its end."""
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *command],
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *command],
         cwd=folder,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1"},
+        text=True,
+        check=True,
     )
-    assert process.stdout is not None
-    said = process.stdout.read()
-    _, status, used = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode in (0, 1), (command, process.returncode)  # 1: not normal
-    assert said, command
-    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+    return Run(*json.loads(done.stdout))
 
 
 def main() -> None:

@@ -185,6 +185,9 @@ def test_filters(client, inspected):
     until = client.get("/v1/inspections", params={"until": middle}).json()["inspections"]
     assert since + until == inspected
     assert len(since) == 4
+    for moment in (middle, middle.removesuffix("Z"), middle.replace("Z", "+00:00")):  # without a zone: UTC
+        assert client.get("/v1/inspections", params={"since": moment}).json()["inspections"] == since
+    assert client.get("/v1/inspections", params={"since": "2026-11-22"}).status_code == 200
 
 
 @pytest.mark.parametrize(

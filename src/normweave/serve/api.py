@@ -7,7 +7,7 @@ import base64
 import binascii
 import io
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -398,7 +398,9 @@ _CACHED = {"Cache-Control": "private, max-age=3600"}
 
 
 def _filter(
-    since: Annotated[datetime | None, Query(description="Received at this moment or later.")] = None,
+    since: Annotated[
+        datetime | None, Query(description="Received at this moment or later; without a zone: UTC.")
+    ] = None,
     until: Annotated[datetime | None, Query(description="Received before this moment.")] = None,
     verdict: Annotated[list[Verdict] | None, Query(description="May be repeated.")] = None,
     unreadable: Annotated[
@@ -412,8 +414,8 @@ def _filter(
     bundle_hash: schemas.Name | None = None,
 ) -> Filter:
     return Filter(
-        since=since,
-        until=until,
+        since=_utc(since),
+        until=_utc(until),
         verdicts=tuple(verdict or ()),
         unreadable=unreadable,
         category=category,
@@ -423,6 +425,11 @@ def _filter(
         decision=decision,
         bundle_hash=bundle_hash,
     )
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    """Of a moment without a zone that in UTC."""
+    return moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _picture(inspection: Inspection) -> Picture:

@@ -11,7 +11,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from normweave.errors import DataError
 from normweave.serve import create_app
-from normweave.serve.access import OPEN, Access
+from normweave.serve.access import Access
+from normweave.serve.gate import OPEN
 from normweave.serve.records import NotThereError
 
 

@@ -73,9 +73,10 @@ def serve(
     try:
         from normweave import serve as server
         from normweave.serve import process
-        from normweave.serve.access import Access, is_loopback
+        from normweave.serve.access import Access
         from normweave.serve.config import ServeConfig
         from normweave.serve.files import Files
+        from normweave.serve.gate import is_loopback
         from normweave.serve.records import Role
         from normweave.serve.station import Station
         from normweave.serve.store import Store

@@ -9,8 +9,9 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from normweave.serve.access import Access, Gate
+from normweave.serve.access import Access
 from normweave.serve.api import add_api
+from normweave.serve.gate import Gate
 from normweave.serve.limits import Limits
 from normweave.serve.station import Station
 from normweave.serve.watch import Watch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import html
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
@@ -12,8 +11,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
-if TYPE_CHECKING:
-    from normweave.serve.access import Access
+from normweave.serve.access import Access
 
 LOGIN, LOGOUT = "/login", "/logout"
 COOKIE = "normweave"

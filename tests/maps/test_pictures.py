@@ -18,6 +18,11 @@ def test_heat_has_the_threshold_in_its_middle_and_nothing_far_below():
     )  # as far above as the lowest is below
 
 
+def test_heat_has_the_same_colours_whatever_the_scores_are_counted_in():
+    scores = np.array([[0.0, 0.5, 1.0, 1.25, 2.0]], np.float32)
+    np.testing.assert_array_equal(heat(8 * scores - 5, threshold=3.0), heat(scores, threshold=1.0))
+
+
 def test_heat_grows_lighter_all_the_way_so_that_it_can_be_read_without_colours():
     colours = heat(np.linspace(0, 2, 200, dtype=np.float32)[None], threshold=1.0)[0]
     assert (np.diff(lightness(colours)) >= -1).all()  # but for rounding

@@ -180,6 +180,8 @@ def test_filters(client, inspected):
             assert answer.json()["inspections"] == [one for one in inspected if one[key] == value][:100]
     both = client.get("/v1/inspections", params={"verdict": ["anomalous", "unknown"]}).json()["inspections"]
     assert both == [one for one in inspected if one["verdict"] != "normal"]
+    assert client.get("/v1/inspections", params={"source": "api"}).json()["inspections"] == inspected
+    assert client.get("/v1/inspections", params={"source": "folder"}).json()["inspections"] == []
     middle = inspected[3]["received_at"]
     since = client.get("/v1/inspections", params={"since": middle}).json()["inspections"]
     until = client.get("/v1/inspections", params={"until": middle}).json()["inspections"]

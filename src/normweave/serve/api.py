@@ -24,7 +24,7 @@ from normweave.maps.pictures import heat, overlay
 from normweave.serve import metrics, schemas
 from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
-from normweave.serve.records import Filter, Inspection, NotThereError, Picture, Token
+from normweave.serve.records import Filter, Inspection, NotThereError, Picture, Source, Token
 from normweave.serve.station import BusyError, Drawing, Station, StoppedError, Upload, png
 from normweave.types import Verdict
 
@@ -409,6 +409,7 @@ def _filter(
     category: schemas.Name | None = None,
     subclass: schemas.Name | None = None,
     name: schemas.Name | None = None,
+    source: Source | None = None,
     reviewed: Annotated[bool | None, Query(description="Whether somebody accepted or rejected it.")] = None,
     decision: Literal["accept", "reject"] | None = None,
     bundle_hash: schemas.Name | None = None,
@@ -421,6 +422,7 @@ def _filter(
         category=category,
         subclass=subclass,
         name=name,
+        source=source,
         reviewed=reviewed,
         decision=decision,
         bundle_hash=bundle_hash,

@@ -39,7 +39,7 @@ class Parts:
     unknown: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def server(bundle, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("server")
     watched = folder / "camera"
@@ -73,7 +73,7 @@ def parts(bundle, photos, tmp_path_factory):  # noqa: F811
     return Parts(folder / "good.png", folder / HOSTILE, folder / "board.png")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sent(server, parts):
     """One image of each verdict, sent by a program."""
     for path in (parts.normal, parts.anomalous, parts.unknown):
@@ -84,7 +84,9 @@ def sent(server, parts):
         ).raise_for_status()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(
+    scope="module"
+)  # not longer: Playwright runs an event loop in this thread as long as it lives
 def chromium():
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:

@@ -5,6 +5,7 @@ import csv
 import io
 import re
 import shutil
+import time
 
 import httpx2
 import pytest
@@ -391,3 +392,6 @@ def test_a_revoked_token_closes_its_pages(stranger, server):
     expect(page.locator(".drop")).to_be_visible()
     httpx2.delete(f"{server.url}/v1/tokens/{made['id']}", headers=engineer).raise_for_status()
     expect(page.locator("#token")).to_be_visible(timeout=50_000)
+    time.sleep(
+        12
+    )  # NiceGUI clears up when ten seconds have gone without the browser; the log says if it could not

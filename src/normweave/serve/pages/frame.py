@@ -73,8 +73,9 @@ def _watch_login(station: Station, token: Token) -> None:
         now = await asyncio.to_thread(station.store.token, token.digest)
         if now is None or now.revoked_at or (now.expires_at and now.expires_at <= datetime.now(UTC)):
             ui.navigate.to("/")
-            await asyncio.sleep(1)  # for the browser to hear it
-            client.delete()
+            await asyncio.sleep(1)  # for the browser to obey; then NiceGUI clears up after it
+            if client.has_socket_connection:
+                client.delete()
 
     ui.timer(LOGIN_SECONDS, look, immediate=False)
 

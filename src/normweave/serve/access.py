@@ -124,9 +124,7 @@ class Access:
         return f"{what}.{proof}"
 
     def _valid(self, token: Token | None) -> Token | None:
-        if token is None or token.revoked_at is not None:
-            return None
-        return None if token.expires_at is not None and token.expires_at <= datetime.now(UTC) else token
+        return token if token is not None and token.good(datetime.now(UTC)) else None
 
     def _tokens(self) -> dict[str, Token]:
         with self._lock:

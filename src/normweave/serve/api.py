@@ -19,13 +19,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException
 
-from normweave.errors import ConfigError, DataError, GateError, NormweaveError
+from normweave.errors import ConfigError, GateError, NormweaveError
 from normweave.maps.pictures import heat, overlay
 from normweave.serve import metrics, schemas
 from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
 from normweave.serve.records import Filter, Inspection, NotThereError, Picture, Source, Token
-from normweave.serve.station import BusyError, Drawing, Station, StoppedError, Upload, png
+from normweave.serve.station import BusyError, Drawing, Station, Upload, png
 from normweave.types import Verdict
 
 IMAGES = "images"
@@ -501,10 +501,6 @@ async def _busy(_: Request, error: Exception) -> Response:
     return _problem(429, str(error), {"Retry-After": str(RETRY_SECONDS)})
 
 
-async def _stopped(_: Request, error: Exception) -> Response:
-    return _problem(503, str(error), {"Retry-After": str(RETRY_SECONDS)})
-
-
 async def _not_there(_: Request, error: Exception) -> Response:
     return _problem(404, str(error))
 
@@ -514,7 +510,7 @@ async def _not_allowed(_: Request, error: Exception) -> Response:
 
 
 async def _failed(_: Request, error: Exception) -> Response:
-    """The store, a file or the bundle: nothing that another request would cure, but the next may find it mended."""
+    """The store, a file, the bundle, or a server that ends: what another request meets too, until it is mended."""
     return _problem(503, str(error), {"Retry-After": str(RETRY_SECONDS)})
 
 
@@ -526,11 +522,9 @@ _ERRORS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response
     StarletteHTTPException: _http,
     RequestValidationError: _validation,
     BusyError: _busy,
-    StoppedError: _stopped,
     NotThereError: _not_there,
     GateError: _not_allowed,
     ConfigError: _not_allowed,
-    DataError: _failed,
     NormweaveError: _failed,
     Exception: _bug,
 }

@@ -134,6 +134,10 @@ class Token:
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
 
+    def good(self, now: datetime) -> bool:
+        """Whether it still opens anything."""
+        return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RateChange:

@@ -697,15 +697,32 @@ def test_servers_that_start_at_once_migrate_once(database_url):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(2)
+        for _ in range(4)
     ]
-    assert [server.stdout.readline() for server in servers] == ["ready\n"] * 2
+    assert [server.stdout.readline() for server in servers] == ["ready\n"] * 4
     for server in servers:
         server.stdin.write("go\n")
         server.stdin.flush()
-    assert [(server.communicate()[1], server.returncode) for server in servers] == [("", 0)] * 2
+    assert [(server.communicate()[1], server.returncode) for server in servers] == [("", 0)] * 4
     with closing(Store.open(database_url)) as store:
         assert store.add([inspection()])[0].id == 1
+
+
+def test_connections_that_make_one_file_at_once_all_get_it(tmp_path):
+    # SQLite refuses one of two that turn a new file to WAL there and then; twenty rounds meet that.
+    start = threading.Barrier(4)
+
+    def connect(number):
+        engine = module._make_engine(sa.make_url(f"sqlite:///{tmp_path / str(number)}.db"))
+        start.wait()
+        with closing(engine.raw_connection()) as connection:
+            mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
+        engine.dispose()
+        return mode
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(20):
+            assert list(pool.map(connect, [number] * 4)) == ["wal"] * 4
 
 
 def test_stores_of_one_process_are_made_at_once(tmp_path):

@@ -47,6 +47,7 @@ from normweave.types import (
     KnowsStrangers,
     LearnsFromDamage,
     Outcome,
+    PlacesKinds,
     Progress,
     PseudoAnomalies,
     Sample,
@@ -429,6 +430,27 @@ class Detector:
                     sample,
                     Outcome(image_path=str(sample.image_path), error=reason, model=self.config.head.kind),
                 )
+
+    @torch.inference_mode()
+    def stream_places(
+        self,
+        samples: Sequence[Sample],
+        *,
+        cache: Path | None = None,
+        cache_gib: float = CACHE_GIB,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[Sample, NDArray[np.float32]]]:
+        """Where images lie in the space in which the head tells kinds apart, (C,); a mean over an image's tiles.
+
+        Nothing comes of a head without such a space, and of images that cannot be read.
+        """
+        if not isinstance(self.head, PlacesKinds):
+            return
+        scanned = _scan(samples, self.preparation, self.extractor, cache, progress)
+        source = _source(self.extractor, scanned, folder=cache, max_gib=cache_gib, progress=progress)
+        for position, sample in enumerate(scanned.samples):
+            features = source.read(np.flatnonzero(scanned.owner == position)).to(self._device)
+            yield sample, self.head.places(self.standard(features)).mean(dim=0).cpu().numpy()
 
     @property
     def _judge(self) -> Judge:

@@ -248,6 +248,15 @@ class KnowsStrangers(Protocol):
 
 
 @runtime_checkable
+class PlacesKinds(Protocol):
+    """A head with a space in which it tells kinds of normal apart."""
+
+    def places(self, features: Tensor) -> Tensor:
+        """Where images (B, D, h, w) lie in it, (B, C)."""
+        ...
+
+
+@runtime_checkable
 class LearnsFromDamage(Protocol):
     """A head that is also shown pseudo-abnormal images."""
 

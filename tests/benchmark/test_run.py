@@ -49,7 +49,9 @@ def test_a_plan_becomes_a_table_and_is_not_run_twice(tmp_path: Path):
     text = (output / "small.md").read_text()
     assert "## Failed runs" in text
     assert "needed" in text
-    files = sorted((output / "small.runs").iterdir())
+    assert "![scores-cloth-given-unseen](small.figures/scores-cloth-given-unseen.svg)" in text
+    assert (output / "small.figures" / "maps-cloth-given-unseen.jpg").stat().st_size > 10_000
+    files = sorted((output / "small.runs").glob("*.json"))
     assert len(files) == 2
     before = [file.stat().st_mtime_ns for file in files]
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from normweave import __version__, settings
-from normweave.benchmark import table
+from normweave.benchmark import exhibits, figures, table
 from normweave.benchmark.evaluate import Contestant, measure, write_whole
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
 from normweave.benchmark.protocols import Fold, Protocol
@@ -85,7 +85,7 @@ def run(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
-    """Make the table of a plan, `output/NAME` as `.md`, `.html`, `.csv` and `.parquet`.
+    """Make the table of a plan, `output/NAME` as `.md`, `.html`, `.csv` and `.parquet`, and its figures.
 
     Finished runs (`output/NAME.runs/`) are not repeated, whatever ended the plan before.
 
@@ -123,8 +123,9 @@ def run(
     place = output / plan_path.stem
     table.write_csv(place.with_suffix(".csv"), rows + failed)
     table.write_parquet(place.with_suffix(".parquet"), rows + failed, provenance)
-    _replace(place.with_suffix(".md"), table.markdown(plan, rows, results, provenance))
-    _replace(place.with_suffix(".html"), table.html(plan, rows, results, provenance))
+    drawn = figures.draw(plan, results, rows, data, kept=done, folder=output / f"{plan_path.stem}.figures")
+    _replace(place.with_suffix(".md"), table.markdown(plan, rows, results, provenance, drawn))
+    _replace(place.with_suffix(".html"), table.html(plan, rows, results, provenance, drawn))
     if not rows:
         raise DataError(f"Every run failed; their reasons stand in {place.with_suffix('.md')}.")
     return rows + failed
@@ -225,7 +226,7 @@ def _one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads:
     (fold,) = (fold for fold in made if fold.name == item.fold)
     row = _start_of(item)
     try:
-        row |= _result(item, fold, cache)
+        row |= _result(item, fold, cache, exhibit=done / f"{item.key}.safetensors")
     except NormweaveError as error:
         row["error"] = f"{type(error).__name__}: {error}"
     except Exception as error:  # of whatever kind: a peer is other people's code, and the plan goes on
@@ -240,7 +241,7 @@ def _end_with_the_plan() -> None:
         os._exit(1)
 
 
-def _result(item: Run, fold: Fold, cache: Path) -> dict[str, Any]:
+def _result(item: Run, fold: Fold, cache: Path, *, exhibit: Path) -> dict[str, Any]:
     start = time.perf_counter()
     contestant: Contestant
     if item.peer is not None:
@@ -252,14 +253,17 @@ def _result(item: Run, fold: Fold, cache: Path) -> dict[str, Any]:
         modules = [contestant.extractor, contestant.standard, contestant.head]
     trained = time.perf_counter()
     sides: dict[str, Any] = {}
+    predictions: dict[str, list[dict[str, Any]]] = {}
     for side, tests in fold.tests.items():
-        metrics, _ = measure(contestant, tests, cache=cache)
+        metrics, predictions[side] = measure(contestant, tests, cache=cache)
         further = ("by_category", "by_subclass", "mean_of_subclasses")
         sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
     tested = time.perf_counter()
+    exhibits.keep(exhibit, contestant, fold, predictions, cache=cache)
     images = [sample.image_path for tests in fold.tests.values() for sample in tests]
     return {
         "sides": sides,
+        "exhibit": exhibit.name,
         "train_s": trained - start,
         "test_ms": (tested - trained) * 1000 / len(images),
         "inference_ms": _inference_ms(contestant, images[:TIMED]),

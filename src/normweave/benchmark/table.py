@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -227,10 +228,26 @@ class Part(NamedTuple):
     lines: Sequence[Sequence[str]] = ()
 
 
+class Figure(NamedTuple):
+    """A picture on disk, with what it shows."""
+
+    path: Path
+    caption: str
+
+    @property
+    def of_images(self) -> bool:
+        """It holds pictures of the data set, which may not be everybody's to pass on."""
+        return self.path.suffix == ".jpg"
+
+
 def markdown(
-    plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result], provenance: Sequence[str]
+    plan: Plan,
+    rows: Sequence[dict[str, Any]],
+    results: Sequence[Result],
+    provenance: Sequence[str],
+    figures: Sequence[Figure] = (),
 ) -> str:
-    """The table as Markdown."""
+    """The table as Markdown, with links to the figures that hold no image of the data."""
     text = [f"# {plan.title}", "", *provenance, ""]
     for paragraph in _legend(plan, rows):
         text += [paragraph, ""]
@@ -240,6 +257,15 @@ def markdown(
             text += [_piped(part.head), _piped(["---"] * len(part.head))]
             text += [_piped(line) for line in part.lines]
             text.append("")
+    if charts := [figure for figure in figures if not figure.of_images]:
+        text += ["## Figures", ""]
+        for figure in charts:
+            text += [
+                f"![{figure.path.stem}]({figure.path.parent.name}/{figure.path.name})",
+                "",
+                figure.caption,
+                "",
+            ]
     return "\n".join(text).rstrip("\n") + "\n"
 
 
@@ -249,9 +275,13 @@ def _piped(cells: Sequence[str]) -> str:
 
 
 def html(
-    plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result], provenance: Sequence[str]
+    plan: Plan,
+    rows: Sequence[dict[str, Any]],
+    results: Sequence[Result],
+    provenance: Sequence[str],
+    figures: Sequence[Figure] = (),
 ) -> str:
-    """The table as a page that needs nothing else."""
+    """The table and its figures as a page that needs nothing else."""
     about = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in _legend(plan, rows))
     origin = "".join(f'<p class="soft">{escape(line)}</p>' for line in provenance)
     body = [f"<header><h1>{escape(plan.title)}</h1>{origin}</header>{about}"]
@@ -269,6 +299,16 @@ def html(
                 f'<div class="scroll"><table><thead><tr><th class="text">{escape(part.head[0])}</th>{heads}</tr>'
                 f"</thead><tbody>{lines}</tbody></table></div>"
             )
+    if figures:
+        body.append("<h2>Figures</h2>")
+    for figure in figures:
+        kind = "jpeg" if figure.of_images else "svg+xml"
+        held = base64.b64encode(figure.path.read_bytes()).decode()
+        caption = escape(figure.caption)
+        body.append(
+            f'<figure class="chart"><div class="scroll"><img src="data:image/{kind};base64,{held}" alt="{caption}">'
+            f"</div><figcaption>{caption}</figcaption></figure>"
+        )
     return document(plan.title, "".join(body), made_by=f"normweave {__version__}")
 
 

@@ -72,7 +72,11 @@ class KnownKinds(nn.Module):
         self.means = torch.from_numpy(means @ inverse_root.T).float()
         self.whitener = torch.from_numpy(inverse_root.T.copy()).float()
 
+    def whitened(self, samples: Tensor) -> Tensor:
+        """(B, N) statistics in the space in which distances are taken, (B, N)."""
+        return samples @ self.whitener
+
     def forward(self, samples: Tensor) -> Tensor:
         """Distances of (B, N) statistics to the kinds, (B, K)."""
         # Differences, not |a|^2 - 2ab + |b|^2: far away, the rounding of the squares would be all that is left.
-        return (samples @ self.whitener)[:, None].sub(self.means).square().sum(dim=2).sqrt()
+        return self.whitened(samples)[:, None].sub(self.means).square().sum(dim=2).sqrt()

@@ -331,6 +331,14 @@ class AdaptedMoE(nn.Module):
         distances = self.kinds(block_statistics(features)).masked_fill(~others, torch.inf)
         return self._score(features, distances, allowed=others)
 
+    @torch.no_grad()
+    def places(self, features: Tensor) -> Tensor:
+        """The routing network's x (Eq. 1), (B, C); without a network the statistics that distances are taken of."""
+        if self.router is not None:
+            placed: Tensor = self.router(features)
+            return placed
+        return self.kinds.whitened(block_statistics(features))
+
     def _score(self, features: Tensor, distances: Tensor, *, allowed: Tensor | None) -> PatchScores:
         """Score with distances (B, K) to the known kinds, by the experts (B, K) allowed; None = all."""
         way = self.way

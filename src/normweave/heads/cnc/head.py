@@ -244,6 +244,11 @@ class CNC(nn.Module):
             reconstruction=maps[:, :-1].mean(dim=1),
         )
 
+    @torch.no_grad()
+    def places(self, features: Tensor) -> Tensor:
+        """The statistics that an image's kind is told by, whitened, (B, C)."""
+        return self.kinds.whitened(block_statistics(features[:, self.watched]))
+
     def _maps(self, features: Tensor) -> Tensor:
         """1 - cos of each level and, last, the margin by which text calls a place abnormal, (B, L + 1, h, w)."""
         levels = self._levels(features)

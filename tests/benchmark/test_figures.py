@@ -1,0 +1,206 @@
+"""Figures show the numbers of the table, and only what there is."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import save_file
+
+from normweave.benchmark.figures import CHANCE, _curves, draw
+from normweave.benchmark.plan import read_plan
+from normweave.benchmark.table import MEASURES, html, make_rows, markdown
+from normweave.types import Sample
+
+PLAN = """
+title: Figures
+data:
+  - {name: My cloth!, path: cloth, protocols: [given]}
+methods:
+  - {name: One, model: adapted-moe, set: [head.top_k=1]}
+  - {name: Two, model: adapted-moe, set: [head.top_k=2]}
+  - {name: Three, model: adapted-moe, set: [head.top_k=3, head.border=0]}
+  - {name: Four, model: adapted-moe, set: [head.top_k=4]}
+  - {name: Whole, model: mean-shift}
+seeds: [0, 1]
+"""
+METHODS = ("One", "Two", "Three", "Four", "Whole")
+
+
+@pytest.fixture
+def made(tmp_path: Path):
+    """A plan, what its runs might have left, and the samples."""
+    plan_path = tmp_path / "plan.yaml"
+    plan_path.write_text(PLAN)
+    plan = read_plan(plan_path)
+    samples = [
+        Sample(image_path=tmp_path / f"fit{n}.png", category="cloth", subclass="ab"[n % 2], split="train")
+        for n in range(12)
+    ]
+    for number, (subclass, defect) in enumerate([("a", None), ("a", "hole"), ("b", None), ("b", "stain")]):
+        path = tmp_path / f"test{number}.png"
+        Image.new("RGB", (40, 20), (90, 40, 60 * number)).save(path)
+        mask = path.with_name(f"mask{number}.png")
+        Image.fromarray(np.pad(np.full((4, 4), 255, np.uint8), ((8, 8), (18, 18)))).save(mask)
+        samples.append(
+            Sample(
+                image_path=path,
+                category="cloth",
+                subclass=subclass,
+                split="test",
+                label="anomalous" if defect else "normal",
+                defect=defect,
+                mask_path=mask if defect else None,
+            )
+        )
+    runs = tmp_path / "plan.runs"
+    runs.mkdir()
+    rng = np.random.default_rng(0)
+    results = []
+    for place, method in enumerate(METHODS):
+        for seed in plan.seeds:
+            whole = method == "Whole"
+            shares = dict.fromkeys(MEASURES, 0.7 + 0.02 * place + 0.01 * seed)
+            if whole:
+                shares |= {"pixel_auroc": None, "aupro": None}
+            kinds = {
+                f"cloth/{name}": {"image_auroc": shares["image_auroc"] - 0.3 * (name == "b")} for name in "ab"
+            }
+            counts = {"n_normal": 2, "n_anomalous": 2, "over_generalisation": None}
+            side = shares | counts | {"by_category": {"cloth": shares | counts}, "by_subclass": kinds}
+            name = f"{method}{seed}.safetensors"
+            tensors = {
+                "scores/seen": np.array([[0, 1, 2], [0, 1.5, 2], [1, 3, 2], [1, 1, 2]], dtype=np.float64)
+            }
+            if not whole:
+                tensors |= {f"maps/seen/{n}": rng.random((20, 40), dtype=np.float32) for n in range(3)}
+                tensors |= {
+                    "places": np.random.default_rng(place // 2).random((16, 5), dtype=np.float32),
+                    "roles": np.array([0] * 12 + [1, 1, 2, 2], dtype=np.int64),
+                }
+            kinds_of = "[]" if whole else str([f"cloth/{s.subclass}" for s in samples]).replace("'", '"')
+            save_file(tensors, runs / name, metadata={"kinds": kinds_of})
+            results.append(
+                {
+                    "method": method,
+                    "data": "My cloth!",
+                    "protocol": "given",
+                    "fold": "all",
+                    "seed": seed,
+                    "sides": {"seen": side},
+                    "exhibit": name,
+                    "train_s": 1.0,
+                    "test_ms": 1.0,
+                }
+            )
+    return plan, results, {"My cloth!": samples}, runs
+
+
+def drawn(made, folder: Path):
+    plan, results, data, runs = made
+    return draw(plan, results, make_rows(plan, results), data, kept=runs, folder=folder)
+
+
+def test_every_figure_of_the_plan_is_drawn(made, tmp_path: Path):
+    figures = drawn(made, tmp_path / "figures")
+    assert [figure.path.name for figure in figures] == [
+        "methods-my-cloth-given-seen.svg",
+        "subclasses-my-cloth-given-seen.svg",
+        "scores-my-cloth-given-seen.svg",
+        "maps-my-cloth-given-seen.jpg",
+        "routing-my-cloth-given.svg",
+        "curve-head-top-k.svg",
+    ]
+    assert [figure.of_images for figure in figures] == [False, False, False, True, False, False]
+    assert sorted(figure.path for figure in figures) == sorted((tmp_path / "figures").iterdir())
+    with Image.open(figures[3].path) as picture:
+        assert picture.format == "JPEG"
+        assert picture.width > picture.height
+
+
+def words(path: Path) -> list[str]:
+    return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+
+
+def test_bars_carry_the_numbers_of_the_table(made, tmp_path: Path):
+    folder = tmp_path / "figures"
+    drawn(made, folder)
+    bars = words(folder / "methods-my-cloth-given-seen.svg")
+    for place, method in enumerate(METHODS):
+        assert method in bars
+        number = f"{70.5 + 2 * place:.1f}"  # the mean of both seeds
+        assert bars.count(number) == (1 if method == "Whole" else 3)
+    subclasses = words(folder / "subclasses-my-cloth-given-seen.svg")
+    assert {"a", "b", "70.5", "40.5", "78.5", "48.5"} <= set(
+        subclasses
+    )  # of one category: its name says nothing
+
+
+def test_scores_and_routing_name_their_methods(made, tmp_path: Path):
+    folder = tmp_path / "figures"
+    drawn(made, folder)
+    assert set(METHODS) <= set(words(folder / "scores-my-cloth-given-seen.svg"))
+    routing = words(folder / "routing-my-cloth-given.svg")
+    assert {"a", "b"} <= set(routing)
+    assert {"One and 1 more", "Three and 1 more"} <= set(routing)  # the same space is shown once
+    assert "Whole" not in routing
+
+
+def test_a_curve_is_of_methods_that_differ_in_nothing_else(made):
+    plan, results, _, _ = made
+    curves = dict(_curves(plan, make_rows(plan, results)))
+    assert list(curves) == ["head.top_k"]
+    (points,) = curves["head.top_k"].values()
+    assert [(value, row["method"]) for value, row in points] == [(1, "One"), (2, "Two"), (4, "Four")]
+
+
+def test_the_same_results_give_the_same_figures(made, tmp_path: Path):
+    first, second = (drawn(made, tmp_path / name) for name in ("first", "second"))
+    for one, other in zip(first, second, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()
+
+
+def test_runs_that_failed_are_left_out(made, tmp_path: Path):
+    plan, results, data, runs = made
+    broken = [
+        {key: result[key] for key in ("method", "data", "protocol", "fold", "seed")} | {"error": "no memory"}
+        if result["method"] == "Two"
+        else result
+        for result in results
+    ]
+    drawn(made, tmp_path / "figures")
+    (tmp_path / "figures" / "notes.txt").write_text("mine")
+    drawn((plan, broken, data, runs), tmp_path / "figures")
+    assert (tmp_path / "figures" / "notes.txt").exists()
+    names = words(tmp_path / "figures" / "methods-my-cloth-given-seen.svg")
+    assert "Two" not in names
+    assert "One" in names
+    assert not (tmp_path / "figures" / "curve-head-top-k.svg").exists()  # two points are no curve
+
+
+def test_figures_begin_at_what_guessing_reaches():
+    from normweave.report.metrics import PixelMetrics
+
+    rng = np.random.default_rng(0)
+    metrics = PixelMetrics()
+    for _ in range(8):
+        mask = np.zeros((64, 64), dtype=bool)
+        mask[10:30, 10:30] = True
+        metrics.update(rng.random((64, 64)).astype(np.float32), mask)
+    values, _ = metrics.compute()
+    assert values["pixel_auroc"] == pytest.approx(CHANCE["pixel_auroc"], abs=0.02)
+    assert values["aupro"] == pytest.approx(CHANCE["aupro"], abs=0.02)
+
+
+def test_tables_show_figures_and_markdown_none_of_the_images(made, tmp_path: Path):
+    plan, results, _, _ = made
+    figures = drawn(made, tmp_path / "plan.figures")
+    rows = make_rows(plan, results)
+    text = markdown(plan, rows, results, ["provenance"], figures)
+    assert "![methods-my-cloth-given-seen](plan.figures/methods-my-cloth-given-seen.svg)" in text
+    assert "maps-" not in text
+    page = html(plan, rows, results, ["provenance"], figures)
+    assert page.count("data:image/svg+xml;base64,") == 5
+    assert page.count("data:image/jpeg;base64,") == 1
+    assert "## Figures" not in markdown(plan, rows, results, ["provenance"])

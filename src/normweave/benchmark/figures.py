@@ -272,7 +272,7 @@ def _bars(axes: Axes, values: Sequence[tuple[float, float] | None], *, start: fl
         )
         if deviation:
             axes.errorbar(value, place, xerr=deviation, color=INK, capsize=2, linewidth=1)
-        axes.text(max(value + deviation, 100 * start) + 0.8, place, f"{value:.1f}", va="center", color=INK)
+        axes.text(max(value + deviation, 100 * start) + 1.6, place, f"{value:.1f}", va="center", color=INK)
     axes.set_xlim(min([100 * start, *ends]), 108)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)

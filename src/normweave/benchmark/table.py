@@ -291,7 +291,7 @@ def html(
             heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in part.head[1:])
             lines = "".join(
                 f'<tr><th scope="row">{escape(line[0])}</th>'
-                + "".join(f"<td>{escape(cell)}</td>" for cell in line[1:])
+                + "".join(f"<td{_side(cell)}>{escape(cell)}</td>" for cell in line[1:])
                 + "</tr>"
                 for line in part.lines
             )
@@ -310,6 +310,11 @@ def html(
             f"</div><figcaption>{caption}</figcaption></figure>"
         )
     return document(plan.title, "".join(body), made_by=f"normweave {__version__}")
+
+
+def _side(cell: str) -> str:
+    """Sentences begin at the left, numbers end at the right."""
+    return ' class="text"' if " " in cell and "±" not in cell else ""
 
 
 def _parts(plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result]) -> Iterator[Part]:

@@ -124,7 +124,8 @@ def draw(
                 f"scores-{part.name}",
                 _histograms(part.side, seen),
                 f"{part.heading}. Scores of good (blue, filled) and defective test images (orange, outlined), each "
-                f"above or below its operating point (the line at 0), in deviations of the good ones. {seed}",
+                f"above or below its operating point (the line at 0), in deviations of the good ones; the last bin holds all "
+                f"beyond. {seed}",
             )
             save(
                 f"maps-{part.name}",
@@ -257,7 +258,7 @@ def _new(
 
 def _bars(axes: Axes, values: Sequence[tuple[float, float] | None], *, start: float) -> None:
     """A bar from `start` to each value, in per cent, with its deviation; None leaves a gap."""
-    ends = [100 * value for one in values if one is not None for value in one[:1]]
+    ends = [100 * one[0] for one in values if one is not None]
     for place, one in enumerate(values):
         if one is None:
             axes.text(100 * start, place, " –", va="center", color=INK)

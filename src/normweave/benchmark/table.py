@@ -49,9 +49,9 @@ class Column(NamedTuple):
 
 POOLED_COLUMNS = (
     Column("I-AUROC", "image_auroc"),
-    Column("p", "image_auroc_p", 1, ".3f"),
+    Column("p", "image_auroc_p", 1, ".2g"),
     Column("P-AUROC", "pixel_auroc"),
-    Column("p", "pixel_auroc_p", 1, ".3f"),
+    Column("p", "pixel_auroc_p", 1, ".2g"),
     Column("AUPRO", "aupro"),
     Column("AP (image)", "image_ap"),
     Column("FAR", "false_alarm_rate"),

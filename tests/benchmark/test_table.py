@@ -261,7 +261,7 @@ def test_what_stands_in_is_told(many):
     results[0]["differs"] = "this for <that>"
     rows = make_rows(plan, results)
     assert "| Bank | this for <that> |" in markdown(plan, rows, results, [])
-    assert "<td>this for &lt;that&gt;</td>" in html(plan, rows, results, [])
+    assert '<td class="text">this for &lt;that&gt;</td>' in html(plan, rows, results, [])
 
 
 class Tables(HTMLParser):

@@ -124,8 +124,8 @@ def draw(
                 f"scores-{part.name}",
                 _histograms(part.side, seen),
                 f"{part.heading}. Scores of good (blue, filled) and defective test images (orange, outlined), each "
-                f"above or below its operating point (the line at 0), in deviations of the good ones; the last bin holds all "
-                f"beyond. {seed}",
+                f"above or below its operating point (the line at 0), in deviations of the good ones; the "
+                f"last bin holds all beyond. {seed}",
             )
             save(
                 f"maps-{part.name}",

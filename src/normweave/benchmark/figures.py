@@ -427,7 +427,8 @@ def _maps(side: str, fold: Fold, seen: Mapping[str, Exhibit]) -> Drawing | None:
         picture, truth = _picture(sample)
         line[0].imshow(picture)
         line[1].imshow(truth, cmap="gray", vmin=0, vmax=1)
-        line[0].set_ylabel(f"{sample.subclass or sample.category}\n{sample.defect or 'good'}", fontsize=7)
+        told = f"{sample.subclass or sample.category}\n{sample.defect or 'good'}"
+        line[0].set_ylabel(told, fontsize=7, rotation=0, ha="right", va="center")
         for one, (name, maps) in zip(line[2:], methods.items(), strict=True):
             if (found := maps[row]) is not None:
                 low, high = scales[name]

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from normweave.benchmark.figures import CHANCE, _curves, draw
+from normweave.benchmark.figures import CHANCE, _curves, _picture, draw
 from normweave.benchmark.plan import read_plan
 from normweave.benchmark.table import MEASURES, html, make_rows, markdown
 from normweave.types import Sample
@@ -177,6 +177,17 @@ def test_runs_that_failed_are_left_out(made, tmp_path: Path):
     assert "Two" not in names
     assert "One" in names
     assert not (tmp_path / "figures" / "curve-head-top-k.svg").exists()  # two points are no curve
+
+
+def test_images_and_masks_that_cannot_be_read_are_grey(made, tmp_path: Path):
+    _, _, data, _ = made
+    (tmp_path / "test1.png").write_bytes(b"no image")
+    (tmp_path / "mask3.png").write_bytes(b"no mask")
+    first, *_, last = [sample for sample in data["My cloth!"] if sample.label == "anomalous"]
+    assert {int(value) for value in np.unique(_picture(first)[0])} == {128}
+    assert np.unique(_picture(last)[1]).tolist() == [0.5]
+    drawn(made, tmp_path / "figures")
+    assert (tmp_path / "figures" / "maps-my-cloth-given-seen.jpg").exists()
 
 
 def test_figures_begin_at_what_guessing_reaches():

@@ -23,7 +23,7 @@ from normweave.benchmark.table import MEAN, Figure, Result
 from normweave.bridges import peers
 from normweave.config import Config
 from normweave.data import images
-from normweave.errors import DataError
+from normweave.errors import DataError, ImageError
 from normweave.types import Sample
 
 if TYPE_CHECKING:
@@ -443,8 +443,11 @@ def _maps(side: str, fold: Fold, seen: Mapping[str, Exhibit]) -> Drawing | None:
 
 
 def _picture(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Image (h, w, 3) and mask (h, w), as small as the maps."""
-    whole = images.decode(sample.image_path)
+    """Image (h, w, 3) and mask (h, w), as small as the maps; grey where one cannot be read."""
+    try:
+        whole = images.decode(sample.image_path)
+    except ImageError:  # a row of the predictions says why
+        whole = np.full((exhibits.LONGEST, exhibits.LONGEST, 3), 128, dtype=np.uint8)
     height, width = whole.shape[:2]
     mask = np.zeros((height, width), dtype=np.float32)
     if sample.mask_path is not None:

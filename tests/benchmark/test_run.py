@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from normweave.benchmark.plan import read_plan
-from normweave.benchmark.run import Run, _samples, run
+from normweave.benchmark.run import Run, _runs, _samples, run
 from normweave.data.textures import SEEN, make_textures
 from normweave.errors import ConfigError, DataError
 
@@ -207,6 +207,26 @@ def test_a_peers_settings_decide_its_run(tmp_path: Path):
         ).key
 
     assert len({key("epochs=1"), key("epochs=2"), key("prepare.height=64")}) == 3
+
+
+def test_a_further_seed_or_protocol_repeats_nothing(tmp_path: Path):
+    def keys(text: str) -> set[str]:
+        plan = tmp_path / "small.yaml"
+        plan.write_text(text)
+        read = read_plan(plan)
+        samples = {"cloth": _samples(read.data[0], tmp_path, tmp_path / "results")}
+        return {item.key for item in _runs(read, samples, tmp_path)}
+
+    first = keys(PLAN)
+    assert len(first) == 2
+    more = keys(
+        PLAN.replace("protocols: [given]", "protocols: [given, seen]")
+        .replace("model: dfm}", "model: dfm, seeds: [0, 1]}")
+        .replace("model: dfm, set", "model: dfm, baseline: DFM, set")
+    )
+    assert first < more
+    assert len(more) == 6
+    assert not first & keys(PLAN.replace("height=128", "height=64"))
 
 
 @pytest.mark.slow

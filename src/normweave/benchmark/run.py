@@ -52,8 +52,15 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Names everything that decides the result, but for the code itself."""
-        decides = replace(self, method=replace(self.method, baseline=""))
+        """Names everything that decides the result, but for the code itself.
+
+        Not what else the plan asks for: a further seed or protocol repeats nothing.
+        """
+        decides = replace(
+            self,
+            method=replace(self.method, baseline="", seeds=()),
+            data=replace(self.data, protocols=()),
+        )
         parts = asdict(decides) | {"config": settings.as_dict(self.config)}
         if self.peer is not None:
             parts |= {"peer": dict(self.peer.values)}

@@ -158,7 +158,7 @@ def test_an_image_that_cannot_be_read_leaves_a_gap(fold, tmp_path: Path):
 
 def test_maps_are_kept_small():
     ramp = np.linspace(0, 1, 640 * 320, dtype=np.float32).reshape(640, 320)
-    small = exhibits._small(ramp)
+    small = exhibits.small(ramp)
     assert small.shape == (exhibits.LONGEST, exhibits.LONGEST // 2)
     assert small.mean() == pytest.approx(ramp.mean(), rel=1e-4)
     picture = Image.fromarray(small)

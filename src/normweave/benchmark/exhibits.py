@@ -96,7 +96,7 @@ def keep(
         number = {sample: place for place, sample in enumerate(chosen)}
         for sample, outcome in contestant.stream_samples(chosen, cache=cache):
             if outcome.anomaly_map is not None:
-                tensors[f"maps/{side}/{number[sample]}"] = _small(outcome.anomaly_map)
+                tensors[f"maps/{side}/{number[sample]}"] = small(outcome.anomaly_map)
     kinds: list[str] = []
     if isinstance(contestant, Detector):
         roles, rows = [], []
@@ -138,11 +138,12 @@ def _scores(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
     ).reshape(-1, 3)
 
 
-def _small(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:
-    height, width = anomaly_map.shape
+def small(picture: NDArray[Any]) -> NDArray[Any]:
+    """A map or mask (h, w), or an image (h, w, 3), with no side longer than `LONGEST`."""
+    height, width = picture.shape[:2]
     scale = min(1.0, LONGEST / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return np.asarray(Image.fromarray(anomaly_map).resize(size, Image.Resampling.BOX))
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
 
 
 def _of_each_role(fold: Fold) -> list[list[Sample]]:

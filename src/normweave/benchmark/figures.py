@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from normweave import settings
 from normweave.benchmark import exhibits
@@ -455,10 +454,7 @@ def _picture(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
             mask = images.read_mask(sample.mask_path, height=height, width=width).astype(np.float32)
         except DataError:  # listed by `measure`
             mask[:] = 0.5
-    scale = min(1.0, exhibits.LONGEST / max(height, width))
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = np.asarray(Image.fromarray(whole).resize(size, Image.Resampling.BOX))
-    return small, np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.BOX))
+    return exhibits.small(whole), exhibits.small(mask)
 
 
 def _scale(maps: Sequence[NDArray[np.float32]]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from normweave import Detector
 from normweave.config import Config, PrepareConfig
-from normweave.data.textures import Textile, make_textures, render
+from normweave.textiles import Textile, make_textures, render
 
 CLOTH = Textile("plain", "ecru", "diffuse")
 

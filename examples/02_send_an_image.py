@@ -24,7 +24,7 @@ from PIL import Image
 
 from normweave import Detector
 from normweave.config import Config, PrepareConfig
-from normweave.data.textures import Textile, make_textures, render
+from normweave.textiles import Textile, make_textures, render
 
 CLOTH = Textile("plain", "ecru", "diffuse")
 SIZE = (128, 128)

@@ -118,13 +118,13 @@ def training(config: OpenClipConfig, size: int, threads: int) -> dict[str, float
     load_s = time.perf_counter() - start
     batch, subclasses = data.features.read(range(BATCH)), torch.zeros(BATCH, dtype=torch.int64)
     times = []
-    for lesson in head.lessons(data):
-        optimiser = lesson.optimiser()
+    for stage in head.stages(data):
+        optimiser = stage.optimiser()
 
-        def step(lesson=lesson, optimiser=optimiser):
+        def step(stage=stage, optimiser=optimiser):
             optimiser.zero_grad()
             generator = torch.Generator().manual_seed(0)
-            loss = lesson.loss(batch, subclasses, generator=generator, training=True)["loss"]
+            loss = stage.loss(batch, subclasses, generator=generator, training=True)["loss"]
             loss.backward()
             optimiser.step()
 

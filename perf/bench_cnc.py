@@ -22,7 +22,7 @@ from normweave import features
 from normweave.config import CNCConfig, OfflinePairConfig
 from normweave.heads import build
 from normweave.heads.cnc.head import CNC
-from normweave.types import FitData, PseudoAnomalies
+from normweave.types import FitData, SyntheticAnomalies
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from in_memory import InMemory
@@ -30,8 +30,8 @@ from in_memory import InMemory
 BATCH, IMAGES = 8, 32
 WARM_UPS, ROUNDS = 2, 9
 DIMS, GRID = (24, 40, 112, 320), 16  # of OfflinePairConfig at 256 pixels
-PLAIN = CNCConfig(moe=False, text="off", pseudo_variants=0, distillation=0, promotion=0)
-CONSTRAINT = replace(CNCConfig(), moe=False, pseudo_variants=0)
+PLAIN = CNCConfig(moe=False, text="off", synthetic_variants=0, distillation=0, promotion=0)
+CONSTRAINT = replace(CNCConfig(), moe=False, synthetic_variants=0)
 
 
 def variants() -> dict[str, CNCConfig]:
@@ -39,7 +39,7 @@ def variants() -> dict[str, CNCConfig]:
     named = {
         "plain decoder": PLAIN,
         "+ constraint": CONSTRAINT,
-        "+ damaged images": replace(PLAIN, pseudo_variants=1),
+        "+ damaged images": replace(PLAIN, synthetic_variants=1),
         "CNC, our default": CNCConfig(),
         "CNC with the guide": CNCConfig(guide="text"),
     }
@@ -82,19 +82,19 @@ def main() -> None:
         groups=np.arange(IMAGES),
         holdout=np.arange(IMAGES) < BATCH,
         pair=pair,
-        pseudo=PseudoAnomalies(damaged, lambda rows: torch.ones(len(rows), GRID, GRID)),
+        pseudo=SyntheticAnomalies(damaged, lambda rows: torch.ones(len(rows), GRID, GRID)),
     )
     batch, subclasses = normals.read(range(BATCH)), torch.zeros(BATCH, dtype=torch.int64)
     rows = []
     for name, config in variants().items():
-        head = fitted(config, data if config.pseudo_variants else replace(data, pseudo=None))
-        lesson = head.lessons(data if config.pseudo_variants else replace(data, pseudo=None))[-1]
-        optimiser = lesson.optimiser()
+        head = fitted(config, data if config.synthetic_variants else replace(data, pseudo=None))
+        stage = head.stages(data if config.synthetic_variants else replace(data, pseudo=None))[-1]
+        optimiser = stage.optimiser()
 
-        def step(lesson=lesson, optimiser=optimiser) -> None:
+        def step(stage=stage, optimiser=optimiser) -> None:
             generator = torch.Generator().manual_seed(0)
             optimiser.zero_grad()
-            lesson.loss(batch, subclasses, generator=generator, training=True)["loss"].backward()
+            stage.loss(batch, subclasses, generator=generator, training=True)["loss"].backward()
             optimiser.step()
 
         steps = time_ms(step)

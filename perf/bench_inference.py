@@ -33,12 +33,12 @@ from torch import nn
 from normweave import settings
 from normweave.bundle import GRAPH
 from normweave.config import Config
-from normweave.data.textures import COLOURS, LIGHTINGS, WEAVES, Textile, make_textures
 from normweave.detector import Detector
-from normweave.export import to_onnx
+from normweave.network.export import to_onnx
+from normweave.network.openvino import OpenVino
 from normweave.runtime import Runtime
-from normweave.runtime.openvino import OpenVino
 from normweave.scoring import WORKERS
+from normweave.textiles import COLOURS, LIGHTINGS, WEAVES, Textile, make_textures
 
 WARM_UPS, ROUNDS = 1, 5
 IMAGES = 12  # of each kind
@@ -159,7 +159,7 @@ def main() -> None:
                     sides.append(("openvino", "backbone", whole(vino), bare(lambda a=alone, g=given: a(g))))
                 if "int8" in arguments.also:
                     other_detector = fitted(folder, replace(config, seed=0))
-                    other_detector.quantise()
+                    other_detector.quantize()
                     small = other_detector.save(folder / f"{batch}.int8.bundle")
                     int8 = Runtime(small, threads=arguments.threads, device="cpu")
                     sides.append(("int8", "backbone", whole(int8), on_onnx))

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from normweave.data.textures import make_textures
+from normweave.textiles import make_textures
 
 WORK = """
 import sys

@@ -224,9 +224,9 @@ def main() -> int:
 def made(folder: Path) -> tuple[Path, Path]:
     """A bundle of six kinds of cloth, and the good and bad photographs that it has not seen."""
     from normweave.config import Config
-    from normweave.data.textures import make_textures
     from normweave.detector import Detector
     from normweave.settings import override
+    from normweave.textiles import make_textures
 
     manifest = make_textures(folder / "cloth", train_images=20, test_images=4, defect_images=7)
     detector = Detector.fit(

@@ -18,10 +18,10 @@ from normweave import settings
 from normweave.config import Config
 from normweave.data import layouts, rows
 from normweave.data.prepare import Preparation
-from normweave.data.textures import make_textures
 from normweave.detector import Detector
 from normweave.features import build
 from normweave.features.cache import streamed
+from normweave.textiles import make_textures
 
 ROUNDS = 3
 IMAGES = 32  # of each of six kinds

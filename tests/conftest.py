@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
+
 
 @pytest.fixture(scope="session")
 def data_root() -> Path:

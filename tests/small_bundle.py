@@ -3,8 +3,8 @@
 import pytest
 
 from normweave.config import AdaptedMoEConfig, Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
-from normweave.data.textures import SEEN, UNSEEN, make_textures
 from normweave.detector import Detector
+from normweave.textiles import SEEN, UNSEEN, make_textures
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The loop, with a lesson that is small enough to do by hand. As a program: trains, and kills itself on the way."""
+"""The loop, with a stage that is small enough to do by hand. As a program: trains, and kills itself on the way."""
 
 import logging
 import os
@@ -103,8 +103,8 @@ SHORTER_AND_SLOWER = {"clip": 0.5, "final_rate": 0.1}
 """Gradients are cut, and the rate falls: state of the schedule matters too."""
 
 
-def weights(lesson):
-    return {name: tensor.clone() for name, tensor in lesson.module.state_dict().items()}
+def weights(stage):
+    return {name: tensor.clone() for name, tensor in stage.module.state_dict().items()}
 
 
 def equal(one, other):
@@ -116,32 +116,32 @@ class KilledError(Exception):
 
 
 def test_every_epoch_visits_every_image_that_is_not_held_out_once_in_another_order():
-    lesson, data = Denoise(), fit_data()
-    train(lesson, data, device="cpu")
-    trained = [images for training, _, images, _, _ in lesson.seen if training]
-    judged = [images for training, _, images, _, _ in lesson.seen if not training]
+    stage, data = Denoise(), fit_data()
+    train(stage, data, device="cpu")
+    trained = [images for training, _, images, _, _ in stage.seen if training]
+    judged = [images for training, _, images, _, _ in stage.seen if not training]
     epochs = [np.concatenate(trained[start : start + 4]).tolist() for start in range(0, 20, 4)]
     for images in epochs:
         assert sorted(images) == [row for row in range(20) if row % 5]
     assert len({tuple(images) for images in epochs}) == 5
     assert judged == [[0, 5, 10, 15]] * 5
-    assert all(labels == [row % 3 for row in images] for _, _, images, labels, _ in lesson.seen)
+    assert all(labels == [row % 3 for row in images] for _, _, images, labels, _ in stage.seen)
 
 
 def test_batch_statistics_are_on_in_training_and_off_elsewhere():
-    lesson = Denoise()
-    train(lesson, fit_data(), device="cpu")
-    assert all(mode == training for training, mode, *_ in lesson.seen)
-    assert not lesson.module.training
-    assert all(parameter.grad is None for parameter in lesson.module.parameters())
+    stage = Denoise()
+    train(stage, fit_data(), device="cpu")
+    assert all(mode == training for training, mode, *_ in stage.seen)
+    assert not stage.module.training
+    assert all(parameter.grad is None for parameter in stage.module.parameters())
 
 
 def test_every_batch_has_its_own_random_numbers_and_the_held_out_images_always_the_same():
-    def draws(lesson, data):
-        train(lesson, data, device="cpu")
+    def draws(stage, data):
+        train(stage, data, device="cpu")
         return (
-            [number for training, *_, number in lesson.seen if training],
-            [number for training, *_, number in lesson.seen if not training],
+            [number for training, *_, number in stage.seen if training],
+            [number for training, *_, number in stage.seen if not training],
         )
 
     trained, judged = draws(Denoise(), fit_data())
@@ -154,9 +154,9 @@ def test_every_batch_has_its_own_random_numbers_and_the_held_out_images_always_t
 
 def test_agrees_with_a_loop_by_hand():
     """All images in one batch and no noise, so that the order and the draws do not matter."""
-    lesson, hand = (Denoise(batch_images=100, noise=0) for _ in range(2))
+    stage, hand = (Denoise(batch_images=100, noise=0) for _ in range(2))
     data = fit_data(holdout=np.zeros(20, dtype=bool))
-    history = train(lesson, data, device="cpu")
+    history = train(stage, data, device="cpu")
 
     optimiser = hand.optimiser()
     patches = data.features.features.permute(0, 2, 3, 1).reshape(-1, 6)
@@ -169,17 +169,17 @@ def test_agrees_with_a_loop_by_hand():
         losses.append(loss.item())
     assert history.losses == pytest.approx(losses, rel=1e-5)
     last = "3.weight"  # biases before a batch norm have no gradient but rounding, which Adam blows up
-    torch.testing.assert_close(weights(lesson)[last], weights(hand)[last], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(stage)[last], weights(hand)[last], rtol=1e-4, atol=1e-5)
 
 
 def trained_by_hand(*, clip, final_rate, rate, epochs=5):
     """Losses and last weights by plain descent on all images at once."""
-    lesson = Denoise(batch_images=100, noise=0)
+    stage = Denoise(batch_images=100, noise=0)
     patches = fit_data().features.features.permute(0, 2, 3, 1).reshape(-1, 6)
     losses, lengths = [], []
     for epoch in range(epochs):
-        loss = (lesson.module(patches) - patches).square().mean()
-        parameters = list(lesson.module.parameters())
+        loss = (stage.module(patches) - patches).square().mean()
+        parameters = list(stage.module.parameters())
         gradients = torch.autograd.grad(loss, parameters)
         length = sum(gradient.square().sum().item() for gradient in gradients) ** 0.5
         shorter = min(1.0, clip / length) if clip else 1.0
@@ -189,7 +189,7 @@ def trained_by_hand(*, clip, final_rate, rate, epochs=5):
                 parameter -= rate * falling * shorter * gradient
         losses.append(loss.item())
         lengths.append(length)
-    return losses, weights(lesson), lengths
+    return losses, weights(stage), lengths
 
 
 @pytest.mark.parametrize("final_rate", [1.0, 0.1])
@@ -197,39 +197,39 @@ def trained_by_hand(*, clip, final_rate, rate, epochs=5):
 def test_gradients_are_cut_and_the_rate_falls_along_a_cosine(clip, final_rate):
     losses, expected, lengths = trained_by_hand(clip=clip, final_rate=final_rate, rate=0.5)
     assert max(lengths) > 0.5  # else nothing would be cut
-    lesson = Denoise(batch_images=100, noise=0, clip=clip, final_rate=final_rate)
-    lesson.optimiser = lambda: torch.optim.SGD(lesson.module.parameters(), lr=0.5)
+    stage = Denoise(batch_images=100, noise=0, clip=clip, final_rate=final_rate)
+    stage.optimiser = lambda: torch.optim.SGD(stage.module.parameters(), lr=0.5)
 
-    history = train(lesson, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
+    history = train(stage, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
 
     assert history.losses == pytest.approx(losses, rel=1e-4)
-    for name, tensor in weights(lesson).items():
+    for name, tensor in weights(stage).items():
         if "num_batches" not in name:
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
 
 
 def test_keeps_the_weights_of_the_best_epoch_and_stops_when_patience_runs_out():
-    lesson = Scripted([5.0, 3.0, 4.0, 2.0, 2.0, 9.0, 3.0, 1.0], patience=3)
-    history = train(lesson, fit_data(), device="cpu")
+    stage = Scripted([5.0, 3.0, 4.0, 2.0, 2.0, 9.0, 3.0, 1.0], patience=3)
+    history = train(stage, fit_data(), device="cpu")
     assert (history.epochs, history.best_epoch, history.best_loss) == (7, 4, 2.0)
     assert history.stopped_early
     assert history.holdout_losses == [5.0, 3.0, 4.0, 2.0, 2.0, 9.0, 3.0]
-    assert lesson.module.weight.item() == 4
+    assert stage.module.weight.item() == 4
 
 
 def test_without_patience_goes_on_to_the_end():
-    lesson = Scripted([1.0, 5.0, 5.0, 5.0, 5.0], patience=0)
-    history = train(lesson, fit_data(), device="cpu")
+    stage = Scripted([1.0, 5.0, 5.0, 5.0, 5.0], patience=0)
+    history = train(stage, fit_data(), device="cpu")
     assert (history.epochs, history.best_epoch, history.stopped_early) == (5, 1, False)
-    assert lesson.module.weight.item() == 1
+    assert stage.module.weight.item() == 1
 
 
 def test_without_held_out_images_keeps_the_last_weights():
-    lesson = Scripted([], patience=1, epochs=4)
-    history = train(lesson, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
+    stage = Scripted([], patience=1, epochs=4)
+    history = train(stage, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
     assert (history.epochs, history.best_epoch, history.stopped_early) == (4, 4, False)
     assert history.holdout_losses == []
-    assert lesson.module.weight.item() == 4
+    assert stage.module.weight.item() == 4
 
 
 def test_the_loss_on_held_out_images_counts_every_image_the_same():
@@ -308,9 +308,9 @@ def test_a_finished_lesson_is_taken_over_and_not_trained_again(tmp_path, patienc
 
 def test_without_resume_begins_anew(tmp_path):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
-    lesson = Denoise()
-    train(lesson, fit_data(), folder=tmp_path, device="cpu")
-    assert sum(training for training, *_ in lesson.seen) == 5 * 4
+    stage = Denoise()
+    train(stage, fit_data(), folder=tmp_path, device="cpu")
+    assert sum(training for training, *_ in stage.seen) == 5 * 4
 
 
 def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
@@ -324,7 +324,7 @@ def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lesson", "data"),
+    ("stage", "data"),
     [
         (Denoise(epochs=6), fit_data()),
         (Denoise(rate=1e-3), fit_data()),
@@ -336,12 +336,12 @@ def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
     ],
     ids=["epochs", "learning rate", "gradient clip", "final rate", "seed", "images", "held out"],
 )
-def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path, lesson, data):
+def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path, stage, data):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
     with pytest.raises(
         ConfigError, match=r"state of 'denoise' was written with other settings.*without --resume"
     ):
-        train(lesson, data, folder=tmp_path, resume=True, device="cpu")
+        train(stage, data, folder=tmp_path, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -425,10 +425,10 @@ def test_is_silent_and_leaves_the_process_as_it_was(capfd, tmp_path, monkeypatch
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
-    lesson, data = Denoise(), fit_data()
+    stage, data = Denoise(), fit_data()
     torch.manual_seed(3)
     random = torch.get_rng_state()
-    train(lesson, data, device="auto")
+    train(stage, data, device="auto")
     assert capfd.readouterr() == ("", "")
     assert said == []
     assert logger.level == logging.INFO
@@ -454,25 +454,25 @@ def test_ctrl_c_stays_a_keyboard_interrupt():
 
 
 def test_trains_in_a_thread_as_well():
-    lesson, threaded = Denoise(), Denoise()
-    train(lesson, fit_data(), device="cpu")
+    stage, threaded = Denoise(), Denoise()
+    train(stage, fit_data(), device="cpu")
     thread = threading.Thread(target=train, args=(threaded, fit_data()), kwargs={"device": "cpu"})
     thread.start()
     thread.join()
-    assert equal(weights(threaded), weights(lesson))
+    assert equal(weights(threaded), weights(stage))
 
 
 def _die_in_the_third_epoch(folder: Path) -> None:
-    lesson = Denoise(**SHORTER_AND_SLOWER)
-    loss = lesson.loss
+    stage = Denoise(**SHORTER_AND_SLOWER)
+    loss = stage.loss
 
     def deadly(*args, **kwargs):
-        if sum(training for training, *_ in lesson.seen) == 2 * 4 + 2:
+        if sum(training for training, *_ in stage.seen) == 2 * 4 + 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(*args, **kwargs)
 
-    lesson.loss = deadly
-    train(lesson, fit_data(), folder=folder, device="cpu")
+    stage.loss = deadly
+    train(stage, fit_data(), folder=folder, device="cpu")
 
 
 if __name__ == "__main__":

@@ -376,7 +376,7 @@ class AdaptedMoEConfig:
     top_k: int = 2
     """Experts asked an image; the paper's best is 4."""
     temperature: float = 0.25
-    """Of the softmax over the likeness to each subclass; lower = the nearest subclass decides."""
+    """Of the softmax over the similarity to each subclass; lower = the nearest subclass decides."""
     border: int = 2
     """Outermost cells of the grid that take the score of their inner neighbours; 0 = none."""
     discover: Literal["missing", "always"] = "missing"
@@ -569,9 +569,9 @@ class CNCConfig:
     guide_residual: float = 0.0
     """Share of the patch itself that passes by the guide; 0 = none."""
 
-    pseudo_variants: int = 2
+    synthetic_variants: int = 2
     """Damages of each fit normal that are made; 0 = trained on normal images only, as the paper."""
-    pseudo_share: float = 0.75
+    synthetic_share: float = 0.75
     """Share of the images of a step that are damaged."""
     covered: float = 0.1
     """Share of a cell that must be damaged to teach the prompts the abnormal."""
@@ -628,8 +628,8 @@ class CNCConfig:
             at_least("text_weight", 0),
             at_least("guide_words", 2),
             share("guide_residual"),
-            at_least("pseudo_variants", 0),
-            share("pseudo_share"),
+            at_least("synthetic_variants", 0),
+            share("synthetic_share"),
             (0 <= self.covered < 1, f"covered must lie in [0, 1), got {self.covered}"),
             at_least("border", 0),
             at_least("epochs", 1),

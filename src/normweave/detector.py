@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, export, quantise, scoring, settings, training
+from normweave import __version__, bundle, scoring, settings, training
 from normweave.config import CNCConfig, Config, OpenClipConfig, OutcomeConfig
-from normweave.data import pseudo, rows, splits
+from normweave.data import rows, splits, synthetic
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
 from normweave.errors import BundleError, ConfigError, ImageError, MissingError
@@ -34,23 +34,19 @@ from normweave.features import pair as feature_pair
 from normweave.features.frozen import FrozenFeatures
 from normweave.features.standardise import ChannelStandard, Standardised
 from normweave.heads import build as build_head
+from normweave.heads.base import Head
 from normweave.heads.state import load_state, state
+from normweave.network import export, quantize
+from normweave.network.onnx import OPENVINO, Network
 from normweave.outcome.operating_point import Calibration, needed
-from normweave.runtime.network import OPENVINO, Network
 from normweave.scoring import HASH_LETTERS, Judge, Line, Opened, Scored, Summary
 from normweave.types import (
     FeatureSource,
     FitData,
-    HasNotes,
-    Head,
-    JudgesWholeImages,
-    KnowsStrangers,
-    LearnsFromDamage,
     Outcome,
-    PlacesKinds,
     Progress,
-    PseudoAnomalies,
     Sample,
+    SyntheticAnomalies,
     Tile,
 )
 
@@ -147,13 +143,13 @@ class Detector:
         self._graph: bytes | None = None
         self._origin: Path | None = None  # the bundle this was loaded from
         self._fitted: _Fitted | None = None  # None: loaded
-        self._int8: Network | None = None  # scores in the place of torch, once quantised
+        self._int8: Network | None = None  # scores in the place of torch, once quantized
         self._device = device
 
     @property
-    def judges_whole_images(self) -> bool:
+    def image_level(self) -> bool:
         """Its maps say nothing of where."""
-        return isinstance(self.head, JudgesWholeImages)
+        return self.head.image_level
 
     @property
     def subclass_names(self) -> tuple[str, ...]:
@@ -192,7 +188,7 @@ class Detector:
 
         Raises:
             DataError: no usable good images, or too few of them.
-            GateError: too few held-out images for the false-alarm rate.
+            CheckError: too few held-out images for the false-alarm rate.
             ConfigError, MissingError: a setting that cannot be, or a backbone that is not there.
         """
         config = _configured(config, model=model, subclass_from=subclass_from)
@@ -231,7 +227,7 @@ class Detector:
             if isinstance(config.head, CNCConfig)
             and (config.head.text != "off" or config.head.guide == "text")
             else None,
-            pseudo=_pseudo(
+            synthetic=_synthetic(
                 scanned,
                 fit_rows,
                 extractor,
@@ -273,7 +269,7 @@ class Detector:
         detector._fitted = _Fitted(scanned, fit_rows, calibration_rows)
         return detector
 
-    def quantise(self, *, progress: Progress | None = None) -> None:
+    def quantize(self, *, progress: Progress | None = None) -> None:
         """Compute the backbone in int8 from now on: a smaller and faster graph, which scores a little differently.
 
         So the line is drawn anew by its own scores of the same held-out normals. What is usual was seen on fit normals:
@@ -281,15 +277,15 @@ class Detector:
 
         Raises:
             ConfigError: the detector was loaded and its images are not at hand, or its backbone has no convolution.
-            GateError: as in `save`.
+            CheckError: as in `save`.
         """
         if self._fitted is None:
             raise ConfigError(
-                "Only a detector that was just fitted can be quantised: it takes the images of the fit. Train it again "
+                "Only a detector that was just fitted can be quantized: it takes the images of the fit. Train it again "
                 "with --int8."
             )
         scanned, fit_rows, calibration_rows = self._fitted
-        self._graph = quantise.quantise(self._exported(), _images(scanned, fit_rows, at_most=INT8_IMAGES))
+        self._graph = quantize.quantize(self._exported(), _images(scanned, fit_rows, at_most=INT8_IMAGES))
         self._int8 = self._network(self._graph)
         self.record = self.record | {"precision": "int8"}
         self._draw(
@@ -312,7 +308,7 @@ class Detector:
 
         Raises:
             DataError: an image was used for fitting, or none can be read.
-            GateError: too few images for the rate.
+            CheckError: too few images for the rate.
         """
         rate = self.config.outcome.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
         config = replace(self.config, outcome=replace(self.config.outcome, false_alarm_rate=rate))
@@ -334,8 +330,8 @@ class Detector:
     ) -> None:
         summaries = [summary for _, _, summary in self._summaries(scanned, chosen, source, progress=progress)]
         strangers = None
-        if isinstance(self.head, KnowsStrangers) and len(self.head.subclass_names) > 1:
-            walk = self._summaries(scanned, chosen, source, as_strangers=True, progress=progress)
+        if self.head.can_exclude:
+            walk = self._summaries(scanned, chosen, source, score_excluding=True, progress=progress)
             strangers = [summary for _, _, summary in walk]
         self.calibration, self.map_threshold = scoring.draw_line(
             summaries,
@@ -349,7 +345,7 @@ class Detector:
         self, scanned: rows.Rows, fit_rows: NDArray[np.int64], source: FeatureSource
     ) -> dict[str, tuple[str, str | None]]:
         """The category and subclass behind each name that the head routes to."""
-        kinds = {sample.kind: (sample.category, sample.subclass) for sample in scanned.samples}
+        kinds = {sample.subclass_name: (sample.category, sample.subclass) for sample in scanned.samples}
         found = [name for name in self.head.subclass_names if name not in kinds]
         if not found:
             return kinds
@@ -432,7 +428,7 @@ class Detector:
                 )
 
     @torch.inference_mode()
-    def stream_places(
+    def stream_embeddings(
         self,
         samples: Sequence[Sample],
         *,
@@ -444,13 +440,14 @@ class Detector:
 
         Nothing comes of a head without such a space, and of images that cannot be read.
         """
-        if not isinstance(self.head, PlacesKinds):
-            return
         scanned = _scan(samples, self.preparation, self.extractor, cache, progress)
         source = _source(self.extractor, scanned, folder=cache, max_gib=cache_gib, progress=progress)
         for position, sample in enumerate(scanned.samples):
             features = source.read(np.flatnonzero(scanned.owner == position)).to(self._device)
-            yield sample, self.head.places(self.standard(features)).mean(dim=0).cpu().numpy()
+            embedding = self.head.embed(self.standard(features))
+            if embedding is None:
+                return
+            yield sample, embedding.mean(dim=0).cpu().numpy()
 
     @property
     def _judge(self) -> Judge:
@@ -472,16 +469,16 @@ class Detector:
         return _source(self.extractor, scanned, folder=folder, max_gib=max_gib, progress=progress)
 
     @torch.inference_mode()
-    def _score(self, features: Tensor, *, as_strangers: bool = False) -> Scored:
-        """(n, D, h, w) raw features to scores; once quantised, (n, 3, height, width) prepared pixels."""
+    def _score(self, features: Tensor, *, score_excluding: bool = False) -> Scored:
+        """(n, D, h, w) raw features to scores; once quantized, (n, 3, height, width) prepared pixels."""
         if self._int8 is not None:
             pixels = features.numpy()
             said = self._int8(pixels)
-            return Scored.of(self._int8(pixels, said["subclass"]) if as_strangers else said, self.config)
+            return Scored.of(self._int8(pixels, said["subclass"]) if score_excluding else said, self.config)
         standard = self.standard(features.to(self._device))
         patches = self.head(standard)
-        if as_strangers and isinstance(self.head, KnowsStrangers) and patches.routing is not None:
-            patches = self.head.as_strangers(standard, patches.routing.subclass)
+        if score_excluding and patches.routing is not None:
+            patches = self.head.score_excluding(standard, patches.routing.subclass)
         return Scored.of(
             {name: value.cpu().numpy() for name, value in export.answers(patches).items()}, self.config
         )
@@ -492,14 +489,14 @@ class Detector:
         chosen: NDArray[np.int64],
         source: FeatureSource,
         *,
-        as_strangers: bool = False,
+        score_excluding: bool = False,
         progress: Progress | None = None,
     ) -> Iterator[tuple[Sample, Scored, Summary]]:
         """Score the chosen rows, which hold whole images, an image at a time."""
         return scoring.summaries(
             scanned,
             chosen,
-            lambda few: self._score(source.read(few), as_strangers=as_strangers),
+            lambda few: self._score(source.read(few), score_excluding=score_excluding),
             size=self.config.features.batch_images,
             progress=progress,
         )
@@ -511,7 +508,7 @@ class Detector:
 
         Raises:
             BundleError: the folder exists and `overwrite` is not set.
-            GateError: ONNX Runtime, or OpenVINO where it is installed, does not give the scores of torch, or the
+            CheckError: ONNX Runtime, or OpenVINO where it is installed, does not give the scores of torch, or the
                 network cannot be exported.
         """
         target = Path(folder)
@@ -534,8 +531,9 @@ class Detector:
         if self._graph is None:
             parts = [self.extractor, self.standard, _module(self.head)]
             try:
-                extractor, standard, head = (part.to("cpu") for part in parts)
-                whole = export.Whole(extractor=extractor, standard=standard, head=head).eval()
+                for part in parts:
+                    part.to("cpu")
+                whole = export.Whole(extractor=self.extractor, standard=self.standard, head=self.head).eval()
                 graph = export.to_onnx(whole, height=self.preparation.height, width=self.preparation.width)
                 for device in ("cpu", *([OPENVINO] if find_spec("openvino") else [])):
                     network = self._network(graph, device)
@@ -681,9 +679,9 @@ def _fit_data(
 ) -> FitData:
     owners = [scanned.samples[owner] for owner in scanned.owner[chosen]]
     labelled = config.data.subclass_from != "auto"
-    names = tuple(sorted({sample.kind for sample in owners})) if labelled else ()
+    names = tuple(sorted({sample.subclass_name for sample in owners})) if labelled else ()
     number = {name: index for index, name in enumerate(names)}
-    subclasses = np.array([number.get(sample.kind, -1) for sample in owners], dtype=np.int64)
+    subclasses = np.array([number.get(sample.subclass_name, -1) for sample in owners], dtype=np.int64)
     part_of: dict[str, int] = {}
     groups = np.array(
         [
@@ -705,7 +703,7 @@ def _fit_data(
     )
 
 
-def _pseudo(
+def _synthetic(
     scanned: rows.Rows,
     fit_rows: NDArray[np.int64],
     extractor: FrozenFeatures,
@@ -717,37 +715,37 @@ def _pseudo(
     folder: Path | None,
     max_gib: float,
     progress: Progress | None,
-) -> PseudoAnomalies | None:
+) -> SyntheticAnomalies | None:
     """The fit normals with damage put into their pictures, as often as the head wants them.
 
     Held-out images are damaged with pieces of held-out images, and the others with pieces of the others.
     """
-    if not isinstance(head, LearnsFromDamage) or head.pseudo_variants == 0:
+    if head.synthetic_variants == 0:
         return None
     n = len(fit_rows)
     sides = {side: np.flatnonzero(holdout == side) for side in (False, True)}
 
     def others(row: int) -> tuple[int, np.random.Generator]:
-        rng = pseudo.seeded(seed, row // n, row % n)
+        rng = synthetic.seeded(seed, row // n, row % n)
         return int(rng.choice(sides[bool(holdout[row % n])])), rng
 
     def damaged(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         other, rng = others(row)
-        return pseudo.damage(scanned.load(fit_rows[row % n]), scanned.load(fit_rows[other]), rng=rng)
+        return synthetic.damage(scanned.load(fit_rows[row % n]), scanned.load(fit_rows[other]), rng=rng)
 
     def key(row: int) -> str:
         own, other = scanned.keys[fit_rows[row % n]], scanned.keys[fit_rows[others(row)[0]]]
-        said = ["pseudo", pseudo.FORMAT, seed, row // n, row % n, own, other]
+        said = ["pseudo", synthetic.FORMAT, seed, row // n, row % n, own, other]
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def load(row: int) -> NDArray[np.uint8]:
         return damaged(row)[0]
 
-    count = n * head.pseudo_variants
+    count = n * head.synthetic_variants
     # One byte a cell, asked for again and again, while the picture behind it takes milliseconds to make.
     shares = np.empty((count, *extractor.grid), dtype=np.uint8)
     for row in range(count):
-        shares[row] = np.rint(255 * pseudo.coverage(damaged(row)[1], extractor.grid))
+        shares[row] = np.rint(255 * synthetic.coverage(damaged(row)[1], extractor.grid))
         if progress is not None and (row % 16 == 0 or row == count - 1):
             progress("damaging images", row + 1, count)
     if folder is None:
@@ -761,7 +759,7 @@ def _pseudo(
             max_gib=max_gib,
             progress=progress,
         )
-    return PseudoAnomalies(
+    return SyntheticAnomalies(
         Standardised(source, standard), lambda few: torch.from_numpy(shares[few]).float() / 255
     )
 
@@ -776,8 +774,8 @@ def _fit_head(
     progress: Progress | None,
 ) -> None:
     head.begin(data)
-    for lesson in head.lessons(data):
-        training.train(lesson, data, folder=work, resume=resume, progress=progress, device=device)
+    for stage in head.stages(data):
+        training.train(stage, data, folder=work, resume=resume, progress=progress, device=device)
     _module(head).to("cpu")
     head.finish(data)
 
@@ -802,7 +800,7 @@ def _record(detector: Detector, scanned: rows.Rows, division: splits.Division) -
         "categories": categories,
         "kinds": {name: list(kind) for name, kind in detector.kinds.items()},
         "subclass_names": list(detector.head.subclass_names),
-        "notes": detector.head.notes() if isinstance(detector.head, HasNotes) else {},
+        "notes": detector.head.notes(),
         "feature_shape": list(detector.extractor.shape),
         "feature_fingerprint": detector.extractor.fingerprint,
         "preparation": detector.preparation.as_dict(),

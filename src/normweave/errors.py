@@ -30,7 +30,7 @@ class MissingError(NormweaveError):
     """Weights, a package or a device that this machine does not have."""
 
 
-class GateError(NormweaveError):
+class CheckError(NormweaveError):
     """A promise cannot be kept: a false-alarm rate, or the parity of an export."""
 
     exit_code = 3

@@ -217,7 +217,7 @@ class Judge:
         """The same held-out normals with lines for another rate; boxes keep theirs.
 
         Raises:
-            GateError: the held-out normals are too few for this rate.
+            CheckError: the held-out normals are too few for this rate.
             BundleError: no line has been drawn.
         """
         if self.line is None:

@@ -1,7 +1,7 @@
 """The one loop in which gradients train a part of a head. Heads in closed form never come here.
 
 Lightning turns the loop; what is ours is the order of the images, the random numbers, the stop rule and the
-file. Everything random is drawn from generators seeded by (seed, lesson, epoch, batch), so a run that was
+file. Everything random is drawn from generators seeded by (seed, stage, epoch, batch), so a run that was
 killed and taken up again at an epoch's end comes to the same weights, to the bit, as one that was not.
 """
 
@@ -31,12 +31,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
-from normweave.types import FitData, Lesson, Progress
+from normweave.heads.base import TrainingStage
+from normweave.types import FitData, Progress
 
 
 @dataclass(kw_only=True)
 class History:
-    """How a lesson went. Epochs count from 1."""
+    """How a stage went. Epochs count from 1."""
 
     epochs: int = 0
     best_epoch: int = 0
@@ -51,7 +52,7 @@ class History:
 
 
 def train(
-    lesson: Lesson,
+    stage: TrainingStage,
     data: FitData,
     *,
     folder: Path | None = None,
@@ -59,11 +60,11 @@ def train(
     progress: Progress | None = None,
     device: str = "auto",
 ) -> History:
-    """Train `lesson.module` on all images but the held-out ones; leave it in eval mode with its best weights.
+    """Train `stage.module` on all images but the held-out ones; leave it in eval mode with its best weights.
 
     Args:
         folder: where the state after each epoch is kept, as `NAME.safetensors`; None: nowhere.
-        resume: go on from that file, or take over what it holds when the lesson was finished.
+        resume: go on from that file, or take over what it holds when the stage was finished.
         device: auto, cpu or cuda.
 
     Raises:
@@ -72,8 +73,8 @@ def train(
         BundleError: the file to resume from is damaged.
         MissingError: the device is not there.
     """
-    loop = _Loop(lesson, data, progress)
-    path = folder / f"{lesson.name}.safetensors" if folder else None
+    loop = _Loop(stage, data, progress)
+    path = folder / f"{stage.name}.safetensors" if folder else None
     resumed = False
     if path is not None and path.exists():
         if resume:
@@ -84,13 +85,13 @@ def train(
     if not loop.finished:
         loop.path = path
         accelerator = _accelerator(device)
-        home = next((tensor.device for tensor in lesson.module.state_dict().values()), torch.device("cpu"))
+        home = next((tensor.device for tensor in stage.module.state_dict().values()), torch.device("cpu"))
         with _quiet():
             trainer = Trainer(
                 accelerator=accelerator,
                 devices=1,
-                max_epochs=lesson.epochs,
-                gradient_clip_val=lesson.gradient_clip or None,
+                max_epochs=stage.epochs,
+                gradient_clip_val=stage.gradient_clip or None,
                 plugins=[SafetensorsCheckpoints(), LightningEnvironment()],
                 logger=False,
                 enable_checkpointing=False,
@@ -98,19 +99,19 @@ def train(
                 enable_model_summary=False,
             )
             trainer.fit(loop, train_dataloaders=loop.batches, ckpt_path=path if resumed else None)
-        lesson.module.to(home).zero_grad()  # the last gradients are of no use to anyone
-    lesson.module.load_state_dict(loop.best)
-    lesson.module.eval()
+        stage.module.to(home).zero_grad()  # the last gradients are of no use to anyone
+    stage.module.load_state_dict(loop.best)
+    stage.module.eval()
     return loop.history
 
 
 class _Loop(LightningModule):
-    """Lightning's view of a lesson."""
+    """Lightning's view of a stage."""
 
-    def __init__(self, lesson: Lesson, data: FitData, progress: Progress | None) -> None:
+    def __init__(self, stage: TrainingStage, data: FitData, progress: Progress | None) -> None:
         super().__init__()
-        self.lesson = lesson
-        self.module = lesson.module
+        self.stage = stage
+        self.module = stage.module
         self.data = data
         self.subclasses = torch.from_numpy(data.subclasses)
         self.told = progress
@@ -122,7 +123,7 @@ class _Loop(LightningModule):
         self.holdout_rows = np.flatnonzero(data.holdout)
         if len(self.train_rows) == 0:
             raise DataError(
-                f"Nothing to train {lesson.name!r} on: all {len(data)} fit normals are held out. "
+                f"Nothing to train {stage.name!r} on: all {len(data)} fit normals are held out. "
                 "Add images or lower data.holdout_share."
             )
         self.batches = _Batches(self)
@@ -130,11 +131,11 @@ class _Loop(LightningModule):
     @property
     def finished(self) -> bool:
         """Whether every epoch is done, or the stop rule has spoken."""
-        return self.history.stopped_early or self.history.epochs >= self.lesson.epochs
+        return self.history.stopped_early or self.history.epochs >= self.stage.epochs
 
     def generator(self, *where: str | int) -> torch.Generator:
         """Random numbers for one purpose, on the CPU: the same on every device."""
-        said = repr((self.data.seed, self.lesson.name, *where)).encode()
+        said = repr((self.data.seed, self.stage.name, *where)).encode()
         return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(said).digest()[:7], "big"))
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -149,15 +150,14 @@ class _Loop(LightningModule):
         return features, self.subclasses[torch.from_numpy(rows)]
 
     def configure_optimizers(self) -> Any:
-        """The lesson's own, and how its learning rate falls: cos, at the end of each epoch."""
-        optimiser, lesson = self.lesson.optimiser(), self.lesson
-        if lesson.final_rate == 1:
+        """The stage's own, and how its learning rate falls: cos, at the end of each epoch."""
+        optimiser, stage = self.stage.optimiser(), self.stage
+        if stage.final_rate == 1:
             return optimiser
 
         def share(epoch: int) -> float:
             return (
-                lesson.final_rate
-                + (1 - lesson.final_rate) * (1 + math.cos(math.pi * epoch / lesson.epochs)) / 2
+                stage.final_rate + (1 - stage.final_rate) * (1 + math.cos(math.pi * epoch / stage.epochs)) / 2
             )
 
         return [optimiser], [torch.optim.lr_scheduler.LambdaLR(optimiser, share)]
@@ -169,7 +169,7 @@ class _Loop(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        loss = self.lesson.loss(
+        loss = self.stage.loss(
             *batch, generator=self.generator("train", self.history.epochs, batch_idx), training=True
         )["loss"]
         if not bool(torch.isfinite(loss)):
@@ -188,23 +188,23 @@ class _Loop(LightningModule):
         if loss is None or history.best_loss is None or loss < history.best_loss:
             history.best_loss, history.best_epoch = loss, history.epochs
             self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
-        patience, stale = self.lesson.patience, history.epochs - history.best_epoch
-        history.stopped_early = 0 < patience <= stale and history.epochs < self.lesson.epochs
+        patience, stale = self.stage.patience, history.epochs - history.best_epoch
+        history.stopped_early = 0 < patience <= stale and history.epochs < self.stage.epochs
         self.trainer.should_stop = history.stopped_early
         if self.path is not None:
             self.trainer.save_checkpoint(self.path, weights_only=False)
         if self.told is not None:
-            self.told(f"train {self.lesson.name}", history.epochs, self.lesson.epochs)
+            self.told(f"train {self.stage.name}", history.epochs, self.stage.epochs)
 
     @torch.no_grad()
     def _holdout_loss(self) -> float:
         """Mean loss of a held-out image, with the same random numbers after every epoch."""
         self.module.eval()
         total = 0.0
-        for batch, start in enumerate(range(0, len(self.holdout_rows), self.lesson.batch_images)):
-            rows = self.holdout_rows[start : start + self.lesson.batch_images]
+        for batch, start in enumerate(range(0, len(self.holdout_rows), self.stage.batch_images)):
+            rows = self.holdout_rows[start : start + self.stage.batch_images]
             features, subclasses = self.read(rows)
-            loss = self.lesson.loss(
+            loss = self.stage.loss(
                 features.to(self.device),
                 subclasses.to(self.device),
                 generator=self.generator("holdout", batch),
@@ -217,7 +217,7 @@ class _Loop(LightningModule):
 
     def _not_finite(self, loss: Tensor, where: str) -> None:
         raise ConfigError(
-            f"Training {self.lesson.name!r} went astray: the loss is {loss.item()} at epoch "
+            f"Training {self.stage.name!r} went astray: the loss is {loss.item()} at epoch "
             f"{self.history.epochs + 1}, {where}. It must be finite: lower the learning rate."
         )
 
@@ -225,19 +225,19 @@ class _Loop(LightningModule):
         """What a run must have in common with the one that it goes on from."""
         groups = [
             {name: value for name, value in group.items() if name != "params"}
-            for group in self.lesson.optimiser().param_groups
+            for group in self.stage.optimiser().param_groups
         ]
         shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
         said = (
-            [self.lesson.name, self.lesson.epochs, self.lesson.batch_images, self.lesson.patience],
-            [self.lesson.gradient_clip, self.lesson.final_rate],
+            [self.stage.name, self.stage.epochs, self.stage.batch_images, self.stage.patience],
+            [self.stage.gradient_clip, self.stage.final_rate],
             [self.data.seed, self.data.subclasses.tolist(), self.data.holdout.tolist(), groups, shapes],
         )
         return hashlib.sha256(repr(said).encode()).hexdigest()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning does not know of."""
-        checkpoint["lesson"] = {
+        checkpoint["stage"] = {
             "settings": self.settings(),
             "history": asdict(self.history),
             "best": self.best,
@@ -245,10 +245,10 @@ class _Loop(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back."""
-        saved = checkpoint["lesson"]
+        saved = checkpoint["stage"]
         if saved["settings"] != self.settings():
             raise ConfigError(
-                f"The saved state of {self.lesson.name!r} was written with other settings, another seed or other "
+                f"The saved state of {self.stage.name!r} was written with other settings, another seed or other "
                 "images. Resume with the same ones, or train anew without --resume."
             )
         self.history = History(**saved["history"])
@@ -262,10 +262,10 @@ class _Batches:
         self.loop = loop
 
     def __len__(self) -> int:
-        return math.ceil(len(self.loop.train_rows) / self.loop.lesson.batch_images)
+        return math.ceil(len(self.loop.train_rows) / self.loop.stage.batch_images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        loop, size = self.loop, self.loop.lesson.batch_images
+        loop, size = self.loop, self.loop.stage.batch_images
         generator = loop.generator("order", loop.history.epochs)
         rows = loop.train_rows[torch.randperm(len(loop.train_rows), generator=generator).numpy()]
         for start in range(0, len(rows), size):

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Label = Literal["normal", "anomalous"]
 Split = Literal["train", "calibration", "test"]
@@ -42,8 +41,8 @@ class Sample:
     mask_path: Path | None = None
 
     @property
-    def kind(self) -> str:
-        """Category and subclass in one word, unique in a data set."""
+    def subclass_name(self) -> str:
+        """`category/subclass`, or the category alone where there is no subclass; unique in a data set."""
         return self.category if self.subclass is None else f"{self.category}/{self.subclass}"
 
 
@@ -126,7 +125,7 @@ class Pair(Protocol):
         ...
 
 
-class PseudoAnomalies(NamedTuple):
+class SyntheticAnomalies(NamedTuple):
     """Fit normals with damage put into their pictures: row k * n + i is the k-th damage of image i."""
 
     features: FeatureSource  # standardised
@@ -144,7 +143,7 @@ class FitData:
     subclasses: NDArray[np.int64]
     """(n,) indices into `names`; all -1 when no labels were given."""
     names: tuple[str, ...]
-    """`Sample.kind` of each subclass; empty when no labels were given."""
+    """`Sample.subclass_name` of each subclass; empty when no labels were given."""
     groups: NDArray[np.int64]
     """(n,) physical part, lot or session; statistics "on other images" mean other groups."""
     holdout: NDArray[np.bool_]
@@ -156,7 +155,7 @@ class FitData:
     """(D,) likewise."""
     pair: Pair | None = None
     """The vision-language pair that the features come from, if they do."""
-    pseudo: PseudoAnomalies | None = None
+    synthetic: SyntheticAnomalies | None = None
     """None: the head did not ask for any."""
 
     def __len__(self) -> int:
@@ -184,100 +183,6 @@ class PatchScores(NamedTuple):
     reconstruction: Tensor | None = (
         None  # (B, h, w) float32, distance to what was reconstructed; heads that decode
     )
-
-
-class Lesson(Protocol):
-    """A part of a head that gradients train; `training.train` is the only loop."""
-
-    name: str
-    epochs: int
-    batch_images: int
-    patience: int
-    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
-    gradient_clip: float
-    """Longest gradient of a step, as the norm over all parameters; 0 = any."""
-    final_rate: float
-    """The learning rate falls along half a cosine to this share of itself behind the last epoch; 1 = it stays."""
-    module: nn.Module
-    """Holds every parameter and buffer that the lesson changes."""
-
-    def optimiser(self) -> torch.optim.Optimizer:
-        """A new optimiser over the module's parameters."""
-        ...
-
-    def loss(
-        self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
-    ) -> dict[str, Tensor]:
-        """Scalars by name for (B, D, h, w) features and (B,) subclasses; `loss` is what is minimised.
-
-        Every random draw comes from `generator`. With `training` false nothing is changed.
-        """
-        ...
-
-
-class Head(Protocol):
-    """Features to patch scores. Fit in this order: begin, every lesson trained, finish. Is an nn.Module."""
-
-    subclass_names: tuple[str, ...]
-    """`Sample.kind` of each subclass the head routes to (known after `begin`); empty without routing."""
-
-    def begin(self, data: FitData) -> None:
-        """Everything in closed form that the lessons need."""
-        ...
-
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
-        """What gradients train, in order; empty for heads in closed form."""
-        ...
-
-    def finish(self, data: FitData) -> None:
-        """Everything in closed form that needs the trained parts."""
-        ...
-
-    def __call__(self, features: Tensor) -> PatchScores:
-        """Score (B, D, h, w) standardised features; the result for an image does not depend on its batch."""
-        ...
-
-
-@runtime_checkable
-class KnowsStrangers(Protocol):
-    """A head that can do as if it had never seen a subclass."""
-
-    def as_strangers(self, features: Tensor, subclasses: Tensor) -> PatchScores:
-        """Score (B, D, h, w) without the expert of each image's own subclass, (B,) int64; -1 leaves it all experts."""
-        ...
-
-
-@runtime_checkable
-class PlacesKinds(Protocol):
-    """A head with a space in which it tells kinds of normal apart."""
-
-    def places(self, features: Tensor) -> Tensor:
-        """Where images (B, D, h, w) lie in it, (B, C)."""
-        ...
-
-
-@runtime_checkable
-class LearnsFromDamage(Protocol):
-    """A head that is also shown pseudo-abnormal images."""
-
-    pseudo_variants: int
-    """Damages of each fit normal; 0 = none."""
-
-
-@runtime_checkable
-class JudgesWholeImages(Protocol):
-    """A head whose map is one cell: it says whether, but not where, so that nothing is measured by pixel."""
-
-    image_level: Literal[True]
-
-
-@runtime_checkable
-class HasNotes(Protocol):
-    """A head that decides something while fitting."""
-
-    def notes(self) -> dict[str, Any]:
-        """What it decided and why, as JSON holds it."""
-        ...
 
 
 class DefectBox(NamedTuple):

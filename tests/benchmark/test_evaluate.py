@@ -14,10 +14,10 @@ from normweave.benchmark.evaluate import _Cell, _coverage, _tables, compare, eva
 from normweave.config import Config, DataConfig
 from normweave.data.images import read_mask
 from normweave.data.layouts import read
-from normweave.data.textures import Textile, make_textures
 from normweave.detector import Detector
 from normweave.errors import DataError
 from normweave.report.metrics import OverGeneralisation, PixelMetrics
+from normweave.textiles import Textile, make_textures
 from normweave.types import Sample, Tile
 
 
@@ -206,7 +206,7 @@ SMALL = (
     "outcome.false_alarm_rate=0.2",
     "outcome.unknown_rate=0.2",
 )
-DECODER = ("head.epochs=1", "head.text=off", "head.pseudo_variants=0", "head.width=16")
+DECODER = ("head.epochs=1", "head.text=off", "head.synthetic_variants=0", "head.width=16")
 
 
 @pytest.fixture(scope="module")

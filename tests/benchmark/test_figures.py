@@ -89,7 +89,7 @@ def made(tmp_path: Path):
                     "fold": "all",
                     "seed": seed,
                     "sides": {"seen": side},
-                    "exhibit": name,
+                    "artifact": name,
                     "train_s": 1.0,
                     "test_ms": 1.0,
                 }

@@ -45,9 +45,9 @@ def test_no_part_stands_on_both_sides(parts: int, seed: int):
             for tests in fold.tests.values():
                 assert not groups(fold.samples) & groups(tests)
             assert all(sample.label == "normal" for sample in fold.samples)
-            seen = {sample.kind for sample in fold.samples}
-            assert {sample.kind for sample in fold.tests.get("seen", ())} <= seen
-            assert not {sample.kind for sample in fold.tests.get("unseen", ())} & seen
+            seen = {sample.subclass_name for sample in fold.samples}
+            assert {sample.subclass_name for sample in fold.tests.get("seen", ())} <= seen
+            assert not {sample.subclass_name for sample in fold.tests.get("unseen", ())} & seen
 
 
 def test_no_file_stands_on_both_sides(tmp_path: Path):
@@ -122,9 +122,9 @@ def test_one_subclass_cannot_be_left_out():
 def test_the_subclasses_that_a_plan_names_only_test():
     (fold,) = folds(tiles_and_boards(), "unseen-subclass", seed=0, unseen=("exp1", "board/exp2"))
     unseen = {"tile/exp1", "board/exp1", "board/exp2"}
-    assert {sample.kind for sample in fold.tests["unseen"]} == unseen
-    assert {sample.kind for sample in fold.samples} == {"tile/exp0", "tile/exp2", "board/exp0"}
-    assert {sample.kind for sample in fold.tests["seen"]} == {"tile/exp0", "tile/exp2", "board/exp0"}
+    assert {sample.subclass_name for sample in fold.tests["unseen"]} == unseen
+    assert {sample.subclass_name for sample in fold.samples} == {"tile/exp0", "tile/exp2", "board/exp0"}
+    assert {sample.subclass_name for sample in fold.tests["seen"]} == {"tile/exp0", "tile/exp2", "board/exp0"}
     for names, text in (
         (
             (),
@@ -151,7 +151,9 @@ def test_every_subclass_is_left_out_once_with_k_at_a_time(conditions: int, leave
 
 
 def test_leaving_out_k_needs_more_than_k():
-    few = [sample for sample in tiles_and_boards() if sample.kind not in ("board/exp1", "board/exp2")]
+    few = [
+        sample for sample in tiles_and_boards() if sample.subclass_name not in ("board/exp1", "board/exp2")
+    ]
     made = folds(few, "leave-k-out", seed=0, leave_out=2)
     assert {sample.category for fold in made for sample in fold.tests["unseen"]} == {"tile"}
     with pytest.raises(DataError, match=r"needs a category with more than 3 subclasses.*Set leave_out lower"):

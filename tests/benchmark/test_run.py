@@ -11,8 +11,8 @@ from PIL import Image
 
 from normweave.benchmark.plan import read_plan
 from normweave.benchmark.run import Run, _runs, _samples, run
-from normweave.data.textures import SEEN, make_textures
 from normweave.errors import ConfigError, DataError
+from normweave.textiles import SEEN, make_textures
 
 PLAN = """
 title: Small
@@ -39,7 +39,7 @@ def test_a_plan_becomes_a_table_and_is_not_run_twice(tmp_path: Path):
     *good, failed = rows
     assert {(row["method"], row["side"]) for row in good} == {("DFM", "seen"), ("DFM", "unseen")}
     assert (failed["method"], failed["side"], failed["failed_runs"]) == ("Cannot be", None, 1)
-    assert "GateError" in failed["error"]
+    assert "CheckError" in failed["error"]
     for row in good:
         assert row["inference_ms"] > 0
         assert row["peak_mib"] > 100  # torch alone
@@ -96,7 +96,7 @@ def test_parts_are_read_each_in_its_layout_with_its_settings(tmp_path):
     )
     samples = _samples(read_plan(plan).data[0], tmp_path / "data", tmp_path / "results")
 
-    kinds = {sample.kind for sample in samples}
+    kinds = {sample.subclass_name for sample in samples}
     assert {"tile/exp1", "tile/exp2"} <= kinds
     assert {f"cloth/{textile.name}" for textile in SEEN} <= kinds
     assert {sample.group.split("/")[0] for sample in samples if sample.group} == {"cloth"}

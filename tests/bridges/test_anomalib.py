@@ -23,10 +23,10 @@ from normweave.bridges.anomalib import NormweaveModel
 from normweave.config import Config, TimmConfig
 from normweave.data import layouts
 from normweave.data.images import content_hash, decode
-from normweave.data.textures import SEEN, UNSEEN, make_textures
 from normweave.detector import Detector
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.features import trunk
+from normweave.textiles import SEEN, UNSEEN, make_textures
 
 # Lightning and anomalib warn of the number of workers, of a missing optimiser and of each other.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from normweave.cli import app
-from normweave.data.textures import Textile, make_textures
+from normweave.textiles import Textile, make_textures
 
 SMALL = [
     "--set=features.weights=random",

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from normweave.cli import terminal as shared
 from normweave.cli.terminal import Terminal, command
-from normweave.errors import ConfigError, GateError, MissingError
+from normweave.errors import CheckError, ConfigError, MissingError
 
 
 def answer(work, *arguments):
@@ -38,7 +38,7 @@ def failing(error):
     ("error", "exit_code", "words"),
     [
         (ConfigError("no [such] setting"), 2, "Error: no [such] setting\n"),
-        (GateError("a rate of 0.01 needs more"), 3, "Error: a rate of 0.01 needs more\n"),
+        (CheckError("a rate of 0.01 needs more"), 3, "Error: a rate of 0.01 needs more\n"),
         (MissingError("no cuda"), 2, "Error: no cuda\n"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch.nn"),
@@ -69,7 +69,7 @@ def test_an_error_has_a_traceback_only_when_asked_for():
 
 
 def test_an_error_is_json_on_stdout_when_asked_for():
-    result = answer(failing(GateError("too few")), "--json")
+    result = answer(failing(CheckError("too few")), "--json")
     assert json.loads(result.stdout) == {"error": "too few", "exit_code": 3}
     assert result.stderr == ""
     assert result.exit_code == 3

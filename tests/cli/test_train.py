@@ -9,8 +9,8 @@ from PIL import Image
 from normweave import bundle
 from normweave.cli.train import checked, compose, line
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
-from normweave.data.textures import Textile, render
 from normweave.errors import ConfigError
+from normweave.textiles import Textile, render
 
 from .conftest import SMALL, run
 

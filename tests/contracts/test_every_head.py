@@ -13,7 +13,7 @@ from normweave.config import HeadConfig
 from normweave.errors import BundleError
 from normweave.heads import build
 from normweave.training import train
-from normweave.types import FitData, JudgesWholeImages
+from normweave.types import FitData
 
 SHAPE = (16, 8, 8)
 PLACE = (3, 4)  # of the planted defect; well inside, for heads that replace the border
@@ -44,8 +44,8 @@ def normals(*, count=24, kinds=3, shape=SHAPE, labelled=True, holdout=True):
 def fit(config, data):
     head = build(config, shape=data.features.shape)
     head.begin(data)
-    for lesson in head.lessons(data):
-        train(lesson, data, device="cpu")
+    for stage in head.stages(data):
+        train(stage, data, device="cpu")
     head.finish(data)
     return head
 
@@ -126,7 +126,7 @@ def test_a_planted_defect_raises_the_score_where_it_is(head, unseen):
     h, w = after.shape[1:]
     y, x = PLACE[0] * h // SHAPE[1], PLACE[1] * w // SHAPE[2]
     assert ((after - before).flatten(1).argmax(1) == y * w + x).all()
-    if isinstance(head, JudgesWholeImages):
+    if head.image_level:
         assert (h, w) == (1, 1)
         assert (after > before).all()  # one patch of 64 moves a mean little
         return
@@ -194,7 +194,7 @@ def test_heads_that_route_name_the_kinds_they_were_given(head):
 
 
 def test_lessons_have_different_names_that_a_file_can_bear(head):
-    names = [lesson.name for lesson in head.lessons(normals())]
+    names = [stage.name for stage in head.stages(normals())]
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"[a-z0-9_-]+", name) for name in names)
 

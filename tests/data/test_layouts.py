@@ -234,7 +234,7 @@ def test_choosing(tree):
     root = tree("cloth/red/train/good/1.png", "cloth/blue/train/good/1.png", "wood/oak/train/good/1.png")
 
     def kinds(**settings):
-        return [sample.kind for sample in read(root, DataConfig(**settings))]
+        return [sample.subclass_name for sample in read(root, DataConfig(**settings))]
 
     assert kinds() == kinds(category=("all",), subclass=("all",)) == ["cloth/blue", "cloth/red", "wood/oak"]
     assert kinds(category=("cloth",)) == ["cloth/blue", "cloth/red"]

@@ -12,7 +12,7 @@ from PIL import Image
 from normweave.config import DataConfig
 from normweave.data import layouts
 from normweave.data.splits import check_disjoint, complete, divide, file_content, holdout, shared
-from normweave.errors import DataError, GateError
+from normweave.errors import CheckError, DataError
 from normweave.types import Sample
 
 
@@ -80,7 +80,7 @@ def test_divide_never_divides_a_group_or_a_file(rows, seed, share, at_least):
         fit, calibration = divide(
             samples, calibration_share=share, at_least=at_least, seed=seed, content=content
         )
-    except (DataError, GateError):  # too few; that the refusals are right is tested below, by hand
+    except (DataError, CheckError):  # too few; that the refusals are right is tested below, by hand
         return
     assert sorted(fit + calibration, key=samples.index) == samples
     assert len(fit) >= 2
@@ -188,7 +188,7 @@ def test_calibration_rows_are_used_as_marked():
     assert fit == samples[:5]
     assert calibration == samples[5:8]
     with pytest.raises(
-        GateError, match=r"5 train and 3 calibration images are marked. At least 2 and 4 are needed"
+        CheckError, match=r"5 train and 3 calibration images are marked. At least 2 and 4 are needed"
     ):
         divide(samples, calibration_share=0.5, at_least=4, seed=0, content=itself)
 
@@ -266,7 +266,7 @@ def test_two_images_are_always_left_to_fit_on():
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_too_little_or_wrong_says_what_is_needed(samples, text):
-    with pytest.raises((DataError, GateError), match=text):
+    with pytest.raises((DataError, CheckError), match=text):
         divide(samples, calibration_share=0.33, at_least=19, seed=0, content=itself)
 
 

@@ -17,7 +17,7 @@ from typer.main import get_command
 from normweave import __version__, settings
 from normweave.cli import app
 from normweave.config import Config
-from normweave.data.textures import Textile, make_textures, render
+from normweave.textiles import Textile, make_textures, render
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

@@ -17,8 +17,8 @@ from PIL import Image
 from typer.main import get_command
 
 from normweave.cli import app
-from normweave.data.textures import Textile, render
 from normweave.serve.config import ServeConfig
+from normweave.textiles import Textile, render
 
 ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "normweave.service"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from normweave.config import Config, DataConfig
-from normweave.data.textures import SEEN, UNSEEN, make_textures
 from normweave.detector import Detector
+from normweave.textiles import SEEN, UNSEEN, make_textures
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def bundle(
     (trained,) = call(
         *("train", folder / "all.csv", "-o", folder / "all.bundle", "--json", "--cache", feature_cache),
         *("--model", "cnc", "--subclass-from", "column", "--set", "head.epochs=2"),
-        *("--set", "head.prompt_epochs=2", "--set", "head.pseudo_variants=1"),
+        *("--set", "head.prompt_epochs=2", "--set", "head.synthetic_variants=1"),
     )
     assert sorted(trained["categories"]) == ["cloth", "magnetic_tiles"]
     return folder / "all.bundle"

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from normweave.cli import app
-from normweave.data.textures import SEEN, render
+from normweave.textiles import SEEN, render
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'normweave[clip]'")
 

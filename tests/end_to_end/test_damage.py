@@ -9,7 +9,7 @@ from PIL import Image
 
 from normweave import detector, features
 from normweave.config import PrepareConfig, TimmConfig
-from normweave.data import pseudo, rows
+from normweave.data import rows, synthetic
 from normweave.data.prepare import Preparation
 from normweave.features.standardise import ChannelStandard
 from normweave.types import Sample
@@ -33,12 +33,12 @@ def made(scanned, folder=None, seed=0):
     extractor = features.build(
         TimmConfig(backbone="resnet18", strides=(4, 8), weights="random", batch_images=4), height=32, width=32
     )
-    return detector._pseudo(
+    return detector._synthetic(
         scanned,
         np.arange(IMAGES),
         extractor,
         ChannelStandard(channels=extractor.shape[0]),
-        SimpleNamespace(pseudo_variants=VARIANTS),
+        SimpleNamespace(synthetic_variants=VARIANTS),
         holdout=HOLDOUT,
         seed=seed,
         folder=folder,
@@ -54,7 +54,7 @@ def test_pieces_come_from_the_same_side_of_the_holdout(scanned, monkeypatch):
         seen.append((pixels[0, 0, 0] // 20, other[0, 0, 0] // 20))
         return pixels, np.ones((32, 32), dtype=bool)
 
-    monkeypatch.setattr(pseudo, "damage", damage)
+    monkeypatch.setattr(synthetic, "damage", damage)
     found = made(scanned)
     assert len(found.features) == IMAGES * VARIANTS
     assert [own for own, _ in seen] == [*range(IMAGES)] * VARIANTS

@@ -12,9 +12,9 @@ from normweave import settings
 from normweave.benchmark.evaluate import evaluate
 from normweave.config import Config, DataConfig, OutcomeConfig
 from normweave.data.layouts import read
-from normweave.data.textures import SEEN, render
 from normweave.detector import Detector
-from normweave.errors import BundleError, DataError, GateError, ImageError
+from normweave.errors import BundleError, CheckError, DataError, ImageError
+from normweave.textiles import SEEN, render
 from normweave.types import Outcome, Sample
 
 MODELS = ("adapted-moe", "cnc", "simplenet", "patchcore", "dfm", "msflow", "pyramidflow")
@@ -190,7 +190,7 @@ def test_calibrate_draws_the_line_anew(detector: Detector, cloth: Path, tmp_path
     assert len(loaded.calibration) == 30
     with pytest.raises(DataError, match="cannot serve for test"):
         list(loaded.stream_samples([Sample(image_path=folder / "0.png")]))
-    with pytest.raises(GateError, match="needs at least 999 held-out normal images, got 30"):
+    with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 30"):
         loaded.calibrate(folder, false_alarm_rate=0.001)
     assert loaded.config.outcome.false_alarm_rate == 0.1  # what failed left nothing behind
     with pytest.raises(DataError, match="cannot serve for calibration"):
@@ -222,7 +222,7 @@ def test_one_good_image_is_too_few(tmp_path: Path):
 
 def test_a_rate_that_cannot_be_promised_is_refused(cloth: Path, feature_cache: Path):
     config = Config(data=DataConfig(subclass_from="column"), outcome=OutcomeConfig(false_alarm_rate=0.0001))
-    with pytest.raises((DataError, GateError), match="9999"):
+    with pytest.raises((DataError, CheckError), match="9999"):
         Detector.fit(cloth, config=config, cache=feature_cache)
 
 

@@ -71,7 +71,7 @@ def undisturbed(cloth: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
         pytest.param(
             "normweave.training:write_checkpoint",
             13,
-            id="while training, before a checkpoint of the second lesson",
+            id="while training, before a checkpoint of the second stage",
         ),
         pytest.param("normweave.bundle:os.replace", 1, id="while saving, before the rename"),
     ],

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from normweave import features
 from normweave.config import OfflinePairConfig
-from normweave.data.textures import SEEN, render
 from normweave.errors import DataError
 from normweave.features import minilm, offline_pair
 from normweave.features.offline_pair import OfflinePair
+from normweave.textiles import SEEN, render
 
 HEIGHT, WIDTH = 64, 96
 STRIDES = (8, 16, 32)

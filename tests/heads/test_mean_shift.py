@@ -60,8 +60,8 @@ def test_the_contrastive_loss_is_its_equation():
     views = [unit(row) for row in torch.cat([one, other])]
     total = 0.0
     for i in range(6):
-        likeness = [math.exp(float(views[i] @ views[j]) / 0.25) for j in range(6)]
-        total -= math.log(likeness[(i + 3) % 6] / (sum(likeness) - likeness[i]))
+        similarity = [math.exp(float(views[i] @ views[j]) / 0.25) for j in range(6)]
+        total -= math.log(similarity[(i + 3) % 6] / (sum(similarity) - similarity[i]))
     assert contrast(one, other, temperature=0.25).item() == pytest.approx(total / 6, rel=1e-5)
 
 
@@ -71,9 +71,9 @@ def test_the_loss_is_contrastive_around_the_centre_and_angular_towards_it(angula
     head = begun(data, angular=angular)
     with torch.no_grad():
         head.adapter.second.weight += 0.5 * random(3, 5, seed=2)
-    (lesson,) = head.lessons(data)
+    (stage,) = head.stages(data)
     with torch.no_grad():
-        losses = lesson.loss(data.features.features, None, generator=generator(3), training=True)
+        losses = stage.loss(data.features.features, None, generator=generator(3), training=True)
         draws = generator(3)
         phis = []
         for _ in range(2):
@@ -106,10 +106,10 @@ def test_the_score_is_the_distance_to_the_nearest_normal_images():
     head.finish(data)
     image = random(1, 3, 2, 2, seed=2)
     phi = unit(image[0].mean((1, 2)))
-    likeness = sorted(float(phi @ unit(one.mean((1, 2)))) for one in data.features.features)[-3:]
+    similarity = sorted(float(phi @ unit(one.mean((1, 2)))) for one in data.features.features)[-3:]
     out = head(image)
     assert out.scores.shape == (1, 1, 1)
-    assert out.scores.item() == pytest.approx(1 - sum(likeness) / 3, abs=1e-5)
+    assert out.scores.item() == pytest.approx(1 - sum(similarity) / 3, abs=1e-5)
     assert data.features.most <= 16
 
 
@@ -155,8 +155,8 @@ def test_a_view_is_the_mean_over_a_rectangle():
 def test_adaption_draws_the_views_of_an_image_together():
     data = normals(2 + random(20, 6, 6, 6, seed=1) + random(20, 6, 1, 1, seed=2))
     head = begun(data, epochs=20, learning_rate=0.1)
-    (lesson,) = head.lessons(data)
-    history = train(lesson, data, device="cpu")
+    (stage,) = head.stages(data)
+    history = train(stage, data, device="cpu")
     assert history.best_loss < history.holdout_losses[0] - 0.02
     assert head.adapter.second.weight.abs().max() > 0
 

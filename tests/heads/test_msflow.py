@@ -200,9 +200,9 @@ def test_the_loss_is_the_negative_log_likelihood():
     data = normals(random(3, 5, 4, 4, seed=1))
     head = begun(data, dims=(2, 3))
     shaken(head.flow)
-    (lesson,) = head.lessons(data)
+    (stage,) = head.stages(data)
     with torch.no_grad():
-        loss = lesson.loss(data.features.features, None, generator=generator(), training=True)["loss"].item()
+        loss = stage.loss(data.features.features, None, generator=generator(), training=True)["loss"].item()
         total = 0.0
         for image in data.features.features:
             flowed = head.flow(head.levels(image[None]))
@@ -245,8 +245,8 @@ def test_it_learns_which_patches_are_unlikely():
     normal = torch.cat([along, along], dim=1) + 0.1 * random(20, 2, 8, 8, seed=6)
     data = normals(normal)
     head = begun(data, dims=(2,), blocks=4, epochs=30)
-    (lesson,) = head.lessons(data)
-    history = train(lesson, data, device="cpu")
+    (stage,) = head.stages(data)
+    history = train(stage, data, device="cpu")
     assert history.best_loss < history.holdout_losses[0] - 0.3
     off = normal[:5].clone()
     off[:, :, 3, 4] += torch.tensor([1.5, -1.5])

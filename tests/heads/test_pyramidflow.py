@@ -166,9 +166,9 @@ def test_the_loss_is_the_spectrum_of_the_differences():
     data = normals(random(3, 2, 4, 4, seed=1))
     head = begun(data)
     shaken(head.flow)
-    (lesson,) = head.lessons(data)
+    (stage,) = head.stages(data)
     with torch.no_grad():
-        loss = lesson.loss(data.features.features, None, generator=generator(), training=True)["loss"].item()
+        loss = stage.loss(data.features.features, None, generator=generator(), training=True)["loss"].item()
         latents = [head.flow(image[None]) for image in data.features.features]
         sizes = []
         for one, other in ((0, 1), (0, 2), (1, 2)):
@@ -189,11 +189,11 @@ def test_the_loss_is_the_spectrum_of_the_differences():
 def test_a_lone_image_is_paired_with_its_mirror_image():
     data = normals(random(1, 2, 4, 4, seed=1))
     head = begun(data)
-    (lesson,) = head.lessons(data)
+    (stage,) = head.stages(data)
     image = data.features.features
     with torch.no_grad():
         alone, both = (
-            lesson.loss(images, None, generator=generator(), training=True)["loss"]
+            stage.loss(images, None, generator=generator(), training=True)["loss"]
             for images in (image, torch.cat([image, image.flip(3)]))
         )
     assert alone == both > 0
@@ -234,8 +234,8 @@ def test_it_makes_normal_images_alike():
     images = torch.cat([pattern.expand(20, -1, -1, -1), random(20, 1, 8, 8, seed=6)], dim=1)
     data = normals(images + 0.05 * random(20, 2, 8, 8, seed=7))
     head = begun(data, epochs=15)
-    (lesson,) = head.lessons(data)
-    history = train(lesson, data, device="cpu")
+    (stage,) = head.stages(data)
+    history = train(stage, data, device="cpu")
     head.finish(data)
     assert history.best_loss < 0.7 * history.holdout_losses[0]
     off = data.features.features[:5].clone()

@@ -69,8 +69,8 @@ def adapt_by_hand(discriminator, patch):
 def test_the_score_is_minus_the_discriminator():
     data = normals(torch.randn(10, 3, 2, 4, generator=generator(1)))
     head = begun(data)
-    (lesson,) = head.lessons(data)
-    train(lesson, data, device="cpu")
+    (stage,) = head.stages(data)
+    train(stage, data, device="cpu")
     image = torch.randn(2, 3, 2, 4, generator=generator(2))
     scores = head(image).scores
     norm = head.discriminator.standardise
@@ -89,10 +89,10 @@ def test_the_score_is_minus_the_discriminator():
 def test_the_loss_is_the_truncated_l1_of_normal_and_noised_patches():
     data = normals(torch.randn(3, 4, 2, 2, generator=generator(3)))
     head = begun(data, margin=0.3, noise=0.7)
-    (lesson,) = head.lessons(data)
-    lesson.module.train()
+    (stage,) = head.stages(data)
+    stage.module.train()
     with torch.no_grad():
-        loss = lesson.loss(data.features.features, None, generator=generator(4), training=True)["loss"].item()
+        loss = stage.loss(data.features.features, None, generator=generator(4), training=True)["loss"].item()
 
         patches = [data.features.features[b, :, y, x] for b in range(3) for y in range(2) for x in range(2)]
         normal = torch.tensor([adapt_by_hand(head.discriminator, patch) for patch in patches])
@@ -109,12 +109,12 @@ def test_the_loss_is_the_truncated_l1_of_normal_and_noised_patches():
 
 def test_the_adaptor_learns_at_half_the_rate():
     data = normals(torch.randn(4, 3, 2, 2))
-    (lesson,) = begun(data, learning_rate=0.04).lessons(data)
-    adaptor, rest = lesson.optimiser().param_groups
+    (stage,) = begun(data, learning_rate=0.04).stages(data)
+    adaptor, rest = stage.optimiser().param_groups
     assert (adaptor["lr"], rest["lr"]) == (0.02, 0.04)
     assert adaptor["weight_decay"] == rest["weight_decay"] == 1e-5
     assert [tuple(p.shape) for p in adaptor["params"]] == [(3, 3), (3,)]
-    assert len(adaptor["params"]) + len(rest["params"]) == len(list(lesson.module.parameters()))
+    assert len(adaptor["params"]) + len(rest["params"]) == len(list(stage.module.parameters()))
 
 
 def test_it_learns_where_normal_patches_lie():
@@ -123,8 +123,8 @@ def test_it_learns_where_normal_patches_lie():
     normal = torch.cat([along, along], dim=1) + 0.02 * torch.randn(20, 2, 4, 4, generator=generator(6))
     data = normals(normal)
     head = begun(data, hidden=64, epochs=60, learning_rate=3e-3)
-    (lesson,) = head.lessons(data)
-    history = train(lesson, data, device="cpu")
+    (stage,) = head.stages(data)
+    history = train(stage, data, device="cpu")
     assert history.best_loss < 0.8 * history.holdout_losses[0]
     off = normal[:5] + torch.tensor([0.8, -0.8]).view(2, 1, 1)
     higher = head(off).scores.flatten()[:, None] > head(normal[:5]).scores.flatten()[None]

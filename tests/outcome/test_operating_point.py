@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normweave.errors import BundleError, ConfigError, DataError, GateError
+from normweave.errors import BundleError, CheckError, ConfigError, DataError
 from normweave.outcome.operating_point import Calibration, draw, needed, p_value
 
 NAMES = ("cloth/red", "cloth/blue", "cloth/rare")
@@ -70,7 +70,7 @@ def test_a_rate_that_nobody_could_check(rate):
 
 def test_too_few_normals_says_how_many_are_needed():
     with pytest.raises(
-        GateError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98"
+        CheckError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98"
     ) as caught:
         draw(np.zeros(98), false_alarm_rate=0.01)
     assert caught.value.exit_code == 3
@@ -187,7 +187,7 @@ def test_another_rate_redraws_every_line():
     assert stricter.point(0).threshold > held_out.point(0).threshold
     assert stricter.point(1) == stricter.point(None)  # 40 are too few for 0.02
     assert stricter.with_rate(0.05).as_dict() == held_out.as_dict()
-    with pytest.raises(GateError, match="needs at least 199 held-out normal images, got 105"):
+    with pytest.raises(CheckError, match="needs at least 199 held-out normal images, got 105"):
         held_out.with_rate(0.005)
 
 

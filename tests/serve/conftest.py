@@ -17,7 +17,7 @@ from normweave.serve import create_app
 from normweave.serve.access import Access
 from normweave.serve.config import ServeConfig
 from normweave.serve.files import Files
-from normweave.serve.station import Station
+from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
 from required import absent
 from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
@@ -116,32 +116,32 @@ def runtime(bundle):  # noqa: F811 - it is the fixture
 
 @pytest.fixture
 def start(runtime, tmp_path):
-    """Start stations in a folder of their own; all are stopped at the end."""
+    """Start services in a folder of their own; all are stopped at the end."""
     started = []
 
     def start(**limits):
-        folder = tmp_path / f"station-{len(started)}"
+        folder = tmp_path / f"service-{len(started)}"
         files = Files(folder / "files")
         store = Store.open(f"sqlite:///{folder}/store.sqlite")
-        station = Station(runtime, store=store, files=files, config=ServeConfig(**limits))
-        started.append(station)
-        return station
+        service = InspectionService(runtime, store=store, files=files, config=ServeConfig(**limits))
+        started.append(service)
+        return service
 
     yield start
-    for station in started:
-        station.stop()
-        station.store.close()
-        station.files.close()
+    for service in started:
+        service.stop()
+        service.store.close()
+        service.files.close()
 
 
 @pytest.fixture
-def station(start):
+def service(start):
     return start()
 
 
 @pytest.fixture
-def access(station, tmp_path):
-    return Access(station.store, folder=tmp_path, session_hours=12)
+def access(service, tmp_path):
+    return Access(service.store, folder=tmp_path, session_hours=12)
 
 
 @pytest.fixture
@@ -151,9 +151,9 @@ def keys(access):
 
 
 @pytest.fixture
-def client(station, access, keys):
+def client(service, access, keys):
     """An engineer's program."""
-    app = create_app(station, access=access, pages=False)
+    app = create_app(service, access=access, pages=False)
     headers = {"Authorization": f"Bearer {keys['engineer']}"}
     with TestClient(app, headers=headers, raise_server_exceptions=False) as client:
         yield client

@@ -12,13 +12,13 @@ from starlette.websockets import WebSocketDisconnect
 from normweave.errors import DataError
 from normweave.serve import create_app
 from normweave.serve.access import Access
-from normweave.serve.gate import OPEN
+from normweave.serve.authentication import OPEN
 from normweave.serve.records import NotThereError
 
 
 @pytest.fixture
-def app(station, access, keys):
-    return create_app(station, access=access, pages=False)
+def app(service, access, keys):
+    return create_app(service, access=access, pages=False)
 
 
 @pytest.fixture
@@ -72,10 +72,10 @@ def test_expired_revoked_and_unknown(access):
         access.revoke(99)
 
 
-def test_a_token_that_another_process_revokes_is_refused_soon(station, access, tmp_path, monkeypatch):
+def test_a_token_that_another_process_revokes_is_refused_soon(service, access, tmp_path, monkeypatch):
     made = access.make(name="guest", role="operator")
     assert access.holder(made.secret) is not None
-    station.store.revoke(made.token.id, datetime.now(UTC))
+    service.store.revoke(made.token.id, datetime.now(UTC))
     monkeypatch.setattr("normweave.serve.access.FRESH_SECONDS", 0.0)
     assert access.holder(made.secret) is None
 
@@ -130,9 +130,9 @@ def test_what_takes_an_engineer(app, stranger, keys):
         assert status in (200, 422), (method, path)
 
 
-def test_without_tokens_everyone_is_an_engineer(station):
+def test_without_tokens_everyone_is_an_engineer(service):
     with TestClient(
-        create_app(station, access=None, pages=False), base_url="http://localhost:8080"
+        create_app(service, access=None, pages=False), base_url="http://localhost:8080"
     ) as client:
         assert client.get("/v1/model/rates").status_code == 200
         assert client.get("/v1/tokens").status_code == 404
@@ -232,11 +232,11 @@ def test_a_login_cannot_be_made_up_or_stretched(access):
         assert access.session(forged) is None, forged
 
 
-def test_a_login_ends_with_its_time_and_with_its_token(station, tmp_path):
-    access = Access(station.store, folder=tmp_path, session_hours=0)
+def test_a_login_ends_with_its_time_and_with_its_token(service, tmp_path):
+    access = Access(service.store, folder=tmp_path, session_hours=0)
     made = access.make(name="Ada", role="operator")
     assert access.session(access._signed(made.token, int(time.time()) - 1)) is None
-    lasting = Access(station.store, folder=tmp_path, session_hours=1)
+    lasting = Access(service.store, folder=tmp_path, session_hours=1)
     cookie = lasting.login(made.token)
     assert lasting.session(cookie) == made.token
     lasting.revoke(made.token.id)
@@ -255,17 +255,17 @@ def test_a_login_in_use_is_renewed(app, access, keys):
         assert not access.half_over(cookie)
 
 
-def test_a_login_outlives_the_server_but_not_its_key(station, access, tmp_path):
+def test_a_login_outlives_the_server_but_not_its_key(service, access, tmp_path):
     made = access.make(name="Ada", role="operator")
     cookie = access.login(made.token)
-    assert Access(station.store, folder=tmp_path, session_hours=1).session(cookie) == made.token
+    assert Access(service.store, folder=tmp_path, session_hours=1).session(cookie) == made.token
     key = tmp_path / "session.key"
     assert key.stat().st_mode & 0o077 == 0
     key.unlink()
-    assert Access(station.store, folder=tmp_path, session_hours=1).session(cookie) is None
+    assert Access(service.store, folder=tmp_path, session_hours=1).session(cookie) is None
     key.write_bytes(b"short")
     with pytest.raises(DataError, match=r"session\.key has 5 bytes, but a key has 32\. Remove it"):
-        Access(station.store, folder=tmp_path, session_hours=1)
+        Access(service.store, folder=tmp_path, session_hours=1)
 
 
 def test_cookies_say_that_they_are_for_tls(app, keys):
@@ -287,11 +287,11 @@ def test_every_answer_tells_the_browser_to_stay_here(stranger):
         assert "http" not in headers["content-security-policy"]
 
 
-def test_who_inspected_is_kept(stranger, keys, station, photos):
+def test_who_inspected_is_kept(stranger, keys, service, photos):
     content = Path(photos[0]).read_bytes()
     answer = stranger.post("/v1/inspect", headers=bearer(keys["operator"]), files={"images": ("a", content)})
     assert answer.json()["inspections"][0]["actor"] == "operator"
-    assert asyncio.run(station.inspection(1)).actor == "operator"
+    assert asyncio.run(service.inspection(1)).actor == "operator"
 
 
 def test_the_token_of_a_request_is_not_taken_from_its_address(stranger, keys):

@@ -70,12 +70,12 @@ def test_many_images_come_back_in_their_order_with_the_bad_one_named(client, pho
 @pytest.mark.parametrize(
     "name", ["../../etc/passwd", "C:\\x.png", "/etc/x", "a\x00b", "<img src=x>", "x" * 900]
 )
-def test_a_name_is_never_a_path(client, station, photos, name):
+def test_a_name_is_never_a_path(client, service, photos, name):
     content = Path(photos[0]).read_bytes()
     (one,) = client.post("/v1/inspect", files=[("images", (name, content))]).json()["inspections"]
     assert len(one["name"]) <= 500
-    kept = {path.name for path in station.files.folder.rglob("*") if path.is_file()}
-    inspection = station.store.inspection(one["id"])
+    kept = {path.name for path in service.files.folder.rglob("*") if path.is_file()}
+    inspection = service.store.inspection(one["id"])
     assert kept == {".lock", inspection.picture.image_hash, inspection.picture.grids_hash}
 
 
@@ -117,15 +117,15 @@ def test_a_large_image_is_refused_whole(start, access, keys, photos):
 
 
 def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkeypatch):
-    station = start(max_waiting=1, max_images=1)
+    service = start(max_waiting=1, max_images=1)
     free = threading.Event()
-    scores = station.runtime.scores
-    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
-    app = create_app(station, access=access, pages=False)
+    scores = service.runtime.scores
+    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    app = create_app(service, access=access, pages=False)
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         first = threading.Thread(target=lambda: client.post("/v1/inspect", files=form(photos[0])))
         first.start()
-        while not station.waiting:
+        while not service.waiting:
             pass
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
@@ -136,17 +136,17 @@ def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkey
 
 
 def test_a_late_answer_says_that_the_images_were_taken(start, access, keys, photos, monkeypatch):
-    station = start(answer_seconds=0.2)
+    service = start(answer_seconds=0.2)
     free = threading.Event()
-    scores = station.runtime.scores
-    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
-    app = create_app(station, access=access, pages=False)
+    scores = service.runtime.scores
+    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    app = create_app(service, access=access, pages=False)
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert "The images were taken and are judged all the same" in answer.json()["error"]
         free.set()
-        while station.waiting:
+        while service.waiting:
             pass
         assert [one["id"] for one in client.get("/v1/inspections").json()["inspections"]] == [1]
 
@@ -222,7 +222,7 @@ def test_pictures(client, runtime, photos, inspected):
     assert Image.open(io.BytesIO(client.get(one["overlay_url"]).content)).size == (64, 64)
 
 
-def test_what_has_no_picture(client, station):
+def test_what_has_no_picture(client, service):
     client.post("/v1/inspect", files=[("images", ("bad", b"x"))])
     for what in ("image", "map", "overlay"):
         answer = client.get(f"/v1/inspections/1/{what}")
@@ -232,16 +232,16 @@ def test_what_has_no_picture(client, station):
         )
 
 
-def test_an_image_that_retention_removed(client, station, inspected):
-    list(station.store.shrink(max_bytes=0))
+def test_an_image_that_retention_removed(client, service, inspected):
+    list(service.store.shrink(max_bytes=0))
     answer = client.get("/v1/inspections/1/image")
     assert (answer.status_code, "has been removed to make room" in answer.json()["error"]) == (404, True)
     assert client.get("/v1/inspections/1").json()["verdict"] == inspected[-1]["verdict"]
 
 
-def test_a_file_that_is_gone_or_changed_is_said(client, station, inspected):
-    picture = station.store.inspection(1).picture
-    path = station.files._path(picture.image_hash)
+def test_a_file_that_is_gone_or_changed_is_said(client, service, inspected):
+    picture = service.store.inspection(1).picture
+    path = service.files._path(picture.image_hash)
     path.write_bytes(b"changed")
     answer = client.get("/v1/inspections/1/image")
     assert (answer.status_code, "changed on disk" in answer.json()["error"]) == (503, True)
@@ -319,7 +319,7 @@ def test_tokens(client, keys):
     assert client.delete("/v1/tokens/99").status_code == 404
 
 
-def test_health_and_metrics(client, station, monkeypatch, photos):
+def test_health_and_metrics(client, service, monkeypatch, photos):
     assert client.get("/readyz").json() == {"status": "ok"}
     client.post("/v1/inspect", files=form(photos[0]))
     metrics = client.get("/metrics")
@@ -329,7 +329,7 @@ def test_health_and_metrics(client, station, monkeypatch, photos):
     def away():
         raise DataError("the database is away")
 
-    monkeypatch.setattr(station.store, "ping", away)
+    monkeypatch.setattr(service.store, "ping", away)
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["error"]) == (503, "the database is away")
     assert client.get("/healthz").status_code == 200
@@ -346,12 +346,12 @@ def test_health_and_metrics(client, station, monkeypatch, photos):
     ],
 )
 def test_a_failure_inside_is_said_without_its_details(
-    client, station, photos, monkeypatch, error, status, words
+    client, service, photos, monkeypatch, error, status, words
 ):
     def fail(batch):
         raise error
 
-    monkeypatch.setattr(station.runtime, "scores", fail)
+    monkeypatch.setattr(service.runtime, "scores", fail)
     answer = client.post("/v1/inspect", files=form(photos[0]))
     assert (answer.status_code, words in answer.json()["error"]) == (status, True)
     assert "secret" not in answer.text
@@ -365,9 +365,9 @@ def test_the_document_names_every_way_to_send_images(client):
     assert client.get("/docs").status_code == 404  # its scripts would come from another host
 
 
-def test_an_inspection_is_answered_as_it_is_kept(client, station, photos):
+def test_an_inspection_is_answered_as_it_is_kept(client, service, photos):
     (answer,) = client.post("/v1/inspect", files=form(photos[-1])).json()["inspections"]
-    kept = station.store.inspection(1)
+    kept = service.store.inspection(1)
     assert isinstance(kept, Inspection)
     fields = kept.outcome.as_dict()
     del fields["image_path"], fields["anomaly_map"]

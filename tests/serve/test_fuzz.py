@@ -132,8 +132,8 @@ def make(recipe, whole, traps):
 
 @pytest.mark.slow
 def test_ten_thousand_uploads(start, access, keys, seeds):
-    station = start(max_pixels=5_000_000)
-    app = create_app(station, access=access, pages=False)
+    service = start(max_pixels=5_000_000)
+    app = create_app(service, access=access, pages=False)
     seen = Counter()
 
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
@@ -162,7 +162,7 @@ def test_ten_thousand_uploads(start, access, keys, seeds):
     assert seen.total() >= REQUESTS * IMAGES
     assert seen["error"] > 1000  # it was not all refused, nor all taken
     assert seen.total() - seen["error"] > 1000
-    assert station.store.count(Filter()) == seen.total()
-    assert station.store.count(Filter(unreadable=True)) == seen["error"]
-    outside = [path for path in Path(station.files.folder).rglob("*") if len(path.name) not in (2, 5, 64)]
+    assert service.store.count(Filter()) == seen.total()
+    assert service.store.count(Filter(unreadable=True)) == seen["error"]
+    outside = [path for path in Path(service.files.folder).rglob("*") if len(path.name) not in (2, 5, 64)]
     assert outside == []

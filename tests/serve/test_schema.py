@@ -16,8 +16,8 @@ CHECKS = [not_a_server_error, response_schema_conformance, status_code_conforman
 
 
 @pytest.fixture
-def schema(station, access, keys, photos):
-    app = create_app(station, access=access, pages=False)
+def schema(service, access, keys, photos):
+    app = create_app(service, access=access, pages=False)
     headers = {"Authorization": f"Bearer {keys['engineer']}"}
     with TestClient(app, headers=headers) as client:
         with open(photos[0], "rb") as file:

@@ -18,7 +18,7 @@ from normweave import __version__
 from normweave.config import Config
 from normweave.data import images, layouts, splits
 from normweave.data.images import ImageInput
-from normweave.data.pseudo import coverage
+from normweave.data.synthetic import coverage
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import DataError
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
@@ -51,7 +51,7 @@ class Contestant(Protocol):
     """What can be measured: our detectors, and peers that a bridge brings."""
 
     kinds: dict[str, tuple[str, str | None]]
-    """Category and subclass of what it was trained on, by `Sample.kind`."""
+    """Category and subclass of what it was trained on, by `Sample.subclass_name`."""
     record: dict[str, Any]
 
     @property
@@ -60,7 +60,7 @@ class Contestant(Protocol):
         ...
 
     @property
-    def judges_whole_images(self) -> bool:
+    def image_level(self) -> bool:
         """Its maps say nothing of where."""
         ...
 
@@ -189,7 +189,7 @@ def measure(
         )
         predictions.append(_row(sample, outcome, cell))
         cells.append(cell)
-        if outcome.anomaly_map is not None and not detector.judges_whole_images:
+        if outcome.anomaly_map is not None and not detector.image_level:
             accumulated = pixels.setdefault(cell, PixelMetrics())
             mask = None
             try:
@@ -204,7 +204,7 @@ def measure(
                     decoded.setdefault(cell, OverGeneralisation()).update(
                         distance, _coverage(mask, tile, distance.shape) if cell.defect else None
                     )
-    tables = _tables(cells, predictions, pixels, decoded, told_apart, detector.judges_whole_images)
+    tables = _tables(cells, predictions, pixels, decoded, told_apart, detector.image_level)
     return tables | {"mask_faults": mask_faults}, predictions
 
 

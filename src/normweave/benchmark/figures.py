@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave import settings
-from normweave.benchmark import exhibits
+from normweave.benchmark import artifacts
+from normweave.benchmark.artifacts import RunArtifacts
 from normweave.benchmark.evaluate import write_whole
-from normweave.benchmark.exhibits import Exhibit
 from normweave.benchmark.plan import DataPlan, MethodPlan, Plan
 from normweave.benchmark.protocols import Fold
 from normweave.benchmark.table import MEAN, Figure, Result
@@ -76,7 +76,7 @@ def draw(
         results: of `run`; those that failed are left out.
         rows: of the table.
         data: the samples of each data set of the plan.
-        kept: where the runs have kept their exhibits.
+        kept: where the runs have kept their artifacts.
         folder: where the figures go.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -176,20 +176,20 @@ def _seed(part: _Part) -> int:
 
 def _first_fold(
     plan: Plan, part: _Part, data: Mapping[str, Sequence[Sample]], kept: Path
-) -> tuple[Fold, dict[str, Exhibit]] | None:
+) -> tuple[Fold, dict[str, RunArtifacts]] | None:
     """The first fold of the first seed that has this side, and what the methods have kept of it."""
     item: DataPlan = next(item for item in plan.data if item.name == part.data)
     seed = _seed(part)
     for fold in item.folds(data[part.data], part.protocol, seed=seed):  # type: ignore[arg-type]
         if part.side in fold.tests:
             found = {
-                name: kept / run["exhibit"]
+                name: kept / run["artifact"]
                 for name, runs in part.results.items()
                 for run in runs
                 if (run["seed"], run["fold"]) == (seed, fold.name)
-                and "exhibit" in run  # older ones kept none
+                and "artifact" in run  # older ones kept none
             }
-            seen = {name: exhibits.read(path, fold) for name, path in found.items() if path.exists()}
+            seen = {name: artifacts.read(path, fold) for name, path in found.items() if path.exists()}
             return (fold, seen) if seen else None
     return None
 
@@ -332,13 +332,13 @@ def _of_subclass(runs: Sequence[Result], side: str, kind: str) -> tuple[float, f
     return (mean(seeds), stdev(seeds) if len(seeds) > 1 else 0.0) if seeds else None
 
 
-def _histograms(side: str, seen: Mapping[str, Exhibit]) -> Drawing | None:
+def _histograms(side: str, seen: Mapping[str, RunArtifacts]) -> Drawing | None:
     columns = min(len(seen), 4)
     rows = math.ceil(len(seen) / columns)
     drawing, grid = _new(rows, columns, 2.5, 1.5)
     axes = [one for line in grid for one in line]
-    for one, (name, exhibit) in zip(axes, seen.items(), strict=False):
-        anomalous, scores, thresholds = exhibit.scores[side].T
+    for one, (name, artifact) in zip(axes, seen.items(), strict=False):
+        anomalous, scores, thresholds = artifact.scores[side].T
         above = scores - thresholds
         good, bad = above[anomalous == 0], above[anomalous == 1]
         unit = (float(good.std()) if len(good) > 1 else 0.0) or 1.0
@@ -359,31 +359,31 @@ def _histograms(side: str, seen: Mapping[str, Exhibit]) -> Drawing | None:
     return drawing
 
 
-def _routing(seen: Mapping[str, Exhibit]) -> Drawing | None:
+def _routing(seen: Mapping[str, RunArtifacts]) -> Drawing | None:
     """One panel for each space: methods that tell kinds apart in the same one share it."""
     from sklearn.manifold import TSNE
 
-    spaces: list[tuple[list[str], Exhibit]] = []
-    for name, exhibit in seen.items():
-        if exhibit.places is None or len(exhibit.places) < 4 or len(set(exhibit.kinds)) < 2:
+    spaces: list[tuple[list[str], RunArtifacts]] = []
+    for name, artifact in seen.items():
+        if artifact.places is None or len(artifact.places) < 4 or len(set(artifact.kinds)) < 2:
             continue
         for names, other in spaces:
-            if other.places is not None and np.array_equal(other.places, exhibit.places):
+            if other.places is not None and np.array_equal(other.places, artifact.places):
                 names.append(name)
                 break
         else:
-            spaces.append(([name], exhibit))
+            spaces.append(([name], artifact))
     if not spaces:
         return None
     columns = min(len(spaces), 3)
     drawing, grid = _new(math.ceil(len(spaces) / columns), columns, 3.6, 3.4)
     axes = [one for line in grid for one in line]
-    kinds = sorted({kind for _, exhibit in spaces for kind in exhibit.kinds})
-    for one, (names, exhibit) in zip(axes, spaces, strict=False):
-        assert exhibit.places is not None
-        tsne = TSNE(perplexity=min(30, (len(exhibit.places) - 1) / 3), init="pca", random_state=0)
-        flat = tsne.fit_transform(exhibit.places)
-        own = np.array(exhibit.kinds)
+    kinds = sorted({kind for _, artifact in spaces for kind in artifact.kinds})
+    for one, (names, artifact) in zip(axes, spaces, strict=False):
+        assert artifact.places is not None
+        tsne = TSNE(perplexity=min(30, (len(artifact.places) - 1) / 3), init="pca", random_state=0)
+        flat = tsne.fit_transform(artifact.places)
+        own = np.array(artifact.kinds)
         for place, kind in enumerate(kinds):
             colour = SERIES[place % len(SERIES)]
             looks: list[dict[str, Any]] = [  # by role
@@ -392,7 +392,7 @@ def _routing(seen: Mapping[str, Exhibit]) -> Drawing | None:
                 {"s": 14, "color": colour, "marker": "x", "linewidths": 0.7},
             ]
             for role, look in enumerate(looks):
-                x, y = flat[(own == kind) & (exhibit.roles == role)].T
+                x, y = flat[(own == kind) & (artifact.roles == role)].T
                 one.scatter(x, y, **look)
         for kind in kinds:  # names where most of a kind lie: nobody has to tell nine colours apart
             if (own == kind).any():
@@ -411,12 +411,12 @@ def _together(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _maps(side: str, fold: Fold, seen: Mapping[str, Exhibit]) -> Drawing | None:
-    shown = exhibits.shown(fold.tests[side])
+def _maps(side: str, fold: Fold, seen: Mapping[str, RunArtifacts]) -> Drawing | None:
+    shown = artifacts.shown(fold.tests[side])
     methods = {
-        name: exhibit.maps[side]
-        for name, exhibit in seen.items()
-        if any(m is not None for m in exhibit.maps[side])
+        name: artifact.maps[side]
+        for name, artifact in seen.items()
+        if any(m is not None for m in artifact.maps[side])
     }
     if not shown or not methods:
         return None
@@ -446,7 +446,7 @@ def _picture(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     try:
         whole = images.decode(sample.image_path)
     except ImageError:  # a row of the predictions says why
-        whole = np.full((exhibits.LONGEST, exhibits.LONGEST, 3), 128, dtype=np.uint8)
+        whole = np.full((artifacts.LONGEST, artifacts.LONGEST, 3), 128, dtype=np.uint8)
     height, width = whole.shape[:2]
     mask = np.zeros((height, width), dtype=np.float32)
     if sample.mask_path is not None:
@@ -454,7 +454,7 @@ def _picture(sample: Sample) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
             mask = images.read_mask(sample.mask_path, height=height, width=width).astype(np.float32)
         except DataError:  # listed by `measure`
             mask[:] = 0.5
-    return exhibits.small(whole), exhibits.small(mask)
+    return artifacts.small(whole), artifacts.small(mask)
 
 
 def _scale(maps: Sequence[NDArray[np.float32]]) -> tuple[float, float]:

@@ -62,21 +62,25 @@ def folds(
     complete = splits.complete(samples, seed=seed)
     train = tuple(sample for sample in complete if sample.split != "test")
     test = tuple(sample for sample in complete if sample.split == "test")
-    trained = {sample.kind for sample in train}
+    trained = {sample.subclass_name for sample in train}
 
     def without(left_out: set[str], name: str) -> Fold:
-        kept = tuple(sample for sample in train if sample.kind not in left_out)
-        known = {sample.kind for sample in kept}
+        kept = tuple(sample for sample in train if sample.subclass_name not in left_out)
+        known = {sample.subclass_name for sample in kept}
         sides = {
-            "seen": tuple(sample for sample in test if sample.kind in known),
-            "unseen": tuple(sample for sample in test if sample.kind not in known),
+            "seen": tuple(sample for sample in test if sample.subclass_name in known),
+            "unseen": tuple(sample for sample in test if sample.subclass_name not in known),
         }
         return Fold(name=name, samples=kept, tests={side: rows for side, rows in sides.items() if rows})
 
     match protocol:
         case "seen":
             return [
-                Fold(name="all", samples=train, tests={"seen": tuple(s for s in test if s.kind in trained)})
+                Fold(
+                    name="all",
+                    samples=train,
+                    tests={"seen": tuple(s for s in test if s.subclass_name in trained)},
+                )
             ]
         case "given":
             return [without(set(), "all")]
@@ -92,8 +96,8 @@ def folds(
             return [
                 Fold(
                     name=f"without {kind.split('/')[-1] if alone else kind}",
-                    samples=tuple(sample for sample in train if sample.kind != kind),
-                    tests={"unseen": tuple(sample for sample in test if sample.kind == kind)},
+                    samples=tuple(sample for sample in train if sample.subclass_name != kind),
+                    tests={"unseen": tuple(sample for sample in test if sample.subclass_name == kind)},
                 )
                 for kind in sorted(trained)
             ]
@@ -115,7 +119,11 @@ def folds(
                 Fold(
                     name=category,
                     samples=tuple(sample for sample in train if sample.category == category),
-                    tests={"seen": tuple(s for s in test if s.category == category and s.kind in trained)},
+                    tests={
+                        "seen": tuple(
+                            s for s in test if s.category == category and s.subclass_name in trained
+                        )
+                    },
                 )
                 for category in _categories(train)
             ]
@@ -129,7 +137,7 @@ def _categories(samples: Sequence[Sample]) -> list[str]:
 
 def _named(samples: Sequence[Sample], unseen: Sequence[str]) -> set[str]:
     """The kinds that a plan names, which are some of them, but not all that could train."""
-    kinds = {sample.kind: sample.subclass for sample in samples}
+    kinds = {sample.subclass_name: sample.subclass for sample in samples}
     absent = [name for name in unseen if name not in kinds and name not in kinds.values()]
     if absent or not unseen:
         raise DataError(
@@ -137,7 +145,7 @@ def _named(samples: Sequence[Sample], unseen: Sequence[str]) -> set[str]:
             f"{absent or 'none'} are not there. Known: {', '.join(sorted(kinds))}."
         )
     named = {kind for kind, subclass in kinds.items() if kind in unseen or subclass in unseen}
-    if not any(sample.kind not in named for sample in samples if sample.split != "test"):
+    if not any(sample.subclass_name not in named for sample in samples if sample.split != "test"):
         raise DataError(
             f"unseen-subclass: without {', '.join(sorted(named))} nothing is left to train on. Name fewer."
         )
@@ -151,7 +159,7 @@ def _hands(train: Sequence[Sample], size: int, *, seed: int) -> list[list[str]]:
     generator = np.random.default_rng(seed)
     hands = []
     for category in _categories(train):
-        kinds = sorted({sample.kind for sample in train if sample.category == category})
+        kinds = sorted({sample.subclass_name for sample in train if sample.category == category})
         if len(kinds) <= size:
             continue
         dealt = [kinds[number] for number in generator.permutation(len(kinds))]
@@ -159,6 +167,7 @@ def _hands(train: Sequence[Sample], size: int, *, seed: int) -> list[list[str]]:
     if not hands:
         raise DataError(
             f"leave-k-out needs a category with more than {size} subclasses that have training images, got "
-            f"{sorted({sample.kind for sample in train})}. Set leave_out lower, or name the subclasses (subclass_from)."
+            f"{sorted({sample.subclass_name for sample in train})}. Set leave_out lower, or name the subclasses "
+            "(subclass_from)."
         )
     return hands

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from normweave import __version__, settings
-from normweave.benchmark import exhibits, figures, table
+from normweave.benchmark import artifacts, figures, table
 from normweave.benchmark.evaluate import Contestant, measure, write_whole
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
 from normweave.benchmark.protocols import Fold, Protocol
@@ -30,9 +30,9 @@ from normweave.bridges import peers
 from normweave.config import Config
 from normweave.data import layouts
 from normweave.data.joined import join
-from normweave.data.textures import make_textures
 from normweave.detector import Detector, cache_folder
 from normweave.errors import DataError, NormweaveError
+from normweave.textiles import make_textures
 from normweave.types import Progress, Sample
 
 TIMED = 16
@@ -233,7 +233,7 @@ def _one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads:
     (fold,) = (fold for fold in made if fold.name == item.fold)
     row = _start_of(item)
     try:
-        row |= _result(item, fold, cache, exhibit=done / f"{item.key}.safetensors")
+        row |= _result(item, fold, cache, artifact=done / f"{item.key}.safetensors")
     except NormweaveError as error:
         row["error"] = f"{type(error).__name__}: {error}"
     except Exception as error:  # of whatever kind: a peer is other people's code, and the plan goes on
@@ -248,7 +248,7 @@ def _end_with_the_plan() -> None:
         os._exit(1)
 
 
-def _result(item: Run, fold: Fold, cache: Path, *, exhibit: Path) -> dict[str, Any]:
+def _result(item: Run, fold: Fold, cache: Path, *, artifact: Path) -> dict[str, Any]:
     start = time.perf_counter()
     contestant: Contestant
     if item.peer is not None:
@@ -266,11 +266,11 @@ def _result(item: Run, fold: Fold, cache: Path, *, exhibit: Path) -> dict[str, A
         further = ("by_category", "by_subclass", "mean_of_subclasses")
         sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
     tested = time.perf_counter()
-    exhibits.keep(exhibit, contestant, fold, predictions, cache=cache)
+    artifacts.keep(artifact, contestant, fold, predictions, cache=cache)
     images = [sample.image_path for tests in fold.tests.values() for sample in tests]
     return {
         "sides": sides,
-        "exhibit": exhibit.name,
+        "artifact": artifact.name,
         "train_s": trained - start,
         "test_ms": (tested - trained) * 1000 / len(images),
         "inference_ms": _inference_ms(contestant, images[:TIMED]),

@@ -32,7 +32,7 @@ from normweave.data.images import ImageInput, decode
 from normweave.data.prepare import Preparation
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import BundleError
-from normweave.export import OPSET, Whole
+from normweave.network.export import OPSET, Whole
 from normweave.outcome.operating_point import needed
 from normweave.scoring import HASH_LETTERS, Judge, Line, Opened, Scored
 from normweave.types import Outcome, Progress, Sample, Tile
@@ -94,7 +94,7 @@ class Peer:
     """
 
     subclass_names: tuple[str, ...] = ()  # it routes nowhere
-    judges_whole_images = False
+    image_level = False
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ class Peer:
 
         Raises:
             MissingError, ConfigError: as `models.build`.
-            GateError: too few held-out images for the false-alarm rate.
+            CheckError: too few held-out images for the false-alarm rate.
         """
         config = plan.config
         complete = splits.complete(samples, seed=config.seed)
@@ -146,7 +146,7 @@ class Peer:
         peer = cls(
             plan,
             model,
-            kinds={sample.kind: (sample.category, sample.subclass) for sample in scanned.samples},
+            kinds={sample.subclass_name: (sample.category, sample.subclass) for sample in scanned.samples},
             record={
                 "model": PREFIX + plan.name,
                 "fit_images": len(division.fit),
@@ -359,7 +359,7 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         """Fit the detector on the images of the epoch that is over; called by anomalib.
 
         Raises:
-            DataError, GateError: as `Detector.fit`.
+            DataError, CheckError: as `Detector.fit`.
         """
         paths = sorted(self._paths)  # whatever order the epoch had
         with (

@@ -24,9 +24,9 @@ from normweave.bridges import backbones
 from normweave.bridges.backbones import Backbone
 from normweave.bridges.peers import PeerPlan
 from normweave.config import TimmConfig
-from normweave.data.textures import SEEN, UNSEEN, make_textures
 from normweave.errors import ConfigError, MissingError
 from normweave.features import build as build_features
+from normweave.textiles import SEEN, UNSEEN, make_textures
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", FutureWarning)  # anomalib imports what timm and itself call deprecated

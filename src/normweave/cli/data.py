@@ -93,7 +93,7 @@ def textures(
     size: Annotated[int, typer.Option(min=64, help="Height and width in pixels.")] = 256,
 ) -> int:
     """Make textile images with planted defects and exact masks: six subclasses to train with, four unseen."""
-    from normweave.data.textures import make_textures
+    from normweave.textiles import make_textures
 
     with terminal.progress() as progress:
         written = make_textures(

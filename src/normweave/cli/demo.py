@@ -30,8 +30,8 @@ def demo(
     """
     from normweave.benchmark.evaluate import evaluate
     from normweave.config import Config
-    from normweave.data.textures import DEFECTS, make_textures
     from normweave.detector import Detector
+    from normweave.textiles import DEFECTS, make_textures
 
     seed = terminal.seed or 0
     test_images = max(2, images // 3)

@@ -86,7 +86,7 @@ def providers() -> list[str]:
     """Where ONNX Runtime can compute."""
     if find_spec("onnxruntime") is None:
         return []
-    from normweave.runtime.network import library
+    from normweave.network.onnx import library
 
     onnxruntime = library()
 

@@ -207,7 +207,7 @@ def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
     from PIL import Image
 
     from normweave.data.images import decode
-    from normweave.maps.pictures import overlay
+    from normweave.maps.overlay import overlay
 
     assert outcome.anomaly_map is not None  # the stream was asked for maps
     assert outcome.image_path is not None  # images of the command line are files

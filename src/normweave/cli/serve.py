@@ -74,11 +74,11 @@ def serve(
         from normweave import serve as server
         from normweave.serve import process
         from normweave.serve.access import Access
+        from normweave.serve.authentication import is_loopback
         from normweave.serve.config import ServeConfig
         from normweave.serve.files import Files
-        from normweave.serve.gate import is_loopback
         from normweave.serve.records import Role
-        from normweave.serve.station import Station
+        from normweave.serve.service import InspectionService
         from normweave.serve.store import Store
         from normweave.serve.watch import Watch
     except ImportError as error:
@@ -124,12 +124,12 @@ def serve(
             made.append(
                 access.make(name=new_token, role="engineer" if new_token == "engineer" else "operator")
             )
-        station = Station(runtime, store=store, files=files, config=config)
-        stack.callback(station.stop)
+        service = InspectionService(runtime, store=store, files=files, config=config)
+        stack.callback(service.stop)
         app = server.create_app(
-            station,
+            service,
             access=access,
-            watch=None if watch is None else Watch(watch.resolve(), station=station),
+            watch=None if watch is None else Watch(watch.resolve(), service=service),
         )
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]

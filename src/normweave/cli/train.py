@@ -115,9 +115,9 @@ def train(
             progress=progress,
         )
         if int8:
-            from normweave.benchmark.quantised import quantise
+            from normweave.benchmark.quantized import quantize
 
-            quantise(detector, labelled, progress=progress)
+            quantize(detector, labelled, progress=progress)
         detector.save(output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return report(terminal, detector, output)

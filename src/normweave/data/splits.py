@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.data.images import content_hash
-from normweave.errors import DataError, GateError, ImageError
+from normweave.errors import CheckError, DataError, ImageError
 from normweave.types import Sample
 
 FEWEST_FIT = 2
@@ -81,7 +81,7 @@ def complete(samples: Sequence[Sample], *, seed: int, content: Content = file_co
     else:
         with_normal = sum(any(samples[row].label == "normal" for row in rows) for rows in drawn)
         picked = _pick(
-            [Counter({samples[row].kind for row in rows}) for rows in clean],
+            [Counter({samples[row].subclass_name for row in rows}) for rows in clean],
             [1] * len(clean),
             amount=math.ceil(with_normal / 2),
             generator=np.random.default_rng(seed),
@@ -122,7 +122,7 @@ def divide(
     subclass. Test rows are only looked at to make sure that they are others.
 
     Raises DataError where there is nothing to fit on, where an anomalous image is marked train or calibration, and
-    where splits share a file or a group; GateError where there are too few images or units for `at_least`.
+    where splits share a file or a group; CheckError where there are too few images or units for `at_least`.
     """
     if unsplit := [sample for sample in samples if sample.split is None]:
         raise DataError(
@@ -140,7 +140,7 @@ def divide(
     need = at_least + FEWEST_FIT
     if marked:
         if len(train) < FEWEST_FIT or len(marked) < at_least:
-            raise GateError(
+            raise CheckError(
                 f"{len(train)} train and {len(marked)} calibration images are marked. At least {FEWEST_FIT} and "
                 f"{at_least} are needed: add normal images, mark fewer or more of them calibration, or allow a higher "
                 "rate (outcome.false_alarm_rate)."
@@ -151,14 +151,14 @@ def divide(
             f"{len(train)} normal train images; at least {FEWEST_FIT} are needed to fit on. Add good images."
         )
     if len(train) < need:
-        raise GateError(
+        raise CheckError(
             f"{len(train)} normal train images. At least {need} are needed: {FEWEST_FIT} to fit on and {at_least} held "
             "out for the operating point. Add normal images, or allow a higher rate (outcome.false_alarm_rate)."
         )
     units = _units(train, contents)
     sizes = [len(rows) for rows in units]
     picked = _pick(
-        [Counter(train[row].kind for row in rows) for rows in units],
+        [Counter(train[row].subclass_name for row in rows) for rows in units],
         sizes,
         amount=min(max(at_least, round(calibration_share * len(train))), len(train) - FEWEST_FIT),
         least=at_least,

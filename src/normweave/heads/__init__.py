@@ -18,7 +18,7 @@ from normweave.config import (
 )
 
 if TYPE_CHECKING:
-    from normweave.types import Head
+    from normweave.heads.base import Head
 
 
 def build(config: HeadConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> Head:

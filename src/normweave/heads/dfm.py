@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from normweave.heads import state
-from normweave.types import FitData, Lesson, PatchScores
+from normweave.heads.base import Head, TrainingStage
+from normweave.types import FitData, PatchScores
 
 BATCH_IMAGES = 16
 PIECE = 1024  # numbers of an image that are turned to float64 at once
 
 
-class DFM(nn.Module):
+class DFM(Head):
     """Subspace of the whole feature map, averaged to a few cells; what it cannot rebuild is anomalous.
 
     Ahuja et al. 2019 (arXiv 1909.11786), scored by the feature reconstruction error of anomalib's DFM:
@@ -60,7 +61,7 @@ class DFM(nn.Module):
         mean, components = principal_components(flat, variance=self.variance)
         self.mean, self.components = mean.to(self.mean.device), components.to(self.mean.device)
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """None: nothing is trained by gradient."""
         return ()
 

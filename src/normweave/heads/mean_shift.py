@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +10,13 @@ from torch import Tensor, nn
 
 from normweave.errors import DataError
 from normweave.heads import state
-from normweave.types import FitData, Lesson, PatchScores
+from normweave.heads.base import Head, TrainingStage
+from normweave.types import FitData, PatchScores
 
 BATCH_IMAGES = 16
 
 
-class MeanShift(nn.Module):
+class MeanShift(Head):
     """Mean-shifted contrastive adaption of image features; it judges whole images and says nothing of where.
 
     Reiss and Hoshen 2021 (arXiv 2106.03844). With phi(x) of length one and c the mean of phi over the training images
@@ -40,13 +40,13 @@ class MeanShift(nn.Module):
         smallest_view: least share of the grid that a view covers.
         neighbours: k.
         max_images: drawn at random to be compared with; bounds memory.
-        epochs, batch_images, learning_rate, patience: of the lesson.
+        epochs, batch_images, learning_rate, patience: of the stage.
     """
 
     offset: Tensor  # (D,) what standardising took away, in deviations
     centre: Tensor  # (D,)
     bank: Tensor  # (N, D), rows of length one
-    image_level: Literal[True] = True
+    image_level = True
 
     def __init__(
         self,
@@ -91,9 +91,9 @@ class MeanShift(nn.Module):
         total = torch.stack([phi.sum(dim=0) for phi in self._embedded(data, range(len(data)))]).sum(dim=0)
         self.centre = F.normalize(total, dim=0)
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """One."""
-        return (MeanShiftedLesson(self),)
+        return (MeanShiftedStage(self),)
 
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
@@ -114,8 +114,8 @@ class MeanShift(nn.Module):
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
         """Score (B, D, h, w)."""
-        likeness = self.adapter(features.mean(dim=(2, 3)) + self.offset) @ self.bank.T  # (B, N)
-        nearest = likeness.topk(min(self.neighbours, len(self.bank)), dim=1).values  # (B, k)
+        similarity = self.adapter(features.mean(dim=(2, 3)) + self.offset) @ self.bank.T  # (B, N)
+        nearest = similarity.topk(min(self.neighbours, len(self.bank)), dim=1).values  # (B, k)
         return PatchScores(scores=1 - nearest.mean(dim=1)[:, None, None], image_scores=None, routing=None)
 
     def state(self) -> dict[str, Tensor]:
@@ -152,11 +152,11 @@ def contrast(one: Tensor, other: Tensor, *, temperature: float) -> Tensor:
     Chen et al. 2020, arXiv 2002.05709, Eq. 1, with rows brought to length one.
     """
     views = F.normalize(torch.cat([one, other]), dim=1)  # (2B, D)
-    likeness = views @ views.T / temperature  # (2B, 2B)
+    similarity = views @ views.T / temperature  # (2B, 2B)
     B = len(one)
-    likeness = likeness.masked_fill(torch.eye(2 * B, dtype=torch.bool, device=one.device), -torch.inf)
+    similarity = similarity.masked_fill(torch.eye(2 * B, dtype=torch.bool, device=one.device), -torch.inf)
     partner = torch.arange(2 * B, device=one.device).roll(B)
-    return F.cross_entropy(likeness, partner)
+    return F.cross_entropy(similarity, partner)
 
 
 def view(features: Tensor, *, smallest: float, generator: torch.Generator) -> Tensor:
@@ -179,7 +179,7 @@ def view(features: Tensor, *, smallest: float, generator: torch.Generator) -> Te
     return (features * inside[:, None]).sum(dim=(2, 3)) / inside.sum(dim=(1, 2))[:, None]
 
 
-class MeanShiftedLesson:
+class MeanShiftedStage(TrainingStage):
     """Draw the views of an image together and all images to the centre."""
 
     name: str = "mean-shift"

@@ -8,17 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from normweave.heads import state
-from normweave.heads.border import replace_border
-from normweave.types import FeatureSource, FitData, Lesson, PatchScores
+from normweave.heads.base import Head, TrainingStage
+from normweave.heads.grid import replace_border
+from normweave.types import FeatureSource, FitData, PatchScores
 
 CHUNK = 1024  # stored patches compared at once: as fast as more, and (queries, CHUNK) numbers are small
 BATCH_IMAGES = 16
 
 
-class MemoryBank(nn.Module):
+class MemoryBank(Head):
     """Keep a coreset of normal patches; a patch scores its distance to the nearest of them.
 
     Roth et al. 2022 (arXiv 2106.08265), equations 5 and 6: s(x) = min over m in the bank of |x - m|. Without
@@ -64,7 +65,7 @@ class MemoryBank(nn.Module):
         near = project(pool, self.projection, generator=generator)
         self.bank = pool[coreset(near, keep, generator=generator)].to(self.bank.device)
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """None: nothing is trained by gradient."""
         return ()
 

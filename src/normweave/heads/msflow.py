@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from normweave.errors import ConfigError
 from normweave.heads import state
-from normweave.heads.border import replace_border
-from normweave.types import FitData, Lesson, PatchScores
+from normweave.heads.base import Head, TrainingStage
+from normweave.heads.grid import replace_border
+from normweave.types import FitData, PatchScores
 
 UNIT_SCALE = 2 * math.log(math.expm1(5))
 """0.1 softplus(g) with beta 0.5 is 1 here: a new flow changes no scale."""
 
 
-class MSFlow(nn.Module):
+class MSFlow(Head):
     """Asymmetrical parallel flows, a fusion flow, and likelihoods put together over the scales.
 
     Zhou et al. 2023 (arXiv 2308.15300). Level l of the features, at 1 / 2^l of the grid, passes `blocks + l *
@@ -44,7 +45,7 @@ class MSFlow(nn.Module):
         position: numbers that say the place, a multiple of 4.
         clamp: alpha; a coupling scales by at most exp(clamp).
         top: share of the places that the image's score is the mean of.
-        epochs, batch_images, learning_rate, patience: of the lesson.
+        epochs, batch_images, learning_rate, patience: of the stage.
         border: outermost cells that take the score of their inner neighbours (ours).
 
     Raises:
@@ -94,9 +95,9 @@ class MSFlow(nn.Module):
         """Draw the initial weights."""
         self.flow.start(torch.Generator().manual_seed(data.seed))
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """One."""
-        return (LikelihoodLesson(self),)
+        return (LikelihoodStage(self),)
 
     def finish(self, data: FitData) -> None:
         """Nothing is left to do."""
@@ -351,7 +352,7 @@ def position_encoding(channels: int, height: int, width: int) -> Tensor:
     return encoding
 
 
-class LikelihoodLesson:
+class LikelihoodStage(TrainingStage):
     """Make the normal likely."""
 
     name: str = "msflow"

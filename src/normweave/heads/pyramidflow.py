@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from normweave.errors import ConfigError
 from normweave.heads import state
-from normweave.heads.border import replace_border
-from normweave.types import FitData, Lesson, PatchScores
+from normweave.heads.base import Head, TrainingStage
+from normweave.heads.grid import replace_border
+from normweave.types import FitData, PatchScores
 
 CLAMP = 2.0
 """A coupling scales by at most exp(2 * 0.636 * pi / 2), about 7.4, before the volume is normalised."""
 BATCH_IMAGES = 16
 
 
-class PyramidFlow(nn.Module):
+class PyramidFlow(Head):
     """Volume-preserving flow over a Laplacian pyramid, contrasted with a latent template.
 
     Lei et al. 2023 (arXiv 2303.02595). The features are taken apart into a pyramid x_1 .. x_L (section 3.1); in each
@@ -43,7 +44,7 @@ class PyramidFlow(nn.Module):
         blocks: that all levels pass.
         kernel: side of the convolutions, odd.
         volume: what n averages over.
-        epochs, batch_images, learning_rate, patience: of the lesson.
+        epochs, batch_images, learning_rate, patience: of the stage.
         border: outermost cells that take the score of their inner neighbours (ours).
 
     Raises:
@@ -89,9 +90,9 @@ class PyramidFlow(nn.Module):
         """Draw the initial weights."""
         self.flow.start(torch.Generator().manual_seed(data.seed))
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """One."""
-        return (LikenessLesson(self),)
+        return (SimilarityStage(self),)
 
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
@@ -253,7 +254,7 @@ def blur(grid: Tensor) -> Tensor:
     return F.conv2d(F.pad(grid, (2, 2, 2, 2), mode="replicate"), kernel, groups=C)
 
 
-class LikenessLesson:
+class SimilarityStage(TrainingStage):
     """Make the latents of normal images alike."""
 
     name: str = "pyramidflow"

@@ -8,23 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from normweave.heads import state
-from normweave.heads.border import replace_border
-from normweave.types import FitData, Lesson, PatchScores
+from normweave.heads.base import Head, TrainingStage
+from normweave.heads.grid import replace_border
+from normweave.types import FitData, PatchScores
 
 
-class SimpleNet(nn.Module):
+class SimpleNet(Head):
     """Tell normal features from the same features with noise on them.
 
     Liu et al. 2023 (arXiv 2303.15140), section 3: an adaptor q = W x + b, q- = q + N(0, noise^2), a
     discriminator D = linear, batch norm, LeakyReLU 0.2, linear, the truncated L1 loss with th+ = -th- =
-    margin (see `NoiseLesson.loss`), and the score -D(q).
+    margin (see `NoiseStage.loss`), and the score -D(q).
 
     Args:
         shape: (D, h, w) of the features.
         hidden: the discriminator's width.
         noise: deviation of the noise on the adapted features.
         margin: how far from 0 the discriminator must be to be done with a patch.
-        epochs, batch_images, learning_rate, patience: of the lesson; the adaptor learns at half the rate.
+        epochs, batch_images, learning_rate, patience: of the stage; the adaptor learns at half the rate.
         border: outermost cells that take the score of their inner neighbours (ours).
     """
 
@@ -55,17 +56,17 @@ class SimpleNet(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> SimpleNet:
-        """Stay in eval mode; only the lesson wakes the batch norm, in the discriminator itself."""
+        """Stay in eval mode; only the stage wakes the batch norm, in the discriminator itself."""
         return super().train(False)
 
     def begin(self, data: FitData) -> None:
         """Draw the initial weights."""
         self.discriminator.start(torch.Generator().manual_seed(data.seed))
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """One."""
         return (
-            NoiseLesson(
+            NoiseStage(
                 self.discriminator,
                 noise=self.noise,
                 margin=self.margin,
@@ -126,7 +127,7 @@ class Discriminator(nn.Module):
         return score.squeeze(1)
 
 
-class NoiseLesson:
+class NoiseStage(TrainingStage):
     """Train a `Discriminator` with noise for anomalies."""
 
     name: str = "simplenet"

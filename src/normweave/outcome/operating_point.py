@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from normweave.errors import BundleError, ConfigError, DataError, GateError, NormweaveError
+from normweave.errors import BundleError, CheckError, ConfigError, DataError, NormweaveError
 from normweave.types import Verdict
 
 ROUNDING = 1e-9
@@ -87,12 +87,12 @@ def draw(normal_scores: ArrayLike, *, false_alarm_rate: float) -> OperatingPoint
         false_alarm_rate: a, 0 < a < 1.
 
     Raises:
-        GateError: n is too small for this rate.
+        CheckError: n is too small for this rate.
     """
     scores = _finite(normal_scores, "scores of held-out normal images")
     n, need = len(scores), needed(false_alarm_rate)
     if n < need:
-        raise GateError(
+        raise CheckError(
             f"A false-alarm rate of {false_alarm_rate:g} needs at least {need} held-out normal images, "
             f"got {n}. Hold out more (data.calibration_share), add good images, "
             "or accept a higher rate (outcome.false_alarm_rate)."
@@ -131,7 +131,7 @@ class Calibration:
         strangers: the same normals without what the head knows of their subclass.
 
     Raises:
-        GateError: too few images for the false-alarm rate.
+        CheckError: too few images for the false-alarm rate.
         DataError: lengths differ, or a number is not finite.
     """
 
@@ -258,7 +258,7 @@ class Calibration:
         """The same held-out normals with their lines drawn anew; strangers too few for the rate are left out.
 
         Raises:
-            GateError: the held-out normals are too few for this rate.
+            CheckError: the held-out normals are too few for this rate.
         """
         enough = self.strangers is not None and len(self.strangers) >= needed(false_alarm_rate)
         return Calibration(

@@ -16,8 +16,8 @@ from normweave import bundle, scoring, settings
 from normweave.data import rows
 from normweave.data.images import ImageInput
 from normweave.errors import ImageError
+from normweave.network.onnx import Network
 from normweave.outcome.operating_point import Calibration
-from normweave.runtime.network import Network
 from normweave.scoring import Judge, Opened, Scored, Summary
 from normweave.types import Outcome, Progress
 
@@ -143,7 +143,7 @@ class Runtime:
         Boxes keep their line, since how high the maps of those normals rise is not in the bundle.
 
         Raises:
-            GateError: the held-out normals are too few for this rate.
+            CheckError: the held-out normals are too few for this rate.
         """
         other = copy(self)
         other._judge = self._judge.with_rate(false_alarm_rate)
@@ -165,16 +165,16 @@ class Runtime:
 
         Raises:
             DataError: an image was used for fitting, or none can be read.
-            GateError: too few images for the rate.
+            CheckError: too few images for the rate.
         """
         config = self._judge.config
         if false_alarm_rate is not None:
             config = replace(config, outcome=replace(config.outcome, false_alarm_rate=false_alarm_rate))
         scanned = scoring.calibration_rows(data, config, self.record, layout=layout, progress=progress)
-        summaries = self._summaries(scanned, as_strangers=False, progress=progress)
+        summaries = self._summaries(scanned, score_excluding=False, progress=progress)
         strangers = None
         if self._network.knows_strangers:
-            strangers = self._summaries(scanned, as_strangers=True, progress=progress)
+            strangers = self._summaries(scanned, score_excluding=True, progress=progress)
         line = scoring.draw_line(
             summaries,
             strangers,
@@ -187,13 +187,13 @@ class Runtime:
         self.refused = scanned.refused
 
     def _summaries(
-        self, scanned: rows.Rows, *, as_strangers: bool, progress: Progress | None
+        self, scanned: rows.Rows, *, score_excluding: bool, progress: Progress | None
     ) -> list[Summary]:
         def score(few: NDArray[np.int64]) -> Scored:
             def some(part: slice) -> Scored:
                 pixels = np.stack([scanned.load(int(row)) for row in few[part]])
                 said = self._network(pixels)
-                if as_strangers:
+                if score_excluding:
                     said = self._network(pixels, said["subclass"])
                 return Scored.of(said, self._judge.config)
 

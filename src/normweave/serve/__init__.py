@@ -11,9 +11,9 @@ from fastapi import FastAPI
 
 from normweave.serve.access import Access
 from normweave.serve.api import add_api
-from normweave.serve.gate import Gate
+from normweave.serve.authentication import Gate
 from normweave.serve.limits import Limits
-from normweave.serve.station import Station
+from normweave.serve.service import InspectionService
 from normweave.serve.watch import Watch
 
 FILES = "files"
@@ -22,13 +22,13 @@ DATABASE = "store.sqlite"
 
 
 def create_app(
-    station: Station,
+    service: InspectionService,
     *,
     access: Access | None,
     watch: Watch | None = None,
     pages: bool = True,
 ) -> FastAPI:
-    """The application of a server; stopping it finishes what the station has taken.
+    """The application of a server; stopping it finishes what the service has taken.
 
     Args:
         access: None: no token is asked for.
@@ -43,7 +43,7 @@ def create_app(
         yield
         if watch is not None:
             watch.stop()
-        await asyncio.to_thread(station.stop)
+        await asyncio.to_thread(service.stop)
 
     app = FastAPI(
         title="normweave",
@@ -53,11 +53,11 @@ def create_app(
         docs_url=None,  # its page would ask another host for its scripts
         redoc_url=None,
     )
-    add_api(app, station, access)
+    add_api(app, service, access)
     if pages:
         from normweave.serve.pages import add_pages
 
-        add_pages(app, station, watch=watch)
+        add_pages(app, service, watch=watch)
     app.add_middleware(Gate, access=access)
-    app.add_middleware(Limits, config=station.config)  # the last one is the outermost
+    app.add_middleware(Limits, config=service.config)  # the last one is the outermost
     return app

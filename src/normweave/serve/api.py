@@ -1,4 +1,4 @@
-"""REST: one function a route; what they do is the station's."""
+"""REST: one function a route; what they do is the service's."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException
 
-from normweave.errors import ConfigError, GateError, NormweaveError
-from normweave.maps.pictures import heat, overlay
+from normweave.errors import CheckError, ConfigError, NormweaveError
+from normweave.maps.overlay import heat, overlay
 from normweave.serve import metrics, schemas
 from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
 from normweave.serve.records import Filter, Inspection, NotThereError, Picture, Source, Token
-from normweave.serve.station import BusyError, Drawing, Station, Upload, png
+from normweave.serve.service import BusyError, Drawing, InspectionService, Upload, png
 from normweave.types import Verdict
 
 IMAGES = "images"
@@ -38,10 +38,10 @@ FORM = "multipart/form-data"
 BYTES = "application/octet-stream"
 
 
-def add_api(app: FastAPI, station: Station, access: Access | None) -> None:
+def add_api(app: FastAPI, service: InspectionService, access: Access | None) -> None:
     """Every route, and what goes wrong in our words."""
-    app.include_router(_open_routes(station))
-    app.include_router(_routes(station))
+    app.include_router(_open_routes(service))
+    app.include_router(_routes(service))
     if access is not None:
         app.include_router(_token_routes(access))
     for kind, answer in _ERRORS.items():
@@ -93,7 +93,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 # ── routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _open_routes(station: Station) -> APIRouter:
+def _open_routes(service: InspectionService) -> APIRouter:
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz", summary="Whether the process lives")
@@ -102,13 +102,13 @@ def _open_routes(station: Station) -> APIRouter:
 
     @router.get("/readyz", summary="Whether images would be judged and kept", responses=_problems(503))
     async def readyz() -> schemas.Health:
-        await asyncio.to_thread(station.ready)
+        await asyncio.to_thread(service.ready)
         return schemas.Health()
 
     return router
 
 
-def _routes(station: Station) -> APIRouter:
+def _routes(service: InspectionService) -> APIRouter:
     router = APIRouter(responses=_problems(401, 403))
 
     @router.post(
@@ -124,14 +124,14 @@ def _routes(station: Station) -> APIRouter:
         holder: Holder,
         name: Annotated[schemas.Name, Query(description="Of an image that is sent as the body itself.")] = "",
     ) -> schemas.InspectOut:
-        uploads = await _uploads(request, station, name)
+        uploads = await _uploads(request, service, name)
         try:
-            async with asyncio.timeout(station.config.answer_seconds):
-                inspections = await station.inspect(uploads, source="api", actor=holder.name)
+            async with asyncio.timeout(service.config.answer_seconds):
+                inspections = await service.inspect(uploads, source="api", actor=holder.name)
         except TimeoutError:
             raise HTTPException(
                 503,
-                f"No answer within {station.config.answer_seconds:g} s. The images were taken and are judged all the "
+                f"No answer within {service.config.answer_seconds:g} s. The images were taken and are judged all the "
                 "same: look for them with GET /v1/inspections.",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             ) from None
@@ -145,7 +145,7 @@ def _routes(station: Station) -> APIRouter:
         ] = None,
         limit: Annotated[int, Query(ge=1, le=MOST)] = PAGE,
     ) -> schemas.InspectionsOut:
-        found = await asyncio.to_thread(station.store.inspections, wanted, before=before, limit=limit)
+        found = await asyncio.to_thread(service.store.inspections, wanted, before=before, limit=limit)
         return schemas.InspectionsOut(
             inspections=[schemas.InspectionOut.of(one) for one in found],
             next=found[-1].id if len(found) == limit else None,
@@ -153,8 +153,8 @@ def _routes(station: Station) -> APIRouter:
 
     @router.get("/v1/inspections/{id}", summary="One inspection", responses=_problems(404, 422, 503))
     async def inspection(id: Number) -> schemas.InspectionDetail:
-        found = await station.inspection(id)
-        reviews = await asyncio.to_thread(station.store.reviews, id)
+        found = await service.inspection(id)
+        reviews = await asyncio.to_thread(service.store.reviews, id)
         return schemas.InspectionDetail(
             **schemas.InspectionOut.of(found).model_dump(),
             reviews=[schemas.review_out(review) for review in reviews],
@@ -173,11 +173,11 @@ def _routes(station: Station) -> APIRouter:
         ] = "original",
         max_side: MaxSide = None,
     ) -> Response:
-        picture = _picture(await station.inspection(id))
+        picture = _picture(await service.inspection(id))
         if format == "original":
-            content = await station.image(picture)
+            content = await service.image(picture)
             return Response(content, media_type=picture.image_type, headers=_CACHED)
-        content = await station.draw(picture, lambda drawing: png(drawing.image(), max_side=max_side))
+        content = await service.draw(picture, lambda drawing: png(drawing.image(), max_side=max_side))
         return Response(content, media_type="image/png", headers=_CACHED)
 
     @router.get(
@@ -190,14 +190,14 @@ def _routes(station: Station) -> APIRouter:
     async def anomaly_map(
         id: Number, format: Literal["png", "npy"] = "png", max_side: MaxSide = None
     ) -> Response:
-        picture = _picture(await station.inspection(id))
+        picture = _picture(await service.inspection(id))
         if format == "npy":
-            return Response(await station.draw(picture, _numbers), media_type=BYTES, headers=_CACHED)
+            return Response(await service.draw(picture, _numbers), media_type=BYTES, headers=_CACHED)
 
         def colours(drawing: Drawing) -> bytes:
             return png(heat(drawing.anomaly_map(), threshold=picture.map_threshold), max_side=max_side)
 
-        return Response(await station.draw(picture, colours), media_type="image/png", headers=_CACHED)
+        return Response(await service.draw(picture, colours), media_type="image/png", headers=_CACHED)
 
     @router.get(
         "/v1/inspections/{id}/overlay",
@@ -206,13 +206,13 @@ def _routes(station: Station) -> APIRouter:
         responses=_problems(404, 422, 503) | _content("image/png"),
     )
     async def laid_over(id: Number, max_side: MaxSide = None) -> Response:
-        picture = _picture(await station.inspection(id))
+        picture = _picture(await service.inspection(id))
 
         def both(drawing: Drawing) -> bytes:
             pixels = overlay(drawing.image(), drawing.anomaly_map(), threshold=picture.map_threshold)
             return png(pixels, max_side=max_side)
 
-        return Response(await station.draw(picture, both), media_type="image/png", headers=_CACHED)
+        return Response(await service.draw(picture, both), media_type="image/png", headers=_CACHED)
 
     @router.post(
         "/v1/inspections/{id}/review",
@@ -220,14 +220,14 @@ def _routes(station: Station) -> APIRouter:
         responses=_problems(404, 422, 503),
     )
     async def review(id: Number, given: schemas.ReviewIn, holder: Holder) -> schemas.InspectionOut:
-        inspection = await station.review(
+        inspection = await service.review(
             id, decision=given.decision, reviewer=given.reviewer or holder.name, comment=given.comment
         )
         return schemas.InspectionOut.of(inspection)
 
     @router.get("/v1/model", summary="What is at work")
     async def model() -> schemas.ModelOut:
-        return _model(station)
+        return _model(service)
 
     @router.get(
         "/v1/model/preview",
@@ -238,7 +238,7 @@ def _routes(station: Station) -> APIRouter:
         false_alarm_rate: Annotated[float, Query(gt=0, lt=1)],
         last: Annotated[int, Query(ge=1, le=20_000)] = 10_000,
     ) -> schemas.PreviewOut:
-        return schemas.PreviewOut(**vars(await station.preview_rate(false_alarm_rate, last)))
+        return schemas.PreviewOut(**vars(await service.preview_rate(false_alarm_rate, last)))
 
     @router.put(
         "/v1/model/false-alarm-rate",
@@ -246,19 +246,19 @@ def _routes(station: Station) -> APIRouter:
         responses=_problems(422, 503),
     )
     async def change_rate(given: schemas.RateIn, engineer: Engineer) -> schemas.ModelOut:
-        await station.change_rate(given.false_alarm_rate, actor=engineer.name)
-        return _model(station)
+        await service.change_rate(given.false_alarm_rate, actor=engineer.name)
+        return _model(service)
 
     @router.get(
         "/v1/model/rates", summary="Who moved the line, newest first; for engineers", responses=_problems(503)
     )
     async def rates(_: Engineer) -> list[schemas.RateChangeOut]:
-        changes = await asyncio.to_thread(station.store.rates)
+        changes = await asyncio.to_thread(service.store.rates)
         return [schemas.RateChangeOut(**vars(change)) for change in changes]
 
     @router.get("/metrics", summary="Counters for Prometheus", response_class=Response)
     async def counters() -> Response:
-        return Response(station.metrics.text(), media_type=metrics.CONTENT_TYPE)
+        return Response(service.metrics.text(), media_type=metrics.CONTENT_TYPE)
 
     return router
 
@@ -319,7 +319,7 @@ _INSPECT_BODY = {
 }
 
 
-async def _uploads(request: Request, station: Station, name: str) -> list[Upload]:
+async def _uploads(request: Request, service: InspectionService, name: str) -> list[Upload]:
     """The images of a request, however they were sent.
 
     Raises:
@@ -327,7 +327,7 @@ async def _uploads(request: Request, station: Station, name: str) -> list[Upload
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == FORM:
-        uploads = await _from_form(request, station.config.max_images)
+        uploads = await _from_form(request, service.config.max_images)
     elif kind == JSON:
         uploads = await asyncio.to_thread(_from_json, await request.body())
     elif kind == BYTES or kind.startswith("image/"):
@@ -338,7 +338,7 @@ async def _uploads(request: Request, station: Station, name: str) -> list[Upload
             f"Images come as {FORM} (field {IMAGES!r}), as {JSON} (base64), or as the body itself (as image/png or "
             f"{BYTES}), got {kind or 'no content type'!r:.100}.",
         )
-    config = station.config
+    config = service.config
     if not uploads:
         raise HTTPException(422, f"There is no image in the request. Send one or more as {IMAGES!r}.")
     if len(uploads) > config.max_images:
@@ -452,8 +452,8 @@ def _content(*types: str) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {name: {"schema": schema} for name in types}, "description": "The picture."}}
 
 
-def _model(station: Station) -> schemas.ModelOut:
-    runtime = station.runtime
+def _model(service: InspectionService) -> schemas.ModelOut:
+    runtime = service.runtime
     calibration = runtime.calibration
     assert calibration is not None  # a bundle without a line is not loaded
     lines = calibration.as_dict()
@@ -468,7 +468,7 @@ def _model(station: Station) -> schemas.ModelOut:
         false_alarm_rate=calibration.false_alarm_rate,
         unknown_rate=calibration.unknown_rate,
         operating_points=lines["operating_points"],
-        waiting=station.waiting,
+        waiting=service.waiting,
     )
 
 
@@ -523,7 +523,7 @@ _ERRORS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response
     RequestValidationError: _validation,
     BusyError: _busy,
     NotThereError: _not_there,
-    GateError: _not_allowed,
+    CheckError: _not_allowed,
     ConfigError: _not_allowed,
     NormweaveError: _failed,
     Exception: _bug,

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from normweave.data.layouts import IMAGES
 from normweave.errors import NormweaveError
 from normweave.serve.records import Filter
-from normweave.serve.station import BusyError, Station, Upload
+from normweave.serve.service import BusyError, InspectionService, Upload
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ class Watch:
         problem: why the last look failed; None: it did not.
     """
 
-    def __init__(self, folder: Path, *, station: Station) -> None:
+    def __init__(self, folder: Path, *, service: InspectionService) -> None:
         self.folder = folder
         self.problem: str | None = None
-        self._station = station
+        self._service = service
         self._task: asyncio.Task[None] | None = None
         self._behind = _File(0.0, "")  # everything up to here has been inspected
 
@@ -106,7 +106,7 @@ class Watch:
     def _known(self, file: _File) -> bool:
         since = datetime.fromtimestamp(file.stamp, UTC)
         wanted = Filter(name=self._name(file), source="folder", since=since)
-        return bool(self._station.store.inspections(wanted, limit=1))
+        return bool(self._service.store.inspections(wanted, limit=1))
 
     async def _inspect(self, file: _File) -> None:
         try:
@@ -119,7 +119,7 @@ class Watch:
             return
         while True:
             try:
-                await self._station.inspect([Upload(self._name(file), content)], source="folder", actor=ACTOR)
+                await self._service.inspect([Upload(self._name(file), content)], source="folder", actor=ACTOR)
                 break
             except BusyError:
                 await asyncio.sleep(SECONDS)
@@ -127,7 +127,7 @@ class Watch:
 
     def _read(self, path: str) -> bytes:
         with open(path, "rb") as file:
-            return file.read(self._station.config.max_image_bytes + 1)
+            return file.read(self._service.config.max_image_bytes + 1)
 
 
 def _raise(error: OSError) -> None:

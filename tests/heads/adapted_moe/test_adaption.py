@@ -7,7 +7,7 @@ from normweave.heads.adapted_moe.adaption import (
     PaperAdaption,
     statistics,
 )
-from normweave.heads.kinds import covariance_within
+from normweave.heads.novelty import covariance_within
 
 D = 5
 

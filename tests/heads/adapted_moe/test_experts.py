@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from in_memory import InMemory
 from normweave.heads.adapted_moe.experts import (
-    DiscriminatorLesson,
     Discriminators,
+    DiscriminatorStage,
     Gaussians,
     Layouts,
     Memories,
@@ -144,8 +144,8 @@ def test_discriminators_score_without_noise():
     torch.testing.assert_close(-one[:, 0, 0].flatten(1), seen, rtol=1e-4, atol=1e-5)
 
 
-def lesson(experts):
-    return DiscriminatorLesson(
+def stage(experts):
+    return DiscriminatorStage(
         experts,
         expert_of=lambda features, given: given,
         adapt=lambda features, own: features,
@@ -185,7 +185,7 @@ def test_hinge_loss_by_hand():
         return discriminate(patches, asked, training=training)
 
     experts.discriminate = listen
-    loss = lesson(experts).loss(
+    loss = stage(experts).loss(
         few, torch.tensor([2, 0]), generator=torch.Generator().manual_seed(0), training=False
     )
 
@@ -206,7 +206,7 @@ def test_hinge_loss_by_hand():
 def test_gradient_reaches_the_discriminators_that_have_images():
     experts = new("discriminator")
 
-    loss = lesson(experts).loss(
+    loss = stage(experts).loss(
         random(2, D, H, W), torch.tensor([0, 2]), generator=torch.Generator(), training=True
     )
     loss["loss"].backward()

@@ -26,8 +26,8 @@ from normweave.heads.adapted_moe.experts import (
 )
 from normweave.heads.adapted_moe.head import aggregate
 from normweave.heads.adapted_moe.router import choose
-from normweave.heads.border import replace_border
-from normweave.heads.kinds import block_statistics
+from normweave.heads.grid import replace_border
+from normweave.heads.novelty import block_statistics
 from normweave.training import train
 from normweave.types import FitData
 
@@ -76,8 +76,8 @@ def fitted(data=None, **settings):
     data = fit_data() if data is None else data
     head = build(AdaptedMoEConfig(**QUICK | settings), shape=SHAPE)
     head.begin(data)
-    for lesson in head.lessons(data):
-        train(lesson, data, device="cpu")
+    for stage in head.stages(data):
+        train(stage, data, device="cpu")
     head.finish(data)
     return head
 
@@ -94,7 +94,7 @@ def test_forward_is_route_adapt_ask_standardise_and_put_together():
     way = head.way
     for row in range(4):
         one = features[row : row + 1]
-        cosines = head.router.likeness(one)[0].tolist()
+        cosines = head.router.similarity(one)[0].tolist()
         exponentials = np.exp(np.array(cosines) / 0.3)
         weights = exponentials / exponentials.sum()
         best = np.argsort(-weights)[:2]
@@ -349,7 +349,7 @@ def test_strangers_are_scored_without_the_expert_of_their_own(routing):
     features, kinds = images(6, seed=2)
     own = torch.from_numpy(kinds)
 
-    out = head.as_strangers(features, own)
+    out = head.score_excluding(features, own)
 
     assert (out.routing.weights.gather(1, own[:, None]) == 0).all()
     everyone = torch.arange(K).expand(6, -1)
@@ -364,7 +364,9 @@ def test_the_only_expert_scores_strangers_too():
     head = fitted(expert="gaussian", moe=False)
     features, _ = images(3, seed=2)
 
-    torch.testing.assert_close(head.as_strangers(features, torch.zeros(3, dtype=torch.int64)), head(features))
+    torch.testing.assert_close(
+        head.score_excluding(features, torch.zeros(3, dtype=torch.int64)), head(features)
+    )
 
 
 def test_where_the_line_between_layout_and_texture_lies_is_a_setting():
@@ -415,7 +417,7 @@ def test_one_subclass_needs_no_router():
     head = build(AdaptedMoEConfig(routing="network", adaption="guarded", **QUICK), shape=SHAPE)
 
     head.begin(data)
-    assert [lesson.name for lesson in head.lessons(data)] == []
+    assert [stage.name for stage in head.stages(data)] == []
     head.finish(data)
 
     out = head(images(2, seed=2)[0])
@@ -430,7 +432,7 @@ def test_lessons_are_those_that_need_gradients():
     def names(**settings):
         head = build(AdaptedMoEConfig(**QUICK | settings), shape=SHAPE)
         head.begin(data)
-        return [lesson.name for lesson in head.lessons(data)]
+        return [stage.name for stage in head.stages(data)]
 
     assert names() == []
     assert names(routing="network", expert="memory") == ["router"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from in_memory import InMemory
-from normweave.heads.adapted_moe.router import Router, RouterLesson, Schedule, choose
+from normweave.heads.adapted_moe.router import Router, RouterStage, Schedule, choose
 from normweave.training import train
 from normweave.types import FitData
 
@@ -93,13 +93,13 @@ def test_routes_by_the_cosine_to_the_centres():
     net.centres = 3 * random_centres()
     few = images(2)
 
-    likeness = net.likeness(few)
+    similarity = net.similarity(few)
 
     for image in range(2):
         x = net(few)[image].detach().numpy()
         for k in range(K):
             c = net.centres[k].numpy()
-            assert likeness[image, k].item() == pytest.approx(
+            assert similarity[image, k].item() == pytest.approx(
                 (x @ c) / math.sqrt((x @ x) * (c @ c)), rel=1e-4
             )
 
@@ -107,12 +107,12 @@ def test_routes_by_the_cosine_to_the_centres():
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 @pytest.mark.parametrize("top_k", [1, 2, 3, 9])
 def test_choice_is_a_softmax_of_which_the_best_are_kept_and_renormalised(top_k, temperature):
-    likeness = torch.tensor([[0.2, 0.9, 0.5], [0.4, -0.3, 0.1]])
+    similarity = torch.tensor([[0.2, 0.9, 0.5], [0.4, -0.3, 0.1]])
 
-    choice = choose(likeness, temperature=temperature, top_k=top_k)
+    choice = choose(similarity, temperature=temperature, top_k=top_k)
 
     for row, (weights, experts) in enumerate(zip(*choice, strict=True)):
-        exponentials = [math.exp(value / temperature) for value in likeness[row].tolist()]
+        exponentials = [math.exp(value / temperature) for value in similarity[row].tolist()]
         softmax = [e / sum(exponentials) for e in exponentials]
         best = sorted(range(K), key=lambda k: -softmax[k])[:top_k]
         assert experts.tolist() == best
@@ -121,13 +121,13 @@ def test_choice_is_a_softmax_of_which_the_best_are_kept_and_renormalised(top_k, 
         assert weights.sum().item() == pytest.approx(1)
 
 
-def lesson(net, **changed):
+def stage(net, **changed):
     schedule = {"epochs": 30, "batch_images": 4, "learning_rate": 1e-2, "patience": 0} | changed
-    return RouterLesson(net, subclass_of=lambda features, given: given, schedule=Schedule(**schedule))
+    return RouterStage(net, subclass_of=lambda features, given: given, schedule=Schedule(**schedule))
 
 
 def one_loss(net, *, training):
-    return lesson(net).loss(
+    return stage(net).loss(
         images(6), torch.tensor([0, 1, 2, 0, 1, 2]), generator=torch.Generator(), training=training
     )
 
@@ -173,6 +173,6 @@ def test_learns_to_route_kinds_that_differ(alpha):
     )
     net = router(alpha=alpha, embedding=16)
 
-    train(lesson(net, epochs=60), data, device="cpu")
+    train(stage(net, epochs=60), data, device="cpu")
 
-    assert (net.likeness(features[24:]).argmax(1).numpy() == kinds[24:]).all()
+    assert (net.similarity(features[24:]).argmax(1).numpy() == kinds[24:]).all()

@@ -82,7 +82,7 @@ def test_the_joint_space_keeps_its_own_copy_of_the_scale():
     assert torch.equal(joint(levels(), [0]), before)
 
 
-def likeness(seed=1):
+def similarity(seed=1):
     return torch.tanh(randn(B, 2, N, P, seed=seed))  # (B, L, N, P)
 
 
@@ -98,14 +98,14 @@ def flat(cosines):
 
 
 def test_states_are_as_likely_as_their_prompts_together():
-    given = likeness()
+    given = similarity()
     found = state_logits(given, normal=NORMAL, temperature=TAU).softmax(-1).reshape(-1, 2)
     for row, got in zip(flat(given), found.tolist(), strict=True):
         assert got == pytest.approx(states_by_hand(row), rel=1e-4)
 
 
 def test_the_margin_is_the_log_odds_of_the_abnormal():
-    given = likeness()
+    given = similarity()
     found = margin(given, normal=NORMAL, temperature=TAU)
     assert found.shape == (B, 2, N)
     for row, got in zip(flat(given), found.flatten().tolist(), strict=True):
@@ -135,7 +135,7 @@ def test_distances_are_1_minus_the_cosine_at_each_place_of_each_level():
 
 @pytest.mark.parametrize("damaged", [True, False])
 def test_the_prompt_loss_is_two_cross_entropies(damaged):
-    normal, abnormal = likeness(1), likeness(2)[:1]  # not as many damaged places as normal ones
+    normal, abnormal = similarity(1), similarity(2)[:1]  # not as many damaged places as normal ones
     loss = prompt_loss(normal, abnormal if damaged else None, normal=NORMAL, temperature=TAU)
     of_normal = [-math.log(states_by_hand(row)[0]) for row in flat(normal)]
     expected = sum(of_normal) / len(of_normal)
@@ -146,7 +146,7 @@ def test_the_prompt_loss_is_two_cross_entropies(damaged):
 
 
 def test_distillation_is_the_mean_difference_of_likeness():
-    encoded, decoded = likeness(1), likeness(2)
+    encoded, decoded = similarity(1), similarity(2)
     pairs = list(zip(encoded.flatten().tolist(), decoded.flatten().tolist(), strict=True))
     expected = sum(abs(d - e) for e, d in pairs) / len(pairs)
     assert distillation(encoded, decoded).item() == pytest.approx(expected, rel=1e-5)
@@ -154,20 +154,20 @@ def test_distillation_is_the_mean_difference_of_likeness():
 
 
 def test_distillation_draws_the_decoded_towards_the_encoded():
-    encoded, decoded = likeness(1), likeness(2).requires_grad_()
+    encoded, decoded = similarity(1), similarity(2).requires_grad_()
     distillation(encoded, decoded).backward()
     assert torch.equal(decoded.grad.sign(), (decoded - encoded).sign())
 
 
 def test_promotion_is_the_cross_entropy_to_the_normal():
-    decoded = likeness()
+    decoded = similarity()
     expected = [-math.log(states_by_hand(row)[0]) for row in flat(decoded)]
     got = promotion(decoded, normal=NORMAL, temperature=TAU)
     assert got.item() == pytest.approx(sum(expected) / len(expected), rel=1e-4)
 
 
 def test_promotion_draws_the_decoded_to_the_normal_prompts_and_away_from_the_others():
-    decoded = likeness().requires_grad_()
+    decoded = similarity().requires_grad_()
     promotion(decoded, normal=NORMAL, temperature=TAU).backward()
     assert (decoded.grad[..., :NORMAL] < 0).all()
     assert (decoded.grad[..., NORMAL:] > 0).all()

@@ -11,7 +11,7 @@ from normweave.errors import ConfigError, DataError, MissingError
 from normweave.heads import build
 from normweave.heads.cnc.constraint import distillation, promotion
 from normweave.training import train
-from normweave.types import FitData, HasNotes, LearnsFromDamage, PseudoAnomalies
+from normweave.types import FitData, SyntheticAnomalies
 from tiny_pair import JOINT, TOKEN, TinyPair
 
 DIMS, GRID, N = (4, 3, 5), (4, 4), 16
@@ -28,7 +28,7 @@ QUICK = {
     "abnormal_states": ("damaged surface", "a crack"),
     "guide_words": 3,
     "temperature": 0.07,
-    "pseudo_share": 0.5,
+    "synthetic_share": 0.5,
     "prompt_epochs": 2,
     "epochs": 2,
     "batch_images": 6,
@@ -61,7 +61,7 @@ def fit_data(*, pair=None, pseudo=True, held_out=8, count=COUNT, names=("a", "b"
         mean=MEAN,
         deviation=DEVIATION,
         pair=pair,
-        pseudo=PseudoAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
+        pseudo=SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
         if pseudo
         else None,
     )
@@ -86,15 +86,15 @@ def untrained(data, **changed):
 
 def trained(data, **changed):
     head = begun(data, **changed)
-    for lesson in head.lessons(data):
-        train(lesson, data, device="cpu")
+    for stage in head.stages(data):
+        train(stage, data, device="cpu")
     head.finish(data)
     return head
 
 
 def lesson_of(head, data, name):
-    (lesson,) = [lesson for lesson in head.lessons(data) if lesson.name == name]
-    return lesson
+    (stage,) = [stage for stage in head.stages(data) if stage.name == name]
+    return stage
 
 
 def levels_of(features):
@@ -210,10 +210,9 @@ def test_the_border_takes_the_map_of_its_inner_neighbours(pair):
 def test_prompts_are_what_was_asked_for(asked, of, got):
     data = fit_data(pair=None if of == "no pair" else TinyPair(DIMS, text=of == "text"))
     head = untrained(data, text=asked)
-    assert isinstance(head, HasNotes)
     assert head.notes() == {"text": got}
-    lessons = [lesson.name for lesson in head.lessons(data)]
-    assert lessons == (["prompts", "decoder"] if got in ("learned", "free") else ["decoder"])
+    stages = [stage.name for stage in head.stages(data)]
+    assert stages == (["prompts", "decoder"] if got in ("learned", "free") else ["decoder"])
     assert (
         head.prompts.learnt.shape
         == {
@@ -289,15 +288,15 @@ def test_the_decoders_loss_by_hand(pair, training):
     data = fit_data(pair=pair)
     weighed = {"balance": 0.3, "distillation": 0.5, "promotion": 0.7}
     head = begun(data, guide="text", dropout=0.2, **weighed)
-    lesson = lesson_of(head, data, "decoder")
+    stage = lesson_of(head, data, "decoder")
     few = images(6, seed=5)
 
-    losses = lesson.loss(few, torch.zeros(6), generator=seeded(4), training=training)
+    losses = stage.loss(few, torch.zeros(6), generator=seeded(4), training=training)
 
     generator = seeded(4)
     shown, clean = few, few
     if training:
-        drawn = lesson.damaged.draw(3, held_out=False, generator=generator)
+        drawn = stage.damaged.draw(3, held_out=False, generator=generator)
         shown, clean = torch.cat([few[3:], drawn.features]), torch.cat([few[3:], drawn.clean])
         assert not torch.equal(shown, clean)
     tokens = pair.text.prompt_tokens(head.guidance.learnt, "flawless surface")
@@ -327,29 +326,29 @@ def test_the_decoders_loss_by_hand(pair, training):
 def test_without_text_terms_reconstruction_is_all_there_is(pair):
     data = fit_data(pair=pair, pseudo=False)
     for changed in ({"text": "off"}, {"distillation": 0.0, "promotion": 0.0}):
-        lesson = lesson_of(begun(data, moe=False, **changed), data, "decoder")
-        losses = lesson.loss(images(6), torch.zeros(6), generator=seeded(), training=True)
+        stage = lesson_of(begun(data, moe=False, **changed), data, "decoder")
+        losses = stage.loss(images(6), torch.zeros(6), generator=seeded(), training=True)
         assert losses.keys() == {"loss", "reconstruction", "balance"}
         assert losses["loss"] == losses["reconstruction"]
 
 
 def test_held_out_normals_are_judged_without_damage_noise_and_dropout(pair):
     data = fit_data(pair=pair)
-    lesson = lesson_of(begun(data, dropout=0.5), data, "decoder")
+    stage = lesson_of(begun(data, dropout=0.5), data, "decoder")
     few = images(6, seed=5)
 
     def loss(seed, training):
-        return lesson.loss(few, torch.zeros(6), generator=seeded(seed), training=training)["loss"].item()
+        return stage.loss(few, torch.zeros(6), generator=seeded(seed), training=training)["loss"].item()
 
     assert loss(0, False) == loss(1, False)
-    assert data.pseudo.features.asked == []
+    assert data.synthetic.features.asked == []
     assert loss(0, True) != loss(1, True)
 
 
 def test_a_step_with_one_image_has_none_damaged(pair):
     data = fit_data(pair=pair)
-    lesson = lesson_of(begun(data), data, "decoder")
-    loss = lesson.loss(images(1), torch.zeros(1), generator=seeded(), training=True)["loss"]
+    stage = lesson_of(begun(data), data, "decoder")
+    loss = stage.loss(images(1), torch.zeros(1), generator=seeded(), training=True)["loss"]
     assert torch.isfinite(loss)
 
 
@@ -357,12 +356,12 @@ def test_gradient_of_the_decoders_lesson_reaches_decoder_and_guide_and_nothing_f
     """Biases that drop out have none: of keys by the softmax, of the guide's projection by its centring."""
     data = fit_data(pair=pair)
     head = begun(data, guide="text", dropout=0.1)
-    lesson = lesson_of(head, data, "decoder")
-    lesson.loss(images(6), torch.zeros(6), generator=seeded(), training=True)["loss"].backward()
+    stage = lesson_of(head, data, "decoder")
+    stage.loss(images(6), torch.zeros(6), generator=seeded(), training=True)["loss"].backward()
 
-    taught = {name for name, _ in lesson.module.named_parameters()}
+    taught = {name for name, _ in stage.module.named_parameters()}
     assert len(taught) == len(list(head.decoder.parameters())) + 1  # and the guide's words
-    for name, parameter in lesson.module.named_parameters():
+    for name, parameter in stage.module.named_parameters():
         if not name.endswith(("key.bias", "project.bias")):
             assert parameter.grad.abs().sum() > 1e-8, name
     assert head.prompts.learnt.grad is None
@@ -375,8 +374,8 @@ def test_gradient_of_the_decoders_lesson_reaches_decoder_and_guide_and_nothing_f
 def test_gradient_of_the_prompts_lesson_reaches_the_context_alone(pair):
     data = fit_data(pair=pair)
     head = begun(data)
-    lesson = lesson_of(head, data, "prompts")
-    lesson.loss(images(6), torch.zeros(6), generator=seeded(), training=True)["loss"].backward()
+    stage = lesson_of(head, data, "prompts")
+    stage.loss(images(6), torch.zeros(6), generator=seeded(), training=True)["loss"].backward()
     assert head.prompts.learnt.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in head.decoder.parameters())
     assert all(parameter.grad is None for parameter in pair.text.parameters())
@@ -385,23 +384,22 @@ def test_gradient_of_the_prompts_lesson_reaches_the_context_alone(pair):
 def test_lessons_never_learn_from_damage_of_held_out_images(pair):
     data = fit_data(pair=pair)
     head = begun(data)
-    for lesson in head.lessons(data):
+    for stage in head.stages(data):
         for seed in range(10):
-            lesson.loss(images(6), torch.zeros(6), generator=seeded(seed), training=True)
-    asked = {row % COUNT for rows in data.pseudo.features.asked for row in rows.tolist()}
+            stage.loss(images(6), torch.zeros(6), generator=seeded(seed), training=True)
+    asked = {row % COUNT for rows in data.synthetic.features.asked for row in rows.tolist()}
     assert asked <= set(range(8, COUNT))
     assert len(asked) > 8
 
 
 def test_asks_for_damage_and_does_without():
-    head = fresh(pseudo_variants=3)
-    assert isinstance(head, LearnsFromDamage)
-    assert head.pseudo_variants == 3
+    head = fresh(synthetic_variants=3)
+    assert head.synthetic_variants == 3
     data = fit_data(pair=TinyPair(DIMS), pseudo=False)
-    for lesson in begun(data).lessons(data):
-        assert lesson.damaged is None
+    for stage in begun(data).stages(data):
+        assert stage.damaged is None
         assert torch.isfinite(
-            lesson.loss(images(2), torch.zeros(2), generator=seeded(), training=True)["loss"]
+            stage.loss(images(2), torch.zeros(2), generator=seeded(), training=True)["loss"]
         )
 
 
@@ -441,7 +439,7 @@ def test_bf16_trains_close_to_32_bits(pair):
     data = fit_data(pair=pair)
     found = {}
     for precision in ("32", "bf16"):
-        head = begun(data, precision=precision, pseudo_variants=0)
+        head = begun(data, precision=precision, synthetic_variants=0)
         found[precision] = train(lesson_of(head, data, "decoder"), data, device="cpu").losses
         assert all(tensor.dtype == torch.float32 for tensor in head.decoder.state_dict().values())
     assert found["bf16"] == pytest.approx(found["32"], rel=0.02)

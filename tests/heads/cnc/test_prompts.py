@@ -8,10 +8,10 @@ from in_memory import InMemory
 from normweave.errors import MissingError
 from normweave.features import minilm
 from normweave.features.offline_pair import OfflineText, alignment
-from normweave.heads.cnc.damaged import Damaged
-from normweave.heads.cnc.prompts import Guidance, PromptLesson, Prompts
+from normweave.heads.cnc.prompts import Guidance, Prompts, PromptStage
+from normweave.heads.cnc.synthetic import Damaged
 from normweave.training import train
-from normweave.types import FitData, PseudoAnomalies
+from normweave.types import FitData, SyntheticAnomalies
 from tiny_pair import JOINT, TOKEN, WORD, TinyText
 
 NORMAL, ABNORMAL = ("flawless surface", "perfect"), ("damaged surface", "a deep crack", "a hole")
@@ -146,22 +146,22 @@ def damaged(data, *, share=1.0):
     shares = torch.zeros(COUNT, *GRID)
     shares[:, SHOWN[0], SHOWN[1]] = share
     return Damaged(
-        data, PseudoAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)]), covered=0.1
+        data, SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)]), covered=0.1
     )
 
 
-def likeness(features, said):
+def similarity(features, said):
     """Two levels, whose joint space is their own: cosines (B, L, N, P)."""
     unit = torch.nn.functional.normalize(features.flatten(2).transpose(1, 2), dim=-1)  # (B, N, D)
     return torch.stack([unit, -unit[..., [1, 0, 2, 3, 4, 5]]], dim=1) @ said.T
 
 
-def lesson(net, *, text=None, source=None, epochs=8):
-    return PromptLesson(
+def stage(net, *, text=None, source=None, epochs=8):
+    return PromptStage(
         net,
-        torch.nn.Identity(),  # likeness needs no way to the joint space here
+        torch.nn.Identity(),  # similarity needs no way to the joint space here
         text=text,
-        likeness=likeness,
+        similarity=similarity,
         damaged=source,
         temperature=TAU,
         epochs=epochs,
@@ -173,7 +173,7 @@ def lesson(net, *, text=None, source=None, epochs=8):
 def loss(net, *, text=None, source=None, training=True):
     data = fit_data()
     few = data.features.read([4, 5, 6])
-    return lesson(net, text=text, source=source).loss(
+    return stage(net, text=text, source=source).loss(
         few, torch.zeros(3), generator=seeded(9), training=training
     )["loss"]
 
@@ -195,13 +195,13 @@ def test_the_lesson_looks_at_all_normal_places_and_at_the_damaged_ones(share):
 
     normal = [
         cross_entropy(row, normal=True)
-        for row in likeness(data.features.read([4, 5, 6]), said).reshape(-1, P).tolist()
+        for row in similarity(data.features.read([4, 5, 6]), said).reshape(-1, P).tolist()
     ]
     expected = sum(normal) / len(normal)
     if share:
         drawn = damaged(data).draw(3, held_out=False, generator=seeded(9))
         cell = SHOWN[0] * GRID[1] + SHOWN[1]
-        found = likeness(drawn.features, said)[:, :, cell].reshape(-1, P).tolist()
+        found = similarity(drawn.features, said)[:, :, cell].reshape(-1, P).tolist()
         expected += sum(cross_entropy(row, normal=False) for row in found) / len(found)
     assert got == pytest.approx(expected, rel=1e-4)
 
@@ -211,7 +211,7 @@ def test_the_lesson_learns_from_some_images_and_is_judged_by_the_others(training
     source = damaged(fit_data())
     for _ in range(20):
         loss(prompts(), source=source, training=training)
-    asked = {row for rows in source.pseudo.features.asked for row in rows.tolist()}
+    asked = {row for rows in source.synthetic.features.asked for row in rows.tolist()}
     assert asked <= set(np.flatnonzero(training != HELD_OUT).tolist())
 
 
@@ -222,7 +222,7 @@ def test_prompts_learn_to_tell_damaged_patches_and_nothing_else_changes(text, wi
     net = prompts(text=own)
     frozen = {name: tensor.clone() for name, tensor in text.state_dict().items()}
 
-    history = train(lesson(net, text=own, source=damaged(data), epochs=12), data, device="cpu")
+    history = train(stage(net, text=own, source=damaged(data), epochs=12), data, device="cpu")
 
     assert history.holdout_losses[-1] < 0.97 * history.holdout_losses[0]
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in text.state_dict().items())

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.heads.kinds import SMALLEST_DEVIATION, covariance_within
+from normweave.heads.novelty import SMALLEST_DEVIATION, covariance_within
 
 
 def statistics(features: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from normweave.heads.adapted_moe.discovery import BATCH_IMAGES
 from normweave.heads.adapted_moe.router import Schedule
+from normweave.heads.base import TrainingStage
 from normweave.heads.dfm import principal_components
 from normweave.heads.memory_bank import coreset, draw_patches, project
 from normweave.types import FeatureSource
@@ -126,7 +127,7 @@ class Discriminators(nn.Module):
         self.running_variance = torch.ones(experts, hidden)
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
-        """Nothing in closed form: `DiscriminatorLesson` trains them."""
+        """Nothing in closed form: `DiscriminatorStage` trains them."""
 
     def discriminate(self, patches: Tensor, experts: Tensor, *, training: bool) -> Tensor:
         """D of (E, n, D) patches by the (E,) experts, each once: (E, n).
@@ -159,7 +160,7 @@ class Discriminators(nn.Module):
         return score.view(B, T, 1, *features.shape[3:])
 
 
-class DiscriminatorLesson:
+class DiscriminatorStage(TrainingStage):
     """Train all discriminators together, each on the patches of its own images.
 
     Loss: mean max(0, margin - D(x)) + mean max(0, margin + D(x + e)), e ~ N(0, noise^2 I), averaged over the experts

@@ -30,8 +30,8 @@ from normweave.heads.adapted_moe.discovery import (
     place_explains,
 )
 from normweave.heads.adapted_moe.experts import (
-    DiscriminatorLesson,
     Discriminators,
+    DiscriminatorStage,
     Experts,
     Gaussians,
     Layouts,
@@ -39,10 +39,11 @@ from normweave.heads.adapted_moe.experts import (
     Normals,
     Subspaces,
 )
-from normweave.heads.adapted_moe.router import Router, RouterLesson, Schedule, choose
-from normweave.heads.border import replace_border
-from normweave.heads.kinds import KnownKinds, block_statistics
-from normweave.types import FeatureSource, FitData, Lesson, PatchScores, Routing
+from normweave.heads.adapted_moe.router import Router, RouterStage, Schedule, choose
+from normweave.heads.base import Head, TrainingStage
+from normweave.heads.grid import replace_border
+from normweave.heads.novelty import SubclassNovelty, block_statistics
+from normweave.types import FeatureSource, FitData, PatchScores, Routing
 
 FEWEST_HELD_OUT = 3
 """An expert's scale needs so many held-out normals of its own; with fewer it takes that of all together."""
@@ -87,7 +88,7 @@ class Way(nn.Module):
         return (scores - mean[..., None, None, None]) / deviation[..., None, None, None]
 
 
-class AdaptedMoE(nn.Module):
+class AdaptedMoE(Head):
     """Mixture of experts with test-time adaption, for subclasses of normal seen and unseen.
 
     arXiv 2409.05611. An image is routed (Eq. 1-2), adapted (Eq. 5-6 and others) and scored by the top k experts; Eq. 4
@@ -108,7 +109,7 @@ class AdaptedMoE(nn.Module):
         border: outermost cells that take the score of their inner neighbours.
         discover_always: find subclasses even where they are given, and say how well they agree.
         discovery, max_subclasses: how subclasses are found, and how many at most.
-        router_schedule, expert_schedule: of the lessons.
+        router_schedule, expert_schedule: of the stages.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class AdaptedMoE(nn.Module):
         self.routing = routing
         self.router = router
         self.ways = nn.ModuleList(ways)
-        self.kinds = KnownKinds(statistics=2 * shape[0])
+        self.kinds = SubclassNovelty(statistics=2 * shape[0])
         self.fine = fine
         self.placed = placed
         self.moe = moe
@@ -191,6 +192,11 @@ class AdaptedMoE(nn.Module):
     def way(self) -> Way:
         """The way that is taken."""
         return next(way for way in self.ways if isinstance(way, Way) and way.number > 0)
+
+    @property
+    def can_exclude(self) -> bool:  # type: ignore[override]
+        """Whether there is more than one expert to leave out."""
+        return len(self.subclass_names) > 1
 
     @torch.no_grad()
     def begin(self, data: FitData) -> None:
@@ -249,23 +255,23 @@ class AdaptedMoE(nn.Module):
             self.agreement = agreement(kinds, data.subclasses)
         return kinds, tuple(f"found-{number + 1}" for number in range(len(self._found.centres)))
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """The router, where there is something to route between, and the experts that gradients train."""
-        lessons: list[Lesson] = []
+        stages: list[TrainingStage] = []
         if self.router is not None and len(self.subclass_names) > 1:
-            lessons.append(
-                RouterLesson(self.router, subclass_of=self._experts_of, schedule=self.router_schedule)
+            stages.append(
+                RouterStage(self.router, subclass_of=self._experts_of, schedule=self.router_schedule)
             )
         if isinstance(self.way.experts, Discriminators):
-            lessons.append(
-                DiscriminatorLesson(
+            stages.append(
+                DiscriminatorStage(
                     self.way.experts,
                     expert_of=self._experts_of,
                     adapt=self._adapt_to,
                     schedule=self.expert_schedule,
                 )
             )
-        return lessons
+        return stages
 
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
@@ -315,7 +321,7 @@ class AdaptedMoE(nn.Module):
         return self._score(features, self.kinds(block_statistics(features)), allowed=None)
 
     @torch.no_grad()
-    def as_strangers(self, features: Tensor, subclasses: Tensor) -> PatchScores:
+    def score_excluding(self, features: Tensor, subclasses: Tensor) -> PatchScores:
         """How images would score if the head did not have the expert of their own subclass.
 
         The line for images of unseen subclasses can be drawn from this. With one expert it is `forward`.
@@ -332,7 +338,7 @@ class AdaptedMoE(nn.Module):
         return self._score(features, distances, allowed=others)
 
     @torch.no_grad()
-    def places(self, features: Tensor) -> Tensor:
+    def embed(self, features: Tensor) -> Tensor:
         """The routing network's x (Eq. 1), (B, C); without a network the statistics that distances are taken of."""
         if self.router is not None:
             placed: Tensor = self.router(features)
@@ -346,15 +352,17 @@ class AdaptedMoE(nn.Module):
         everyone = torch.arange(way.number, device=features.device).expand(features.shape[0], -1)
         scores = way(features, samples, everyone) if self.routing == "likelihood" else None  # (B, K, V, h, w)
         if scores is not None:
-            likeness = -scores[:, :, 0].mean(dim=(2, 3))
+            similarity = -scores[:, :, 0].mean(dim=(2, 3))
         elif self.router is not None:
-            likeness = self.router.likeness(features)
+            similarity = self.router.similarity(features)
         else:
-            likeness = -distances
-        likeness = likeness[:, : way.number]  # with one expert for all, the kinds of normal may still be many
+            similarity = -distances
+        similarity = similarity[
+            :, : way.number
+        ]  # with one expert for all, the kinds of normal may still be many
         if allowed is not None:
-            likeness = likeness.masked_fill(~allowed, -torch.inf)  # weighs 0
-        choice = choose(likeness, temperature=self.temperature, top_k=self.top_k)
+            similarity = similarity.masked_fill(~allowed, -torch.inf)  # weighs 0
+        choice = choose(similarity, temperature=self.temperature, top_k=self.top_k)
         if scores is None:
             scores = way(features, samples, choice.experts)  # (B, T, V, h, w)
         else:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normweave.heads.base import TrainingStage
+
 
 class Choice(NamedTuple):
     """The experts asked for each image."""
@@ -15,14 +17,14 @@ class Choice(NamedTuple):
     experts: Tensor  # (B, T) int64, heaviest first
 
 
-def choose(likeness: Tensor, *, temperature: float, top_k: int) -> Choice:
+def choose(similarity: Tensor, *, temperature: float, top_k: int) -> Choice:
     """Softmax over the experts, of which the top k are kept and renormalised.
 
     Args:
-        likeness: (B, K), higher = more alike.
+        similarity: (B, K), higher = more alike.
     """
-    top_k = min(top_k, likeness.shape[1])
-    weights, experts = (likeness / temperature).softmax(dim=1).topk(top_k, dim=1)  # (B, T) each
+    top_k = min(top_k, similarity.shape[1])
+    weights, experts = (similarity / temperature).softmax(dim=1).topk(top_k, dim=1)  # (B, T) each
     return Choice(weights / weights.sum(dim=1, keepdim=True), experts)
 
 
@@ -112,12 +114,12 @@ class Router(nn.Module):
         step = (number * self.centres - own.T @ embedded) / (1 + number)  # (K, C)
         self.centres -= self.centre_rate * step
 
-    def likeness(self, features: Tensor) -> Tensor:
+    def similarity(self, features: Tensor) -> Tensor:
         """Cosine of each image's embedding and each centre, (B, K)."""
         return F.normalize(self(features), dim=1) @ F.normalize(self.centres, dim=1).T
 
 
-class RouterLesson:
+class RouterStage(TrainingStage):
     """Train the routing network on Eq. 2.
 
     Args:

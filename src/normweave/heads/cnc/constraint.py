@@ -61,23 +61,23 @@ class JointSpace(nn.Module):
         return torch.stack(joint, dim=1)
 
 
-def state_logits(likeness: Tensor, *, normal: int, temperature: float) -> Tensor:
+def state_logits(similarity: Tensor, *, normal: int, temperature: float) -> Tensor:
     """How normal and how abnormal: log sum_p exp(s_p / temperature) over the prompts of each state.
 
     Args:
-        likeness: (..., P) cosines to the prompts.
+        similarity: (..., P) cosines to the prompts.
         normal: how many of the prompts, the first ones, say normal.
 
     Returns:
         (..., 2): normal, abnormal. A softmax over them is the likelihood of the state.
     """
-    scaled = likeness / temperature
+    scaled = similarity / temperature
     return torch.stack([scaled[..., :normal].logsumexp(-1), scaled[..., normal:].logsumexp(-1)], dim=-1)
 
 
-def margin(likeness: Tensor, *, normal: int, temperature: float) -> Tensor:
+def margin(similarity: Tensor, *, normal: int, temperature: float) -> Tensor:
     """How much more abnormal than normal, log odds: (..., P) to (...)."""
-    said = state_logits(likeness, normal=normal, temperature=temperature)
+    said = state_logits(similarity, normal=normal, temperature=temperature)
     return said[..., 1] - said[..., 0]
 
 
@@ -108,12 +108,12 @@ def prompt_loss(
 def distillation(encoded: Tensor, decoded: Tensor) -> Tensor:
     """Cross-modal feature distillation: decoded patches are as like each prompt as the encoded ones.
 
-    mean |s(D) - s(E)| over (B, L, N, P) likenesses, in which the prompts have no gradient.
+    mean |s(D) - s(E)| over (B, L, N, P) similarityes, in which the prompts have no gradient.
     """
     return (decoded - encoded).abs().mean()
 
 
 def promotion(decoded: Tensor, *, normal: int, temperature: float) -> Tensor:
-    """Normality promotion: CE of decoded patches to the normal state, (B, L, N, P) likenesses to a scalar."""
+    """Normality promotion: CE of decoded patches to the normal state, (B, L, N, P) similarityes to a scalar."""
     said = state_logits(decoded, normal=normal, temperature=temperature)
     return -said.log_softmax(-1)[..., 0].mean()

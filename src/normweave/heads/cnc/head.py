@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normweave.config import CNCConfig
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.heads import state
-from normweave.heads.border import replace_border
+from normweave.heads.base import Head, TrainingStage
 from normweave.heads.cnc.constraint import (
     JointSpace,
     distances,
@@ -22,12 +22,13 @@ from normweave.heads.cnc.constraint import (
     margin,
     promotion,
 )
-from normweave.heads.cnc.damaged import Damaged
 from normweave.heads.cnc.decoder import Decoder, NormalityGuide
 from normweave.heads.cnc.gating import GatedExperts
-from normweave.heads.cnc.prompts import Guidance, PromptLesson, Prompts
-from normweave.heads.kinds import KnownKinds, block_statistics
-from normweave.types import FitData, Lesson, Pair, PatchScores, Routing, Text
+from normweave.heads.cnc.prompts import Guidance, Prompts, PromptStage
+from normweave.heads.cnc.synthetic import Damaged
+from normweave.heads.grid import replace_border
+from normweave.heads.novelty import SubclassNovelty, block_statistics
+from normweave.types import FitData, Pair, PatchScores, Routing, Text
 
 BATCH_IMAGES = 16
 WATCHED = 512
@@ -42,7 +43,7 @@ _NO_TEXT = (
 )
 
 
-class CNC(nn.Module):
+class CNC(Head):
     """Cross-modal normality constraint (arXiv 2501.00346), for many categories at once.
 
     The levels' tokens E_l (frozen, standardised) are fused, pass a gated mixture of experts and, if asked for, attend
@@ -73,7 +74,7 @@ class CNC(nn.Module):
         self.subclass_names: tuple[str, ...] = ()
         self.text_kind = "off"
         """What the prompts of this fit are: learned, free, random or off."""
-        self.pseudo_variants = config.pseudo_variants
+        self.synthetic_variants = config.synthetic_variants
         self.grid = shape[1:]
         self.dims = list(dims)
         self.joint_levels = [level % len(dims) for level in config.joint_levels] or list(range(len(dims)))
@@ -103,13 +104,13 @@ class CNC(nn.Module):
         self.watched = np.unique(
             np.linspace(0, shape[0] - 1, min(shape[0], WATCHED)).round().astype(int)
         ).tolist()
-        self.kinds = KnownKinds(statistics=2 * len(self.watched))
+        self.kinds = SubclassNovelty(statistics=2 * len(self.watched))
         self.register_buffer("scale_mean", torch.zeros(1, len(self.dims) + 1))
         self.register_buffer("scale_deviation", torch.ones(1, len(self.dims) + 1))
         self.eval()
 
     def train(self, mode: bool = True) -> CNC:
-        """Stay in eval mode; a lesson's random draws come from its generator, not from a mode."""
+        """Stay in eval mode; a stage's random draws come from its generator, not from a mode."""
         return super().train(False)
 
     @property
@@ -178,21 +179,21 @@ class CNC(nn.Module):
             samples[rows] = block_statistics(features[:, self.watched]).numpy()
         return samples
 
-    def lessons(self, data: FitData) -> Sequence[Lesson]:
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
         """The prompts first, which do not depend on the decoder, then the decoder, which is held to them."""
         config = self.config
         text = self._text(data.pair)
         damaged = None
-        if data.pseudo is not None:
-            damaged = Damaged(data, data.pseudo, covered=config.covered)
-        lessons: list[Lesson] = []
+        if data.synthetic is not None:
+            damaged = Damaged(data, data.synthetic, covered=config.covered)
+        stages: list[TrainingStage] = []
         if self.text_kind in ("learned", "free"):
-            lessons.append(
-                PromptLesson(
+            stages.append(
+                PromptStage(
                     self.prompts,
                     self.joint,
                     text=text,
-                    likeness=self._likeness,
+                    similarity=self._similarity,
                     damaged=damaged,
                     temperature=config.temperature,
                     epochs=config.prompt_epochs,
@@ -200,10 +201,8 @@ class CNC(nn.Module):
                     learning_rate=config.prompt_learning_rate,
                 )
             )
-        lessons.append(
-            DecoderLesson(self, text=text, guide_text=self._guide_text(data.pair), damaged=damaged)
-        )
-        return lessons
+        stages.append(DecoderStage(self, text=text, guide_text=self._guide_text(data.pair), damaged=damaged))
+        return stages
 
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
@@ -245,7 +244,7 @@ class CNC(nn.Module):
         )
 
     @torch.no_grad()
-    def places(self, features: Tensor) -> Tensor:
+    def embed(self, features: Tensor) -> Tensor:
         """The statistics that an image's kind is told by, whitened, (B, C)."""
         return self.kinds.whitened(block_statistics(features[:, self.watched]))
 
@@ -256,23 +255,23 @@ class CNC(nn.Module):
         maps = distances(levels, decoded)  # (B, L, N)
         said = torch.zeros_like(maps[:, :1])
         if self.has_text:
-            likeness = self._likeness_of(levels, self.prompts.anchors)  # (B, L, N, P)
-            said = margin(likeness, normal=self.prompts.normal, temperature=self.config.temperature).mean(
+            similarity = self._similarity_of(levels, self.prompts.anchors)  # (B, L, N, P)
+            said = margin(similarity, normal=self.prompts.normal, temperature=self.config.temperature).mean(
                 dim=1, keepdim=True
             )
         both = torch.cat([maps, said], dim=1)  # (B, L + 1, N)
         cells = both.view(-1, *self.grid)  # (B (L + 1), h, w)
         return replace_border(cells, self.config.border, grid=self.grid).view(-1, both.shape[1], *self.grid)
 
-    def _likeness(self, features: Tensor, prompts: Tensor) -> Tensor:
+    def _similarity(self, features: Tensor, prompts: Tensor) -> Tensor:
         """Cosines of (B, D, h, w) features to (P, J) prompts, (B, L, N, P)."""
-        return self._likeness_of(self._levels(features), prompts)
+        return self._similarity_of(self._levels(features), prompts)
 
     def _levels(self, features: Tensor) -> tuple[Tensor, ...]:
         """(B, D, h, w) to the tokens of each level, (B, N, D_l)."""
         return torch.split(_tokens(features), self.dims, dim=2)
 
-    def _likeness_of(self, levels: Sequence[Tensor], prompts: Tensor) -> Tensor:
+    def _similarity_of(self, levels: Sequence[Tensor], prompts: Tensor) -> Tensor:
         joint: Tensor = self.joint(levels, self.joint_levels)  # (B, L, N, J)
         return joint @ prompts.T
 
@@ -289,7 +288,7 @@ class CNC(nn.Module):
         return {"text": self.text_kind}
 
 
-class DecoderLesson:
+class DecoderStage(TrainingStage):
     """Teach the decoder to reconstruct the normal, whatever it is shown.
 
         L = L_rec + L_balance + L_distillation + L_promotion, each with its weight
@@ -328,7 +327,7 @@ class DecoderLesson:
         config, head = self.config, self.head
         shown, clean = features, features
         if training and self.damaged is not None:
-            count = round(config.pseudo_share * len(features))
+            count = round(config.synthetic_share * len(features))
             drawn = self.damaged.draw(count, held_out=False, generator=generator)
             shown = torch.cat([features[count:], drawn.features.to(features.device)])
             clean = torch.cat([features[count:], drawn.clean.to(features.device)])
@@ -348,12 +347,12 @@ class DecoderLesson:
                 head.prompts.settle(self.text)
                 self.anchors = head.prompts.anchors
             anchors = self.anchors.to(features.device)
-            likeness = head._likeness_of(decoded, anchors)
+            similarity = head._similarity_of(decoded, anchors)
             with torch.no_grad():
-                target = head._likeness_of(levels, anchors)
-            losses["distillation"] = distillation(target, likeness)
+                target = head._similarity_of(levels, anchors)
+            losses["distillation"] = distillation(target, similarity)
             losses["promotion"] = promotion(
-                likeness, normal=head.prompts.normal, temperature=config.temperature
+                similarity, normal=head.prompts.normal, temperature=config.temperature
             )
             loss = (
                 loss + config.distillation * losses["distillation"] + config.promotion * losses["promotion"]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normweave.heads.base import TrainingStage
 from normweave.heads.cnc.constraint import prompt_loss
-from normweave.heads.cnc.damaged import Damaged
+from normweave.heads.cnc.synthetic import Damaged
 from normweave.types import Text
 
 
@@ -103,20 +104,20 @@ class Guidance(nn.Module):
 
 
 def beside(text: Text, learnt: Tensor) -> Text:
-    """The encoder on the device of what it is to read: no lesson trains it, so that none moves it."""
+    """The encoder on the device of what it is to read: no stage trains it, so that none moves it."""
     if isinstance(text, nn.Module):
         text.to(learnt.device)
     return text
 
 
-class PromptLesson:
+class PromptStage(TrainingStage):
     """Teach the prompts to tell normal patches from damaged ones; nothing else learns from this.
 
     Args:
         prompts: are changed.
         joint: the space in which they are looked at; goes where they go.
         text: the frozen encoder; None for prompts without text.
-        likeness: (features (B, D, h, w), prompts (P, J)) to (B, L, N, P).
+        similarity: (features (B, D, h, w), prompts (P, J)) to (B, L, N, P).
         damaged: draws damaged images; None = there are none.
     """
 
@@ -130,7 +131,7 @@ class PromptLesson:
         joint: nn.Module,
         *,
         text: Text | None,
-        likeness: Callable[[Tensor, Tensor], Tensor],
+        similarity: Callable[[Tensor, Tensor], Tensor],
         damaged: Damaged | None,
         temperature: float,
         epochs: int,
@@ -140,7 +141,7 @@ class PromptLesson:
         self.prompts = prompts
         self.module: nn.Module = nn.ModuleList([prompts, joint])
         self.text = text
-        self.likeness = likeness
+        self.similarity = similarity
         self.damaged = damaged
         self.temperature = temperature
         self.epochs = epochs
@@ -161,10 +162,10 @@ class PromptLesson:
         if self.damaged is not None:
             drawn = self.damaged.draw(len(features), held_out=not training, generator=generator)
             if bool(drawn.shows.any()):
-                likeness = self.likeness(drawn.features.to(features.device), prompts)  # (B, L, N, P)
-                abnormal = likeness.transpose(1, 2)[drawn.shows.to(features.device)]  # (places, L, P)
+                similarity = self.similarity(drawn.features.to(features.device), prompts)  # (B, L, N, P)
+                abnormal = similarity.transpose(1, 2)[drawn.shows.to(features.device)]  # (places, L, P)
         loss = prompt_loss(
-            self.likeness(features, prompts),
+            self.similarity(features, prompts),
             abnormal,
             normal=self.prompts.normal,
             temperature=self.temperature,

@@ -12,7 +12,7 @@ from normweave.serve.pages.inspect import InspectPage
 from normweave.serve.pages.model import ModelPage
 from normweave.serve.pages.review import ReviewPage
 from normweave.serve.records import Token
-from normweave.serve.station import Station, Upload
+from normweave.serve.service import InspectionService, Upload
 from normweave.serve.watch import Watch
 
 ICON = (
@@ -27,7 +27,7 @@ SLOW_SECONDS = 30.0
 """A page is given up when the store takes longer to answer."""
 
 
-def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
+def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) -> None:
     """Put the pages on a server, behind all its other routes; once in a process, as NiceGUI has one app.
 
     Args:
@@ -36,19 +36,19 @@ def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
 
     @ui.page("/", title="Inspect · normweave", response_timeout=SLOW_SECONDS)
     async def inspect(request: Request) -> None:
-        await InspectPage(station, _person(request), watch).build()
+        await InspectPage(service, _person(request), watch).build()
 
     @ui.page("/review", title="Review · normweave", response_timeout=SLOW_SECONDS)
     async def review(request: Request) -> None:
-        await ReviewPage(station, _person(request)).build()
+        await ReviewPage(service, _person(request)).build()
 
     @ui.page("/model", title="Model · normweave", response_timeout=SLOW_SECONDS)
     async def model(request: Request) -> None:
-        await ModelPage(station, _person(request)).build()
+        await ModelPage(service, _person(request)).build()
 
     @ui.page("/history", title="History · normweave", response_timeout=SLOW_SECONDS)
     async def history(request: Request) -> None:
-        await HistoryPage(station, _person(request)).build()
+        await HistoryPage(service, _person(request)).build()
 
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request, name: str) -> Response:
@@ -56,13 +56,13 @@ def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
         content = bytearray()
         async for part in request.stream():
             content += part
-            if len(content) > station.config.max_image_bytes:
-                most = f"{station.config.max_image_bytes:,}"
+            if len(content) > service.config.max_image_bytes:
+                most = f"{service.config.max_image_bytes:,}"
                 return JSONResponse(
                     {"error": f"only images of up to {most} bytes are taken."}, status_code=413
                 )
         image = Upload(name=name, content=bytes(content))
-        (inspection,) = await station.inspect([image], source="page", actor=_person(request).name)
+        (inspection,) = await service.inspect([image], source="page", actor=_person(request).name)
         return JSONResponse({"id": inspection.id})
 
     @app.get("/history.csv", include_in_schema=False)
@@ -72,7 +72,7 @@ def add_pages(app: FastAPI, station: Station, *, watch: Watch | None) -> None:
         except ValueError as error:
             return JSONResponse({"error": str(error)}, status_code=422)
         headers = {"Content-Disposition": 'attachment; filename="normweave-history.csv"'}
-        return StreamingResponse(csv_lines(station.store, chosen), media_type="text/csv", headers=headers)
+        return StreamingResponse(csv_lines(service.store, chosen), media_type="text/csv", headers=headers)
 
     nicegui.storage.max_tab_storage_age = TAB_SECONDS
     ui.run_with(

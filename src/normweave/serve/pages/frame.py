@@ -13,7 +13,7 @@ from nicegui import ui
 
 from normweave.errors import NormweaveError
 from normweave.serve.records import Token
-from normweave.serve.station import Station
+from normweave.serve.service import InspectionService
 
 PAGES = (("/", "Inspect"), ("/review", "Review"), ("/model", "Model"), ("/history", "History"))
 LOGIN_SECONDS = 30.0
@@ -34,7 +34,7 @@ SCRIPT = _text("page.js")
 
 
 @contextmanager
-def frame(path: str, station: Station, token: Token) -> Iterator[None]:
+def frame(path: str, service: InspectionService, token: Token) -> Iterator[None]:
     """The page at `path`, to be filled inside."""
     ui.add_head_html(f"<style>{STYLE}</style><script>{SCRIPT}</script>")
     ui.context.client.on_exception(_tell)
@@ -52,7 +52,7 @@ def frame(path: str, station: Station, token: Token) -> Iterator[None]:
     with ui.element("main").classes("page"):
         yield
     if token.digest:  # else nobody needs one here
-        _watch_login(station, token)
+        _watch_login(service, token)
 
 
 def _tell(error: Exception) -> None:
@@ -65,12 +65,12 @@ def _tell(error: Exception) -> None:
     ui.notify(told, type="negative", multi_line=True, close_button="Close")
 
 
-def _watch_login(station: Station, token: Token) -> None:
+def _watch_login(service: InspectionService, token: Token) -> None:
     """Close the page once its token is revoked or has expired."""
     client = ui.context.client
 
     async def look() -> None:
-        now = await asyncio.to_thread(station.store.token, token.digest)
+        now = await asyncio.to_thread(service.store.token, token.digest)
         if now is None or not now.good(datetime.now(UTC)):
             ui.navigate.to("/")
             await asyncio.sleep(1)  # for the browser to obey; then NiceGUI clears up after it

@@ -21,7 +21,7 @@ from normweave.serve.pages import charts, verdict
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Bucket, Filter, Inspection, Review, Token
-from normweave.serve.station import Station
+from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
 
 ROWS = 25
@@ -82,8 +82,8 @@ def filter_of(given: Mapping[str, str]) -> Filter:
 class HistoryPage:
     """One browser's view of what was inspected."""
 
-    def __init__(self, station: Station, token: Token) -> None:
-        self._station = station
+    def __init__(self, service: InspectionService, token: Token) -> None:
+        self._service = service
         self._token = token
         self._chosen = {"days": "7", "kind": ANY, "verdict": ANY, "source": ANY, "review": ANY, "name": ANY}
         self._befores: list[int | None] = [None]  # where each page begins, up to the one that is shown
@@ -91,7 +91,7 @@ class HistoryPage:
 
     async def build(self) -> None:
         """Everything on the page."""
-        with frame("/history", self._station, self._token):
+        with frame("/history", self._service, self._token):
             heading(
                 "History", "What was inspected, and what people said of it. Times are those of the server."
             )
@@ -130,7 +130,7 @@ class HistoryPage:
     def _kinds(self) -> dict[str, str]:
         """The kinds that this bundle knows; those of others are found under everything."""
         kinds = {ANY: "all kinds"}
-        for category, subclasses in self._station.runtime.record["categories"].items():
+        for category, subclasses in self._service.runtime.record["categories"].items():
             kinds[category] = category
             kinds |= {
                 f"{category}\n{subclass}": verdict.joined(category, subclass) for subclass in subclasses
@@ -167,11 +167,11 @@ class HistoryPage:
         )
         if bucket == "hour" and whole.since is None:
             whole = replace(whole, since=datetime.now(UTC) - charts.MOST_COLUMNS * timedelta(hours=1))
-        counts = await asyncio.to_thread(self._station.store.counts, whole, bucket=bucket)
+        counts = await asyncio.to_thread(self._service.store.counts, whole, bucket=bucket)
         self._chart.set_content(charts.over_time(counts, bucket=bucket, shares=bool(self._shares.value)))
 
     async def _list(self) -> None:
-        store, chosen = self._station.store, filter_of(self._chosen)
+        store, chosen = self._service.store, filter_of(self._chosen)
         rows = await asyncio.to_thread(store.inspections, chosen, before=self._befores[-1], limit=ROWS + 1)
         total = await asyncio.to_thread(store.count, chosen)
         shown, more = rows[:ROWS], len(rows) > ROWS
@@ -217,7 +217,7 @@ class HistoryPage:
     async def _fill(self) -> bool:
         if self._open is None:
             return False
-        store = self._station.store
+        store = self._service.store
         inspection = await asyncio.to_thread(store.inspection, self._open)
         if inspection is None:
             ui.notify("This inspection is no longer kept.", type="warning")
@@ -234,7 +234,7 @@ class HistoryPage:
         if self._open is None:
             return
         try:
-            await self._station.review(self._open, decision=decision, reviewer=self._token.name)
+            await self._service.review(self._open, decision=decision, reviewer=self._token.name)
         except NormweaveError as error:
             ui.notify(str(error), type="negative", close_button="Close")
             return

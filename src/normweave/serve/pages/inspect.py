@@ -13,7 +13,7 @@ from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Filter, Inspection, Source, Token
-from normweave.serve.station import Station
+from normweave.serve.service import InspectionService
 from normweave.serve.watch import Watch
 
 LISTED = 50
@@ -26,8 +26,8 @@ ENDINGS = "image/*,.png,.jpg,.jpeg,.bmp,.tif,.tiff,.webp"
 class InspectPage:
     """One browser's view; what it lists is bounded and is gone with it."""
 
-    def __init__(self, station: Station, token: Token, watch: Watch | None) -> None:
-        self._station = station
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
+        self._service = service
         self._token = token
         self._watch = watch
         self._own: deque[Inspection] = deque(maxlen=LISTED)  # newest first, of this browser
@@ -36,7 +36,7 @@ class InspectPage:
 
     async def build(self) -> None:
         """Everything on the page."""
-        with frame("/", self._station, self._token):
+        with frame("/", self._service, self._token):
             heading(
                 "Inspect", "Show the model an image, and it says whether the part looks like the good ones."
             )
@@ -70,7 +70,7 @@ class InspectPage:
 
     def _drop_zone(self) -> None:
         """The browser sends images one after the other by itself (page.js), and says here what became of each."""
-        most = self._station.config.max_image_bytes
+        most = self._service.config.max_image_bytes
         ui.html(
             f'<label class="drop"><input type="file" multiple accept="{ENDINGS}" data-most="{most}">'
             "<span><b>Drop images here</b>, paste them, or touch to choose</span>"
@@ -97,7 +97,7 @@ class InspectPage:
     # ── images in ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _inspected(self, event: GenericEventArguments) -> None:
-        inspection = await asyncio.to_thread(self._station.store.inspection, int(event.args))
+        inspection = await asyncio.to_thread(self._service.store.inspection, int(event.args))
         if inspection is not None:
             self._own.appendleft(inspection)
             self._arrived(inspection)
@@ -108,7 +108,7 @@ class InspectPage:
     # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _newest(self, source: Source, *, actor: str | None = None) -> list[Inspection]:
-        kept = await asyncio.to_thread(self._station.store.inspections, Filter(source=source), limit=LISTED)
+        kept = await asyncio.to_thread(self._service.store.inspections, Filter(source=source), limit=LISTED)
         return [inspection for inspection in kept if actor is None or inspection.actor == actor]
 
     def _listed(self) -> list[Inspection]:
@@ -135,7 +135,7 @@ class InspectPage:
             self._tell_list()
 
     async def _choose(self, event: GenericEventArguments) -> None:
-        chosen = await asyncio.to_thread(self._station.store.inspection, int(event.args))
+        chosen = await asyncio.to_thread(self._service.store.inspection, int(event.args))
         if chosen is not None:
             self._follow.set_value(False)
             self._show(chosen)

@@ -18,7 +18,7 @@ from normweave.serve.pages import charts
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.verdict import joined, percent, tag
 from normweave.serve.records import Token
-from normweave.serve.station import NEWEST, RatePreview, Station
+from normweave.serve.service import NEWEST, InspectionService, RatePreview
 from normweave.types import Verdict
 
 LOWEST, HIGHEST = 1e-4, 0.5
@@ -42,8 +42,8 @@ class Stored(NamedTuple):
 class ModelPage:
     """One browser's view of the model."""
 
-    def __init__(self, station: Station, token: Token) -> None:
-        self._station = station
+    def __init__(self, service: InspectionService, token: Token) -> None:
+        self._service = service
         self._token = token
         self._rate = self._calibration.false_alarm_rate
         self._asked = 0  # the newest preview that was asked for; the answers to others are dropped
@@ -51,13 +51,13 @@ class ModelPage:
 
     @property
     def _calibration(self) -> Calibration:
-        calibration = self._station.runtime.calibration
-        assert calibration is not None  # a station judges, so it has lines
+        calibration = self._service.runtime.calibration
+        assert calibration is not None  # a service judges, so it has lines
         return calibration
 
     async def build(self) -> None:
         """Everything on the page."""
-        with frame("/model", self._station, self._token):
+        with frame("/model", self._service, self._token):
             heading("Model", "What the detector was made from, and where it draws the line.")
             with ui.element("section").classes("sheet"):
                 ui.html("<h2>False-alarm rate</h2>")
@@ -73,8 +73,8 @@ class ModelPage:
                     self._group.props("outlined dense options-dense").classes("choice")
                 self._histogram = ui.html()
             self._points = ui.html().classes("sheet")
-            record = self._station.runtime.record
-            ui.html(_trained(record, self._station.runtime.bundle_hash)).classes("sheet")
+            record = self._service.runtime.record
+            ui.html(_trained(record, self._service.runtime.bundle_hash)).classes("sheet")
         self._draw()
         await ui.context.client.connected(CONNECT_SECONDS)  # the page is there before its numbers are
         self._stored = await asyncio.to_thread(self._read_stored)
@@ -117,7 +117,7 @@ class ModelPage:
         self._asked += 1
         asked, rate = self._asked, self._rate
         try:
-            preview = await self._station.preview_rate(rate)
+            preview = await self._service.preview_rate(rate)
         except NormweaveError as error:
             if asked == self._asked:
                 self._told.set_content(f'<p class="refused"><b>Not possible.</b> {escape(str(error))}</p>')
@@ -139,7 +139,7 @@ class ModelPage:
         if self._token.role != "engineer":
             return  # its button is disabled; a browser may press it all the same
         try:
-            await self._station.change_rate(self._rate, actor=self._token.name)
+            await self._service.change_rate(self._rate, actor=self._token.name)
         except NormweaveError as error:
             ui.notify(str(error), type="negative", multi_line=True, close_button="Close")
             return
@@ -159,7 +159,7 @@ class ModelPage:
         return groups
 
     def _read_stored(self) -> Stored:
-        rows = self._station.store.judged(self._station.runtime.bundle_hash or "", newest=NEWEST)
+        rows = self._service.store.judged(self._service.runtime.bundle_hash or "", newest=NEWEST)
         return Stored(
             np.array([one.score for one in rows], dtype=np.float64),
             np.array([-1 if one.routed is None else one.routed for one in rows], dtype=np.int64),

@@ -14,7 +14,7 @@ from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Filter, Inspection, Token
-from normweave.serve.station import Station
+from normweave.serve.service import InspectionService
 
 REMEMBERED = 100
 """Decisions that can be undone, the last one first."""
@@ -24,10 +24,10 @@ COMMENT = 500
 """Letters."""
 
 
-def queue(station: Station) -> tuple[Filter, ...]:
+def queue(service: InspectionService) -> tuple[Filter, ...]:
     """What waits for a person: anomalous and unknown ones, and normal ones that are close to the line."""
-    calibration = station.runtime.calibration
-    assert calibration is not None  # a station judges, so it has lines
+    calibration = service.runtime.calibration
+    assert calibration is not None  # a service judges, so it has lines
     return (
         Filter(verdicts=("anomalous", "unknown"), reviewed=False),
         Filter(
@@ -41,8 +41,8 @@ def queue(station: Station) -> tuple[Filter, ...]:
 class ReviewPage:
     """One browser's way through the queue, newest first. Several may be at it: the last word on a part counts."""
 
-    def __init__(self, station: Station, token: Token) -> None:
-        self._station = station
+    def __init__(self, service: InspectionService, token: Token) -> None:
+        self._service = service
         self._token = token
         self._shown: Inspection | None = None
         self._before: int | None = None  # on this round, inspections from this one on were seen
@@ -51,7 +51,7 @@ class ReviewPage:
 
     async def build(self) -> None:
         """Everything on the page."""
-        with frame("/review", self._station, self._token):
+        with frame("/review", self._service, self._token):
             with ui.element("div").classes("heading-row"):
                 heading(
                     "Review", "Say of each part whether it is good. Your word is kept beside the model's."
@@ -101,7 +101,7 @@ class ReviewPage:
                     await self._take_back()
                 elif self._shown is not None:
                     if decision != "next":
-                        await self._station.review(
+                        await self._service.review(
                             self._shown.id,
                             decision=decision,
                             reviewer=self._token.name,
@@ -117,7 +117,7 @@ class ReviewPage:
         if not self._done:
             return
         id = self._done.pop()
-        inspection = await self._station.review(id, decision="undo", reviewer=self._token.name)
+        inspection = await self._service.review(id, decision="undo", reviewer=self._token.name)
         self._before = id + 1
         self._show(inspection)
         await self._count()
@@ -133,16 +133,16 @@ class ReviewPage:
         await self._count()
 
     async def _first(self, *, before: int | None) -> Inspection | None:
-        store = self._station.store
+        store = self._service.store
         pages = [
             await asyncio.to_thread(store.inspections, wanted, before=before, limit=1)
-            for wanted in queue(self._station)
+            for wanted in queue(self._service)
         ]
         return max((page[0] for page in pages if page), key=lambda one: one.id, default=None)
 
     async def _count(self) -> None:
-        store = self._station.store
-        counts = [await asyncio.to_thread(store.count, wanted) for wanted in queue(self._station)]
+        store = self._service.store
+        counts = [await asyncio.to_thread(store.count, wanted) for wanted in queue(self._service)]
         self._left.set_text(f"{sum(counts)} left")
 
     async def _look(self) -> None:

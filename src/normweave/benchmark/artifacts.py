@@ -28,14 +28,14 @@ ROLES = ("fit and calibration", "good test images", "defective test images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exhibit:
+class RunArtifacts:
     """What a run has kept.
 
     Args:
         scores: by side, (n, 3) of the test images that could be judged: whether anomalous, pred_score, threshold.
         maps: by side, those of `shown`, (h, w) each; None where the image could not be judged.
         places: (n, C) in the space in which the head tells kinds apart; None: it has none.
-        kinds: `Sample.kind` of each of the places.
+        kinds: `Sample.subclass_name` of each of the places.
         roles: (n,) indices into `ROLES`.
     """
 
@@ -90,7 +90,7 @@ def keep(
 
     tensors: dict[str, NDArray[Any]] = {f"scores/{side}": _scores(rows) for side, rows in predictions.items()}
     for side, tests in fold.tests.items():
-        if contestant.judges_whole_images:
+        if contestant.image_level:
             break
         chosen = shown(tests)
         number = {sample: place for place, sample in enumerate(chosen)}
@@ -101,24 +101,24 @@ def keep(
     if isinstance(contestant, Detector):
         roles, rows = [], []
         for role, samples in enumerate(_of_each_role(fold)):
-            for sample, place in contestant.stream_places(samples, cache=cache):
+            for sample, place in contestant.stream_embeddings(samples, cache=cache):
                 roles.append(role)
                 rows.append(place)
-                kinds.append(sample.kind)
+                kinds.append(sample.subclass_name)
         if rows:
             tensors |= {"places": np.stack(rows), "roles": np.array(roles, dtype=np.int64)}
     about = {"kinds": json.dumps(kinds)}
     write_whole(path, lambda partial: save_file(tensors, partial, metadata=about))
 
 
-def read(path: Path, fold: Fold) -> Exhibit:
+def read(path: Path, fold: Fold) -> RunArtifacts:
     """What `keep` has written of this fold."""
     from safetensors import safe_open
 
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
         about = file.metadata()
-    return Exhibit(
+    return RunArtifacts(
         scores={side: tensors[f"scores/{side}"] for side in fold.tests},
         maps={
             side: [tensors.get(f"maps/{side}/{number}") for number in range(len(shown(tests)))]

@@ -7,7 +7,7 @@ from typing import Any
 
 from normweave.benchmark.evaluate import measure
 from normweave.detector import Detector
-from normweave.errors import DataError, GateError
+from normweave.errors import CheckError, DataError
 from normweave.types import Progress, Sample
 
 MOST_LOST = 0.005
@@ -15,7 +15,7 @@ MOST_LOST = 0.005
 COMPARED = ("image_auroc", "pixel_auroc")
 
 
-def quantise(
+def quantize(
     detector: Detector, labelled: Sequence[Sample] | None, *, progress: Progress | None = None
 ) -> None:
     """Compute the backbone of a detector just fitted in int8, and look what that costs on labelled images.
@@ -27,10 +27,10 @@ def quantise(
 
     Raises:
         DataError: of one of the two labels no image can be read, or an image was used in training.
-        GateError: an AUROC loses more than half a point.
+        CheckError: an AUROC loses more than half a point.
     """
     before = None if labelled is None else _auroc(detector, labelled, progress)
-    detector.quantise(progress=progress)
+    detector.quantize(progress=progress)
     if labelled is None or before is None:
         detector.record |= {"int8_check": None}
         return
@@ -41,7 +41,7 @@ def quantise(
         if before[name] is not None and before[name] - after[name] > MOST_LOST
     ]
     if lost:
-        raise GateError(
+        raise CheckError(
             f"int8 loses {' and '.join(lost)} on {len(labelled)} labelled images; {MOST_LOST:g} is allowed. So no "
             "bundle is written. Train without --int8, or choose another backbone."
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from normweave.heads.kinds import KnownKinds, block_statistics, covariance_within
+from normweave.heads.novelty import SubclassNovelty, block_statistics, covariance_within
 
 D = 5
 
@@ -83,7 +83,7 @@ def kinds_fitted(count=200, numbers=4, seed=0):
     kinds = np.arange(count) % 2
     samples = generator.normal(size=(count, numbers)) @ generator.normal(size=(numbers, numbers))
     samples += 3.0 * kinds[:, None]
-    known = KnownKinds(statistics=numbers)
+    known = SubclassNovelty(statistics=numbers)
     known.fit(samples.astype(np.float32), kinds)
     return known, samples, kinds
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from normweave.errors import BundleError
-from normweave.runtime.protobuf import check
+from normweave.network.allow_list import check
 
 
 def plain():

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from normweave.bundle import FORMAT, read_tensors
-from normweave.data.textures import SEEN, render
 from normweave.detector import Detector
-from normweave.errors import BundleError, DataError, GateError, ImageError
+from normweave.errors import BundleError, CheckError, DataError, ImageError
 from normweave.runtime import Runtime
+from normweave.textiles import SEEN, render
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
 def test_what_cannot_be_promised_leaves_the_line_where_it_was(bundle, more, cloth):
     runtime = Runtime(bundle, threads=1)
     before = runtime.calibration
-    with pytest.raises(GateError, match="needs at least 999 held-out normal images, got 24"):
+    with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 24"):
         runtime.calibrate(more, false_alarm_rate=0.001)
     with pytest.raises(DataError, match="cannot serve for calibration"):
         runtime.calibrate(cloth)

@@ -44,7 +44,7 @@ def covariance_within(
     return means, shrunk
 
 
-class KnownKinds(nn.Module):
+class SubclassNovelty(nn.Module):
     """How far an image's statistics lie from each known kind of normal.
 
     Ours: the Mahalanobis distance of s to the mean t_k of each kind under the covariance within kinds, shrunk halfway

@@ -10,14 +10,14 @@ from onnx import numpy_helper
 from torch import nn
 
 from in_memory import InMemory
-from normweave import export
 from normweave.config import AdaptedMoEConfig, CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
-from normweave.errors import GateError
-from normweave.export import Whole, answers, gate, to_onnx
+from normweave.errors import CheckError
 from normweave.features.standardise import ChannelStandard
 from normweave.heads import build
+from normweave.network import export
+from normweave.network.export import Whole, answers, gate, to_onnx
+from normweave.network.onnx import Network
 from normweave.outcome.operating_point import Calibration
-from normweave.runtime.network import Network
 from normweave.scoring import Judge, Line
 from normweave.training import train
 from normweave.types import FitData, PatchScores, Routing
@@ -66,8 +66,8 @@ def network(config):
     )
     head = build(config, shape=SHAPE)
     head.begin(data)
-    for lesson in head.lessons(data):
-        train(lesson, data, device="cpu")
+    for stage in head.stages(data):
+        train(stage, data, device="cpu")
     head.finish(data)
     return Whole(extractor=extractor, standard=standard, head=head).eval()
 
@@ -198,7 +198,7 @@ def test_what_onnx_has_no_word_for_is_a_gate(whole):
             return whole.extractor(pixels) + odd[:, None, None, None]
 
     odd = Whole(extractor=Odd(), standard=whole.standard, head=whole.head)
-    with pytest.raises(GateError, match="cannot be written as an ONNX graph, so no bundle is written"):
+    with pytest.raises(CheckError, match="cannot be written as an ONNX graph, so no bundle is written"):
         to_onnx(odd, height=SIZE[0], width=SIZE[1])
 
 
@@ -228,7 +228,7 @@ def test_a_faithful_graph_passes(whole, content):
 
 def test_an_altered_constant_is_noticed(whole, content):
     with pytest.raises(
-        GateError, match=r"gives other scores than torch for \d+ of 12 calibration images, first "
+        CheckError, match=r"gives other scores than torch for \d+ of 12 calibration images, first "
     ):
         gate(whole, altered(content, lambda array: 1.01 * array), images(), judge())
 
@@ -245,14 +245,14 @@ def test_an_altered_constant_that_only_strangers_meet_is_noticed(whole, content)
         array[second[0]] *= 1.01
         return array
 
-    with pytest.raises(GateError, match=r"gives other scores as strangers than torch"):
+    with pytest.raises(CheckError, match=r"gives other scores as strangers than torch"):
         gate(strict, altered(graph, change), [one[None] for one in theirs], judge())
 
 
 def test_an_answer_that_is_missing_is_noticed(whole, content):
     dfm = network(next(kind() for kind in get_args(HeadConfig) if kind().kind == "dfm"))
     other = loaded(to_onnx(dfm, height=SIZE[0], width=SIZE[1]))
-    with pytest.raises(GateError, match="do not both give"):
+    with pytest.raises(CheckError, match="do not both give"):
         gate(whole, other, images(), judge())
 
 
@@ -278,7 +278,7 @@ def test_verdicts_are_equal_but_where_rounding_decides(whole, content, apart, pa
         gate(whole, theirs, pixels, lined(calibration))
     else:
         with pytest.raises(
-            GateError, match=r"calls calibration image \d+ anomalous where torch calls it normal"
+            CheckError, match=r"calls calibration image \d+ anomalous where torch calls it normal"
         ):
             gate(whole, theirs, pixels, lined(calibration))
 

@@ -11,32 +11,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.errors import BundleError, ConfigError, GateError
+from normweave.errors import BundleError, CheckError, ConfigError
 from normweave.serve.config import ServeConfig
 from normweave.serve.records import Filter, NotThereError
-from normweave.serve.station import BusyError, Station, StoppedError, Upload, media_type, png
+from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload, media_type, png
 from normweave.serve.store import StoreError
 
 
-def inspect(station, *paths, names=None):
+def inspect(service, *paths, names=None):
     uploads = [Upload(str(path), Path(path).read_bytes()) for path in paths]
     if names is not None:
         uploads = [upload._replace(name=name) for upload, name in zip(uploads, names, strict=True)]
-    return asyncio.run(station.inspect(uploads, source="api", actor="test"))
+    return asyncio.run(service.inspect(uploads, source="api", actor="test"))
 
 
 @pytest.fixture
-def held(station, monkeypatch):
+def held(service, monkeypatch):
     """The network stands still until it is let go."""
     free = threading.Event()
-    scores = station.runtime.scores
-    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.runtime.scores
+    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
     yield free
     free.set()
 
 
-def test_the_same_as_the_runtime_says_each_in_its_place(station, runtime, photos):
-    kept = inspect(station, *photos)
+def test_the_same_as_the_runtime_says_each_in_its_place(service, runtime, photos):
+    kept = inspect(service, *photos)
     assert sorted(one.id for one in kept) == list(range(1, len(photos) + 1))
     for one, expected in zip(kept, runtime.score(photos), strict=True):
         outcome = one.outcome
@@ -46,40 +46,40 @@ def test_the_same_as_the_runtime_says_each_in_its_place(station, runtime, photos
             box._replace(peak=pytest.approx(box.peak, rel=1e-4)) for box in expected.boxes
         )
         assert outcome.latency_ms > 0
-        stored = station.store.inspection(one.id)
+        stored = service.store.inspection(one.id)
         assert replace(stored, received_at=one.received_at) == one
 
 
-def test_image_and_map_come_back(station, runtime, photos):
-    (one,) = inspect(station, photos[-1])
+def test_image_and_map_come_back(service, runtime, photos):
+    (one,) = inspect(service, photos[-1])
     (expected,) = runtime.score([photos[-1]])
-    assert asyncio.run(station.image(one.picture)) == Path(photos[-1]).read_bytes()
-    drawn = asyncio.run(station.draw(one.picture, lambda drawing: drawing.anomaly_map()))
+    assert asyncio.run(service.image(one.picture)) == Path(photos[-1]).read_bytes()
+    drawn = asyncio.run(service.draw(one.picture, lambda drawing: drawing.anomaly_map()))
     np.testing.assert_allclose(drawn, expected.anomaly_map, rtol=1e-4, atol=1e-5)
     assert one.picture.image_type == "image/png"
 
 
-def test_the_map_of_a_tiled_image(station, photos, tmp_path):
+def test_the_map_of_a_tiled_image(service, photos, tmp_path):
     large = tmp_path / "large.png"
     Image.open(photos[0]).resize((300, 280)).save(
         large
     )  # 64 pixels a side are scored, four times that in tiles
-    (one,) = inspect(station, large)
+    (one,) = inspect(service, large)
     assert len(one.picture.tiles) == 4
-    drawn = asyncio.run(station.draw(one.picture, lambda drawing: drawing.anomaly_map()))
-    (expected,) = station.runtime.score([large])
+    drawn = asyncio.run(service.draw(one.picture, lambda drawing: drawing.anomaly_map()))
+    (expected,) = service.runtime.score([large])
     np.testing.assert_allclose(drawn, expected.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
-def test_one_that_cannot_be_read_does_not_stop_the_others(station, photos, tmp_path):
+def test_one_that_cannot_be_read_does_not_stop_the_others(service, photos, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    first, bad, last = inspect(station, photos[0], tmp_path / "bad.png", photos[1])
+    first, bad, last = inspect(service, photos[0], tmp_path / "bad.png", photos[1])
     assert first.outcome.verdict is not None
     assert last.outcome.verdict is not None
     assert bad.outcome.verdict is None
     assert "not an image" in bad.outcome.error
     assert bad.picture is None
-    assert station.store.inspection(bad.id).outcome.error == bad.outcome.error
+    assert service.store.inspection(bad.id).outcome.error == bad.outcome.error
 
 
 def test_limits_of_an_image(start, photos):
@@ -89,8 +89,8 @@ def test_limits_of_an_image(start, photos):
     assert "64 x 64 pixels (height x width). This server takes up to 1,000 pixels" in pixels.outcome.error
 
 
-def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(station, photos, monkeypatch):
-    scores = station.runtime.scores
+def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, photos, monkeypatch):
+    scores = service.runtime.scores
 
     def spoiled(batch):
         return [
@@ -98,27 +98,27 @@ def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(station, ph
             for opened, one in zip(batch, scores(batch), strict=True)
         ]
 
-    monkeypatch.setattr(station.runtime, "scores", spoiled)
+    monkeypatch.setattr(service.runtime, "scores", spoiled)
     small = io.BytesIO()
     Image.open(photos[0]).resize((32, 32)).save(small, "PNG")
     uploads = [Upload("good", Path(photos[0]).read_bytes()), Upload("bad", small.getvalue())]
-    good, bad = asyncio.run(station.inspect(uploads, source="api", actor="test"))
+    good, bad = asyncio.run(service.inspect(uploads, source="api", actor="test"))
     assert good.outcome.verdict is not None
     assert "must be finite" in bad.outcome.error
 
 
-def test_whatever_waits_goes_through_the_network_together(station, photos, held, monkeypatch):
+def test_whatever_waits_goes_through_the_network_together(service, photos, held, monkeypatch):
     sizes = []
-    scores = station.runtime.scores
-    monkeypatch.setattr(station.runtime, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1])
+    scores = service.runtime.scores
+    monkeypatch.setattr(service.runtime, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1])
 
     async def all_at_once():
         content = Path(photos[0]).read_bytes()
         waiting = [
-            asyncio.ensure_future(station.inspect([Upload(str(n), content)], source="api", actor="test"))
+            asyncio.ensure_future(service.inspect([Upload(str(n), content)], source="api", actor="test"))
             for n in range(9)
         ]
-        while station._opened.qsize() + (1 if sizes else 0) < 5:
+        while service._opened.qsize() + (1 if sizes else 0) < 5:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)  # all nine are decoded
         held.set()
@@ -126,62 +126,62 @@ def test_whatever_waits_goes_through_the_network_together(station, photos, held,
 
     answers = asyncio.run(all_at_once())
     assert [answer[0].name for answer in answers] == [str(n) for n in range(9)]  # each gets its own
-    assert max(sizes) == station.runtime.batch_images == 4
+    assert max(sizes) == service.runtime.batch_images == 4
     assert sum(sizes) == 9
 
 
 def test_a_full_queue_refuses_and_forgets_nothing(start, photos, monkeypatch):
-    station = start(max_waiting=3, max_images=3)
+    service = start(max_waiting=3, max_images=3)
     free = threading.Event()
-    scores = station.runtime.scores
-    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.runtime.scores
+    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
 
     async def walk():
         content = Path(photos[0]).read_bytes()
-        three = asyncio.ensure_future(station.inspect([Upload("a", content)] * 3, source="api", actor="test"))
+        three = asyncio.ensure_future(service.inspect([Upload("a", content)] * 3, source="api", actor="test"))
         await asyncio.sleep(0.1)
-        assert station.waiting == 3
+        assert service.waiting == 3
         with pytest.raises(BusyError, match="3 images are waiting and 1 more came, but at most 3 may wait"):
-            await station.inspect([Upload("b", content)], source="api", actor="test")
+            await service.inspect([Upload("b", content)], source="api", actor="test")
         free.set()
         assert len(await three) == 3
-        assert len(await station.inspect([Upload("c", content)], source="api", actor="test")) == 1
+        assert len(await service.inspect([Upload("c", content)], source="api", actor="test")) == 1
 
     asyncio.run(walk())
-    assert station.waiting == 0
-    assert station.store.count(Filter()) == 4
+    assert service.waiting == 0
+    assert service.store.count(Filter()) == 4
 
 
-def test_who_stops_waiting_loses_nothing(station, photos, held):
+def test_who_stops_waiting_loses_nothing(service, photos, held):
     async def walk():
         upload = Upload("left alone", Path(photos[0]).read_bytes())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await station.inspect([upload], source="api", actor="test")
+                await service.inspect([upload], source="api", actor="test")
         held.set()
-        while station.waiting:
+        while service.waiting:
             await asyncio.sleep(0.01)
 
     asyncio.run(walk())
-    assert station.store.count(Filter(name="left alone")) == 1
+    assert service.store.count(Filter(name="left alone")) == 1
 
 
 def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, monkeypatch):
-    station = start()
+    service = start()
     free = threading.Event()
-    scores = station.runtime.scores
-    monkeypatch.setattr(station.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.runtime.scores
+    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
 
     async def walk():
         upload = Upload("taken", Path(photos[0]).read_bytes())
-        taken = asyncio.ensure_future(station.inspect([upload], source="api", actor="test"))
+        taken = asyncio.ensure_future(service.inspect([upload], source="api", actor="test"))
         await asyncio.sleep(0.1)
-        stopping = asyncio.ensure_future(asyncio.to_thread(station.stop))
+        stopping = asyncio.ensure_future(asyncio.to_thread(service.stop))
         await asyncio.sleep(0.1)
         with pytest.raises(StoppedError):
-            await station.inspect([upload], source="api", actor="test")
+            await service.inspect([upload], source="api", actor="test")
         with pytest.raises(StoppedError):
-            station.ready()
+            service.ready()
         free.set()
         await stopping
         return await taken
@@ -189,20 +189,20 @@ def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, 
     assert asyncio.run(walk())[0].id == 1
 
 
-def test_a_failing_bundle_or_store_fails_the_request_and_not_the_station(station, photos, monkeypatch):
+def test_a_failing_bundle_or_store_fails_the_request_and_not_the_station(service, photos, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(
-            station.runtime, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph"))
+            service.runtime, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph"))
         )
         with pytest.raises(BundleError, match="broken graph"):
-            inspect(station, photos[0])
+            inspect(service, photos[0])
     with monkeypatch.context() as broken:
-        broken.setattr(station.files, "put", lambda content: (_ for _ in ()).throw(OSError("disk full")))
+        broken.setattr(service.files, "put", lambda content: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(StoreError, match=r"cannot be kept: disk full\. Make room where"):
-            inspect(station, photos[0])
-    station.ready()
-    assert inspect(station, photos[0])[0].id == 1
-    assert station.waiting == 0
+            inspect(service, photos[0])
+    service.ready()
+    assert inspect(service, photos[0])[0].id == 1
+    assert service.waiting == 0
 
 
 def test_a_disk_without_room_for_a_request_is_not_ready(start):
@@ -213,26 +213,26 @@ def test_a_disk_without_room_for_a_request_is_not_ready(start):
 # ── people, and the line ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_reviews(station, photos):
-    (one,) = inspect(station, photos[0])
-    reviewed = asyncio.run(station.review(one.id, decision="reject", reviewer="Ada", comment="scratch"))
+def test_reviews(service, photos):
+    (one,) = inspect(service, photos[0])
+    reviewed = asyncio.run(service.review(one.id, decision="reject", reviewer="Ada", comment="scratch"))
     assert (reviewed.review.decision, reviewed.review.reviewer, reviewed.review.comment) == (
         "reject",
         "Ada",
         "scratch",
     )
     with pytest.raises(NotThereError, match="no inspection 99"):
-        asyncio.run(station.review(99, decision="accept", reviewer="Ada"))
+        asyncio.run(service.review(99, decision="accept", reviewer="Ada"))
     with pytest.raises(NotThereError, match="no inspection 99"):
-        asyncio.run(station.inspection(99))
+        asyncio.run(service.inspection(99))
 
 
-def test_another_rate_is_what_it_was_foretold(station, photos):
-    now = inspect(station, *photos)
-    foretold = asyncio.run(station.preview_rate(0.3))
+def test_another_rate_is_what_it_was_foretold(service, photos):
+    now = inspect(service, *photos)
+    foretold = asyncio.run(service.preview_rate(0.3))
     assert foretold.n == len(photos)
-    asyncio.run(station.change_rate(0.3, actor="Eve"))
-    then = inspect(station, *photos)
+    asyncio.run(service.change_rate(0.3, actor="Eve"))
+    then = inspect(service, *photos)
     verdicts = [[one.outcome.verdict for one in kept] for kept in (now, then)]
     assert foretold.now == {verdict: verdicts[0].count(verdict) for verdict in set(verdicts[0])}
     assert foretold.then == {verdict: verdicts[1].count(verdict) for verdict in set(verdicts[1])}
@@ -244,52 +244,52 @@ def test_another_rate_is_what_it_was_foretold(station, photos):
 def test_the_rate_outlives_the_server(start, runtime, photos):
     first = start()
     asyncio.run(first.change_rate(0.3, actor="Eve"))
-    again = Station(runtime, store=first.store, files=first.files, config=ServeConfig())
+    again = InspectionService(runtime, store=first.store, files=first.files, config=ServeConfig())
     assert again.runtime.calibration.false_alarm_rate == 0.3
     assert runtime.calibration.false_alarm_rate == 0.1  # the bundle is as it was
     again.stop()
 
 
-def test_a_rate_that_cannot_be_promised(station):
-    for work in (station.preview_rate(0.001), station.change_rate(0.001, actor="Eve")):
-        with pytest.raises(GateError, match="needs at least 999 held-out normal images"):
+def test_a_rate_that_cannot_be_promised(service):
+    for work in (service.preview_rate(0.001), service.change_rate(0.001, actor="Eve")):
+        with pytest.raises(CheckError, match="needs at least 999 held-out normal images"):
             asyncio.run(work)
-    assert station.runtime.calibration.false_alarm_rate == 0.1
+    assert service.runtime.calibration.false_alarm_rate == 0.1
 
 
 # ── retention ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_what_is_too_old_goes_with_its_files(start, photos):
-    station = start(keep_days=1)
-    old, young = inspect(station, *photos[:2])
-    with station.store._writing() as connection:  # as if it had come two days ago
+    service = start(keep_days=1)
+    old, young = inspect(service, *photos[:2])
+    with service.store._writing() as connection:  # as if it had come two days ago
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
-    station.tidy()
-    assert station.store.inspection(old.id) is None
-    assert station.store.inspection(young.id) is not None
-    assert set(station.files.all_hashes()) == {young.picture.image_hash, young.picture.grids_hash}
+    service.tidy()
+    assert service.store.inspection(old.id) is None
+    assert service.store.inspection(young.id) is not None
+    assert set(service.files.all_hashes()) == {young.picture.image_hash, young.picture.grids_hash}
 
 
 def test_beyond_its_size_the_oldest_images_go_and_records_stay(start, photos):
-    station = start(keep_gib=1e-9)
-    kept = inspect(station, *photos[:3])
-    station.tidy()
-    assert list(station.files.all_hashes()) == []
-    assert [station.store.inspection(one.id).picture for one in kept] == [None] * 3
+    service = start(keep_gib=1e-9)
+    kept = inspect(service, *photos[:3])
+    service.tidy()
+    assert list(service.files.all_hashes()) == []
+    assert [service.store.inspection(one.id).picture for one in kept] == [None] * 3
 
 
 def test_an_image_that_came_again_keeps_its_file(start, photos):
-    station = start(keep_days=1)
-    _, again = inspect(station, photos[0], photos[0])
-    with station.store._writing() as connection:
+    service = start(keep_days=1)
+    _, again = inspect(service, photos[0], photos[0])
+    with service.store._writing() as connection:
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
-    station.tidy()
-    assert asyncio.run(station.image(again.picture)) == Path(photos[0]).read_bytes()
+    service.tidy()
+    assert asyncio.run(service.image(again.picture)) == Path(photos[0]).read_bytes()
 
 
 # ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -309,9 +309,9 @@ def test_the_kind_of_an_image_is_read_from_its_bytes(kind):
     assert media_type(b"<svg onload=alert(1)>") == "application/octet-stream"
 
 
-def test_metrics_count(station, photos):
-    inspect(station, *photos[:2])
-    text = station.metrics.text().decode()
+def test_metrics_count(service, photos):
+    inspect(service, *photos[:2])
+    text = service.metrics.text().decode()
     assert json.dumps("api") in text
     assert "normweave_inspection_seconds_count 2.0" in text
     assert "normweave_waiting_images 0.0" in text

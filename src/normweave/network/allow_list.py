@@ -21,7 +21,7 @@ DEEPEST = 16
 Kind = Literal["value", "graph", "node", "attribute", "tensor", "domain", "opset", "inside"]
 
 # Fields of each message by number, and what they hold; "value" is not looked into. Absent on purpose, so refused:
-# functions, training and device information of a model; sparse and quantised tensors; graphs in attributes (loops, and
+# functions, training and device information of a model; sparse and quantized tensors; graphs in attributes (loops, and
 # branches); segments of tensors; data of tensors that lies elsewhere.
 MESSAGES: Mapping[str, Mapping[int, Kind]] = MappingProxyType(
     {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.data import textures
-from normweave.data.textures import (
+from normweave.errors import ConfigError, DataError
+from normweave.textiles import (
     DEFECT_SHARE,
     DEFECTS,
     SEEN,
@@ -19,7 +19,7 @@ from normweave.data.textures import (
     make_textures,
     render,
 )
-from normweave.errors import ConfigError, DataError
+from normweave.textiles import dataset as textures
 
 SMALL = (96, 128)  # (height, width), not square so that a swap shows
 ONE_EACH = [Textile(weave, "sand", "raking") for weave in WEAVES]

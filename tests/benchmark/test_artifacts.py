@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from normweave import settings
-from normweave.benchmark import exhibits
+from normweave.benchmark import artifacts
 from normweave.benchmark.evaluate import measure
 from normweave.benchmark.protocols import folds
 from normweave.config import Config
 from normweave.data import layouts
-from normweave.data.textures import SEEN, UNSEEN, make_textures
 from normweave.detector import Detector
+from normweave.textiles import SEEN, UNSEEN, make_textures
 from normweave.types import Sample
 
 SMALL = ["prepare.height=64", "prepare.width=64", "data.subclass_from=column"]
@@ -38,9 +38,9 @@ def listed(category: str, defects: dict[str, int], good: int = 5) -> list[Sample
 
 def test_of_each_kind_of_defect_one_is_shown_whatever_the_order():
     tests = listed("tile", {"crack": 3, "fray": 9, "hole": 1})
-    chosen = exhibits.shown(tests)
+    chosen = artifacts.shown(tests)
     assert [sample.defect for sample in chosen] == [None, "crack", "fray", "hole"]
-    assert exhibits.shown(tests[::-1]) == chosen
+    assert artifacts.shown(tests[::-1]) == chosen
     places = [int(sample.image_path.stem) / count for sample, count in zip(chosen, (5, 3, 9, 1), strict=True)]
     assert max(places) - min(places) > 0.3  # not all from the same place of their lists
 
@@ -48,8 +48,8 @@ def test_of_each_kind_of_defect_one_is_shown_whatever_the_order():
 def test_no_category_crowds_out_another():
     many = {f"defect{n}": 2 for n in range(20)}
     tests = listed("tile", many) + listed("board", many) + listed("cloth", {"hole": 2})
-    chosen = exhibits.shown(tests)
-    assert len(chosen) == exhibits.SHOWN
+    chosen = artifacts.shown(tests)
+    assert len(chosen) == artifacts.SHOWN
     counts = [sum(sample.category == name for sample in chosen) for name in ("tile", "board", "cloth")]
     assert counts == [2, 3, 2]
     assert all(
@@ -60,8 +60,8 @@ def test_no_category_crowds_out_another():
 
 def test_a_defect_that_nobody_marked_is_not_shown():
     tests = [replace(sample, mask_path=None) for sample in listed("tile", {"crack": 2})]
-    assert [sample.label for sample in exhibits.shown(tests)] == ["normal"]
-    assert exhibits.shown([]) == []
+    assert [sample.label for sample in artifacts.shown(tests)] == ["normal"]
+    assert artifacts.shown([]) == []
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def fold(tmp_path_factory: pytest.TempPathFactory):
 
 def kept(detector: Detector, fold, path: Path):
     predictions = {side: measure(detector, tests)[1] for side, tests in fold.tests.items()}
-    exhibits.keep(path, detector, fold, predictions, cache=None)
-    return exhibits.read(path, fold), predictions
+    artifacts.keep(path, detector, fold, predictions, cache=None)
+    return artifacts.read(path, fold), predictions
 
 
 def fitted(fold, model: str, *further: str) -> Detector:
@@ -94,17 +94,17 @@ def fitted(fold, model: str, *further: str) -> Detector:
 
 def test_a_run_keeps_what_it_has_judged(fold, tmp_path: Path):
     detector = fitted(fold, "adapted-moe")
-    exhibit, predictions = kept(detector, fold, tmp_path / "run.safetensors")
+    artifact, predictions = kept(detector, fold, tmp_path / "run.safetensors")
     for side, tests in fold.tests.items():
-        assert exhibit.scores[side].tolist() == [
+        assert artifact.scores[side].tolist() == [
             [row["label"] == "anomalous", row["pred_score"], row["threshold"]] for row in predictions[side]
         ]
-        for sample, small in zip(exhibits.shown(tests), exhibit.maps[side], strict=True):
+        for sample, small in zip(artifacts.shown(tests), artifact.maps[side], strict=True):
             whole = detector.score(str(sample.image_path)).anomaly_map
             np.testing.assert_allclose(small, whole, atol=5e-3)  # 64 pixels: nothing to shrink
-    assert len(exhibit.kinds) == len(exhibit.roles) == len(exhibit.places)
+    assert len(artifact.kinds) == len(artifact.roles) == len(artifact.places)
     tests = [sample for side in fold.tests.values() for sample in side]
-    assert np.bincount(exhibit.roles).tolist() == [
+    assert np.bincount(artifact.roles).tolist() == [
         len(fold.samples),
         sum(sample.label == "normal" for sample in tests),
         sum(sample.label == "anomalous" for sample in tests),
@@ -112,7 +112,7 @@ def test_a_run_keeps_what_it_has_judged(fold, tmp_path: Path):
     # The distance to the nearest kind, from which `unknown` is decided, can be read off the places.
     whitened = detector.head.kinds.means.numpy()
     first = next(place for place, sample in enumerate(s for s in tests if s.label == "normal"))
-    place = exhibit.places[len(fold.samples) + first]
+    place = artifact.places[len(fold.samples) + first]
     outcome = detector.score(str(next(s for s in tests if s.label == "normal").image_path))
     assert np.linalg.norm(place - whitened, axis=1).min() == pytest.approx(
         outcome.subclass_distance, rel=1e-3
@@ -121,45 +121,45 @@ def test_a_run_keeps_what_it_has_judged(fold, tmp_path: Path):
 
 def test_places_of_a_routing_network_are_its_own(fold, tmp_path: Path):
     network = ("head.routing=network", "head.router_epochs=2")
-    exhibit, _ = kept(fitted(fold, "adapted-moe", *network), fold, tmp_path / "run.safetensors")
-    assert exhibit.places.shape[1] == 64
-    np.testing.assert_allclose(np.linalg.norm(exhibit.places, axis=1), 1, rtol=1e-5)  # Eq. 1 with norm
+    artifact, _ = kept(fitted(fold, "adapted-moe", *network), fold, tmp_path / "run.safetensors")
+    assert artifact.places.shape[1] == 64
+    np.testing.assert_allclose(np.linalg.norm(artifact.places, axis=1), 1, rtol=1e-5)  # Eq. 1 with norm
 
 
 def test_cnc_tells_kinds_apart_in_a_space_too(fold, tmp_path: Path):
-    exhibit, _ = kept(fitted(fold, "cnc", "head.epochs=1"), fold, tmp_path / "run.safetensors")
-    assert set(exhibit.kinds) == {sample.kind for side in fold.tests.values() for sample in side}
-    assert np.isfinite(exhibit.places).all()
+    artifact, _ = kept(fitted(fold, "cnc", "head.epochs=1"), fold, tmp_path / "run.safetensors")
+    assert set(artifact.kinds) == {sample.subclass_name for side in fold.tests.values() for sample in side}
+    assert np.isfinite(artifact.places).all()
 
 
 @pytest.mark.parametrize("model", ["dfm", "mean-shift"])
 def test_what_a_method_does_not_have_is_not_kept(fold, tmp_path: Path, model: str):
-    exhibit, _ = kept(fitted(fold, model), fold, tmp_path / "run.safetensors")
-    assert exhibit.places is None
-    assert exhibit.kinds == ()
-    assert all((one is None) == (model == "mean-shift") for maps in exhibit.maps.values() for one in maps)
+    artifact, _ = kept(fitted(fold, model), fold, tmp_path / "run.safetensors")
+    assert artifact.places is None
+    assert artifact.kinds == ()
+    assert all((one is None) == (model == "mean-shift") for maps in artifact.maps.values() for one in maps)
 
 
 def test_an_image_that_cannot_be_read_leaves_a_gap(fold, tmp_path: Path):
     detector = fitted(fold, "dfm")
     tests = fold.tests["unseen"]
-    broken = exhibits.shown(tests)[1]
+    broken = artifacts.shown(tests)[1]
     path = tmp_path / "broken.png"
     path.write_bytes(broken.image_path.read_bytes()[:60])
     spoilt = replace(
         fold, tests={"unseen": tuple(replace(s, image_path=path) if s == broken else s for s in tests)}
     )
-    exhibit, _ = kept(detector, spoilt, tmp_path / "run.safetensors")
-    assert len(exhibit.scores["unseen"]) == len(tests) - 1
-    gone = [sample.image_path == path for sample in exhibits.shown(spoilt.tests["unseen"])]
-    assert [one is None for one in exhibit.maps["unseen"]] == gone
+    artifact, _ = kept(detector, spoilt, tmp_path / "run.safetensors")
+    assert len(artifact.scores["unseen"]) == len(tests) - 1
+    gone = [sample.image_path == path for sample in artifacts.shown(spoilt.tests["unseen"])]
+    assert [one is None for one in artifact.maps["unseen"]] == gone
     assert any(gone)
 
 
 def test_maps_are_kept_small():
     ramp = np.linspace(0, 1, 640 * 320, dtype=np.float32).reshape(640, 320)
-    small = exhibits.small(ramp)
-    assert small.shape == (exhibits.LONGEST, exhibits.LONGEST // 2)
+    small = artifacts.small(ramp)
+    assert small.shape == (artifacts.LONGEST, artifacts.LONGEST // 2)
     assert small.mean() == pytest.approx(ramp.mean(), rel=1e-4)
     picture = Image.fromarray(small)
     assert picture.mode == "F"

@@ -6,11 +6,11 @@ from threading import Thread
 import numpy as np
 import pytest
 
-from normweave.errors import BundleError, ConfigError, GateError, MissingError
+from normweave.errors import BundleError, CheckError, ConfigError, MissingError
+from normweave.network.onnx import Network
 from normweave.runtime import Runtime
-from normweave.runtime.network import Network
 
-from .test_network import SIZE, graph
+from .test_onnx import SIZE, graph
 from .test_runtime import same
 
 openvino = pytest.importorskip(
@@ -124,7 +124,7 @@ def test_training_does_not_run_there(bundle):
 
 
 def test_the_gate_of_the_export_asks_it_too(detector, monkeypatch):
-    from normweave.runtime.openvino import OpenVino
+    from normweave.network.openvino import OpenVino
 
     plain = OpenVino.run
 
@@ -134,5 +134,5 @@ def test_the_gate_of_the_export_asks_it_too(detector, monkeypatch):
 
     monkeypatch.setattr(OpenVino, "run", off)
     monkeypatch.setattr(detector, "_graph", None)
-    with pytest.raises(GateError, match="OpenVINO gives other scores than torch"):
+    with pytest.raises(CheckError, match="OpenVINO gives other scores than torch"):
         detector._exported()

@@ -8,14 +8,14 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from normweave import quantise as quantisation
-from normweave.benchmark.quantised import quantise
+from normweave.benchmark.quantized import quantize
 from normweave.bundle import read
 from normweave.config import AdaptedMoEConfig, Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
-from normweave.data.textures import SEEN, make_textures, render
 from normweave.detector import Detector
-from normweave.errors import ConfigError, DataError, GateError
+from normweave.errors import CheckError, ConfigError, DataError
+from normweave.network import quantize as quantization
 from normweave.runtime import Runtime
+from normweave.textiles import SEEN, make_textures, render
 from normweave.types import Sample
 
 CONFIG = Config(
@@ -69,7 +69,7 @@ def test_the_line_is_drawn_by_the_scores_of_int8(detector, tests, tmp_path):
     before, line = detector.score(paths), detector.calibration
     detector.save(tmp_path / "float")
 
-    quantise(detector, tests)
+    quantize(detector, tests)
 
     after = detector.score(paths)
     assert not np.array_equal(line.scores, detector.calibration.scores)
@@ -90,7 +90,7 @@ def test_the_line_is_drawn_by_the_scores_of_int8(detector, tests, tmp_path):
 
 
 def test_what_was_looked_at_is_in_the_record(detector, tests):
-    quantise(detector, tests)
+    quantize(detector, tests)
     check = detector.record["int8_check"]
     assert check["images"] == len(tests)
     assert check["image_auroc"] == [1, 1]
@@ -101,21 +101,21 @@ def test_pixels_count_where_there_are_masks(detector, tests, tmp_path):
     mask = tmp_path / "mask.png"
     Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, axis=0).astype(np.uint8)).save(mask)
     masked = [replace(s, mask_path=mask if s.label == "anomalous" else None) for s in tests]
-    quantise(detector, masked)
+    quantize(detector, masked)
     before, after = detector.record["int8_check"]["pixel_auroc"]
     assert 0.8 < before < 1
     assert after >= before - 0.005
 
 
 def test_without_labelled_images_nobody_looked(detector):
-    quantise(detector, None)
+    quantize(detector, None)
     assert detector.record["int8_check"] is None
 
 
 def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
     def spoiled(graph, images):
         """Its convolutions are silenced."""
-        model = onnx.load_from_string(quantisation_as_it_is(graph, images))
+        model = onnx.load_from_string(quantization_as_it_is(graph, images))
         weights = [
             tensor
             for tensor in model.graph.initializer
@@ -127,25 +127,25 @@ def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
             )
         return model.SerializeToString()
 
-    quantisation_as_it_is = quantisation.quantise
-    monkeypatch.setattr(quantisation, "quantise", spoiled)
+    quantization_as_it_is = quantization.quantize
+    monkeypatch.setattr(quantization, "quantize", spoiled)
     with pytest.raises(
-        GateError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"
+        CheckError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"
     ):
-        quantise(detector, tests)
+        quantize(detector, tests)
 
 
 def test_labelled_images_of_one_label_only(detector, tests):
     good = [sample for sample in tests if sample.label == "normal"]
     with pytest.raises(DataError, match="5 normal and 0 anomalous images: it takes both"):
-        quantise(detector, good)
+        quantize(detector, good)
 
 
 def test_images_of_the_training_cannot_check(detector, cloth):
     from normweave.data.manifest import read_manifest
 
     with pytest.raises(DataError, match="was used in training, so it cannot serve for test"):
-        quantise(detector, read_manifest(cloth))
+        quantize(detector, read_manifest(cloth))
 
 
 def test_a_loaded_detector_has_no_images_to_quantise_by(detector, tmp_path):
@@ -153,4 +153,4 @@ def test_a_loaded_detector_has_no_images_to_quantise_by(detector, tmp_path):
     with pytest.raises(
         ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"
     ):
-        Detector.load(tmp_path / "b", device="cpu").quantise()
+        Detector.load(tmp_path / "b", device="cpu").quantize()

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.errors import GateError, MissingError
-from normweave.runtime.network import EXCLUDED, PIXELS, Network
+from normweave.errors import CheckError, MissingError
+from normweave.heads.base import Head
+from normweave.network.onnx import EXCLUDED, PIXELS, Network
 from normweave.scoring import Judge, Scored, in_passes, summarise
-from normweave.types import KnowsStrangers, PatchScores
+from normweave.types import PatchScores
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -49,18 +50,18 @@ class Whole(nn.Module):
     serves both, prediction and the line for kinds never seen.
     """
 
-    def __init__(self, *, extractor: nn.Module, standard: nn.Module, head: nn.Module) -> None:
+    def __init__(self, *, extractor: nn.Module, standard: nn.Module, head: Head) -> None:
         super().__init__()
         self.extractor = extractor
         self.standard = standard
         self.head = head
-        self.knows_strangers = isinstance(head, KnowsStrangers) and len(head.subclass_names) > 1  # type: ignore[arg-type]
+        self.knows_strangers = head.can_exclude
 
     def says(self, pixels: Tensor, excluded: Tensor | None = None) -> dict[str, Tensor]:
         """The answers by name."""
         features = self.standard(self.extractor(pixels))
-        if excluded is not None and isinstance(self.head, KnowsStrangers):
-            return answers(self.head.as_strangers(features, excluded))
+        if excluded is not None and self.knows_strangers:
+            return answers(self.head.score_excluding(features, excluded))
         return answers(self.head(features))
 
     def forward(self, pixels: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -72,7 +73,7 @@ def to_onnx(whole: Whole, *, height: int, width: int) -> bytes:
     """The graph of a network on the CPU: static names, any number of images, the same network to the same bytes.
 
     Raises:
-        GateError: it holds something that ONNX has no word for, or too many weights for one file.
+        CheckError: it holds something that ONNX has no word for, or too many weights for one file.
         MissingError: onnx or onnxscript is not installed.
     """
     try:
@@ -104,7 +105,7 @@ def to_onnx(whole: Whole, *, height: int, width: int) -> bytes:
             assert program is not None  # without a file to write to, it comes back
             content: bytes = bare(program.model_proto).SerializeToString(deterministic=True)
         except Exception as error:  # torch and protobuf have many kinds, and all mean the same here
-            raise GateError(
+            raise CheckError(
                 f"This network cannot be written as an ONNX graph, so no bundle is written: {type(error).__name__}: "
                 f"{str(error)[:2000]} Choose another backbone or head."
             ) from error
@@ -149,7 +150,7 @@ def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], ju
         images: prepared pixels (n, 3, height, width) of the tiles of each.
 
     Raises:
-        GateError: they do not agree.
+        CheckError: they do not agree.
     """
     pixels = np.concatenate(images)
 
@@ -181,7 +182,7 @@ def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], ju
         )
         allowed = TOLERANCE * max(abs(mine.threshold), float(np.abs(ours.scores).mean()))
         if mine.verdict != other.verdict and abs(both[0].score - mine.threshold) > allowed:
-            raise GateError(
+            raise CheckError(
                 f"{network.library} calls calibration image {number + 1} {other.verdict} where torch calls it "
                 f"{mine.verdict}, so no bundle is written. {_CURE}"
             )
@@ -194,7 +195,7 @@ def _agree(ours: Scored, theirs: Scored, how: str, library: str) -> None:
     for name, mine, other in zip(Scored._fields, ours, theirs, strict=True):
         neither = mine is None and other is None
         if not neither and (mine is None or other is None or mine.shape != other.shape):
-            raise GateError(f"torch and {library} do not both give {name}{how}, or not alike. {_CURE}")
+            raise CheckError(f"torch and {library} do not both give {name}{how}, or not alike. {_CURE}")
     for name in ("scores", "peaks", "distance", "weights"):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine is None:
@@ -202,14 +203,14 @@ def _agree(ours: Scored, theirs: Scored, how: str, library: str) -> None:
         wrong = ~_close(mine, other).reshape(len(mine), -1).all(axis=1)  # (n,)
         if wrong.any():
             first = int(wrong.argmax())
-            raise GateError(
+            raise CheckError(
                 f"{library} gives other {name}{how} than torch for {wrong.sum()} of {len(mine)} calibration images, "
                 f"first {other[first]} for {mine[first]}; {TOLERANCE:g} of it is allowed. So no bundle is written. "
                 f"{_CURE}"
             )
     share = float(_close(ours.grids, theirs.grids).mean())
     if share < CELLS:
-        raise GateError(
+        raise CheckError(
             f"{library} gives other maps{how} than torch: {share:.1%} of their cells agree to {TOLERANCE:g}, and "
             f"{CELLS:.0%} must. So no bundle is written. {_CURE}"
         )

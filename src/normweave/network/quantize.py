@@ -1,6 +1,6 @@
 """An exported graph to one whose backbone computes in whole numbers of eight bits.
 
-Static quantisation (Jacob et al. 2018, arXiv 1712.05877, section 2): r = S (q - Z), S and Z from the smallest and the
+Static quantization (Jacob et al. 2018, arXiv 1712.05877, section 2): r = S (q - Z), S and Z from the smallest and the
 largest value that each tensor takes on real images, weights with an S for each channel. Only the backbone, which is
 nearly all of the work: a head measures distances, which rounding would swallow.
 """
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.errors import ConfigError, MissingError
-from normweave.export import bare
-from normweave.runtime.network import EXCLUDED, PIXELS, library
+from normweave.network.export import bare
+from normweave.network.onnx import EXCLUDED, PIXELS, library
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -32,7 +32,7 @@ FLOAT_FIRST = 3
 rounding (docs/log.md)."""
 
 
-def quantise(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
+def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
     """The graph with the convolutions of its backbone in int8.
 
     Args:
@@ -47,7 +47,7 @@ def quantise(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
         import onnx
         from onnxruntime import quantization
     except ImportError as error:
-        raise MissingError('Quantisation needs onnx: pip install "normweave[train]"') from error
+        raise MissingError('Quantization needs onnx: pip install "normweave[train]"') from error
 
     class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self, passes: Iterator[dict[str, NDArray[Any]]]) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 
-from normweave.heads.border import replace_border
+from normweave.heads.grid import replace_border
 
 
 def test_border_takes_its_inner_neighbours():

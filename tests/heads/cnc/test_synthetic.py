@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from in_memory import InMemory
-from normweave.heads.cnc.damaged import Damaged
-from normweave.types import FitData, PseudoAnomalies
+from normweave.heads.cnc.synthetic import Damaged
+from normweave.types import FitData, SyntheticAnomalies
 
 COUNT, VARIANTS, GRID = 7, 3, (2, 3)
 HELD_OUT = np.array([False, True, False, False, True, False, False])
@@ -25,7 +25,7 @@ def damaged(*, covered=0.25):
         groups=np.arange(COUNT),
         holdout=HELD_OUT,
     )
-    pseudo = PseudoAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
+    pseudo = SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
     return Damaged(data, pseudo, covered=covered), shares
 
 
@@ -52,7 +52,7 @@ def test_draws_every_damage_of_its_own_images_and_none_of_the_others(held_out):
     found = {tuple(pair) for pair in drawn.features[:, :, 0, 0].long().tolist()}
     own = np.flatnonzero(held_out == HELD_OUT).tolist()
     assert found == {(image, variant) for image in own for variant in (1, 2, 3)}
-    for read in (source.data.features, source.pseudo.features):  # nor are they so much as read
+    for read in (source.data.features, source.synthetic.features):  # nor are they so much as read
         assert {row % COUNT for rows in read.asked for row in rows.tolist()} == set(own)
 
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normweave.types import FitData, PseudoAnomalies
+from normweave.types import FitData, SyntheticAnomalies
 
 
 class Drawn(NamedTuple):
@@ -29,21 +29,21 @@ class Damaged:
         covered: share of a cell that must be damaged to count as abnormal.
     """
 
-    def __init__(self, data: FitData, pseudo: PseudoAnomalies, *, covered: float) -> None:
+    def __init__(self, data: FitData, pseudo: SyntheticAnomalies, *, covered: float) -> None:
         self.data = data
-        self.pseudo = pseudo
+        self.synthetic = pseudo
         self.covered = covered
 
     def draw(self, count: int, *, held_out: bool, generator: torch.Generator) -> Drawn:
         """As many images, with any of their damages, from those that gradients see or from the held-out ones."""
         images = np.flatnonzero(self.data.holdout == held_out)
         own = images[_integers(len(images), count, generator)]
-        variants = len(self.pseudo.features) // len(self.data)
+        variants = len(self.synthetic.features) // len(self.data)
         rows = own + len(self.data) * _integers(variants, count, generator)
         return Drawn(
-            self.pseudo.features.read(rows),
+            self.synthetic.features.read(rows),
             self.data.features.read(own),
-            self.pseudo.coverage(rows).flatten(1) > self.covered,
+            self.synthetic.coverage(rows).flatten(1) > self.covered,
         )
 
 

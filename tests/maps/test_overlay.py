@@ -1,6 +1,6 @@
 import numpy as np
 
-from normweave.maps.pictures import heat, overlay
+from normweave.maps.overlay import heat, overlay
 
 
 def lightness(colours):

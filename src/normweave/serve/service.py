@@ -103,7 +103,7 @@ class _Job:
     scored: Scored | None = None
 
 
-class Station:
+class InspectionService:
     """Takes images, judges them, keeps what it said.
 
     Args:
@@ -369,7 +369,7 @@ class Station:
         """What this false-alarm rate would have said of the newest inspections of this bundle.
 
         Raises:
-            GateError: the held-out normals are too few for it.
+            CheckError: the held-out normals are too few for it.
             ConfigError: it does not lie in (0, 1).
         """
         return await self._read(lambda: self._preview(rate, last))
@@ -394,7 +394,7 @@ class Station:
         """Draw the lines for this rate from now on, and after a restart with this bundle.
 
         Raises:
-            GateError: the held-out normals are too few for it.
+            CheckError: the held-out normals are too few for it.
             ConfigError: it does not lie in (0, 1).
         """
         await self._read(lambda: self._change(rate, actor))

@@ -8,10 +8,10 @@ from torch import nn
 
 from normweave.config import TimmConfig
 from normweave.errors import ConfigError
-from normweave.export import to_onnx
 from normweave.features import build
-from normweave.quantise import FLOAT_FIRST, backbone, quantise
-from normweave.runtime.network import Network
+from normweave.network.export import to_onnx
+from normweave.network.onnx import Network
+from normweave.network.quantize import FLOAT_FIRST, backbone, quantize
 
 SIDE = 64
 
@@ -47,7 +47,7 @@ def pictures(count, *, seed):
 
 @pytest.fixture(scope="module")
 def int8(graph):
-    return quantise(graph, pictures(8, seed=1))
+    return quantize(graph, pictures(8, seed=1))
 
 
 def scores(content, pixels):
@@ -66,7 +66,7 @@ def test_smaller(graph, int8):
 
 
 def test_the_same_images_give_the_same_bytes(graph, int8):
-    assert quantise(graph, pictures(8, seed=1)) == int8
+    assert quantize(graph, pictures(8, seed=1)) == int8
 
 
 def test_the_first_convolutions_and_those_of_the_head_stay_float(graph, int8):
@@ -93,4 +93,4 @@ def test_a_backbone_without_convolutions():
     with pytest.raises(
         ConfigError, match=r"but for the first 3, and this backbone has no others\. Leave out"
     ):
-        quantise(content, pictures(1, seed=1))
+        quantize(content, pictures(1, seed=1))

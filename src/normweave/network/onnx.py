@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.errors import BundleError, MissingError, unknown
-from normweave.runtime import protobuf
+from normweave.network import allow_list
 
 PIXELS = "pixels"
 """(B, 3, height, width) uint8."""
@@ -74,7 +74,7 @@ class Network:
         threads: int | None = None,
         device: str = "auto",
     ) -> None:
-        protobuf.check(content, where=where)
+        allow_list.check(content, where=where)
         self._where = where
         self._engine = _engine(content, where=where, threads=threads, device=device)
         self.library = self._engine.name
@@ -123,7 +123,7 @@ class Network:
 def _engine(content: bytes, *, where: str, threads: int | None, device: str) -> Engine:
     kind, _, plugin = device.partition(":")
     if kind == OPENVINO:
-        from normweave.runtime.openvino import OpenVino
+        from normweave.network.openvino import OpenVino
 
         return OpenVino(content, where=where, threads=threads, plugin=plugin or "CPU")
     return _OnnxRuntime(content, where=where, threads=threads, providers=providers(device))

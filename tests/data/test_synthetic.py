@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.data import pseudo
-from normweave.data.pseudo import coverage, damage, mask, seeded
+from normweave.data import synthetic
+from normweave.data.synthetic import coverage, damage, mask, seeded
 
 SIZES = [(256, 256), (32, 32), (64, 160), (300, 48)]
 
@@ -28,7 +28,7 @@ def test_mask_is_small_and_never_empty(height: int, width: int) -> None:
 
 
 def test_blobs_cover_what_they_are_told_to() -> None:
-    shares = [pseudo._blobs(60, 100, np.random.default_rng(i)).mean() for i in range(100)]
+    shares = [synthetic._blobs(60, 100, np.random.default_rng(i)).mean() for i in range(100)]
 
     assert 0.0149 < min(shares) < 0.025
     assert 0.09 < max(shares) < 0.1001
@@ -37,14 +37,14 @@ def test_blobs_cover_what_they_are_told_to() -> None:
 def test_blobs_hang_together() -> None:
     """A thresholded white noise of the same area has about 90 of 100 borders to undamaged pixels; blobs have few."""
     for index in range(30):
-        place = pseudo._blobs(128, 128, np.random.default_rng(index))
+        place = synthetic._blobs(128, 128, np.random.default_rng(index))
         borders = (place[1:] != place[:-1]).sum() + (place[:, 1:] != place[:, :-1]).sum()
         assert borders < 0.35 * 4 * place.sum()
 
 
 def test_scratches_are_long_and_thin() -> None:
     for index in range(50):
-        place = pseudo._scratches(256, 256, np.random.default_rng(index))
+        place = synthetic._scratches(256, 256, np.random.default_rng(index))
         rows, columns = np.nonzero(place)
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
         assert extent > 30
@@ -63,7 +63,7 @@ def test_nothing_changes_outside_the_mask_and_all_inside(height: int, width: int
         assert (damaged.dtype, damaged.shape) == (np.uint8, (3, height, width))
         assert (shows.dtype, shows.shape) == (np.bool_, (height, width))
         np.testing.assert_array_equal(shows, (damaged != pixels).any(axis=0))
-        assert pseudo.LEAST_SHARE <= shows.mean() < 0.25
+        assert synthetic.LEAST_SHARE <= shows.mean() < 0.25
         np.testing.assert_array_equal(before[0], pixels)
         np.testing.assert_array_equal(before[1], other)
 
@@ -76,7 +76,7 @@ def test_change_that_cannot_be_seen_is_taken_out() -> None:
     fill[:, :, :40] += 4
     fill[:, :, 40:] = 255 - fill[:, :, 40:]
 
-    damaged, shows = pseudo._blend(pixels, fill, left, opacity=1.0)
+    damaged, shows = synthetic._blend(pixels, fill, left, opacity=1.0)
 
     # The mean over 5 x 5 pixels reaches two pixels across the border at column 40.
     np.testing.assert_array_equal(damaged[:, :, :38], pixels[:, :, :38])
@@ -89,7 +89,7 @@ def test_edge_is_soft_for_one_pixel() -> None:
     place = np.zeros((64, 64), dtype=np.bool_)
     place[:, 32:] = True
 
-    damaged, shows = pseudo._blend(pixels, np.full_like(pixels, 200, dtype=np.float32), place, opacity=0.5)
+    damaged, shows = synthetic._blend(pixels, np.full_like(pixels, 200, dtype=np.float32), place, opacity=0.5)
 
     profile = damaged[0, 30]
     assert (profile[32:] == 100).all()
@@ -106,9 +106,9 @@ def test_even_images_are_damaged_visibly(level: int, alike: bool) -> None:
     other = pixels if alike else gravel(0, 64, 64)
     for index in range(60):
         damaged, shows = damage(pixels, other, rng=seeded(0, 0, index))
-        assert shows.mean() >= pseudo.LEAST_SHARE
+        assert shows.mean() >= synthetic.LEAST_SHARE
         change = np.abs(damaged.astype(int) - pixels).max(axis=0)[shows]
-        assert change.mean() >= 0.8 * pseudo.VISIBLE
+        assert change.mean() >= 0.8 * synthetic.VISIBLE
 
 
 @pytest.mark.parametrize("level", [0, 255])
@@ -120,10 +120,10 @@ def test_strong_shift_ends_the_attempts(level: int, monkeypatch: pytest.MonkeyPa
         drawn.append(None)
         return pixels.astype(np.float32)
 
-    monkeypatch.setattr(pseudo, "FILLS", (nothing,))
+    monkeypatch.setattr(synthetic, "FILLS", (nothing,))
     damaged, shows = damage(pixels, pixels, rng=seeded(0, 0, 0))
 
-    assert len(drawn) == pseudo.ATTEMPTS
+    assert len(drawn) == synthetic.ATTEMPTS
     assert shows.mean() >= 0.014
     assert np.abs(damaged.astype(int) - level).max() == 120
 
@@ -138,8 +138,8 @@ def test_every_fill_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    fills = pseudo.FILLS
-    monkeypatch.setattr(pseudo, "FILLS", tuple(watched(fill) for fill in fills))
+    fills = synthetic.FILLS
+    monkeypatch.setattr(synthetic, "FILLS", tuple(watched(fill) for fill in fills))
     for index in range(40):
         damage(gravel(1), gravel(2), rng=seeded(0, 0, index))
 
@@ -152,7 +152,7 @@ def test_other_image_is_where_pixels_come_from() -> None:
     other[0] = 200  # red, as nothing else here is
 
     for index in range(20):
-        fill = pseudo._from_other(pixels, other, np.random.default_rng(index))
+        fill = synthetic._from_other(pixels, other, np.random.default_rng(index))
         np.testing.assert_array_equal(np.unique(fill[0]), [200])
         assert not fill[1:].any()
 
@@ -161,7 +161,7 @@ def test_other_image_is_where_pixels_come_from() -> None:
 def test_moved_image_has_the_same_pixels_elsewhere(height: int, width: int) -> None:
     pixels = gravel(5, height, width)
     for index in range(20):
-        moved = pseudo._moved(pixels, np.random.default_rng(index))
+        moved = synthetic._moved(pixels, np.random.default_rng(index))
         np.testing.assert_array_equal(np.sort(moved, axis=None), np.sort(pixels, axis=None))
         assert (moved != pixels).any(axis=0).mean() > 0.9
 

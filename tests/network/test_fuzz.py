@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from normweave.errors import BundleError
-from normweave.runtime.network import Network
+from normweave.network.onnx import Network
 
 GRAPHS = 400
 
@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from normweave.errors import BundleError
-from normweave.runtime.network import Network
+from normweave.network.onnx import Network
 
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 content = Path(sys.argv[1]).read_bytes()

@@ -6,7 +6,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from normweave.errors import BundleError, ConfigError, MissingError
-from normweave.runtime.network import Network, providers
+from normweave.network.onnx import Network, providers
 
 SIZE = (4, 6)
 

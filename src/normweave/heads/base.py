@@ -1,0 +1,104 @@
+"""Base classes of every head and of every training stage. A new head overrides only what is its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import torch
+
+    from normweave.types import FitData, PatchScores
+
+
+class TrainingStage(ABC):
+    """A part of a head that is trained by gradient. `training.train` is the only training loop.
+
+    Attributes:
+        name: names the checkpoint file and seeds the random numbers of the stage; unique within a head.
+        module: holds every parameter and buffer that the stage changes.
+        epochs: at most this many.
+        batch_images: images in one step.
+        patience: stop after this many epochs without a lower loss on the held-out normal images; 0 = never.
+        gradient_clip: the gradient norm over all parameters is clipped to this value; 0 = no clipping.
+        final_rate: the learning rate follows half a cosine down to this share of its start; 1 = constant.
+    """
+
+    name: str
+    module: nn.Module
+    epochs: int
+    batch_images: int
+    patience: int = 0
+    gradient_clip: float = 0.0
+    final_rate: float = 1.0
+
+    @abstractmethod
+    def optimiser(self) -> torch.optim.Optimizer:
+        """Return a new optimiser over the parameters of the module."""
+
+    @abstractmethod
+    def loss(
+        self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
+    ) -> dict[str, Tensor]:
+        """Return the loss terms of a batch by name; `loss` is the one that is minimised.
+
+        Args:
+            features: (B, D, h, w) standardised features.
+            subclasses: (B,) int64 indices into `FitData.names`.
+            generator: source of every random draw.
+            training: False on held-out images; then nothing may change.
+        """
+
+
+class Head(nn.Module):
+    """Turns features into patch scores.
+
+    Fit in this order: `begin`, every stage of `stages` trained, `finish`. What is fitted lives in parameters and
+    buffers, so that `state_dict` holds all of it. A head must override `forward`; everything else has a default.
+    """
+
+    subclass_names: tuple[str, ...] = ()
+    """`Sample.subclass_name` of each subclass that images are routed to, known after `begin`; empty = no routing."""
+    image_level: bool = False
+    """The map has one cell, so that no pixel metrics are computed."""
+    synthetic_variants: int = 0
+    """How many synthetic anomalies are made of each fit image; 0 = none."""
+    uses_text: bool = False
+    """Needs the text side of a vision-language pair while fitting."""
+    can_exclude: bool = False
+    """Whether `score_excluding` leaves an expert out, known after `begin`."""
+
+    def begin(self, data: FitData) -> None:
+        """Fit everything in closed form that the training stages need."""
+
+    def stages(self, data: FitData) -> Sequence[TrainingStage]:
+        """Return what is trained by gradient, in order."""
+        return ()
+
+    def finish(self, data: FitData) -> None:
+        """Fit everything in closed form that needs the trained parts."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> PatchScores:
+        """Score (B, D, h, w) standardised features; the result for an image does not depend on its batch."""
+
+    def score_excluding(self, features: Tensor, subclasses: Tensor) -> PatchScores:
+        """Score each image without the expert of its own subclass (leave-one-subclass-out).
+
+        Args:
+            features: (B, D, h, w) standardised features.
+            subclasses: (B,) int64 indices into `subclass_names`; -1 leaves an image all experts.
+        """
+        scores: PatchScores = self(features)
+        return scores
+
+    def embed(self, features: Tensor) -> Tensor | None:
+        """Return the embedding (B, C) by which subclasses are told apart; None where the head has none."""
+        return None
+
+    def notes(self) -> dict[str, Any]:
+        """Return what was decided while fitting, as JSON holds it."""
+        return {}

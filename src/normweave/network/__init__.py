@@ -1,0 +1,1 @@
+"""Prepared pixels to raw scores: torch, ONNX Runtime or OpenVINO."""

@@ -1,1 +1,0 @@
-from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures

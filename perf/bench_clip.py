@@ -30,7 +30,7 @@ from normweave.heads import build
 from normweave.types import FitData
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from in_memory import InMemory
+from builders import InMemory
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cnc.yaml"
 BATCH = 8

@@ -25,7 +25,7 @@ from normweave.heads.cnc.head import CNC
 from normweave.types import FitData, SyntheticAnomalies
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from in_memory import InMemory
+from builders import InMemory
 
 BATCH, IMAGES = 8, 32
 WARM_UPS, ROUNDS = 2, 9

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
+from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

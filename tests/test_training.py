@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave import training
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.training import read_checkpoint, train, write_checkpoint

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 from normweave.runtime import Runtime
 from required import absent
-from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 

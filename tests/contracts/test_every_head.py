@@ -3,51 +3,16 @@
 import re
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from in_memory import InMemory
+from builders import SHAPE, fit, subclass_images, subclass_normals
 from normweave.config import HeadConfig
 from normweave.errors import BundleError
 from normweave.heads import build
-from normweave.training import train
-from normweave.types import FitData
 
-SHAPE = (16, 8, 8)
-PLACE = (3, 4)  # of the planted defect; well inside, for heads that replace the border
-
-
-def images(count, *, kinds=3, shape=SHAPE, seed):
-    """Standardised features of `count` normal images whose kinds differ in the mean of every channel."""
-    means = torch.randn(kinds, shape[0], 1, 1, generator=torch.Generator().manual_seed(1))
-    noise = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
-    kind = torch.arange(count) % kinds
-    spread = means.var(0, unbiased=False).add(0.25).sqrt()
-    return (means[kind] - means.mean(0) + 0.5 * noise) / spread, kind.numpy()
-
-
-def normals(*, count=24, kinds=3, shape=SHAPE, labelled=True, holdout=True):
-    features, kind = images(count, kinds=kinds, shape=shape, seed=2)
-    group = np.arange(count) // (2 * kinds) * kinds + kind  # two images each, of one kind
-    return FitData(
-        features=InMemory(features),
-        subclasses=kind if labelled else np.full(count, -1),
-        names=tuple(f"cloth/{name}" for name in "abc"[:kinds]) if labelled else (),
-        groups=group,
-        holdout=(group < kinds) & holdout,
-        seed=0,
-    )
-
-
-def fit(config, data):
-    head = build(config, shape=data.features.shape)
-    head.begin(data)
-    for stage in head.stages(data):
-        train(stage, data, device="cpu")
-    head.finish(data)
-    return head
+CELL = (3, 4)  # of the planted defect; well inside, for heads that replace the border
 
 
 def same(one, other, *, exactly=False):
@@ -76,13 +41,13 @@ def config(request):
 
 @pytest.fixture(scope="module")
 def head(config):
-    return fit(config, normals())
+    return fit(build(config, shape=SHAPE), subclass_normals())
 
 
 @pytest.fixture(scope="module")
 def unseen():
     """Normal images that no head was fit on."""
-    return images(5, seed=3)[0]
+    return subclass_images(5, seed=3)[0]
 
 
 def check(head, out, *, count, grid):
@@ -120,11 +85,11 @@ def test_a_planted_defect_raises_the_score_where_it_is(head, unseen):
     before = head(unseen).scores
     signs = torch.randn(SHAPE[0], generator=torch.Generator().manual_seed(4)).sign()
     defective = unseen.clone()
-    defective[:, :, PLACE[0], PLACE[1]] += 5 * signs
+    defective[:, :, CELL[0], CELL[1]] += 5 * signs
     after = head(defective).scores
 
     h, w = after.shape[1:]
-    y, x = PLACE[0] * h // SHAPE[1], PLACE[1] * w // SHAPE[2]
+    y, x = CELL[0] * h // SHAPE[1], CELL[1] * w // SHAPE[2]
     assert ((after - before).flatten(1).argmax(1) == y * w + x).all()
     if head.image_level:
         assert (h, w) == (1, 1)
@@ -163,7 +128,7 @@ def test_scoring_leaves_the_features_alone(head, unseen):
 
 
 def test_the_same_seed_gives_the_same_head(config, head):
-    again = fit(config, normals()).state()
+    again = fit(build(config, shape=SHAPE), subclass_normals()).state()
     assert again.keys() == head.state().keys()
     for name, tensor in head.state().items():
         assert torch.equal(tensor, again[name]), name
@@ -194,7 +159,7 @@ def test_heads_that_route_name_the_kinds_they_were_given(head):
 
 
 def test_lessons_have_different_names_that_a_file_can_bear(head):
-    names = [stage.name for stage in head.stages(normals())]
+    names = [stage.name for stage in head.stages(subclass_normals())]
     assert len(names) == len(set(names))
     assert all(re.fullmatch(r"[a-z0-9_-]+", name) for name in names)
 
@@ -202,15 +167,20 @@ def test_lessons_have_different_names_that_a_file_can_bear(head):
 @pytest.mark.parametrize(
     "given",
     [
-        {"kinds": 1},
+        {"subclasses": 1},
         {"labelled": False},
         {"shape": (16, 6, 11)},
-        {"count": 1, "kinds": 1, "holdout": False},
+        {"count": 1, "subclasses": 1, "holdout": False},
         {"holdout": False},
     ],
     ids=["one subclass", "no labels", "not square", "one image", "nothing held out"],
 )
 def test_fits_whatever_normals_there_are(config, given):
-    data = normals(**given)
-    head = fit(config, data)
-    check(head, head(images(3, shape=data.features.shape, seed=3)[0]), count=3, grid=data.features.shape[1:])
+    data = subclass_normals(**given)
+    head = fit(build(config, shape=data.features.shape), data)
+    check(
+        head,
+        head(subclass_images(3, shape=data.features.shape, seed=3)[0]),
+        count=3,
+        grid=data.features.shape[1:],
+    )

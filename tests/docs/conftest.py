@@ -1,7 +1,7 @@
 import pytest
 
+from builders import bundle, cloth, detector  # noqa: F401 - fixtures
 from serving import Server
-from small_bundle import bundle, cloth, detector  # noqa: F401 - fixtures
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave.errors import DataError
 from normweave.features.standardise import ChannelStandard, Standardised
 
@@ -44,7 +44,7 @@ def test_what_was_fitted_comes_out_with_mean_0_and_deviation_1(features):
 def test_reads_no_more_than_16_at_once(features):
     source = InMemory(features)
     ChannelStandard(channels=4).fit(source)
-    assert source.most == 16
+    assert source.largest_read == 16
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e4])

@@ -2,13 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory, random
 from normweave.heads.dfm import DFM, principal_components
 from normweave.types import FitData
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def fitted(features, *, seed=0, cells=4, variance=0.9, max_images=1000):
@@ -41,7 +37,7 @@ def by_svd(rows, variance):
 @pytest.mark.parametrize("size", [(12, 40), (40, 12), (20, 20), (3000, 5), (5, 3000)])
 @pytest.mark.parametrize("variance", [0.5, 0.97])
 def test_components_agree_with_the_singular_value_decomposition(size, variance):
-    rows = torch.randn(size, generator=generator(1)) * torch.linspace(0.1, 3, size[1]) + 5
+    rows = random(size, seed=1) * torch.linspace(0.1, 3, size[1]) + 5
     mean, components = principal_components(rows, variance=variance)
     wanted_mean, wanted = by_svd(rows, variance)
     np.testing.assert_allclose(mean, wanted_mean, rtol=1e-5)
@@ -60,9 +56,9 @@ def test_equal_rows_have_no_components(size):
 
 
 def test_scores_are_what_the_components_cannot_rebuild():
-    normal = torch.randn(10, 3, 8, 4, generator=generator(2))
+    normal = random(10, 3, 8, 4, seed=2)
     head, _ = fitted(normal, cells=2)
-    image = torch.randn(2, 3, 8, 4, generator=generator(3))
+    image = random(2, 3, 8, 4, seed=3)
     out = head(image)
 
     def cells(features):  # (B, 3, 8, 4) to (B, 3*2*2): means over windows of 4 x 2
@@ -77,15 +73,15 @@ def test_scores_are_what_the_components_cannot_rebuild():
 
 
 def test_combinations_of_normal_images_are_rebuilt():
-    normal = torch.randn(5, 3, 4, 4, generator=generator(4))
+    normal = random(5, 3, 4, 4, seed=4)
     head, _ = fitted(normal, variance=0.999999)
     mixed = 0.7 * normal[:1] + 0.5 * normal[1:2] - 0.2 * normal[2:3]
     assert head(mixed).image_scores.item() < 1e-4
-    assert head(torch.randn(1, 3, 4, 4, generator=generator(5))).image_scores.item() > 1
+    assert head(random(1, 3, 4, 4, seed=5)).image_scores.item() > 1
 
 
 def test_a_grid_that_cells_do_not_divide_is_averaged_over_overlapping_windows():
-    head, _ = fitted(torch.randn(4, 1, 5, 3, generator=generator(6)), cells=4)
+    head, _ = fitted(random(4, 1, 5, 3, seed=6), cells=4)
     ramp = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 1, 5, 3)
     # Rows floor(i * 5 / 4) to ceil((i + 1) * 5 / 4) of 0..4: (0, 1), (1, 2), (2, 3), (3, 4); three columns stay three.
     assert head._flat(ramp).view(4, 3).tolist() == [[0.5] * 3, [1.5] * 3, [2.5] * 3, [3.5] * 3]
@@ -94,13 +90,13 @@ def test_a_grid_that_cells_do_not_divide_is_averaged_over_overlapping_windows():
 
 def test_no_more_images_are_read_than_allowed_and_a_few_at_a_time():
     _, source = fitted(torch.randn(90, 2, 4, 4), max_images=40)
-    assert source.most <= 16
-    rows = np.concatenate(source.asked)
+    assert source.largest_read <= 16
+    rows = np.concatenate(source.reads)
     assert len(np.unique(rows)) == len(rows) == 40
 
 
 def test_which_images_are_drawn_hangs_on_the_seed():
-    normal = torch.randn(90, 2, 4, 4, generator=generator(7))
-    one, same, other = (fitted(normal, max_images=40, seed=seed)[1].asked for seed in (0, 0, 1))
+    normal = random(90, 2, 4, 4, seed=7)
+    one, same, other = (fitted(normal, max_images=40, seed=seed)[1].reads for seed in (0, 0, 1))
     assert np.array_equal(np.concatenate(one), np.concatenate(same))
     assert not np.array_equal(np.concatenate(one), np.concatenate(other))

@@ -4,32 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import normals, random, seeded
 from normweave.errors import DataError
 from normweave.heads.mean_shift import MeanShift, contrast, view
 from normweave.training import train
-from normweave.types import FitData
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=generator(seed))
-
-
-def normals(features, *, seed=0, **further):
-    count = len(features)
-    return FitData(
-        features=InMemory(features),
-        subclasses=np.full(count, -1),
-        names=(),
-        groups=np.arange(count),
-        holdout=np.arange(count) % 5 == 0,
-        seed=seed,
-        **further,
-    )
 
 
 def begun(data, **settings):
@@ -73,8 +51,8 @@ def test_the_loss_is_contrastive_around_the_centre_and_angular_towards_it(angula
         head.adapter.second.weight += 0.5 * random(3, 5, seed=2)
     (stage,) = head.stages(data)
     with torch.no_grad():
-        losses = stage.loss(data.features.features, None, generator=generator(3), training=True)
-        draws = generator(3)
+        losses = stage.loss(data.features.features, None, generator=seeded(3), training=True)
+        draws = seeded(3)
         phis = []
         for _ in range(2):
             means = view(data.features.features, smallest=0.2, generator=draws)
@@ -110,7 +88,7 @@ def test_the_score_is_the_distance_to_the_nearest_normal_images():
     out = head(image)
     assert out.scores.shape == (1, 1, 1)
     assert out.scores.item() == pytest.approx(1 - sum(similarity) / 3, abs=1e-5)
-    assert data.features.most <= 16
+    assert data.features.largest_read <= 16
 
 
 def test_fewer_images_than_neighbours_and_no_more_than_asked_for():
@@ -130,7 +108,7 @@ def test_a_view_is_the_mean_over_a_rectangle():
     """Which cells a view averages is found from features that are one-hot in the cell."""
     h, w = 6, 9
     cells = torch.eye(h * w).view(1, h * w, h, w).expand(400, -1, -1, -1)
-    views = view(cells, smallest=0.25, generator=generator(1)).view(400, h, w)
+    views = view(cells, smallest=0.25, generator=seeded(1)).view(400, h, w)
     areas = []
     for inside in views:
         rows, columns = (inside > 0).any(1), (inside > 0).any(0)
@@ -148,7 +126,7 @@ def test_a_view_is_the_mean_over_a_rectangle():
     assert 0.5 < np.mean(areas) < 0.7  # evenly from [0.25, 1]: 0.625
     covered = (views > 0).float().mean(0)
     assert covered.min() > 0.2
-    whole = view(random(2, 3, h, w, seed=2), smallest=1.0, generator=generator(1))
+    whole = view(random(2, 3, h, w, seed=2), smallest=1.0, generator=seeded(1))
     assert whole.shape == (2, 3)
 
 

@@ -5,13 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory, random, seeded
 from normweave.heads.memory_bank import MemoryBank, coreset, draw_patches, nearest, project
 from normweave.types import FitData
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def fitted(features, *, seed=0, **settings):
@@ -35,7 +31,7 @@ def fitted(features, *, seed=0, **settings):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_nearest_agrees_with_trying_every_pair(chunk):
-    queries, bank = torch.randn(31, 5, generator=generator(1)), torch.randn(50, 5, generator=generator(2))
+    queries, bank = random(31, 5, seed=1), random(50, 5, seed=2)
 
     distance, index = nearest(queries, bank, chunk=chunk)
 
@@ -46,7 +42,7 @@ def test_nearest_agrees_with_trying_every_pair(chunk):
 
 
 def test_a_stored_patch_is_at_distance_zero():
-    bank = 3 + torch.randn(200, 8, generator=generator())
+    bank = 3 + random(200, 8, seed=0)
     distance, index = nearest(bank, bank)
     assert (distance == 0).all()
     assert (index == torch.arange(200)).all()
@@ -54,7 +50,7 @@ def test_a_stored_patch_is_at_distance_zero():
 
 def test_the_pool_takes_equally_from_every_image_and_no_patch_twice():
     features = torch.arange(7 * 30, dtype=torch.float32).view(7, 1, 5, 6)  # each number names its patch
-    pool = draw_patches(InMemory(features), np.arange(7), at_most=7 * 4 + 3, generator=generator())
+    pool = draw_patches(InMemory(features), np.arange(7), at_most=7 * 4 + 3, generator=seeded())
     numbers = pool[:, 0].long()
     assert len(numbers.unique()) == len(pool) == 31
     assert sorted(torch.bincount(numbers // 30).tolist()) == [4, 4, 4, 4, 5, 5, 5]
@@ -63,7 +59,7 @@ def test_the_pool_takes_equally_from_every_image_and_no_patch_twice():
 def test_every_patch_of_an_image_is_as_likely_to_be_drawn():
     features = torch.arange(12, dtype=torch.float32).view(1, 1, 3, 4)
     draws = [
-        draw_patches(InMemory(features), np.arange(1), at_most=3, generator=generator(seed))
+        draw_patches(InMemory(features), np.arange(1), at_most=3, generator=seeded(seed))
         for seed in range(2000)
     ]
     counts = torch.bincount(torch.cat(draws)[:, 0].long(), minlength=12)
@@ -71,8 +67,8 @@ def test_every_patch_of_an_image_is_as_likely_to_be_drawn():
 
 
 def test_the_pool_keeps_the_channels_of_a_patch_together():
-    features = torch.randn(4, 3, 2, 5, generator=generator())
-    pool = draw_patches(InMemory(features), np.array([1, 3]), at_most=100, generator=generator())
+    features = random(4, 3, 2, 5, seed=0)
+    pool = draw_patches(InMemory(features), np.array([1, 3]), at_most=100, generator=seeded())
     wanted = {
         tuple(features[image, :, y, x].tolist()) for image in (1, 3) for y in range(2) for x in range(5)
     }
@@ -80,52 +76,52 @@ def test_the_pool_keeps_the_channels_of_a_patch_together():
 
 
 def test_a_pool_smaller_than_the_number_of_images_takes_one_patch_of_some():
-    pool = draw_patches(InMemory(torch.randn(50, 2, 3, 3)), np.arange(50), at_most=20, generator=generator())
+    pool = draw_patches(InMemory(torch.randn(50, 2, 3, 3)), np.arange(50), at_most=20, generator=seeded())
     assert pool.shape == (20, 2)
 
 
 def test_images_are_read_a_few_at_a_time():
     source = InMemory(torch.randn(50, 2, 3, 3))
-    draw_patches(source, np.arange(50), at_most=1000, generator=generator())
-    assert source.most <= 16
+    draw_patches(source, np.arange(50), at_most=1000, generator=seeded())
+    assert source.largest_read <= 16
 
 
 def test_the_coreset_is_gonzalez_farthest_point_first():
-    points = torch.randn(60, 3, generator=generator(3))
-    chosen = coreset(points, 12, generator=generator()).tolist()
+    points = random(60, 3, seed=3)
+    chosen = coreset(points, 12, generator=seeded()).tolist()
     for step in range(1, 12):
         farness = [min(math.dist(point, points[c]) for c in chosen[:step]) for point in points.tolist()]
         assert chosen[step] == int(np.argmax(farness))
 
 
 def test_the_coreset_leaves_no_point_more_than_twice_as_far_as_the_best_choice_could():
-    points = torch.randn(12, 2, generator=generator(4))
+    points = random(12, 2, seed=4)
     distances = torch.cdist(points, points)
     best = min(distances[:, list(choice)].amin(1).max() for choice in itertools.combinations(range(12), 3))
     for seed in range(5):
-        chosen = coreset(points, 3, generator=generator(seed))
+        chosen = coreset(points, 3, generator=seeded(seed))
         assert distances[:, chosen].amin(1).max() <= 2 * best
 
 
 def test_the_coreset_never_takes_a_point_twice_even_among_twins():
-    assert sorted(coreset(torch.ones(9, 4), 9, generator=generator()).tolist()) == list(range(9))
+    assert sorted(coreset(torch.ones(9, 4), 9, generator=seeded()).tolist()) == list(range(9))
 
 
 def test_the_projection_about_keeps_distances():
-    points = torch.randn(40, 300, generator=generator(5))
-    near = project(points, 128, generator=generator())
+    points = random(40, 300, seed=5)
+    near = project(points, 128, generator=seeded())
     assert near.shape == (40, 128)
     ratio = torch.pdist(near) / torch.pdist(points)
     assert ratio.mean().item() == pytest.approx(1, abs=0.02)
     assert 0.7 < ratio.min() <= ratio.max() < 1.3
-    assert project(points, 0, generator=generator()) is points
+    assert project(points, 0, generator=seeded()) is points
 
 
 def test_a_patch_scores_its_distance_to_the_nearest_normal_patch():
-    normal = torch.randn(6, 4, 3, 5, generator=generator(6))
+    normal = random(6, 4, 3, 5, seed=6)
     head = fitted(normal, share=1.0)
     assert head.bank.shape == (90, 4)
-    image = torch.randn(2, 4, 3, 5, generator=generator(7))
+    image = random(2, 4, 3, 5, seed=7)
     scores = head(image).scores
     stored = normal.permute(0, 2, 3, 1).reshape(-1, 4)
     for b, y, x in itertools.product(range(2), range(3), range(5)):
@@ -143,18 +139,18 @@ def test_the_bank_is_as_large_as_its_limits_allow(settings, size):
 
 
 def test_the_bank_holds_patches_as_they_are_though_chosen_in_a_projection():
-    normal = torch.randn(6, 4, 3, 5, generator=generator(8))
+    normal = random(6, 4, 3, 5, seed=8)
     head = fitted(normal, projection=2)
     assert (nearest(head.bank, normal.permute(0, 2, 3, 1).reshape(-1, 4))[0] == 0).all()
 
 
 def test_another_seed_keeps_other_patches():
-    normal = torch.randn(6, 4, 3, 5, generator=generator(9))
+    normal = random(6, 4, 3, 5, seed=9)
     assert not torch.equal(fitted(normal, seed=0).bank, fitted(normal, seed=1).bank)
 
 
 @pytest.mark.parametrize("border", [0, 2])
 def test_border_is_a_setting(border):
-    features = torch.randn(6, 4, 8, 8, generator=generator())
+    features = random(6, 4, 8, 8, seed=0)
     scores = fitted(features[:5], border=border)(features[5:]).scores
     assert torch.equal(scores[:, 0], scores[:, 2]) == (border == 2)

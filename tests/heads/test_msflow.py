@@ -4,40 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import normals, perturb, random, seeded
 from normweave.errors import ConfigError
 from normweave.heads.msflow import Coupling, Fusion, MSFlow, ScaleFlows, position_encoding, relative
 from normweave.training import train
-from normweave.types import FitData
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=generator(seed))
-
-
-def shaken(module, seed=9):
-    """Weights with nothing left at its start, so that every term counts."""
-    draws = generator(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=draws)
-    return module
-
-
-def normals(features, *, seed=0):
-    count = len(features)
-    return FitData(
-        features=InMemory(features),
-        subclasses=np.full(count, -1),
-        names=(),
-        groups=np.arange(count),
-        holdout=np.arange(count) % 5 == 0,
-        seed=seed,
-    )
 
 
 def begun(data, *, dims, **settings):
@@ -77,8 +47,8 @@ def numeric_log_determinant(function, tensors):
 def test_a_coupling_is_its_equation():
     """y = R [g [x1, x2 exp(alpha tanh s) + t] + b], one number at a time."""
     coupling = Coupling(width=5, condition=2, clamp=1.9)
-    coupling.start(generator(1))
-    shaken(coupling)
+    coupling.start(seeded(1))
+    perturb(coupling)
     x, condition = random(2, 5, 3, 4, seed=2), random(2, 2, 3, 4, seed=3)
     with torch.no_grad():
         y, log_determinant = coupling(x, condition)
@@ -106,8 +76,8 @@ def test_a_coupling_is_that_of_freia():
     """The library the paper is written with, with our weights put into it."""
     modules = pytest.importorskip("FrEIA.modules")
     coupling = Coupling(width=7, condition=4, clamp=1.9)
-    coupling.start(generator(1))
-    shaken(coupling)
+    coupling.start(seeded(1))
+    perturb(coupling)
     block = modules.AllInOneBlock(
         [(7, 3, 3)],
         dims_c=[(4, 3, 3)],
@@ -128,7 +98,7 @@ def test_a_coupling_is_that_of_freia():
 
 def test_a_new_coupling_only_permutes_and_nudges():
     coupling = Coupling(width=6, condition=4, clamp=1.9)
-    coupling.start(generator(1))
+    coupling.start(seeded(1))
     assert (0.1 * torch.nn.functional.softplus(coupling.scale, beta=0.5)).sub(1).abs().max() < 1e-5
     assert sorted(coupling.order.tolist()) == list(range(6))
     assert coupling.order.tolist() != list(range(6))
@@ -136,8 +106,8 @@ def test_a_new_coupling_only_permutes_and_nudges():
 
 def test_the_log_determinant_of_the_fusion_is_that_of_its_jacobian():
     fusion = Fusion(dims=[3, 4], clamp=1.9)
-    fusion.start(generator(1))
-    shaken(fusion).double()
+    fusion.start(seeded(1))
+    perturb(fusion).double()
     levels = [random(1, 3, 4, 3, seed=2), random(1, 4, 2, 1, seed=3)]
     wanted = numeric_log_determinant(lambda parts: fusion(parts)[0], levels)
     got = fusion([level.double() for level in levels])[1].item()
@@ -147,8 +117,8 @@ def test_the_log_determinant_of_the_fusion_is_that_of_its_jacobian():
 
 def test_levels_hear_each_other_in_the_fusion_only():
     flows = ScaleFlows(dims=[4, 4], grids=[(4, 4), (2, 2)], blocks=[1, 2], position=4, clamp=1.9)
-    flows.start(generator(1))
-    shaken(flows)
+    flows.start(seeded(1))
+    perturb(flows)
     levels = [random(1, 4, 4, 4, seed=2), random(1, 4, 2, 2, seed=3)]
     other = [levels[0], levels[1] + 1]
     with torch.no_grad():
@@ -160,8 +130,8 @@ def test_levels_hear_each_other_in_the_fusion_only():
 
 def test_the_log_determinant_of_the_whole_flow_is_that_of_its_jacobian():
     flows = ScaleFlows(dims=[2, 3], grids=[(3, 4), (1, 2)], blocks=[2, 3], position=4, clamp=1.9)
-    flows.start(generator(1))
-    shaken(flows).double()
+    flows.start(seeded(1))
+    perturb(flows).double()
     levels = [random(1, 2, 3, 4, seed=2), random(1, 3, 1, 2, seed=3)]
     wanted = numeric_log_determinant(lambda parts: flows(parts).latents, levels)
     got = flows([level.double() for level in levels]).log_determinant.item()
@@ -199,10 +169,10 @@ def test_places_are_told_by_sines_and_cosines():
 def test_the_loss_is_the_negative_log_likelihood():
     data = normals(random(3, 5, 4, 4, seed=1))
     head = begun(data, dims=(2, 3))
-    shaken(head.flow)
+    perturb(head.flow)
     (stage,) = head.stages(data)
     with torch.no_grad():
-        loss = stage.loss(data.features.features, None, generator=generator(), training=True)["loss"].item()
+        loss = stage.loss(data.features.features, None, generator=seeded(), training=True)["loss"].item()
         total = 0.0
         for image in data.features.features:
             flowed = head.flow(head.levels(image[None]))
@@ -215,7 +185,7 @@ def test_the_loss_is_the_negative_log_likelihood():
 def test_the_map_adds_likelihoods_and_the_image_score_multiplies_them():
     data = normals(random(5, 5, 4, 4, seed=1))
     head = begun(data, dims=(2, 3), top=0.25)
-    shaken(head.flow)
+    perturb(head.flow)
     image = random(1, 5, 4, 4, seed=2)
     out = head(image)
     with torch.no_grad():

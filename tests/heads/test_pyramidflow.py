@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import normals, perturb, random, seeded
 from normweave.errors import ConfigError
 from normweave.heads.pyramidflow import (
     LatentPyramid,
@@ -15,36 +15,6 @@ from normweave.heads.pyramidflow import (
     decompose,
 )
 from normweave.training import train
-from normweave.types import FitData
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random(*shape, seed):
-    return torch.randn(*shape, generator=generator(seed))
-
-
-def shaken(module, seed=9):
-    """Weights with nothing left at its start, so that every term counts."""
-    draws = generator(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=draws)
-    return module
-
-
-def normals(features, *, seed=0):
-    count = len(features)
-    return FitData(
-        features=InMemory(features),
-        subclasses=np.full(count, -1),
-        names=(),
-        groups=np.arange(count),
-        holdout=np.arange(count) % 5 == 0,
-        seed=seed,
-    )
 
 
 def begun(data, **settings):
@@ -105,8 +75,8 @@ def test_blurring_is_binomial_and_repeats_the_edge():
 def test_a_coupling_is_its_equation(volume):
     """z = W (exp(s - mean s) x + t), with s clamped by an arctangent."""
     coupling = NeighbourCoupling(width=3, neighbours=2, kernel=3, volume=volume)
-    coupling.start(generator(1))
-    shaken(coupling)
+    coupling.start(seeded(1))
+    perturb(coupling)
     x, finer, coarser = (random(1, 3, 2, 4, seed=seed) for seed in (2, 3, 4))
     with torch.no_grad():
         z = coupling(x, [finer, coarser])
@@ -128,7 +98,7 @@ def test_a_coupling_is_its_equation(volume):
 
 def test_a_new_coupling_is_a_rotation():
     coupling = NeighbourCoupling(width=4, neighbours=1, kernel=3, volume="channel")
-    coupling.start(generator(1))
+    coupling.start(seeded(1))
     mixing = coupling.mixing().detach()
     torch.testing.assert_close(mixing @ mixing.T, torch.eye(4), rtol=1e-4, atol=1e-5)
     x = random(1, 4, 3, 3, seed=2)
@@ -140,8 +110,8 @@ def test_a_new_coupling_is_a_rotation():
 def test_the_flow_keeps_the_volume(volume):
     """log |det| of the Jacobian of the couplings, by autograd, is 0 whatever the weights."""
     flow = LatentPyramid(width=2, levels=3, blocks=2, kernel=3, volume=volume)
-    flow.start(generator(1))
-    shaken(flow).double()
+    flow.start(seeded(1))
+    perturb(flow).double()
     pyramid = decompose(random(1, 2, 4, 4, seed=2).double(), levels=3)
     sizes = [level.numel() for level in pyramid]
 
@@ -165,10 +135,10 @@ def test_odd_levels_change_before_even_ones():
 def test_the_loss_is_the_spectrum_of_the_differences():
     data = normals(random(3, 2, 4, 4, seed=1))
     head = begun(data)
-    shaken(head.flow)
+    perturb(head.flow)
     (stage,) = head.stages(data)
     with torch.no_grad():
-        loss = stage.loss(data.features.features, None, generator=generator(), training=True)["loss"].item()
+        loss = stage.loss(data.features.features, None, generator=seeded(), training=True)["loss"].item()
         latents = [head.flow(image[None]) for image in data.features.features]
         sizes = []
         for one, other in ((0, 1), (0, 2), (1, 2)):
@@ -193,7 +163,7 @@ def test_a_lone_image_is_paired_with_its_mirror_image():
     image = data.features.features
     with torch.no_grad():
         alone, both = (
-            stage.loss(images, None, generator=generator(), training=True)["loss"]
+            stage.loss(images, None, generator=seeded(), training=True)["loss"]
             for images in (image, torch.cat([image, image.flip(3)]))
         )
     assert alone == both > 0
@@ -202,7 +172,7 @@ def test_a_lone_image_is_paired_with_its_mirror_image():
 def test_the_template_is_the_mean_latent_and_the_score_the_distance_from_it():
     data = normals(random(20, 2, 5, 6, seed=1))
     head = begun(data)
-    shaken(head.flow)
+    perturb(head.flow)
     head.finish(data)
     image = random(1, 2, 5, 6, seed=2)
     with torch.no_grad():
@@ -213,7 +183,7 @@ def test_the_template_is_the_mean_latent_and_the_score_the_distance_from_it():
         ]
         want = compose(apart).mean(1)
     torch.testing.assert_close(head(image).scores, want, rtol=1e-4, atol=1e-5)
-    assert data.features.most <= 16
+    assert data.features.largest_read <= 16
 
 
 def test_only_the_finest_level_of_the_features_is_looked_at():

@@ -1,30 +1,12 @@
 import itertools
 import math
 
-import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import normals, random, seeded
 from normweave.heads.simplenet import SimpleNet
 from normweave.training import train
-from normweave.types import FitData
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def normals(features, *, seed=0):
-    count = len(features)
-    return FitData(
-        features=InMemory(features),
-        subclasses=np.full(count, -1),
-        names=(),
-        groups=np.arange(count),
-        holdout=np.arange(count) % 5 == 0,
-        seed=seed,
-    )
 
 
 def begun(data, **settings):
@@ -67,11 +49,11 @@ def adapt_by_hand(discriminator, patch):
 
 
 def test_the_score_is_minus_the_discriminator():
-    data = normals(torch.randn(10, 3, 2, 4, generator=generator(1)))
+    data = normals(random(10, 3, 2, 4, seed=1))
     head = begun(data)
     (stage,) = head.stages(data)
     train(stage, data, device="cpu")
-    image = torch.randn(2, 3, 2, 4, generator=generator(2))
+    image = random(2, 3, 2, 4, seed=2)
     scores = head(image).scores
     norm = head.discriminator.standardise
     with torch.no_grad():
@@ -87,16 +69,16 @@ def test_the_score_is_minus_the_discriminator():
 
 
 def test_the_loss_is_the_truncated_l1_of_normal_and_noised_patches():
-    data = normals(torch.randn(3, 4, 2, 2, generator=generator(3)))
+    data = normals(random(3, 4, 2, 2, seed=3))
     head = begun(data, margin=0.3, noise=0.7)
     (stage,) = head.stages(data)
     stage.module.train()
     with torch.no_grad():
-        loss = stage.loss(data.features.features, None, generator=generator(4), training=True)["loss"].item()
+        loss = stage.loss(data.features.features, None, generator=seeded(4), training=True)["loss"].item()
 
         patches = [data.features.features[b, :, y, x] for b in range(3) for y in range(2) for x in range(2)]
         normal = torch.tensor([adapt_by_hand(head.discriminator, patch) for patch in patches])
-        noised = normal + 0.7 * torch.randn(12, 4, generator=generator(4))
+        noised = normal + 0.7 * random(12, 4, seed=4)
         inner = torch.cat([normal, noised]) @ head.discriminator.hidden.weight.T
         statistics = {"mean": inner.mean(0).tolist(), "variance": inner.var(0, unbiased=False).tolist()}
         wanted = 0.0
@@ -119,8 +101,8 @@ def test_the_adaptor_learns_at_half_the_rate():
 
 def test_it_learns_where_normal_patches_lie():
     """Normal patches lie near a line; after training, patches off the line score higher."""
-    along = torch.randn(20, 1, 4, 4, generator=generator(5))
-    normal = torch.cat([along, along], dim=1) + 0.02 * torch.randn(20, 2, 4, 4, generator=generator(6))
+    along = random(20, 1, 4, 4, seed=5)
+    normal = torch.cat([along, along], dim=1) + 0.02 * random(20, 2, 4, 4, seed=6)
     data = normals(normal)
     head = begun(data, hidden=64, epochs=60, learning_rate=3e-3)
     (stage,) = head.stages(data)

@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from in_memory import InMemory
+from builders import InMemory, TinyPair
 from normweave.config import AdaptedMoEConfig, CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
 from normweave.errors import CheckError
 from normweave.features.standardise import ChannelStandard
@@ -21,7 +21,6 @@ from normweave.outcome.operating_point import Calibration
 from normweave.scoring import Judge, Line
 from normweave.training import train
 from normweave.types import FitData, PatchScores, Routing
-from tiny_pair import TinyPair
 
 SIZE = (28, 36)  # of the input; the grid of 7 x 9 is a multiple of nothing
 SHAPE = (12, 7, 9)

@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from starlette.testclient import TestClient
 
+from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 from normweave.runtime import Runtime
 from normweave.serve import create_app
 from normweave.serve.access import Access
@@ -20,7 +21,6 @@ from normweave.serve.files import Files
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
 from required import absent
-from small_bundle import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 
 
 class Postgres:

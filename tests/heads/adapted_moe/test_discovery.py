@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave.heads.adapted_moe.discovery import agreement, discover, place_explains
 from normweave.types import FitData
 

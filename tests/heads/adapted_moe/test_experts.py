@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave.heads.adapted_moe.experts import (
     Discriminators,
     DiscriminatorStage,

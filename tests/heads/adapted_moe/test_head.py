@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave.config import AdaptedMoEConfig
 from normweave.errors import ConfigError, DataError
 from normweave.heads import build
@@ -455,7 +455,7 @@ def test_reads_a_few_images_at_a_time(discover):
 
     fitted(data, discover=discover)
 
-    assert data.features.most <= 16
+    assert data.features.largest_read <= 16
 
 
 def test_same_seed_same_head_another_seed_another():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave.heads.adapted_moe.router import Router, RouterStage, Schedule, choose
 from normweave.training import train
 from normweave.types import FitData

@@ -5,14 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from in_memory import InMemory
+from builders import JOINT_DIM, TOKEN_DIM, InMemory, TinyPair
 from normweave.config import CNCConfig
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.heads import build
 from normweave.heads.cnc.constraint import distillation, promotion
 from normweave.training import train
 from normweave.types import FitData, SyntheticAnomalies
-from tiny_pair import JOINT, TOKEN, TinyPair
 
 DIMS, GRID, N = (4, 3, 5), (4, 4), 16
 SHAPE = (sum(DIMS), *GRID)
@@ -217,8 +216,8 @@ def test_prompts_are_what_was_asked_for(asked, of, got):
         head.prompts.learnt.shape
         == {
             "learned": (2, 8),
-            "free": (4, JOINT),
-            "random": (4, JOINT),
+            "free": (4, JOINT_DIM),
+            "random": (4, JOINT_DIM),
             "off": (4, 0),
         }[got]
     )
@@ -243,7 +242,7 @@ def test_learned_prompts_without_a_text_encoder_are_refused(given):
 
 @pytest.mark.parametrize(
     ("guide", "text", "width"),
-    [("text", "auto", TOKEN), ("text", "free", TOKEN), ("free", "auto", 16), ("off", "auto", 1)],
+    [("text", "auto", TOKEN_DIM), ("text", "free", TOKEN_DIM), ("free", "auto", 16), ("off", "auto", 1)],
 )
 def test_the_guide_attends_to_text_where_there_is_one(pair, guide, text, width):
     head = untrained(fit_data(pair=pair), guide=guide, text=text)
@@ -272,14 +271,14 @@ def test_the_pair_is_shown_the_raw_features_of_all_fit_normals():
     data = fit_data(pair=own)
     begun(data)
     raw = data.features.features * DEVIATION[:, None, None] + MEAN[:, None, None]
-    torch.testing.assert_close(own.shown, raw)
+    torch.testing.assert_close(own.fitted_on, raw)
 
 
 def test_features_without_a_scale_are_raw_already():
     own = TinyPair(DIMS)
     data = fit_data(pair=own)
     begun(FitData(**(vars(data) | {"mean": None, "deviation": None})))
-    torch.testing.assert_close(own.shown, data.features.features)
+    torch.testing.assert_close(own.fitted_on, data.features.features)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -341,7 +340,7 @@ def test_held_out_normals_are_judged_without_damage_noise_and_dropout(pair):
         return stage.loss(few, torch.zeros(6), generator=seeded(seed), training=training)["loss"].item()
 
     assert loss(0, False) == loss(1, False)
-    assert data.synthetic.features.asked == []
+    assert data.synthetic.features.reads == []
     assert loss(0, True) != loss(1, True)
 
 
@@ -387,7 +386,7 @@ def test_lessons_never_learn_from_damage_of_held_out_images(pair):
     for stage in head.stages(data):
         for seed in range(10):
             stage.loss(images(6), torch.zeros(6), generator=seeded(seed), training=True)
-    asked = {row % COUNT for rows in data.synthetic.features.asked for row in rows.tolist()}
+    asked = {row % COUNT for rows in data.synthetic.features.reads for row in rows.tolist()}
     assert asked <= set(range(8, COUNT))
     assert len(asked) > 8
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import JOINT_DIM, TOKEN_DIM, WORD_DIM, InMemory, TinyText
 from normweave.errors import MissingError
 from normweave.features import minilm
 from normweave.features.offline_pair import OfflineText, alignment
@@ -12,7 +12,6 @@ from normweave.heads.cnc.prompts import Guidance, Prompts, PromptStage
 from normweave.heads.cnc.synthetic import Damaged
 from normweave.training import train
 from normweave.types import FitData, SyntheticAnomalies
-from tiny_pair import JOINT, TOKEN, WORD, TinyText
 
 NORMAL, ABNORMAL = ("flawless surface", "perfect"), ("damaged surface", "a deep crack", "a hole")
 P = len(NORMAL) + len(ABNORMAL)
@@ -23,7 +22,7 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def prompts(*, text=None, random=False, joint_dim=JOINT, seed=0, words=4):
+def prompts(*, text=None, random=False, joint_dim=JOINT_DIM, seed=0, words=4):
     fresh = Prompts(words=words, normal_states=NORMAL, abnormal_states=ABNORMAL)
     fresh.start(text, joint_dim=joint_dim, random=random, generator=seeded(seed))
     return fresh
@@ -42,8 +41,8 @@ def text():
 def test_with_a_text_one_context_is_read_before_every_state(text):
     net = prompts(text=text)
     said = net(text)
-    assert net.learnt.shape == (4, WORD)
-    assert said.shape == (P, JOINT)
+    assert net.learnt.shape == (4, WORD_DIM)
+    assert said.shape == (P, JOINT_DIM)
     for row, state in enumerate((*NORMAL, *ABNORMAL)):  # the normal ones first
         torch.testing.assert_close(said[row], text.encode_prompts(net.learnt, [state])[0])
     assert net.normal == 2
@@ -53,7 +52,7 @@ def test_without_a_text_they_are_vectors_of_length_one_in_any_direction():
     net = prompts()
     with torch.no_grad():
         net.learnt.mul_(torch.arange(1.0, P + 1)[:, None])
-    assert net.learnt.shape == (P, JOINT)
+    assert net.learnt.shape == (P, JOINT_DIM)
     torch.testing.assert_close(net(None).norm(dim=1), torch.ones(P))
 
 
@@ -99,8 +98,8 @@ def test_without_a_joint_space_there_are_none():
 
 def test_the_guides_tokens_are_what_the_encoder_says_before_the_normal_state(text):
     net, U = guidance(text=text)
-    assert U == TOKEN
-    assert net.learnt.shape == (3, WORD)
+    assert U == TOKEN_DIM
+    assert net.learnt.shape == (3, WORD_DIM)
     tokens = net(text)
     torch.testing.assert_close(tokens, text.prompt_tokens(net.learnt, NORMAL[0]))
     assert not torch.allclose(tokens, text.prompt_tokens(net.learnt, NORMAL[1]))
@@ -211,7 +210,7 @@ def test_the_lesson_learns_from_some_images_and_is_judged_by_the_others(training
     source = damaged(fit_data())
     for _ in range(20):
         loss(prompts(), source=source, training=training)
-    asked = {row for rows in source.synthetic.features.asked for row in rows.tolist()}
+    asked = {row for rows in source.synthetic.features.reads for row in rows.tolist()}
     assert asked <= set(np.flatnonzero(training != HELD_OUT).tolist())
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from in_memory import InMemory
+from builders import InMemory
 from normweave.heads.cnc.synthetic import Damaged
 from normweave.types import FitData, SyntheticAnomalies
 
@@ -53,7 +53,7 @@ def test_draws_every_damage_of_its_own_images_and_none_of_the_others(held_out):
     own = np.flatnonzero(held_out == HELD_OUT).tolist()
     assert found == {(image, variant) for image in own for variant in (1, 2, 3)}
     for read in (source.data.features, source.synthetic.features):  # nor are they so much as read
-        assert {row % COUNT for rows in read.asked for row in rows.tolist()} == set(own)
+        assert {row % COUNT for rows in read.reads for row in rows.tolist()} == set(own)
 
 
 def test_shows_where_more_than_enough_of_a_cell_is_damaged():

@@ -30,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from normweave.atomic import write_atomically
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.heads.base import TrainingStage
 from normweave.types import FitData, Progress
@@ -301,9 +302,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(checkpoint, tensors))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"tree": tree})
-    os.replace(partial, path)
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata={"tree": tree}))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from normweave.benchmark.evaluate import Contestant, write_whole
+from normweave.atomic import write_atomically
+from normweave.benchmark.evaluate import Contestant
 from normweave.benchmark.protocols import Fold
 from normweave.detector import Detector
 from normweave.types import Sample
@@ -108,7 +109,7 @@ def keep(
         if rows:
             tensors |= {"places": np.stack(rows), "roles": np.array(roles, dtype=np.int64)}
     about = {"kinds": json.dumps(kinds)}
-    write_whole(path, lambda partial: save_file(tensors, partial, metadata=about))
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=about))
 
 
 def read(path: Path, fold: Fold) -> RunArtifacts:

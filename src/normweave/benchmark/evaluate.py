@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave import __version__
+from normweave.atomic import write_atomically
 from normweave.config import Config
 from normweave.data import images, layouts, splits
 from normweave.data.images import ImageInput
@@ -119,11 +120,13 @@ def evaluate(
     if other is not None:
         compare(metrics, other)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
-    write_whole(output / "predictions.csv", lambda path: _write_rows(path, predictions))
+    write_atomically(
+        output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n")
+    )
+    write_atomically(output / "predictions.csv", lambda path: _write_rows(path, predictions))
     # Rows stand in the order of the samples, but for those that could not be read, which have no picture.
     by_path = {str(sample.image_path): sample for sample in samples}
-    write_whole(
+    write_atomically(
         output / "report.html",
         lambda path: write_page(
             path,
@@ -439,13 +442,6 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
         "false_alarm_rate": detector.config.outcome.false_alarm_rate,
         "software": record["software"],
     }
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Never half-written: to a temporary name, then renamed."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    write(partial)
-    os.replace(partial, path)
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

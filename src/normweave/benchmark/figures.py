@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave import settings
+from normweave.atomic import write_atomically
 from normweave.benchmark import artifacts
 from normweave.benchmark.artifacts import RunArtifacts
-from normweave.benchmark.evaluate import write_whole
 from normweave.benchmark.plan import DataPlan, MethodPlan, Plan
 from normweave.benchmark.protocols import Fold
 from normweave.benchmark.table import MEAN, Figure, Result
@@ -89,7 +89,7 @@ def draw(
         path = folder / f"{name}{suffix}"
         about: dict[str, Any] = {"metadata": {"Date": None}} if suffix == ".svg" else {"dpi": 110}
         kind = "svg" if suffix == ".svg" else "jpeg"
-        write_whole(
+        write_atomically(
             path, lambda to: drawing.savefig(to, format=kind, facecolor="white", bbox_inches="tight", **about)
         )
         figures.append(Figure(path, caption))

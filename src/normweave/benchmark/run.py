@@ -22,8 +22,9 @@ import torch
 from torch import nn
 
 from normweave import __version__, settings
+from normweave.atomic import write_atomically
 from normweave.benchmark import artifacts, figures, table
-from normweave.benchmark.evaluate import Contestant, measure, write_whole
+from normweave.benchmark.evaluate import Contestant, measure
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
 from normweave.benchmark.protocols import Fold, Protocol
 from normweave.bridges import peers
@@ -326,4 +327,4 @@ def _tested(result: dict[str, Any]) -> int:
 
 
 def _replace(path: Path, text: str) -> None:
-    write_whole(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(text))

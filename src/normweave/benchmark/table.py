@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 from normweave import __version__
-from normweave.benchmark.evaluate import write_whole
+from normweave.atomic import write_atomically
 from normweave.benchmark.plan import Plan
 from normweave.report.metrics import sign_flip_p_value
 from normweave.report.page import document
@@ -410,7 +410,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer.writeheader()
             writer.writerows(rows)
 
-    write_whole(path, table)
+    write_atomically(path, table)
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], provenance: Sequence[str]) -> None:
@@ -421,4 +421,4 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], provenance: Sequen
     columns = {name: [row.get(name) for row in rows] for name in _columns(rows)}
     table = pyarrow.table(columns)
     described = table.replace_schema_metadata({"provenance": "\n".join(provenance)})
-    write_whole(path, lambda partial: parquet.write_table(described, partial))
+    write_atomically(path, lambda partial: parquet.write_table(described, partial))

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from normweave.atomic import write_atomically
 from normweave.errors import DataError
 
 Row = dict[str, Any]
@@ -134,12 +135,7 @@ class Journal:
         if write is None:
             os.replace(self.path, self.table)
             return
-        partial = self.table.with_name(f".{self.table.name}.partial-{os.getpid()}")
-        try:
-            write(self.rows(), partial)
-            os.replace(partial, self.table)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_atomically(self.table, lambda path: write(self.rows(), path))
         self.path.unlink(missing_ok=True)
 
 

@@ -9,7 +9,6 @@ which both agree. How well they agree on classes that were left out is written o
 from __future__ import annotations
 
 import json
-import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from timm.data import ImageNetInfo  # type: ignore[attr-defined]
 
+from normweave.atomic import write_atomically
 from normweave.features import carried, minilm, offline_pair
 from normweave.features.offline_pair import FILE, JOINT, VISION, Alignment
 
@@ -157,12 +157,9 @@ def write(ways: Ways, path: Path) -> None:
         package: version(package),
         minilm.PIP_NAME: version(minilm.PIP_NAME),
     }
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    # One entry: safetensors writes several in an order that changes from run to run.
-    unfinished.write_bytes(
-        safetensors.torch.save(tensors._asdict(), metadata={"alignment": json.dumps(made)})
-    )
-    os.replace(unfinished, path)
+    # One metadata entry: safetensors writes several in an order that changes from run to run.
+    content = safetensors.torch.save(tensors._asdict(), metadata={"alignment": json.dumps(made)})
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
 
 
 def main() -> None:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from normweave.heads import state
 
 if TYPE_CHECKING:
     import torch
 
-    from normweave.types import FitData, PatchScores
+    from normweave.types import FeatureSource, FitData, PatchScores
+
+BATCH_IMAGES = 16
+"""Images that a head reads at once outside of its training stages."""
+
+
+def batches(
+    source: FeatureSource, rows: NDArray[np.int64] | None = None
+) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """Yield the rows and features of a few images at a time, in the order of `rows` (None = all images)."""
+    rows = np.arange(len(source)) if rows is None else rows
+    for start in range(0, len(rows), BATCH_IMAGES):
+        batch = rows[start : start + BATCH_IMAGES]
+        yield batch, source.read(batch)
 
 
 class TrainingStage(ABC):
@@ -102,3 +119,15 @@ class Head(nn.Module):
     def notes(self) -> dict[str, Any]:
         """Return what was decided while fitting, as JSON holds it."""
         return {}
+
+    def train(self, mode: bool = True) -> Self:
+        """Stay in eval mode; a training stage switches the mode of its own module."""
+        return super().train(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of all parameters and persistent buffers, as safetensors stores them."""
+        return state.state(self)
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `state` returned; raise BundleError if it does not fit."""
+        state.load_state(self, tensors)

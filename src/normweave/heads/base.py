@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -128,6 +128,6 @@ class Head(nn.Module):
         """Return copies of all parameters and persistent buffers, as safetensors stores them."""
         return state.state(self)
 
-    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Load what `state` returned; raise BundleError if it does not fit."""
         state.load_state(self, tensors)

@@ -26,7 +26,7 @@ from normweave.data.prepare import Preparation
 from normweave.errors import BundleError, DataError, ImageError
 from normweave.outcome import boxes, image_score
 from normweave.outcome.operating_point import Calibration, draw, needed
-from normweave.types import DefectBox, Outcome, Progress, Sample, Tile
+from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
 
 AHEAD = 2  # batches decoded while the network works
 WORKERS = 2  # threads that decode
@@ -318,10 +318,12 @@ class Judge:
             category, subclass = self.kinds[names[summary.subclass]]
         elif len({known for known, _ in self.kinds.values()}) == 1:
             category = next(iter(self.kinds.values()))[0]
-        experts: tuple[tuple[str, float], ...] = ()
+        experts: tuple[ExpertWeight, ...] = ()
         if summary.weights is not None:
             order = np.argsort(-summary.weights, kind="stable")
-            experts = tuple((names[k], float(summary.weights[k])) for k in order if summary.weights[k] > 0)
+            experts = tuple(
+                ExpertWeight(names[k], float(summary.weights[k])) for k in order if summary.weights[k] > 0
+            )
         return Outcome(
             image_path=image.name,
             verdict=judgement.verdict,

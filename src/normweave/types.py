@@ -7,9 +7,10 @@ Sizes are (height, width). Scores have one direction everywhere: higher = more a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,6 +186,13 @@ class PatchScores(NamedTuple):
     )
 
 
+class ExpertWeight(NamedTuple):
+    """The weight of an expert in the score of an image; the weights of an image add up to 1."""
+
+    name: str
+    weight: float
+
+
 class DefectBox(NamedTuple):
     """A connected region of the map above the operating point, in pixels of the image on disk."""
 
@@ -195,9 +203,31 @@ class DefectBox(NamedTuple):
     peak: float  # the map's highest value inside
 
 
+class OutcomeColumn(NamedTuple):
+    """A field of `Outcome` as tables, schemas and databases need it."""
+
+    name: str
+    annotation: Any  # as declared, for example `float | None`
+    type: Any  # str, float, int or bool; of a list the NamedTuple of its items
+    is_list: bool
+    optional: bool
+    max_length: int | None  # characters that a database keeps of a text; None: its default
+    in_file: bool  # an array that is kept in a file of its own; tables hold its path
+
+    def as_json(self, value: Any) -> Any:
+        """Return the value as JSON can hold it; None for an array."""
+        if self.is_list:
+            return [self.type._make(item)._asdict() for item in value]
+        return None if self.in_file else value
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What normweave says of one image; `error` set means that it could not be read and the rest is empty."""
+    """Result for one image. If `error` is set, the image could not be read and the other fields are empty.
+
+    This is the only list of the fields: CSV and Parquet columns, REST models and database columns derive from
+    `columns()`. A further field also needs a migration in `serve/migrations/versions`.
+    """
 
     image_path: str | None
     verdict: Verdict | None = None
@@ -210,44 +240,53 @@ class Outcome:
     subclass: str | None = None
     subclass_distance: float | None = None
     subclass_p_value: float | None = None
-    """Share of held-out normal images that lie at least as far from what is known, in (0, 1]."""
+    """Share of held-out normal images at least as far from the known subclasses, in (0, 1]."""
     unseen: bool = False
-    """Taken for a kind of normal that training has not seen, and judged by the line for such."""
-    experts: tuple[tuple[str, float], ...] = ()
-    """(name, weight) of the experts asked, heaviest first; weights add up to 1."""
+    """Whether the image was routed to no known subclass and classified by the threshold for unseen subclasses."""
+    experts: tuple[ExpertWeight, ...] = ()
+    """Experts that scored the image, largest weight first."""
     adapted: bool = False
+    """Whether test-time adaption changed the features."""
     boxes: tuple[DefectBox, ...] = ()
-    anomaly_map: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    anomaly_map: NDArray[np.float32] | None = field(
+        default=None, repr=False, compare=False, metadata={"in_file": True}
+    )
     """(H, W) at the size of the image on disk."""
     height: int | None = None
     width: int | None = None
     latency_ms: float | None = None
     model: str | None = None
     bundle_hash: str | None = None
-    error: str | None = None
+    error: str | None = field(default=None, metadata={"max_length": 4000})
+
+    @classmethod
+    def columns(cls) -> tuple[OutcomeColumn, ...]:
+        """Return the fields in their order, with their types."""
+        return _columns(cls)  # type: ignore[arg-type] # mypy: the hash of a dataclass is that of its instances
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields of the product's output as JSON can hold them, without the map's pixels."""
-        return {
-            "image_path": self.image_path,
-            "verdict": self.verdict,
-            "pred_score": self.pred_score,
-            "p_value": self.p_value,
-            "threshold": self.threshold,
-            "false_alarm_rate": self.false_alarm_rate,
-            "category": self.category,
-            "subclass": self.subclass,
-            "subclass_distance": self.subclass_distance,
-            "subclass_p_value": self.subclass_p_value,
-            "unseen": self.unseen,
-            "experts": [{"name": name, "weight": weight} for name, weight in self.experts],
-            "adapted": self.adapted,
-            "boxes": [box._asdict() for box in self.boxes],
-            "anomaly_map": None,
-            "height": self.height,
-            "width": self.width,
-            "latency_ms": self.latency_ms,
-            "model": self.model,
-            "bundle_hash": self.bundle_hash,
-            "error": self.error,
-        }
+        """Return all fields as JSON can hold them, without the pixels of the map."""
+        return {column.name: column.as_json(getattr(self, column.name)) for column in self.columns()}
+
+
+@cache
+def _columns(outcome: type[Outcome]) -> tuple[OutcomeColumn, ...]:
+    annotations = get_type_hints(outcome)
+    columns = []
+    for one in fields(outcome):
+        annotation = annotations[one.name]
+        alternatives = [part for part in get_args(annotation) if part is not type(None)]
+        optional = type(None) in get_args(annotation)
+        base = alternatives[0] if optional else annotation
+        is_list = get_origin(base) is tuple
+        in_file = one.metadata.get("in_file", False)
+        if is_list:
+            base = get_args(base)[0]
+        elif in_file or get_origin(base) is Literal:
+            base = str
+        columns.append(
+            OutcomeColumn(
+                one.name, annotation, base, is_list, optional, one.metadata.get("max_length"), in_file
+            )
+        )
+    return tuple(columns)

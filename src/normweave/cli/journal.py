@@ -4,18 +4,23 @@ Every row is a line of JSON in `NAME.partial`, and there before the next image i
 made from them under its own name, and the lines are gone.
 """
 
+from __future__ import annotations
+
 import csv
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_type_hints
 
 from normweave.atomic import write_atomically
 from normweave.errors import DataError
+
+if TYPE_CHECKING:
+    from normweave.types import OutcomeColumn
 
 Row = dict[str, Any]
 ROWS_A_GROUP = 1000
@@ -135,19 +140,19 @@ class Journal:
         if write is None:
             os.replace(self.path, self.table)
             return
-        write_atomically(self.table, lambda path: write(self.rows(), path))
+        from normweave.types import Outcome  # imports NumPy, which `--help` does not need
+
+        write_atomically(self.table, lambda path: write(self.rows(), path, Outcome.columns()))
         self.path.unlink(missing_ok=True)
 
 
 # ── the tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def comma_separated(rows: Iterator[Row], path: Path) -> None:
-    """Experts and boxes are JSON in their columns."""
-    from normweave.types import Outcome
-
+def comma_separated(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
+    """Write a CSV file with these columns; lists are JSON in their cells."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(Outcome(image_path=None).as_dict()))
+        writer = csv.DictWriter(file, [column.name for column in columns])
         writer.writeheader()
         for row in rows:
             writer.writerow(
@@ -155,45 +160,26 @@ def comma_separated(rows: Iterator[Row], path: Path) -> None:
             )
 
 
-def parquet(rows: Iterator[Row], path: Path) -> None:
-    """Row groups of a thousand, so that a run of any length fits into memory."""
+def parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
+    """Write a Parquet file with these columns, in row groups of a thousand, so that memory stays bounded."""
     import pyarrow
     import pyarrow.parquet
 
-    text, number, whole = pyarrow.string(), pyarrow.float64(), pyarrow.int64()
-    expert = pyarrow.struct([("name", text), ("weight", number)])
-    box = pyarrow.struct([("x", whole), ("y", whole), ("width", whole), ("height", whole), ("peak", number)])
-    schema = pyarrow.schema(
-        [
-            ("image_path", text),
-            ("verdict", text),
-            ("pred_score", number),
-            ("p_value", number),
-            ("threshold", number),
-            ("false_alarm_rate", number),
-            ("category", text),
-            ("subclass", text),
-            ("subclass_distance", number),
-            ("subclass_p_value", number),
-            ("unseen", pyarrow.bool_()),
-            ("experts", pyarrow.list_(expert)),
-            ("adapted", pyarrow.bool_()),
-            ("boxes", pyarrow.list_(box)),
-            ("anomaly_map", text),
-            ("height", whole),
-            ("width", whole),
-            ("latency_ms", number),
-            ("model", text),
-            ("bundle_hash", text),
-            ("error", text),
-        ]
-    )
+    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
+
+    def arrow_type(column: OutcomeColumn) -> Any:
+        if not column.is_list:
+            return types[column.type]
+        items = get_type_hints(column.type)
+        return pyarrow.list_(pyarrow.struct([(name, types[type_]) for name, type_ in items.items()]))
+
+    schema = pyarrow.schema([(column.name, arrow_type(column)) for column in columns])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
         while group := list(islice(rows, ROWS_A_GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 
-TABLES: dict[str, Callable[[Iterator[Row], Path], None] | None] = {
+TABLES: dict[str, Callable[[Iterator[Row], Path, Sequence[OutcomeColumn]], None] | None] = {
     ".jsonl": None,  # the journal itself, one JSON object a line
     ".csv": comma_separated,
     ".parquet": parquet,

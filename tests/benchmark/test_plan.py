@@ -1,4 +1,4 @@
-"""Plans say what is wrong with them."""
+"""Plans are read from YAML, and errors name the key, the allowed values and the cure."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_a_plan_is_read(tmp_path: Path):
     assert run.config.seed == 1
 
 
-def test_a_plan_says_which_subclasses_are_unseen(tmp_path: Path):
+def test_a_plan_names_the_unseen_subclasses(tmp_path: Path):
     fixed = "protocols: [unseen-subclass, leave-k-out], unseen: [b, d], leave_out: 3"
     (item,) = read_plan(written(tmp_path, GOOD.replace("protocols: [given]", fixed))).data
     samples = [
@@ -49,13 +49,13 @@ def test_a_plan_says_which_subclasses_are_unseen(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "says"),
+    ("old", "new", "message"),
     [
         ("model: patchcore", "modle: patchcore", "Did you mean 'model'"),
         ("protocols: [given]", "protocols: [givn]", "Did you mean 'given'"),
         ("title: A table", "", "title missing"),
         ("name: Memory, ", "", "name missing"),
-        ("seeds: [0, 1]", "seeds: [0, 1", "cannot be read as a plan"),
+        ("seeds: [0, 1]", "seeds: [0, 1", "Could not read the plan"),
         ("set: [head.share=0.2]", "baseline: Memory", "baseline of 'Memory' 'Memory'"),
         ("set: [head.share=0.2]", "baseline: Plain", "Name another method of the plan"),
         (
@@ -78,12 +78,12 @@ def test_a_plan_says_which_subclasses_are_unseen(tmp_path: Path):
         ("path: cloth, ", "parts: [{path: tiles, parts: []}], ", "Unknown key of .*: cloth: parts 'parts'"),
     ],
 )
-def test_what_is_wrong_is_named(old: str, new: str, says: str, tmp_path: Path):
-    with pytest.raises(ConfigError, match=says):
+def test_errors_name_what_is_wrong(old: str, new: str, message: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match=message):
         read_plan(written(tmp_path, GOOD.replace(old, new)))
 
 
-def test_parts_decide_the_run_and_a_baseline_does_not(tmp_path: Path):
+def test_the_key_of_a_run_depends_on_its_parts_and_not_on_its_baseline(tmp_path: Path):
     def key(text: str) -> str:
         plan = read_plan(written(tmp_path, text))
         method = plan.methods[0]
@@ -109,7 +109,7 @@ def test_parts_decide_the_run_and_a_baseline_does_not(tmp_path: Path):
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "plans").glob("*.yaml")), ids=lambda path: path.stem
 )
-def test_every_plan_of_ours_holds_settings_that_exist(path: Path):
+def test_every_plan_in_the_repository_has_valid_settings(path: Path):
     plan = read_plan(path)
     for item in plan.data:
         for method in plan.methods:

@@ -180,7 +180,7 @@ def _first_fold(
     """The first fold of the first seed that has this side, and what the methods have kept of it."""
     item: DataPlan = next(item for item in plan.data if item.name == part.data)
     seed = _seed(part)
-    for fold in item.folds(data[part.data], part.protocol, seed=seed):  # type: ignore[arg-type]
+    for fold in item.folds(data[part.data], part.protocol, seed=seed):
         if part.side in fold.tests:
             found = {
                 name: kept / run["artifact"]

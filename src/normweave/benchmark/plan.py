@@ -1,48 +1,44 @@
-"""A benchmark plan: a YAML file that says which methods meet which data, under which protocol, with which seeds."""
+"""A benchmark plan: a YAML file that lists data sets, protocols, methods and seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
-from normweave.benchmark.protocols import Fold, Protocol, folds
+from normweave.benchmark.protocols import Fold, ProtocolSettings, check_protocol, folds
 from normweave.errors import ConfigError, unknown
 from normweave.types import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartPlan:
-    """Where images come from: a folder or manifest, or textiles made here."""
+    """A source of images: a folder, a manifest, or synthetic textiles."""
 
     path: str = ""
-    """Relative to the root of the real images; empty with `textures`."""
+    """Relative to the root folder of the data; empty with `textures`."""
     layout: str | None = None
     textures: dict[str, int] = field(default_factory=dict)
-    """Make textile images instead: `train_images`, `test_images`, `defect_images` a subclass, and `seed`."""
+    """Generate textile images: `train_images`, `test_images` and `defect_images` of each subclass, and `seed`."""
     set: tuple[str, ...] = ()
-    """Settings `a.b=c`: of a data set for every method on it, of a part for reading it."""
+    """Settings `a.b=c`. Those of a data set apply to every method, those of a part to reading the part."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataPlan(PartPlan):
-    """One data set and the protocols under which it is used."""
+class DataPlan(PartPlan, ProtocolSettings):
+    """One data set, its protocols and their settings."""
 
     name: str
     parts: tuple[PartPlan, ...] = ()
-    """Several joined into one data set, with a category or more each, instead of `path` or `textures`."""
-    protocols: tuple[Protocol, ...] = ("seen",)
-    unseen: tuple[str, ...] = ()
-    """Under unseen-subclass: the subclasses that only test, as SUBCLASS or CATEGORY/SUBCLASS."""
-    leave_out: int = 2
-    """Under leave-k-out: how many subclasses a fold leaves out."""
+    """Sources that are joined into one data set, each with its own categories; instead of `path` or `textures`."""
+    protocols: tuple[str, ...] = ("seen",)
 
-    def folds(self, samples: Sequence[Sample], protocol: Protocol, *, seed: int) -> list[Fold]:
-        """What trains and what tests."""
-        return folds(samples, protocol, seed=seed, unseen=self.unseen, leave_out=self.leave_out)
+    def folds(self, samples: Sequence[Sample], protocol: str, *, seed: int) -> list[Fold]:
+        """Return the folds of one of the protocols."""
+        return folds(samples, protocol, self, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,42 +47,42 @@ class MethodPlan:
 
     name: str
     model: str
-    """One of ours, or a peer: `anomalib/padim`."""
+    """A model of normweave, or one of anomalib: `anomalib/padim`."""
     set: tuple[str, ...] = ()
-    """Settings `a.b=c`; of a peer also its own, `epochs=5`."""
+    """Settings `a.b=c`; anomalib's models also have settings of their own: `epochs=5`."""
     seeds: tuple[int, ...] = ()
-    """Other seeds than the plan's."""
+    """Replace the seeds of the plan."""
     baseline: str = ""
-    """The row to compare with, instead of the plan's; with it the change in over-generalisation is told."""
+    """Replaces the baseline of the plan, and adds the change in over-generalisation to the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A whole table."""
+    """Everything that one results table compares."""
 
     title: str
     data: tuple[DataPlan, ...]
     methods: tuple[MethodPlan, ...]
     seeds: tuple[int, ...] = (0,)
     baseline: str = ""
-    """The method that the others are compared with; empty = the first."""
+    """The method that the others are compared with; empty: the first."""
 
-    def compared_with(self, method: MethodPlan) -> str:
-        """The name of the method that this one is compared with."""
+    def baseline_of(self, method: MethodPlan) -> str:
+        """Return the name of the method that this one is compared with."""
         return method.baseline or self.baseline or self.methods[0].name
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan.
+    """Read a plan from a YAML file.
 
     Raises:
-        ConfigError: not readable as YAML, an unknown key, or a key that is missing.
+        ConfigError: the file is not valid YAML, a key is unknown or missing, or a name is unknown.
     """
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
-            f"{path} cannot be read as a plan: {error}. See plans/quick.yaml for one that can."
+            f"Could not read the plan {path}: {error}. See plans/quick.yaml for an example."
         ) from error
     top = _checked(tree, Plan, str(path))
     data = tuple(_data(item, f"{path}: data") for item in top.pop("data"))
@@ -95,17 +91,14 @@ def read_plan(path: Path) -> Plan:
     )
     for item in data:
         for protocol in item.protocols:
-            if protocol not in get_args(Protocol):
-                raise unknown(
-                    "protocol", protocol, get_args(Protocol), "See docs/how-to/reproduce-a-table.md."
-                )
+            check_protocol(protocol)
+    names = [method.name for method in methods]
     for method in methods:
-        others = {other.name for other in methods} - {method.name}
+        others = set(names) - {method.name}
         if method.baseline and method.baseline not in others:
             raise unknown(
                 f"baseline of {method.name!r}", method.baseline, others, "Name another method of the plan."
             )
-    names = {method.name for method in methods}
     if top.get("baseline") and top["baseline"] not in names:
         raise unknown(f"baseline of {path}", top["baseline"], names, "Name a method of the plan.")
     return Plan(data=data, methods=methods, **top)
@@ -116,36 +109,34 @@ def _data(tree: Any, where: str) -> DataPlan:
     within = f"{where}: {keys['name']}: parts"
     parts = tuple(PartPlan(**_checked(part, PartPlan, within)) for part in keys.pop("parts", ()))
     item = DataPlan(parts=parts, **keys)
-    _check_source(item, where)
+    _check_source(item, ("path", "textures", "parts"), where)
     for part in parts:
-        _check_source(part, within)
+        _check_source(part, ("path", "textures"), within)
     return item
 
 
-def _check_source(item: PartPlan, where: str) -> None:
-    """Images come from one place."""
-    sources = ("path", "textures", "parts")
-    given = [name for name in sources if getattr(item, name, None)]
+def _check_source(item: PartPlan, sources: Sequence[str], where: str) -> None:
+    given = [name for name in sources if getattr(item, name)]
     if len(given) != 1:
-        allowed = sources if isinstance(item, DataPlan) else sources[:2]
         raise ConfigError(
             f"{where}: got {' and '.join(given) or 'no source of images'}. "
-            f"Give one of {', '.join(allowed)}. See plans/multi-category.yaml."
+            f"Give one of {', '.join(sources)}. See plans/multi-category.yaml."
         )
 
 
-def _checked(tree: Any, kind: type[Plan | PartPlan | MethodPlan], where: str) -> dict[str, Any]:
+def _checked(tree: Any, plan: type[Plan | PartPlan | MethodPlan], where: str) -> dict[str, Any]:
+    """Return the keyword arguments of a plan class, with lists made tuples."""
     if not isinstance(tree, dict):
         raise ConfigError(
             f"{where}: expected keys and values, got {type(tree).__name__}. See plans/quick.yaml."
         )
-    known = {entry.name for entry in fields(kind)}
+    known = {entry.name: entry for entry in fields(plan)}
     for key in tree:
         if key not in known:
             raise unknown(f"key of {where}", str(key), known, "See plans/quick.yaml.")
-    needed = {
-        entry.name for entry in fields(kind) if entry.name in ("title", "data", "methods", "name", "model")
+    required = {
+        name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING
     }
-    if missing := sorted(needed - set(tree)):
+    if missing := sorted(required - set(tree)):
         raise ConfigError(f"{where}: {', '.join(missing)} missing. See plans/quick.yaml.")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}

@@ -26,7 +26,7 @@ from normweave.atomic import write_atomically
 from normweave.benchmark import artifacts, figures, table
 from normweave.benchmark.evaluate import Contestant, measure
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
-from normweave.benchmark.protocols import Fold, Protocol
+from normweave.benchmark.protocols import Fold
 from normweave.bridges import peers
 from normweave.config import Config
 from normweave.data import layouts
@@ -47,7 +47,7 @@ class Run:
     method: MethodPlan
     data: DataPlan
     root: str
-    protocol: Protocol
+    protocol: str
     fold: str
     seed: int
 

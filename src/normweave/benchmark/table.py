@@ -100,7 +100,7 @@ def make_rows(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
             }
             for method in plan.methods:
                 own, base = by_method[method.name], by_method.get(method.baseline, [])
-                other = plan.compared_with(method)
+                other = plan.baseline_of(method)
                 rival = [] if other == method.name else by_method[other]
                 for side in sorted({side for result in own for side in result["sides"]}):
                     start = {"data": item.name, "protocol": protocol, "side": side, "method": method.name}
@@ -355,7 +355,7 @@ def _legend(plan: Plan, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     )
     rivals: dict[str, list[str]] = defaultdict(list)
     for method in plan.methods:
-        if (other := plan.compared_with(method)) != method.name:
+        if (other := plan.baseline_of(method)) != method.name:
             rivals[other].append(method.name)
     if rivals:
         told = "; ".join(

@@ -140,13 +140,13 @@ def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
         each.calibrate(more, false_alarm_rate=0.2)
     for mine, other in (
         (ours.calibration, theirs.calibration),
-        (ours.calibration.strangers, theirs.calibration.strangers),
+        (ours.calibration.unseen, theirs.calibration.unseen),
     ):
         # The detector keeps features in half precision on the way.
         np.testing.assert_allclose(other.scores, mine.scores, rtol=1e-2, atol=1e-2)
         np.testing.assert_allclose(np.sort(other.distances), np.sort(mine.distances), rtol=1e-2)
         np.testing.assert_array_equal(np.sort(other.subclasses), np.sort(mine.subclasses))
-    assert not np.allclose(theirs.calibration.scores, theirs.calibration.strangers.scores)
+    assert not np.allclose(theirs.calibration.scores, theirs.calibration.unseen.scores)
     assert ours.record == theirs.record
 
     theirs.save(tmp_path / "again")

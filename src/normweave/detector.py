@@ -38,7 +38,7 @@ from normweave.heads.base import Head
 from normweave.heads.state import load_state, state
 from normweave.network import export, quantize
 from normweave.network.onnx import OPENVINO, Network
-from normweave.outcome.operating_point import Calibration, needed
+from normweave.outcome.operating_point import Calibration, images_needed
 from normweave.scoring import HASH_LETTERS, Judge, Line, Opened, Scored, Summary
 from normweave.types import (
     FeatureSource,
@@ -208,7 +208,7 @@ class Detector:
         division = splits.divide(
             scanned.samples,
             calibration_share=config.data.calibration_share,
-            at_least=needed(config.outcome.false_alarm_rate),
+            at_least=images_needed(config.outcome.false_alarm_rate),
             seed=config.seed,
             content=lambda sample: hashes[sample.image_path],
         )

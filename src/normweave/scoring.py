@@ -25,7 +25,7 @@ from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
 from normweave.errors import BundleError, DataError, ImageError
 from normweave.outcome import boxes, image_score
-from normweave.outcome.operating_point import Calibration, draw, needed
+from normweave.outcome.operating_point import Calibration, draw_threshold, images_needed
 from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
 
 AHEAD = 2  # batches decoded while the network works
@@ -142,7 +142,7 @@ def draw_line(
             subclass_categories=categories,
             false_alarm_rate=outcome.false_alarm_rate,
             unknown_rate=outcome.unknown_rate,
-            strangers=strangers,
+            unseen=strangers,
         )
 
     def category(summary: Summary) -> str | None:
@@ -154,13 +154,15 @@ def draw_line(
         for own, stranger in zip(summaries, strangers or (), strict=bool(strangers))
         if category(own) == category(stranger)
     ]
-    enough = len(kin) >= needed(outcome.false_alarm_rate)
+    enough = len(kin) >= images_needed(outcome.false_alarm_rate)
     drawn = calibration(summaries, calibration(kin, None) if enough else None)
     scores = np.array([summary.score for summary in summaries])
     peaks = np.array([summary.peak for summary in summaries])
     # A head with an image score of its own speaks in other units than its map: boxes need a line of theirs.
     own_scores = bool((scores != peaks).any())
-    map_threshold = draw(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
+    map_threshold = (
+        draw_threshold(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
+    )
     return Line(drawn, map_threshold)
 
 
@@ -301,7 +303,7 @@ class Judge:
             raise _no_line()
         calibration, map_threshold = self.line
         summary = summarise(scored)
-        judgement = calibration.judge(
+        judgement = calibration.decide(
             score=summary.score, distance=summary.distance, subclass=summary.subclass
         )
         height, width = image.size

@@ -374,7 +374,7 @@ def test_what_cannot_be_compared_is_refused_before_the_first_image(decoder, data
     assert not (tmp_path / "results").exists()
 
 
-def test_lines_know_the_categories_of_their_subclasses(data, decoder):
+def test_thresholds_know_the_categories_of_their_subclasses(data, decoder):
     """Halves of each cloth as subclasses: without its own half, an image is nearest to the other one."""
     assert decoder.calibration.subclass_categories == ("plain", "twill")
     halves = [
@@ -383,11 +383,11 @@ def test_lines_know_the_categories_of_their_subclasses(data, decoder):
     alone = [replace(sample, subclass=None) for sample in halves]
     closed = ("head.expert=gaussian", "head.adaption=off", "data.subclass_from=column")
     config = settings.override(replace(Config(), seed=1), [*SMALL, *closed])
-    kin, strangers = (
+    halves_calibration, whole_calibration = (
         Detector.fit(chosen, config=config, use_cache=False).calibration for chosen in (halves, alone)
     )
-    assert kin.subclass_categories == ("plain", "plain", "twill", "twill")
-    assert kin.strangers.subclass_categories == kin.subclass_categories
-    assert len(kin.strangers) == len(kin)
-    # Without its only subclass, an image of one cloth ends among the other's: that is nobody's kin.
-    assert strangers.strangers is None
+    assert halves_calibration.subclass_categories == ("plain", "plain", "twill", "twill")
+    assert halves_calibration.unseen.subclass_categories == halves_calibration.subclass_categories
+    assert len(halves_calibration.unseen) == len(halves_calibration)
+    # Without its only subclass, an image of one cloth is routed to the other category.
+    assert whole_calibration.unseen is None

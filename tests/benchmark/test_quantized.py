@@ -74,7 +74,7 @@ def test_the_line_is_drawn_by_the_scores_of_int8(detector, tests, tmp_path):
     after = detector.score(paths)
     assert not np.array_equal(line.scores, detector.calibration.scores)
     np.testing.assert_allclose(detector.calibration.scores, line.scores, atol=0.5)
-    assert not np.array_equal(line.strangers.scores, detector.calibration.strangers.scores)
+    assert not np.array_equal(line.unseen.scores, detector.calibration.unseen.scores)
     np.testing.assert_allclose(
         [one.pred_score for one in after], [one.pred_score for one in before], atol=0.5
     )

@@ -179,23 +179,23 @@ def test_the_default_model_is_adapted_moe():
         ({"subclass": "red", "pooled": False}, ("red", "7", "1.2500")),
         ({"subclass": "red", "pooled": True}, ("red", "7", "1.2500 (of all together)")),
         (
-            {"subclass": "cloth/red", "category": "cloth", "pooled": True, "drawn_for": "category"},
+            {"subclass": "cloth/red", "category": "cloth", "pooled": True, "pooled_over": "category"},
             ("cloth/red", "7", "1.2500 (of its category)"),
         ),
         (
-            {"subclass": "cloth/red", "category": "cloth", "pooled": True, "drawn_for": "all"},
+            {"subclass": "cloth/red", "category": "cloth", "pooled": True, "pooled_over": "all"},
             ("cloth/red", "7", "1.2500 (of all together)"),
         ),
         (
-            {"subclass": None, "category": "cloth", "pooled": False, "drawn_for": "category"},
+            {"subclass": None, "category": "cloth", "pooled": False, "pooled_over": "category"},
             ("cloth, all subclasses", "7", "1.2500"),
         ),
         (
-            {"subclass": None, "category": "cloth", "pooled": True, "drawn_for": "all"},
+            {"subclass": None, "category": "cloth", "pooled": True, "pooled_over": "all"},
             ("cloth, all subclasses", "7", "1.2500 (of all together)"),
         ),
         (
-            {"subclass": None, "category": None, "pooled": True, "drawn_for": "all"},
+            {"subclass": None, "category": None, "pooled": True, "pooled_over": "all"},
             ("all together", "7", "1.2500"),
         ),
     ],

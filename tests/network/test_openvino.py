@@ -56,9 +56,7 @@ def test_calibration_is_that_of_onnxruntime(bundle, cloth):
     for each in (ours, theirs):
         each.calibrate(held_out, false_alarm_rate=0.3)
     np.testing.assert_allclose(theirs.calibration.scores, ours.calibration.scores, rtol=1e-3)
-    np.testing.assert_allclose(
-        theirs.calibration.strangers.scores, ours.calibration.strangers.scores, rtol=1e-3
-    )
+    np.testing.assert_allclose(theirs.calibration.unseen.scores, ours.calibration.unseen.scores, rtol=1e-3)
 
 
 def test_answers_outlive_the_next_pass():

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normweave.errors import BundleError, CheckError, ConfigError, DataError
-from normweave.outcome.operating_point import Calibration, draw, needed, p_value
+from normweave.outcome.operating_point import Calibration, draw_threshold, images_needed, p_value
 
 NAMES = ("cloth/red", "cloth/blue", "cloth/rare")
 
@@ -29,27 +29,27 @@ def calibration(seed=0, *, each=(60, 40, 5), false_alarm_rate=0.05, unknown_rate
 @pytest.mark.parametrize(
     ("n", "rate", "rank"), [(19, 0.05, 19), (99, 0.05, 95), (99, 0.29, 71), (104, 0.01, 104)]
 )
-def test_the_line_is_the_quantile_of_the_paper(n, rate, rank):
+def test_the_threshold_is_the_quantile_of_the_paper(n, rate, rank):
     """The ceil((n + 1)(1 - a))-th smallest, also where 100 * 0.29 is 28.999999999999996."""
     scores = np.random.default_rng(0).permutation(n)
-    assert draw(scores, false_alarm_rate=rate).threshold == rank - 1
+    assert draw_threshold(scores, false_alarm_rate=rate).threshold == rank - 1
 
 
 @pytest.mark.parametrize(("n", "rate"), [(99, 0.05), (104, 0.05), (24, 0.1)])
-def test_keeps_its_promise_on_new_normals(n, rate):
+def test_the_false_alarm_rate_holds_on_new_normal_images(n, rate):
     """Averaged over many draws, false alarms come out at floor((n + 1) a) / (n + 1), never above a."""
     random = np.random.default_rng(0)
     rates = []
     for _ in range(2000):
-        point = draw(random.normal(size=n), false_alarm_rate=rate)
+        point = draw_threshold(random.normal(size=n), false_alarm_rate=rate)
         rates.append((random.normal(size=500) > point.threshold).mean())
     mean, error = np.mean(rates), np.std(rates) / math.sqrt(len(rates))
     assert abs(mean - math.floor((n + 1) * rate) / (n + 1)) < 4 * error
     assert mean < rate + 4 * error
 
 
-def test_keeps_its_promise_in_each_subclass():
-    """Subclasses of very different scores, of one shared line only the lowest and highest would be right."""
+def test_the_false_alarm_rate_holds_in_each_subclass():
+    """The scores of the subclasses are far apart: one shared threshold would be wrong for both."""
     alarms = np.zeros(2)
     random = np.random.default_rng(1)
     draws, new = 300, 200
@@ -57,32 +57,32 @@ def test_keeps_its_promise_in_each_subclass():
         held_out = calibration(seed, each=(99, 59, 0))
         for k in range(2):
             fresh = random.normal(loc=10.0 * k, size=new)
-            alarms[k] += sum(held_out.judge(score=s, subclass=k).verdict == "anomalous" for s in fresh)
+            alarms[k] += sum(held_out.decide(score=s, subclass=k).verdict == "anomalous" for s in fresh)
     np.testing.assert_allclose(alarms / (draws * new), [0.05, 3 / 60], atol=0.006)
 
 
 @pytest.mark.parametrize("rate", [5e-324, 1e-10])
-def test_a_rate_that_nobody_could_check(rate):
-    with pytest.raises(ConfigError, match="must be 1e-09 or more"):
-        needed(rate)
-    assert needed(1e-9) == 10**9 - 1
+def test_a_rate_below_the_lowest_is_refused(rate):
+    with pytest.raises(ConfigError, match="must be at least 1e-09"):
+        images_needed(rate)
+    assert images_needed(1e-9) == 10**9 - 1
 
 
-def test_too_few_normals_says_how_many_are_needed():
+def test_too_few_normal_images_are_refused_with_the_number_needed():
     with pytest.raises(
         CheckError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98"
     ) as caught:
-        draw(np.zeros(98), false_alarm_rate=0.01)
+        draw_threshold(np.zeros(98), false_alarm_rate=0.01)
     assert caught.value.exit_code == 3
-    assert [needed(rate) for rate in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9)] == [99, 19, 9, 3, 1, 1]
+    assert [images_needed(rate) for rate in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9)] == [99, 19, 9, 3, 1, 1]
     for rate in (0.01, 0.05, 0.07, 0.3):
-        draw(np.zeros(needed(rate)), false_alarm_rate=rate)
+        draw_threshold(np.zeros(images_needed(rate)), false_alarm_rate=rate)
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, float("nan")])
 def test_rates_outside_of_0_to_1_are_refused(rate):
-    with pytest.raises(ConfigError, match=r"must lie in \(0, 1\), got"):
-        draw(np.zeros(10), false_alarm_rate=rate)
+    with pytest.raises(ConfigError, match=r"must be in \(0, 1\), got"):
+        draw_threshold(np.zeros(10), false_alarm_rate=rate)
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
@@ -90,7 +90,7 @@ def test_rates_outside_of_0_to_1_are_refused(rate):
 def test_an_image_is_anomalous_exactly_when_its_p_value_is_low_enough(scores, score, percent):
     """With many ties."""
     rate = percent / 100
-    point = draw(scores, false_alarm_rate=rate)
+    point = draw_threshold(scores, false_alarm_rate=rate)
     assert (score > point.threshold) == (p_value(score, scores) <= rate + 1e-12)
 
 
@@ -100,37 +100,37 @@ def test_p_value_counts_the_image_itself():
     assert p_value(0.0, [1, 2, 3, 4]) == 1
 
 
-def test_a_subclass_with_enough_normals_has_its_own_line():
+def test_a_subclass_with_enough_normal_images_has_its_own_threshold():
     held_out = calibration()
-    red = held_out.judge(score=9.0, distance=0.5, subclass=0)
-    blue = held_out.judge(score=9.0, distance=0.5, subclass=1)
+    red = held_out.decide(score=9.0, distance=0.5, subclass=0)
+    blue = held_out.decide(score=9.0, distance=0.5, subclass=1)
     assert (red.verdict, red.pooled, red.p_value) == ("anomalous", False, 1 / 61)
     assert (blue.verdict, blue.pooled) == ("normal", False)
     assert blue.p_value > 0.5
     assert red.threshold < 5 < blue.threshold
 
 
-def test_a_subclass_with_too_few_shares_the_line_of_all_and_says_so():
+def test_a_subclass_with_too_few_uses_the_threshold_of_all():
     held_out = calibration()
-    rare = held_out.judge(score=15.0, distance=0.5, subclass=2)
+    rare = held_out.decide(score=15.0, distance=0.5, subclass=2)
     assert rare.pooled
-    assert rare.threshold == draw(held_out.scores, false_alarm_rate=0.05).threshold
+    assert rare.threshold == draw_threshold(held_out.scores, false_alarm_rate=0.05).threshold
     assert rare.p_value == p_value(15.0, held_out.scores)
     assert [point["pooled"] for point in held_out.as_dict()["operating_points"]] == [True, False, False, True]
 
 
-def test_unknown_goes_before_anomalous():
-    judgement = calibration().judge(score=100.0, distance=1000.0, subclass=0)
-    assert judgement.verdict == "unknown"
-    assert judgement.subclass_p_value == 1 / 106
+def test_unknown_takes_precedence_over_anomalous():
+    decision = calibration().decide(score=100.0, distance=1000.0, subclass=0)
+    assert decision.verdict == "unknown"
+    assert decision.subclass_p_value == 1 / 106
 
 
-def test_unknown_at_the_promised_rate_or_at_the_lowest_there_is():
+def test_unknown_has_its_own_rate_or_the_lowest_attainable_rate():
     random = np.random.default_rng(2)
     for each, unknown_rate, expected in (
-        ((60, 40, 0), 0.05, (3 / 61, 2 / 41)),  # own lines: floor(61 * .05) / 61, floor(41 * .05) / 41
+        ((60, 40, 0), 0.05, (3 / 61, 2 / 41)),  # own thresholds: floor(61 * .05) / 61, floor(41 * .05) / 41
         ((60, 40, 0), 0.01, (1 / 101, 1 / 101)),  # too few in a subclass: all 100
-        ((30, 20, 0), 0.01, (1 / 51, 1 / 51)),  # too few of all: beyond the farthest
+        ((30, 20, 0), 0.01, (1 / 51, 1 / 51)),  # too few of all: beyond the largest distance
     ):
         unknown = np.zeros(2)
         for seed in range(300):
@@ -138,7 +138,7 @@ def test_unknown_at_the_promised_rate_or_at_the_lowest_there_is():
             for k in range(2):
                 fresh = random.exponential(size=200)
                 unknown[k] += sum(
-                    held_out.judge(score=0.0, distance=d, subclass=k).verdict == "unknown" for d in fresh
+                    held_out.decide(score=0.0, distance=d, subclass=k).verdict == "unknown" for d in fresh
                 )
         np.testing.assert_allclose(unknown / (300 * 200), expected, atol=0.005)
     points = held_out.as_dict()["operating_points"]
@@ -158,32 +158,32 @@ def test_each_image_keeps_its_own_distance_and_subclass():
         false_alarm_rate=0.05,
         unknown_rate=0.05,
     )
-    judgements = [held_out.judge(score=0.0, distance=50.0, subclass=k) for k in (0, 1, None)]
-    assert [judgement.subclass_p_value for judgement in judgements] == [1 / 31, 1.0, 31 / 61]
-    assert [judgement.verdict for judgement in judgements] == ["unknown", "normal", "normal"]
+    decisions = [held_out.decide(score=0.0, distance=50.0, subclass=k) for k in (0, 1, None)]
+    assert [decision.subclass_p_value for decision in decisions] == [1 / 31, 1.0, 31 / 61]
+    assert [decision.verdict for decision in decisions] == ["unknown", "normal", "normal"]
 
 
-def test_a_score_on_the_line_is_normal():
+def test_a_score_at_the_threshold_is_normal():
     held_out = calibration()
-    line = held_out.point(0).threshold
-    assert held_out.judge(score=line, subclass=0).verdict == "normal"
-    assert held_out.judge(score=np.nextafter(line, np.inf), subclass=0).verdict == "anomalous"
+    threshold = held_out.point(0).threshold
+    assert held_out.decide(score=threshold, subclass=0).verdict == "normal"
+    assert held_out.decide(score=np.nextafter(threshold, np.inf), subclass=0).verdict == "anomalous"
 
 
-def test_a_head_that_does_not_route_knows_no_unknown():
+def test_without_routing_no_image_is_unknown():
     held_out = Calibration(scores=np.arange(40.0), false_alarm_rate=0.05, unknown_rate=0.01)
-    judgement = held_out.judge(score=38.5)
-    assert judgement.verdict == "anomalous"
-    assert judgement.pooled
-    assert judgement.subclass_p_value is None
+    decision = held_out.decide(score=38.5)
+    assert decision.verdict == "anomalous"
+    assert decision.pooled
+    assert decision.subclass_p_value is None
     assert len(held_out.as_dict()["operating_points"]) == 1
-    assert Calibration.from_dict(held_out.as_dict()).judge(score=38.5) == judgement
+    assert Calibration.from_dict(held_out.as_dict()).decide(score=38.5) == decision
 
 
-def test_another_rate_redraws_every_line():
+def test_another_rate_changes_every_threshold():
     held_out = calibration()
     stricter = held_out.with_rate(0.02)
-    assert stricter.judge(score=0.0, distance=0.1, subclass=0).false_alarm_rate == 0.02
+    assert stricter.decide(score=0.0, distance=0.1, subclass=0).false_alarm_rate == 0.02
     assert stricter.point(0).threshold > held_out.point(0).threshold
     assert stricter.point(1) == stricter.point(None)  # 40 are too few for 0.02
     assert stricter.with_rate(0.05).as_dict() == held_out.as_dict()
@@ -197,7 +197,7 @@ def test_goes_through_json_without_a_change():
     assert again.as_dict() == held_out.as_dict()
     for score in held_out.scores:
         for k in (0, 1, 2, None):
-            assert again.judge(score=score, distance=0.3, subclass=k) == held_out.judge(
+            assert again.decide(score=score, distance=0.3, subclass=k) == held_out.decide(
                 score=score, distance=0.3, subclass=k
             )
     assert len(again) == 105
@@ -212,9 +212,9 @@ def test_goes_through_json_without_a_change():
         ("scores", lambda values: ["a"], "could not convert"),
         ("distances", lambda values: values[1:], "105 scores but 104 distances"),
         ("subclasses", lambda values: [3, *values[1:]], r"indices into 3 names, got 0\.\.3"),
-        ("false_alarm_rate", lambda value: 7, "must lie in"),
+        ("false_alarm_rate", lambda value: 7, "must be in"),
         ("false_alarm_rate", lambda value: 0.001, "needs at least 999"),
-        ("unknown_rate", lambda value: 0, "must lie in"),
+        ("unknown_rate", lambda value: 0, "must be in"),
         ("operating_points", lambda points: points[:1], "do not follow"),
         ("operating_points", lambda points: [points[0] | {"threshold": 0.0}, *points[1:]], "do not follow"),
         ("subclass_names", lambda names: None, "not iterable"),
@@ -234,23 +234,23 @@ def test_a_record_with_something_missing_is_refused():
         Calibration.from_dict(record)
 
 
-def test_numbers_that_say_nothing_are_refused():
+def test_values_that_are_not_finite_are_refused():
     with pytest.raises(DataError, match="must be finite, got 1 that are not"):
-        draw([1.0, math.inf, 2.0], false_alarm_rate=0.3)
+        draw_threshold([1.0, math.inf, 2.0], false_alarm_rate=0.3)
     with pytest.raises(DataError, match=r"one number an image, got shape \(2, 2\)"):
-        draw(np.zeros((2, 2)), false_alarm_rate=0.3)
+        draw_threshold(np.zeros((2, 2)), false_alarm_rate=0.3)
     with pytest.raises(DataError, match="must be finite, got nan"):
-        calibration().judge(score=math.nan)
+        calibration().decide(score=math.nan)
     with pytest.raises(DataError, match="must be finite"):
-        calibration().judge(score=1.0, distance=math.inf)
+        calibration().decide(score=1.0, distance=math.inf)
 
 
-def with_strangers() -> Calibration:
-    """Known normals score 1..99 at distances 1..99, and 10 times that as strangers."""
+def with_unseen() -> Calibration:
+    """Known normals score 1..99 at distances 1..99, and 10 times that without their own subclass."""
     numbers = np.arange(1.0, 100.0)
     shared = {"false_alarm_rate": 0.05, "unknown_rate": 0.01}
-    strangers = Calibration(scores=10 * numbers, distances=10 * numbers, **shared)
-    return Calibration(scores=numbers, distances=numbers, strangers=strangers, **shared)
+    unseen = Calibration(scores=10 * numbers, distances=10 * numbers, **shared)
+    return Calibration(scores=numbers, distances=numbers, unseen=unseen, **shared)
 
 
 @pytest.mark.parametrize(
@@ -263,22 +263,22 @@ def with_strangers() -> Calibration:
         (1, 991, "unknown", 950, True),
     ],
 )
-def test_a_kin_of_what_is_known_has_a_line_of_its_own(score, distance, verdict, threshold, unseen):
-    judgement = with_strangers().judge(score=score, distance=distance)
-    assert (judgement.verdict, judgement.threshold, judgement.unseen) == (verdict, threshold, unseen)
+def test_an_unseen_subclass_has_its_own_threshold(score, distance, verdict, threshold, unseen):
+    decision = with_unseen().decide(score=score, distance=distance)
+    assert (decision.verdict, decision.threshold, decision.unseen) == (verdict, threshold, unseen)
 
 
-def test_strangers_go_through_json_and_follow_the_rate():
-    held_out = with_strangers()
+def test_leave_one_subclass_out_scores_go_through_json_and_follow_the_rate():
+    held_out = with_unseen()
     assert Calibration.from_dict(json.loads(json.dumps(held_out.as_dict()))).as_dict() == held_out.as_dict()
-    assert held_out.with_rate(0.1).judge(score=901, distance=100).verdict == "anomalous"
+    assert held_out.with_rate(0.1).decide(score=901, distance=100).verdict == "anomalous"
     damaged = held_out.as_dict()
-    damaged["strangers"]["scores"][0] = 1e9
+    damaged["unseen"]["scores"][0] = 1e9
     with pytest.raises(BundleError):
         Calibration.from_dict(damaged)
 
 
-KINDS = ("cloth/red", "cloth/blue", "tile/a", "tile/b", "board")
+SUBCLASS_NAMES = ("cloth/red", "cloth/blue", "tile/a", "tile/b", "board")
 CATEGORIES = ("cloth", "cloth", "tile", "tile", "board")
 
 
@@ -292,35 +292,35 @@ def of_categories(seed=0, *, each=(12, 12, 30, 4, 5), categories=CATEGORIES, **g
         scores=level + random.normal(size=sum(each)),
         distances=level + random.exponential(size=sum(each)),
         subclasses=subclasses,
-        subclass_names=KINDS,
+        subclass_names=SUBCLASS_NAMES,
         subclass_categories=categories,
         **settings,
     )
 
 
-def test_a_subclass_with_too_few_takes_the_line_of_its_category_before_that_of_all():
-    """At a quarter three normals are enough. The highest of the category's first, then of all."""
+def test_a_subclass_with_too_few_uses_the_threshold_of_its_category_before_that_of_all():
+    """At a rate of 0.25 three images are enough: the highest score of the category, else of all."""
     held_out = Calibration(
         scores=[1, 2, 3, 40, 11, 12, 13, 14],
         distances=[0.5, 0.6, 0.7, 4, 1, 2, 3, 5],
         subclasses=[0, 0, 1, 4, 2, 2, 2, 3],
-        subclass_names=KINDS,
+        subclass_names=SUBCLASS_NAMES,
         subclass_categories=CATEGORIES,
         false_alarm_rate=0.25,
         unknown_rate=0.25,
     )
-    taken = [held_out.judge(score=2.5, distance=0.55, subclass=k) for k in range(5)]
-    assert [judgement.drawn_for for judgement in taken] == [
+    taken = [held_out.decide(score=2.5, distance=0.55, subclass=k) for k in range(5)]
+    assert [decision.pooled_over for decision in taken] == [
         "category",
         "category",
         "subclass",
         "category",
         "all",
     ]
-    assert [judgement.pooled for judgement in taken] == [True, True, False, True, True]
-    assert [judgement.threshold for judgement in taken] == [3, 3, 13, 14, 14]  # of all: the 7th of 8
-    assert [judgement.p_value for judgement in taken] == [2 / 4, 2 / 4, 1, 1, 7 / 9]
-    assert [judgement.subclass_p_value for judgement in taken] == [3 / 4, 3 / 4, 1, 1, 8 / 9]
+    assert [decision.pooled for decision in taken] == [True, True, False, True, True]
+    assert [decision.threshold for decision in taken] == [3, 3, 13, 14, 14]  # of all: the 7th of 8
+    assert [decision.p_value for decision in taken] == [2 / 4, 2 / 4, 1, 1, 7 / 9]
+    assert [decision.subclass_p_value for decision in taken] == [3 / 4, 3 / 4, 1, 1, 8 / 9]
     assert [held_out.point(k).drawn_from for k in range(5)] == [3, 3, 3, 4, 8]
     assert held_out.point(np.int64(0)) == held_out.point(0)
     for distance, k, verdict in (
@@ -329,9 +329,11 @@ def test_a_subclass_with_too_few_takes_the_line_of_its_category_before_that_of_a
         (3.5, 3, "normal"),
         (4.5, 4, "unknown"),
     ):
-        assert held_out.judge(score=0.0, distance=distance, subclass=k).verdict == verdict
-    lines = held_out.as_dict()["operating_points"]
-    assert [(line["category"], line["subclass"], line["normals"], line["drawn_for"]) for line in lines] == [
+        assert held_out.decide(score=0.0, distance=distance, subclass=k).verdict == verdict
+    points = held_out.as_dict()["operating_points"]
+    assert [
+        (point["category"], point["subclass"], point["normals"], point["pooled_over"]) for point in points
+    ] == [
         (None, None, 8, "all"),
         ("cloth", None, 3, "category"),
         ("tile", None, 4, "category"),
@@ -341,20 +343,20 @@ def test_a_subclass_with_too_few_takes_the_line_of_its_category_before_that_of_a
         ("tile", "tile/b", 1, "category"),
         ("board", "board", 1, "all"),
     ]
-    assert [line["pooled"] for line in lines] == [True, False, False, True, True, False, True, True]
-    assert [line["unknown_beyond"] for line in lines] == [4, 0.7, 5, 0.7, 0.7, 3, 5, 4]
+    assert [point["pooled"] for point in points] == [True, False, False, True, True, False, True, True]
+    assert [point["unknown_beyond"] for point in points] == [4, 0.7, 5, 0.7, 0.7, 3, 5, 4]
 
 
-def test_a_category_with_too_few_takes_the_line_of_all():
+def test_a_category_with_too_few_uses_the_threshold_of_all():
     held_out = of_categories(each=(9, 9, 30, 4, 5))  # 19 are needed
-    assert held_out.judge(score=0.0, distance=0.1, subclass=0).drawn_for == "all"
+    assert held_out.decide(score=0.0, distance=0.1, subclass=0).pooled_over == "all"
     assert held_out.point(0) == held_out.point(None)
-    assert held_out.as_dict()["operating_points"][1]["drawn_for"] == "all"
-    assert held_out.judge(score=0.0, distance=0.1, subclass=3).drawn_for == "category"
+    assert held_out.as_dict()["operating_points"][1]["pooled_over"] == "all"
+    assert held_out.decide(score=0.0, distance=0.1, subclass=3).pooled_over == "category"
 
 
-def test_keeps_its_promise_in_each_category():
-    """Subclasses with 12 normals each, 24 a category: floor(25 * 0.05) / 25. One line for all would give 0 and 2/25."""
+def test_the_false_alarm_rate_holds_in_each_category():
+    """Subclasses with 12 normals each, 24 a category: floor(25 * 0.05) / 25. One for all would give 0 and 2/25."""
     random = np.random.default_rng(7)
     alarms, unknown = np.zeros(4), np.zeros(4)
     draws, new = 1500, 40
@@ -365,28 +367,28 @@ def test_keeps_its_promise_in_each_category():
             alarms[k] += (level + random.normal(size=new) > held_out.point(k).threshold).sum()
         for k in (0, 2):
             distances = 10.0 * (k // 2) + random.exponential(size=5)
-            verdicts = [held_out.judge(score=0.0, distance=far, subclass=k).verdict for far in distances]
+            verdicts = [held_out.decide(score=0.0, distance=far, subclass=k).verdict for far in distances]
             unknown[k] += verdicts.count("unknown")
     np.testing.assert_allclose(alarms / (draws * new), 1 / 25, atol=0.004)
     np.testing.assert_allclose(unknown[[0, 2]] / (draws * 5), 1 / 25, atol=0.01)
 
 
 def test_one_category_changes_nothing():
-    """Nor does saying which, not even in what is written."""
+    """Its name has no effect either, not even on the record."""
     without, alone = of_categories(categories=()), of_categories(categories=("cloth",) * 5)
     assert alone.as_dict() == without.as_dict()
     assert "subclass_categories" not in alone.as_dict()
     for k in (None, *range(5)):
-        assert alone.judge(score=9.0, distance=1.0, subclass=k) == without.judge(
+        assert alone.decide(score=9.0, distance=1.0, subclass=k) == without.decide(
             score=9.0, distance=1.0, subclass=k
         )
-    assert without.judge(score=9.0, distance=1.0, subclass=0).drawn_for == "all"
+    assert without.decide(score=9.0, distance=1.0, subclass=0).pooled_over == "all"
 
 
-def test_categories_of_one_subclass_each_have_no_lines_beside_theirs():
+def test_categories_of_one_subclass_each_have_no_other_thresholds():
     names = ("a", "b", "c", "d", "e")
     held_out, without = of_categories(categories=names), of_categories(categories=())
-    assert [line["drawn_for"] for line in held_out.as_dict()["operating_points"]] == [
+    assert [point["pooled_over"] for point in held_out.as_dict()["operating_points"]] == [
         *("all", "all", "all", "subclass", "all", "all")
     ]
     for k in (None, *range(5)):
@@ -397,24 +399,24 @@ def test_categories_go_through_json():
     held_out = of_categories()
     again = Calibration.from_dict(json.loads(json.dumps(held_out.as_dict())))
     assert again.as_dict() == held_out.as_dict()
-    assert again.judge(score=1.0, distance=0.5, subclass=0) == held_out.judge(
+    assert again.decide(score=1.0, distance=0.5, subclass=0) == held_out.decide(
         score=1.0, distance=0.5, subclass=0
     )
-    assert again.judge(score=1.0, distance=0.5, subclass=0).drawn_for == "category"
-    assert held_out.with_rate(0.1).judge(score=1.0, distance=0.5, subclass=0).drawn_for == "subclass"
-    assert held_out.with_rate(0.04).judge(score=1.0, distance=0.5, subclass=0).drawn_for == "category"
+    assert again.decide(score=1.0, distance=0.5, subclass=0).pooled_over == "category"
+    assert held_out.with_rate(0.1).decide(score=1.0, distance=0.5, subclass=0).pooled_over == "subclass"
+    assert held_out.with_rate(0.04).decide(score=1.0, distance=0.5, subclass=0).pooled_over == "category"
 
 
-def test_a_record_from_before_there_were_categories_is_read():
+def test_a_record_without_categories_is_read():
     record = of_categories(categories=()).as_dict()
     assert set(record) == {
         *("false_alarm_rate", "unknown_rate", "operating_points", "subclass_names", "scores", "distances"),
-        *("subclasses", "strangers"),
+        *("subclasses", "unseen"),
     }
     assert set(record["operating_points"][1]) == {
         *("subclass", "normals", "pooled", "threshold", "drawn_from", "unknown_beyond", "unknown_rate"),
     }
-    assert Calibration.from_dict(record).judge(score=1.0, distance=0.5, subclass=0).drawn_for == "all"
+    assert Calibration.from_dict(record).decide(score=1.0, distance=0.5, subclass=0).pooled_over == "all"
 
 
 @pytest.mark.parametrize(
@@ -426,19 +428,17 @@ def test_damaged_categories_are_refused(categories, complaint):
         Calibration.from_dict(of_categories().as_dict() | {"subclass_categories": categories})
 
 
-def test_strangers_are_compared_within_their_category():
-    """Cloth as strangers scores and lies at 1..40, tiles at 101..140; board is alone and has no strangers."""
+def test_an_unseen_subclass_is_compared_within_its_category():
+    """Without its subclass, cloth has scores and distances 1..40, a tile 101..140. A board has none: it is alone."""
     rate = {"false_alarm_rate": 0.1, "unknown_rate": 0.1}
-    known = {"subclass_names": KINDS, "subclass_categories": CATEGORIES, **rate}
+    known = {"subclass_names": SUBCLASS_NAMES, "subclass_categories": CATEGORIES, **rate}
     numbers = np.concatenate([np.arange(1.0, 41), np.arange(101.0, 141)])
-    strangers = Calibration(
-        scores=numbers, distances=numbers, subclasses=np.repeat([0, 1, 2, 3], 20), **known
-    )
+    unseen = Calibration(scores=numbers, distances=numbers, subclasses=np.repeat([0, 1, 2, 3], 20), **known)
     held_out = Calibration(
         scores=np.zeros(100),
         distances=np.zeros(100),
         subclasses=np.repeat(range(5), 20),
-        strangers=strangers,
+        unseen=unseen,
         **known,
     )
     for subclass, score, distance, verdict, threshold in (
@@ -448,21 +448,21 @@ def test_strangers_are_compared_within_their_category():
         (2, 38, 38, "normal", 137),
         (3, 138, 100, "anomalous", 137),
     ):
-        judgement = held_out.judge(score=score, distance=distance, subclass=subclass)
-        assert (judgement.verdict, judgement.threshold) == (verdict, threshold)
-        assert judgement.unseen
-        assert judgement.drawn_for == "category"
-    board = held_out.judge(score=0.0, distance=1.0, subclass=4)
+        decision = held_out.decide(score=score, distance=distance, subclass=subclass)
+        assert (decision.verdict, decision.threshold) == (verdict, threshold)
+        assert decision.unseen
+        assert decision.pooled_over == "category"
+    board = held_out.decide(score=0.0, distance=1.0, subclass=4)
     assert (board.verdict, board.unseen) == ("unknown", False)
 
 
-def test_strangers_that_are_too_few_for_a_rate_are_left_out():
+def test_too_few_leave_one_subclass_out_scores_for_a_rate_are_dropped():
     numbers = np.arange(1.0, 100.0)
     few = Calibration(scores=numbers[:9], distances=numbers[:9], false_alarm_rate=0.1, unknown_rate=0.1)
     held_out = Calibration(
-        scores=numbers, distances=numbers, strangers=few, false_alarm_rate=0.1, unknown_rate=0.1
+        scores=numbers, distances=numbers, unseen=few, false_alarm_rate=0.1, unknown_rate=0.1
     )
-    assert held_out.judge(score=1.0, distance=100.0).verdict == "unknown"
-    assert held_out.judge(score=1.0, distance=100.0).unseen
-    assert held_out.with_rate(0.2).strangers is not None
-    assert held_out.with_rate(0.05).strangers is None
+    assert held_out.decide(score=1.0, distance=100.0).verdict == "unknown"
+    assert held_out.decide(score=1.0, distance=100.0).unseen
+    assert held_out.with_rate(0.2).unseen is not None
+    assert held_out.with_rate(0.05).unseen is None

@@ -33,7 +33,7 @@ from normweave.data.prepare import Preparation
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import BundleError
 from normweave.network.export import OPSET, Whole
-from normweave.outcome.operating_point import needed
+from normweave.outcome.operating_point import images_needed
 from normweave.scoring import HASH_LETTERS, Judge, Line, Opened, Scored
 from normweave.types import Outcome, Progress, Sample, Tile
 
@@ -130,7 +130,7 @@ class Peer:
         division = splits.divide(
             scanned.samples,
             calibration_share=config.data.calibration_share,
-            at_least=needed(config.outcome.false_alarm_rate),
+            at_least=images_needed(config.outcome.false_alarm_rate),
             seed=config.seed,
             content=lambda sample: contents[sample.image_path],
         )

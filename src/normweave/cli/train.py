@@ -209,6 +209,6 @@ def line(point: dict[str, Any]) -> tuple[str, str, str]:
     name, category = point["subclass"], point.get("category")
     borrowed = ""
     if point["pooled"] and (name or category):
-        borrowed = " (of its category)" if point.get("drawn_for") == "category" else " (of all together)"
+        borrowed = " (of its category)" if point.get("pooled_over") == "category" else " (of all together)"
     shown = name or (f"{category}, all subclasses" if category else "all together")
     return shown, str(point["normals"]), f"{point['threshold']:.4f}{borrowed}"

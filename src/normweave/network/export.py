@@ -177,7 +177,7 @@ def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], ju
         both = [summarise(scored.part(done, done + len(image))) for scored in (ours, theirs)]
         done += len(image)
         mine, other = (
-            judge.line.calibration.judge(score=each.score, distance=each.distance, subclass=each.subclass)
+            judge.line.calibration.decide(score=each.score, distance=each.distance, subclass=each.subclass)
             for each in both
         )
         allowed = TOLERANCE * max(abs(mine.threshold), float(np.abs(ours.scores).mean()))

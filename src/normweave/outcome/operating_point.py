@@ -1,8 +1,8 @@
-"""Where the line between normal and anomalous lies, and what that line promises.
+"""Thresholds between normal and anomalous images, and their guaranteed false-alarm rates.
 
-Everything here is a split-conformal quantile of normal images that no fit has seen: a new normal image is as
-likely as any of the n held-out ones to have the highest, the second highest, … score. Bates et al. 2023,
-"Testing for outliers with conformal p-values" (arXiv 2104.08279), section 2.
+Every threshold is a split-conformal quantile of the scores of held-out normal images: a new normal image is as likely
+as any of the n held-out images to have the highest, the second highest, … score. Bates et al. 2023, "Testing for
+outliers with conformal p-values" (arXiv 2104.08279), section 2.
 """
 
 from __future__ import annotations
@@ -20,119 +20,118 @@ from normweave.errors import BundleError, CheckError, ConfigError, DataError, No
 from normweave.types import Verdict
 
 ROUNDING = 1e-9
-"""(n + 1) · rate counts as the whole number that it is this near to: 100 · 0.29 is 28.999999999999996."""
+"""Tolerance within which (n + 1) · rate counts as an integer: 100 · 0.29 is 28.999999999999996."""
 
 LOWEST_RATE = 1e-9
-"""A promise of less would take more held-out normal images than there are photographs."""
+"""The lowest false-alarm rate that is accepted. It needs a billion held-out normal images."""
 
 _Group = int | str | None
-"""Whose held-out normals: of a subclass, by its number, of a category, by its name, or of all."""
+"""A set of held-out normal images: of a subclass (its index), of a category (its name), or all (None)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """Scores above `threshold` are anomalous; a score that equals it is not."""
+    """A threshold and its false-alarm rate. An image is anomalous if its score exceeds the threshold."""
 
     threshold: float
     false_alarm_rate: float
-    """Share of new normal images that may lie above, in (0, 1)."""
+    """The highest expected share of new normal images above the threshold, in (0, 1)."""
     drawn_from: int
-    """n held-out normal images."""
+    """The number of held-out normal images from which the threshold was drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What the operating point says of one image."""
+class Decision:
+    """The verdict on one image and the values it follows from."""
 
     verdict: Verdict
     p_value: float
-    """In (0, 1]; at or below `false_alarm_rate` exactly when the score lies above `threshold`."""
+    """In (0, 1]. At most `false_alarm_rate` exactly when the score exceeds `threshold`."""
     threshold: float
     false_alarm_rate: float
-    drawn_for: Literal["subclass", "category", "all"]
-    """Whose held-out normals the line was drawn from: the image's subclass, its category, or all there are."""
+    pooled_over: Literal["subclass", "category", "all"]
+    """The held-out normal images that gave the threshold: of the image's subclass, of its category, or all."""
     subclass_p_value: float | None
-    """The same of the routing distance; None where the head does not route."""
+    """The p-value of the routing distance. None if the head does not route."""
     unseen: bool = False
-    """Judged as a kind of normal that was never seen: by the line of normals scored as strangers."""
+    """The image was compared with leave-one-subclass-out scores, as an image of an unseen subclass."""
 
     @property
     def pooled(self) -> bool:
-        """The line is not the subclass's own: that has too few held-out normals, or there are no subclasses."""
-        return self.drawn_for != "subclass"
+        """Whether the threshold is not of the image's own subclass."""
+        return self.pooled_over != "subclass"
 
 
-def needed(false_alarm_rate: float) -> int:
-    """How many held-out normal images a promise of this rate takes: ceil(1 / rate) − 1.
+def images_needed(false_alarm_rate: float) -> int:
+    """Return the number of held-out normal images that this rate needs: ceil(1 / rate) − 1.
 
     Raises:
-        ConfigError: the rate does not lie in (0, 1), or is one that no factory could ever check.
+        ConfigError: the rate is outside (0, 1) or below `LOWEST_RATE`.
     """
     if 0 < false_alarm_rate < LOWEST_RATE:
-        raise ConfigError(
-            f"A false-alarm rate must be {LOWEST_RATE:g} or more, got {false_alarm_rate:g}: no less can be promised."
-        )
+        raise ConfigError(f"A false-alarm rate must be at least {LOWEST_RATE:g}, got {false_alarm_rate:g}.")
     if not 0 < false_alarm_rate < 1:
-        raise ConfigError(f"A false-alarm rate must lie in (0, 1), got {false_alarm_rate}.")
+        raise ConfigError(f"A false-alarm rate must be in (0, 1), got {false_alarm_rate}.")
     return max(1, math.ceil(1 / false_alarm_rate - ROUNDING) - 1)
 
 
-def draw(normal_scores: ArrayLike, *, false_alarm_rate: float) -> OperatingPoint:
-    """Put the line so that at most `false_alarm_rate` of new normal images lie above it.
+def draw_threshold(normal_scores: ArrayLike, *, false_alarm_rate: float) -> OperatingPoint:
+    """Return the lowest threshold that at most `false_alarm_rate` of new normal images exceed.
 
-    The threshold is the ceil((n + 1)(1 − a))-th smallest of the n scores, the lowest that keeps the promise.
+    The threshold is the ceil((n + 1)(1 − a))-th smallest of the n scores.
 
     Args:
-        normal_scores: (n,) scores of normal images that no fit has seen.
+        normal_scores: (n,) scores of held-out normal images.
         false_alarm_rate: a, 0 < a < 1.
 
     Raises:
         CheckError: n is too small for this rate.
     """
     scores = _finite(normal_scores, "scores of held-out normal images")
-    n, need = len(scores), needed(false_alarm_rate)
+    n, need = len(scores), images_needed(false_alarm_rate)
     if n < need:
         raise CheckError(
             f"A false-alarm rate of {false_alarm_rate:g} needs at least {need} held-out normal images, "
             f"got {n}. Hold out more (data.calibration_share), add good images, "
             "or accept a higher rate (outcome.false_alarm_rate)."
         )
-    above = math.floor((n + 1) * false_alarm_rate + ROUNDING)  # >= 1: the new image itself may be one of them
+    above = math.floor((n + 1) * false_alarm_rate + ROUNDING)  # >= 1: the new image counts as one of them
     threshold = float(np.partition(scores, n - above)[n - above])
     return OperatingPoint(threshold=threshold, false_alarm_rate=false_alarm_rate, drawn_from=n)
 
 
 def p_value(score: float, normal_scores: ArrayLike) -> float:
-    """(1 + how many held-out normals score at least as high) / (n + 1)."""
+    """Return (1 + the number of held-out normal images with at least this score) / (n + 1)."""
     scores = np.asarray(normal_scores, dtype=np.float64)
     return (1 + int(np.count_nonzero(scores >= score))) / (len(scores) + 1)
 
 
 class Calibration:
-    """The held-out normal images of a detector, and the lines drawn from them.
+    """The scores of a detector's held-out normal images, and the operating points drawn from them.
 
-    Where the head routes, each subclass that enough held-out normals were routed to has a line of its own,
-    which keeps the promise for new normals routed there. A subclass with too few takes the line of its category,
-    if that has enough, which keeps it for new normals of the category together; else the line of all held-out
-    normals. Such a line cannot speak for a subclass that scores unlike the rest, and judgements by it say so
-    (`drawn_for`). Categories count only where there are several, and where they have more than one subclass.
+    If the head routes, each subclass with enough held-out normal images has its own operating point, and its
+    false-alarm rate holds for new normal images of that subclass. A subclass with too few uses the operating point of
+    its category, and a category with too few uses that of all images. Such a pooled rate holds for the pooled images
+    together, not for each subclass; `Decision.pooled_over` reports it. Categories are used only if there are several
+    and only where a category has several subclasses.
 
-    An image is `unknown` when its routing distance lies beyond the line for `unknown_rate`, drawn from whom the
-    same rule says. Fewer normals than that rate needs put the line at the farthest of them all, which keeps the
-    lowest rate that n images can promise, 1/(n + 1); `as_dict` names the rate that holds. Where there are
-    strangers, what lies beyond is first compared with those of its category; a subclass that is alone in its
-    category has none, since its images, when it is taken away, are strangers of a whole category.
+    An image is `unknown` if its routing distance exceeds the threshold for `unknown_rate`, drawn by the same rule. If
+    there are too few images for that rate, the threshold is the largest distance of all, with the lowest rate that n
+    images allow, 1/(n + 1). `as_dict` contains the rate that holds.
+
+    With `unseen`, an image beyond that threshold is first compared with the leave-one-subclass-out scores of its
+    category. The only subclass of a category has none: without it, the head knows nothing of the category.
 
     Args:
-        scores: (n,) of normal images that no fit has seen.
-        distances: (n,) how far each lies from what the head knows; None where the head does not route.
-        subclasses: (n,) where the head routed each, an index into `subclass_names`; None likewise.
-        subclass_categories: the category of each of the `subclass_names`; empty = one for all.
-        strangers: the same normals without what the head knows of their subclass.
+        scores: (n,) anomaly scores of held-out normal images.
+        distances: (n,) routing distances to the nearest subclass. None if the head does not route.
+        subclasses: (n,) the subclass of each image by the routing, an index into `subclass_names`, or None likewise.
+        subclass_categories: the category of each of the `subclass_names`. Empty if there is one category.
+        unseen: leave-one-subclass-out scores: the same images, each scored without the experts of its own subclass.
 
     Raises:
-        CheckError: too few images for the false-alarm rate.
-        DataError: lengths differ, or a number is not finite.
+        CheckError: there are too few images for the false-alarm rate.
+        DataError: lengths differ, or a value is not finite.
     """
 
     def __init__(
@@ -145,20 +144,20 @@ class Calibration:
         subclass_categories: tuple[str, ...] = (),
         false_alarm_rate: float,
         unknown_rate: float,
-        strangers: Calibration | None = None,
+        unseen: Calibration | None = None,
     ) -> None:
-        self.strangers = strangers
+        self.unseen = unseen
         given = _finite(scores, "scores of held-out normal images")
         n = len(given)
-        for what, values in (("distances", distances), ("subclasses", subclasses)):
+        for name, values in (("distances", distances), ("subclasses", subclasses)):
             if values is not None and len(np.asarray(values)) != n:
                 raise DataError(
-                    f"Held-out normal images have {n} scores but {len(np.asarray(values))} {what}."
+                    f"Held-out normal images have {n} scores but {len(np.asarray(values))} {name}."
                 )
         order = np.argsort(given, kind="stable")
         self.scores = given[order]  # (n,) ascending
         self.distances: NDArray[np.float64] | None = None  # (n,) in the order of scores
-        self.subclasses: NDArray[np.int64] | None = None  # (n,) likewise
+        self.subclasses: NDArray[np.int64] | None = None  # (n,) in the order of scores
         self.subclass_names = tuple(subclass_names)
         if subclass_categories and len(subclass_categories) != len(self.subclass_names):
             raise DataError(
@@ -169,7 +168,7 @@ class Calibration:
         self.subclass_categories = tuple(subclass_categories) if several else ()
         self.false_alarm_rate = false_alarm_rate
         self.unknown_rate = unknown_rate
-        needed(unknown_rate)
+        unknown_needs = images_needed(unknown_rate)
         if distances is not None:
             self.distances = _finite(distances, "distances of held-out normal images")[order]
         if subclasses is not None:
@@ -181,86 +180,91 @@ class Calibration:
                 )
             self.subclasses = index[order]
 
-        everyone = np.ones(n, dtype=bool)
-        self._groups: dict[_Group, NDArray[np.bool_]] = {None: everyone}
+        self._members: dict[_Group, NDArray[np.bool_]] = {None: np.ones(n, dtype=bool)}
         if self.subclasses is not None:
             for category, count in Counter(self.subclass_categories).items():
                 if count > 1:
-                    theirs = [k for k, name in enumerate(self.subclass_categories) if name == category]
-                    self._groups[category] = np.isin(self.subclasses, theirs)
+                    indices = [k for k, name in enumerate(self.subclass_categories) if name == category]
+                    self._members[category] = np.isin(self.subclasses, indices)
             for k in range(len(self.subclass_names)):
-                self._groups[k] = self.subclasses == k
-        self._points: dict[_Group, OperatingPoint] = {
-            None: draw(self.scores, false_alarm_rate=false_alarm_rate)
+                self._members[k] = self.subclasses == k
+        self._score_points: dict[_Group, OperatingPoint] = {
+            None: draw_threshold(self.scores, false_alarm_rate=false_alarm_rate)
         }
-        self._reaches: dict[_Group, OperatingPoint] = {}
+        self._distance_points: dict[_Group, OperatingPoint] = {}
         if self.distances is not None:
             attainable = max(unknown_rate, 1 / (n + 1))
-            self._reaches[None] = draw(self.distances, false_alarm_rate=attainable)
-        for group, members in self._groups.items():
-            if group is not None and members.sum() >= needed(false_alarm_rate):
-                self._points[group] = draw(self.scores[members], false_alarm_rate=false_alarm_rate)
-            if group is not None and self.distances is not None and members.sum() >= needed(unknown_rate):
-                self._reaches[group] = draw(self.distances[members], false_alarm_rate=unknown_rate)
+            self._distance_points[None] = draw_threshold(self.distances, false_alarm_rate=attainable)
+        for group, members in self._members.items():
+            if group is not None and members.sum() >= images_needed(false_alarm_rate):
+                self._score_points[group] = draw_threshold(
+                    self.scores[members], false_alarm_rate=false_alarm_rate
+                )
+            if group is not None and self.distances is not None and members.sum() >= unknown_needs:
+                self._distance_points[group] = draw_threshold(
+                    self.distances[members], false_alarm_rate=unknown_rate
+                )
 
     def __len__(self) -> int:
-        """How many held-out normal images."""
+        """Return the number of held-out normal images."""
         return len(self.scores)
 
     def point(self, subclass: int | None = None) -> OperatingPoint:
-        """The line for images routed to this subclass, of whatever it was drawn from."""
-        return self._points[self._nearest(self._points, subclass)]
+        """Return the operating point for images of this subclass, its own or a pooled one."""
+        return self._score_points[self._available(self._score_points, subclass)]
 
-    def judge(self, *, score: float, distance: float | None = None, subclass: int | None = None) -> Judgement:
-        """The verdict on an image with this score, routed to `subclass` at this distance.
+    def decide(self, *, score: float, distance: float | None = None, subclass: int | None = None) -> Decision:
+        """Return the verdict on an image with this score and this routing distance to `subclass`.
 
         Raises:
-            DataError: score or distance is not finite, so that nothing can be said.
+            DataError: the score or the distance is not finite.
         """
         if not math.isfinite(score) or not (distance is None or math.isfinite(distance)):
             raise DataError(f"Score and distance of an image must be finite, got {score} and {distance}.")
-        return self._judge(float(score), None if distance is None else float(distance), subclass)
+        return self._decide(float(score), None if distance is None else float(distance), subclass)
 
-    def _judge(self, score: float, distance: float | None, group: _Group) -> Judgement:
-        pool = self._nearest(self._points, group)
-        point = self._points[pool]
+    def _decide(self, score: float, distance: float | None, group: _Group) -> Decision:
+        pool = self._available(self._score_points, group)
+        point = self._score_points[pool]
         subclass_p_value, unknown = None, False
         if distance is not None and self.distances is not None:
-            near = self._nearest(self._reaches, group)
-            subclass_p_value = p_value(distance, self.distances[self._groups[near]])
-            unknown = distance > self._reaches[near].threshold
-        if unknown and self.strangers is not None:
+            near = self._available(self._distance_points, group)
+            subclass_p_value = p_value(distance, self.distances[self._members[near]])
+            unknown = distance > self._distance_points[near].threshold
+        if unknown and self.unseen is not None:
             category = self._category(group)
             if category is not None or not self.subclass_categories:
-                kin = self.strangers._judge(score, distance, category)
-                return replace(kin, subclass_p_value=subclass_p_value, unseen=True)
-        return Judgement(
+                decision = self.unseen._decide(score, distance, category)
+                return replace(decision, subclass_p_value=subclass_p_value, unseen=True)
+        return Decision(
             verdict="unknown" if unknown else "anomalous" if score > point.threshold else "normal",
-            p_value=p_value(score, self.scores[self._groups[pool]]),
+            p_value=p_value(score, self.scores[self._members[pool]]),
             threshold=point.threshold,
             false_alarm_rate=point.false_alarm_rate,
-            drawn_for=_drawn_for(pool),
+            pooled_over=_pooled_over(pool),
             subclass_p_value=subclass_p_value,
         )
 
     def _category(self, group: _Group) -> str | None:
-        """The category that a subclass shares with others; None where there is none."""
+        """Return the category of a group, or None if no other subclass shares it."""
         if group is None or not self.subclass_categories:
             return None
         category = group if isinstance(group, str) else self.subclass_categories[group]
-        return category if category in self._groups else None
+        return category if category in self._members else None
 
-    def _nearest(self, lines: Container[_Group], group: _Group) -> _Group:
-        """Whose line is taken for a subclass or a category: its own, else its category's, else that of all."""
-        return next((nearest for nearest in (group, self._category(group)) if nearest in lines), None)
+    def _available(self, points: Container[_Group], group: _Group) -> _Group:
+        """Return the smallest group around `group` that has an operating point: itself, its category, or all."""
+        return next((pool for pool in (group, self._category(group)) if pool in points), None)
 
     def with_rate(self, false_alarm_rate: float) -> Calibration:
-        """The same held-out normals with their lines drawn anew; strangers too few for the rate are left out.
+        """Return a calibration of the same scores with thresholds for another false-alarm rate.
+
+        It has no `unseen` if there are too few leave-one-subclass-out scores for the rate.
 
         Raises:
-            CheckError: the held-out normals are too few for this rate.
+            CheckError: there are too few held-out normal images for this rate.
         """
-        enough = self.strangers is not None and len(self.strangers) >= needed(false_alarm_rate)
+        enough = self.unseen is not None and len(self.unseen) >= images_needed(false_alarm_rate)
         return Calibration(
             scores=self.scores,
             distances=self.distances,
@@ -269,31 +273,31 @@ class Calibration:
             subclass_categories=self.subclass_categories,
             false_alarm_rate=false_alarm_rate,
             unknown_rate=self.unknown_rate,
-            strangers=self.strangers.with_rate(false_alarm_rate) if self.strangers and enough else None,
+            unseen=self.unseen.with_rate(false_alarm_rate) if self.unseen and enough else None,
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it, in full precision; first what a reader looks for, the lines.
+        """Return everything as JSON values in full precision, the operating points first.
 
-        With several categories each line also says the `category` and whose line is taken (`drawn_for`), and
-        `subclass_categories` is written; without, all is as it was before there were any.
+        With several categories the record contains `subclass_categories`, and each operating point its `category` and
+        `pooled_over`.
         """
         points = []
-        for group, members in self._groups.items():
-            pool = self._nearest(self._points, group)
-            reach = self._reaches.get(self._nearest(self._reaches, group))
+        for group, members in self._members.items():
+            pool = self._available(self._score_points, group)
+            limit = self._distance_points.get(self._available(self._distance_points, group))
             point = {
                 "subclass": self.subclass_names[group] if isinstance(group, int) else None,
                 "normals": int(members.sum()),
                 "pooled": pool is None or pool != group,
-                "threshold": self._points[pool].threshold,
-                "drawn_from": self._points[pool].drawn_from,
-                "unknown_beyond": None if reach is None else reach.threshold,
-                "unknown_rate": None if reach is None else reach.false_alarm_rate,
+                "threshold": self._score_points[pool].threshold,
+                "drawn_from": self._score_points[pool].drawn_from,
+                "unknown_beyond": None if limit is None else limit.threshold,
+                "unknown_rate": None if limit is None else limit.false_alarm_rate,
             }
             if self.subclass_categories:
                 category = self.subclass_categories[group] if isinstance(group, int) else group
-                point |= {"category": category, "drawn_for": _drawn_for(pool)}
+                point |= {"category": category, "pooled_over": _pooled_over(pool)}
             points.append(point)
         record = {
             "false_alarm_rate": self.false_alarm_rate,
@@ -303,7 +307,7 @@ class Calibration:
             "scores": self.scores.tolist(),
             "distances": None if self.distances is None else self.distances.tolist(),
             "subclasses": None if self.subclasses is None else self.subclasses.tolist(),
-            "strangers": self.strangers and self.strangers.as_dict(),
+            "unseen": self.unseen and self.unseen.as_dict(),
         }
         if self.subclass_categories:
             record["subclass_categories"] = list(self.subclass_categories)
@@ -311,10 +315,10 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Calibration:
-        """What `as_dict` wrote.
+        """Return the calibration that `as_dict` wrote.
 
         Raises:
-            BundleError: something is missing, not finite, out of order, or at odds with the lines.
+            BundleError: a value is missing, not finite, out of order, or contradicts the operating points.
         """
         try:
             calibration = cls(
@@ -325,22 +329,22 @@ class Calibration:
                 subclass_categories=tuple(record.get("subclass_categories", ())),
                 false_alarm_rate=record["false_alarm_rate"],
                 unknown_rate=record["unknown_rate"],
-                strangers=None if record["strangers"] is None else cls.from_dict(record["strangers"]),
+                unseen=None if record["unseen"] is None else cls.from_dict(record["unseen"]),
             )
-            faithful = calibration.as_dict() == dict(record)
+            consistent = calibration.as_dict() == dict(record)
         except KeyError as error:
             raise BundleError(f"The detector's calibration is damaged: {error} is missing.") from error
         except (NormweaveError, TypeError, ValueError) as error:
             raise BundleError(f"The detector's calibration is damaged: {error}") from error
-        if not faithful:
+        if not consistent:
             raise BundleError(
                 "The detector's calibration is damaged: its scores are out of order or its operating points "
-                "do not follow from them. Draw them anew with: normweave calibrate"
+                "do not follow from them. Compute them again with: normweave calibrate"
             )
         return calibration
 
 
-def _drawn_for(pool: _Group) -> Literal["subclass", "category", "all"]:
+def _pooled_over(pool: _Group) -> Literal["subclass", "category", "all"]:
     return "all" if pool is None else "category" if isinstance(pool, str) else "subclass"
 
 

@@ -382,7 +382,7 @@ class InspectionService:
         then: Counter[str] = Counter()
         changed = 0
         for one in self.store.judged(runtime.bundle_hash or "", newest=last):
-            verdict = calibration.judge(score=one.score, distance=one.distance, subclass=one.routed).verdict
+            verdict = calibration.decide(score=one.score, distance=one.distance, subclass=one.routed).verdict
             now[one.verdict] += 1
             then[verdict] += 1
             changed += verdict != one.verdict

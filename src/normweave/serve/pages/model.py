@@ -154,7 +154,7 @@ class ModelPage:
         groups = {ALL: "All known kinds"}
         if calibration.subclasses is not None:
             groups |= {str(k): name for k, name in enumerate(calibration.subclass_names)}
-        if calibration.strangers is not None:
+        if calibration.unseen is not None:
             groups[UNSEEN] = "Kinds not seen in training"
         return groups
 
@@ -173,10 +173,10 @@ class ModelPage:
         except NormweaveError:  # what `_preview` tells
             moved = calibration
         subclass = int(group) if group.isdigit() else None
-        if group == UNSEEN and calibration.strangers is not None:
-            normals, mine = calibration.strangers.scores, stored.unseen
-            line = calibration.strangers.point().threshold
-            new_line = moved.strangers.point().threshold if moved.strangers is not None else line
+        if group == UNSEEN and calibration.unseen is not None:
+            normals, mine = calibration.unseen.scores, stored.unseen
+            line = calibration.unseen.point().threshold
+            new_line = moved.unseen.point().threshold if moved.unseen is not None else line
         else:
             normals, mine = calibration.scores, ~stored.unseen
             line, new_line = calibration.point(subclass).threshold, moved.point(subclass).threshold
@@ -242,8 +242,8 @@ def _operating_points(calibration: Calibration) -> str:
         )
 
     body = rows(calibration.as_dict()["operating_points"], "all known kinds")
-    if calibration.strangers is not None:
-        everyone = calibration.strangers.as_dict()["operating_points"][:1]
+    if calibration.unseen is not None:
+        everyone = calibration.unseen.as_dict()["operating_points"][:1]
         body += rows(everyone, "kinds not seen in training")
     return (
         "<h2>Operating points</h2><p class=soft>Above its line an image is anomalous; farther from every known kind "

@@ -147,7 +147,7 @@ def access(service, tmp_path):
 @pytest.fixture
 def keys(access):
     """Secret by role."""
-    return {made.token.role: made.secret for made in access.first_tokens()}
+    return {made.token.role: made.secret for made in access.create_first_tokens()}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from normweave.errors import DataError
 from normweave.serve import create_app
 from normweave.serve.access import Access
 from normweave.serve.authentication import OPEN
-from normweave.serve.records import NotThereError
+from normweave.serve.records import NotFoundError
 
 
 @pytest.fixture
@@ -43,41 +43,41 @@ def routes(app):
 
 
 def test_the_first_start_makes_a_token_for_each_role_and_no_other_does(access):
-    made = access.first_tokens()
+    made = access.create_first_tokens()
     assert [one.token.role for one in made] == ["engineer", "operator"]
-    assert access.first_tokens() == []
+    assert access.create_first_tokens() == []
     for one in made:
         assert len(one.secret) > 40
-        assert access.holder(one.secret) == one.token
+        assert access.authenticate(one.secret) == one.token
 
 
 def test_the_secret_is_kept_nowhere(access, tmp_path):
-    made = access.first_tokens()
+    made = access.create_first_tokens()
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert content
     assert not any(one.secret.encode() in content for one in made)
 
 
 def test_expired_revoked_and_unknown(access):
-    gone = access.make(name="guest", role="operator", days=1e-9)
+    gone = access.create(name="guest", role="operator", days=1e-9)
     time.sleep(0.01)
-    assert access.holder(gone.secret) is None
-    made = access.make(name="guest", role="operator", days=1)
-    assert access.holder(made.secret) == made.token
+    assert access.authenticate(gone.secret) is None
+    made = access.create(name="guest", role="operator", days=1)
+    assert access.authenticate(made.secret) == made.token
     access.revoke(made.token.id)
-    assert access.holder(made.secret) is None
-    assert access.holder("nw_unknown") is None
-    assert access.holder("\udce9") is None
-    with pytest.raises(NotThereError, match="no token 99"):
+    assert access.authenticate(made.secret) is None
+    assert access.authenticate("nw_unknown") is None
+    assert access.authenticate("\udce9") is None
+    with pytest.raises(NotFoundError, match="no token 99"):
         access.revoke(99)
 
 
 def test_a_token_that_another_process_revokes_is_refused_soon(service, access, tmp_path, monkeypatch):
-    made = access.make(name="guest", role="operator")
-    assert access.holder(made.secret) is not None
+    made = access.create(name="guest", role="operator")
+    assert access.authenticate(made.secret) is not None
     service.store.revoke(made.token.id, datetime.now(UTC))
     monkeypatch.setattr("normweave.serve.access.FRESH_SECONDS", 0.0)
-    assert access.holder(made.secret) is None
+    assert access.authenticate(made.secret) is None
 
 
 # ── every route ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -106,7 +106,7 @@ def test_without_a_good_token_nothing_answers_but_health(app, stranger, headers)
 
 
 def test_an_expired_token_is_refused_on_every_route(app, stranger, access):
-    made = access.make(name="guest", role="engineer", days=1e-9)
+    made = access.create(name="guest", role="engineer", days=1e-9)
     for method, path in routes(app):
         status = stranger.request(method, path, headers=bearer(made.secret)).status_code
         assert status == (200 if path in OPEN else 401), (method, path)
@@ -212,10 +212,10 @@ def test_a_websocket_needs_a_login(stranger):
 
 
 def test_a_login_cannot_be_made_up_or_stretched(access):
-    made = access.make(name="Ada", role="operator")
-    other = access.make(name="Eve", role="engineer")
-    good = access.login(made.token)
-    assert access.session(good) == made.token
+    made = access.create(name="Ada", role="operator")
+    other = access.create(name="Eve", role="engineer")
+    good = access.create_session(made.token)
+    assert access.authenticate_session(good) == made.token
     number, until, proof = good.split(".")
     for forged in (
         f"{other.token.id}.{until}.{proof}",
@@ -229,40 +229,40 @@ def test_a_login_cannot_be_made_up_or_stretched(access):
         "..",
         f"{number}.{'9' * 400}.{proof}",
     ):
-        assert access.session(forged) is None, forged
+        assert access.authenticate_session(forged) is None, forged
 
 
 def test_a_login_ends_with_its_time_and_with_its_token(service, tmp_path):
     access = Access(service.store, folder=tmp_path, session_hours=0)
-    made = access.make(name="Ada", role="operator")
-    assert access.session(access._signed(made.token, int(time.time()) - 1)) is None
+    made = access.create(name="Ada", role="operator")
+    assert access.authenticate_session(access._signed(made.token, int(time.time()) - 1)) is None
     lasting = Access(service.store, folder=tmp_path, session_hours=1)
-    cookie = lasting.login(made.token)
-    assert lasting.session(cookie) == made.token
+    cookie = lasting.create_session(made.token)
+    assert lasting.authenticate_session(cookie) == made.token
     lasting.revoke(made.token.id)
-    assert lasting.session(cookie) is None
+    assert lasting.authenticate_session(cookie) is None
 
 
 def test_a_login_in_use_is_renewed(app, access, keys):
-    token = access.holder(keys["operator"])
+    token = access.authenticate(keys["operator"])
     with TestClient(app) as client:
-        fresh = client.get("/v1/model", headers={"Cookie": f"normweave={access.login(token)}"})
+        fresh = client.get("/v1/model", headers={"Cookie": f"normweave={access.create_session(token)}"})
         assert "set-cookie" not in fresh.headers
         late = access._signed(token, int(time.time() + access.session_seconds / 3))
         renewed = client.get("/v1/model", headers={"Cookie": f"normweave={late}"})
         cookie = renewed.headers["set-cookie"].split(";")[0].removeprefix("normweave=")
-        assert access.session(cookie) == token
-        assert not access.half_over(cookie)
+        assert access.authenticate_session(cookie) == token
+        assert not access.needs_renewal(cookie)
 
 
 def test_a_login_outlives_the_server_but_not_its_key(service, access, tmp_path):
-    made = access.make(name="Ada", role="operator")
-    cookie = access.login(made.token)
-    assert Access(service.store, folder=tmp_path, session_hours=1).session(cookie) == made.token
+    made = access.create(name="Ada", role="operator")
+    cookie = access.create_session(made.token)
+    assert Access(service.store, folder=tmp_path, session_hours=1).authenticate_session(cookie) == made.token
     key = tmp_path / "session.key"
     assert key.stat().st_mode & 0o077 == 0
     key.unlink()
-    assert Access(service.store, folder=tmp_path, session_hours=1).session(cookie) is None
+    assert Access(service.store, folder=tmp_path, session_hours=1).authenticate_session(cookie) is None
     key.write_bytes(b"short")
     with pytest.raises(DataError, match=r"session\.key has 5 bytes, but a key has 32\. Remove it"):
         Access(service.store, folder=tmp_path, session_hours=1)

@@ -76,7 +76,7 @@ def test_a_name_is_never_a_path(client, service, photos, name):
     assert len(one["name"]) <= 500
     kept = {path.name for path in service.files.folder.rglob("*") if path.is_file()}
     inspection = service.store.inspection(one["id"])
-    assert kept == {".lock", inspection.picture.image_hash, inspection.picture.grids_hash}
+    assert kept == {".lock", inspection.image.image_hash, inspection.image.grids_hash}
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_a_large_image_is_refused_whole(start, access, keys, photos):
 def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkeypatch):
     service = start(max_waiting=1, max_images=1)
     free = threading.Event()
-    scores = service.runtime.scores
-    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (free.wait(30), scores(batch))[1])
     app = create_app(service, access=access, pages=False)
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         first = threading.Thread(target=lambda: client.post("/v1/inspect", files=form(photos[0])))
@@ -138,8 +138,8 @@ def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkey
 def test_a_late_answer_says_that_the_images_were_taken(start, access, keys, photos, monkeypatch):
     service = start(answer_seconds=0.2)
     free = threading.Event()
-    scores = service.runtime.scores
-    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (free.wait(30), scores(batch))[1])
     app = create_app(service, access=access, pages=False)
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
@@ -240,7 +240,7 @@ def test_an_image_that_retention_removed(client, service, inspected):
 
 
 def test_a_file_that_is_gone_or_changed_is_said(client, service, inspected):
-    picture = service.store.inspection(1).picture
+    picture = service.store.inspection(1).image
     path = service.files._path(picture.image_hash)
     path.write_bytes(b"changed")
     answer = client.get("/v1/inspections/1/image")
@@ -351,7 +351,7 @@ def test_a_failure_inside_is_said_without_its_details(
     def fail(batch):
         raise error
 
-    monkeypatch.setattr(service.runtime, "scores", fail)
+    monkeypatch.setattr(service.detector, "scores", fail)
     answer = client.post("/v1/inspect", files=form(photos[0]))
     assert (answer.status_code, words in answer.json()["error"]) == (status, True)
     assert "secret" not in answer.text

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from normweave.serve.config import ServeConfig
-from normweave.serve.limits import Limits
+from normweave.serve.limits import LimitsMiddleware
 
 
 async def reads_all(scope, receive, send):
@@ -62,7 +62,7 @@ class Request:
 @pytest.fixture(params=[reads_all, answers_whatever_happens])
 def limits(request):
     config = ServeConfig(max_request_bytes=100, max_arriving_bytes=150, receive_seconds=0.2)
-    return Limits(request.param, config=config)
+    return LimitsMiddleware(request.param, config=config)
 
 
 async def ended(request):
@@ -143,7 +143,7 @@ def test_a_slow_answer_is_no_slow_request():
         await send({"type": "http.response.body", "body": b""})
 
     async def walk():
-        request = Request(Limits(slow, config=ServeConfig(receive_seconds=0.2)))
+        request = Request(LimitsMiddleware(slow, config=ServeConfig(receive_seconds=0.2)))
         await request.part(1, last=True)
         assert await ended(request) == 200
 
@@ -155,7 +155,7 @@ def test_an_error_of_the_application_is_its_own():
         raise ValueError("broken")
 
     async def walk():
-        request = Request(Limits(broken, config=ServeConfig()))
+        request = Request(LimitsMiddleware(broken, config=ServeConfig()))
         with pytest.raises(ValueError, match="broken"):
             await request.done
 

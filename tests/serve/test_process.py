@@ -8,7 +8,7 @@ import pytest
 import uvicorn
 
 from normweave.errors import ConfigError
-from normweave.serve.process import check_certificate, impatient, listen
+from normweave.serve.process import check_certificate, listen, protocol_with_timeout
 
 
 async def answers(scope, receive, send):
@@ -22,7 +22,9 @@ async def answers(scope, receive, send):
 def port():
     """Of a server that waits a third of a second for a request to begin."""
     with listen("127.0.0.1", 0) as listening:
-        settings = uvicorn.Config(answers, http=impatient(0.3), log_level="error", timeout_keep_alive=60)
+        settings = uvicorn.Config(
+            answers, http=protocol_with_timeout(0.3), log_level="error", timeout_keep_alive=60
+        )
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

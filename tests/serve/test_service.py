@@ -13,7 +13,7 @@ from PIL import Image
 
 from normweave.errors import BundleError, CheckError, ConfigError
 from normweave.serve.config import ServeConfig
-from normweave.serve.records import Filter, NotThereError
+from normweave.serve.records import Filter, NotFoundError
 from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload, media_type, png
 from normweave.serve.store import StoreError
 
@@ -29,8 +29,8 @@ def inspect(service, *paths, names=None):
 def held(service, monkeypatch):
     """The network stands still until it is let go."""
     free = threading.Event()
-    scores = service.runtime.scores
-    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (free.wait(30), scores(batch))[1])
     yield free
     free.set()
 
@@ -53,10 +53,10 @@ def test_the_same_as_the_runtime_says_each_in_its_place(service, runtime, photos
 def test_image_and_map_come_back(service, runtime, photos):
     (one,) = inspect(service, photos[-1])
     (expected,) = runtime.score([photos[-1]])
-    assert asyncio.run(service.image(one.picture)) == Path(photos[-1]).read_bytes()
-    drawn = asyncio.run(service.draw(one.picture, lambda drawing: drawing.anomaly_map()))
+    assert asyncio.run(service.read_image(one.image)) == Path(photos[-1]).read_bytes()
+    drawn = asyncio.run(service.render(one.image, lambda drawing: drawing.anomaly_map()))
     np.testing.assert_allclose(drawn, expected.anomaly_map, rtol=1e-4, atol=1e-5)
-    assert one.picture.image_type == "image/png"
+    assert one.image.image_type == "image/png"
 
 
 def test_the_map_of_a_tiled_image(service, photos, tmp_path):
@@ -65,9 +65,9 @@ def test_the_map_of_a_tiled_image(service, photos, tmp_path):
         large
     )  # 64 pixels a side are scored, four times that in tiles
     (one,) = inspect(service, large)
-    assert len(one.picture.tiles) == 4
-    drawn = asyncio.run(service.draw(one.picture, lambda drawing: drawing.anomaly_map()))
-    (expected,) = service.runtime.score([large])
+    assert len(one.image.tiles) == 4
+    drawn = asyncio.run(service.render(one.image, lambda drawing: drawing.anomaly_map()))
+    (expected,) = service.detector.score([large])
     np.testing.assert_allclose(drawn, expected.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
@@ -78,7 +78,7 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(service, photos, tmp_p
     assert last.outcome.verdict is not None
     assert bad.outcome.verdict is None
     assert "not an image" in bad.outcome.error
-    assert bad.picture is None
+    assert bad.image is None
     assert service.store.inspection(bad.id).outcome.error == bad.outcome.error
 
 
@@ -90,7 +90,7 @@ def test_limits_of_an_image(start, photos):
 
 
 def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, photos, monkeypatch):
-    scores = service.runtime.scores
+    scores = service.detector.scores
 
     def spoiled(batch):
         return [
@@ -98,7 +98,7 @@ def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, ph
             for opened, one in zip(batch, scores(batch), strict=True)
         ]
 
-    monkeypatch.setattr(service.runtime, "scores", spoiled)
+    monkeypatch.setattr(service.detector, "scores", spoiled)
     small = io.BytesIO()
     Image.open(photos[0]).resize((32, 32)).save(small, "PNG")
     uploads = [Upload("good", Path(photos[0]).read_bytes()), Upload("bad", small.getvalue())]
@@ -109,8 +109,10 @@ def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, ph
 
 def test_whatever_waits_goes_through_the_network_together(service, photos, held, monkeypatch):
     sizes = []
-    scores = service.runtime.scores
-    monkeypatch.setattr(service.runtime, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1])
+    scores = service.detector.scores
+    monkeypatch.setattr(
+        service.detector, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1]
+    )
 
     async def all_at_once():
         content = Path(photos[0]).read_bytes()
@@ -126,15 +128,15 @@ def test_whatever_waits_goes_through_the_network_together(service, photos, held,
 
     answers = asyncio.run(all_at_once())
     assert [answer[0].name for answer in answers] == [str(n) for n in range(9)]  # each gets its own
-    assert max(sizes) == service.runtime.batch_images == 4
+    assert max(sizes) == service.detector.batch_images == 4
     assert sum(sizes) == 9
 
 
 def test_a_full_queue_refuses_and_forgets_nothing(start, photos, monkeypatch):
     service = start(max_waiting=3, max_images=3)
     free = threading.Event()
-    scores = service.runtime.scores
-    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (free.wait(30), scores(batch))[1])
 
     async def walk():
         content = Path(photos[0]).read_bytes()
@@ -169,8 +171,8 @@ def test_who_stops_waiting_loses_nothing(service, photos, held):
 def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, monkeypatch):
     service = start()
     free = threading.Event()
-    scores = service.runtime.scores
-    monkeypatch.setattr(service.runtime, "scores", lambda batch: (free.wait(30), scores(batch))[1])
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (free.wait(30), scores(batch))[1])
 
     async def walk():
         upload = Upload("taken", Path(photos[0]).read_bytes())
@@ -192,7 +194,7 @@ def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, 
 def test_a_failing_bundle_or_store_fails_the_request_and_not_the_station(service, photos, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(
-            service.runtime, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph"))
+            service.detector, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph"))
         )
         with pytest.raises(BundleError, match="broken graph"):
             inspect(service, photos[0])
@@ -221,9 +223,9 @@ def test_reviews(service, photos):
         "Ada",
         "scratch",
     )
-    with pytest.raises(NotThereError, match="no inspection 99"):
+    with pytest.raises(NotFoundError, match="no inspection 99"):
         asyncio.run(service.review(99, decision="accept", reviewer="Ada"))
-    with pytest.raises(NotThereError, match="no inspection 99"):
+    with pytest.raises(NotFoundError, match="no inspection 99"):
         asyncio.run(service.inspection(99))
 
 
@@ -245,7 +247,7 @@ def test_the_rate_outlives_the_server(start, runtime, photos):
     first = start()
     asyncio.run(first.change_rate(0.3, actor="Eve"))
     again = InspectionService(runtime, store=first.store, files=first.files, config=ServeConfig())
-    assert again.runtime.calibration.false_alarm_rate == 0.3
+    assert again.detector.calibration.false_alarm_rate == 0.3
     assert runtime.calibration.false_alarm_rate == 0.1  # the bundle is as it was
     again.stop()
 
@@ -254,7 +256,7 @@ def test_a_rate_that_cannot_be_promised(service):
     for work in (service.preview_rate(0.001), service.change_rate(0.001, actor="Eve")):
         with pytest.raises(CheckError, match="needs at least 999 held-out normal images"):
             asyncio.run(work)
-    assert service.runtime.calibration.false_alarm_rate == 0.1
+    assert service.detector.calibration.false_alarm_rate == 0.1
 
 
 # ── retention ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -270,7 +272,7 @@ def test_what_is_too_old_goes_with_its_files(start, photos):
     service.tidy()
     assert service.store.inspection(old.id) is None
     assert service.store.inspection(young.id) is not None
-    assert set(service.files.all_hashes()) == {young.picture.image_hash, young.picture.grids_hash}
+    assert set(service.files.all_hashes()) == {young.image.image_hash, young.image.grids_hash}
 
 
 def test_beyond_its_size_the_oldest_images_go_and_records_stay(start, photos):
@@ -278,7 +280,7 @@ def test_beyond_its_size_the_oldest_images_go_and_records_stay(start, photos):
     kept = inspect(service, *photos[:3])
     service.tidy()
     assert list(service.files.all_hashes()) == []
-    assert [service.store.inspection(one.id).picture for one in kept] == [None] * 3
+    assert [service.store.inspection(one.id).image for one in kept] == [None] * 3
 
 
 def test_an_image_that_came_again_keeps_its_file(start, photos):
@@ -289,7 +291,7 @@ def test_an_image_that_came_again_keeps_its_file(start, photos):
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
     service.tidy()
-    assert asyncio.run(service.image(again.picture)) == Path(photos[0]).read_bytes()
+    assert asyncio.run(service.read_image(again.image)) == Path(photos[0]).read_bytes()
 
 
 # ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,16 @@ from hypothesis import strategies as st
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.serve import store as module
 from normweave.serve.files import Files
-from normweave.serve.records import Count, Filter, Inspection, Judged, Picture, RateChange, Review, Token
+from normweave.serve.records import (
+    Count,
+    Filter,
+    Inspection,
+    RateChange,
+    Review,
+    ScoredImage,
+    StoredImage,
+    Token,
+)
 from normweave.serve.store import Store, StoreError
 from normweave.types import DefectBox, Outcome, Tile
 
@@ -32,7 +41,7 @@ ALL = Filter()
 
 
 def picture(image="a", grids="b", *, image_bytes=1000, grids_bytes=100):
-    return Picture(
+    return StoredImage(
         image_hash=image * 64,
         image_type="image/png",
         image_bytes=image_bytes,
@@ -74,7 +83,7 @@ def inspection(number=0, **changes):
         actor="line 1",
         outcome=outcome,
         routed=3,
-        picture=picture(),
+        image=picture(),
     )
     said = {name: changes.pop(name) for name in tuple(changes) if hasattr(outcome, name)}
     return replace(made, outcome=replace(outcome, **said), **changes)
@@ -82,7 +91,7 @@ def inspection(number=0, **changes):
 
 def unreadable(**changes):
     outcome = Outcome(image_path="torn.png", error="The file ends in the middle.")
-    return replace(inspection(), outcome=outcome, routed=None, picture=None, **changes)
+    return replace(inspection(), outcome=outcome, routed=None, image=None, **changes)
 
 
 def accept(**changes):
@@ -97,7 +106,7 @@ def test_comes_back_as_it_was(store):
     kept = store.add(given_)
     assert [replace(one, id=0) for one in kept] == given_
     assert [store.inspection(one.id) for one in kept] == kept
-    assert type(kept[0].picture.tiles[0]) is Tile
+    assert type(kept[0].image.tiles[0]) is Tile
     assert type(kept[0].outcome.boxes[0]) is DefectBox
 
 
@@ -114,13 +123,13 @@ def test_what_it_takes_to_judge_anew(store):
             inspection(pred_score=scores[2]),
         ]
     )
-    judged = store.judged("c" * 64, newest=10)
+    judged = store.scored_images("c" * 64, newest=10)
     assert [one.score for one in judged] == scores[::-1]  # the newest first
-    assert judged[1] == Judged("normal", scores[1], None, None, False)
+    assert judged[1] == ScoredImage("normal", scores[1], None, None, False)
     first = inspection().outcome
-    assert judged[2] == Judged(first.verdict, scores[0], first.subclass_distance, 3, True)
-    assert store.judged("c" * 64, newest=2) == judged[:2]
-    assert store.judged("e" * 64, newest=2) == []
+    assert judged[2] == ScoredImage(first.verdict, scores[0], first.subclass_distance, 3, True)
+    assert store.scored_images("c" * 64, newest=2) == judged[:2]
+    assert store.scored_images("e" * 64, newest=2) == []
 
 
 def test_ids_rise_in_the_order_of_arrival_and_are_never_given_again(store):
@@ -261,7 +270,7 @@ def test_a_filter_finds_what_it_asks_for_and_nothing_else(filled, monkeypatch, c
     store, kept = filled
     for name, (chosen, belongs) in ASKED.items():
         expected = [one for one in kept if belongs(one)]
-        assert list(store.each(chosen)) == expected, name
+        assert list(store.iter_inspections(chosen)) == expected, name
         assert store.inspections(chosen, limit=1000) == expected[::-1], name
         assert store.count(chosen) == len(expected), name
 
@@ -279,7 +288,7 @@ def test_pages_follow_each_other_without_gap(filled):
 def test_each_reads_a_few_at_a_time_and_ends_where_it_began(store, monkeypatch):
     monkeypatch.setattr(module, "CHUNK", 3)
     kept = store.add([inspection(number) for number in range(8)])
-    walk = store.each(ALL)
+    walk = store.iter_inspections(ALL)
     found = [next(walk)]
     store.review(kept[1].id, accept())  # read already
     changed = store.review(kept[4].id, accept())
@@ -437,7 +446,7 @@ def shared_pictures(draw, count=40):
         image, grids = draw.choice("01234567"), draw.choice("789abcde")  # 7 may be either
         some = picture(image, grids, image_bytes=sizes[image], grids_bytes=sizes[grids])
         moment = NOON + timedelta(hours=draw.randrange(100))
-        made.append(inspection(picture=some if draw.random() < 0.8 else None, received_at=moment))
+        made.append(inspection(image=some if draw.random() < 0.8 else None, received_at=moment))
     return made
 
 
@@ -446,10 +455,10 @@ def contents(inspections):
     return {
         digest: size
         for one in inspections
-        if one.picture
+        if one.image
         for digest, size in (
-            (one.picture.image_hash, one.picture.image_bytes),
-            (one.picture.grids_hash, one.picture.grids_bytes),
+            (one.image.image_hash, one.image.image_bytes),
+            (one.image.grids_hash, one.image.grids_bytes),
         )
     }
 
@@ -465,10 +474,10 @@ def test_expires_what_is_old_and_names_what_nothing_refers_to(store, monkeypatch
         gone = contents(kept).keys() - contents(left).keys()
         freed = list(store.expire(before=before))
         assert sorted(freed) == sorted(gone)
-        assert [replace(one, review=None) for one in store.each(ALL)] == left
+        assert [replace(one, review=None) for one in store.iter_inspections(ALL)] == left
         assert store.bytes_used() == sum(contents(left).values())
-        assert not any(store.refers_to(digest) for digest in gone)
-        assert all(store.refers_to(digest) for digest in contents(left))
+        assert not any(store.is_referenced(digest) for digest in gone)
+        assert all(store.is_referenced(digest) for digest in contents(left))
         kept = left
     assert store.reviews(1) == []
 
@@ -484,10 +493,10 @@ def test_shrinks_to_a_size_and_no_further(store, monkeypatch, chunk, seed):
         oldest = iter(range(len(left)))
         while sum(contents(left).values()) > max_bytes:  # the slow way: one after the other
             place = next(oldest)
-            left[place] = replace(left[place], picture=None)
+            left[place] = replace(left[place], image=None)
         freed = list(store.shrink(max_bytes=max_bytes))
         assert sorted(freed) == sorted(contents(kept).keys() - contents(left).keys())
-        assert [replace(one, review=None) for one in store.each(ALL)] == left
+        assert [replace(one, review=None) for one in store.iter_inspections(ALL)] == left
         assert store.bytes_used() == sum(contents(left).values()) <= max_bytes
         kept = left
     assert len(store.reviews(1)) == 1
@@ -503,7 +512,7 @@ def test_many_keep_while_others_read_and_retention_removes(store, tmp_path):
         ids = []
         for number in range(40):
             image, grids = (bytes([draw.randrange(5)]) * 50 for _ in range(2))
-            with files.keeping:
+            with files.write_lock:
                 some = replace(
                     picture(),
                     image_hash=files.put(image),
@@ -512,9 +521,7 @@ def test_many_keep_while_others_read_and_retention_removes(store, tmp_path):
                     grids_bytes=50,
                 )
                 moment = NOON + timedelta(seconds=draw.randrange(100))
-                made = [
-                    inspection(number, name=f"{seed}", received_at=moment, picture=some) for _ in range(3)
-                ]
+                made = [inspection(number, name=f"{seed}", received_at=moment, image=some) for _ in range(3)]
                 kept = store.add(made)
             assert [one.name for one in kept] == [f"{seed}"] * 3
             ids += [one.id for one in kept]
@@ -523,7 +530,7 @@ def test_many_keep_while_others_read_and_retention_removes(store, tmp_path):
     def read():
         rounds = 0
         while not ended.is_set():
-            ids = [one.id for one in store.each(ALL)]
+            ids = [one.id for one in store.iter_inspections(ALL)]
             assert ids == sorted(set(ids))
             assert sum(one.anomalous for one in store.counts(ALL, bucket="hour")) <= 3 * 40 * 3
             rounds += 1
@@ -537,7 +544,7 @@ def test_many_keep_while_others_read_and_retention_removes(store, tmp_path):
                 *store.expire(before=NOON + timedelta(seconds=draw.randrange(90))),
                 *store.shrink(max_bytes=draw.randrange(400)),
             ]:
-                removed += files.remove_unless(store.refers_to, digest)
+                removed += files.remove_unless(store.is_referenced, digest)
         return removed
 
     with ThreadPoolExecutor(5) as pool:
@@ -548,12 +555,12 @@ def test_many_keep_while_others_read_and_retention_removes(store, tmp_path):
             ended.set()
         assert all(other.result() > 0 for other in others)
     assert len(set(ids)) == 3 * 40 * 3
-    left = list(store.each(ALL))
+    left = list(store.iter_inspections(ALL))
     assert {one.id for one in left} <= set(ids)
     assert sorted(files.all_hashes()) == sorted(contents(left))
     for one in left:
-        if one.picture:
-            assert len(files.read(one.picture.image_hash) + files.read(one.picture.grids_hash)) == 100
+        if one.image:
+            assert len(files.read(one.image.image_hash) + files.read(one.image.grids_hash)) == 100
     files.close()
 
 
@@ -572,9 +579,9 @@ while True:
     made = []
     for _ in range(3):
         image, grids = os.urandom(20_000), os.urandom(5_000)
-        with files.keeping:
+        with files.write_lock:
             some = replace(picture(), image_hash=files.put(image), grids_hash=files.put(grids))
-            made.append(inspection(name=some.image_hash, picture=some))
+            made.append(inspection(name=some.image_hash, image=some))
     for one in store.add(made):
         print(one.id, one.name, flush=True)
 """
@@ -600,10 +607,10 @@ def test_everything_answered_survives_kill_9(tmp_path, request):
         closing(Store.open(f"sqlite:///{tmp_path}/store.db")) as store,
         closing(Files(tmp_path / "files")) as files,
     ):
-        kept = {str(one.id): one for one in store.each(ALL)}
+        kept = {str(one.id): one for one in store.iter_inspections(ALL)}
         assert answered.items() <= {id: one.name for id, one in kept.items()}.items()
         for one in kept.values():  # what was kept and not answered has its files, too
-            assert len(files.read(one.picture.image_hash) + files.read(one.picture.grids_hash)) == 25_000
+            assert len(files.read(one.image.image_hash) + files.read(one.image.grids_hash)) == 25_000
         with store._reading() as connection:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
 
@@ -648,7 +655,7 @@ def test_an_older_database_comes_to_head_and_a_newer_one_is_refused(database_url
     with monkeypatch.context() as patch:
         patch.setattr(module, "MIGRATIONS", newer)
         with closing(Store.open(database_url)) as store:
-            assert list(store.each(ALL)) == kept
+            assert list(store.iter_inspections(ALL)) == kept
             with store._reading() as connection:
                 assert (
                     connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar()

@@ -119,10 +119,10 @@ def serve(
         stack.callback(store.close)
         listening = stack.enter_context(process.listen(host, port))
         access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
-        made = [] if access is None else access.first_tokens()
+        made = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
             made.append(
-                access.make(name=new_token, role="engineer" if new_token == "engineer" else "operator")
+                access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator")
             )
         service = InspectionService(runtime, store=store, files=files, config=config)
         stack.callback(service.stop)

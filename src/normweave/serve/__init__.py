@@ -11,8 +11,8 @@ from fastapi import FastAPI
 
 from normweave.serve.access import Access
 from normweave.serve.api import add_api
-from normweave.serve.authentication import Gate
-from normweave.serve.limits import Limits
+from normweave.serve.authentication import AuthenticationMiddleware
+from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.service import InspectionService
 from normweave.serve.watch import Watch
 
@@ -58,6 +58,6 @@ def create_app(
         from normweave.serve.pages import add_pages
 
         add_pages(app, service, watch=watch)
-    app.add_middleware(Gate, access=access)
-    app.add_middleware(Limits, config=service.config)  # the last one is the outermost
+    app.add_middleware(AuthenticationMiddleware, access=access)
+    app.add_middleware(LimitsMiddleware, config=service.config)  # the last one is the outermost
     return app

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from normweave.errors import DataError
-from normweave.serve.records import NotThereError, Role, Token
+from normweave.serve.records import NotFoundError, Role, Token
 from normweave.serve.store import Store
 
 PREFIX = "nw_"
@@ -28,7 +28,7 @@ FRESH_SECONDS = 5.0
 _KEY_BYTES = 32
 
 
-class Made(NamedTuple):
+class NewToken(NamedTuple):
     """A new token, and the only time that its secret is seen."""
 
     token: Token
@@ -51,13 +51,13 @@ class Access:
         self._known: dict[str, Token] = {}
         self._known_at = -FRESH_SECONDS
 
-    def first_tokens(self) -> list[Made]:
+    def create_first_tokens(self) -> list[NewToken]:
         """One for each role, if there are none yet."""
         if self._store.tokens():
             return []
-        return [self.make(name=role, role=role) for role in ("engineer", "operator")]
+        return [self.create(name=role, role=role) for role in ("engineer", "operator")]
 
-    def make(self, *, name: str, role: Role, days: float | None = None) -> Made:
+    def create(self, *, name: str, role: Role, days: float | None = None) -> NewToken:
         """A new token.
 
         Args:
@@ -75,7 +75,7 @@ class Access:
             )
         )
         self._forget()
-        return Made(token, secret)
+        return NewToken(token, secret)
 
     def all(self) -> list[Token]:
         """Every token that was ever made."""
@@ -85,23 +85,23 @@ class Access:
         """Make a token worthless, and the logins by it.
 
         Raises:
-            NotThereError: there is none.
+            NotFoundError: there is none.
         """
         token = self._store.revoke(id, datetime.now(UTC))
         self._forget()
         if token is None:
-            raise NotThereError(f"There is no token {id}. See GET /v1/tokens for those there are.")
+            raise NotFoundError(f"There is no token {id}. See GET /v1/tokens for those there are.")
         return token
 
-    def holder(self, secret: str) -> Token | None:
+    def authenticate(self, secret: str) -> Token | None:
         """Whose token this is; None of one that is unknown, expired or revoked."""
         return self._valid(self._tokens().get(_digest(secret)))
 
-    def login(self, token: Token) -> str:
+    def create_session(self, token: Token) -> str:
         """A cookie's value that stands for a token."""
         return self._signed(token, int(time.time() + self.session_seconds))
 
-    def session(self, value: str) -> Token | None:
+    def authenticate_session(self, value: str) -> Token | None:
         """Whose login a cookie is; None of one that is none, has run out, or whose token is no longer good."""
         number, _, rest = value.partition(".")
         until, _, _ = rest.partition(".")
@@ -114,7 +114,7 @@ class Access:
             return None
         return self._valid(token)
 
-    def half_over(self, value: str) -> bool:
+    def needs_renewal(self, value: str) -> bool:
         """Whether a good login should be renewed."""
         return int(value.split(".")[1]) - time.time() < self.session_seconds / 2
 
@@ -124,7 +124,7 @@ class Access:
         return f"{what}.{proof}"
 
     def _valid(self, token: Token | None) -> Token | None:
-        return token if token is not None and token.good(datetime.now(UTC)) else None
+        return token if token is not None and token.is_valid(datetime.now(UTC)) else None
 
     def _tokens(self) -> dict[str, Token]:
         with self._lock:

@@ -24,8 +24,8 @@ from normweave.maps.overlay import heat, overlay
 from normweave.serve import metrics, schemas
 from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
-from normweave.serve.records import Filter, Inspection, NotThereError, Picture, Source, Token
-from normweave.serve.service import BusyError, Drawing, InspectionService, Upload, png
+from normweave.serve.records import Filter, Inspection, NotFoundError, Source, StoredImage, Token
+from normweave.serve.service import BusyError, ImageReader, InspectionService, Upload, png
 from normweave.types import Verdict
 
 IMAGES = "images"
@@ -175,9 +175,9 @@ def _routes(service: InspectionService) -> APIRouter:
     ) -> Response:
         picture = _picture(await service.inspection(id))
         if format == "original":
-            content = await service.image(picture)
+            content = await service.read_image(picture)
             return Response(content, media_type=picture.image_type, headers=_CACHED)
-        content = await service.draw(picture, lambda drawing: png(drawing.image(), max_side=max_side))
+        content = await service.render(picture, lambda drawing: png(drawing.image(), max_side=max_side))
         return Response(content, media_type="image/png", headers=_CACHED)
 
     @router.get(
@@ -192,12 +192,12 @@ def _routes(service: InspectionService) -> APIRouter:
     ) -> Response:
         picture = _picture(await service.inspection(id))
         if format == "npy":
-            return Response(await service.draw(picture, _numbers), media_type=BYTES, headers=_CACHED)
+            return Response(await service.render(picture, _numbers), media_type=BYTES, headers=_CACHED)
 
-        def colours(drawing: Drawing) -> bytes:
+        def colours(drawing: ImageReader) -> bytes:
             return png(heat(drawing.anomaly_map(), threshold=picture.map_threshold), max_side=max_side)
 
-        return Response(await service.draw(picture, colours), media_type="image/png", headers=_CACHED)
+        return Response(await service.render(picture, colours), media_type="image/png", headers=_CACHED)
 
     @router.get(
         "/v1/inspections/{id}/overlay",
@@ -208,11 +208,11 @@ def _routes(service: InspectionService) -> APIRouter:
     async def laid_over(id: Number, max_side: MaxSide = None) -> Response:
         picture = _picture(await service.inspection(id))
 
-        def both(drawing: Drawing) -> bytes:
+        def both(drawing: ImageReader) -> bytes:
             pixels = overlay(drawing.image(), drawing.anomaly_map(), threshold=picture.map_threshold)
             return png(pixels, max_side=max_side)
 
-        return Response(await service.draw(picture, both), media_type="image/png", headers=_CACHED)
+        return Response(await service.render(picture, both), media_type="image/png", headers=_CACHED)
 
     @router.post(
         "/v1/inspections/{id}/review",
@@ -280,7 +280,7 @@ def _token_routes(access: Access) -> APIRouter:
     )
     async def make(given: schemas.TokenIn, _: Engineer) -> schemas.TokenMade:
         made = await asyncio.to_thread(
-            access.make, name=given.name, role=given.role, days=given.expires_in_days
+            access.create, name=given.name, role=given.role, days=given.expires_in_days
         )
         return schemas.TokenMade(**schemas.TokenOut.of(made.token).model_dump(), token=made.secret)
 
@@ -434,14 +434,14 @@ def _utc(moment: datetime | None) -> datetime | None:
     return moment if moment is None or moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
-def _picture(inspection: Inspection) -> Picture:
-    if inspection.picture is None:
+def _picture(inspection: Inspection) -> StoredImage:
+    if inspection.image is None:
         why = "could not be read" if inspection.outcome.error is not None else "has been removed to make room"
         raise HTTPException(404, f"The image of inspection {inspection.id} {why}.")
-    return inspection.picture
+    return inspection.image
 
 
-def _numbers(drawing: Drawing) -> bytes:
+def _numbers(drawing: ImageReader) -> bytes:
     content = io.BytesIO()
     np.save(content, drawing.anomaly_map(), allow_pickle=False)
     return content.getvalue()
@@ -453,7 +453,7 @@ def _content(*types: str) -> dict[int | str, dict[str, Any]]:
 
 
 def _model(service: InspectionService) -> schemas.ModelOut:
-    runtime = service.runtime
+    runtime = service.detector
     calibration = runtime.calibration
     assert calibration is not None  # a bundle without a line is not loaded
     lines = calibration.as_dict()
@@ -522,7 +522,7 @@ _ERRORS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response
     StarletteHTTPException: _http,
     RequestValidationError: _validation,
     BusyError: _busy,
-    NotThereError: _not_there,
+    NotFoundError: _not_there,
     CheckError: _not_allowed,
     ConfigError: _not_allowed,
     NormweaveError: _failed,

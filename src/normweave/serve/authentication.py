@@ -19,17 +19,17 @@ from normweave.serve.records import Token
 
 OPEN = ("/healthz", "/readyz")
 """Routes that ask for no token."""
-ANYONE = Token(name="anyone", role="engineer", digest="", created_at=datetime.fromtimestamp(0, UTC))
+ANONYMOUS = Token(name="anyone", role="engineer", digest="", created_at=datetime.fromtimestamp(0, UTC))
 """Who everyone is where no token is asked for."""
 
 
-class Gate:
+class AuthenticationMiddleware:
     """ASGI: lets nobody past who may not, and says who it is in `request.state.token`.
 
     A cookie is worth less than a token: it reads, and works the page, but only from the page's own origin.
 
     Args:
-        access: None: everyone is let in, as `ANYONE`, who speaks to this machine by one of its own names: else a page
+        access: None: requests to a loopback name or address are let in as `ANONYMOUS`: else a page
             from elsewhere could, by a name of its own that it lets point here.
     """
 
@@ -53,7 +53,7 @@ class Gate:
             if not _same_origin(scope, headers):
                 await _refuse(scope, receive, send, 403, "This page may not be worked from another origin.")
                 return
-            state["token"] = ANYONE
+            state["token"] = ANONYMOUS
             await self._app(scope, receive, send)
             return
         if scope["type"] == "http" and scope["path"] in (login.LOGIN, login.LOGOUT):
@@ -62,7 +62,7 @@ class Gate:
         given = headers.get("authorization")
         if given is not None:
             kind, _, secret = given.partition(" ")
-            token = await asyncio.to_thread(self._access.holder, secret.strip())
+            token = await asyncio.to_thread(self._access.authenticate, secret.strip())
             if kind.lower() != "bearer" or token is None:
                 await _refuse(scope, receive, send, 401, "The token is unknown, expired or revoked.")
                 return
@@ -70,7 +70,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         cookie = cookie_of(headers)
-        token = await asyncio.to_thread(self._access.session, cookie) if cookie else None
+        token = await asyncio.to_thread(self._access.authenticate_session, cookie) if cookie else None
         if token is None or cookie is None:
             if login.wanted(scope, headers):
                 await login.page(status=401)(scope, receive, send)
@@ -86,9 +86,9 @@ class Gate:
             )
             return
         state["token"] = token
-        if self._access.half_over(cookie):
+        if self._access.needs_renewal(cookie):
             renewed = login.set_cookie(
-                self._access.login(token),
+                self._access.create_session(token),
                 seconds=self._access.session_seconds,
                 secure=scope["scheme"] in ("https", "wss"),
             )

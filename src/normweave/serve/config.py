@@ -9,7 +9,7 @@ from normweave.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Limits of a server."""
+    """LimitsMiddleware of a server."""
 
     max_images: int = 32
     """In one request."""

@@ -47,7 +47,7 @@ class Files:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.keeping = threading.RLock()
+        self.write_lock = threading.RLock()
         self._partial = f"{_PARTIAL}{uuid.uuid4().hex}-"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ class Files:
 
     def remove_unless(self, referred: Callable[[str], bool], digest: str) -> bool:
         """Forget a content unless it is referred to by now, and say whether it was forgotten."""
-        with self.keeping:
+        with self.write_lock:
             if referred(digest):
                 return False
             self.remove(digest)

@@ -33,7 +33,7 @@ class _TooMuchError(Exception):
         self.status = status
 
 
-class Limits:
+class LimitsMiddleware:
     """ASGI: bounds the bytes of a request, those of all requests together, and the time that a body takes to come.
 
     Bytes count from their arrival until the request is answered, since so long someone may hold them.

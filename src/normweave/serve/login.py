@@ -83,13 +83,13 @@ async def _answer(request: Request, access: Access) -> Response:
         return response
     if request.url.path == LOGIN and request.method == "POST":
         secret = await _token(request)
-        token = await asyncio.to_thread(access.holder, secret)
+        token = await asyncio.to_thread(access.authenticate, secret)
         if token is None:
             await asyncio.sleep(WRONG_SECONDS)
             return page(status=401, wrong=True)
         response = RedirectResponse("/", status_code=303)
         response.headers["set-cookie"] = set_cookie(
-            access.login(token), seconds=access.session_seconds, secure=secure
+            access.create_session(token), seconds=access.session_seconds, secure=secure
         )
         return response
     if request.url.path == LOGIN and request.method in ("GET", "HEAD"):

@@ -71,7 +71,7 @@ def run(
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=impatient(config.receive_seconds),
+            http=protocol_with_timeout(config.receive_seconds),
             access_log=False,
             log_level="warning",
             server_header=False,
@@ -94,7 +94,7 @@ def run(
             signal.signal(one, handler)
 
 
-def impatient(seconds: float) -> type[asyncio.Protocol]:
+def protocol_with_timeout(seconds: float) -> type[asyncio.Protocol]:
     """uvicorn's protocol, which would wait for ever for a request to begin, with an end to its patience.
 
     Args:

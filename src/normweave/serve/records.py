@@ -18,7 +18,7 @@ Decision = Literal["accept", "reject", "undo"]
 Bucket = Literal["hour", "day", "week"]
 
 
-class NotThereError(NormweaveError):
+class NotFoundError(NormweaveError):
     """An inspection or a token that the store does not know."""
 
 
@@ -34,7 +34,7 @@ class Review:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
+class StoredImage:
     """Where the image and the scores of an inspection lie, by the SHA-256 of their content, and how to draw them."""
 
     image_hash: str
@@ -67,13 +67,13 @@ class Inspection:
     """Without its map."""
     routed: int | None = None
     """Index of the subclass that the head routed to, to judge the scores anew."""
-    picture: Picture | None = None
+    image: StoredImage | None = None
     """None: the image could not be read, or retention has removed it."""
     review: Review | None = None
     """The last one, unless it was undone."""
 
 
-class Judged(NamedTuple):
+class ScoredImage(NamedTuple):
     """What it takes to judge an inspection anew."""
 
     verdict: Verdict
@@ -134,7 +134,7 @@ class Token:
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
 
-    def good(self, now: datetime) -> bool:
+    def is_valid(self, now: datetime) -> bool:
         """Whether it still opens anything."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
 

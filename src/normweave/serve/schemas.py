@@ -138,7 +138,7 @@ class InspectionOut(BaseModel):
     def of(cls, inspection: records.Inspection) -> InspectionOut:
         """From a record."""
         fields: dict[str, Any] = inspection.outcome.as_dict()
-        picture, place = inspection.picture, f"/v1/inspections/{inspection.id}"
+        picture, place = inspection.image, f"/v1/inspections/{inspection.id}"
         there = picture is not None
         return cls(
             **{key: value for key, value in fields.items() if key not in ("image_path", "anomaly_map")},

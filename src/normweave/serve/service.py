@@ -38,11 +38,11 @@ from normweave.serve.metrics import Metrics
 from normweave.serve.records import (
     Decision,
     Inspection,
-    NotThereError,
-    Picture,
+    NotFoundError,
     RateChange,
     Review,
     Source,
+    StoredImage,
 )
 from normweave.serve.store import Store, StoreError
 from normweave.types import Outcome
@@ -54,7 +54,7 @@ DECODERS = 2
 """Threads that decode."""
 TIDY_SECONDS = 600.0
 """Between two looks at what is to be removed."""
-NEWEST = 10_000
+PREVIEW_IMAGES = 10_000
 """Inspections that a new false-alarm rate is tried on."""
 
 
@@ -96,7 +96,7 @@ class _Job:
     actor: str
     received_at: datetime
     started: float
-    runtime: Runtime
+    detector: Runtime
     """With the lines as they were when the image came in."""
     done: Future[Inspection] = field(default_factory=Future)
     opened: Opened | None = None
@@ -117,7 +117,7 @@ class InspectionService:
 
     def __init__(self, runtime: Runtime, *, store: Store, files: Files, config: ServeConfig) -> None:
         change = store.rate(runtime.bundle_hash or "")
-        self.runtime = runtime if change is None else runtime.with_rate(change.false_alarm_rate)
+        self.detector = runtime if change is None else runtime.with_rate(change.false_alarm_rate)
         self.store = store
         self.files = files
         self.config = config
@@ -190,7 +190,7 @@ class InspectionService:
                     actor=actor,
                     received_at=now,
                     started=started,
-                    runtime=self.runtime,
+                    detector=self.detector,
                 )
                 for upload in uploads
             ]
@@ -207,7 +207,7 @@ class InspectionService:
     def _open(self, job: _Job) -> None:
         """Decode; on its way the image only gets heavier, so that here is where a large one is refused."""
         try:
-            job.opened = self._refused(job.upload) or job.runtime.open(job.upload.content)
+            job.opened = self._refused(job.upload) or job.detector.open(job.upload.content)
         except BaseException as error:
             job.done.set_exception(error)
             return
@@ -237,7 +237,7 @@ class InspectionService:
         """Whatever waits goes through the network together, up to a batch: alone without delay, many without waste."""
         while (first := self._opened.get()) is not None:
             batch = [first]
-            while len(batch) < first.runtime.batch_images:
+            while len(batch) < first.detector.batch_images:
                 try:
                     job = self._opened.get_nowait()
                 except queue.Empty:
@@ -247,7 +247,7 @@ class InspectionService:
                     break
                 batch.append(job)
             try:
-                answers = first.runtime.scores([_opened(job) for job in batch])
+                answers = first.detector.scores([_opened(job) for job in batch])
             except BaseException as error:
                 _fail(batch, error)
                 continue
@@ -261,7 +261,7 @@ class InspectionService:
         """Files first, then the records of a batch in one transaction, then the answers."""
         while (batch := self._scored.get()) is not None:
             try:
-                with self.files.keeping:
+                with self.files.write_lock:
                     kept = self.store.add([self._inspection(job) for job in batch])
             except BaseException as error:
                 if isinstance(error, OSError):
@@ -277,17 +277,17 @@ class InspectionService:
     def _inspection(self, job: _Job) -> Inspection:
         opened, scored = _opened(job), job.scored
         try:
-            outcome = job.runtime.outcome(opened, scored, maps=False)
+            outcome = job.detector.outcome(opened, scored, maps=False)
             if outcome.verdict in ("anomalous", "unknown"):  # only there are boxes to be found
-                outcome = job.runtime.outcome(opened, scored, maps=True)
+                outcome = job.detector.outcome(opened, scored, maps=True)
         except DataError as error:  # of this image: it does not stop the others
-            outcome, scored = Outcome(image_path=None, error=str(error), model=job.runtime.model), None
+            outcome, scored = Outcome(image_path=None, error=str(error), model=job.detector.model), None
         outcome = replace(
             outcome,
             image_path=job.upload.name,
             anomaly_map=None,
             latency_ms=(time.perf_counter() - job.started) * 1000 if scored is not None else None,
-            bundle_hash=job.runtime.bundle_hash,
+            bundle_hash=job.detector.bundle_hash,
         )
         inspection = Inspection(
             received_at=job.received_at,
@@ -300,19 +300,19 @@ class InspectionService:
             return inspection
         grids = io.BytesIO()
         np.save(grids, scored.grids, allow_pickle=False)
-        line = job.runtime.map_threshold
+        line = job.detector.map_threshold
         assert outcome.threshold is not None  # it was judged
         return replace(
             inspection,
             routed=scoring.summarise(scored).subclass,
-            picture=Picture(
+            image=StoredImage(
                 image_hash=self.files.put(job.upload.content),
                 image_type=media_type(job.upload.content),
                 image_bytes=len(job.upload.content),
                 grids_hash=self.files.put(grids.getvalue()),
                 grids_bytes=len(grids.getvalue()),
                 tiles=opened.tiles,
-                smoothing=job.runtime.smoothing,
+                smoothing=job.detector.smoothing,
                 map_threshold=outcome.threshold if line is None else line,
             ),
         )
@@ -323,7 +323,7 @@ class InspectionService:
         """One that was kept.
 
         Raises:
-            NotThereError: there is none.
+            NotFoundError: there is none.
         """
         return await self._read(lambda: self._inspection_of(id))
 
@@ -337,7 +337,7 @@ class InspectionService:
         """What a person says of the part.
 
         Raises:
-            NotThereError: there is no such inspection.
+            NotFoundError: there is no such inspection.
         """
         review = Review(at=datetime.now(UTC), decision=decision, reviewer=reviewer, comment=comment)
         return await self._read(lambda: self._review(id, review))
@@ -348,7 +348,7 @@ class InspectionService:
         except LookupError:
             raise _not_there(id) from None
 
-    async def image(self, picture: Picture) -> bytes:
+    async def read_image(self, picture: StoredImage) -> bytes:
         """The image as it came in.
 
         Raises:
@@ -356,16 +356,16 @@ class InspectionService:
         """
         return await self._read(lambda: self.files.read(picture.image_hash))
 
-    async def draw(self, picture: Picture, work: Callable[[Drawing], T]) -> T:
+    async def render(self, picture: StoredImage, work: Callable[[ImageReader], T]) -> T:
         """Whatever `work` makes of an image and its map, in a thread; two at a time, since they are large."""
-        return await self._read(lambda: work(Drawing(self.files, picture)))
+        return await self._read(lambda: work(ImageReader(self.files, picture)))
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
     # ── the line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def preview_rate(self, rate: float, last: int = NEWEST) -> RatePreview:
+    async def preview_rate(self, rate: float, last: int = PREVIEW_IMAGES) -> RatePreview:
         """What this false-alarm rate would have said of the newest inspections of this bundle.
 
         Raises:
@@ -375,13 +375,13 @@ class InspectionService:
         return await self._read(lambda: self._preview(rate, last))
 
     def _preview(self, rate: float, last: int) -> RatePreview:
-        runtime = self.runtime.with_rate(rate)
+        runtime = self.detector.with_rate(rate)
         calibration = runtime.calibration
         assert calibration is not None  # or it could not have been drawn anew
         now: Counter[str] = Counter()
         then: Counter[str] = Counter()
         changed = 0
-        for one in self.store.judged(runtime.bundle_hash or "", newest=last):
+        for one in self.store.scored_images(runtime.bundle_hash or "", newest=last):
             verdict = calibration.decide(score=one.score, distance=one.distance, subclass=one.routed).verdict
             now[one.verdict] += 1
             then[verdict] += 1
@@ -401,7 +401,7 @@ class InspectionService:
 
     def _change(self, rate: float, actor: str) -> None:
         with self._lock:
-            runtime = self.runtime.with_rate(rate)
+            runtime = self.detector.with_rate(rate)
             assert runtime.bundle_hash is not None  # it was loaded from a folder
             self.store.add_rate(
                 RateChange(
@@ -411,7 +411,7 @@ class InspectionService:
                     actor=actor,
                 )
             )
-            self.runtime = runtime
+            self.detector = runtime
 
     # ── retention, and the end ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -431,7 +431,7 @@ class InspectionService:
 
     def _remove(self, forgotten: Iterable[str]) -> None:
         for digest in forgotten:
-            self.files.remove_unless(self.store.refers_to, digest)
+            self.files.remove_unless(self.store.is_referenced, digest)
 
     def stop(self) -> None:
         """Take nothing more, finish what was taken, and end the threads."""
@@ -445,10 +445,10 @@ class InspectionService:
         self._readers.shutdown(wait=True)
 
 
-class Drawing:
+class ImageReader:
     """The image of an inspection and its map, each decoded when it is asked for."""
 
-    def __init__(self, files: Files, picture: Picture) -> None:
+    def __init__(self, files: Files, picture: StoredImage) -> None:
         self._files = files
         self.picture = picture
 
@@ -492,8 +492,8 @@ def media_type(content: bytes) -> str:
     return next((name for start, name in _TYPES if content.startswith(start)), "application/octet-stream")
 
 
-def _not_there(id: int) -> NotThereError:
-    return NotThereError(f"There is no inspection {id}. See GET /v1/inspections for those there are.")
+def _not_there(id: int) -> NotFoundError:
+    return NotFoundError(f"There is no inspection {id}. See GET /v1/inspections for those there are.")
 
 
 def _opened(job: _Job) -> Opened:

@@ -59,10 +59,10 @@ from normweave.serve.records import (
     Count,
     Filter,
     Inspection,
-    Judged,
-    Picture,
     RateChange,
     Review,
+    ScoredImage,
+    StoredImage,
     Token,
 )
 from normweave.types import DefectBox, Outcome, Tile
@@ -362,7 +362,7 @@ class Store:
         with self._reading() as connection:
             return [_inspection(row) for row in connection.execute(query)]
 
-    def each(self, chosen: Filter) -> Iterator[Inspection]:
+    def iter_inspections(self, chosen: Filter) -> Iterator[Inspection]:
         """Inspections oldest first, a few at a time and a transaction for each few, up to the newest of now."""
         ids = select(INSPECTIONS.c.id).where(*_clauses(chosen)).order_by(INSPECTIONS.c.id.desc()).limit(1)
         with self._reading() as connection:
@@ -376,14 +376,14 @@ class Store:
                 return
             first = rows[-1].id + 1
 
-    def judged(self, bundle_hash: str, *, newest: int) -> list[Judged]:
+    def scored_images(self, bundle_hash: str, *, newest: int) -> list[ScoredImage]:
         """The newest inspections by this bundle, but for images that could not be read, in the few numbers of each."""
         table = INSPECTIONS.c
         columns = (table.verdict, table.pred_score, table.subclass_distance, table.routed, table.unseen)
         query = select(*columns).where(table.bundle_hash == bundle_hash, table.error.is_(None))
         with self._reading() as connection:
             rows = connection.execute(query.order_by(table.id.desc()).limit(newest))
-            return [Judged(*row) for row in rows]
+            return [ScoredImage(*row) for row in rows]
 
     def count(self, chosen: Filter) -> int:
         """How many there are."""
@@ -538,7 +538,7 @@ class Store:
         used = self.bytes_used()
         columns = (table.id, table.image_hash, table.image_bytes, table.grids_hash, table.grids_bytes)
         oldest = select(*columns).where(table.image_hash.is_not(None)).order_by(table.id).limit(CHUNK)
-        nothing = dict.fromkeys(_PICTURE)
+        nothing = dict.fromkeys(_STORED_IMAGE)
         while used > max_bytes:
             with self._writing() as connection:
                 rows = connection.execute(oldest).all()
@@ -559,7 +559,7 @@ class Store:
             if len(rows) < CHUNK:
                 return
 
-    def refers_to(self, digest: str) -> bool:
+    def is_referenced(self, digest: str) -> bool:
         """Whether an inspection refers to this content."""
         with self._reading() as connection:
             return bool(_last_references(connection, {digest}))
@@ -646,14 +646,14 @@ def _keep_a_wal(connection: Any) -> None:
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _OUTCOME = [field.name for field in fields(Outcome) if field.name != "anomaly_map"]
-_PICTURE = [field.name for field in fields(Picture)]
+_STORED_IMAGE = [field.name for field in fields(StoredImage)]
 
 
 def _row(inspection: Inspection) -> dict[str, Any]:
     """The columns of a new inspection."""
     row = {name: getattr(inspection, name) for name in ("received_at", "name", "source", "actor", "routed")}
     row |= {name: getattr(inspection.outcome, name) for name in _OUTCOME}
-    return row | {name: getattr(inspection.picture, name, None) for name in _PICTURE}
+    return row | {name: getattr(inspection.image, name, None) for name in _STORED_IMAGE}
 
 
 def _inspection(row: Row[Any]) -> Inspection:
@@ -661,10 +661,10 @@ def _inspection(row: Row[Any]) -> Inspection:
     said = {name: getattr(row, name) for name in _OUTCOME}
     said["experts"] = tuple((name, weight) for name, weight in row.experts)
     said["boxes"] = tuple(DefectBox(*box) for box in row.boxes)
-    picture = review = None
+    image = review = None
     if row.image_hash is not None:
-        picture = Picture(**{name: getattr(row, name) for name in _PICTURE})
-        picture = replace(picture, tiles=tuple(Tile(*tile) for tile in row.tiles))
+        image = StoredImage(**{name: getattr(row, name) for name in _STORED_IMAGE})
+        image = replace(image, tiles=tuple(Tile(*tile) for tile in row.tiles))
     if row.decision is not None:
         review = Review(at=row.reviewed_at, decision=row.decision, reviewer=row.reviewer, comment=row.comment)
     return Inspection(
@@ -675,7 +675,7 @@ def _inspection(row: Row[Any]) -> Inspection:
         actor=row.actor,
         outcome=Outcome(**said),
         routed=row.routed,
-        picture=picture,
+        image=image,
         review=review,
     )
 

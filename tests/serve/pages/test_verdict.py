@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 import pytest
 
 from normweave.serve.pages import verdict
-from normweave.serve.records import Inspection, Picture, Review
+from normweave.serve.records import Inspection, Review, StoredImage
 from normweave.types import Outcome, Tile
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -21,7 +21,7 @@ OUTCOME = Outcome(
     height=64,
     width=48,
 )
-PICTURE = Picture(
+PICTURE = StoredImage(
     image_hash="0" * 64,
     image_type="image/png",
     image_bytes=1,
@@ -38,10 +38,10 @@ INSPECTION = Inspection(
     source="api",
     actor=HOSTILE,
     outcome=OUTCOME,
-    picture=PICTURE,
+    image=PICTURE,
     review=Review(at=datetime(2026, 3, 2, tzinfo=UTC), decision="reject", reviewer=HOSTILE, comment=HOSTILE),
 )
-UNREADABLE = replace(INSPECTION, outcome=Outcome(image_path=None, error=HOSTILE), picture=None)
+UNREADABLE = replace(INSPECTION, outcome=Outcome(image_path=None, error=HOSTILE), image=None)
 
 
 def test_nothing_that_came_from_outside_is_markup():

@@ -71,7 +71,7 @@ def _watch_login(service: InspectionService, token: Token) -> None:
 
     async def look() -> None:
         now = await asyncio.to_thread(service.store.token, token.digest)
-        if now is None or not now.good(datetime.now(UTC)):
+        if now is None or not now.is_valid(datetime.now(UTC)):
             ui.navigate.to("/")
             await asyncio.sleep(1)  # for the browser to obey; then NiceGUI clears up after it
             if client.has_socket_connection:

@@ -130,7 +130,7 @@ class HistoryPage:
     def _kinds(self) -> dict[str, str]:
         """The kinds that this bundle knows; those of others are found under everything."""
         kinds = {ANY: "all kinds"}
-        for category, subclasses in self._service.runtime.record["categories"].items():
+        for category, subclasses in self._service.detector.record["categories"].items():
             kinds[category] = category
             kinds |= {
                 f"{category}\n{subclass}": verdict.joined(category, subclass) for subclass in subclasses
@@ -336,7 +336,7 @@ def csv_lines(store: Store, chosen: Filter) -> Iterator[str]:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS)
     writer.writeheader()
-    for count, one in enumerate(store.each(chosen), start=1):
+    for count, one in enumerate(store.iter_inspections(chosen), start=1):
         writer.writerow({name: _harmless(value) for name, value in _csv_row(one).items()})
         if count % CSV_ROWS == 0:
             yield buffer.getvalue()

@@ -18,7 +18,7 @@ from normweave.serve.pages import charts
 from normweave.serve.pages.frame import frame, heading
 from normweave.serve.pages.verdict import joined, percent, tag
 from normweave.serve.records import Token
-from normweave.serve.service import NEWEST, InspectionService, RatePreview
+from normweave.serve.service import PREVIEW_IMAGES, InspectionService, RatePreview
 from normweave.types import Verdict
 
 LOWEST, HIGHEST = 1e-4, 0.5
@@ -51,7 +51,7 @@ class ModelPage:
 
     @property
     def _calibration(self) -> Calibration:
-        calibration = self._service.runtime.calibration
+        calibration = self._service.detector.calibration
         assert calibration is not None  # a service judges, so it has lines
         return calibration
 
@@ -73,8 +73,8 @@ class ModelPage:
                     self._group.props("outlined dense options-dense").classes("choice")
                 self._histogram = ui.html()
             self._points = ui.html().classes("sheet")
-            record = self._service.runtime.record
-            ui.html(_trained(record, self._service.runtime.bundle_hash)).classes("sheet")
+            record = self._service.detector.record
+            ui.html(_trained(record, self._service.detector.bundle_hash)).classes("sheet")
         self._draw()
         await ui.context.client.connected(CONNECT_SECONDS)  # the page is there before its numbers are
         self._stored = await asyncio.to_thread(self._read_stored)
@@ -159,7 +159,9 @@ class ModelPage:
         return groups
 
     def _read_stored(self) -> Stored:
-        rows = self._service.store.judged(self._service.runtime.bundle_hash or "", newest=NEWEST)
+        rows = self._service.store.scored_images(
+            self._service.detector.bundle_hash or "", newest=PREVIEW_IMAGES
+        )
         return Stored(
             np.array([one.score for one in rows], dtype=np.float64),
             np.array([-1 if one.routed is None else one.routed for one in rows], dtype=np.int64),

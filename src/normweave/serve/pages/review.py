@@ -26,7 +26,7 @@ COMMENT = 500
 
 def queue(service: InspectionService) -> tuple[Filter, ...]:
     """What waits for a person: anomalous and unknown ones, and normal ones that are close to the line."""
-    calibration = service.runtime.calibration
+    calibration = service.detector.calibration
     assert calibration is not None  # a service judges, so it has lines
     return (
         Filter(verdicts=("anomalous", "unknown"), reviewed=False),

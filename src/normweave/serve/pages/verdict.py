@@ -138,7 +138,7 @@ def row(inspection: Inspection, *, shown: bool) -> str:
     """A line of a list; `data-id` says which inspection a click on it means."""
     kind = kind_of(inspection.outcome)
     picture = '<span class="thumb"></span>'
-    if inspection.picture is not None:
+    if inspection.image is not None:
         address = f"/v1/inspections/{inspection.id}/image?format=png&amp;max_side=128"
         picture = f'<img class="thumb" src="{address}" alt="" loading="lazy" decoding="async">'
     return (

@@ -25,7 +25,7 @@ class Viewer(Element, component="viewer.js"):
         props["height"] = props["width"] = 0
         if inspection is None:
             props["missing"] = "No image yet."
-        elif inspection.picture is None:
+        elif inspection.image is None:
             unreadable = inspection.outcome.error is not None
             props["missing"] = (
                 "The image could not be read." if unreadable else "The image is no longer kept."

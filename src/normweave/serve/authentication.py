@@ -72,7 +72,7 @@ class AuthenticationMiddleware:
         cookie = cookie_of(headers)
         token = await asyncio.to_thread(self._access.authenticate_session, cookie) if cookie else None
         if token is None or cookie is None:
-            if login.wanted(scope, headers):
+            if login.is_page_request(scope, headers):
                 await login.page(status=401)(scope, receive, send)
                 return
             await _refuse(scope, receive, send, 401, "A token is needed: send 'Authorization: Bearer TOKEN'.")

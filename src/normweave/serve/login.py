@@ -1,9 +1,8 @@
-"""The page on which a person gives a token; plain HTML that needs nothing from behind the gate."""
+"""The login form: plain HTML that loads nothing from behind the authentication."""
 
 from __future__ import annotations
 
 import asyncio
-import html
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
@@ -12,49 +11,18 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from normweave.serve.access import Access
+from normweave.serve.templating import render
 
 LOGIN, LOGOUT = "/login", "/logout"
 COOKIE = "normweave"
 MAX_BYTES = 4096
-"""Of the form."""
+"""Largest body of the form that is read."""
 WRONG_SECONDS = 0.5
-"""A wrong token is answered this late; there is nothing to guess, but a log stays readable."""
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>normweave: log in</title>
-<link rel="icon" href="data:,">
-<style>
-:root {{ color-scheme: light dark; --ground: #f4f6f8; --sheet: #fff; --ink: #16202c; --soft: #566273; --line: #b8c2cf;
-  --main: #1f6fd6; --on: #fff; --wrong: #a34700; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ground: #10151c; --sheet: #18202a; --ink: #e8edf3; --soft: #9dabbc;
-  --line: #44546a; --main: #6aaeff; --on: #10151c; --wrong: #ffa454; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0; min-height: 100vh; display: grid; place-items: center; padding: 16px; background: var(--ground);
-  color: var(--ink); font: 17px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }}
-form {{ width: 100%; max-width: 400px; background: var(--sheet); border-radius: 12px; padding: 28px; }}
-h1 {{ font-size: 1.5rem; margin: 0 0 4px; }}
-p {{ margin: 0 0 20px; color: var(--soft); }}
-p.wrong {{ color: var(--wrong); font-weight: 600; }}
-label {{ display: block; font-weight: 600; margin-bottom: 6px; }}
-input, button {{ width: 100%; min-height: 48px; font: inherit; border-radius: 8px; padding: 0 14px; }}
-input {{ border: 1px solid var(--line); background: var(--ground); color: var(--ink); }}
-button {{ margin-top: 16px; border: 0; background: var(--main); color: var(--on); font-weight: 600; cursor: pointer; }}
-:focus-visible {{ outline: 3px solid var(--main); outline-offset: 2px; }}
-</style></head><body>
-<form method="post" action="{action}">
-<h1>normweave</h1>
-<p>Visual inspection. Log in with the token that you were given.</p>
-{wrong}<label for="token">Token</label>
-<input id="token" name="token" type="password" autocomplete="current-password" autofocus required>
-<button type="submit">Log in</button>
-</form></body></html>
-"""
-_WRONG = '<p class="wrong" role="alert">This token is unknown, expired or revoked.</p>\n'
+"""Delay of the response to a wrong token. Tokens are too long to guess; the delay keeps the log readable."""
 
 
-def wanted(scope: Scope, headers: Headers) -> bool:
-    """Whether a request without a login is one of a person, who can give a token."""
+def is_page_request(scope: Scope, headers: Headers) -> bool:
+    """Return whether a request without a login comes from a browser that can show the form."""
     return (
         scope["type"] == "http"
         and scope["method"] == "GET"
@@ -64,19 +32,20 @@ def wanted(scope: Scope, headers: Headers) -> bool:
 
 
 def page(*, status: int, wrong: bool = False) -> Response:
-    """The form."""
-    text = _PAGE.format(action=html.escape(LOGIN), wrong=_WRONG if wrong else "")
+    """Return the login form, with a message if the token was wrong."""
+    text = render("login.html", action=LOGIN, wrong=wrong)
     return HTMLResponse(text, status_code=status, headers={"Cache-Control": "no-store"})
 
 
 async def answer(scope: Scope, receive: Receive, send: Send, *, access: Access) -> None:
-    """GET /login, POST /login, POST /logout."""
+    """Serve GET /login, POST /login and POST /logout."""
     request = Request(scope, receive)
     await (await _answer(request, access))(scope, receive, send)
 
 
 async def _answer(request: Request, access: Access) -> Response:
     secure = request.url.scheme == "https"
+<<<<<<< HEAD
     if request.url.path == LOGOUT and request.method == "POST":
         response = RedirectResponse("/", status_code=303)
         response.headers["set-cookie"] = set_cookie("", seconds=0, secure=secure)
@@ -93,12 +62,28 @@ async def _answer(request: Request, access: Access) -> Response:
         )
         return response
     if request.url.path == LOGIN and request.method in ("GET", "HEAD"):
+=======
+    route = (request.method, request.url.path)
+    if route == ("POST", LOGOUT):
+        return _redirect(set_cookie("", seconds=0, secure=secure))
+    if route == ("POST", LOGIN):
+        token = await asyncio.to_thread(access.holder, await _submitted(request))
+        if token is None:
+            await asyncio.sleep(WRONG_SECONDS)
+            return page(status=401, wrong=True)
+        return _redirect(set_cookie(access.login(token), seconds=access.session_seconds, secure=secure))
+    if route in (("GET", LOGIN), ("HEAD", LOGIN)):
+>>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
         return page(status=200)
     return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})
 
 
-async def _token(request: Request) -> str:
-    """From the form; empty where there is none."""
+def _redirect(cookie: str) -> Response:
+    return RedirectResponse("/", status_code=303, headers={"Set-Cookie": cookie})
+
+
+async def _submitted(request: Request) -> str:
+    """Return the token from the form; an empty string if the form has none or is too large."""
     body = b""
     async for part in request.stream():
         body += part
@@ -109,5 +94,5 @@ async def _token(request: Request) -> str:
 
 
 def set_cookie(value: str, *, seconds: float, secure: bool) -> str:
-    """Not for scripts, and sent from no other site."""
+    """Return a Set-Cookie header that scripts cannot read and other sites cannot send."""
     return f"{COOKIE}={value}; Path=/; Max-Age={int(seconds)}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"

@@ -1,65 +1,54 @@
-"""The page for the line: Inspect, Review, Model, History. Everything it loads comes from this server."""
+"""The web pages of the server: Inspect, Review, Model, History. They load nothing from other hosts."""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from nicegui import app as nicegui
 from nicegui import ui
 
-from normweave.serve.pages.history import HistoryPage, csv_lines, filter_of
-from normweave.serve.pages.inspect import InspectPage
-from normweave.serve.pages.model import ModelPage
-from normweave.serve.pages.review import ReviewPage
+from normweave.serve.pages.frame import TEMPLATE, Page, registered_pages
+from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.records import Token
 from normweave.serve.service import InspectionService, Upload
+from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
-ICON = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="7" fill="#1f6fd6"/>'
-    '<path d="M7 11h18M7 21h18M11 7v18M21 7v18" stroke="#fff" stroke-width="2.6" stroke-linecap="round"/>'
-    '<circle cx="21" cy="11" r="4.4" fill="#ffa454"/></svg>'
-)
-
 TAB_SECONDS = 3600.0
-"""NiceGUI keeps an empty drawer for every tab that was ever open; no page uses it."""
+"""How long NiceGUI keeps the storage of a closed tab; no page uses it."""
 SLOW_SECONDS = 30.0
-"""A page is given up when the store takes longer to answer."""
+"""How long a page may wait for the store before it fails."""
+
+
+def every_page() -> list[type[Page]]:
+    """Import the modules of this package and return their pages in the order of the navigation."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return registered_pages()
 
 
 def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) -> None:
-    """Put the pages on a server, behind all its other routes; once in a process, as NiceGUI has one app.
+    """Add the pages to a server after all its other routes; once per process, because NiceGUI has one app.
 
     Args:
-        watch: the folder that is watched; None: the server was started without one.
+        watch: the watched folder, if any.
     """
-
-    @ui.page("/", title="Inspect · normweave", response_timeout=SLOW_SECONDS)
-    async def inspect(request: Request) -> None:
-        await InspectPage(service, _person(request), watch).build()
-
-    @ui.page("/review", title="Review · normweave", response_timeout=SLOW_SECONDS)
-    async def review(request: Request) -> None:
-        await ReviewPage(service, _person(request)).build()
-
-    @ui.page("/model", title="Model · normweave", response_timeout=SLOW_SECONDS)
-    async def model(request: Request) -> None:
-        await ModelPage(service, _person(request)).build()
-
-    @ui.page("/history", title="History · normweave", response_timeout=SLOW_SECONDS)
-    async def history(request: Request) -> None:
-        await HistoryPage(service, _person(request)).build()
+    for page in every_page():
+        _add_page(page, service, watch)
 
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request, name: str) -> Response:
-        """An image from the Inspect page; REST takes no logins."""
+        """Inspect an image from the Inspect page, whose login the REST interface does not accept."""
         content = bytearray()
         async for part in request.stream():
             content += part
             if len(content) > service.config.max_image_bytes:
                 most = f"{service.config.max_image_bytes:,}"
                 return JSONResponse(
-                    {"error": f"only images of up to {most} bytes are taken."}, status_code=413
+                    {"error": f"only images of up to {most} bytes are accepted."}, status_code=413
                 )
         image = Upload(name=name, content=bytes(content))
         (inspection,) = await service.inspect([image], source="page", actor=_person(request).name)
@@ -78,7 +67,7 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
     ui.run_with(
         app,
         title="normweave",
-        favicon=ICON,
+        favicon=render_macro(TEMPLATE, "icon"),
         dark=None,
         language="en-US",
         tailwind=False,
@@ -89,6 +78,12 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
     )
 
 
+def _add_page(page: type[Page], service: InspectionService, watch: Watch | None) -> None:
+    @ui.page(page.path, title=f"{page.title} · normweave", response_timeout=SLOW_SECONDS)
+    async def build(request: Request) -> None:
+        await page(service, _person(request), watch).build()
+
+
 def _person(request: Request) -> Token:
-    person: Token = request.state.token  # the gate has let it in
-    return person
+    token: Token = request.state.token  # set by the authentication
+    return token

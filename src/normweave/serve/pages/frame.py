@@ -1,70 +1,107 @@
-"""What stands around every page: header, ways to the other pages, light or dark, who is logged in."""
+"""The base class of the pages: header, navigation, theme, log out."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from datetime import UTC, datetime
-from html import escape
 from importlib import resources
+from typing import Any, ClassVar
 
 from nicegui import ui
 
 from normweave.errors import NormweaveError
 from normweave.serve.records import Token
 from normweave.serve.service import InspectionService
+from normweave.serve.templating import render_macro
+from normweave.serve.watch import Watch
 
-PAGES = (("/", "Inspect"), ("/review", "Review"), ("/model", "Model"), ("/history", "History"))
+TEMPLATE = "frame.html"
 LOGIN_SECONDS = 30.0
-"""Between two looks whether the token is still good: the gate stands before new connections only."""
-
-_HALF = (
-    '<svg class="icon" viewBox="0 0 24 24" aria-hidden="true"><circle cx="12" cy="12" r="9"/>'
-    '<path class="half" d="M12 3a9 9 0 0 1 0 18z"/></svg><span class="theme-name"></span>'
+"""Interval between two checks of the token of an open page; authentication checks new connections only."""
+EMIT_ID = (
+    "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
 )
+"""Click handler of a list: it sends the `data-id` of the row."""
 
 
 def _text(name: str) -> str:
     return resources.files("normweave.serve.pages").joinpath(name).read_text(encoding="utf-8")
 
 
-STYLE = _text("page.css")
-SCRIPT = _text("page.js")
+HEAD = f"<style>{_text('page.css')}</style><script>{_text('page.js')}</script>"
 
 
-@contextmanager
-def frame(path: str, service: InspectionService, token: Token) -> Iterator[None]:
-    """The page at `path`, to be filled inside."""
-    ui.add_head_html(f"<style>{STYLE}</style><script>{SCRIPT}</script>")
-    ui.context.client.on_exception(_tell)
-    with ui.element("header").classes("top"):
-        ui.html('<a href="/">normweave</a>', tag="div").classes("brand")
-        links = "".join(f'<a href="{address}"{_current(address, path)}>{name}</a>' for address, name in PAGES)
-        ui.html(links, tag="nav").props('aria-label="Pages"')
-        with ui.element("div").classes("person"):
-            theme = ui.html(_HALF, tag="button").classes("theme").props("type=button")
-            theme.props('title="Light or dark" aria-label="Light or dark"')
-            theme.on("click", js_handler="() => window.normweave.nextTheme()")
-            ui.html(f"{escape(token.name)}<small>{escape(token.role)}</small>").classes("who")
-            with ui.element("form").props("method=post action=/logout"):
-                ui.html("Log out", tag="button").classes("plain-button").props("type=submit")
-    with ui.element("main").classes("page"):
-        yield
-    if token.digest:  # else nobody needs one here
-        _watch_login(service, token)
+class Page(ABC):
+    """One page in one browser. A subclass in this package is served at its `path` and listed in the navigation.
+
+    Attributes:
+        path: the address.
+        title: the name in the navigation and the heading.
+        purpose: the sentence below the heading.
+        position: the rank in the navigation, ascending.
+    """
+
+    path: ClassVar[str]
+    title: ClassVar[str]
+    purpose: ClassVar[str]
+    position: ClassVar[int]
+
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
+        self._service = service
+        self._token = token
+        self._watch = watch
+
+    @abstractmethod
+    async def content(self) -> None:
+        """Build everything below the header."""
+
+    async def build(self) -> None:
+        """Build the page."""
+        ui.add_head_html(HEAD)
+        ui.context.client.on_exception(_notify_failure)
+        with ui.element("header").classes("top"):
+            ui.html('<a href="/">normweave</a>', tag="div").classes("brand")
+            links = render_macro(TEMPLATE, "navigation", pages=registered_pages(), path=self.path)
+            ui.html(links, tag="nav").props('aria-label="Pages"')
+            with ui.element("div").classes("person"):
+                theme = ui.html(render_macro(TEMPLATE, "theme"), tag="button").classes("theme")
+                theme.props('type=button title="Light or dark" aria-label="Light or dark"')
+                theme.on("click", js_handler="() => window.normweave.nextTheme()")
+                ui.html(render_macro(TEMPLATE, "who", token=self._token)).classes("who")
+                with ui.element("form").props("method=post action=/logout"):
+                    ui.html("Log out", tag="button").classes("plain-button").props("type=submit")
+        if self._token.digest:  # empty if the server runs without tokens
+            self._check_login()
+        with ui.element("main").classes("page"):
+            await self.content()
+
+    def heading(self) -> None:
+        """Add the title and the purpose."""
+        ui.html(render_macro(TEMPLATE, "heading", page=self)).classes("heading")
+
+    def _check_login(self) -> None:
+        """Close the page after its token is revoked or has expired."""
+        client = ui.context.client
+
+        async def check() -> None:
+            token = await asyncio.to_thread(self._service.store.token, self._token.digest)
+            if token is None or not token.good(datetime.now(UTC)):
+                ui.navigate.to("/")
+                await asyncio.sleep(1)  # for the browser to leave, before NiceGUI removes the page
+                if client.has_socket_connection:
+                    client.delete()
+
+        ui.timer(LOGIN_SECONDS, check, immediate=False)
 
 
-def _tell(error: Exception) -> None:
-    """What went wrong behind the page; the server's log has it whole."""
-    told = (
-        str(error)
-        if isinstance(error, NormweaveError)
-        else "Something went wrong. The server's log says what."
-    )
-    ui.notify(told, type="negative", multi_line=True, close_button="Close")
+def registered_pages() -> list[type[Page]]:
+    """Return the pages that are imported, in the order of the navigation."""
+    return sorted(Page.__subclasses__(), key=lambda page: page.position)
 
 
+<<<<<<< HEAD
 def _watch_login(service: InspectionService, token: Token) -> None:
     """Close the page once its token is revoked or has expired."""
     client = ui.context.client
@@ -78,12 +115,18 @@ def _watch_login(service: InspectionService, token: Token) -> None:
                 client.delete()
 
     ui.timer(LOGIN_SECONDS, look, immediate=False)
+=======
+def plain_button(word: str, action: Callable[[], Any]) -> ui.button:
+    """Add a button without a colour."""
+    return ui.button(word, color=None, on_click=action).props("flat no-caps").classes("plain-button")
+>>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
 
 
-def _current(address: str, path: str) -> str:
-    return ' aria-current="page"' if address == path else ""
+def notify_error(message: object) -> None:
+    """Show an error until the person closes it."""
+    ui.notify(str(message), type="negative", multi_line=True, close_button="Close")
 
 
-def heading(title: str, told: str) -> None:
-    """The title of a page, and what it is for."""
-    ui.html(f'<h1>{escape(title)}</h1><p class="soft">{escape(told)}</p>').classes("heading")
+def _notify_failure(error: Exception) -> None:
+    known = isinstance(error, NormweaveError)
+    notify_error(error if known else "Something went wrong. See the log of the server.")

@@ -1,8 +1,8 @@
-// What NiceGUI's elements do not serve: light or dark, images dropped or pasted anywhere, keys of the review.
+// What NiceGUI does not offer: light or dark, images dropped or pasted anywhere, keys of the review page.
 window.normweave = (() => {
-  const KEPT = "normweave-theme";
+  const STORAGE_KEY = "normweave-theme";
   const THEMES = { system: null, light: false, dark: true };
-  const theme = () => (localStorage.getItem(KEPT) in THEMES ? localStorage.getItem(KEPT) : "system");
+  const theme = () => (localStorage.getItem(STORAGE_KEY) in THEMES ? localStorage.getItem(STORAGE_KEY) : "system");
 
   function showTheme() {
     setDark(THEMES[theme()]);
@@ -11,13 +11,13 @@ window.normweave = (() => {
 
   function nextTheme() {
     const names = Object.keys(THEMES);
-    localStorage.setItem(KEPT, names[(names.indexOf(theme()) + 1) % names.length]);
+    localStorage.setItem(STORAGE_KEY, names[(names.indexOf(theme()) + 1) % names.length]);
     showTheme();
   }
 
-  // Images go to the server a few at a time, and wait here while it is busy: so neither side holds many.
+  // Upload a few images at a time and wait while the server is busy, so that neither side holds many in memory.
   const AT_ONCE = 2;
-  const PATIENCE = 60_000;
+  const RETRY_MS = 60_000;
   const waiting = [];
   let sending = 0;
   let sent = 0;
@@ -32,7 +32,7 @@ window.normweave = (() => {
   async function work() {
     sending += 1;
     while (waiting.length) {
-      tellProgress();
+      showProgress();
       const file = waiting.shift();
       try {
         emitEvent("inspected", await inspected(file));
@@ -43,27 +43,27 @@ window.normweave = (() => {
     }
     sending -= 1;
     if (!sending) sent = 0;
-    tellProgress();
+    showProgress();
   }
 
   async function inspected(file) {
     const most = Number(document.querySelector(".drop input").dataset.most);
-    if (file.size > most) throw new Error(`only images of up to ${Math.floor(most / 2 ** 20)} MiB are taken.`);
-    const until = Date.now() + PATIENCE;
+    if (file.size > most) throw new Error(`only images of up to ${Math.floor(most / 2 ** 20)} MiB are accepted.`);
+    const until = Date.now() + RETRY_MS;
     for (;;) {
       const answer = await fetch(`/upload?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).catch(
         () => ({ status: 0, json: () => ({ error: "the server cannot be reached." }) }),
       );
-      const said = await answer.json();
-      if (answer.status === 200) return said.id;
-      if (![0, 429, 503].includes(answer.status) || Date.now() > until) throw new Error(said.error);
+      const result = await answer.json();
+      if (answer.status === 200) return result.id;
+      if (![0, 429, 503].includes(answer.status) || Date.now() > until) throw new Error(result.error);
       await new Promise((resolve) => setTimeout(resolve, 500));
     }
   }
 
-  function tellProgress() {
-    const place = document.querySelector(".progress");
-    if (place) place.textContent = sending ? `${sent} of ${sent + waiting.length + sending} inspected …` : "";
+  function showProgress() {
+    const progress = document.querySelector(".progress");
+    if (progress) progress.textContent = sending ? `${sent} of ${sent + waiting.length + sending} inspected …` : "";
   }
 
   function named(file) {
@@ -77,7 +77,7 @@ window.normweave = (() => {
 
   document.addEventListener("dragover", (event) => {
     if (!carriesFiles(event)) return;
-    event.preventDefault(); // else the browser would leave the page and show the file
+    event.preventDefault(); // otherwise the browser leaves the page and shows the file
     over(true);
   });
   document.addEventListener("dragleave", (event) => event.relatedTarget || over(false));
@@ -90,14 +90,14 @@ window.normweave = (() => {
   document.addEventListener("change", (event) => {
     if (!event.target.matches(".drop input")) return;
     take([...event.target.files]);
-    event.target.value = ""; // or the same image could not be chosen twice
+    event.target.value = ""; // otherwise the same image cannot be chosen twice
   });
   document.addEventListener("paste", (event) => {
     if (take([...(event.clipboardData?.files || [])].map(named))) event.preventDefault();
   });
 
-  // The inspection that the person sees goes with what they say of it: a second press during the way to the next
-  // one means the first one still, and the server knows it.
+  // A decision carries the id of the inspection that the browser shows. After a second press before the next
+  // inspection has arrived, the server sees the old id and ignores it.
   const seen = () => Number(document.querySelector("[data-seen]")?.dataset.seen || 0);
   const KEYS = { a: "accept", r: "reject", n: "next", u: "undo" };
 

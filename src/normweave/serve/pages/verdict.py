@@ -1,64 +1,59 @@
-"""What is said of an inspection, in words and shapes that the person at the line understands.
-
-HTML as text: everything that came from outside is escaped here, and cleaned once more in the browser.
-A verdict is never a colour alone: each has a word and an outline of its own (circle, octagon, diamond, square).
-"""
+"""Text and HTML for the result of one inspection."""
 
 from __future__ import annotations
 
 import math
-from datetime import datetime
-from html import escape
-from typing import Literal
+from enum import StrEnum
+from typing import Self
 
 from normweave.serve.records import Inspection, Source
+from normweave.serve.templating import render_macro
 from normweave.types import Outcome
 
-Kind = Literal["normal", "anomalous", "unknown", "unreadable"]
-KINDS: tuple[Kind, ...] = ("normal", "anomalous", "unknown", "unreadable")
-
-WORDS: dict[Kind, str] = {
-    "normal": "Normal",
-    "anomalous": "Anomalous",
-    "unknown": "Unknown",
-    "unreadable": "Not readable",
-}
-MEANING: dict[Kind, str] = {
-    "normal": "It looks like the good parts.",
-    "anomalous": "Something differs from the good parts. Look at the marked places.",
-    "unknown": "It is of no kind that the model knows. Judge it yourself.",
-    "unreadable": "The image could not be read, so nothing was judged.",
-}
-DOORS: dict[Source, str] = {
-    "page": "on this page",
-    "folder": "out of the watched folder",
-    "api": "from another program",
+TEMPLATE = "verdict.html"
+SOURCES: dict[Source, str] = {
+    "page": "uploaded on this page",
+    "folder": "from the watched folder",
+    "api": "sent by another program",
 }
 BORDERLINE = 2.0
-"""A normal image is borderline when its p-value lies at or below this many times the false-alarm rate."""
-HEARD = 0.005
-"""Experts with less weight are not listed."""
-LINE_AT = 60.0
-"""Where the line stands in the bar of a score, in percent of its width."""
-
-_SHAPES: dict[Kind, str] = {
-    "normal": '<circle cx="12" cy="12" r="10"/><path class="mark" d="M7 12.5l3.5 3.5L17 9"/>',
-    "anomalous": '<path d="M8 2h8l6 6v8l-6 6H8l-6-6V8z"/><path class="mark" d="M8.5 8.5l7 7M15.5 8.5l-7 7"/>',
-    "unknown": (
-        '<path d="M12 1l11 11-11 11L1 12z"/>'
-        '<path class="mark" d="M9.3 9.8a2.8 2.8 0 1 1 4 2.6c-.9.5-1.3 1-1.3 2M12 17.6v.2"/>'
-    ),
-    "unreadable": '<rect x="2" y="2" width="20" height="20" rx="3"/><path class="mark" d="M12 6.5v7M12 17.3v.2"/>',
-}
+"""A good part is close to the limit if its p-value is at most this multiple of the false-alarm rate."""
+LEAST_WEIGHT = 0.005
+"""Products with a smaller weight are not listed."""
+LIMIT_AT = 60.0
+"""Position of the limit in the bar of a score, in percent of the width."""
 
 
-def kind_of(outcome: Outcome) -> Kind:
-    """The verdict, or that there is none."""
-    return "unreadable" if outcome.verdict is None else outcome.verdict
+class Result(StrEnum):
+    """The verdict on an image, or `unreadable` if there is none.
+
+    Attributes:
+        word: the text that an operator reads.
+        meaning: a sentence that explains it.
+    """
+
+    word: str
+    meaning: str
+
+    NORMAL = "normal", "Good", "It looks like the good parts."
+    ANOMALOUS = "anomalous", "Defective", "It differs from the good parts. Look at the marked regions."
+    UNKNOWN = "unknown", "Unknown product", "The model does not know this product. Decide yourself."
+    UNREADABLE = "unreadable", "Not readable", "The image could not be read, so it was not inspected."
+
+    def __new__(cls, value: str, word: str, meaning: str) -> Self:
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.word, member.meaning = word, meaning
+        return member
+
+
+def result_of(outcome: Outcome) -> Result:
+    """Return the result of an outcome."""
+    return Result(outcome.verdict or "unreadable")  # type: ignore[call-arg]  # a look-up, which takes the value alone
 
 
 def is_borderline(outcome: Outcome) -> bool:
-    """Normal, but not far from the line."""
+    """Return whether an image is good but close to the limit."""
     return (
         outcome.verdict == "normal"
         and outcome.p_value is not None
@@ -67,23 +62,14 @@ def is_borderline(outcome: Outcome) -> bool:
     )
 
 
-def icon(kind: Kind) -> str:
-    """The outline of a verdict, beside its word."""
-    return f'<svg class="icon {kind}" viewBox="0 0 24 24" aria-hidden="true">{_SHAPES[kind]}</svg>'
-
-
-def tag(kind: Kind) -> str:
-    """Outline and word of a verdict, in its colour."""
-    return f'<span class="tag {kind}">{icon(kind)}{WORDS[kind]}</span>'
-
-
-def oddness(p_value: float) -> str:
-    """A p-value as a share of good parts: what a person at the line can picture."""
+def rarity(p_value: float) -> str:
+    """Return a p-value as a share of the good parts."""
     if p_value >= 0.1:
-        return f"About {round(10 * p_value)} in 10 good parts look at least this odd."
-    return f"At most 1 in {math.floor(1 / p_value + 1e-9)} good parts looks this odd."
+        return f"About {round(10 * p_value)} in 10 good parts score at least this high."
+    return f"At most 1 in {math.floor(1 / p_value + 1e-9)} good parts scores this high."
 
 
+<<<<<<< HEAD
 def banner(inspection: Inspection) -> str:
     """The verdict, large, and what it means."""
     outcome = inspection.outcome
@@ -158,6 +144,10 @@ def decision_word(inspection: Inspection) -> str:
 
 def joined(category: str | None, subclass: str | None) -> str:
     """Category and subclass in one word; a name that holds its category already is left as it is."""
+=======
+def product(category: str | None, subclass: str | None) -> str:
+    """Return category and subclass as one name; a subclass name that starts with the category stays as it is."""
+>>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
     if category is None:
         return "–"
     if subclass is None or subclass == category:
@@ -165,50 +155,55 @@ def joined(category: str | None, subclass: str | None) -> str:
     return subclass if subclass.startswith(f"{category}/") else f"{category}/{subclass}"
 
 
-def local(moment: datetime) -> str:
-    """A moment by the clock of this machine."""
-    return f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
+def decision_word(inspection: Inspection) -> str:
+    """Return the decision of the last review; an empty string if there is none."""
+    if inspection.review is None:
+        return ""
+    return "accepted" if inspection.review.decision == "accept" else "rejected"
 
 
-def percent(share: float) -> str:
-    """A share, short."""
-    return f"{100 * share:.3g}\u00a0%"
+def banner(inspection: Inspection) -> str:
+    """Return the result in large letters with its meaning."""
+    outcome = inspection.outcome
+    values = {"result": result_of(outcome), "outcome": outcome, "borderline": is_borderline(outcome)}
+    return render_macro(TEMPLATE, "banner", **values)
 
 
-def _kind_told(outcome: Outcome) -> str:
-    return "" if outcome.category is None else escape(joined(outcome.category, outcome.subclass))
+def details(inspection: Inspection) -> str:
+    """Return all facts of an inspection: score and limit, p-value, product, origin, review."""
+    outcome = inspection.outcome
+    scored = outcome.pred_score is not None and outcome.threshold is not None
+    return render_macro(
+        TEMPLATE,
+        "details",
+        inspection=inspection,
+        outcome=outcome,
+        product=product(outcome.category, outcome.subclass),
+        source=SOURCES[inspection.source],
+        fill=_fill(outcome.pred_score, outcome.threshold) if scored else None,  # type: ignore[arg-type]  # checked
+        limit_at=LIMIT_AT,
+        rarity=None if outcome.p_value is None else rarity(outcome.p_value),
+        weights=[(name, weight) for name, weight in outcome.experts if weight >= LEAST_WEIGHT],
+    )
 
 
-def _decided(inspection: Inspection) -> str:
-    word = decision_word(inspection)
-    return f'<span class="decided">{word}</span>' if word else ""
-
-
-def _score(score: float, threshold: float) -> str:
-    """A bar from the lowest score that can matter to the score, and the line across it."""
+def _fill(score: float, threshold: float) -> float:
+    """Return the filled width of the bar of a score in percent, from 1 to 100; the limit is at `LIMIT_AT`."""
     low = min(0.0, score, threshold)
     span = threshold - low
-    share = LINE_AT * (score - low) / span if span > 0 else (100.0 if score > threshold else LINE_AT)
-    side = "above" if score > threshold else "below"
-    return (
-        f'{score:.4g}, line at {threshold:.4g}<div class="bar" role="img" '
-        f'aria-label="score {score:.4g}, the line is at {threshold:.4g}">'
-        f'<span class="fill {side}" style="width:{min(max(share, 1.0), 100.0):.1f}%"></span>'
-        f'<span class="at" style="left:{LINE_AT:g}%"></span></div>'
+    share = LIMIT_AT * (score - low) / span if span > 0 else (100.0 if score > threshold else LIMIT_AT)
+    return min(max(share, 1.0), 100.0)
+
+
+def row(inspection: Inspection, *, shown: bool) -> str:
+    """Return a row of a list; `data-id` names the inspection that a click selects."""
+    outcome = inspection.outcome
+    return render_macro(
+        TEMPLATE,
+        "row",
+        inspection=inspection,
+        result=result_of(outcome),
+        product="" if outcome.category is None else product(outcome.category, outcome.subclass),
+        decision=decision_word(inspection),
+        shown=shown,
     )
-
-
-def _expert(name: str, weight: float) -> str:
-    return (
-        f'<div class="expert"><span>{escape(name)}</span><span>{percent(weight)}</span><span class="bar">'
-        f'<span class="fill plain" style="width:{100 * weight:.1f}%"></span></span></div>'
-    )
-
-
-def _review(inspection: Inspection) -> str:
-    review = inspection.review
-    if review is None:
-        return "nobody has looked at it yet"
-    word = "good part" if review.decision == "accept" else "defective part"
-    comment = f": “{escape(review.comment)}”" if review.comment else ""
-    return f"<b>{word}</b>, said {escape(review.reviewer)} at {local(review.at)}{comment}"

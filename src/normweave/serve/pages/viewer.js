@@ -1,11 +1,11 @@
-// One picture with its heat-map over it. Wheel, pinch, drag, double click, keys and buttons zoom and move; the slider
-// fades the map. What the person chose is kept in this browser.
-const KEPT = "normweave-viewer";
+// One image with its anomaly map over it. Wheel, pinch, drag, double click, keys and buttons zoom and move; the slider
+// sets the opacity of the map. Opacity and boxes are stored in this browser.
+const STORAGE_KEY = "normweave-viewer";
 const MOST = 12;
 
-function kept() {
+function stored() {
   try {
-    return JSON.parse(localStorage.getItem(KEPT)) || {};
+    return JSON.parse(localStorage.getItem(STORAGE_KEY)) || {};
   } catch {
     return {};
   }
@@ -46,7 +46,7 @@ export default {
       </figcaption>
     </figure>`,
   data() {
-    const chosen = kept();
+    const chosen = stored();
     return {
       opacity: Number.isFinite(chosen.opacity) ? chosen.opacity : 60,
       framed: chosen.framed !== false,
@@ -68,7 +68,7 @@ export default {
   },
   methods: {
     keep() {
-      localStorage.setItem(KEPT, JSON.stringify({ opacity: this.opacity, framed: this.framed }));
+      localStorage.setItem(STORAGE_KEY, JSON.stringify({ opacity: this.opacity, framed: this.framed }));
     },
     fit() {
       this.scale = 1;
@@ -88,28 +88,28 @@ export default {
       this.x = Math.min(0, Math.max(clientWidth * (1 - scale), x));
       this.y = Math.min(0, Math.max(clientHeight * (1 - scale), y));
     },
-    place(event) {
+    position(event) {
       const edge = this.$refs.stage.getBoundingClientRect();
       return [event.clientX - edge.left, event.clientY - edge.top];
     },
     wheel(event) {
       if (this.scale === 1 && event.deltaY > 0) return; // the page scrolls on
       event.preventDefault();
-      this.zoom(Math.exp(-Math.max(-100, Math.min(100, event.deltaY)) / 300), ...this.place(event));
+      this.zoom(Math.exp(-Math.max(-100, Math.min(100, event.deltaY)) / 300), ...this.position(event));
     },
     double(event) {
       if (this.scale > 1) this.fit();
-      else this.zoom(3, ...this.place(event));
+      else this.zoom(3, ...this.position(event));
     },
     down(event) {
       if (event.pointerType === "mouse" && event.button !== 0) return;
       this.$refs.stage.setPointerCapture(event.pointerId);
-      this.fingers.set(event.pointerId, this.place(event));
+      this.fingers.set(event.pointerId, this.position(event));
     },
     move(event) {
       const before = this.fingers.get(event.pointerId);
       if (!before) return;
-      const now = this.place(event);
+      const now = this.position(event);
       const others = [...this.fingers.keys()].filter((id) => id !== event.pointerId);
       if (others.length) {
         const other = this.fingers.get(others[0]);

@@ -1,4 +1,4 @@
-"""The image of an inspection with its map laid over it, its boxes, zoom and opacity: all of it in the browser."""
+"""The image of an inspection with its anomaly map and its boxes."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from nicegui.element import Element
 from normweave.serve.records import Inspection
 
 MAX_SIDE = 1600
-"""Pixels of the pictures that are asked for."""
+"""Longer side of the requested images in pixels."""
 
 
 class Viewer(Element, component="viewer.js"):
-    """Shows one inspection at a time; opacity, boxes and zoom never ask the server."""
+    """Shows one inspection. Opacity, boxes and zoom run in the browser and send no request."""
 
     def __init__(self) -> None:
         super().__init__()
         self.show(None)
 
     def show(self, inspection: Inspection | None) -> None:
-        """The pictures of this inspection, or that there are none."""
+        """Show the image of an inspection, or the reason why there is none."""
         props = self._props
         props["image"] = props["heat"] = props["label"] = props["missing"] = ""
         props["boxes"] = []
@@ -28,7 +28,7 @@ class Viewer(Element, component="viewer.js"):
         elif inspection.image is None:
             unreadable = inspection.outcome.error is not None
             props["missing"] = (
-                "The image could not be read." if unreadable else "The image is no longer kept."
+                "The image could not be read." if unreadable else "The image is no longer stored."
             )
         else:
             outcome = inspection.outcome

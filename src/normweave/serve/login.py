@@ -45,35 +45,18 @@ async def answer(scope: Scope, receive: Receive, send: Send, *, access: Access) 
 
 async def _answer(request: Request, access: Access) -> Response:
     secure = request.url.scheme == "https"
-<<<<<<< HEAD
-    if request.url.path == LOGOUT and request.method == "POST":
-        response = RedirectResponse("/", status_code=303)
-        response.headers["set-cookie"] = set_cookie("", seconds=0, secure=secure)
-        return response
-    if request.url.path == LOGIN and request.method == "POST":
-        secret = await _token(request)
-        token = await asyncio.to_thread(access.authenticate, secret)
-        if token is None:
-            await asyncio.sleep(WRONG_SECONDS)
-            return page(status=401, wrong=True)
-        response = RedirectResponse("/", status_code=303)
-        response.headers["set-cookie"] = set_cookie(
-            access.create_session(token), seconds=access.session_seconds, secure=secure
-        )
-        return response
-    if request.url.path == LOGIN and request.method in ("GET", "HEAD"):
-=======
     route = (request.method, request.url.path)
     if route == ("POST", LOGOUT):
         return _redirect(set_cookie("", seconds=0, secure=secure))
     if route == ("POST", LOGIN):
-        token = await asyncio.to_thread(access.holder, await _submitted(request))
+        token = await asyncio.to_thread(access.authenticate, await _submitted(request))
         if token is None:
             await asyncio.sleep(WRONG_SECONDS)
             return page(status=401, wrong=True)
-        return _redirect(set_cookie(access.login(token), seconds=access.session_seconds, secure=secure))
+        return _redirect(
+            set_cookie(access.create_session(token), seconds=access.session_seconds, secure=secure)
+        )
     if route in (("GET", LOGIN), ("HEAD", LOGIN)):
->>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
         return page(status=200)
     return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})
 

@@ -50,7 +50,9 @@ def histogram(
     edges = low + step * np.arange(BINS + 1)
 
     def side(scores: NDArray[np.float64], direction: str, colour: str, name: str) -> dict[str, object]:
-        bins = np.clip(np.ceil((scores - low) / step).astype(np.int64) - 1, 0, BINS - 1)  # limit itself: below
+        bins = np.clip(
+            np.ceil((scores - low) / step).astype(np.int64) - 1, 0, BINS - 1
+        )  # limit itself: below
         counts = np.bincount(bins, minlength=BINS)
         tallest = max(1, int(counts.max(initial=0)))
         bars = [

@@ -87,7 +87,7 @@ class Page(ABC):
 
         async def check() -> None:
             token = await asyncio.to_thread(self._service.store.token, self._token.digest)
-            if token is None or not token.good(datetime.now(UTC)):
+            if token is None or not token.is_valid(datetime.now(UTC)):
                 ui.navigate.to("/")
                 await asyncio.sleep(1)  # for the browser to leave, before NiceGUI removes the page
                 if client.has_socket_connection:
@@ -101,25 +101,9 @@ def registered_pages() -> list[type[Page]]:
     return sorted(Page.__subclasses__(), key=lambda page: page.position)
 
 
-<<<<<<< HEAD
-def _watch_login(service: InspectionService, token: Token) -> None:
-    """Close the page once its token is revoked or has expired."""
-    client = ui.context.client
-
-    async def look() -> None:
-        now = await asyncio.to_thread(service.store.token, token.digest)
-        if now is None or not now.is_valid(datetime.now(UTC)):
-            ui.navigate.to("/")
-            await asyncio.sleep(1)  # for the browser to obey; then NiceGUI clears up after it
-            if client.has_socket_connection:
-                client.delete()
-
-    ui.timer(LOGIN_SECONDS, look, immediate=False)
-=======
 def plain_button(word: str, action: Callable[[], Any]) -> ui.button:
     """Add a button without a colour."""
     return ui.button(word, color=None, on_click=action).props("flat no-caps").classes("plain-button")
->>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
 
 
 def notify_error(message: object) -> None:

@@ -136,23 +136,13 @@ class HistoryPage(Page):
         await self._update()
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
 
-<<<<<<< HEAD
-    def _kinds(self) -> dict[str, str]:
-        """The kinds that this bundle knows; those of others are found under everything."""
-        kinds = {ANY: "all kinds"}
-        for category, subclasses in self._service.detector.record["categories"].items():
-            kinds[category] = category
-            kinds |= {
-                f"{category}\n{subclass}": verdict.joined(category, subclass) for subclass in subclasses
-=======
     def _products(self) -> dict[str, str]:
         """Return the products of this bundle; inspections of other bundles are listed under all products."""
         products = {ANY: "all products"}
-        for category, subclasses in self._service.runtime.record["categories"].items():
+        for category, subclasses in self._service.detector.record["categories"].items():
             products[category] = category
             products |= {
                 f"{category}\n{subclass}": verdict.product(category, subclass) for subclass in subclasses
->>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
             }
         return products
 
@@ -292,13 +282,8 @@ def csv_lines(store: Store, chosen: Filter) -> Iterator[str]:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS)
     writer.writeheader()
-<<<<<<< HEAD
-    for count, one in enumerate(store.iter_inspections(chosen), start=1):
-        writer.writerow({name: _harmless(value) for name, value in _csv_row(one).items()})
-=======
-    for count, inspection in enumerate(store.each(chosen), start=1):
+    for count, inspection in enumerate(store.iter_inspections(chosen), start=1):
         writer.writerow({name: _without_formula(value) for name, value in _csv_row(inspection).items()})
->>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
         if count % CSV_ROWS == 0:
             yield buffer.getvalue()
             buffer.seek(0)

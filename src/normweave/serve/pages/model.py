@@ -17,7 +17,7 @@ from normweave.serve.pages import charts
 from normweave.serve.pages.frame import Page, notify_error
 from normweave.serve.pages.verdict import Result, product
 from normweave.serve.records import Token
-from normweave.serve.service import NEWEST, InspectionService
+from normweave.serve.service import PREVIEW_IMAGES, InspectionService
 from normweave.serve.templating import percent, render_macro
 from normweave.serve.watch import Watch
 
@@ -55,7 +55,7 @@ class ModelPage(Page):
 
     @property
     def _calibration(self) -> Calibration:
-        calibration = self._service.runtime.calibration
+        calibration = self._service.detector.calibration
         assert calibration is not None  # a service has thresholds
         return calibration
 
@@ -76,8 +76,8 @@ class ModelPage(Page):
                 self._group.props("outlined dense options-dense").classes("choice")
             self._histogram = ui.html()
         self._limits = ui.html().classes("sheet")
-        runtime = self._service.runtime
-        ui.html(training(runtime.record, runtime.bundle_hash)).classes("sheet")
+        detector = self._service.detector
+        ui.html(training(detector.record, detector.bundle_hash)).classes("sheet")
         self._draw()
         await ui.context.client.connected(CONNECT_SECONDS)
         self._stored = await asyncio.to_thread(self._read_stored)
@@ -163,7 +163,9 @@ class ModelPage(Page):
         return groups
 
     def _read_stored(self) -> Stored:
-        rows = self._service.store.judged(self._service.runtime.bundle_hash or "", newest=NEWEST)
+        rows = self._service.store.scored_images(
+            self._service.detector.bundle_hash or "", newest=PREVIEW_IMAGES
+        )
         return Stored(
             np.array([row.score for row in rows], dtype=np.float64),
             np.array([-1 if row.routed is None else row.routed for row in rows], dtype=np.int64),

@@ -35,16 +35,10 @@ ACTIONS: tuple[tuple[Action, str, str, str], ...] = (
 
 
 def queue(service: InspectionService) -> tuple[Filter, ...]:
-<<<<<<< HEAD
-    """What waits for a person: anomalous and unknown ones, and normal ones that are close to the line."""
-    calibration = service.detector.calibration
-    assert calibration is not None  # a service judges, so it has lines
-=======
     """Return filters for the parts that need a decision: defective, unknown, and good but close to the limit."""
-    calibration = service.runtime.calibration
+    calibration = service.detector.calibration
     assert calibration is not None  # a service has thresholds
     highest = verdict.BORDERLINE * calibration.false_alarm_rate
->>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
     return (
         Filter(verdicts=("anomalous", "unknown"), reviewed=False),
         Filter(verdicts=("normal",), reviewed=False, p_value_below=highest),
@@ -56,7 +50,9 @@ class ReviewPage(Page):
 
     path = "/review"
     title = "Review"
-    purpose = "Decide for each part whether it is good. Your decision is stored beside the verdict of the model."
+    purpose = (
+        "Decide for each part whether it is good. Your decision is stored beside the verdict of the model."
+    )
     position = 2
 
     def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
@@ -98,9 +94,7 @@ class ReviewPage(Page):
 
         button.on("click", pressed, js_handler="() => emit(window.normweave.seen())")
         with button:
-            ui.html(
-                render_macro("review.html", "button", word=word, effect=effect, key=key), tag="span"
-            )
+            ui.html(render_macro("review.html", "button", word=word, effect=effect, key=key), tag="span")
         return button
 
     async def _pressed(self, action: Action, seen: int) -> None:

@@ -41,6 +41,7 @@ class Result(StrEnum):
     UNREADABLE = "unreadable", "Not readable", "The image could not be read, so it was not inspected."
 
     def __new__(cls, value: str, word: str, meaning: str) -> Self:
+        """Return a member whose value is the name of the result."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.word, member.meaning = word, meaning
@@ -69,85 +70,8 @@ def rarity(p_value: float) -> str:
     return f"At most 1 in {math.floor(1 / p_value + 1e-9)} good parts scores this high."
 
 
-<<<<<<< HEAD
-def banner(inspection: Inspection) -> str:
-    """The verdict, large, and what it means."""
-    outcome = inspection.outcome
-    kind = kind_of(outcome)
-    meaning = MEANING[kind]
-    if outcome.error is not None:
-        meaning += f" {outcome.error}"
-    if outcome.unseen and kind != "unknown":
-        meaning += " It was taken for a kind not seen in training, and judged by the line for those."
-    close = ' <span class="close">Close to the line.</span>' if is_borderline(outcome) else ""
-    return (
-        f'<div class="banner {kind}">{icon(kind)}<div><div class="word">{WORDS[kind]}</div>'
-        f'<div class="meaning">{escape(meaning)}{close}</div></div></div>'
-    )
-
-
-def details(inspection: Inspection) -> str:
-    """Everything that is known of an inspection: score against line, oddness, kind, experts, origin, review."""
-    outcome = inspection.outcome
-    facts: list[tuple[str, str]] = []
-    if outcome.pred_score is not None and outcome.threshold is not None:
-        facts.append(("Score", _score(outcome.pred_score, outcome.threshold)))
-    if outcome.p_value is not None:
-        facts.append(
-            ("How odd", f"{escape(oddness(outcome.p_value))} <small>p = {outcome.p_value:.3g}</small>")
-        )
-    if outcome.false_alarm_rate is not None:
-        facts.append(("Promise", f"at most {percent(outcome.false_alarm_rate)} of good parts are stopped"))
-    if outcome.category is not None:
-        facts.append(("Looks like", escape(joined(outcome.category, outcome.subclass))))
-    if experts := [expert for expert in outcome.experts if expert[1] >= HEARD]:
-        facts.append(("Experts", "".join(_expert(*expert) for expert in experts)))
-    if outcome.verdict is not None:
-        unseen = "yes, judged by the line for kinds not seen in training" if outcome.unseen else "no"
-        facts.append(("Unseen kind", unseen))
-        adapted = "yes, its look was brought nearer to the known kinds first" if outcome.adapted else "no"
-        facts.append(("Adapted", adapted))
-    if outcome.height is not None and outcome.width is not None:
-        facts.append(("Image", f"{outcome.width} × {outcome.height} pixels"))
-    came = f"{local(inspection.received_at)}, {DOORS[inspection.source]}"
-    if inspection.source != "folder":
-        came += f", by {escape(inspection.actor)}"
-    if outcome.latency_ms is not None:
-        came += f", judged in {outcome.latency_ms:.0f} ms"
-    facts.append(("Came in", came))
-    facts.append(("Review", _review(inspection)))
-    items = "".join(f"<dt>{name}</dt><dd>{told}</dd>" for name, told in facts)
-    return f'<h2 class="name">{escape(inspection.name)}</h2><dl class="facts">{items}</dl>'
-
-
-def row(inspection: Inspection, *, shown: bool) -> str:
-    """A line of a list; `data-id` says which inspection a click on it means."""
-    kind = kind_of(inspection.outcome)
-    picture = '<span class="thumb"></span>'
-    if inspection.image is not None:
-        address = f"/v1/inspections/{inspection.id}/image?format=png&amp;max_side=128"
-        picture = f'<img class="thumb" src="{address}" alt="" loading="lazy" decoding="async">'
-    return (
-        f'<li><button type="button" data-id="{inspection.id}" aria-current="{"true" if shown else "false"}">'
-        f'{picture}<span class="what"><span class="file">{escape(inspection.name)}</span>'
-        f'<span class="soft">{inspection.received_at.astimezone():%H:%M:%S} · {_kind_told(inspection.outcome)}</span>'
-        f"</span>{tag(kind)}{_decided(inspection)}</button></li>"
-    )
-
-
-def decision_word(inspection: Inspection) -> str:
-    """What a person said of the part."""
-    if inspection.review is None:
-        return ""
-    return "accepted" if inspection.review.decision == "accept" else "rejected"
-
-
-def joined(category: str | None, subclass: str | None) -> str:
-    """Category and subclass in one word; a name that holds its category already is left as it is."""
-=======
 def product(category: str | None, subclass: str | None) -> str:
     """Return category and subclass as one name; a subclass name that starts with the category stays as it is."""
->>>>>>> 4dbaf9e (Pages and login form: Jinja2 templates, a base class that registers a page, the operator's terms)
     if category is None:
         return "–"
     if subclass is None or subclass == category:

@@ -7,14 +7,15 @@ from normweave.serve.pages import charts
 from normweave.serve.records import Count
 
 DAY = datetime(2026, 3, 2, tzinfo=UTC)
+MARKS = r'class="mark[^"]*" style="left:([\d.]+)%"'
 
 
-def bars(text, side):
-    """(class, height in percent, how many) of each bar."""
-    (part,) = re.findall(rf'<div class="bars {side}">(.*?)</div>', text)
+def bars(text, direction):
+    """(class, height in percent, number of scores) of each bar."""
+    (part,) = re.findall(rf'<div class="bars {direction}">(.*?)</div>', text)
     return [
-        (kind, float(height.rstrip("%")), int(count))
-        for kind, height, count in re.findall(
+        (colour, float(height.rstrip("%")), int(count))
+        for colour, height, count in re.findall(
             r'<span class="(\w+)" style="height:([\d.]+%?)" title="(\d+) ', part
         )
     ]
@@ -22,38 +23,44 @@ def bars(text, side):
 
 def histogram(normals, stored, **given):
     return charts.histogram(
-        normals, stored, **({"line": 2.0, "moved": None, "upper": "good", "lower": "stored"} | given)
+        normals, stored, **({"limit": 2.0, "moved": None, "upper": "good", "lower": "stored"} | given)
     )
 
 
-def test_every_score_is_in_a_bar_and_those_beyond_the_line_are_marked():
+def test_every_score_is_in_a_bar_and_bars_above_the_limit_are_marked():
     generator = np.random.default_rng(0)
     normals, stored = generator.gamma(2, 0.4, 300), generator.gamma(2, 0.9, 500)
     stored[0] = 1e6  # beyond the end of the axis
-    normals[0] = 2.0  # on the line is not beyond
+    normals[0] = 2.0  # equal to the limit: not above
     text = histogram(normals, stored)
-    for scores, side in ((normals, "up"), (stored, "down")):
-        drawn = bars(text, side)
+    for scores, direction in ((normals, "up"), (stored, "down")):
+        drawn = bars(text, direction)
         assert len(drawn) == charts.BINS
         assert sum(count for _, _, count in drawn) == len(scores)
-        assert sum(count for kind, _, count in drawn if kind == "anomalous") == (scores > 2.0).sum()
+        assert sum(count for colour, _, count in drawn if colour == "anomalous") == (scores > 2.0).sum()
         assert max(height for _, height, _ in drawn) == 100
+    above = f"{(normals > 2.0).sum()} of 300 good, {(stored > 2.0).sum()} of 500 stored"
+    assert f'aria-label="Above the limit: {above}"' in text
 
 
-def test_the_line_stands_between_the_bars_that_it_divides():
+def test_the_limit_is_between_two_bars():
     text = histogram([0.1, 1.0, 1.9], [2.5, 7.0])
-    (place,) = re.findall(r'class="mark" style="left:([\d.]+)%"', text)
-    beyond = [kind for kind, _, _ in bars(text, "up")].index("anomalous")
-    assert float(place) == round(100 * beyond / charts.BINS, 2)
+    (position,) = re.findall(MARKS, text)
+    above = [colour for colour, _, _ in bars(text, "up")].index("anomalous")
+    assert float(position) == round(100 * above / charts.BINS, 2)
 
 
-def test_nothing_stored_one_score_only_and_a_moved_line():
-    assert sum(count for *_, count in bars(histogram([2.0], [], line=2.0), "down")) == 0
+def test_a_histogram_without_stored_scores_and_one_with_a_new_limit():
+    assert sum(count for *_, count in bars(histogram([2.0], [], limit=2.0), "down")) == 0
     text = histogram([0.5, 1.0], [0.7], moved=3.0)
     assert "mark moved" in text
-    assert "the line moved: 3" in text
-    place, moved = (float(one) for one in re.findall(r'class="mark[^"]*" style="left:([\d.]+)%"', text))
-    assert 0 < place < moved < 100
+    assert "new limit: 3" in text
+    position, moved = map(float, re.findall(MARKS, text))
+    assert 0 < position < moved < 100
+
+
+def test_names_are_escaped():
+    assert "<b>" not in histogram([1.0], [3.0], upper="<b>", lower='"<b>')
 
 
 def count(start, **given):
@@ -65,14 +72,14 @@ def stacks(text):
     return re.findall(r'<div class="stack" title="(.*?)">(.*?)</div>', text)
 
 
-def test_subclasses_are_added_up_and_spans_without_inspections_are_drawn_empty():
+def test_subclasses_are_summed_and_days_without_inspections_are_empty():
     counts = [
         count(DAY, normal=3),
         count(DAY, normal=1, unknown=4),
         count(DAY + timedelta(days=2), anomalous=2),
     ]
     first, second, third = stacks(charts.over_time(counts, bucket="day", shares=False))
-    assert first[0].endswith("4 normal, 4 unknown")
+    assert first[0].endswith("4 good, 4 unknown product")
     assert re.findall(r'class="(\w+)" style="height:([\d.]+)%', first[1]) == [
         ("unknown", "50.00"),
         ("normal", "50.00"),
@@ -81,13 +88,13 @@ def test_subclasses_are_added_up_and_spans_without_inspections_are_drawn_empty()
     assert re.findall(r'class="(\w+)" style="height:([\d.]+)%', third[1]) == [("anomalous", "25.00")]
 
 
-def test_as_shares_every_column_is_as_tall():
+def test_as_shares_all_columns_are_equally_tall():
     counts = [count(DAY, normal=3, unreadable=1), count(DAY + timedelta(days=1), anomalous=20)]
     for _, parts in stacks(charts.over_time(counts, bucket="day", shares=True)):
         assert sum(map(float, re.findall(r"height:([\d.]+)%", parts))) == 100
 
 
-def test_no_more_columns_than_can_be_seen():
+def test_the_number_of_columns_is_bounded():
     counts = [count(DAY + timedelta(hours=hour), normal=1) for hour in range(0, 5000, 10)]
     text = charts.over_time(counts, bucket="hour", shares=False)
     assert len(stacks(text)) == charts.MOST_COLUMNS

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from normweave.serve.pages.history import COLUMNS, csv_lines, filter_of
+from normweave.serve.pages.history import COLUMNS, csv_lines, filter_of, table
 from normweave.serve.records import Filter, Inspection, Review
 from normweave.serve.store import Store
 from normweave.types import Outcome
@@ -19,8 +19,10 @@ def store(tmp_path):
     store.close()
 
 
-def inspection(name, *, seconds=0, **said):
-    outcome = Outcome(image_path=name, **({"verdict": "normal", "pred_score": -0.25, "p_value": 0.5} | said))
+def inspection(name, *, seconds=0, **fields):
+    outcome = Outcome(
+        image_path=name, **({"verdict": "normal", "pred_score": -0.25, "p_value": 0.5} | fields)
+    )
     received_at = NOW + timedelta(seconds=seconds)
     return Inspection(received_at=received_at, name=name, source="api", actor="@press", outcome=outcome)
 
@@ -32,8 +34,8 @@ def exported(store, chosen=None):
 @pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r"])
 def test_no_text_is_a_formula_and_numbers_stay_numbers(store, first):
     name = f"{first}cmd|' /C calc'!A0"
-    (kept,) = store.add([inspection(name, category=name, experts=((name, 1.0),))])
-    store.review(kept.id, Review(at=NOW, decision="accept", reviewer=name, comment=name))
+    (stored,) = store.add([inspection(name, category=name, experts=((name, 1.0),))])
+    store.review(stored.id, Review(at=NOW, decision="accept", reviewer=name, comment=name))
     (row,) = exported(store)
     for column in ("name", "category", "reviewer", "comment", "experts"):
         assert row[column].startswith("'" + first), column
@@ -41,28 +43,33 @@ def test_no_text_is_a_formula_and_numbers_stay_numbers(store, first):
     assert row["pred_score"] == "-0.25"
 
 
-def test_every_inspection_is_exported_once_oldest_first_however_many(store):
+def test_every_inspection_is_exported_once_oldest_first(store):
     store.add([inspection(f"part-{number}", seconds=number) for number in range(1203)])
     rows = exported(store)
     assert [row["name"] for row in rows] == [f"part-{number}" for number in range(1203)]
     pieces = list(csv_lines(store, Filter()))
-    assert len(pieces) > 5  # it never holds all of it
+    assert len(pieces) > 5  # the table is never in memory as a whole
     assert max(map(len, pieces)) < 100_000
 
 
-def test_nothing_to_export_is_a_head_only(store):
+def test_an_empty_export_has_a_header_only(store):
     assert "".join(csv_lines(store, Filter())).strip() == ",".join(COLUMNS)
 
 
-def test_what_was_chosen_becomes_a_filter():
+def test_the_export_has_every_field_of_an_outcome_that_fits_a_cell():
+    names = {column.name for column in Outcome.columns()}
+    assert names - set(COLUMNS) == {"image_path", "anomaly_map"}
+
+
+def test_choices_become_a_filter():
     assert filter_of({}) == Filter()
     chosen = filter_of(
-        {"kind": "cloth\nred", "verdict": "unknown", "source": "folder", "review": "reject", "name": "a"}
+        {"product": "cloth\nred", "verdict": "unknown", "source": "folder", "review": "reject", "name": "a"}
     )
     assert chosen == Filter(
         category="cloth", subclass="red", verdicts=("unknown",), source="folder", decision="reject", name="a"
     )
-    assert filter_of({"verdict": "unreadable", "review": "none", "kind": "cloth"}) == Filter(
+    assert filter_of({"verdict": "unreadable", "review": "none", "product": "cloth"}) == Filter(
         unreadable=True, reviewed=False, category="cloth"
     )
     assert filter_of({"review": "any"}).reviewed is True
@@ -72,9 +79,19 @@ def test_what_was_chosen_becomes_a_filter():
 
 
 @pytest.mark.parametrize("given", [{"days": "8"}, {"verdict": "good"}, {"source": "x"}, {"review": "maybe"}])
-def test_what_is_no_choice_is_refused(given):
+def test_a_value_that_cannot_be_chosen_is_refused(given):
     (name,) = given
     with pytest.raises(
         ValueError, match=f"{name} must be one of '.*', got '{given[name]}'. Choose on the History page"
     ):
         filter_of(given)
+
+
+def test_the_table_escapes_names_and_shows_missing_numbers_as_dashes():
+    text = table(
+        [inspection("<b>"), inspection("cut", verdict=None, pred_score=None, p_value=None, error="cut")]
+    )
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert text.count("–") == 4  # product of both; score and p-value of the second
+    assert "No inspections found." in table([])

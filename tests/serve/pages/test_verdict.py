@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 import pytest
 
 from normweave.serve.pages import verdict
+from normweave.serve.pages.verdict import Result
 from normweave.serve.records import Inspection, Review, StoredImage
 from normweave.types import Outcome, Tile
 
@@ -17,11 +18,11 @@ OUTCOME = Outcome(
     false_alarm_rate=0.05,
     category=HOSTILE,
     subclass=HOSTILE,
-    experts=((HOSTILE, 0.75), ("silent", 0.001)),
+    experts=((HOSTILE, 0.75), ("light", 0.001)),
     height=64,
     width=48,
 )
-PICTURE = StoredImage(
+IMAGE = StoredImage(
     image_hash="0" * 64,
     image_type="image/png",
     image_bytes=1,
@@ -38,55 +39,75 @@ INSPECTION = Inspection(
     source="api",
     actor=HOSTILE,
     outcome=OUTCOME,
-    image=PICTURE,
+    image=IMAGE,
     review=Review(at=datetime(2026, 3, 2, tzinfo=UTC), decision="reject", reviewer=HOSTILE, comment=HOSTILE),
 )
 UNREADABLE = replace(INSPECTION, outcome=Outcome(image_path=None, error=HOSTILE), image=None)
 
 
-def test_nothing_that_came_from_outside_is_markup():
-    for one in (INSPECTION, UNREADABLE):
-        for text in (verdict.banner(one), verdict.details(one), verdict.row(one, shown=True)):
+def html_of(inspection):
+    """All HTML that is made of an inspection."""
+    return verdict.banner(inspection), verdict.details(inspection), verdict.row(inspection, shown=True)
+
+
+def test_values_from_outside_are_escaped():
+    for inspection in (INSPECTION, UNREADABLE):
+        for text in html_of(inspection):
             assert "<img src=x" not in text
-    assert "&lt;img src=x" in verdict.details(INSPECTION)
+    assert verdict.details(INSPECTION).count("&lt;img src=x") == 6  # name, product, weight, actor, review
     assert "&lt;img src=x" in verdict.banner(UNREADABLE)
 
 
-def test_every_verdict_has_a_word_and_a_shape_of_its_own():
-    tags = [verdict.tag(kind) for kind in verdict.KINDS]
-    shapes = {tag.split("<svg", 1)[1].split(">", 1)[1].split("</svg>")[0] for tag in tags}
-    words = {tag.rsplit("</svg>", 1)[1] for tag in tags}
-    assert len(shapes) == len(words) == 4
+def test_every_result_has_its_own_word_and_shape():
+    outcomes = [replace(OUTCOME, verdict=one) for one in ("normal", "anomalous", "unknown", None)]
+    rows = [verdict.row(replace(INSPECTION, outcome=outcome), shown=False) for outcome in outcomes]
+    shapes = {row.split('class="icon', 1)[1].split(">", 1)[1].split("</svg>")[0] for row in rows}
+    assert len(shapes) == len(rows) == len(Result)
+    words = ["Good", "Defective", "Unknown product", "Not readable"]
+    assert [result.word for result in Result] == words
+    for row, word in zip(rows, words, strict=True):
+        assert f"</svg>{word}</span>" in row
+
+
+@pytest.mark.parametrize("verdict_", ["normal", "anomalous", "unknown", None])
+def test_an_operator_reads_no_internal_terms(verdict_):
+    outcome = replace(
+        OUTCOME, verdict=verdict_, unseen=True, adapted=True, experts=(("red", 1.0),), category="cloth"
+    )
+    for text in html_of(replace(INSPECTION, outcome=outcome, name="a.png")):
+        visible = text.replace("&lt;", "").lower()
+        for term in ("expert", "adapted", "kind", "threshold"):
+            assert term not in visible
 
 
 @pytest.mark.parametrize(
-    ("p_value", "told"),
+    ("p_value", "sentence"),
     [
-        (1.0, "About 10 in 10 good parts look at least this odd."),
-        (0.348, "About 3 in 10 good parts look at least this odd."),
-        (0.087, "At most 1 in 11 good parts looks this odd."),
-        (1 / 40, "At most 1 in 40 good parts looks this odd."),
-        (1 / 49, "At most 1 in 49 good parts looks this odd."),  # 1 / (1 / 49) is a little less than 49
+        (1.0, "About 10 in 10 good parts score at least this high."),
+        (0.348, "About 3 in 10 good parts score at least this high."),
+        (0.087, "At most 1 in 11 good parts scores this high."),
+        (1 / 40, "At most 1 in 40 good parts scores this high."),
+        (1 / 49, "At most 1 in 49 good parts scores this high."),  # 1 / (1 / 49) is a little less than 49
     ],
 )
-def test_a_p_value_as_a_share_of_good_parts(p_value, told):
-    assert verdict.oddness(p_value) == told
+def test_a_p_value_is_a_share_of_good_parts(p_value, sentence):
+    assert verdict.rarity(p_value) == sentence
 
 
 @pytest.mark.parametrize(
-    ("said", "p_value", "close"),
+    ("result", "p_value", "close"),
     [("normal", 0.1, True), ("normal", 0.11, False), ("anomalous", 0.04, False)],
 )
-def test_borderline_is_normal_up_to_twice_the_rate(said, p_value, close):
-    outcome = replace(OUTCOME, verdict=said, p_value=p_value)
+def test_a_good_part_is_borderline_up_to_twice_the_rate(result, p_value, close):
+    outcome = replace(OUTCOME, verdict=result, p_value=p_value)
     assert verdict.is_borderline(outcome) == close
-    assert ("Close to the line" in verdict.banner(replace(INSPECTION, outcome=outcome))) == close
+    assert ("Close to the limit" in verdict.banner(replace(INSPECTION, outcome=outcome))) == close
 
 
 @pytest.mark.parametrize(
     ("score", "threshold", "width"),
     [
-        (2.0, 2.0, "60.0%"),  # on the line
+        (2.0, 2.0, "60.0%"),  # equal to the limit
         (1.0, 2.0, "30.0%"),
         (9.0, 2.0, "100.0%"),
         (-4.0, -2.0, "1.0%"),  # scores may be negative: the bar begins at the lower of the two
@@ -94,21 +115,21 @@ def test_borderline_is_normal_up_to_twice_the_rate(said, p_value, close):
         (1.0, 0.0, "100.0%"),
     ],
 )
-def test_the_bar_of_a_score_ends_before_or_behind_the_line(score, threshold, width):
+def test_the_bar_of_a_score_crosses_the_limit_if_the_score_is_above(score, threshold, width):
     outcome = replace(OUTCOME, pred_score=score, threshold=threshold)
     text = verdict.details(replace(INSPECTION, outcome=outcome))
     assert f'style="width:{width}"' in text
     assert ('class="fill above"' in text) == (score > threshold)
 
 
-def test_experts_that_were_hardly_heard_are_not_listed():
+def test_products_with_almost_no_weight_are_not_listed():
     text = verdict.details(INSPECTION)
     assert "75\u00a0%" in text
-    assert "silent" not in text
+    assert "light" not in text
 
 
 @pytest.mark.parametrize(
-    ("category", "subclass", "told"),
+    ("category", "subclass", "name"),
     [
         ("cloth", "red", "cloth/red"),
         ("cloth", None, "cloth"),
@@ -116,12 +137,20 @@ def test_experts_that_were_hardly_heard_are_not_listed():
         ("cloth", "cloth/red", "cloth/red"),
     ],
 )
-def test_category_and_subclass_in_one_word(category, subclass, told):
-    assert verdict.joined(category, subclass) == told
+def test_category_and_subclass_are_one_name(category, subclass, name):
+    assert verdict.product(category, subclass) == name
 
 
-def test_an_unseen_kind_is_named():
-    assert "not seen in training" in verdict.banner(
-        replace(INSPECTION, outcome=replace(OUTCOME, unseen=True))
-    )
-    assert "not seen in training" not in verdict.banner(INSPECTION)
+def test_a_product_that_was_not_in_training_is_reported():
+    unseen = replace(INSPECTION, outcome=replace(OUTCOME, unseen=True))
+    assert "not in training" in verdict.banner(unseen)
+    assert "not in training" not in verdict.banner(INSPECTION)
+
+
+def test_an_inspection_without_a_result_has_only_its_origin():
+    bare = replace(INSPECTION, outcome=Outcome(image_path=None), image=None, review=None)
+    text = verdict.details(bare)
+    for absent in ("Score", "Good parts", "Image", "In training"):
+        assert f"<dt>{absent}</dt>" not in text
+    assert "sent by another program" in text
+    assert "not reviewed yet" in text

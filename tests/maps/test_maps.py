@@ -7,11 +7,11 @@ from normweave.maps import map_matrix, stitch, upsample
 from normweave.types import Tile
 
 
-def literal_gaussian(image, deviation, mode):
-    """Convolution with exp(-(dy² + dx²) / 2σ²), cut off at 4σ, the slow way."""
-    radius = int(4 * deviation + 0.5)
+def literal_gaussian(image, std, mode):
+    """Convolve with exp(-(dy² + dx²) / 2σ²), cut off at 4σ, pixel by pixel."""
+    radius = int(4 * std + 0.5)
     offsets = np.arange(-radius, radius + 1)
-    kernel = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * deviation**2))
+    kernel = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * std**2))
     kernel /= kernel.sum()
     padded = np.pad(image, radius, mode=mode)
     height, width = image.shape
@@ -38,12 +38,12 @@ def test_smoothing_is_a_gaussian_with_replicate_padding():
     scores = np.random.default_rng(1).normal(size=(1, 6, 6)).astype(np.float32)
     sharp = bilinear(scores, 96, 96)[0].astype(np.float64)
     smooth = upsample(scores, 96, 96, smoothing=6.0)[0]
-    deviation = 6.0 * 96 / 256
-    np.testing.assert_allclose(smooth, literal_gaussian(sharp, deviation, "edge"), atol=1e-5)
-    assert np.abs(smooth - literal_gaussian(sharp, deviation, "constant")).max() > 0.1
+    std = 6.0 * 96 / 256
+    np.testing.assert_allclose(smooth, literal_gaussian(sharp, std, "edge"), atol=1e-5)
+    assert np.abs(smooth - literal_gaussian(sharp, std, "constant")).max() > 0.1
 
 
-def test_rows_add_up_to_one_and_a_constant_stays():
+def test_rows_add_up_to_one_and_a_constant_stays_constant():
     for cells, pixels in ((32, 256), (32, 1000), (1, 50), (7, 3)):
         np.testing.assert_allclose(map_matrix(cells, pixels, smoothing=4.0).sum(axis=1), 1, atol=1e-6)
     constant = upsample(np.full((2, 4, 4), 3.5, dtype=np.float32), 90, 70, smoothing=4.0)
@@ -51,15 +51,15 @@ def test_rows_add_up_to_one_and_a_constant_stays():
 
 
 @pytest.mark.parametrize("cell", [(0, 0), (0, 5), (3, 4), (7, 9)])
-def test_a_hot_cell_peaks_at_its_own_place(cell):
+def test_the_map_of_one_cell_peaks_in_that_cell(cell):
     scores = np.zeros((1, 8, 10), dtype=np.float32)
     scores[0][cell] = 1
     peak = np.unravel_index(upsample(scores, 160, 200, smoothing=4.0)[0].argmax(), (160, 200))
     assert (peak[0] // 20, peak[1] // 20) == cell
 
 
-def test_a_defect_at_the_border_is_not_dimmed():
-    """Zero padding would make it less than the same defect inside."""
+def test_a_defect_at_the_border_keeps_its_score():
+    """With zero padding its maximum would be lower than inside the image."""
     scores = np.zeros((2, 8, 8), dtype=np.float32)
     scores[0, 0, 4] = scores[1, 4, 4] = 1
     at_border, inside = upsample(scores, 256, 256, smoothing=4.0)
@@ -67,7 +67,7 @@ def test_a_defect_at_the_border_is_not_dimmed():
 
 
 def test_smoothing_grows_with_the_image():
-    """A map twice as large shows the same picture."""
+    """A map of twice the size has the same content."""
     scores = np.random.default_rng(2).normal(size=(1, 8, 8)).astype(np.float32)
     small, large = (upsample(scores, side, side, smoothing=8.0)[0] for side in (256, 512))
     np.testing.assert_allclose(large.reshape(256, 2, 256, 2).mean(axis=(1, 3)), small, atol=0.01)
@@ -81,7 +81,7 @@ def test_an_image_does_not_depend_on_its_batch():
     assert together.dtype == np.float32
 
 
-def test_the_shared_matrix_cannot_be_written_to():
+def test_the_cached_matrix_is_read_only():
     matrix = map_matrix(8, 64, smoothing=4.0)
     assert map_matrix(8, 64, smoothing=4.0) is matrix
     with pytest.raises(ValueError, match="read-only"):
@@ -93,14 +93,14 @@ def test_one_tile_is_the_map():
     np.testing.assert_allclose(stitch([only], [Tile(0, 0, 9, 7)], 9, 7), only, rtol=1e-6)
 
 
-def test_tiles_that_agree_give_the_whole():
-    whole = np.random.default_rng(5).normal(size=(50, 80)).astype(np.float32)
+def test_equal_tiles_give_the_map_they_were_cut_from():
+    full = np.random.default_rng(5).normal(size=(50, 80)).astype(np.float32)
     tiles = [Tile(top, left, 30, 45) for top in (0, 20) for left in (0, 35)]
-    parts = [whole[t.top : t.top + t.height, t.left : t.left + t.width] for t in tiles]
-    np.testing.assert_allclose(stitch(parts, tiles, 50, 80), whole, atol=1e-5)
+    parts = [full[t.top : t.top + t.height, t.left : t.left + t.width] for t in tiles]
+    np.testing.assert_allclose(stitch(parts, tiles, 50, 80), full, atol=1e-5)
 
 
-def test_tiles_that_disagree_fade_into_each_other():
+def test_different_tiles_blend_without_a_seam():
     tiles = [Tile(0, 0, 4, 60), Tile(0, 40, 4, 60)]
     row = stitch([np.zeros((4, 60), np.float32), np.ones((4, 60), np.float32)], tiles, 4, 100)[0]
     assert (row[:40] == 0).all()
@@ -109,7 +109,7 @@ def test_tiles_that_disagree_fade_into_each_other():
     assert np.diff(row).max() < 0.1
 
 
-def test_bare_pixels_and_wrong_shapes_are_refused():
+def test_uncovered_pixels_and_wrong_shapes_are_errors():
     with pytest.raises(DataError, match="1 tiles leave 12 pixels of a 5x6 image uncovered"):
         stitch([np.zeros((3, 6), np.float32)], [Tile(0, 0, 3, 6)], 5, 6)
     with pytest.raises(DataError, match=r"must have shape \(3, 6\), got \(3, 5\)"):

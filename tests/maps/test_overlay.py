@@ -1,36 +1,37 @@
 import numpy as np
+import pytest
 
-from normweave.maps.overlay import heat, overlay
+from normweave.maps.overlay import THUMBNAIL, heat, inferno, overlay, thumbnails
 
 
 def lightness(colours):
-    """Of RGB in 0..255, roughly as the eye weighs them."""
+    """Return the relative luminance of RGB in [0, 255]."""
     return colours[..., :3].astype(float) @ [0.2126, 0.7152, 0.0722]
 
 
-def test_heat_has_the_threshold_in_its_middle_and_nothing_far_below():
+def test_heat_has_the_threshold_in_the_middle_of_the_colours_and_is_transparent_far_below():
     colours = heat(np.array([[0.0, 0.5, 1.0, 2.0, 9.0]], np.float32), threshold=1.0)[0]
     assert colours[0, 3] == 0
-    assert colours[1, 3] == 0  # a quarter of the way up
+    assert colours[1, 3] == 0  # at a quarter of the colours
     assert colours[2].tolist() == [186, 55, 84, 255]  # between the two colours in the middle
     assert (
         colours[3].tolist() == colours[4].tolist() == [252, 255, 164, 255]
     )  # as far above as the lowest is below
 
 
-def test_heat_has_the_same_colours_whatever_the_scores_are_counted_in():
+def test_heat_does_not_depend_on_the_unit_of_the_scores():
     scores = np.array([[0.0, 0.5, 1.0, 1.25, 2.0]], np.float32)
     np.testing.assert_array_equal(heat(8 * scores - 5, threshold=3.0), heat(scores, threshold=1.0))
 
 
-def test_heat_grows_lighter_all_the_way_so_that_it_can_be_read_without_colours():
+def test_heat_grows_lighter_with_the_score():
     colours = heat(np.linspace(0, 2, 200, dtype=np.float32)[None], threshold=1.0)[0]
     assert (np.diff(lightness(colours)) >= -1).all()  # but for rounding
     assert lightness(colours[-1]) - lightness(colours[100]) > 150
     assert (np.diff(colours[:, 3].astype(int)) >= 0).all()
 
 
-def test_heat_of_a_map_without_height():
+def test_heat_of_a_constant_map():
     assert heat(np.ones((2, 2), np.float32), threshold=1.0)[..., 3].max() == 255
     assert heat(np.zeros((2, 2), np.float32), threshold=1.0)[..., 3].max() == 0
 
@@ -38,12 +39,66 @@ def test_heat_of_a_map_without_height():
 def test_an_overlay_is_red_above_the_threshold_and_grey_elsewhere():
     image = np.full((2, 2, 3), (10, 20, 60), np.uint8)
     anomaly_map = np.array([[0, 1], [1.001, 2]], np.float32)
-    picture = overlay(image, anomaly_map, threshold=1.0).astype(int)
-    assert picture[0].tolist() == [[30, 30, 30], [30, 30, 30]]  # the threshold itself is normal
-    assert picture[1, 0].tolist() == [142, 125, 15]  # half grey, half yellow
-    assert picture[1, 1].tolist() == [142, 15, 15]  # as far above the threshold as the lowest lies below: red
+    made = overlay(image, anomaly_map, threshold=1.0).astype(int)
+    assert made[0].tolist() == [[30, 30, 30], [30, 30, 30]]  # the threshold itself is normal
+    assert made[1, 0].tolist() == [142, 125, 15]  # half grey, half yellow
+    assert made[1, 1].tolist() == [
+        142,
+        15,
+        15,
+    ]  # as far above the threshold as the lowest score is below it: red
 
 
-def test_an_overlay_of_a_map_that_lies_wholly_above():
-    picture = overlay(np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 3, np.float32), threshold=1.0)
-    assert picture.reshape(-1, 3).tolist() == [[128, 0, 0]] * 4
+def test_an_overlay_of_a_map_above_the_threshold():
+    made = overlay(np.zeros((2, 2, 3), np.uint8), np.full((2, 2), 3, np.float32), threshold=1.0)
+    assert made.reshape(-1, 3).tolist() == [[128, 0, 0]] * 4
+
+
+def test_thumbnails_show_the_heat_and_the_marked_defect_at_their_positions():
+    image = np.full((600, 900, 3), 120, dtype=np.uint8)
+    anomaly_map = np.zeros((600, 900), dtype=np.float32)
+    mask = np.zeros((600, 900), dtype=bool)
+    anomaly_map[60:180, 600:780] = 2.0
+    mask[300:420, 90:270] = True
+    made = thumbnails(image, anomaly_map, mask, threshold=1.0)
+    height, width = round(600 * THUMBNAIL / 900), THUMBNAIL
+    assert list(made) == ["image", "heat map", "marked defect"]
+    assert [thumbnail.shape for thumbnail in made.values()] == [(height, width, 3)] * 3
+    assert (made["image"] == 120).all()
+    light = made["heat map"].astype(int).sum(axis=2)
+    scale = THUMBNAIL / 900
+    inside = light[int(80 * scale) : int(160 * scale), int(620 * scale) : int(760 * scale)]
+    outside = light[height // 2 :]
+    assert inside.min() > outside.max() + 100
+    marked = made["marked defect"]
+    rows, columns = np.nonzero((marked != made["image"]).any(axis=2))
+    assert rows.min() == pytest.approx(300 * scale, abs=4)
+    assert columns.max() == pytest.approx(270 * scale, abs=4)
+    assert (marked[int(360 * scale), int(180 * scale)] == 120).all()  # the defect itself stays visible
+
+
+def test_only_pixels_above_the_threshold_are_outlined():
+    image = np.full((100, 100, 3), 90, dtype=np.uint8)
+    anomaly_map = np.zeros((100, 100), dtype=np.float32)
+    anomaly_map[40:60, 40:60] = 1.0
+    above = thumbnails(image, anomaly_map, None, threshold=0.5)
+    below = thumbnails(image, anomaly_map, None, threshold=1.0)
+    assert (above["heat map"] == 255).all(axis=2).any()
+    assert not (below["heat map"] == 255).all(axis=2).any()
+    assert list(above) == ["image", "heat map"]
+
+
+def test_the_heat_map_grows_lighter_with_the_score():
+    ramp = np.linspace(0, 1, 200, dtype=np.float32)
+    made = thumbnails(
+        np.full((20, 200, 3), 128, np.uint8), ramp[None].repeat(20, axis=0), None, threshold=1.0
+    )
+    assert (np.diff(lightness(made["heat map"][10])[::10]) > 0).all()
+    np.testing.assert_array_equal(inferno(ramp)[[0, -1]], [[0, 0, 4], [252, 255, 164]])
+
+
+def test_thumbnails_of_a_constant_map_and_an_empty_mask():
+    image = np.zeros((1, 700, 3), dtype=np.uint8)
+    made = thumbnails(image, np.ones((1, 700), np.float32), image[..., 0] > 0, threshold=1.0)
+    assert made["heat map"].shape == (1, THUMBNAIL, 3)
+    assert list(made) == ["image", "heat map"]

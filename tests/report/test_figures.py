@@ -1,15 +1,23 @@
-import base64
-import io
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from normweave.report.figures import BARS, THUMBNAIL, data_uri, panels, score_histogram
+from normweave.report.figures import BINS, Series, bin_counts, bin_edges, score_histogram
+
+
+def histogram(normal, anomalous, *, threshold, axis="score", **given):
+    return score_histogram(
+        Series("normal", normal, "good, accepted", "good, false alarms"),
+        Series("anomalous", anomalous, "defective, missed", "defective, detected"),
+        threshold=threshold,
+        axis=axis,
+        **given,
+    )
 
 
 def rectangles(svg):
+    """Return classes, x, y and height of every bar."""
     return [
         (
             element.get("class").split(),
@@ -22,40 +30,50 @@ def rectangles(svg):
     ]
 
 
-def the_line(svg):
-    return next(float(e.get("x1")) for e in ElementTree.fromstring(svg) if e.get("class") == "point")
+def threshold_x(svg, style="point"):
+    return next(float(e.get("x1")) for e in ElementTree.fromstring(svg) if e.get("class") == style)
 
 
-def test_bars_stand_on_their_side_of_the_operating_point():
+def test_bars_are_above_or_below_the_threshold():
     random = np.random.default_rng(0)
     normal, anomalous = random.normal(0, 1, 300), random.normal(2, 1, 200)
-    svg = score_histogram(normal, anomalous, line=1.3, axis="score")
-    line = the_line(svg)
-    for (label, side), x, _, _ in rectangles(svg):
-        above = x + 1 > line
-        assert side == ("wrong" if above == (label == "normal") else "right")
+    svg = histogram(normal, anomalous, threshold=1.3)
+    for (_, side), x, _, _ in rectangles(svg):
+        assert side == ("above" if x + 1 > threshold_x(svg) else "below")
     assert f"good, false alarms: {(normal > 1.3).sum()}" in svg
-    assert f"good, passed: {(normal <= 1.3).sum()}" in svg
+    assert f"good, accepted: {(normal <= 1.3).sum()}" in svg
     assert f"defective, missed: {(anomalous <= 1.3).sum()}" in svg
-    assert f"defective, found: {(anomalous > 1.3).sum()}" in svg
+    assert f"defective, detected: {(anomalous > 1.3).sum()}" in svg
 
 
-def test_heights_are_counts():
-    svg = score_histogram([0.0] * 30 + [1.0] * 10, [], line=0.5, axis="score")
+def test_heights_are_counts_with_a_tooltip():
+    svg = histogram([0.0] * 30 + [1.0] * 10, [], threshold=0.5)
     heights = sorted(height for _, _, _, height in rectangles(svg))
     assert heights[1] == pytest.approx(3 * heights[0], rel=0.01)
+    titles = [element.find("title").text for element in ElementTree.fromstring(svg) if element.tag == "rect"]
+    assert [title.split(" with scores from ")[0] for title in titles] == ["30", "10"]
 
 
-def test_a_score_that_equals_the_line_is_not_above_it():
-    for line in (0.1, 0.3, 1.7, -2.2):
-        svg = score_histogram([line], [line - 0.77, line + 1.13], line=line, axis="score")
+def test_a_score_equal_to_the_threshold_is_not_above_it():
+    for threshold in (0.1, 0.3, 1.7, -2.2, 1e6 + 0.1):
+        svg = histogram([threshold], [threshold - 0.77, threshold + 1.13], threshold=threshold)
         (rectangle,) = (r for r in rectangles(svg) if "normal" in r[0])
-        assert rectangle[0][1] == "right"
-        assert rectangle[1] < the_line(svg)
+        assert rectangle[0][1] == "below"
+        assert rectangle[1] < threshold_x(svg)
+
+
+def test_every_score_is_in_one_bin_and_the_threshold_is_an_edge():
+    scores = np.append(np.random.default_rng(2).gamma(2, 0.4, 500), 1e6)
+    edges = bin_edges(scores, 1.5, bins=20)
+    counts = bin_counts(scores, edges)
+    assert len(edges) == 21
+    assert 1.5 in edges
+    assert counts.sum() == len(scores)
+    assert counts[edges[1:] > 1.5].sum() == (scores > 1.5).sum()
 
 
 @pytest.mark.parametrize(
-    ("normal", "anomalous", "line"),
+    ("normal", "anomalous", "threshold"),
     [
         ([], [], 0.0),
         ([1.0], [], 1.0),
@@ -64,77 +82,24 @@ def test_a_score_that_equals_the_line_is_not_above_it():
         ([2.0], [3.0], -7.0),
     ],
 )
-def test_odd_scores_stay_inside_the_drawing(normal, anomalous, line):
-    svg = score_histogram(normal, anomalous, line=line, axis="a < b")
-    root = ElementTree.fromstring(svg)
-    _, _, width, height = map(float, root.get("viewBox").split())
+@pytest.mark.parametrize("proposed", [None, 12.0])
+def test_extreme_scores_stay_inside_the_drawing(normal, anomalous, threshold, proposed):
+    svg = histogram(normal, anomalous, threshold=threshold, axis="a < b", proposed=proposed)
+    _, _, width, height = map(float, ElementTree.fromstring(svg).get("viewBox").split())
     for _, x, y, tall in rectangles(svg):
         assert 0 <= x <= width
         assert 0 <= y <= y + tall <= height
-    assert 0 <= the_line(svg) <= width
-    assert len(rectangles(svg)) <= 2 * BARS
+    assert 0 <= threshold_x(svg) <= width
+    assert len(rectangles(svg)) <= 2 * BINS
     assert "a &lt; b" in svg
 
 
-def test_one_far_score_does_not_flatten_the_rest():
+def test_one_extreme_score_does_not_compress_the_others():
     scores = np.append(np.random.default_rng(1).normal(size=1000), 1e6)
-    assert len(rectangles(score_histogram(scores, [], line=2.0, axis="score"))) > 20
+    assert len(rectangles(histogram(scores, [], threshold=2.0))) > 20
 
 
-def test_panels_are_thumbnails_with_the_defect_in_its_place():
-    image = np.full((600, 900, 3), 120, dtype=np.uint8)
-    anomaly_map = np.zeros((600, 900), dtype=np.float32)
-    mask = np.zeros((600, 900), dtype=bool)
-    anomaly_map[60:180, 600:780] = 2.0
-    mask[300:420, 90:270] = True
-    made = panels(image, anomaly_map, mask, lowest=0.0, highest=2.0, threshold=1.0)
-    height, width = round(600 * THUMBNAIL / 900), THUMBNAIL
-    assert [picture.shape for picture in made] == [(height, width, 3)] * 3
-    assert (made.image == 120).all()
-    light = made.heat.astype(int).sum(axis=2)
-    scale = THUMBNAIL / 900
-    inside = light[int(80 * scale) : int(160 * scale), int(620 * scale) : int(760 * scale)]
-    outside = light[height // 2 :]
-    assert inside.min() > outside.max() + 100
-    rows, columns = np.nonzero((made.truth != made.image).any(axis=2))
-    assert rows.min() == pytest.approx(300 * scale, abs=4)
-    assert columns.max() == pytest.approx(270 * scale, abs=4)
-    assert (made.truth[int(360 * scale), int(180 * scale)] == 120).all()  # the defect itself stays visible
-
-
-def test_only_what_lies_above_the_operating_point_is_outlined():
-    image = np.full((100, 100, 3), 90, dtype=np.uint8)
-    anomaly_map = np.zeros((100, 100), dtype=np.float32)
-    anomaly_map[40:60, 40:60] = 1.0
-    above = panels(image, anomaly_map, None, lowest=0.0, highest=1.0, threshold=0.5)
-    below = panels(image, anomaly_map, None, lowest=0.0, highest=1.0, threshold=1.0)
-    assert (above.heat == 255).all(axis=2).any()
-    assert not (below.heat == 255).all(axis=2).any()
-    assert above.truth is None
-
-
-def test_lightness_rises_with_the_score():
-    """So that it can be read in grey, and by those who do not see red and green apart."""
-    ramp = np.linspace(0, 1, 200, dtype=np.float32)[None].repeat(20, axis=0)
-    heat = panels(
-        np.full((20, 200, 3), 128, np.uint8), ramp, None, lowest=0.0, highest=1.0, threshold=9.0
-    ).heat
-    grey = heat[10] @ np.array([0.2126, 0.7152, 0.0722])
-    assert (np.diff(grey[::10]) > 0).all()
-
-
-def test_a_flat_map_and_a_mask_of_nothing():
-    image = np.zeros((1, 700, 3), dtype=np.uint8)
-    made = panels(
-        image, np.ones((1, 700), np.float32), image[..., 0] > 0, lowest=1.0, highest=1.0, threshold=1.0
-    )
-    assert made.heat.shape == (1, THUMBNAIL, 3)
-    assert made.truth is None
-
-
-def test_pictures_go_into_the_page():
-    image = np.full((30, 50, 3), (200, 100, 50), dtype=np.uint8)
-    head, _, data = data_uri(image).partition(",")
-    assert head == "data:image/jpeg;base64"
-    again = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-    np.testing.assert_allclose(again, image, atol=3)
+def test_a_proposed_threshold_is_a_second_line():
+    svg = histogram([0.5, 1.0], [0.7], threshold=2.0, proposed=3.0)
+    assert threshold_x(svg) < threshold_x(svg, "point proposed")
+    assert "proposed" not in histogram([0.5, 1.0], [0.7], threshold=2.0)

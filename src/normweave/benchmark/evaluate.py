@@ -22,8 +22,9 @@ from normweave.data.images import ImageInput
 from normweave.data.synthetic import coverage
 from normweave.detector import CACHE_GIB, Detector
 from normweave.errors import DataError
+from normweave.maps.overlay import thumbnails
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
-from normweave.report.page import Rendered, write_page
+from normweave.report.page import write_page
 from normweave.types import Outcome, Progress, Sample, Tile
 
 COLUMNS = (
@@ -133,7 +134,7 @@ def evaluate(
             title=title,
             metrics=metrics,
             predictions=predictions,
-            render=lambda row: _render(detector, by_path[predictions[row]["image_path"]]),
+            render_images=lambda row: _render(detector, by_path[predictions[row]["image_path"]]),
             provenance=metrics["provenance"],
         ),
     )
@@ -415,14 +416,16 @@ def _mask(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     return mask if mask.any() else None
 
 
-def _render(detector: Detector, sample: Sample) -> Rendered:
+def _render(detector: Detector, sample: Sample) -> dict[str, NDArray[np.uint8]]:
     outcome = detector.score(str(sample.image_path))
-    assert outcome.anomaly_map is not None  # score() was asked for maps
+    assert outcome.anomaly_map is not None
+    assert outcome.threshold is not None
     try:
         mask = _mask(sample, outcome.anomaly_map.shape)
     except DataError:  # listed by `measure`
         mask = None
-    return Rendered(image=images.decode(sample.image_path), anomaly_map=outcome.anomaly_map, mask=mask)
+    image = images.decode(sample.image_path)
+    return thumbnails(image, outcome.anomaly_map, mask, threshold=outcome.threshold)
 
 
 def provenance(detector: Detector, data: object) -> dict[str, Any]:

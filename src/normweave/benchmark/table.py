@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import csv
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -14,8 +12,8 @@ from typing import Any, NamedTuple
 from normweave import __version__
 from normweave.atomic import write_atomically
 from normweave.benchmark.plan import Plan
+from normweave.report.html import render
 from normweave.report.metrics import sign_flip_p_value
-from normweave.report.page import document
 
 MEASURES = (
     "image_auroc",
@@ -224,8 +222,8 @@ class Part(NamedTuple):
 
     heading: str
     level: int
-    head: Sequence[str] = ()
-    lines: Sequence[Sequence[str]] = ()
+    heads: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
 
 
 class Figure(NamedTuple):
@@ -253,9 +251,9 @@ def markdown(
         text += [paragraph, ""]
     for part in _parts(plan, rows, results):
         text += [f"{'#' * part.level} {part.heading}", ""]
-        if part.head:
-            text += [_piped(part.head), _piped(["---"] * len(part.head))]
-            text += [_piped(line) for line in part.lines]
+        if part.heads:
+            text += [_piped(part.heads), _piped(["---"] * len(part.heads))]
+            text += [_piped(line) for line in part.rows]
             text.append("")
     if charts := [figure for figure in figures if not figure.of_images]:
         text += ["## Figures", ""]
@@ -281,40 +279,20 @@ def html(
     provenance: Sequence[str],
     figures: Sequence[Figure] = (),
 ) -> str:
-    """The table and its figures as a page that needs nothing else."""
-    about = "".join(f"<p>{escape(paragraph)}</p>" for paragraph in _legend(plan, rows))
-    origin = "".join(f'<p class="soft">{escape(line)}</p>' for line in provenance)
-    body = [f"<header><h1>{escape(plan.title)}</h1>{origin}</header>{about}"]
-    for part in _parts(plan, rows, results):
-        body.append(f"<h{part.level}>{escape(part.heading)}</h{part.level}>")
-        if part.head:
-            heads = "".join(f'<th scope="col">{escape(head)}</th>' for head in part.head[1:])
-            lines = "".join(
-                f'<tr><th scope="row">{escape(line[0])}</th>'
-                + "".join(f"<td{_side(cell)}>{escape(cell)}</td>" for cell in line[1:])
-                + "</tr>"
-                for line in part.lines
-            )
-            body.append(
-                f'<div class="scroll"><table><thead><tr><th class="text">{escape(part.head[0])}</th>{heads}</tr>'
-                f"</thead><tbody>{lines}</tbody></table></div>"
-            )
-    if figures:
-        body.append("<h2>Figures</h2>")
-    for figure in figures:
-        kind = "jpeg" if figure.of_images else "svg+xml"
-        held = base64.b64encode(figure.path.read_bytes()).decode()
-        caption = escape(figure.caption)
-        body.append(
-            f'<figure class="chart"><div class="scroll"><img src="data:image/{kind};base64,{held}" alt="{caption}">'
-            f"</div><figcaption>{caption}</figcaption></figure>"
-        )
-    return document(plan.title, "".join(body), made_by=f"normweave {__version__}")
-
-
-def _side(cell: str) -> str:
-    """Sentences begin at the left, numbers end at the right."""
-    return ' class="text"' if " " in cell and "±" not in cell else ""
+    """Return the tables and figures as a page that loads nothing else."""
+    parts = [
+        part._asdict() | {"rows": [(line[0], None, line[1:]) for line in part.rows]}
+        for part in _parts(plan, rows, results)
+    ]
+    return render(
+        "benchmark.html",
+        title=plan.title,
+        version=__version__,
+        provenance=provenance,
+        legend=list(_legend(plan, rows)),
+        parts=parts,
+        figures=figures,
+    )
 
 
 def _parts(plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result]) -> Iterator[Part]:

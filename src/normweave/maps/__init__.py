@@ -1,7 +1,7 @@
-"""Patch scores to anomaly maps: upsample, smooth, and put tiles together. numpy only.
+"""Anomaly maps from patch scores: upsample, smooth and stitch tiles. numpy only.
 
-Bilinear upsampling and Gaussian smoothing are both linear and separable, so that together they are one small
-matrix for the rows and one for the columns: map = M_h · scores · M_wᵀ.
+Bilinear upsampling and Gaussian smoothing are linear and separable. Together they are one matrix for the rows and one
+for the columns: map = M_h · scores · M_wᵀ.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from normweave.errors import DataError
 from normweave.types import Tile
 
 REFERENCE = 256
-"""The side in pixels at which `smoothing` is the Gaussian's deviation in pixels."""
+"""Side in pixels of an image for which `smoothing` is the standard std of the Gaussian in pixels."""
 TRUNCATE = 4.0
-"""The Gaussian ends after this many deviations."""
+"""Radius of the Gaussian in standard stds."""
 
 
 @lru_cache(maxsize=64)
 def map_matrix(cells: int, pixels: int, *, smoothing: float) -> NDArray[np.float32]:
-    """One side of the way from a grid of scores to a smooth map, (pixels, cells); every row adds up to 1.
+    """Return the matrix (pixels, cells) that upsamples and smooths one axis; every row adds up to 1.
 
-    Gaussian with replicate padding, of deviation `smoothing * pixels / 256`, after bilinear interpolation in
-    which cell c lies at pixel (c + ½) · pixels / cells − ½ (torch's align_corners=False). Padding with zeros
-    would hide the border. The result is shared by all callers and read-only.
+    Bilinear interpolation with cell c at pixel (c + ½) · pixels / cells − ½ (torch's align_corners=False), then a
+    Gaussian with standard std `smoothing * pixels / 256` and replicate padding. Padding with zeros would lower
+    the scores at the border. The result is cached and read-only.
     """
     at = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)
     below = at.astype(np.int64)
@@ -38,10 +38,10 @@ def map_matrix(cells: int, pixels: int, *, smoothing: float) -> NDArray[np.float
     np.add.at(matrix, (rows, below), 1 - share)
     np.add.at(matrix, (rows, above), share)
 
-    deviation = smoothing * pixels / REFERENCE
-    radius = int(TRUNCATE * deviation + 0.5)
+    std = smoothing * pixels / REFERENCE
+    radius = int(TRUNCATE * std + 0.5)
     if radius > 0:
-        kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / deviation) ** 2)
+        kernel = np.exp(-0.5 * (np.arange(-radius, radius + 1) / std) ** 2)
         kernel /= kernel.sum()
         padded = np.pad(matrix, ((radius, radius), (0, 0)), mode="edge")
         for cell in range(cells):
@@ -54,7 +54,7 @@ def map_matrix(cells: int, pixels: int, *, smoothing: float) -> NDArray[np.float
 def upsample(
     scores: NDArray[np.float32], height: int, width: int, *, smoothing: float
 ) -> NDArray[np.float32]:
-    """Smooth maps (B, height, width) from grids of patch scores (B, h, w)."""
+    """Return smooth maps (B, height, width) of patch scores (B, h, w)."""
     _, h, w = scores.shape
     rows = map_matrix(h, height, smoothing=smoothing)
     columns = map_matrix(w, width, smoothing=smoothing)
@@ -65,12 +65,12 @@ def upsample(
 def stitch(
     maps: Sequence[NDArray[np.float32]], tiles: Sequence[Tile], height: int, width: int
 ) -> NDArray[np.float32]:
-    """One map (height, width) from the maps of its tiles; where they overlap, a mean without a seam.
+    """Return one map (height, width) of the maps of its tiles: a weighted mean where tiles overlap.
 
-    A pixel weighs in its tile by its distance to the tile's nearer edges: one map fades into the next.
+    The weight of a pixel rises with its distance to the edges of its tile, so that no seam is visible.
 
     Raises:
-        DataError: a map does not fit its tile, or the tiles leave a part of the image uncovered.
+        DataError: a map has another shape than its tile, or the tiles do not cover the image.
     """
     total = np.zeros((height, width), dtype=np.float32)
     weights = np.zeros((height, width), dtype=np.float32)
@@ -80,18 +80,18 @@ def stitch(
                 f"The map of {tile} must have shape {(tile.height, tile.width)}, got {part.shape}."
             )
         weight = np.outer(_tent(tile.height), _tent(tile.width))
-        there = (slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width))
-        total[there] += weight * part
-        weights[there] += weight
+        window = (slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width))
+        total[window] += weight * part
+        weights[window] += weight
     if not weights.all():
-        bare = int((weights == 0).sum())
-        raise DataError(f"{len(tiles)} tiles leave {bare} pixels of a {height}x{width} image uncovered.")
+        uncovered = int((weights == 0).sum())
+        raise DataError(f"{len(tiles)} tiles leave {uncovered} pixels of a {height}x{width} image uncovered.")
     total /= weights
     return total
 
 
 def _tent(length: int) -> NDArray[np.float32]:
-    """Distance to the nearer end, in shares of the longest, > 0."""
-    away = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1))
-    shares: NDArray[np.float32] = (away / away.max()).astype(np.float32)
-    return shares
+    """Return weights (length,) in (0, 1] that rise linearly from both ends to the middle."""
+    distance = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1))
+    weights: NDArray[np.float32] = (distance / distance.max()).astype(np.float32)
+    return weights

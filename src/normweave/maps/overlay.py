@@ -1,14 +1,16 @@
-"""Anomaly maps to look at: colours over an image."""
+"""Anomaly maps as colours over an image.
+
+Heat maps use inferno, whose lightness rises with the score: they can be read in grey and with any colour vision.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-_HEAT = np.array(
-    [
-        # Inferno of matplotlib (S. van der Walt and N. Smith, CC0), every sixteenth colour: lightness grows evenly, so
-        # that it can be read in grey and with any colour vision.
+_INFERNO = np.array(
+    [  # of matplotlib (S. van der Walt and N. Smith, CC0), every sixteenth colour
         [0, 0, 4],
         [12, 8, 38],
         [36, 12, 79],
@@ -28,30 +30,97 @@ _HEAT = np.array(
     ],
     dtype=np.float32,
 )
-LOWEST = 0.25
-"""Share of the way up the colours at which a map begins to show."""
+THUMBNAIL = 320
+"""Longest side of a thumbnail in pixels."""
+OPACITY = 0.65
+"""Of the heat map over a grey thumbnail."""
+HIDDEN = 0.25
+"""Heat at and below which `heat` is transparent; the threshold is at 0.5."""
+WHITE, CYAN = (255, 255, 255), (0, 229, 255)
+SMALLEST_SPAN = 1e-12
+"""Keeps the division defined where a map has a single value."""
 
 
 def heat(anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.uint8]:
-    """Colours (H, W, 4) to lay over the image: the threshold is in their middle, and nothing shows far below it."""
-    span = max(threshold - float(anomaly_map.min()), 1e-12)  # as far above the threshold is the brightest
-    height = np.clip(0.5 + (anomaly_map - threshold) / (2 * span), 0, 1).astype(np.float32)
-    place = height * (len(_HEAT) - 1)
-    below = np.minimum(place.astype(np.int64), len(_HEAT) - 2)
-    share = (place - below)[..., None]
-    colours = _HEAT[below] * (1 - share) + _HEAT[below + 1] * share
-    visible = np.clip((height - LOWEST) / (0.5 - LOWEST), 0, 1)[..., None] * 255
-    return np.concatenate([colours, visible], axis=2).round().astype(np.uint8)
+    """Return colours (H, W, 4) to draw over the image.
+
+    The threshold has the colour in the middle of the colour map. The lightest colour is as far above the threshold as
+    the lowest score is below it. Pixels far below the threshold are transparent.
+    """
+    span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
+    level = np.clip(0.5 + (anomaly_map - threshold) / (2 * span), 0, 1).astype(np.float32)
+    alpha = np.clip((level - HIDDEN) / (0.5 - HIDDEN), 0, 1)[..., None] * 255
+    return np.concatenate([inferno(level), alpha], axis=2).round().astype(np.uint8)
 
 
 def overlay(
     image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], *, threshold: float
 ) -> NDArray[np.uint8]:
-    """The image (H, W, 3) in grey, and what lies above the threshold in yellow to red over it."""
+    """Return the image (H, W, 3) in grey, with the pixels above the threshold in yellow to red."""
     grey = image.mean(axis=2, keepdims=True)
-    span = max(threshold - float(anomaly_map.min()), 1e-12)
-    # 0 at the threshold, 1 as far above it again
-    beyond = np.clip((anomaly_map - threshold) / span, 0, 1)[..., None]
-    colour = np.concatenate([np.full_like(beyond, 255), 220 * (1 - beyond), np.zeros_like(beyond)], axis=2)
+    span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
+    level = np.clip((anomaly_map - threshold) / span, 0, 1)[..., None]  # 0 at the threshold
+    colour = np.concatenate([np.full_like(level, 255), 220 * (1 - level), np.zeros_like(level)], axis=2)
     mixed = np.where(anomaly_map[..., None] > threshold, 0.5 * grey + 0.5 * colour, grey)
     return np.broadcast_to(mixed, image.shape).round().astype(np.uint8)
+
+
+def thumbnails(
+    image: NDArray[np.uint8],
+    anomaly_map: NDArray[np.float32],
+    mask: NDArray[np.bool_] | None,
+    *,
+    threshold: float,
+) -> dict[str, NDArray[np.uint8]]:
+    """Return the image, its heat map and its marked defect, (h, w, 3) each, by caption.
+
+    The heat map covers the grey image, from the lowest score to the threshold or the highest score, whichever is
+    higher. Pixels above the threshold have a white outline, marked defects a cyan one.
+
+    Args:
+        image: (H, W, 3).
+        anomaly_map: (H, W).
+        mask: (H, W), True where defective. The marked defect is left out if it is None or empty.
+        threshold: of the image.
+    """
+    height, width = image.shape[:2]
+    scale = min(1.0, THUMBNAIL / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+    scores = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    lowest = float(anomaly_map.min())
+    span = max(float(anomaly_map.max()), threshold) - lowest
+    colours = inferno(np.clip((scores - lowest) / max(span, SMALLEST_SPAN), 0, 1))
+    mixed = ((1 - OPACITY) * small.mean(axis=2, keepdims=True) + OPACITY * colours).astype(np.uint8)
+    made = {"image": small, "heat map": _outline(mixed, scores > threshold, WHITE)}
+    if mask is not None and mask.any():
+        covered = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0
+        made["marked defect"] = _outline(small, covered, CYAN)
+    return made
+
+
+def inferno(level: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return colours (..., 3) in [0, 255] for levels in [0, 1]."""
+    position = level * (len(_INFERNO) - 1)
+    below = np.minimum(position.astype(np.int64), len(_INFERNO) - 2)
+    share = (position - below)[..., None]
+    colours: NDArray[np.float32] = _INFERNO[below] * (1 - share) + _INFERNO[below + 1] * share
+    return colours
+
+
+def _outline(
+    image: NDArray[np.uint8], region: NDArray[np.bool_], colour: tuple[int, int, int]
+) -> NDArray[np.uint8]:
+    """Draw a line just outside the region, with a black line around it for contrast."""
+    inner = _dilate(_dilate(region))
+    result = image.copy()
+    result[_dilate(inner) & ~inner] = 0
+    result[inner & ~region] = colour
+    return result
+
+
+def _dilate(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Add one pixel on all sides and corners."""
+    around = np.pad(region, 1)
+    tall = around[:-2] | around[1:-1] | around[2:]
+    return np.asarray(tall[:, :-2] | tall[:, 1:-1] | tall[:, 2:])

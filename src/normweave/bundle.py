@@ -29,12 +29,12 @@ from normweave.errors import BundleError, MissingError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 RECORD = "bundle.json"
 WEIGHTS = "weights.safetensors"
 GRAPH = "model.onnx"
-LINE = ("calibration", "map_threshold")
-"""Keys of the record that say where the line lies, which is drawn anew by other images than the rest."""
+OPERATING_POINTS = ("calibration", "map_threshold")
+"""Keys of the record that `normweave calibrate` replaces."""
 MAX_RECORD_BYTES = 64 * 2**20
 """A record is read whole into memory; with a hundred thousand calibration scores it has two million bytes."""
 
@@ -260,6 +260,11 @@ def _read_listing(folder: Path) -> _Listing:
     version = record.pop("format", None)
     if type(version) is not int or version < 1:
         raise BundleError(f"{path} must say its format, a whole number from 1, got {version!r:.60}.")
+    if version < FORMAT:
+        raise BundleError(
+            f"{folder} is in format {version}, of normweave 0.1, and this normweave reads format {FORMAT}. Train it again "
+            "with this version, or use normweave 0.1 to run it."
+        )
     if version > FORMAT:
         raise BundleError(
             f"{folder} is in format {version}, and this normweave reads up to {FORMAT}. "

@@ -164,6 +164,18 @@ class FitData:
         return len(self.features)
 
 
+class RawOutput(NamedTuple):
+    """What a network returns for n prepared images, off the device; None where its head has no such output."""
+
+    scores: NDArray[np.float32]  # (n, h, w) patch scores
+    image_scores: NDArray[np.float32] | None = None  # (n,); None: the maximum of the smoothed map
+    reconstruction: NDArray[np.float32] | None = None  # (n, h, w) distance to the reconstruction
+    weights: NDArray[np.float32] | None = None  # (n, K) routing weights, see `Routing`
+    subclass: NDArray[np.int64] | None = None  # (n,)
+    distance: NDArray[np.float32] | None = None  # (n,)
+    adapted: NDArray[np.bool_] | None = None  # (n,)
+
+
 class Routing(NamedTuple):
     """Which kind of normal each image is taken for."""
 

@@ -11,7 +11,7 @@ from normweave.network.onnx import Network
 from normweave.runtime import Runtime
 
 from .test_onnx import SIZE, graph
-from .test_runtime import same
+from ..test_detector import same
 
 openvino = pytest.importorskip(
     "openvino", reason='OpenVINO is not installed: pip install "normweave[openvino]"'

@@ -1,1 +1,36 @@
-"""Prepared pixels to raw scores: torch, ONNX Runtime or OpenVINO."""
+"""Prepared pixels to raw outputs: torch while fitting, ONNX Runtime or OpenVINO from a bundle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from normweave.network.base import GraphNetwork
+
+OPENVINO = "openvino"
+
+
+def open_graph(
+    content: bytes, *, where: str, size: tuple[int, int], threads: int | None = None, device: str = "auto"
+) -> GraphNetwork:
+    """Load an ONNX graph.
+
+    Args:
+        content: the ONNX file.
+        where: its name in messages.
+        size: (height, width) of the prepared pixels.
+        threads: of one pass; None: as many as there are processors.
+        device: auto, cpu, cuda or cuda:N of ONNX Runtime; openvino (on the processor) or openvino:GPU.
+
+    Raises:
+        BundleError: the graph is not self-contained, not one of ours, or has an operator that the library lacks.
+        ConfigError, MissingError: there is no such device, or it is not available.
+    """
+    library, _, plugin = device.partition(":")
+    if library == OPENVINO:
+        from normweave.network.openvino import OpenVinoNetwork
+
+        return OpenVinoNetwork(content, where=where, size=size, threads=threads, plugin=plugin or "CPU")
+    from normweave.network.onnx import OnnxNetwork, providers
+
+    return OnnxNetwork(content, where=where, size=size, threads=threads, providers=providers(device))

@@ -1,110 +1,77 @@
-"""torch to one ONNX graph, and the gate that it passes before anyone relies on it.
+"""Export a network from torch to one ONNX graph, and check that the graph gives the same scores.
 
-Prepared pixels go in, a grid of patch scores and the routing come out. Upsampling, smoothing, thresholds stay outside:
-they are numpy, and the same for both (`scoring`).
+The graph maps prepared pixels to patch scores and routing. Upsampling, smoothing and thresholds stay outside: they are
+numpy, and the same for both (`scoring`).
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
+from normweave.config import Config
 from normweave.errors import CheckError, MissingError
-from normweave.heads.base import Head
-from normweave.network.onnx import EXCLUDED, PIXELS, Network
-from normweave.scoring import Judge, Scored, in_passes, summarise
-from normweave.types import PatchScores
+from normweave.logs import quiet
+from normweave.network.base import EXCLUDED, PIXELS, Network
+from normweave.outcome.operating_point import Calibration
+from normweave.scoring import ImageScore, TileScores
+from normweave.types import RawOutput
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
+    from normweave.network.torch import TorchModule
+
 OPSET = 20
-"""Of ONNX 1.15 (2023); ONNX Runtime 1.17 and later know it."""
+"""Of ONNX 1.15 (2023); ONNX Runtime 1.17 and later support it."""
 TOLERANCE = 1e-3
-"""Relative difference that scores may show between torch and the library that runs the graph."""
+"""Largest relative difference of scores between torch and the library that runs the graph."""
 CELLS = 0.99
-"""Share of a map's cells that must agree: two stored patches may be equally near but for rounding."""
+"""Share of a map's cells that must agree: rounding may decide between two stored patches at the same distance."""
+LOGGERS = ("torch", "torch.__trace", "onnxscript", "onnx_ir")
 
 
-def answers(patches: PatchScores) -> dict[str, Tensor]:
-    """What a head says by name: the fields that it gives, those of the routing among them."""
-    named = patches._asdict()
-    routing = named.pop("routing")
-    if routing is not None:
-        named |= routing._asdict()
-    return {name: value for name, value in named.items() if value is not None}
-
-
-class Whole(nn.Module):
-    """The whole network: prepared pixels (B, 3, H, W) uint8 to the answers of the head.
-
-    A head that knows strangers is also given the subclass (B,) whose expert it may not ask, -1 = none: so one graph
-    serves both, prediction and the line for kinds never seen.
-    """
-
-    def __init__(self, *, extractor: nn.Module, standard: nn.Module, head: Head) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.standard = standard
-        self.head = head
-        self.knows_strangers = head.can_exclude
-
-    def says(self, pixels: Tensor, excluded: Tensor | None = None) -> dict[str, Tensor]:
-        """The answers by name."""
-        features = self.standard(self.extractor(pixels))
-        if excluded is not None and self.knows_strangers:
-            return answers(self.head.score_excluding(features, excluded))
-        return answers(self.head(features))
-
-    def forward(self, pixels: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The answers in their order."""
-        return tuple(self.says(pixels, excluded).values())
-
-
-def to_onnx(whole: Whole, *, height: int, width: int) -> bytes:
-    """The graph of a network on the CPU: static names, any number of images, the same network to the same bytes.
+def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
+    """Export a network on the CPU: static names, dynamic batch, the same bytes for the same network.
 
     Raises:
-        CheckError: it holds something that ONNX has no word for, or too many weights for one file.
+        CheckError: ONNX has no operator for a part of it, or it has too many weights for one file.
         MissingError: onnx or onnxscript is not installed.
     """
     try:
-        import onnxscript  # noqa: F401 - torch asks for it, and says less clearly that it is missing
+        import onnxscript  # noqa: F401 - torch needs it, and its own message is less clear
     except ImportError as error:
         raise MissingError(
-            'The graph for the line PC needs onnx and onnxscript: pip install "normweave[train]"'
+            'Exporting a network needs onnx and onnxscript: pip install "normweave[train]"'
         ) from error
     batch = torch.export.Dim("batch")
-    # Two: torch.export takes a size of one for a constant.
-    given: tuple[Tensor, ...] = (torch.zeros(2, 3, height, width, dtype=torch.uint8),)
+    # Two images: torch.export treats a size of one as a constant.
+    inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, height, width, dtype=torch.uint8),)
     names = [PIXELS]
-    if whole.knows_strangers:
-        given += (torch.full((2,), -1, dtype=torch.int64),)
+    if module.can_exclude:
+        inputs += (torch.full((2,), -1, dtype=torch.int64),)
         names.append(EXCLUDED)
-    with torch.no_grad(), _quietly():
-        outputs = list(whole.says(*given))
+    with torch.no_grad(), quiet(*LOGGERS):
+        outputs = list(module.outputs(*inputs))
         try:
             program = torch.onnx.export(
-                whole,
-                given,
+                module,
+                inputs,
                 dynamo=True,
                 opset_version=OPSET,
                 input_names=names,
                 output_names=outputs,
-                dynamic_shapes=tuple({0: batch} for _ in given),
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
                 verbose=False,
             )
-            assert program is not None  # without a file to write to, it comes back
+            assert program is not None  # without a file name it is returned
             content: bytes = bare(program.model_proto).SerializeToString(deterministic=True)
-        except Exception as error:  # torch and protobuf have many kinds, and all mean the same here
+        except Exception as error:  # torch and protobuf raise many types, which all mean the same here
             raise CheckError(
                 f"This network cannot be written as an ONNX graph, so no bundle is written: {type(error).__name__}: "
                 f"{str(error)[:2000]} Choose another backbone or head."
@@ -112,24 +79,8 @@ def to_onnx(whole: Whole, *, height: int, width: int) -> bytes:
     return content
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the exporter's remarks on its own working."""
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.__trace", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def bare(model: ModelProto) -> ModelProto:
-    """Without remarks: they hold lines of source and paths of the machine."""
+    """Remove the metadata, which holds source lines and paths of this machine."""
     for message in (model, model.graph, *model.graph.node, *model.graph.initializer):
         del message.metadata_props[:]
         message.ClearField("doc_string")
@@ -139,86 +90,107 @@ def bare(model: ModelProto) -> ModelProto:
     return model
 
 
-def gate(whole: Whole, network: Network, images: Sequence[NDArray[np.uint8]], judge: Judge) -> None:
-    """Compare torch with the library that runs the network on real images.
+def check_parity(
+    module: TorchModule,
+    network: Network,
+    images: Sequence[NDArray[np.uint8]],
+    config: Config,
+    calibration: Calibration | None,
+) -> None:
+    """Compare torch with the library that runs the graph on real images.
 
-    Scores may differ by `TOLERANCE` of the score, or of the usual size of a score where that is more: scores of normal
-    images lie around 0. Verdicts must be equal, but where a score lies so near its threshold that this much decides.
+    Scores may differ by `TOLERANCE` times the score, or times the mean absolute score where that is larger: scores of
+    normal images are near 0. Verdicts must be equal, except where a score is within this tolerance of its threshold.
 
     Args:
-        whole: on the CPU, in eval mode.
-        images: prepared pixels (n, 3, height, width) of the tiles of each.
+        module: on the CPU, in eval mode.
+        images: prepared pixels (n, 3, height, width) of the tiles of each image.
+        calibration: the operating points; None compares scores only.
 
     Raises:
         CheckError: they do not agree.
     """
     pixels = np.concatenate(images)
 
-    def scored(says: Callable[..., dict[str, NDArray[Any]]], excluded: NDArray[np.int64] | None) -> Scored:
-        def some(rows: slice) -> Scored:
-            return Scored.of(says(pixels[rows], None if excluded is None else excluded[rows]), judge.config)
+    def scored(
+        network: Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutput],
+        excluded: NDArray[np.int64] | None,
+    ) -> TileScores:
+        size = config.features.batch_images
+        parts = [slice(start, start + size) for start in range(0, len(pixels), size)]
+        return TileScores.concatenate(
+            [
+                TileScores.of(network(pixels[part], None if excluded is None else excluded[part]), config)
+                for part in parts
+            ]
+        )
 
-        return in_passes(len(pixels), some, judge.config.features.batch_images)
-
-    def by_torch(pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None) -> dict[str, NDArray[Any]]:
+    def by_torch(pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None) -> RawOutput:
         with torch.inference_mode():
-            kinds = None if excluded is None else torch.from_numpy(excluded)
-            return {name: said.numpy() for name, said in whole.says(torch.from_numpy(pixels), kinds).items()}
+            left_out = None if excluded is None else torch.from_numpy(excluded)
+            outputs = module.outputs(torch.from_numpy(pixels), left_out)
+            return RawOutput(**{name: value.numpy() for name, value in outputs.items()})
 
     ours, theirs = scored(by_torch, None), scored(network, None)
-    _agree(ours, theirs, "", network.library)
-    if whole.knows_strangers:
-        strangers = scored(by_torch, ours.subclass)
-        _agree(strangers, scored(network, ours.subclass), " as strangers", network.library)
-    if judge.line is None:
+    _check_equal(ours, theirs, "", network.library)
+    if module.can_exclude:
+        own = ours.raw.subclass
+        _check_equal(scored(by_torch, own), scored(network, own), " for unseen subclasses", network.library)
+    if calibration is None:
         return
     done = 0
     for number, image in enumerate(images):
-        both = [summarise(scored.part(done, done + len(image))) for scored in (ours, theirs)]
+        both = [ImageScore.of(tiles.part(done, done + len(image))) for tiles in (ours, theirs)]
         done += len(image)
         mine, other = (
-            judge.line.calibration.decide(score=each.score, distance=each.distance, subclass=each.subclass)
+            calibration.decide(score=each.score, distance=each.distance, subclass=each.subclass)
             for each in both
         )
         allowed = TOLERANCE * max(abs(mine.threshold), float(np.abs(ours.scores).mean()))
         if mine.verdict != other.verdict and abs(both[0].score - mine.threshold) > allowed:
             raise CheckError(
-                f"{network.library} calls calibration image {number + 1} {other.verdict} where torch calls it "
+                f"The verdict of {network.library} on calibration image {number + 1} is {other.verdict}, that of torch "
                 f"{mine.verdict}, so no bundle is written. {_CURE}"
             )
 
 
-_CURE = "Update torch, onnxscript and what runs the graph (onnxruntime, openvino), or choose another backbone or head."
+_CURE = "Update torch, onnxscript and the library that runs the graph (onnxruntime, openvino), or choose another backbone or head."
 
 
-def _agree(ours: Scored, theirs: Scored, how: str, library: str) -> None:
-    for name, mine, other in zip(Scored._fields, ours, theirs, strict=True):
+def _check_equal(ours: TileScores, theirs: TileScores, what: str, library: str) -> None:
+    """Raise CheckError where scores, distances, weights or maps differ by more than the tolerance."""
+    for name, mine, other in zip(RawOutput._fields, ours.raw, theirs.raw, strict=True):
         neither = mine is None and other is None
         if not neither and (mine is None or other is None or mine.shape != other.shape):
-            raise CheckError(f"torch and {library} do not both give {name}{how}, or not alike. {_CURE}")
-    for name in ("scores", "peaks", "distance", "weights"):
-        mine, other = getattr(ours, name), getattr(theirs, name)
-        if mine is None:
+            raise CheckError(f"torch and {library} do not both return {name}{what} in the same form. {_CURE}")
+    compared = {
+        "scores": (ours.scores, theirs.scores),
+        "peaks": (ours.peaks, theirs.peaks),
+        "distance": (ours.raw.distance, theirs.raw.distance),
+        "weights": (ours.raw.weights, theirs.raw.weights),
+    }
+    for name, (mine, other) in compared.items():
+        if mine is None or other is None:
             continue
         wrong = ~_close(mine, other).reshape(len(mine), -1).all(axis=1)  # (n,)
         if wrong.any():
             first = int(wrong.argmax())
             raise CheckError(
-                f"{library} gives other {name}{how} than torch for {wrong.sum()} of {len(mine)} calibration images, "
-                f"first {other[first]} for {mine[first]}; {TOLERANCE:g} of it is allowed. So no bundle is written. "
-                f"{_CURE}"
+                f"{library} returns other {name}{what} than torch for {wrong.sum()} of {len(mine)} calibration images, "
+                f"the first {other[first]} instead of {mine[first]}; a difference of {TOLERANCE:g} times the value is "
+                f"allowed. So no bundle is written. {_CURE}"
             )
-    share = float(_close(ours.grids, theirs.grids).mean())
+    share = float(_close(ours.raw.scores, theirs.raw.scores).mean())
     if share < CELLS:
         raise CheckError(
-            f"{library} gives other maps{how} than torch: {share:.1%} of their cells agree to {TOLERANCE:g}, and "
+            f"{library} returns other maps{what} than torch: {share:.1%} of their cells agree to {TOLERANCE:g}, and "
             f"{CELLS:.0%} must. So no bundle is written. {_CURE}"
         )
 
 
 def _close(mine: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
-    """Element by element; what is not finite agrees with nothing."""
-    usual = np.abs(mine).mean()
-    with np.errstate(invalid="ignore"):  # infinity less itself
-        close: NDArray[np.bool_] = np.abs(mine - other) <= TOLERANCE * np.maximum(np.abs(mine), usual)
+    """Return for each element whether it agrees; what is not finite never does."""
+    typical = np.abs(mine).mean()
+    with np.errstate(invalid="ignore"):  # infinity minus itself
+        close: NDArray[np.bool_] = np.abs(mine - other) <= TOLERANCE * np.maximum(np.abs(mine), typical)
     return close

@@ -1,43 +1,37 @@
-"""A bundle's graph in OpenVINO, which reads the same file: often the fastest on Intel's processors."""
+"""A graph in OpenVINO, often the fastest library on Intel processors."""
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normweave.errors import BundleError, MissingError
+from normweave.network.base import GraphNetwork
 
-if TYPE_CHECKING:
-    from openvino import CompiledModel
-
-NAME = "OpenVINO"
 TYPES = {"u8": "tensor(uint8)", "i64": "tensor(int64)", "f32": "tensor(float)", "boolean": "tensor(bool)"}
-"""Its names of types, and ONNX Runtime's."""
+"""OpenVINO's names of types to ONNX Runtime's."""
 
 
-class OpenVino:
-    """A loaded graph.
+class OpenVinoNetwork(GraphNetwork):
+    """A graph in OpenVINO; see `GraphNetwork`.
 
     Args:
-        content: of the ONNX file, which has been checked.
-        where: what it is called in messages.
-        plugin: OpenVINO's name of a device, as CPU or GPU.
-
-    Attributes:
-        inputs: type and sizes, but for that of the batch, by name.
-        outputs: type and number of axes by name.
-
-    Raises:
-        BundleError: OpenVINO cannot load it.
-        MissingError: OpenVINO or the device is not there.
+        plugin: OpenVINO's name of a device, such as CPU or GPU.
     """
 
-    name = NAME
+    library = "OpenVINO"
 
-    def __init__(self, content: bytes, *, where: str, threads: int | None, plugin: str) -> None:
+    def __init__(
+        self, content: bytes, *, where: str, size: tuple[int, int], threads: int | None, plugin: str
+    ) -> None:
+        self._threads = threads
+        self._plugin = plugin
+        super().__init__(content, where=where, size=size)
+
+    def _load(self) -> tuple[dict[str, tuple[str, list[int]]], dict[str, tuple[str, int]]]:
         try:
             import openvino
         except ImportError as error:
@@ -45,44 +39,45 @@ class OpenVino:
                 'Device openvino needs OpenVINO: pip install "normweave[openvino]", or use --device cpu.'
             ) from error
         core = openvino.Core()
-        there = core.available_devices
-        if plugin not in (*there, *(name.partition(".")[0] for name in there)):
+        available = core.available_devices
+        if self._plugin not in (*available, *(name.partition(".")[0] for name in available)):
             raise MissingError(
-                f"Device 'openvino:{plugin}' was asked for, but OpenVINO finds {', '.join(there)} only. "
+                f"Device 'openvino:{self._plugin}' was requested, but OpenVINO finds only {', '.join(available)}. "
                 "Install its driver, or use --device openvino."
             )
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-        if plugin == "CPU":
-            # Left to itself it computes in bfloat16 where the processor can: other scores than those of training.
+        if self._plugin == "CPU":
+            # By default it computes in bfloat16 where the processor can, which changes the scores.
             settings["INFERENCE_PRECISION_HINT"] = "f32"
-            if threads is not None:
-                settings["INFERENCE_NUM_THREADS"] = threads
+            if self._threads is not None:
+                settings["INFERENCE_NUM_THREADS"] = self._threads
         try:
-            model = core.read_model(content)
-            self._compiled: CompiledModel = core.compile_model(model, plugin, settings)
-            self.inputs = {
-                given.any_name: (_type(given), [side.get_length() for side in list(given.partial_shape)[1:]])
-                for given in self._compiled.inputs
+            compiled = core.compile_model(core.read_model(self.content), self._plugin, settings)
+            inputs = {
+                port.any_name: (_type(port), [side.get_length() for side in list(port.partial_shape)[1:]])
+                for port in compiled.inputs
             }
-            self.outputs = {
-                given.any_name: (_type(given), given.partial_shape.rank.get_length())
-                for given in self._compiled.outputs
+            outputs = {
+                port.any_name: (_type(port), port.partial_shape.rank.get_length())
+                for port in compiled.outputs
             }
         except Exception as error:  # OpenVINO's errors are plain RuntimeErrors, and others
             raise BundleError(
-                f"OpenVINO {openvino.__version__} cannot load {where}: {str(error)[:500]} "
+                f"OpenVINO {openvino.__version__} cannot load {self._where}: {str(error)[:500]} "
                 "Update openvino, use --device cpu, or train the bundle again."
             ) from error
-        self._request = self._compiled.create_infer_request()
-        self._turn = threading.Lock()  # a request serves one caller at a time
+        self._names = list(outputs)
+        self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()  # a request serves one caller at a time
+        return inputs, outputs
 
-    def run(self, given: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The outputs by name."""
-        with self._turn:
-            said = self._request.infer({name: np.ascontiguousarray(value) for name, value in given.items()})
-        return {name: said[name] for name in self.outputs}
+    def _run(self, inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        contiguous = {name: np.ascontiguousarray(value) for name, value in inputs.items()}
+        with self._lock:
+            outputs = self._request.infer(contiguous)
+        return {name: outputs[name] for name in self._names}
 
 
-def _type(given: Any) -> str:
-    name: str = given.element_type.get_type_name()
+def _type(port: Any) -> str:
+    name: str = port.element_type.get_type_name()
     return TYPES.get(name, name)

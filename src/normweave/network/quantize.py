@@ -1,8 +1,8 @@
-"""An exported graph to one whose backbone computes in whole numbers of eight bits.
+"""Quantise the backbone of an exported graph to int8.
 
 Static quantization (Jacob et al. 2018, arXiv 1712.05877, section 2): r = S (q - Z), S and Z from the smallest and the
-largest value that each tensor takes on real images, weights with an S for each channel. Only the backbone, which is
-nearly all of the work: a head measures distances, which rounding would swallow.
+largest value that each tensor takes on real images, and an S for each channel of the weights. Only the backbone, which
+takes nearly all of the time, is quantised: a head measures distances, in which rounding errors would matter.
 """
 
 from __future__ import annotations
@@ -18,31 +18,32 @@ from numpy.typing import NDArray
 
 from normweave.errors import ConfigError, MissingError
 from normweave.network.export import bare
-from normweave.network.onnx import EXCLUDED, PIXELS, library
+from normweave.network.base import EXCLUDED, PIXELS
+from normweave.network.onnx import library
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 BACKBONE = "extractor."
-"""Weights of the backbone are called so in the graph: what `export.Whole` calls it."""
+"""Prefix of the backbone's weights in the graph, from `TorchModule`."""
 WITH_IT = ("Add", "Clip", "Relu")
-"""Operators behind a convolution that compute on its whole numbers as they are."""
+"""Operators after a convolution that can compute on its integers."""
 FLOAT_FIRST = 3
-"""Convolutions at the start that stay float: of EfficientNet-Lite0 they are a tenth of the work and made a third of the
-rounding (docs/log.md)."""
+"""The first convolutions stay float: in EfficientNet-Lite0 they take a tenth of the time and cause a third of the rounding
+error (docs/log.md)."""
 
 
 def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
-    """The graph with the convolutions of its backbone in int8.
+    """Return the graph with the convolutions of its backbone in int8.
 
     Args:
-        images: prepared pixels (n, 3, height, width) of the tiles of each; which values are usual is seen on them.
+        images: prepared pixels (n, 3, height, width) of the tiles of each, from which the ranges are measured.
 
     Raises:
-        ConfigError: the backbone has no convolutions, or few.
+        ConfigError: the backbone has no or too few convolutions.
         MissingError: onnx is not installed.
     """
-    library()  # before anything else of it is loaded
+    library()  # first: it turns telemetry off
     try:
         import onnx
         from onnxruntime import quantization
@@ -60,17 +61,17 @@ def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
     chosen = backbone(model)
     if not chosen:
         raise ConfigError(
-            f"Only convolutions are computed in int8, but for the first {FLOAT_FIRST}, and this backbone has no "
-            "others. Leave out --int8, or choose a convolutional backbone."
+            f"Only convolutions after the first {FLOAT_FIRST} are computed in int8, and this backbone has none. "
+            "Leave out --int8, or choose a convolutional backbone."
         )
-    asked = any(given.name == EXCLUDED for given in model.graph.input)
+    excludes = any(port.name == EXCLUDED for port in model.graph.input)
 
     def passes() -> Iterator[dict[str, NDArray[Any]]]:
         for pixels in images:
-            yield {PIXELS: pixels} | ({EXCLUDED: np.full(len(pixels), -1, dtype=np.int64)} if asked else {})
+            yield {PIXELS: pixels} | ({EXCLUDED: np.full(len(pixels), -1, dtype=np.int64)} if excludes else {})
 
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it asks for a pass that our graphs have been through
+    logging.disable(logging.WARNING)  # it recommends a preprocessing step that our graphs have had
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "int8.onnx"
@@ -81,7 +82,7 @@ def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
                 nodes_to_quantize=chosen,
                 op_types_to_quantize=["Conv", *WITH_IT],
                 per_channel=True,
-                # Not seven bits of weights, which would be safe without VNNI too: three times the rounding.
+                # Seven-bit weights would be safe without VNNI too, but triple the rounding error.
                 reduce_range=False,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
@@ -89,20 +90,20 @@ def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
             model = onnx.load(path)
     finally:
         logging.disable(before)
-    del model.opset_import[:]  # ONNX's own operators are enough, and a bundle may ask for no others
+    del model.opset_import[:]  # only ONNX's own operators are used, and a bundle may use no others
     model.opset_import.extend(onnx.load_from_string(graph).opset_import)
     content: bytes = bare(model).SerializeToString(deterministic=True)
     return content
 
 
 def backbone(model: ModelProto) -> list[str]:
-    """Names of the convolutions of the backbone but the first, and of the activations and sums that follow them."""
+    """Return the names of the backbone's convolutions except the first, and of the activations and sums after them."""
     own = [
         node.name
         for node in model.graph.node
         if node.op_type == "Conv" and node.input[1].startswith(BACKBONE)
     ]
-    computed: set[str] = set()  # values that are whole numbers then
+    computed: set[str] = set()  # values that are integers then
     chosen = []
     for node in model.graph.node:  # in the order of computation
         follows = node.op_type in WITH_IT and bool(computed.intersection(node.input))

@@ -1,0 +1,439 @@
+"""Fit a detector: good images and settings to a `Detector` whose network runs in torch.
+
+The fit images pass through the stages (images, features, head); the calibration images, which the fit does not use, pass
+on to the score, where the operating points are drawn. Test images are dropped before any file is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave import __version__, bundle, settings, training
+from normweave.config import Config, OpenClipConfig
+from normweave.data import rows, splits, synthetic
+from normweave.data.prepare import Preparation
+from normweave.detector import HASH_LETTERS, Data, Detector, parse_record, samples_of
+from normweave.errors import BundleError, ConfigError, MissingError
+from normweave.features import build as build_features
+from normweave.features import cache as feature_cache
+from normweave.features import pair as feature_pair
+from normweave.features.frozen import FrozenFeatures
+from normweave.features.standardise import ChannelStandard, Standardised
+from normweave.heads import build as build_head
+from normweave.heads.base import Head
+from normweave.network import OPENVINO, open_graph
+from normweave.network.quantize import quantize as quantize_graph
+from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
+from normweave.outcome.operating_point import images_needed
+from normweave.scoring import ImageScore
+from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies
+
+INT8_IMAGES = 64
+"""Fit images from which the ranges of int8 are measured."""
+
+
+def cache_folder() -> Path:
+    """Return the default folder of the feature cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normweave" / "features"
+
+
+def fit(
+    data: Data,
+    *,
+    model: str | None = None,
+    subclass_from: str | None = None,
+    config: Config | None = None,
+    layout: str | None = None,
+    cache: Path | None = None,
+    use_cache: bool = True,
+    work: Path | None = None,
+    resume: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Detector:
+    """Learn from good images.
+
+    Args:
+        data: a manifest, a folder in a known layout, or samples or paths of good images.
+        model: the name of a model, which overrides the head of the config; see `settings.model_names`.
+        subclass_from: overrides `config.data.subclass_from`.
+        cache: folder of the feature cache; default: the user's cache folder.
+        use_cache: if False, features are computed anew at every pass over the images.
+        work: folder for the checkpoints of the training, from which `resume` continues.
+        device: auto, cpu, cuda or cuda:N.
+
+    Raises:
+        DataError: there are no usable good images, or too few.
+        CheckError: there are too few held-out images for the false-alarm rate.
+        ConfigError, MissingError: a setting is not possible, or a backbone is not available.
+    """
+    config = _configured(config, model=model, subclass_from=subclass_from)
+    device = torch_device(device)
+    samples = samples_of(data, config, layout)
+    extractor = build_features(config.features, height=config.prepare.height, width=config.prepare.width)
+    extractor.to(device)
+    folder = (cache or cache_folder()) if use_cache else None
+    known = None
+    if folder is not None:
+        known = lambda keys: feature_cache.known(folder, extractor.fingerprint, keys)  # noqa: E731
+    images, division = divide(samples, config, known=known, progress=progress)
+    source = feature_source(extractor, images, cache=folder, progress=progress)
+
+    chosen = FittedRows(images, rows_of(images, division.fit), rows_of(images, division.calibration))
+    standard = ChannelStandard(channels=source.shape[0])
+    standard.fit(_Part(source, chosen.fit))
+    head = build_head(config.head, shape=source.shape, dims=extractor.dims)
+    fit_data = _fit_data(chosen, Standardised(_Part(source, chosen.fit), standard), config)
+    fit_data = replace(
+        fit_data,
+        mean=standard.mean,
+        deviation=standard.deviation,
+        pair=feature_pair(config.features) if head.uses_text else None,
+        synthetic=synthetic_anomalies(
+            chosen, extractor, standard, fit_data, variants=head.synthetic_variants, cache=folder, progress=progress
+        ),
+    )
+    if work is not None:  # a checkpoint is valid only for the same features of the same images
+        keys = [extractor.fingerprint, *(images.keys[row] for row in chosen.fit)]
+        work = work / rows.fingerprint(keys)[:HASH_LETTERS]
+    head.begin(fit_data)
+    for stage in head.stages(fit_data):
+        training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
+    head.to("cpu")
+    head.finish(fit_data)
+
+    network = TorchNetwork(extractor, standard, head, config=config, device=device, rows=chosen)
+    detector = Detector(
+        network,
+        config=config,
+        subclass_names=head.subclass_names,
+        subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
+        record=_record(config, network, division),
+        refused=images.refused,
+    )
+    _name_discovered(detector, chosen, cache=folder)
+    detector.record |= _subclass_record(detector)
+    detector.draw_operating_points(images, chosen.calibration, config.outcome, cache=folder)
+    return detector
+
+
+def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
+    """Read a bundle into torch, for what needs the modules themselves; `Detector.load` runs its graph without torch.
+
+    Raises:
+        BundleError: damaged, not a bundle, of another format version, or quantized.
+    """
+    path = Path(folder)
+    record = bundle.read(path)
+    parts = parse_record(record, where=path)
+    config: Config = parts["config"]
+    if record.get("precision") == "int8":
+        raise BundleError(f"{path} is quantized, and its int8 backbone runs without torch only. Use Detector.load.")
+    tensors = {name: torch.from_numpy(array) for name, array in bundle.read_tensors(path).items()}
+    try:
+        shape: tuple[int, int, int] = tuple(record["feature_shape"])
+        fingerprint = record["feature_fingerprint"]
+    except (KeyError, TypeError) as error:
+        raise BundleError(
+            f"{path}/bundle.json lacks or misplaces {error}. Copy the bundle again or retrain."
+        ) from error
+    random = replace(config.features, weights="random")
+    extractor = build_features(random, height=config.prepare.height, width=config.prepare.width)
+    _load_strictly(extractor, _with_prefix(tensors, "features."), path)
+    extractor.fingerprint = fingerprint  # that of the weights before batch norms were folded into them
+    standard = ChannelStandard(channels=shape[0])
+    _load_strictly(standard, _with_prefix(tensors, "standard."), path)
+    head = build_head(config.head, shape=shape, dims=extractor.dims)
+    head.load_state(_with_prefix(tensors, "head."))
+    head.subclass_names = parts["subclass_names"]
+    network = TorchNetwork(
+        extractor,
+        standard,
+        head,
+        config=config,
+        device=torch_device(device),
+        graph=bundle.read_file(path, bundle.GRAPH),
+    )
+    return Detector(network, bundle_hash=bundle.bundle_hash(path), **parts)
+
+
+def quantize(detector: Detector, *, progress: Progress | None = None) -> Detector:
+    """Return the detector with its backbone in int8: smaller and faster, with slightly different scores.
+
+    The operating points are drawn anew from its own scores of the same held-out images. The ranges are measured on fit
+    images, so that the held-out ones stay unused.
+
+    Raises:
+        ConfigError: the detector was not just fitted, or its backbone has no convolution.
+        CheckError: as in `Detector.save`.
+    """
+    network = detector.network
+    if not isinstance(network, TorchNetwork) or network.rows is None:
+        raise ConfigError(
+            "Only a detector that was just fitted can be quantized, because the images of the fit are needed. Train it "
+            "again with --int8."
+        )
+    images = network.rows
+    graph = quantize_graph(
+        network.exported(detector.calibration), images.tiles(images.fit, at_most=INT8_IMAGES)
+    )
+    config = detector.config
+    size = (config.prepare.height, config.prepare.width)
+    int8 = open_graph(graph, where="The quantized graph", size=size, device="cpu")
+    int8.weights = network.tensors()
+    result = Detector(
+        int8,
+        config=config,
+        subclass_names=detector.subclass_names,
+        subclasses=detector.subclasses,
+        record=detector.record | {"precision": "int8"},
+        refused=detector.refused,
+    )
+    result.draw_operating_points(images.images, images.calibration, config.outcome, progress=progress)
+    return result
+
+
+def divide(
+    samples: Sequence[Sample],
+    config: Config,
+    *,
+    known: Any = None,
+    progress: Progress | None = None,
+) -> tuple[rows.Rows, splits.Division]:
+    """Read the training images and divide them into fit and calibration; test images are dropped unopened.
+
+    Args:
+        known: see `rows.scan`.
+    """
+    complete = splits.complete(samples, seed=config.seed)
+    train = [sample for sample in complete if sample.split != "test"]
+    images = rows.scan(train, Preparation.of(config.prepare), known=known, progress=progress)
+    hashes = {
+        sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)
+    }
+    division = splits.divide(
+        images.samples,
+        calibration_share=config.data.calibration_share,
+        at_least=images_needed(config.outcome.false_alarm_rate),
+        seed=config.seed,
+        content=lambda sample: hashes[sample.image_path],
+    )
+    return images, division
+
+
+def rows_of(images: rows.Rows, samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """Return the rows of these samples."""
+    wanted = set(samples)
+    chosen = np.array([sample in wanted for sample in images.samples], dtype=bool)
+    return np.flatnonzero(chosen[images.owner])
+
+
+def torch_device(name: str) -> str:
+    """Return the torch device of this name; `auto` is cuda if there is one.
+
+    Raises:
+        ConfigError, MissingError: torch cannot use it.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] == OPENVINO:
+        raise ConfigError(
+            f"Device {name!r} runs finished bundles (predict, calibrate, evaluate), and this needs torch. Use --device "
+            "auto, cpu or cuda."
+        )
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise MissingError(
+            f"Device {name!r} was requested, but this machine has no CUDA device. Use --device cpu or auto."
+        )
+    return name
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """Some rows of a feature source."""
+
+    source: FeatureSource
+    rows: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.source.shape
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        return self.source.read(self.rows[np.asarray(rows, dtype=np.int64)])
+
+
+def _configured(config: Config | None, *, model: str | None, subclass_from: str | None) -> Config:
+    config = config or Config()
+    if model is not None:
+        config = settings.with_model(config, model)
+    if subclass_from is not None:
+        config = settings.override(config, [f"data.subclass_from={subclass_from}"])
+    return config
+
+
+def _fit_data(chosen: FittedRows, features: FeatureSource, config: Config) -> FitData:
+    samples = [chosen.images.samples[owner] for owner in chosen.images.owner[chosen.fit]]
+    labelled = config.data.subclass_from != "auto"
+    names = tuple(sorted({sample.subclass_name for sample in samples})) if labelled else ()
+    number = {name: index for index, name in enumerate(names)}
+    subclasses = np.array([number.get(sample.subclass_name, -1) for sample in samples], dtype=np.int64)
+    group_of: dict[str, int] = {}
+    groups = np.array(
+        [
+            group_of.setdefault(
+                f"group {sample.group}" if sample.group else f"file {sample.image_path}", len(group_of)
+            )
+            for sample in samples
+        ],
+        dtype=np.int64,
+    )
+    return FitData(
+        features=features,
+        subclasses=subclasses,
+        names=names,
+        groups=groups,
+        holdout=splits.holdout(groups, subclasses, share=config.data.holdout_share, seed=config.seed),
+        seed=config.seed,
+    )
+
+
+def synthetic_anomalies(
+    chosen: FittedRows,
+    extractor: FrozenFeatures,
+    standard: ChannelStandard,
+    data: FitData,
+    *,
+    variants: int,
+    cache: Path | None,
+    progress: Progress | None = None,
+) -> SyntheticAnomalies | None:
+    """Add synthetic defects to the fit images, `variants` times to each; None for 0.
+
+    The defects of held-out images are filled with parts of held-out images, and those of the others with the others.
+    """
+    if variants == 0:
+        return None
+    images, fit_rows, seed = chosen.images, chosen.fit, data.seed
+    n = len(fit_rows)
+    sides = {side: np.flatnonzero(data.holdout == side) for side in (False, True)}
+
+    def source_of(row: int) -> tuple[int, np.random.Generator]:
+        rng = synthetic.seeded(seed, row // n, row % n)
+        return int(rng.choice(sides[bool(data.holdout[row % n])])), rng
+
+    def add_defect(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        other, rng = source_of(row)
+        return synthetic.damage(images.load(fit_rows[row % n]), images.load(fit_rows[other]), rng=rng)
+
+    def key(row: int) -> str:
+        own, other = images.keys[fit_rows[row % n]], images.keys[fit_rows[source_of(row)[0]]]
+        parts = ["pseudo", synthetic.FORMAT, seed, row // n, row % n, own, other]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def load(row: int) -> NDArray[np.uint8]:
+        return add_defect(row)[0]
+
+    count = n * variants
+    # One byte a cell, read again and again, while the image behind it takes milliseconds to make.
+    shares = np.empty((count, *extractor.grid), dtype=np.uint8)
+    for row in range(count):
+        shares[row] = np.rint(255 * synthetic.coverage(add_defect(row)[1], extractor.grid))
+        if progress is not None and (row % 16 == 0 or row == count - 1):
+            progress("adding synthetic defects", row + 1, count)
+    if cache is None:
+        source = feature_cache.streamed(extractor, load, count)
+    else:
+        keys = [key(row) for row in range(count)]
+        source = feature_cache.cached(
+            extractor, keys, load, folder=cache, max_gib=CACHE_GIB, progress=progress
+        )
+    return SyntheticAnomalies(
+        Standardised(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
+    )
+
+
+def _name_discovered(detector: Detector, chosen: FittedRows, *, cache: Path | None) -> None:
+    """Give each discovered subclass the category that most of its fit images have."""
+    discovered = [name for name in detector.subclass_names if name not in detector.subclasses]
+    if not discovered:
+        return
+    images = chosen.images
+    votes: dict[int, Counter[str]] = {}
+    for number, tiles, _ in detector.score_rows(images, chosen.fit, cache=cache):
+        subclass = ImageScore.of(tiles).subclass
+        if subclass is not None:
+            votes.setdefault(subclass, Counter())[images.samples[number].category] += 1
+    for index, name in enumerate(detector.subclass_names):
+        category = votes[index].most_common(1)[0][0] if index in votes else images.samples[0].category
+        detector.subclasses[name] = (category, name)
+
+
+def _record(config: Config, network: TorchNetwork, division: splits.Division) -> dict[str, Any]:
+    assert network.rows is not None
+    images = network.rows.images
+    content = dict(zip(images.samples, images.hashes, strict=True))
+    fitted = sorted(content[sample] for sample in division.fit)
+    calibration = sorted(content[sample] for sample in division.calibration)
+    packages = ("torch", "timm", "numpy", "pillow", *(("open_clip_torch",) if isinstance(config.features, OpenClipConfig) else ()))
+    return {
+        "model": config.head.kind,
+        "config": settings.as_dict(config),
+        "notes": network.head.notes(),
+        "image_level": network.head.image_level,
+        "feature_shape": list(network.extractor.shape),
+        "feature_fingerprint": network.extractor.fingerprint,
+        "preparation": Preparation.of(config.prepare).as_dict(),
+        "precision": "float32",
+        "seed": config.seed,
+        "fit_images": len(fitted),
+        "calibration_images": len(calibration),
+        "refused": [[refusal.image_path, refusal.reason] for refusal in images.refused],
+        "data_fingerprint": rows.fingerprint(images.hashes),
+        "fit_hashes": [text[:HASH_LETTERS] for text in fitted],
+        "calibration_hashes": [text[:HASH_LETTERS] for text in calibration],
+        "software": {"normweave": __version__, "python": platform.python_version()}
+        | {name: version(name) for name in packages},
+    }
+
+
+def _subclass_record(detector: Detector) -> dict[str, Any]:
+    categories: dict[str, list[str]] = {}
+    for category, subclass in sorted(detector.subclasses.values(), key=str):
+        categories.setdefault(category, [])
+        if subclass is not None:
+            categories[category].append(subclass)
+    return {
+        "categories": categories,
+        "subclasses": {name: list(pair) for name, pair in detector.subclasses.items()},
+        "subclass_names": list(detector.subclass_names),
+    }
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _load_strictly(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise BundleError(
+            f"{path}: the weights do not fit the model: {error}. Copy the bundle again or retrain."
+        ) from error

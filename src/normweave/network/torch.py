@@ -1,0 +1,215 @@
+"""The network in torch: frozen backbone, channel standardisation and head. Used while fitting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave import bundle
+from normweave.config import Config
+from normweave.data.rows import Rows
+from normweave.features import cache as feature_cache
+from normweave.features.frozen import FrozenFeatures
+from normweave.features.standardise import ChannelStandard
+from normweave.heads.base import Head
+from normweave.network import OPENVINO, export, open_graph
+from normweave.network.base import Network, Reader
+from normweave.outcome.operating_point import Calibration
+from normweave.types import FeatureSource, PatchScores, Progress, RawOutput
+
+CACHE_GIB = 20.0
+PARITY_IMAGES = 32
+"""Calibration images on which the exported graph must agree with torch."""
+
+
+class FittedRows(NamedTuple):
+    """The images that a network was fitted and calibrated on."""
+
+    images: Rows
+    fit: NDArray[np.int64]  # rows
+    calibration: NDArray[np.int64]  # rows
+
+    def tiles(self, chosen: NDArray[np.int64], *, at_most: int) -> list[NDArray[np.uint8]]:
+        """Load the tiles, (n, 3, height, width) each, of images spread evenly over the chosen rows."""
+        owners = np.unique(self.images.owner[chosen])
+        some = owners[np.linspace(0, len(owners) - 1, min(at_most, len(owners))).astype(int)]
+        return [
+            np.stack([self.images.load(int(row)) for row in np.flatnonzero(self.images.owner == owner)])
+            for owner in some
+        ]
+
+
+class TorchModule(nn.Module):
+    """Prepared pixels (B, 3, H, W) uint8 to the outputs of the head, as one module to export.
+
+    A head that can exclude also takes the subclass (B,) whose expert is left out, -1 = none, so that one graph serves
+    prediction and the operating points for unseen subclasses.
+    """
+
+    def __init__(self, *, extractor: nn.Module, standard: nn.Module, head: Head) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.standard = standard
+        self.head = head
+        self.can_exclude = head.can_exclude
+
+    def outputs(self, pixels: Tensor, excluded: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the outputs by name."""
+        features = self.standard(self.extractor(pixels))
+        if excluded is not None and self.can_exclude:
+            return named_outputs(self.head.score_excluding(features, excluded))
+        return named_outputs(self.head(features))
+
+    def forward(self, pixels: Tensor, excluded: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return the outputs in their order."""
+        return tuple(self.outputs(pixels, excluded).values())
+
+
+def named_outputs(patches: PatchScores) -> dict[str, Tensor]:
+    """Return the fields that a head gives by name, those of the routing among them."""
+    named = patches._asdict()
+    routing = named.pop("routing")
+    if routing is not None:
+        named |= routing._asdict()
+    return {name: value for name, value in named.items() if value is not None}
+
+
+class TorchNetwork(Network):
+    """A fitted network in torch.
+
+    Args:
+        rows: the images of the fit, from which the parity check takes some; None for a network read from a bundle.
+        graph: the exported graph, if there is one already.
+    """
+
+    library = "torch"
+
+    def __init__(
+        self,
+        extractor: FrozenFeatures,
+        standard: ChannelStandard,
+        head: Head,
+        *,
+        config: Config,
+        device: str = "cpu",
+        rows: FittedRows | None = None,
+        graph: bytes | None = None,
+    ) -> None:
+        self.extractor = extractor.to(device)
+        self.standard = standard.to(device).eval()
+        self.head = head.to(device).eval()
+        self.config = config
+        self.rows = rows
+        self.device = device
+        self._graph = graph
+        self.can_exclude = head.can_exclude
+
+    def __call__(self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None) -> RawOutput:
+        """Return the raw outputs of (n, 3, height, width) prepared pixels."""
+        return self.score_features(self.extractor.extract(torch.from_numpy(pixels)), excluded)
+
+    @torch.inference_mode()
+    def score_features(self, features: Tensor, excluded: NDArray[np.int64] | None = None) -> RawOutput:
+        """Return the raw outputs of (n, D, h, w) features of the backbone."""
+        standard = self.standard(features.to(self.device))
+        if excluded is None:
+            patches = self.head(standard)
+        else:
+            patches = self.head.score_excluding(standard, torch.from_numpy(excluded).to(self.device))
+        return RawOutput(**{name: value.cpu().numpy() for name, value in named_outputs(patches).items()})
+
+    def reader(self, images: Rows, *, cache: Path | None = None, progress: Progress | None = None) -> Reader:
+        """Return a reader that takes features from the cache, and adds those that it lacks."""
+        source = feature_source(self.extractor, images, cache=cache, progress=progress)
+        return FeatureReader(self, images, source)
+
+    def stored(self, cache: Path, keys: Sequence[str]) -> Sequence[bool]:
+        """Return for each row key whether its features are in the cache."""
+        return feature_cache.known(cache, self.extractor.fingerprint, keys)
+
+    def write(
+        self, folder: Path, *, record: Mapping[str, Any], calibration: Calibration | None, overwrite: bool
+    ) -> None:
+        """Write a bundle with the exported graph and the weights."""
+        bundle.write(
+            folder,
+            tensors=self.tensors(),
+            record=record,
+            files={bundle.GRAPH: self.exported(calibration)},
+            overwrite=overwrite,
+        )
+
+    def exported(self, calibration: Calibration | None) -> bytes:
+        """Return the ONNX graph, exported and compared with torch at the first call.
+
+        Raises:
+            CheckError: it cannot be exported, or does not give the scores of torch.
+        """
+        if self._graph is None:
+            assert self.rows is not None  # a network from a bundle has its graph
+            parts = (self.extractor, self.standard, self.head)
+            size = (self.config.prepare.height, self.config.prepare.width)
+            try:
+                for part in parts:
+                    part.to("cpu")
+                module = TorchModule(extractor=self.extractor, standard=self.standard, head=self.head).eval()
+                graph = export.to_onnx(module, height=size[0], width=size[1])
+                images = self.rows.tiles(self.rows.calibration, at_most=PARITY_IMAGES)
+                for device in ("cpu", *([OPENVINO] if find_spec("openvino") else [])):
+                    network = open_graph(graph, where="The exported graph", size=size, device=device)
+                    export.check_parity(module, network, images, self.config, calibration)
+            finally:
+                for part in parts:
+                    part.to(self.device)
+            self._graph = graph
+        return self._graph
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything fitted by name, as a bundle holds it."""
+        parts = {"features.": self.extractor, "standard.": self.standard, "head.": self.head}
+        return {
+            prefix + name: tensor.detach().cpu()
+            for prefix, part in parts.items()
+            for name, tensor in part.state_dict().items()
+        }
+
+
+class FeatureReader(Reader):
+    """Reads features of the backbone, and scores them with the head."""
+
+    def __init__(self, network: TorchNetwork, images: Rows, source: FeatureSource) -> None:
+        super().__init__(network, images)
+        self.torch = network
+        self.source = source
+
+    def read(self, rows: NDArray[np.int64]) -> Tensor:
+        """Return the features (n, D, h, w) of these rows."""
+        return self.source.read(rows)
+
+    def score(self, inputs: Tensor, excluded: NDArray[np.int64] | None = None) -> RawOutput:
+        """Return the raw outputs of features that `read` returned."""
+        return self.torch.score_features(inputs, excluded)
+
+    @torch.inference_mode()
+    def embed(self, inputs: Tensor) -> NDArray[np.float32] | None:
+        """Return the embeddings (n, C) by which subclasses are told apart; None if the head has none."""
+        embedding = self.torch.head.embed(self.torch.standard(inputs.to(self.torch.device)))
+        return None if embedding is None else embedding.cpu().numpy()
+
+
+def feature_source(
+    extractor: FrozenFeatures, images: Rows, *, cache: Path | None, progress: Progress | None
+) -> FeatureSource:
+    """Return the features of all rows: from the cache folder, or computed at each reading where there is none."""
+    if cache is None:
+        return feature_cache.streamed(extractor, images.load, len(images))
+    return feature_cache.cached(
+        extractor, images.keys, images.load, folder=cache, max_gib=CACHE_GIB, progress=progress
+    )

@@ -36,7 +36,6 @@ from normweave.config import Config
 from normweave.detector import Detector
 from normweave.network.export import to_onnx
 from normweave.network.openvino import OpenVino
-from normweave.runtime import Runtime
 from normweave.scoring import WORKERS
 from normweave.textiles import COLOURS, LIGHTINGS, WEAVES, Textile, make_textures
 
@@ -124,7 +123,7 @@ def main() -> None:
                 pixels = torch.randint(0, 256, (batch, 3, 256, 256), dtype=torch.uint8)
                 given = {"pixels": pixels.numpy()}
                 bundle = detector.save(folder / f"{batch}.bundle")
-                runtime = Runtime(bundle, threads=arguments.threads, device="cpu")
+                runtime = Detector.load(bundle, threads=arguments.threads, device="cpu")
                 bare_graph = to_onnx(Bare(detector.extractor), height=256, width=256)
                 backbone = session(bare_graph, arguments.threads)
                 # A fast wrong answer is worth nothing: check before timing.
@@ -134,7 +133,7 @@ def main() -> None:
                     assert mine.verdict == other.verdict
                     np.testing.assert_allclose(other.pred_score, mine.pred_score, rtol=1e-3, atol=1e-3)
 
-                def whole(judge: Detector | Runtime, paths: list[str] = paths) -> Callable[[], object]:
+                def whole(judge: Detector, paths: list[str] = paths) -> Callable[[], object]:
                     def work() -> None:
                         assert all(outcome.verdict is not None for outcome in judge.stream(paths))
 
@@ -154,14 +153,14 @@ def main() -> None:
                     ("onnx", "backbone", whole(runtime), on_onnx),
                 ]
                 if "openvino" in arguments.also:
-                    vino = Runtime(bundle, threads=arguments.threads, device="openvino")
+                    vino = Detector.load(bundle, threads=arguments.threads, device="openvino")
                     alone = openvino_model(bare_graph, arguments.threads)
                     sides.append(("openvino", "backbone", whole(vino), bare(lambda a=alone, g=given: a(g))))
                 if "int8" in arguments.also:
                     other_detector = fitted(folder, replace(config, seed=0))
                     other_detector.quantize()
                     small = other_detector.save(folder / f"{batch}.int8.bundle")
-                    int8 = Runtime(small, threads=arguments.threads, device="cpu")
+                    int8 = Detector.load(small, threads=arguments.threads, device="cpu")
                     sides.append(("int8", "backbone", whole(int8), on_onnx))
                     sides.append(("int8", "float bundle", whole(int8), whole(runtime)))
                     mib.update(

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import httpx2
 import psutil
 
-from normweave.runtime import Runtime
+from normweave.detector import Detector
 
 WARM_UP_SECONDS = 3.0
 MEMORY_SECONDS = 0.5
@@ -175,7 +175,9 @@ def main() -> int:
             bundle, images = made(folder)
         paths = sorted(images.rglob("*.png"))
         photos = [path.read_bytes() for path in paths]
-        expected = [outcome.as_dict() for outcome in Runtime(bundle, threads=1).stream(paths, maps=False)]
+        expected = [
+            outcome.as_dict() for outcome in Detector.load(bundle, threads=1).stream(paths, maps=False)
+        ]
         server = start(bundle, folder / "data")
         rows, faults = [], []
         try:

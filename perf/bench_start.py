@@ -21,7 +21,7 @@ from typing import NamedTuple
 import peers
 from bench_inference import fitted, make_kinds
 from normweave.config import Config
-from normweave.runtime import Runtime
+from normweave.detector import Detector
 
 ROUNDS = 7
 EXPERTS = 4
@@ -88,7 +88,7 @@ def main() -> None:
         padim = peers.fitted("padim", tuple(paths))
         exported = Path(padim.to_openvino(folder / "padim", input_size=(256, 256)))
         # A fast wrong answer is worth nothing: check before timing.
-        assert Runtime(bundle, threads=1).score(image).verdict == detector.score(image).verdict
+        assert Detector.load(bundle, threads=1).score(image).verdict == detector.score(image).verdict
         predict = ["predict", str(bundle), image, "--json", "--threads", str(arguments.threads)]
         commands = {
             "normweave onnxruntime": ["-c", PREDICT, *predict, "--device", "cpu"],

@@ -14,13 +14,12 @@ from PIL import Image
 from normweave.bundle import FORMAT, read_tensors
 from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, DataError, ImageError
-from normweave.runtime import Runtime
 from normweave.textiles import SEEN, render
 
 
 @pytest.fixture(scope="module")
 def runtime(bundle):
-    return Runtime(bundle, threads=1)
+    return Detector.load(bundle, threads=1)
 
 
 def good_cloth(number, size=(64, 64)):
@@ -135,7 +134,7 @@ def more(tmp_path_factory):
 
 
 def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
-    ours, theirs = Detector.load(bundle, device="cpu"), Runtime(bundle, threads=1)
+    ours, theirs = Detector.load(bundle, device="cpu"), Detector.load(bundle, threads=1)
     for each in (ours, theirs):
         each.calibrate(more, false_alarm_rate=0.2)
     for mine, other in (
@@ -150,7 +149,7 @@ def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
     assert ours.record == theirs.record
 
     theirs.save(tmp_path / "again")
-    back = Runtime(tmp_path / "again", threads=1)
+    back = Detector.load(tmp_path / "again", threads=1)
     assert back.bundle_hash == theirs.bundle_hash
     for before, after in zip(theirs.score(photos), back.score(photos), strict=True):
         same(before, after)
@@ -161,7 +160,7 @@ def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
 
 
 def test_what_cannot_be_promised_leaves_the_line_where_it_was(bundle, more, cloth):
-    runtime = Runtime(bundle, threads=1)
+    runtime = Detector.load(bundle, threads=1)
     before = runtime.calibration
     with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 24"):
         runtime.calibrate(more, false_alarm_rate=0.001)
@@ -205,20 +204,20 @@ def test_a_changed_byte(copy, name):
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
     with pytest.raises(BundleError, match=f"{name} is not the file that was saved"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_a_foreign_path(copy, tmp_path):
     rewritten(copy, lambda record: record["files"].update({"../model.onnx": "0" * 64}))
     with pytest.raises(BundleError, match=r"lists a file '\.\./model\.onnx', which is no plain file name"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_a_link_out_of_the_bundle(copy, tmp_path):
     (copy / "model.onnx").rename(tmp_path / "elsewhere.onnx")
     (copy / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
     with pytest.raises(BundleError, match=r"model\.onnx points out of the bundle"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_a_newer_format(copy):
@@ -226,13 +225,13 @@ def test_a_newer_format(copy):
     with pytest.raises(
         BundleError, match=f"is in format {FORMAT + 1}, and this normweave reads up to {FORMAT}"
     ):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_no_graph(copy):
     rewritten(copy, lambda record: record["files"].pop("model.onnx"))
     with pytest.raises(BundleError, match=r"lists no model\.onnx"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_an_unknown_operator(copy):
@@ -241,7 +240,7 @@ def test_an_unknown_operator(copy):
 
     regraphed(copy, change)
     with pytest.raises(BundleError, match="Frobnicate"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_a_custom_operator(copy):
@@ -251,7 +250,7 @@ def test_a_custom_operator(copy):
 
     regraphed(copy, change)
     with pytest.raises(BundleError, match=r"operators of 'com\.example'.*Do not use this bundle"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_a_tensor_of_another_file_is_not_opened(copy, tmp_path):
@@ -267,20 +266,20 @@ def test_a_tensor_of_another_file_is_not_opened(copy, tmp_path):
 
     regraphed(copy, change)
     with pytest.raises(BundleError, match="a tensor that lies in another file"):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 @pytest.mark.parametrize("key", ["config", "calibration", "map_threshold", "kinds", "subclass_names"])
 def test_a_record_that_lacks_something(copy, key):
     rewritten(copy, lambda record: record.pop(key))
     with pytest.raises(BundleError, match=f"lacks or misplaces '{key}'"):
-        Runtime(copy)
+        Detector.load(copy)
     rewritten(copy, lambda record: record.update({key: "seven"}))
     with pytest.raises(BundleError):
-        Runtime(copy)
+        Detector.load(copy)
 
 
 def test_names_that_stand_for_nothing(copy):
     rewritten(copy, lambda record: record.update(kinds={}))
     with pytest.raises(BundleError, match="routes to"):
-        Runtime(copy)
+        Detector.load(copy)

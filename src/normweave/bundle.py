@@ -262,8 +262,8 @@ def _read_listing(folder: Path) -> _Listing:
         raise BundleError(f"{path} must say its format, a whole number from 1, got {version!r:.60}.")
     if version < FORMAT:
         raise BundleError(
-            f"{folder} is in format {version}, of normweave 0.1, and this normweave reads format {FORMAT}. Train it again "
-            "with this version, or use normweave 0.1 to run it."
+            f"{folder} is in format {version}, of normweave 0.1, and this normweave reads format {FORMAT}. "
+            "Train it again with this version, or run it with normweave 0.1."
         )
     if version > FORMAT:
         raise BundleError(

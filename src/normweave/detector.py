@@ -48,7 +48,9 @@ class SampleOutcome(NamedTuple):
     sample: Sample
     outcome: Outcome
     tiles: tuple[Tile, ...] = ()
-    reconstruction: NDArray[np.float32] | None = None  # (n, h, w) of each tile; None: the head does not decode
+    reconstruction: NDArray[np.float32] | None = (
+        None  # (n, h, w) of each tile; None: the head does not decode
+    )
 
 
 class Detector:
@@ -304,9 +306,7 @@ class Detector:
             cut = tuple(scanned.tiles[row] for row in np.flatnonzero(scanned.owner == number))
             sample = scanned.samples[number]
             image = PreparedImage(str(sample.image_path), scanned.sizes[number], cut, None, None)
-            yield SampleOutcome(
-                sample, self.outcome(image, tiles, maps=maps), cut, tiles.raw.reconstruction
-            )
+            yield SampleOutcome(sample, self.outcome(image, tiles, maps=maps), cut, tiles.raw.reconstruction)
         refused = {refusal.image_path: refusal.reason for refusal in scanned.refused}
         for sample in samples:
             if (reason := refused.get(str(sample.image_path))) is not None:
@@ -321,6 +321,8 @@ class Detector:
 
         Nothing is returned where the network has no embedding, or for images that cannot be read.
         """
+        if not self.network.embeds:
+            return
         scanned = self.scan(samples, cache=cache, progress=progress)
         reader = self.network.reader(scanned, cache=cache, progress=progress)
         for number, sample in enumerate(scanned.samples):
@@ -502,18 +504,20 @@ def parse_record(record: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
         BundleError: something is missing or of the wrong form.
     """
     try:
+        subclasses = {name: (pair[0], pair[1]) for name, pair in record["subclasses"].items()}
+        names = tuple(record["subclass_names"])
         parts = {
             "config": settings.from_dict(record["config"]),
             "operating_points": OperatingPoints.from_dict(record),
-            "subclasses": {name: (pair[0], pair[1]) for name, pair in record["subclasses"].items()},
-            "subclass_names": tuple(record["subclass_names"]),
+            "subclasses": subclasses,
+            "subclass_names": names,
             "record": {key: value for key, value in record.items() if key not in bundle.OPERATING_POINTS},
         }
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise BundleError(
             f"{where}/bundle.json lacks or misplaces {error}. Copy the bundle again or retrain."
         ) from error
-    if unknown := [name for name in parts["subclass_names"] if name not in parts["subclasses"]]:
+    if unknown := [name for name in names if name not in subclasses]:
         raise BundleError(
             f"{where}/bundle.json routes to {unknown[0]!r:.60}, which is none of its subclasses. Copy the bundle "
             "again or retrain."

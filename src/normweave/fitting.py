@@ -1,7 +1,7 @@
 """Fit a detector: good images and settings to a `Detector` whose network runs in torch.
 
-The fit images pass through the stages (images, features, head); the calibration images, which the fit does not use, pass
-on to the score, where the operating points are drawn. Test images are dropped before any file is opened.
+The fit images pass through the stages (images, features, head). The calibration images, which the fit does not use, are
+scored, and the operating points are drawn from their scores. Test images are dropped before any file is opened.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from normweave.features import pair as feature_pair
 from normweave.features.frozen import FrozenFeatures
 from normweave.features.standardise import ChannelStandard, Standardised
 from normweave.heads import build as build_head
-from normweave.heads.base import Head
 from normweave.network import OPENVINO, open_graph
-from normweave.network.quantize import quantize as quantize_graph
+from normweave.network.quantize import quantize_backbone
 from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
 from normweave.outcome.operating_point import images_needed
 from normweave.scoring import ImageScore
@@ -103,7 +102,13 @@ def fit(
         deviation=standard.deviation,
         pair=feature_pair(config.features) if head.uses_text else None,
         synthetic=synthetic_anomalies(
-            chosen, extractor, standard, fit_data, variants=head.synthetic_variants, cache=folder, progress=progress
+            chosen,
+            extractor,
+            standard,
+            fit_data,
+            variants=head.synthetic_variants,
+            cache=folder,
+            progress=progress,
         ),
     )
     if work is not None:  # a checkpoint is valid only for the same features of the same images
@@ -141,7 +146,9 @@ def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
     parts = parse_record(record, where=path)
     config: Config = parts["config"]
     if record.get("precision") == "int8":
-        raise BundleError(f"{path} is quantized, and its int8 backbone runs without torch only. Use Detector.load.")
+        raise BundleError(
+            f"{path} is quantized, and its int8 backbone runs without torch only. Use Detector.load."
+        )
     tensors = {name: torch.from_numpy(array) for name, array in bundle.read_tensors(path).items()}
     try:
         shape: tuple[int, int, int] = tuple(record["feature_shape"])
@@ -187,7 +194,7 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
             "again with --int8."
         )
     images = network.rows
-    graph = quantize_graph(
+    graph = quantize_backbone(
         network.exported(detector.calibration), images.tiles(images.fit, at_most=INT8_IMAGES)
     )
     config = detector.config
@@ -391,7 +398,9 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
     content = dict(zip(images.samples, images.hashes, strict=True))
     fitted = sorted(content[sample] for sample in division.fit)
     calibration = sorted(content[sample] for sample in division.calibration)
-    packages = ("torch", "timm", "numpy", "pillow", *(("open_clip_torch",) if isinstance(config.features, OpenClipConfig) else ()))
+    packages = ["torch", "timm", "numpy", "pillow"]
+    if isinstance(config.features, OpenClipConfig):
+        packages.append("open_clip_torch")
     return {
         "model": config.head.kind,
         "config": settings.as_dict(config),

@@ -159,7 +159,9 @@ class OperatingPoints(NamedTuple):
         own_scores = bool((image_scores != peaks).any())
         return cls(
             drawn,
-            draw_threshold(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None,
+            draw_threshold(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold
+            if own_scores
+            else None,
         )
 
     def as_dict(self) -> dict[str, Any]:

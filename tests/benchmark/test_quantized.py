@@ -14,7 +14,6 @@ from normweave.config import AdaptedMoEConfig, Config, DataConfig, OutcomeConfig
 from normweave.detector import Detector
 from normweave.errors import CheckError, ConfigError, DataError
 from normweave.network import quantize as quantization
-from normweave.runtime import Runtime
 from normweave.textiles import SEEN, make_textures, render
 from normweave.types import Sample
 
@@ -83,7 +82,7 @@ def test_the_line_is_drawn_by_the_scores_of_int8(detector, tests, tmp_path):
     assert read(bundle)["precision"] == "int8"
     assert read(tmp_path / "float")["precision"] == "float32"
     assert (bundle / "model.onnx").stat().st_size < (tmp_path / "float" / "model.onnx").stat().st_size
-    for judge in (Runtime(bundle, threads=1), Detector.load(bundle, device="cpu")):
+    for judge in (Detector.load(bundle, threads=1), Detector.load(bundle, device="cpu")):
         for mine, other in zip(after, judge.score(paths), strict=True):
             assert (other.verdict, other.threshold) == (mine.verdict, mine.threshold)
             assert other.pred_score == pytest.approx(mine.pred_score, rel=1e-3)

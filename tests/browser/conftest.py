@@ -15,7 +15,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
-from normweave.runtime import Runtime
+from normweave.detector import Detector
 from required import absent
 
 HOSTILE = "<img src=x onerror=alert(1)>.png"
@@ -65,7 +65,7 @@ def parts(bundle, photos, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("parts")
     board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((8, 8))) * 255  # no cloth
     Image.fromarray(board.astype(np.uint8)).convert("RGB").save(folder / "board.png")
-    runtime = Runtime(bundle, threads=1, device="cpu")
+    runtime = Detector.load(bundle, threads=1, device="cpu")
     verdicts = {outcome.verdict: photo for photo, outcome in zip(photos, runtime.score(photos), strict=True)}
     assert runtime.score(str(folder / "board.png")).verdict == "unknown"
     shutil.copy(verdicts["normal"], folder / "good.png")

@@ -6,12 +6,12 @@ from threading import Thread
 import numpy as np
 import pytest
 
+from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, ConfigError, MissingError
 from normweave.network.onnx import Network
-from normweave.runtime import Runtime
 
+from test_detector import same
 from .test_onnx import SIZE, graph
-from ..test_detector import same
 
 openvino = pytest.importorskip(
     "openvino", reason='OpenVINO is not installed: pip install "normweave[openvino]"'
@@ -24,19 +24,19 @@ def network(content, device="openvino"):
 
 @pytest.fixture(scope="module")
 def there(bundle):
-    return Runtime(bundle, threads=1, device="openvino")
+    return Detector.load(bundle, threads=1, device="openvino")
 
 
 def test_the_outcomes_of_onnxruntime(bundle, there, photos):
     for ours, theirs in zip(
-        Runtime(bundle, threads=1, device="cpu").score(photos), there.score(photos), strict=True
+        Detector.load(bundle, threads=1, device="cpu").score(photos), there.score(photos), strict=True
     ):
         same(ours, theirs)
 
 
 def test_answers_have_the_same_types_and_the_experts_are_left_out(bundle, there):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 64, 64), np.uint8)
-    ours, theirs = Runtime(bundle, threads=1, device="cpu")._network, there._network
+    ours, theirs = Detector.load(bundle, threads=1, device="cpu")._network, there._network
     assert (ours.library, theirs.library) == ("ONNX Runtime", "OpenVINO")
     own = ours(pixels)["subclass"]
     for excluded in (None, own):
@@ -51,7 +51,7 @@ def test_answers_have_the_same_types_and_the_experts_are_left_out(bundle, there)
 
 
 def test_calibration_is_that_of_onnxruntime(bundle, cloth):
-    ours, theirs = (Runtime(bundle, threads=1, device=device) for device in ("cpu", "openvino"))
+    ours, theirs = (Detector.load(bundle, threads=1, device=device) for device in ("cpu", "openvino"))
     held_out = sorted(cloth.parent.glob("cloth/*/test/good/*.png"))
     for each in (ours, theirs):
         each.calibrate(held_out, false_alarm_rate=0.3)

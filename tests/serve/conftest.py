@@ -13,7 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
-from normweave.runtime import Runtime
+from normweave.detector import Detector
 from normweave.serve import create_app
 from normweave.serve.access import Access
 from normweave.serve.config import ServeConfig
@@ -111,7 +111,7 @@ def store(database_url):
 
 @pytest.fixture(scope="module")
 def runtime(bundle):  # noqa: F811 - it is the fixture
-    return Runtime(bundle, threads=1, device="cpu")
+    return Detector.load(bundle, threads=1, device="cpu")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from normweave.cli import app
-from normweave.runtime import Runtime
+from normweave.detector import Detector
 from serving import Server
 
 
@@ -47,7 +47,7 @@ def test_the_first_start_shows_the_tokens_and_the_next_does_not(bundle, tmp_path
 
 def test_it_judges_as_predict_does(server, bundle, photos):
     with server.client() as client:
-        for path, expected in zip(photos[:4], Runtime(bundle).score(photos[:4]), strict=True):
+        for path, expected in zip(photos[:4], Detector.load(bundle).score(photos[:4]), strict=True):
             answer = client.post("/v1/inspect", files={"images": Path(path).read_bytes()})
             (one,) = answer.json()["inspections"]
             assert one["verdict"] == expected.verdict

@@ -6,10 +6,10 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +18,8 @@ from normweave import __version__
 from normweave.atomic import write_atomically
 from normweave.config import Config
 from normweave.data import images, layouts, splits
-from normweave.data.images import ImageInput
 from normweave.data.synthetic import coverage
-from normweave.detector import CACHE_GIB, Detector
+from normweave.detector import Detector
 from normweave.errors import DataError
 from normweave.maps.overlay import thumbnails
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
@@ -47,41 +46,6 @@ COLUMNS = (
 
 COMPARED = ("ratio", "cell_auroc")
 """Of over-generalisation, what `compare` takes the change of."""
-
-
-class Contestant(Protocol):
-    """What can be measured: our detectors, and peers that a bridge brings."""
-
-    kinds: dict[str, tuple[str, str | None]]
-    """Category and subclass of what it was trained on, by `Sample.subclass_name`."""
-    record: dict[str, Any]
-
-    @property
-    def subclass_names(self) -> tuple[str, ...]:
-        """What it routes images to; empty without routing."""
-        ...
-
-    @property
-    def image_level(self) -> bool:
-        """Its maps say nothing of where."""
-        ...
-
-    def stream(self, images: Iterable[ImageInput], *, maps: bool = True) -> Iterator[Outcome]:
-        """Judge images one after the other."""
-        ...
-
-    def stream_samples(
-        self,
-        samples: Sequence[Sample],
-        *,
-        maps: bool = True,
-        cache: Path | None = None,
-        cache_gib: float = CACHE_GIB,
-        progress: Progress | None = None,
-        reconstructions: list[tuple[Tile, NDArray[np.float32]]] | None = None,
-    ) -> Iterator[tuple[Sample, Outcome]]:
-        """Judge the images of a data set, none of which it may have been trained on."""
-        ...
 
 
 class _Cell(NamedTuple):
@@ -162,11 +126,10 @@ def test_samples(
 
 
 def measure(
-    detector: Contestant,
+    detector: Detector,
     samples: Sequence[Sample],
     *,
     cache: Path | None = None,
-    cache_gib: float = CACHE_GIB,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Metrics (the keys of metrics.json but provenance) and one row an image.
@@ -174,16 +137,15 @@ def measure(
     A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`. A head that
     judges whole images has no pixel metrics.
     """
-    known = set(detector.kinds.values())
-    told_apart = {detector.kinds[name][0] for name in detector.subclass_names}
+    known = set(detector.subclasses.values())
+    told_apart = {detector.subclasses[name][0] for name in detector.subclass_names}
     pixels: dict[_Cell, PixelMetrics] = {}
     decoded: dict[_Cell, OverGeneralisation] = {}
     predictions: list[dict[str, Any]] = []
     cells: list[_Cell] = []
     mask_faults: list[dict[str, str]] = []
-    reconstructions: list[tuple[Tile, NDArray[np.float32]]] = []
-    for sample, outcome in detector.stream_samples(
-        samples, cache=cache, cache_gib=cache_gib, progress=progress, reconstructions=reconstructions
+    for sample, outcome, tiles, reconstruction in detector.stream_samples(
+        samples, cache=cache, progress=progress
     ):
         cell = _Cell(
             sample.category,
@@ -204,7 +166,9 @@ def measure(
                 accumulated.skip()
             else:
                 accumulated.update(outcome.anomaly_map, mask)
-                for tile, distance in reconstructions:
+                for tile, distance in (
+                    zip(tiles, reconstruction, strict=True) if reconstruction is not None else ()
+                ):
                     decoded.setdefault(cell, OverGeneralisation()).update(
                         distance, _coverage(mask, tile, distance.shape) if cell.defect else None
                     )
@@ -441,7 +405,7 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
         "seed": record["seed"],
         "fit_images": record["fit_images"],
         "calibration_images": record["calibration_images"],
-        "trained_on": list(detector.kinds),
+        "trained_on": list(detector.subclasses),
         "false_alarm_rate": detector.config.outcome.false_alarm_rate,
         "software": record["software"],
     }

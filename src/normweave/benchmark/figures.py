@@ -365,10 +365,14 @@ def _routing(seen: Mapping[str, RunArtifacts]) -> Drawing | None:
 
     spaces: list[tuple[list[str], RunArtifacts]] = []
     for name, artifact in seen.items():
-        if artifact.places is None or len(artifact.places) < 4 or len(set(artifact.kinds)) < 2:
+        if (
+            artifact.embeddings is None
+            or len(artifact.embeddings) < 4
+            or len(set(artifact.subclass_names)) < 2
+        ):
             continue
         for names, other in spaces:
-            if other.places is not None and np.array_equal(other.places, artifact.places):
+            if other.embeddings is not None and np.array_equal(other.embeddings, artifact.embeddings):
                 names.append(name)
                 break
         else:
@@ -378,12 +382,12 @@ def _routing(seen: Mapping[str, RunArtifacts]) -> Drawing | None:
     columns = min(len(spaces), 3)
     drawing, grid = _new(math.ceil(len(spaces) / columns), columns, 3.6, 3.4)
     axes = [one for line in grid for one in line]
-    kinds = sorted({kind for _, artifact in spaces for kind in artifact.kinds})
+    kinds = sorted({kind for _, artifact in spaces for kind in artifact.subclass_names})
     for one, (names, artifact) in zip(axes, spaces, strict=False):
-        assert artifact.places is not None
-        tsne = TSNE(perplexity=min(30, (len(artifact.places) - 1) / 3), init="pca", random_state=0)
-        flat = tsne.fit_transform(artifact.places)
-        own = np.array(artifact.kinds)
+        assert artifact.embeddings is not None
+        tsne = TSNE(perplexity=min(30, (len(artifact.embeddings) - 1) / 3), init="pca", random_state=0)
+        flat = tsne.fit_transform(artifact.embeddings)
+        own = np.array(artifact.subclass_names)
         for place, kind in enumerate(kinds):
             colour = SERIES[place % len(SERIES)]
             looks: list[dict[str, Any]] = [  # by role

@@ -19,20 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from normweave import __version__, settings
 from normweave.atomic import write_atomically
 from normweave.benchmark import artifacts, figures, table
-from normweave.benchmark.evaluate import Contestant, measure
+from normweave.benchmark.evaluate import measure
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
 from normweave.benchmark.protocols import Fold
 from normweave.bridges import peers
 from normweave.config import Config
 from normweave.data import layouts
 from normweave.data.joined import join
-from normweave.detector import Detector, cache_folder
-from normweave.errors import DataError, NormweaveError
+from normweave.detector import Detector
+from normweave.errors import DataError, MissingError, NormweaveError
+from normweave.fitting import cache_folder, fit
 from normweave.textiles import make_textures
 from normweave.types import Progress, Sample
 
@@ -251,49 +251,51 @@ def _end_with_the_plan() -> None:
 
 def _result(item: Run, fold: Fold, cache: Path, *, artifact: Path) -> dict[str, Any]:
     start = time.perf_counter()
-    contestant: Contestant
     if item.peer is not None:
-        contestant = peers.fit(item.peer, fold.samples)
-        modules: list[nn.Module] = [contestant.model]
+        detector = _fit_peer(item.peer, fold.samples)
     else:
-        contestant = Detector.fit(fold.samples, config=item.config, cache=cache)
-        assert isinstance(contestant.head, nn.Module)
-        modules = [contestant.extractor, contestant.standard, contestant.head]
+        detector = fit(fold.samples, config=item.config, cache=cache)
     trained = time.perf_counter()
     sides: dict[str, Any] = {}
     predictions: dict[str, list[dict[str, Any]]] = {}
     for side, tests in fold.tests.items():
-        metrics, predictions[side] = measure(contestant, tests, cache=cache)
+        metrics, predictions[side] = measure(detector, tests, cache=cache)
         further = ("by_category", "by_subclass", "mean_of_subclasses")
         sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
     tested = time.perf_counter()
-    artifacts.keep(artifact, contestant, fold, predictions, cache=cache)
+    artifacts.save(artifact, detector, fold, predictions, cache=cache)
     images = [sample.image_path for tests in fold.tests.values() for sample in tests]
     return {
         "sides": sides,
         "artifact": artifact.name,
         "train_s": trained - start,
         "test_ms": (tested - trained) * 1000 / len(images),
-        "inference_ms": _inference_ms(contestant, images[:TIMED]),
+        "inference_ms": _inference_ms(detector, images[:TIMED]),
         "peak_mib": _peak_mib(),
-        "parameters": sum(
-            tensor.numel()
-            for module in modules
-            for tensor in module.state_dict().values()
-            if tensor.is_floating_point()
-        ),
+        "parameters": detector.network.parameters,
         "differs": item.peer.differs if item.peer is not None else None,
-        "fit_images": contestant.record["fit_images"],
-        "calibration_images": contestant.record["calibration_images"],
-        "data_fingerprint": contestant.record["data_fingerprint"],
+        "fit_images": detector.record["fit_images"],
+        "calibration_images": detector.record["calibration_images"],
+        "data_fingerprint": detector.record["data_fingerprint"],
     }
 
 
-def _inference_ms(contestant: Contestant, paths: Sequence[Path]) -> float:
+def _fit_peer(plan: peers.PeerPlan, samples: Sequence[Sample]) -> Detector:
+    try:
+        from normweave.bridges import peer_network
+    except ImportError as error:
+        raise MissingError(
+            f"{peers.PREFIX}{plan.name} needs anomalib and FrEIA, which are not installed ({error}). "
+            "Install them with: pip install 'normweave[bench]'"
+        ) from error
+    return peer_network.fit(plan, samples)
+
+
+def _inference_ms(detector: Detector, paths: Sequence[Path]) -> float:
     """From the file to the map, an image; the second time, when every file and kernel is warm."""
     for _ in range(2):
         start = time.perf_counter()
-        count = sum(1 for _ in contestant.stream(paths))
+        count = sum(1 for _ in detector.stream(paths))
         elapsed = time.perf_counter() - start
     return elapsed * 1000 / count
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from normweave.bridges.peers import PeerPlan
 from normweave.config import TimmConfig
 from normweave.errors import ConfigError, MissingError
 from normweave.features import build as build_features
+from normweave.logs import quiet
 from normweave.textiles import SEEN, UNSEEN, make_textures
 
 with warnings.catch_warnings():
@@ -75,19 +75,13 @@ TEACHING_RATE = 1e-3
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars and remarks of anomalib and Lightning: those of one model would drown a table."""
-    loggers = [logging.getLogger(name) for name in ("anomalib", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+def quiet_anomalib() -> Iterator[None]:
+    """Suppress the progress bars, warnings and messages of anomalib and Lightning."""
+    with (
+        quiet("anomalib", "lightning.pytorch", "lightning.fabric"),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        yield
 
 
 def build(plan: PeerPlan, *, work: Path) -> AnomalibModule:

@@ -1,69 +1,65 @@
-"""The peers that a benchmark plan can name: what each is, what may be set, and what stands in for what it lacks.
+"""The models of anomalib that a benchmark plan can name, their settings, and how they differ from the papers.
 
-A peer is a model of anomalib (`bridges/anomalib.py`), written `anomalib/NAME` where a plan says `model:`. This file
-reads settings and needs neither anomalib nor torch.
+Such a peer is written `anomalib/NAME` as the `model` of a plan; `bridges/peer_network.py` trains it. This file needs
+neither anomalib nor torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from normweave import settings
 from normweave.config import Config, MapsConfig, TimmConfig
-from normweave.errors import ConfigError, MissingError, unknown
-from normweave.types import Sample
-
-if TYPE_CHECKING:
-    from normweave.bridges.anomalib import Peer
+from normweave.errors import ConfigError, unknown
 
 PREFIX = "anomalib/"
 SECTIONS = ("data", "prepare", "features", "outcome", "seed")
-"""Of our settings, those that a peer heeds; of `features` the backbone, its weights and `batch_images`."""
+"""Sections of our settings that apply to a peer; of `features` the backbone, its weights and `batch_images`."""
 
 
-class PeerKind(NamedTuple):
+class PeerModel(NamedTuple):
     """One model of anomalib."""
 
     paper: str
     settings: Mapping[str, Any]
-    """What can be set, with its default. Where there are `epochs` they are the paper's, made for a GPU; `max_steps`
-    ends the training earlier (0 = never)."""
+    """Settings with their defaults. `epochs` are the paper's, for a GPU; `max_steps` ends the training earlier (0 =
+    never)."""
     differs: str
-    """From the published method; {backbone} is filled in."""
+    """How it differs from the published method; {backbone} is filled in."""
 
 
-PEERS: dict[str, PeerKind] = {
-    "patchcore": PeerKind(
+PEERS: dict[str, PeerModel] = {
+    "patchcore": PeerModel(
         "Roth et al. 2022, arXiv 2106.08265",
         {"strides": (8, 16), "coreset_sampling_ratio": 0.1, "num_neighbors": 9, "batch_images": 8},
         "{backbone} for wide_resnet50_2",
     ),
-    "padim": PeerKind(
+    "padim": PeerModel(
         "Defard et al. 2020, arXiv 2011.08785",
         {"strides": (4, 8, 16), "n_features": 100, "batch_images": 8},
         "{backbone} for resnet18",
     ),
-    "dfm": PeerKind(
+    "dfm": PeerModel(
         "Ahuja et al. 2019, arXiv 1909.11786",
         {"strides": (16,), "pooling_kernel_size": 4, "pca_level": 0.97, "batch_images": 8},
         "{backbone} for resnet50",
     ),
-    "stfpm": PeerKind(
+    "stfpm": PeerModel(
         "Wang et al. 2021, arXiv 2103.04257",
         {"strides": (4, 8, 16), "epochs": 100, "max_steps": 0, "batch_images": 8},
         "{backbone} for resnet18",
     ),
-    "reverse_distillation": PeerKind(
+    "reverse_distillation": PeerModel(
         "Deng and Li 2022, arXiv 2201.10703",
         {"epochs": 200, "max_steps": 0, "batch_images": 8},
         "{backbone} for wide_resnet50_2 as the teacher; where anomalib has no decoder for it, the bottleneck and "
         "decoder of resnet18, on the features' positive and negative parts",
     ),
-    "fastflow": PeerKind(
+    "fastflow": PeerModel(
         "Yu et al. 2021, arXiv 2111.07677",
         {
             "strides": (4, 8, 16),
@@ -75,7 +71,7 @@ PEERS: dict[str, PeerKind] = {
         },
         "{backbone} for resnet18",
     ),
-    "supersimplenet": PeerKind(
+    "supersimplenet": PeerModel(
         "Rolih et al. 2024, arXiv 2408.03143",
         {
             "strides": (8, 16),
@@ -86,12 +82,12 @@ PEERS: dict[str, PeerKind] = {
         },
         "{backbone} for wide_resnet50_2",
     ),
-    "draem": PeerKind(
+    "draem": PeerModel(
         "Zavrtanik et al. 2021, arXiv 2108.07610",
         {"anomaly_source": "", "epochs": 700, "max_steps": 0, "batch_images": 8},
-        "made-up textiles for the texture images of DTD, unless anomaly_source names a folder of images",
+        "synthetic textiles for the texture images of DTD, unless anomaly_source names a folder of images",
     ),
-    "efficient_ad": PeerKind(
+    "efficient_ad": PeerModel(
         "Batzner et al. 2024, arXiv 2303.14535",
         {
             "model_size": "small",
@@ -102,10 +98,10 @@ PEERS: dict[str, PeerKind] = {
             "max_steps": 70_000,
         },
         "unless teacher names a .safetensors file of the published one: a teacher distilled from {backbone} on fit "
-        "normals and made-up textiles; made-up textiles for ImageNet in the penalty, unless penalty_images names a "
+        "normals and synthetic textiles; synthetic textiles for ImageNet in the penalty, unless penalty_images names a "
         "folder of folders of images",
     ),
-    "dinomaly": PeerKind(
+    "dinomaly": PeerModel(
         "Guo et al. 2025, arXiv 2405.14573",
         {
             "encoder": "vit_base_patch14_reg4_dinov2",
@@ -130,44 +126,42 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_steps": (lambda value: value >= 0, "be 0 or more"),
     "model_size": (lambda value: value in ("small", "medium"), "be small or medium"),
 }
-"""What a value must do beyond being of its default's type; whole numbers without a rule must be 1 or more."""
+"""Further checks of a value besides the type of its default; an integer without a rule must be 1 or more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeerPlan:
-    """A peer with everything set: `values` holds its own settings, `config` what it shares with our models."""
+    """A peer with all its settings: `values` holds its own, `config` those it shares with our models."""
 
     name: str
     values: Mapping[str, Any]
     config: Config
 
     @property
-    def kind(self) -> PeerKind:
-        """What it is."""
-        return PEERS[self.name]
-
-    @property
     def differs(self) -> str:
-        """From the published method, with the backbone's name; for the result row."""
+        """How it differs from the published method, with the name of the backbone."""
         assert isinstance(self.config.features, TimmConfig)
-        return self.kind.differs.format(backbone=self.config.features.backbone)
+        return PEERS[self.name].differs.format(backbone=self.config.features.backbone)
 
 
 def is_peer(model: str) -> bool:
-    """Whether a plan's `model` is one of anomalib's."""
+    """Return whether the `model` of a plan is one of anomalib's."""
     return model.startswith(PREFIX)
 
 
 def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
-    """A peer as a plan says it: `epochs=5` is the peer's own, `prepare.height=128` is a setting of ours.
+    """Read a peer of a plan: `epochs=5` is a setting of the peer, `prepare.height=128` one of ours.
 
     Raises:
-        ConfigError: no such peer, no such setting, or a value that cannot be; all mistakes of one kind together.
+        ConfigError: no such peer, no such setting, or a value out of range; all mistakes in one message.
     """
     name = model.removeprefix(PREFIX)
     if name not in PEERS:
         raise unknown(
-            "peer", model, [PREFIX + known for known in PEERS], "What each is: normweave/bridges/peers.py."
+            "peer",
+            model,
+            [PREFIX + known for known in PEERS],
+            "All are listed in normweave/bridges/peers.py.",
         )
     allowed = PEERS[name].settings
     shared, own, mistakes = [], dict(allowed), []
@@ -184,7 +178,7 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
                         f"setting of {model}",
                         key,
                         [*allowed, *(f"{section}.…" for section in SECTIONS[:-1])],
-                        "What each is for: normweave/bridges/peers.py.",
+                        "All are listed in normweave/bridges/peers.py.",
                     )
                 )
             )
@@ -197,8 +191,8 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
         raise ConfigError(f"{model}: " + "; ".join(mistakes))
     config = settings.override(replace(Config(), seed=seed), shared)
     if not isinstance(config.features, TimmConfig):
-        raise ConfigError(f"{model}: features.kind must be timm, got {config.features.kind}.")
-    # A peer's maps are smooth already, or are not meant to be.
+        raise ConfigError(f"{model}: features.kind must be timm.")
+    # A peer's maps are not smoothed again.
     return PeerPlan(name=name, values=own, config=replace(config, maps=MapsConfig(smoothing=0)))
 
 
@@ -223,19 +217,3 @@ def _value(key: str, text: str, default: Any) -> Any:
 
 def _shown(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Peer:
-    """Train a peer on our division of these samples.
-
-    Raises:
-        MissingError: anomalib is not installed, or weights that the peer cannot do without are not here.
-    """
-    try:
-        from normweave.bridges.anomalib import Peer
-    except ImportError as error:
-        raise MissingError(
-            f"{PREFIX}{plan.name} needs anomalib and FrEIA, which are not here ({error}). "
-            "Install them with: pip install 'normweave[bench]'"
-        ) from error
-    return Peer.fit(plan, samples)

@@ -20,9 +20,9 @@ def calibrate(
     layout: options.Layout = None,
 ) -> int:
     """Draw the operating points anew from other normal images; the bundle is replaced as a whole. Needs no torch."""
-    from normweave.runtime import Runtime
+    from normweave.detector import Detector
 
-    runtime = Runtime(bundle, threads=terminal.threads, device=terminal.device)
+    runtime = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     with terminal.progress() as progress:
         runtime.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
     runtime.save(bundle, overwrite=True)

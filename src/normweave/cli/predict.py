@@ -70,9 +70,9 @@ def predict(
     first, step = (0, 1) if shard is None else share(shard)
     paths: Iterator[str] = islice(find(images or [], list_), first, None, step)
 
-    from normweave.runtime import Runtime
+    from normweave.detector import Detector
 
-    runtime = Runtime(bundle, threads=terminal.threads, device=terminal.device)
+    runtime = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     batch = 1 if STDIN in (images or []) else runtime.batch_images
     full = terminal.json or output is not None or maps is not None
     found = unreadable = 0

@@ -85,7 +85,7 @@ def serve(
         raise MissingError(
             f'To serve, {error.name} is needed, which is not installed: pip install "normweave[serve]"'
         ) from error
-    from normweave.runtime import Runtime
+    from normweave.detector import Detector
 
     if no_token and not is_loopback(host):
         raise ConfigError(
@@ -108,7 +108,7 @@ def serve(
         keep_days=keep_days,
         keep_gib=keep_gib,
     )
-    runtime = Runtime(bundle, threads=terminal.threads, device=terminal.device)
+    runtime = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     folder = bundle.resolve().parent / "inspections" if data is None else data
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:

@@ -14,7 +14,6 @@ from normweave.errors import ConfigError
 if TYPE_CHECKING:
     from normweave.config import Config
     from normweave.detector import Detector
-    from normweave.runtime import Runtime
 
 CLIP_SIDE = 336  # pixels, of ViT-L-14-336
 
@@ -115,9 +114,9 @@ def train(
             progress=progress,
         )
         if int8:
-            from normweave.benchmark.quantized import quantize
+            from normweave.benchmark.quantized import quantize_and_check
 
-            quantize(detector, labelled, progress=progress)
+            detector = quantize_and_check(detector, labelled, progress=progress)
         detector.save(output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
     return report(terminal, detector, output)
@@ -155,7 +154,7 @@ def compose(
     return settings.override(result, given + assignments)
 
 
-def report(terminal: Terminal, detector: "Detector | Runtime", folder: Path) -> int:
+def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
     """Say what a detector that was just saved was made from and where its lines lie; the exit code."""
     from rich.table import Table
 

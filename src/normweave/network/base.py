@@ -42,10 +42,14 @@ class Network(ABC):
     Attributes:
         library: the name of what computes it, for messages.
         can_exclude: whether the expert of an image's own subclass can be left out.
+        embeds: whether its readers return embeddings.
+        parameters: how many floating-point numbers it has; 0 if unknown.
     """
 
     library: str
     can_exclude: bool = False
+    parameters: int = 0
+    embeds: bool = False
 
     @abstractmethod
     def __call__(self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None) -> RawOutput:

@@ -154,16 +154,20 @@ def check_parity(
             )
 
 
-_CURE = "Update torch, onnxscript and the library that runs the graph (onnxruntime, openvino), or choose another backbone or head."
+_CURE = (
+    "Update torch, onnxscript and the library that runs the graph (onnxruntime, openvino), or choose another "
+    "backbone or head."
+)
 
 
 def _check_equal(ours: TileScores, theirs: TileScores, what: str, library: str) -> None:
     """Raise CheckError where scores, distances, weights or maps differ by more than the tolerance."""
-    for name, mine, other in zip(RawOutput._fields, ours.raw, theirs.raw, strict=True):
+    for name in RawOutput._fields:
+        mine, other = getattr(ours.raw, name), getattr(theirs.raw, name)
         neither = mine is None and other is None
         if not neither and (mine is None or other is None or mine.shape != other.shape):
             raise CheckError(f"torch and {library} do not both return {name}{what} in the same form. {_CURE}")
-    compared = {
+    compared: dict[str, tuple[NDArray[Any] | None, NDArray[Any] | None]] = {
         "scores": (ours.scores, theirs.scores),
         "peaks": (ours.peaks, theirs.peaks),
         "distance": (ours.raw.distance, theirs.raw.distance),

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.errors import ConfigError, MissingError
-from normweave.network.export import bare
 from normweave.network.base import EXCLUDED, PIXELS
+from normweave.network.export import bare
 from normweave.network.onnx import library
 
 if TYPE_CHECKING:
@@ -29,11 +29,11 @@ BACKBONE = "extractor."
 WITH_IT = ("Add", "Clip", "Relu")
 """Operators after a convolution that can compute on its integers."""
 FLOAT_FIRST = 3
-"""The first convolutions stay float: in EfficientNet-Lite0 they take a tenth of the time and cause a third of the rounding
-error (docs/log.md)."""
+"""The first convolutions stay float: in EfficientNet-Lite0 they take a tenth of the time and cause a third of the
+rounding error (docs/log.md)."""
 
 
-def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
+def quantize_backbone(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
     """Return the graph with the convolutions of its backbone in int8.
 
     Args:
@@ -68,7 +68,9 @@ def quantize(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> bytes:
 
     def passes() -> Iterator[dict[str, NDArray[Any]]]:
         for pixels in images:
-            yield {PIXELS: pixels} | ({EXCLUDED: np.full(len(pixels), -1, dtype=np.int64)} if excludes else {})
+            yield {PIXELS: pixels} | (
+                {EXCLUDED: np.full(len(pixels), -1, dtype=np.int64)} if excludes else {}
+            )
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it recommends a preprocessing step that our graphs have had

@@ -90,6 +90,7 @@ class TorchNetwork(Network):
     """
 
     library = "torch"
+    embeds = True
 
     def __init__(
         self,
@@ -110,6 +111,7 @@ class TorchNetwork(Network):
         self.device = device
         self._graph = graph
         self.can_exclude = head.can_exclude
+        self.parameters = sum(each.numel() for each in self.tensors().values() if each.is_floating_point())
 
     def __call__(self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None) -> RawOutput:
         """Return the raw outputs of (n, 3, height, width) prepared pixels."""

@@ -29,9 +29,9 @@ from PIL import Image
 
 from normweave import scoring
 from normweave.data import images
+from normweave.detector import Detector
 from normweave.errors import DataError, ImageError, NormweaveError
-from normweave.runtime import Runtime
-from normweave.scoring import Opened, Scored
+from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
 from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
@@ -96,11 +96,11 @@ class _Job:
     actor: str
     received_at: datetime
     started: float
-    detector: Runtime
+    detector: Detector
     """With the lines as they were when the image came in."""
     done: Future[Inspection] = field(default_factory=Future)
-    opened: Opened | None = None
-    scored: Scored | None = None
+    opened: PreparedImage | None = None
+    scored: TileScores | None = None
 
 
 class InspectionService:
@@ -115,7 +115,7 @@ class InspectionService:
         runtime: with the lines as they are now.
     """
 
-    def __init__(self, runtime: Runtime, *, store: Store, files: Files, config: ServeConfig) -> None:
+    def __init__(self, runtime: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
         change = store.rate(runtime.bundle_hash or "")
         self.detector = runtime if change is None else runtime.with_rate(change.false_alarm_rate)
         self.store = store
@@ -213,24 +213,24 @@ class InspectionService:
             return
         self._opened.put(job)
 
-    def _refused(self, upload: Upload) -> Opened | None:
+    def _refused(self, upload: Upload) -> PreparedImage | None:
         """Why an image is not even decoded."""
         if len(upload.content) > self.config.max_image_bytes:
             reason = (
                 f"too large: more than {self.config.max_image_bytes:,} bytes, which is the most that this server takes "
                 "of an image."
             )
-            return Opened(None, (0, 0), (), None, reason)
+            return PreparedImage(None, (0, 0), (), None, reason)
         try:
             height, width = images.size(upload.content)
         except ImageError as error:
-            return Opened(None, (0, 0), (), None, str(error))
+            return PreparedImage(None, (0, 0), (), None, str(error))
         if height * width > self.config.max_pixels:
             reason = (
                 f"too large, refused before decoding: {height} x {width} pixels (height x width). This server takes up "
                 f"to {self.config.max_pixels:,} pixels. Shrink it or cut it into pieces."
             )
-            return Opened(None, (0, 0), (), None, reason)
+            return PreparedImage(None, (0, 0), (), None, reason)
         return None
 
     def _judge(self) -> None:
@@ -299,12 +299,12 @@ class InspectionService:
         if scored is None:
             return inspection
         grids = io.BytesIO()
-        np.save(grids, scored.grids, allow_pickle=False)
+        np.save(grids, scored.raw.scores, allow_pickle=False)
         line = job.detector.map_threshold
         assert outcome.threshold is not None  # it was judged
         return replace(
             inspection,
-            routed=scoring.summarise(scored).subclass,
+            routed=ImageScore.of(scored).subclass,
             image=StoredImage(
                 image_hash=self.files.put(job.upload.content),
                 image_type=media_type(job.upload.content),
@@ -496,7 +496,7 @@ def _not_there(id: int) -> NotFoundError:
     return NotFoundError(f"There is no inspection {id}. See GET /v1/inspections for those there are.")
 
 
-def _opened(job: _Job) -> Opened:
+def _opened(job: _Job) -> PreparedImage:
     assert job.opened is not None  # no job goes on without
     return job.opened
 

@@ -1,4 +1,4 @@
-"""Figures show the numbers of the table, and only what there is."""
+"""Figures show the numbers of the table, as far as results and artifacts exist."""
 
 import re
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from normweave.benchmark.figures import CHANCE, _curves, _picture, draw
+from normweave.benchmark.figures import CHANCE, curves, draw, image_and_mask
 from normweave.benchmark.plan import read_plan
-from normweave.benchmark.table import MEASURES, html, make_rows, markdown
+from normweave.benchmark.table import METRICS, html, make_rows, markdown
 from normweave.types import Sample
 
 PLAN = """
@@ -22,15 +22,15 @@ methods:
   - {name: Two, model: adapted-moe, set: [head.top_k=2]}
   - {name: Three, model: adapted-moe, set: [head.top_k=3, head.border=0]}
   - {name: Four, model: adapted-moe, set: [head.top_k=4]}
-  - {name: Whole, model: mean-shift}
+  - {name: Image, model: mean-shift}
 seeds: [0, 1]
 """
-METHODS = ("One", "Two", "Three", "Four", "Whole")
+METHODS = ("One", "Two", "Three", "Four", "Image")
 
 
 @pytest.fixture
 def made(tmp_path: Path):
-    """A plan, what its runs might have left, and the samples."""
+    """Return a plan, results and artifacts of its runs, and the samples."""
     plan_path = tmp_path / "plan.yaml"
     plan_path.write_text(PLAN)
     plan = read_plan(plan_path)
@@ -58,29 +58,29 @@ def made(tmp_path: Path):
     runs.mkdir()
     rng = np.random.default_rng(0)
     results = []
-    for place, method in enumerate(METHODS):
+    for number, method in enumerate(METHODS):
         for seed in plan.seeds:
-            whole = method == "Whole"
-            shares = dict.fromkeys(MEASURES, 0.7 + 0.02 * place + 0.01 * seed)
-            if whole:
+            image_level = method == "Image"
+            shares = dict.fromkeys(METRICS, 0.7 + 0.02 * number + 0.01 * seed)
+            if image_level:
                 shares |= {"pixel_auroc": None, "aupro": None}
-            kinds = {
+            subclasses = {
                 f"cloth/{name}": {"image_auroc": shares["image_auroc"] - 0.3 * (name == "b")} for name in "ab"
             }
             counts = {"n_normal": 2, "n_anomalous": 2, "over_generalisation": None}
-            side = shares | counts | {"by_category": {"cloth": shares | counts}, "by_subclass": kinds}
+            side = shares | counts | {"by_category": {"cloth": shares | counts}, "by_subclass": subclasses}
             name = f"{method}{seed}.safetensors"
             tensors = {
                 "scores/seen": np.array([[0, 1, 2], [0, 1.5, 2], [1, 3, 2], [1, 1, 2]], dtype=np.float64)
             }
-            if not whole:
+            if not image_level:
                 tensors |= {f"maps/seen/{n}": rng.random((20, 40), dtype=np.float32) for n in range(3)}
                 tensors |= {
-                    "places": np.random.default_rng(place // 2).random((16, 5), dtype=np.float32),
+                    "embeddings": np.random.default_rng(number // 2).random((16, 5), dtype=np.float32),
                     "roles": np.array([0] * 12 + [1, 1, 2, 2], dtype=np.int64),
                 }
-            kinds_of = "[]" if whole else str([f"cloth/{s.subclass}" for s in samples]).replace("'", '"')
-            save_file(tensors, runs / name, metadata={"kinds": kinds_of})
+            names = "[]" if image_level else str([f"cloth/{s.subclass}" for s in samples]).replace("'", '"')
+            save_file(tensors, runs / name, metadata={"subclass_names": names})
             results.append(
                 {
                     "method": method,
@@ -99,7 +99,7 @@ def made(tmp_path: Path):
 
 def drawn(made, folder: Path):
     plan, results, data, runs = made
-    return draw(plan, results, make_rows(plan, results), data, kept=runs, folder=folder)
+    return draw(plan, results, make_rows(plan, results), data, runs=runs, folder=folder)
 
 
 def test_every_figure_of_the_plan_is_drawn(made, tmp_path: Path):
@@ -114,44 +114,44 @@ def test_every_figure_of_the_plan_is_drawn(made, tmp_path: Path):
     ]
     assert [figure.of_images for figure in figures] == [False, False, False, True, False, False]
     assert sorted(figure.path for figure in figures) == sorted((tmp_path / "figures").iterdir())
-    with Image.open(figures[3].path) as picture:
-        assert picture.format == "JPEG"
-        assert picture.width > picture.height
+    with Image.open(figures[3].path) as image:
+        assert image.format == "JPEG"
+        assert image.width > image.height
 
 
-def words(path: Path) -> list[str]:
+def texts(path: Path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
-def test_bars_carry_the_numbers_of_the_table(made, tmp_path: Path):
+def test_bars_are_labelled_with_the_numbers_of_the_table(made, tmp_path: Path):
     folder = tmp_path / "figures"
     drawn(made, folder)
-    bars = words(folder / "methods-my-cloth-given-seen.svg")
-    for place, method in enumerate(METHODS):
+    bars = texts(folder / "methods-my-cloth-given-seen.svg")
+    for index, method in enumerate(METHODS):
         assert method in bars
-        number = f"{70.5 + 2 * place:.1f}"  # the mean of both seeds
-        assert bars.count(number) == (1 if method == "Whole" else 3)
-    subclasses = words(folder / "subclasses-my-cloth-given-seen.svg")
+        number = f"{70.5 + 2 * index:.1f}"  # the mean of both seeds
+        assert bars.count(number) == (1 if method == "Image" else 3)
+    subclasses = texts(folder / "subclasses-my-cloth-given-seen.svg")
     assert {"a", "b", "70.5", "40.5", "78.5", "48.5"} <= set(
         subclasses
-    )  # of one category: its name says nothing
+    )  # names without the category, as there is only one
 
 
-def test_scores_and_routing_name_their_methods(made, tmp_path: Path):
+def test_histograms_and_embeddings_name_their_methods(made, tmp_path: Path):
     folder = tmp_path / "figures"
     drawn(made, folder)
-    assert set(METHODS) <= set(words(folder / "scores-my-cloth-given-seen.svg"))
-    routing = words(folder / "routing-my-cloth-given.svg")
+    assert set(METHODS) <= set(texts(folder / "scores-my-cloth-given-seen.svg"))
+    routing = texts(folder / "routing-my-cloth-given.svg")
     assert {"a", "b"} <= set(routing)
-    assert {"One and 1 more", "Three and 1 more"} <= set(routing)  # the same space is shown once
-    assert "Whole" not in routing
+    assert {"One and 1 more", "Three and 1 more"} <= set(routing)  # equal embeddings are drawn once
+    assert "Image" not in routing
 
 
-def test_a_curve_is_of_methods_that_differ_in_nothing_else(made):
+def test_a_curve_has_methods_that_differ_in_one_setting_only(made):
     plan, results, _, _ = made
-    curves = dict(_curves(plan, make_rows(plan, results)))
-    assert list(curves) == ["head.top_k"]
-    (points,) = curves["head.top_k"].values()
+    made_curves = dict(curves(plan, make_rows(plan, results)))
+    assert list(made_curves) == ["head.top_k"]
+    (points,) = made_curves["head.top_k"].values()
     assert [(value, row["method"]) for value, row in points] == [(1, "One"), (2, "Two"), (4, "Four")]
 
 
@@ -161,7 +161,7 @@ def test_the_same_results_give_the_same_figures(made, tmp_path: Path):
         assert one.path.read_bytes() == other.path.read_bytes()
 
 
-def test_runs_that_failed_are_left_out(made, tmp_path: Path):
+def test_failed_runs_are_left_out(made, tmp_path: Path):
     plan, results, data, runs = made
     broken = [
         {key: result[key] for key in ("method", "data", "protocol", "fold", "seed")} | {"error": "no memory"}
@@ -170,27 +170,27 @@ def test_runs_that_failed_are_left_out(made, tmp_path: Path):
         for result in results
     ]
     drawn(made, tmp_path / "figures")
-    (tmp_path / "figures" / "notes.txt").write_text("mine")
+    (tmp_path / "figures" / "notes.txt").write_text("a file of the user")
     drawn((plan, broken, data, runs), tmp_path / "figures")
     assert (tmp_path / "figures" / "notes.txt").exists()
-    names = words(tmp_path / "figures" / "methods-my-cloth-given-seen.svg")
+    names = texts(tmp_path / "figures" / "methods-my-cloth-given-seen.svg")
     assert "Two" not in names
     assert "One" in names
-    assert not (tmp_path / "figures" / "curve-head-top-k.svg").exists()  # two points are no curve
+    assert not (tmp_path / "figures" / "curve-head-top-k.svg").exists()  # a curve needs three points
 
 
-def test_images_and_masks_that_cannot_be_read_are_grey(made, tmp_path: Path):
+def test_unreadable_images_and_masks_are_grey(made, tmp_path: Path):
     _, _, data, _ = made
     (tmp_path / "test1.png").write_bytes(b"no image")
     (tmp_path / "mask3.png").write_bytes(b"no mask")
     first, *_, last = [sample for sample in data["My cloth!"] if sample.label == "anomalous"]
-    assert {int(value) for value in np.unique(_picture(first)[0])} == {128}
-    assert np.unique(_picture(last)[1]).tolist() == [0.5]
+    assert {int(value) for value in np.unique(image_and_mask(first)[0])} == {128}
+    assert np.unique(image_and_mask(last)[1]).tolist() == [0.5]
     drawn(made, tmp_path / "figures")
     assert (tmp_path / "figures" / "maps-my-cloth-given-seen.jpg").exists()
 
 
-def test_figures_begin_at_what_guessing_reaches():
+def test_bars_start_at_the_metrics_of_random_scores():
     from normweave.report.metrics import PixelMetrics
 
     rng = np.random.default_rng(0)
@@ -204,7 +204,7 @@ def test_figures_begin_at_what_guessing_reaches():
     assert values["aupro"] == pytest.approx(CHANCE["aupro"], abs=0.02)
 
 
-def test_tables_show_figures_and_markdown_none_of_the_images(made, tmp_path: Path):
+def test_pages_show_all_figures_and_markdown_those_without_images(made, tmp_path: Path):
     plan, results, _, _ = made
     figures = drawn(made, tmp_path / "plan.figures")
     rows = make_rows(plan, results)

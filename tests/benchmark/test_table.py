@@ -1,4 +1,4 @@
-"""Rows say what the runs found, with what it cost and whether it could be chance; files hold the same."""
+"""Rows hold metrics, costs and significance; Markdown, HTML, CSV and Parquet hold the rows."""
 
 import csv
 import json
@@ -11,8 +11,7 @@ from pyarrow import parquet
 
 from normweave.benchmark.plan import read_plan
 from normweave.benchmark.table import (
-    MEASURES,
-    _by_seed,
+    METRICS,
     failures,
     html,
     make_rows,
@@ -36,14 +35,14 @@ seeds: [0, 1]
 
 @pytest.fixture
 def many(tmp_path: Path):
-    """A plan of two categories in one model, and what its runs might have left."""
+    """A plan of two categories in one model, and results of its runs."""
     path = tmp_path / "many.yaml"
     path.write_text(MANY)
 
     def table(auroc: float, over: tuple[float, float, float, float] | None) -> dict:
         names = ("d_normal", "d_abnormal", "ratio", "cell_auroc")
         over_generalisation = None if over is None else dict(zip(names, over, strict=True))
-        shares = dict.fromkeys(MEASURES, auroc)
+        shares = dict.fromkeys(METRICS, auroc)
         return shares | {"n_normal": 4, "n_anomalous": 3, "over_generalisation": over_generalisation}
 
     def result(method: str, seed: int, tile: dict, board: dict) -> dict:
@@ -62,7 +61,7 @@ def many(tmp_path: Path):
     ]
 
 
-def test_data_of_many_categories_has_pooled_mean_and_a_row_each(many):
+def test_data_of_many_categories_has_a_pooled_row_a_mean_row_and_a_row_each(many):
     rows = make_rows(*many)
     assert [(row["method"], row["category"]) for row in rows] == [
         (method, category)
@@ -73,26 +72,26 @@ def test_data_of_many_categories_has_pooled_mean_and_a_row_each(many):
     assert held["(pooled)"]["image_auroc"] == 0.5
     assert held["board"]["image_auroc"] == pytest.approx(0.7)
     assert held["tile"]["image_auroc_sd"] == pytest.approx(0.2 / 2**0.5)
-    # Each seed's mean over the categories is 0.7: no spread, though each category has one.
+    # Each seed's mean over the categories is 0.7: no spread, although each category has one.
     assert held["(mean)"]["image_auroc"] == pytest.approx(0.7)
     assert held["(mean)"]["image_auroc_sd"] == pytest.approx(0)
     assert held["(mean)"]["d_abnormal"] == pytest.approx((0.8 + 0.5 + 0.8 + 0.6) / 4)
 
 
-def test_change_is_taken_seed_by_seed_against_the_baseline(many):
+def test_the_change_against_the_baseline_is_paired_by_seed(many):
     rows = {(row["method"], row["category"]): row for row in make_rows(*many)}
     tile, mean = rows["Held", "tile"], rows["Held", "(mean)"]
     assert tile["ratio_change"] == pytest.approx((1 + 2) / 2)
     assert tile["ratio_change_sd"] == pytest.approx(0.5**0.5)
     assert tile["cell_auroc_change"] == pytest.approx(0.05)
     assert tile["cell_auroc_change_sd"] == pytest.approx(0)
-    # Means over the categories: 3.25 and 3.5 here, 2.5 and 2 there.
+    # Means over the categories: 3.25 and 3.5, of the baseline 2.5 and 2.
     assert mean["ratio_change"] == pytest.approx((0.75 + 1.5) / 2)
     assert rows["Plain", "tile"]["ratio_change"] is None
     assert rows["Bank", "tile"]["ratio"] is None
 
 
-def test_change_leaves_out_seeds_that_the_baseline_lacks(many):
+def test_the_change_leaves_out_seeds_that_the_baseline_lacks(many):
     plan, results = many
     results = [result for result in results if (result["method"], result["seed"]) != ("Plain", 0)]
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
@@ -109,7 +108,7 @@ def test_tables_of_many_categories_are_written(many, tmp_path):
     assert list(sections) == ["(pooled)", "(mean)", "board", "tile"]
     assert sections["(pooled)"].splitlines()[0] == (
         "| method | I-AUROC | p | P-AUROC | p | AUPRO | AP (image) | FAR | unknown | train s | ms/image | MiB | "
-        "M numbers |"
+        "M parameters |"
     )
     assert sections["tile"].splitlines() == [
         "| method | I-AUROC | P-AUROC | AUPRO | FAR | d normal | d abnormal | ratio | cell AUROC | Δ ratio | "
@@ -120,7 +119,7 @@ def test_tables_of_many_categories_are_written(many, tmp_path):
         f"| Held {'| 70.0 ± 14.1 ' * 4}| 0.200 ± 0.000 | 0.800 ± 0.000 | 4.00 ± 0.00 | 75.0 ± 0.0 | "
         "+1.50 ± 0.71 | +5.0 ± 0.0 |",
     ]
-    assert "Δ: change, seed by seed, of Held against Plain." in text
+    assert "Δ: change, mean over seeds, Held against Plain." in text
 
     write_csv(tmp_path / "many.csv", rows)
     with (tmp_path / "many.csv").open(newline="") as file:
@@ -129,7 +128,7 @@ def test_tables_of_many_categories_are_written(many, tmp_path):
     assert float(read[-1]["ratio_change"]) == pytest.approx(1.5)
 
 
-def test_data_of_one_category_is_one_table_as_ever(many):
+def test_data_of_one_category_is_one_table(many):
     plan, results = many
     for result in results:
         del result["sides"]["seen"]["by_category"]["board"]
@@ -146,24 +145,23 @@ def test_data_of_one_category_is_one_table_as_ever(many):
 
 
 def test_folds_without_a_category_do_not_count_for_it(many):
-    """Leave-one-subclass-out tests one category a fold."""
-    _, results = many
+    """Leave-one-subclass-out tests a single category in each fold."""
+    plan, results = many
     first, second = results[2], results[4] | {"method": "Plain", "fold": "other"}
     del second["sides"]["seen"]["by_category"]["tile"]
-    assert _by_seed([first, second], "seen", "tile", "ratio") == {0: 3.0}
-    assert _by_seed([first, second], "seen", "board", "ratio") == {0: 2.25}
-    assert _by_seed([first, second], "seen", "(mean)", "ratio") == {0: (3.0 + 2.25) / 2}
+    rows = {row["category"]: row["ratio"] for row in make_rows(plan, [first, second])}
+    assert (rows["tile"], rows["board"], rows["(mean)"]) == (3.0, 2.25, (3.0 + 2.25) / 2)
 
 
 # ── compared with the baseline ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def with_subclasses(results: list[dict], aurocs: dict[str, list[float]]) -> list[dict]:
-    """The same results with the image AUROC of three subclasses a run: of a category's own name, and of two kinds."""
+    """Return the results with the image AUROC of three subclasses, one of which has the name of its category."""
     for result in results:
-        kinds = dict(zip(("tile", "board/a", "board/b"), aurocs[result["method"]], strict=True))
+        subclasses = dict(zip(("tile", "board/a", "board/b"), aurocs[result["method"]], strict=True))
         result["sides"]["seen"]["by_subclass"] = {
-            kind: {"image_auroc": value + 0.001 * result["seed"]} for kind, value in kinds.items()
+            name: {"image_auroc": value + 0.001 * result["seed"]} for name, value in subclasses.items()
         }
     return results
 
@@ -176,9 +174,11 @@ def test_differences_are_paired_over_seeds_and_subclasses(many):
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
 
     plain, held = rows["Plain", "(pooled)"], rows["Held", "(pooled)"]
-    assert plain["image_auroc_difference"] == pytest.approx(0.1)  # to the plan's first
+    assert plain["image_auroc_difference"] == pytest.approx(0.1)  # to the first method of the plan
     assert plain["image_auroc_pairs"] == 6
-    assert plain["image_auroc_p"] == pytest.approx(2 / 2**6)  # no other signs lie as far out
+    assert plain["image_auroc_p"] == pytest.approx(
+        2 / 2**6
+    )  # no other combination of signs has a larger mean
     assert held["image_auroc_difference"] == pytest.approx((0.2 - 0.1 + 0.1) / 3)  # to its own baseline
     assert rows["Held", "board"]["image_auroc_pairs"] == 4
     assert rows["Held", "tile"]["image_auroc_difference"] == pytest.approx(0.2)
@@ -188,11 +188,11 @@ def test_differences_are_paired_over_seeds_and_subclasses(many):
         None,
         0,
     )
-    assert plain["pixel_auroc_p"] is None  # nobody measured it
-    assert "against Bank of Plain; against Plain of Held" in markdown(plan, list(rows.values()), results, [])
+    assert plain["pixel_auroc_p"] is None  # not in the results
+    assert "Plain against Bank; Held against Plain" in markdown(plan, list(rows.values()), results, [])
 
 
-def test_only_pairs_that_both_have_count(many):
+def test_pairs_need_a_result_of_both_methods(many):
     plan, results = many
     results = with_subclasses(
         results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
@@ -203,7 +203,7 @@ def test_only_pairs_that_both_have_count(many):
     assert rows["Plain", "(pooled)"]["image_auroc_pairs"] == 2
 
 
-def test_the_plan_names_whom_to_compare_with(many, tmp_path):
+def test_the_plan_can_name_the_baseline(many, tmp_path):
     _, results = many
     path = tmp_path / "other.yaml"
     path.write_text(MANY + "baseline: Plain\n")
@@ -214,7 +214,7 @@ def test_the_plan_names_whom_to_compare_with(many, tmp_path):
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
     assert rows["Bank", "(pooled)"]["image_auroc_difference"] == pytest.approx(-0.1)
     assert (
-        "by chance, two-sided sign-flip test paired over seeds, folds and subclasses, against Plain;"
+        "sign-flip test of the difference in pairs of seed, fold and subclass, Bank, Held against Plain."
         in markdown(plan, list(rows.values()), results, [])
     )
 
@@ -222,17 +222,17 @@ def test_the_plan_names_whom_to_compare_with(many, tmp_path):
 # ── costs, failures, files ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_costs_are_means_over_the_runs_that_know_them(many):
+def test_costs_are_means_over_the_runs_that_have_them(many):
     plan, results = many
     results[0] |= {"inference_ms": 10.0, "peak_mib": 600.0, "parameters": 2_000_000}
-    results[1] |= {"inference_ms": 20.0, "peak_mib": None}  # of a system that does not tell
+    results[1] |= {"inference_ms": 20.0, "peak_mib": None}  # not available on that system
     (bank, *_) = make_rows(plan, results)
     assert (bank["inference_ms"], bank["peak_mib"], bank["parameters"]) == (15, 600, 2_000_000)
     text = markdown(plan, [bank], results, [])
     assert re.search(r"^\| Bank \|.*\| 3 \| 15 \| 600 \| 2.00 \|$", text, flags=re.MULTILINE)
 
 
-def test_failed_runs_are_rows_with_their_reason(many):
+def test_failed_runs_are_rows_with_a_reason(many):
     plan, results = many
     for result in results[2:4]:
         del result["sides"]
@@ -249,14 +249,13 @@ def test_failed_runs_are_rows_with_their_reason(many):
             "failed_runs": 2,
         }
     ]
-    # A bar or a line break in a reason does not end the cell.
     assert "| Plain | both | all | 1 | RuntimeError: no \\| memory left |" in markdown(
         plan, rows, results, []
     )
     assert "RuntimeError: no | memory" in html(plan, rows, results, [])
 
 
-def test_what_stands_in_is_told(many):
+def test_differences_to_the_published_version_are_listed(many):
     plan, results = many
     results[0]["differs"] = "this for <that>"
     rows = make_rows(plan, results)
@@ -265,16 +264,16 @@ def test_what_stands_in_is_told(many):
 
 
 class Tables(HTMLParser):
-    """The cells of every row, and anything that would be fetched."""
+    """Collects the cells of every row and every URL."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
-        self.fetched: list[str] = []
+        self.urls: list[str] = []
         self.in_cell = False
 
     def handle_starttag(self, tag, attrs):
-        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        self.urls += [value for name, value in attrs if name in ("src", "href")]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -293,15 +292,15 @@ def test_the_page_shows_the_cells_of_the_markdown(many):
     plan, results = many
     rows = make_rows(plan, results)
     page = Tables()
-    page.feed(html(plan, rows, results, ["made & measured"]))
+    page.feed(html(plan, rows, results, ["here & now"]))
     lines = [line for line in markdown(plan, rows, results, []).splitlines() if line.startswith("| ")]
     cells = [line.strip("| ").split(" | ") for line in lines if not line.startswith("| ---")]
     assert page.rows == cells
-    assert page.fetched == []
-    assert "made &amp; measured" in html(plan, rows, results, ["made & measured"])
+    assert page.urls == []
+    assert "here &amp; now" in html(plan, rows, results, ["here & now"])
 
 
-def test_parquet_and_csv_hold_the_same_rows_with_their_origin(many, tmp_path):
+def test_parquet_and_csv_hold_the_same_rows(many, tmp_path):
     plan, results = many
     rows = [*make_rows(plan, results), {"data": "both", "method": "Lost", "error": "gone", "failed_runs": 1}]
     write_csv(tmp_path / "many.csv", rows)
@@ -324,10 +323,10 @@ def test_parquet_and_csv_hold_the_same_rows_with_their_origin(many, tmp_path):
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "results").glob("*.csv")), ids=lambda p: p.stem
 )
-def test_tables_that_were_made_before_are_read(path: Path):
-    """They lack columns that came later; none that they have was renamed."""
+def test_tables_of_older_versions_have_the_same_columns(path: Path):
+    """They may lack newer columns; none was renamed."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows
-    assert {"data", "protocol", "side", "method", "seeds", "train_s", "test_ms", *MEASURES} <= set(rows[0])
+    assert {"data", "protocol", "side", "method", "seeds", "train_s", "test_ms", *METRICS} <= set(rows[0])
     assert json.dumps(rows)

@@ -131,7 +131,7 @@ def run(
     place = output / plan_path.stem
     table.write_csv(place.with_suffix(".csv"), rows + failed)
     table.write_parquet(place.with_suffix(".parquet"), rows + failed, provenance)
-    drawn = figures.draw(plan, results, rows, data, kept=done, folder=output / f"{plan_path.stem}.figures")
+    drawn = figures.draw(plan, results, rows, data, runs=done, folder=output / f"{plan_path.stem}.figures")
     _replace(place.with_suffix(".md"), table.markdown(plan, rows, results, provenance, drawn))
     _replace(place.with_suffix(".html"), table.html(plan, rows, results, provenance, drawn))
     if not rows:

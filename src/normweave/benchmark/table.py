@@ -1,9 +1,9 @@
-"""The results of a plan's runs as a table: Markdown and HTML to read, CSV and Parquet to reckon with."""
+"""Tables of the results of a plan, as Markdown, HTML, CSV and Parquet."""
 
 from __future__ import annotations
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from normweave import __version__
 from normweave.atomic import write_atomically
-from normweave.benchmark.plan import Plan
+from normweave.benchmark.plan import MethodPlan, Plan
 from normweave.report.html import render
 from normweave.report.metrics import sign_flip_p_value
 
-MEASURES = (
+METRICS = (
     "image_auroc",
     "pixel_auroc",
     "aupro",
@@ -27,17 +27,17 @@ MEASURES = (
 )
 OVER_GENERALISATION = ("d_normal", "d_abnormal", "ratio", "cell_auroc")
 CHANGES = ("ratio", "cell_auroc")
-"""Those whose change against a method's baseline is shown."""
+"""Of these, the change against the baseline of a method is shown."""
 COMPARED = ("image_auroc", "pixel_auroc")
-"""Those whose difference to the baseline is tested."""
+"""Of these, the difference to the baseline is tested for significance."""
 COSTS = ("train_s", "test_ms", "inference_ms", "peak_mib", "parameters")
-"""Of a run; results of older versions lack some."""
+"""Of a run. Results of older versions lack some."""
 POOLED, MEAN = "(pooled)", "(mean)"
-"""Beside the names of the categories: all their test images together, and the mean over them."""
+"""Rows beside those of the categories: their test images together, and the mean over the categories."""
 
 
 class Column(NamedTuple):
-    """One number of each row, as it is written."""
+    """A number of each row and its format."""
 
     heading: str
     name: str
@@ -57,7 +57,7 @@ POOLED_COLUMNS = (
     Column("train s", "train_s", 1, ".0f"),
     Column("ms/image", "inference_ms", 1, ".0f"),
     Column("MiB", "peak_mib", 1, ".0f"),
-    Column("M numbers", "parameters", 1e-6, ".2f"),
+    Column("M parameters", "parameters", 1e-6, ".2f"),
 )
 CATEGORY_COLUMNS = (
     Column("I-AUROC", "image_auroc"),
@@ -75,14 +75,14 @@ CHANGE_COLUMNS = (
 )
 
 Result = dict[str, Any]
-"""What a run left: `sides` with their metrics, costs, or the reason why it failed (`error`)."""
+"""Result of a run: metrics of seen and unseen subclasses (`sides`) and costs, or the reason of a failure (`error`)."""
 
 
-# ── numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_rows(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Means over the folds of a seed, then mean and deviation over the seeds."""
+    """Return the rows of the table: the mean over the folds of each seed, then mean and std over the seeds."""
     rows = []
     for item in plan.data:
         for protocol in item.protocols:
@@ -99,36 +99,27 @@ def make_rows(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
             for method in plan.methods:
                 own, base = by_method[method.name], by_method.get(method.baseline, [])
                 other = plan.baseline_of(method)
-                rival = [] if other == method.name else by_method[other]
+                reference = [] if other == method.name else by_method[other]
                 for side in sorted({side for result in own for side in result["sides"]}):
                     start = {"data": item.name, "protocol": protocol, "side": side, "method": method.name}
                     categories = _categories(own, side)
                     if len(categories) < 2:
-                        rows.append(start | _row(own, side) | _significance(own, rival, side))
+                        rows.append(start | _row(own, side) | _significance(own, reference, side))
                         continue
                     for category in (POOLED, MEAN, *categories):
                         numbers = _row(own, side, category) | _over_generalisation(own, base, side, category)
-                        tested = _significance(own, rival, side, category)
+                        tested = _significance(own, reference, side, category)
                         rows.append(start | {"category": category} | numbers | tested)
     return rows
 
 
 def failures(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row for each reason for which runs of a method failed."""
-    counted: dict[tuple[str, ...], int] = defaultdict(int)
-    for result in results:
-        if "error" in result:
-            counted[tuple(result[key] for key in ("data", "protocol", "method", "error"))] += 1
+    """Return a row for each method and reason of failed runs."""
+    keys = ("data", "protocol", "method", "error")
+    counted = Counter(tuple(result[key] for key in keys) for result in results if "error" in result)
     return [
-        {
-            "data": data,
-            "protocol": protocol,
-            "side": None,
-            "method": method,
-            "error": error,
-            "failed_runs": count,
-        }
-        for (data, protocol, method, error), count in counted.items()
+        dict(zip(keys, reason, strict=True)) | {"side": None, "failed_runs": count}
+        for reason, count in counted.items()
     ]
 
 
@@ -138,7 +129,7 @@ def _categories(results: Sequence[Result], side: str) -> list[str]:
 
 def _row(results: Sequence[Result], side: str, category: str = POOLED) -> dict[str, Any]:
     row: dict[str, Any] = {"seeds": len({result["seed"] for result in results})}
-    for name in MEASURES:
+    for name in METRICS:
         row |= _summary(name, _by_seed(results, side, category, name))
     for name in COSTS:
         known = [result[name] for result in results if result.get(name) is not None]
@@ -149,24 +140,24 @@ def _row(results: Sequence[Result], side: str, category: str = POOLED) -> dict[s
 def _over_generalisation(
     results: Sequence[Result], baseline: Sequence[Result], side: str, category: str
 ) -> dict[str, Any]:
-    """Its numbers, and by how much two of them differ from those of the baseline's runs with the same seeds."""
+    """Return the metrics, and the change of two of them against the runs of the baseline with the same seeds."""
     row: dict[str, Any] = {}
     for name in OVER_GENERALISATION:
         row |= _summary(name, _by_seed(results, side, category, name))
     for name in CHANGES:
-        own, base = (_by_seed(of, side, category, name) for of in (results, baseline))
+        own, base = (_by_seed(runs, side, category, name) for runs in (results, baseline))
         row |= _summary(f"{name}_change", {seed: own[seed] - base[seed] for seed in own if seed in base})
     return row
 
 
 def _significance(
-    own: Sequence[Result], rival: Sequence[Result], side: str, category: str = POOLED
+    own: Sequence[Result], reference: Sequence[Result], side: str, category: str = POOLED
 ) -> dict[str, Any]:
-    """How each measure differs from the rival's, paired over seeds, folds and subclasses, and how likely by chance."""
+    """Return mean difference, p-value and number of pairs of seed, fold and subclass for each compared metric."""
     row: dict[str, Any] = {}
     for name in COMPARED:
-        here, there = (_by_subclass(of, side, category, name) for of in (own, rival))
-        differences = [here[pair] - there[pair] for pair in sorted(here.keys() & there.keys())]
+        values, others = (_by_subclass(runs, side, category, name) for runs in (own, reference))
+        differences = [values[pair] - others[pair] for pair in sorted(values.keys() & others.keys())]
         row[f"{name}_difference"] = mean(differences) if differences else None
         row[f"{name}_p"] = sign_flip_p_value(differences)
         row[f"{name}_pairs"] = len(differences)
@@ -176,18 +167,18 @@ def _significance(
 def _by_subclass(
     results: Sequence[Result], side: str, category: str, name: str
 ) -> dict[tuple[int, str, str], float]:
-    """By seed, fold and subclass, where the number is defined."""
+    """Return the defined values by seed, fold and subclass."""
     return {
-        (result["seed"], result["fold"], kind): table[name]
+        (result["seed"], result["fold"], subclass): table[name]
         for result in results
-        for kind, table in result["sides"].get(side, {}).get("by_subclass", {}).items()
+        for subclass, table in result["sides"].get(side, {}).get("by_subclass", {}).items()
         if table.get(name) is not None
-        and (category in (POOLED, MEAN) or kind == category or kind.startswith(f"{category}/"))
+        and (category in (POOLED, MEAN) or subclass == category or subclass.startswith(f"{category}/"))
     }
 
 
 def _by_seed(results: Sequence[Result], side: str, category: str, name: str) -> dict[int, float]:
-    """Mean over the folds in which the number is defined, for each seed that has one."""
+    """Return the mean over the folds in which the metric is defined, by seed."""
     if category == MEAN:
         parts = [_by_seed(results, side, one, name) for one in _categories(results, side)]
         return {
@@ -214,11 +205,11 @@ def _summary(name: str, by_seed: Mapping[int, float]) -> dict[str, float | None]
     }
 
 
-# ── to read ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Markdown and HTML ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Part(NamedTuple):
-    """A heading of level 2 or 3, with a table or without."""
+    """A heading of level 2 or 3, with or without a table."""
 
     heading: str
     level: int
@@ -227,14 +218,14 @@ class Part(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A picture on disk, with what it shows."""
+    """An image file with a caption."""
 
     path: Path
     caption: str
 
     @property
     def of_images(self) -> bool:
-        """It holds pictures of the data set, which may not be everybody's to pass on."""
+        """Whether it contains images of the data set, whose license may forbid publication."""
         return self.path.suffix == ".jpg"
 
 
@@ -245,7 +236,7 @@ def markdown(
     provenance: Sequence[str],
     figures: Sequence[Figure] = (),
 ) -> str:
-    """The table as Markdown, with links to the figures that hold no image of the data."""
+    """Return the tables as Markdown, with links to the figures without images of the data set."""
     text = [f"# {plan.title}", "", *provenance, ""]
     for paragraph in _legend(plan, rows):
         text += [paragraph, ""]
@@ -268,7 +259,7 @@ def markdown(
 
 
 def _piped(cells: Sequence[str]) -> str:
-    # A bar or a line break would end the cell.
+    # a bar or a line break would end the cell
     return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -314,9 +305,9 @@ def _parts(plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result]
             )
     if differs := {result["method"]: result["differs"] for result in results if result.get("differs")}:
         yield Part(
-            "Peers, and what stands in for what they were published with",
+            "Other methods, and how they differ from the published version",
             2,
-            ["method", "stands in"],
+            ["method", "difference"],
             list(differs.items()),
         )
     if failed := [result for result in results if "error" in result]:
@@ -326,53 +317,47 @@ def _parts(plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result]
 
 
 def _legend(plan: Plan, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What the tables show."""
+    """Yield paragraphs that explain the tables."""
     yield (
-        "Points in percent over all test images of a fold together, mean over folds, then mean ± deviation over "
-        "seeds. FAR: share of good test images above the operating point, which was drawn from held-out normals."
+        "Metrics in per cent over all test images of a fold, mean over folds, then mean ± standard deviation over "
+        "seeds. FAR: share of good test images above the threshold, which was set from held-out normal images."
     )
-    rivals: dict[str, list[str]] = defaultdict(list)
-    for method in plan.methods:
-        if (other := plan.baseline_of(method)) != method.name:
-            rivals[other].append(method.name)
-    if rivals:
-        told = "; ".join(
-            f"against {other}" + (f" of {', '.join(names)}" if len(rivals) > 1 else "")
-            for other, names in rivals.items()
-        )
+    compared = [method for method in plan.methods if plan.baseline_of(method) != method.name]
+    if compared:
         yield (
-            "p: how likely a difference as large would be by chance, two-sided sign-flip test paired over seeds, folds "
-            f"and subclasses, {told}; n pairs cannot give less than 2/2ⁿ, and pairs of one subclass share its images. "
-            "train s: with features cached where the method's are. ms/image: read, scored and mapped, nothing cached. "
-            "MiB: the most that the run's process held. M numbers: millions of numbers that a saved model holds."
+            "p: p-value of a two-sided sign-flip test of the difference in pairs of seed, fold and subclass, "
+            f"{_comparisons(plan, compared)}. The smallest p-value of n pairs is 2/2ⁿ; pairs of one subclass share "
+            "its images. train s: training time in seconds, with cached features where the method caches them. "
+            "ms/image: time to read and score an image and compute its map, without caches. MiB: peak memory of the "
+            "process of the run. M parameters: millions of numbers in a saved model."
         )
     if any("category" in row for row in rows):
-        yield _categories_legend(plan)
+        compared = [method for method in plan.methods if method.baseline]
+        changes = f" Δ: change, mean over seeds, {_comparisons(plan, compared)}." if compared else ""
+        yield (
+            "(pooled): the test images of all categories together, ranked under one threshold. (mean): mean over the "
+            "categories. d normal, d abnormal: mean distance of good and of defective patches to their "
+            "reconstruction; ratio: d abnormal / d normal; cell AUROC: AUROC of this distance over patches."
+            + changes
+        )
 
 
-def _categories_legend(plan: Plan) -> str:
-    compared: dict[str, list[str]] = defaultdict(list)
-    for method in plan.methods:
-        if method.baseline:
-            compared[method.baseline].append(method.name)
-    changes = "; ".join(f"of {', '.join(names)} against {baseline}" for baseline, names in compared.items())
-    return (
-        "(pooled): the test images of all categories together, ranked under one threshold. (mean): over the "
-        "categories. d normal, d abnormal: mean distance to the reconstruction on good and on damaged patches; ratio: "
-        "the second over the first; cell AUROC: how well the distance tells such patches apart."
-        + (f" Δ: change, seed by seed, {changes}." if changes else "")
-    )
+def _comparisons(plan: Plan, methods: Sequence[MethodPlan]) -> str:
+    names: dict[str, list[str]] = defaultdict(list)
+    for method in methods:
+        names[plan.baseline_of(method)].append(method.name)
+    return "; ".join(f"{', '.join(compared)} against {baseline}" for baseline, compared in names.items())
 
 
 def _written(row: dict[str, Any], column: Column) -> str:
-    value, deviation = row[column.name], row.get(f"{column.name}_sd")
+    value, std = row[column.name], row.get(f"{column.name}_sd")
     if value is None:
         return "–"
     text = f"{column.scale * value:{column.style}}"
-    return text if deviation is None else f"{text} ± {column.scale * deviation:{column.style.lstrip('+')}}"
+    return text if std is None else f"{text} ± {column.scale * std:{column.style.lstrip('+')}}"
 
 
-# ── to reckon with ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── CSV and Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -380,7 +365,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One line a row, one column a number."""
+    """Write the rows as CSV."""
 
     def table(partial: Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
@@ -392,7 +377,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], provenance: Sequence[str]) -> None:
-    """The same with types; where it comes from stands in the file's metadata under `provenance`."""
+    """Write the rows as Parquet, with `provenance` in the metadata of the file."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,1 +1,1 @@
-"""How well a detector does, in numbers, pictures and one page."""
+"""Metrics of anomaly detection and the report that shows them."""

@@ -1,6 +1,6 @@
-"""Numbers by which detectors are compared; higher score = more anomalous, shares in 0..1.
+"""Metrics of anomaly detection, in [0, 1]; a higher score is more anomalous.
 
-A number that is undefined (only one class was there) is None, and a reason stands beside it.
+A metric that is undefined, such as AUROC with a single class, is None and has a reason.
 """
 
 from __future__ import annotations
@@ -15,21 +15,25 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from normweave.errors import DataError
 
 MOST_BINS = 2**16
-"""Distinct scores that PixelMetrics tells apart at most: 2 MiB."""
+"""Maximum number of distinct scores in PixelMetrics: 2 MiB."""
 FPR_LIMIT = 0.3
-"""AUPRO is integrated up to this false-positive rate."""
+"""False-positive rate up to which AUPRO is integrated."""
+EXACT_SIGNS = 14
+"""Number of differences up to which all combinations of signs are computed."""
+COVERED = 0.3
+"""Share of a cell that a mask must cover for the cell to be abnormal."""
 
 Measured = tuple[dict[str, float | None], dict[str, str]]
-"""(numbers by name, reason by name for those that are None)."""
+"""(metrics by name, reasons by name of those that are None)."""
 
 
 def image_metrics(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> Measured:
-    """AUROC, average precision and the best F1 over all thresholds, of n images (True = anomalous)."""
+    """Return AUROC, average precision and the highest F1 over all thresholds, of n images (True = anomalous)."""
     names = ("image_auroc", "image_ap", "image_f1max")
     if labels.all() or not labels.any():
         return _undefined(names, "image", normal=int((~labels).sum()))
     precision, recall, _ = precision_recall_curve(labels, scores)
-    # At zero recall precision is 1 by convention or 0 by fact; F1 is 0 either way.
+    # At zero recall F1 is 0, whatever the precision.
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(np.float64).tiny)
     return {
         "image_auroc": float(roc_auc_score(labels, scores)),
@@ -39,16 +43,16 @@ def image_metrics(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> Mea
 
 
 def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
-    """Where the true rate lies, given k of n: Clopper and Pearson 1934, holds at least at `level`.
+    """Return the confidence interval of a rate of k in n trials (Clopper and Pearson 1934).
 
-    Quantiles (1 ± level)/2 of Beta(k, n − k + 1) below and Beta(k + 1, n − k) above.
+    The bounds are the quantile (1 − level)/2 of Beta(k, n − k + 1) and (1 + level)/2 of Beta(k + 1, n − k).
 
     Raises:
-        DataError: not 0 <= k <= n with n > 0.
+        DataError: not 0 <= k <= n, or n is 0.
     """
     if not 0 <= successes <= trials or trials == 0:
         raise DataError(
-            f"An interval needs 0 <= successes <= trials and a trial, got {successes} of {trials}."
+            f"A confidence interval needs 0 <= successes <= trials and trials > 0, got {successes} of {trials}."
         )
     tail = (1 - level) / 2
     low = beta.ppf(tail, successes, trials - successes + 1) if successes else 0.0
@@ -57,64 +61,64 @@ def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple
 
 
 def sign_flip_p_value(differences: ArrayLike) -> float | None:
-    """How likely differences this far from zero are by chance: two-sided paired permutation test (Fisher 1935).
+    """Return the p-value of a two-sided paired permutation test of zero mean (Fisher 1935); None for no differences.
 
-    Under the null hypothesis a difference is as likely to have the other sign: p is the share of all 2ⁿ choices of
-    signs whose mean lies at least as far from zero. Beyond 14 differences 16,384 choices are drawn at random with a
-    fixed seed, and p = (1 + #)/(1 + 16,384) with them. None without differences.
+    Under the null hypothesis both signs of a difference are equally likely: p is the share of all 2ⁿ combinations of
+    signs whose mean is at least as far from zero. For more than 14 differences, 16,384 combinations are drawn at
+    random with a fixed seed, and p = (1 + #)/(1 + 16,384).
     """
     values = np.asarray(differences, dtype=np.float64)
     n = len(values)
     if n == 0:
         return None
     if n <= EXACT_SIGNS:
-        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2ⁿ, n); the first row flips nothing
+        signs = 1 - 2 * (
+            np.arange(2**n)[:, None] >> np.arange(n) & 1
+        )  # (2ⁿ, n); the first row keeps all signs
     else:
         drawn = np.random.default_rng(0).integers(0, 2, size=(2**EXACT_SIGNS, n))
         signs = np.concatenate([np.ones((1, n), dtype=np.int64), 1 - 2 * drawn])
     means = np.abs(signs @ values)
-    return float(np.mean(means >= means[0] * (1 - 1e-9)))  # equal but for rounding counts as equal
-
-
-EXACT_SIGNS = 14
-"""Differences up to which all choices of signs are tried."""
+    return float(np.mean(means >= means[0] * (1 - 1e-9)))  # equal up to rounding
 
 
 class PixelMetrics:
-    """AUROC, AP, best F1 and AUPRO over the pixels of any number of images, in bounded memory.
+    """AUROC, AP, highest F1 and AUPRO over the pixels of any number of images, in bounded memory.
 
-    Maps and masks have the size of the image on disk; a mask's pixels above 127 are anomalous. An anomalous image
-    without a mask says nothing about pixels: it is left out and counted (`skip`).
+    Maps and masks have the size of the image on disk. Anomalous images without a mask are left out and counted
+    (`skip`).
 
-    Kept are counts by score. Scores are exact (all 32 bits) until more than 65,536 distinct ones have been seen;
-    then neighbouring floats are made one, two by two, as often as needed. What is kept depends on the pixels alone,
-    not on their order or on how parts are added up. Pixels in one bin count as ties, so that AUROC is wrong by at
-    most ½ Σ_bins (share of normal pixels · share of anomalous pixels), and AUPRO likewise.
+    The state holds the number of pixels of each score. Scores are exact (all 32 bits) up to 65,536 distinct ones;
+    beyond that, neighbouring floats are merged in pairs as often as needed. The state depends on the pixels alone, not
+    on their order or on the order of additions. Pixels in one bin count as ties: the error of AUROC is at most
+    ½ Σ_bins (share of normal pixels · share of anomalous pixels), and likewise for AUPRO.
     """
 
     def __init__(self) -> None:
         self.skipped = 0
-        """Anomalous images without a mask."""
+        """Number of anomalous images without a mask."""
         self._shift = 0
         self._bins = np.zeros(0, dtype=np.uint32)  # ascending
-        # By bin: normal pixels, anomalous pixels, and the sum of 1/|region| over the anomalous pixels.
+        # For each bin: number of normal pixels, of anomalous pixels, and the sum of 1/|region| over the latter
         self._counts = np.zeros((3, 0), dtype=np.float64)
         self._regions = 0
 
     def skip(self) -> None:
-        """Leave out an anomalous image that has no mask."""
+        """Count an anomalous image without a mask."""
         self.skipped += 1
 
     def update(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> None:
-        """Add one image: its map (H, W) and the truth (H, W), all False for a normal image.
+        """Add one image: its map (H, W) and its mask (H, W), all False for a normal image.
 
         Raises:
             DataError: the shapes differ, or the map is not finite.
         """
         if anomaly_map.shape != mask.shape:
-            raise DataError(f"Map and mask must have one shape, got {anomaly_map.shape} and {mask.shape}.")
+            raise DataError(
+                f"Map and mask must have the same shape, got {anomaly_map.shape} and {mask.shape}."
+            )
         if not np.isfinite(anomaly_map).all():
-            raise DataError("An anomaly map holds numbers that are not finite.")
+            raise DataError("The anomaly map contains values that are not finite.")
         counts = np.zeros((3, mask.size))
         counts[0], counts[1] = ~mask.ravel(), mask.ravel()
         if mask.any():
@@ -122,17 +126,17 @@ class PixelMetrics:
             sizes = np.bincount(regions.ravel())
             counts[2] = np.where(mask, 1 / np.maximum(sizes, 1)[regions], 0).ravel()
             self._regions += int(found)
-        self._bins, self._counts, self._shift = _narrowed(
+        self._bins, self._counts, self._shift = _merged(
             np.concatenate([self._bins, _ordered_bits(anomaly_map.ravel()) >> self._shift]),
             np.concatenate([self._counts, counts], axis=1),
             self._shift,
         )
 
     def __add__(self, other: PixelMetrics) -> PixelMetrics:
-        """Those of both together, as if one had seen all images."""
+        """Return the metrics of the images of both."""
         total = PixelMetrics()
         shift = max(self._shift, other._shift)
-        total._bins, total._counts, total._shift = _narrowed(
+        total._bins, total._counts, total._shift = _merged(
             np.concatenate([part._bins >> (shift - part._shift) for part in (self, other)]),
             np.concatenate([self._counts, other._counts], axis=1),
             shift,
@@ -142,7 +146,7 @@ class PixelMetrics:
         return total
 
     def compute(self) -> Measured:
-        """The four numbers.
+        """Return the four metrics.
 
         AUPRO (Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", IJCV, section 5.2): the mean over all
         8-connected regions of the share of the region above a threshold, against the share of all normal pixels
@@ -166,29 +170,27 @@ class PixelMetrics:
         }, {}
 
 
-COVERED = 0.3
-"""Share of a cell that must be anomalous for it to count as an abnormal cell."""
-
-
 class OverGeneralisation:
-    """How much of the abnormal a decoder reconstructs as well, in bounded memory.
+    """How well a decoder reconstructs anomalies, although it should not; in bounded memory.
 
-    Of the distances between features and their reconstruction: `d_abnormal`, the mean over abnormal cells (at least
-    30 % of which a mask covers); `d_normal`, the mean over the cells of normal images; their `ratio`, which is low
-    where the decoder over-generalises; and `cell_auroc`, how well the distance tells the two apart. The ratio alone
-    misleads: a decoder that reconstructs nothing well has higher distances for both.
+    `d_normal` is the mean distance between features and their reconstruction over the cells of normal images,
+    `d_abnormal` the mean over abnormal cells (a mask covers at least 30 %). `ratio` is d_abnormal / d_normal, low for a
+    decoder that over-generalises; `cell_auroc` is the AUROC of the distance. The ratio alone misleads: a decoder that
+    reconstructs nothing well has larger distances for both.
     """
 
     def __init__(self) -> None:
-        self._sums = np.zeros(2)  # of normal and of abnormal cells
+        self._sums = np.zeros(2)  # over normal and over abnormal cells
         self._counts = np.zeros(2)
         self._cells = PixelMetrics()
 
     def update(self, distance: NDArray[np.float32], coverage: NDArray[np.float32] | None) -> None:
-        """Add an image, or a tile of one: (h, w) distances, and which share of each cell is anomalous.
+        """Add the cells of an image or of a tile.
 
         Args:
-            coverage: (h, w); None = a normal image. Cells of an anomalous image that are not abnormal say nothing.
+            distance: (h, w).
+            coverage: (h, w) share of each cell that the mask covers, None for a normal image. Other cells than the
+                abnormal ones of an anomalous image are left out.
         """
         values = distance.ravel() if coverage is None else distance[coverage >= COVERED]
         if values.size:
@@ -198,14 +200,14 @@ class OverGeneralisation:
             self._cells.update(values[None], np.full((1, values.size), bool(abnormal)))
 
     def __add__(self, other: OverGeneralisation) -> OverGeneralisation:
-        """Those of both together, as if one had seen all images."""
+        """Return the metrics of the images of both."""
         total = OverGeneralisation()
         total._sums, total._counts = self._sums + other._sums, self._counts + other._counts
         total._cells = self._cells + other._cells
         return total
 
     def compute(self) -> dict[str, float | None] | None:
-        """The four numbers; None where normal or abnormal cells are missing."""
+        """Return the four metrics, or None without normal or without abnormal cells."""
         if not self._counts.all():
             return None
         normal, abnormal = self._sums / self._counts
@@ -217,26 +219,26 @@ class OverGeneralisation:
         }
 
 
-def _narrowed(
+def _merged(
     bins: NDArray[np.uint32], counts: NDArray[np.float64], shift: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64], int]:
-    """Equal bins made one, and neighbours too while there are more than MOST_BINS."""
-    bins, place = np.unique(bins, return_inverse=True)
+    """Merge equal bins, then neighbouring ones while their number exceeds MOST_BINS."""
+    bins, position = np.unique(bins, return_inverse=True)
     while len(bins) > MOST_BINS:
         shift += 1
-        bins, joined = np.unique(bins >> 1, return_inverse=True)
-        place = joined[place]
-    return bins, np.stack([np.bincount(place, weights=row, minlength=len(bins)) for row in counts]), shift
+        bins, merged = np.unique(bins >> 1, return_inverse=True)
+        position = merged[position]
+    return bins, np.stack([np.bincount(position, weights=row, minlength=len(bins)) for row in counts]), shift
 
 
 def _ordered_bits(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
-    """Whole numbers in the order of the floats, neighbours for neighbours."""
-    bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 makes -0.0 the same as 0.0
+    """Return integers in the order of the floats, consecutive for consecutive floats."""
+    bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 turns -0.0 into 0.0
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
 
 
 def _area_to(limit: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """Area under the line through (x, y), x ascending from 0 to 1, up to x = limit."""
+    """Return the area under the polyline through (x, y), with x ascending from 0 to 1, up to x = limit."""
     inside = x <= limit
     end = np.interp(limit, x, y)
     return float(trapezoid(np.append(y[inside], end), np.append(x[inside], limit)))

@@ -1,78 +1,48 @@
-"""Prepared images to features of a network that is never trained."""
+"""Prepared images to the features of a network that is never trained.
+
+Each extractor is one module of this package, named like the `kind` of its config class. It has two functions:
+
+    load(config, height=, width=) -> Backbone     the network with its weights
+    pair(config) -> Pair | None                   its text side, if it has one
+
+A new extractor is such a module and a config class in `config.py`.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, assert_never
-
-from normweave.config import FeaturesConfig, OfflinePairConfig, OpenClipConfig, TimmConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from normweave.config import FeaturesConfig
     from normweave.features.frozen import FrozenFeatures
     from normweave.types import Pair
 
 
 def build(config: FeaturesConfig, *, height: int, width: int) -> FrozenFeatures:
-    """The extractor that `config` describes, for prepared images of this size in pixels.
+    """Return the extractor that `config` describes, for prepared images of this size in pixels.
 
     Raises:
-        ConfigError: no such backbone, or it cannot do what is asked of it.
-        MissingError: its weights are not on this machine and cannot be fetched.
+        ConfigError: the backbone does not exist, or cannot read images of this size.
+        MissingError: its weights are not on this machine and cannot be downloaded.
         DataError: its weights are damaged or belong to another backbone.
     """
-    # Here, so that a setting can be read without waiting for torch.
-    from normweave.features.frozen import FrozenFeatures
-    from normweave.features.trunk import load
+    from normweave.features.frozen import FrozenFeatures  # imports torch
 
-    match config:
-        case TimmConfig():
-            name, grid_stride, neighbourhood = config.backbone, config.grid_stride, config.neighbourhood
-            trunk = load(name, weights=config.weights, strides=config.strides)
-        case OfflinePairConfig():
-            name, grid_stride, neighbourhood = (
-                "tf_efficientnet_lite0",
-                config.grid_stride,
-                config.neighbourhood,
-            )
-            trunk = load(name, weights=config.weights, strides=config.strides)
-        case OpenClipConfig():
-            from normweave.features import clip
-
-            name, neighbourhood = config.model, 1
-            trunk = clip.trunk(name, weights=config.weights, layers=config.layers, height=height, width=width)
-            grid_stride = trunk.model.patch
-        case _:
-            assert_never(config)
-    return FrozenFeatures(
-        trunk.model,
-        name=name,
-        indices=trunk.indices,
-        mean=trunk.mean,
-        std=trunk.std,
-        height=height,
-        width=width,
-        grid_stride=grid_stride,
-        neighbourhood=neighbourhood,
-        batch_images=config.batch_images,
-    )
+    backbone = _module(config).load(config, height=height, width=width)
+    return FrozenFeatures(backbone, height=height, width=width, batch_images=config.batch_images)
 
 
 def pair(config: FeaturesConfig) -> Pair | None:
-    """The language side of a vision-language pair; None for features that have none.
+    """Return the text side of a vision-language pair, or None if the features have none.
 
     Raises:
-        MissingError: its weights are not on this machine and cannot be fetched.
+        MissingError: its weights are not on this machine and cannot be downloaded.
         DataError: its weights are damaged or belong to another model.
     """
-    match config:
-        case TimmConfig():
-            return None
-        case OfflinePairConfig():
-            from normweave.features.offline_pair import OfflinePair
+    found: Pair | None = _module(config).pair(config)
+    return found
 
-            return OfflinePair(strides=config.strides, random=config.weights == "random")
-        case OpenClipConfig():
-            from normweave.features import clip
 
-            return clip.OpenClipPair(config.model, weights=config.weights, layers=config.layers)
-        case _:
-            assert_never(config)
+def _module(config: FeaturesConfig) -> Any:
+    return import_module(f"normweave.features.{config.kind}")

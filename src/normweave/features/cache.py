@@ -1,13 +1,13 @@
-"""Features on disk, so that no image goes through the network twice.
+"""A feature cache on disk: each image passes through the network once.
 
 Layout of the folder:
 
     FINGERPRINT/SEGMENT.f16   rows of D*h*w float16 (the machine's byte order), one after another
-    FINGERPRINT/SEGMENT.keys  one line a row: what identifies it
+    FINGERPRINT/SEGMENT.keys  the key of each row, one a line
 
-A segment is written by one process in one go and never again, so that processes need no locks: they read each other's
-segments and at worst compute a row twice. A row's bytes are on disk before its line is written; after a kill or a power
-cut at any moment the whole lines tell which rows are whole.
+One process writes a segment once, so processes need no locks: they read each other's segments and at worst compute a
+row twice. A row is synced to the disk before its key is written. After a kill or a power failure, the complete lines
+are the keys of the complete rows.
 """
 
 from __future__ import annotations
@@ -35,56 +35,53 @@ from normweave.features.frozen import FrozenFeatures
 from normweave.types import FeatureSource, Progress
 
 Load = Callable[[int], NDArray[np.uint8]]
-"""A row's number to its prepared image, (3, H, W)."""
+"""Returns the prepared image (3, H, W) of a row."""
 
 GIB = 2**30
-WORKERS = 2  # decode and prepare while the network computes
-AHEAD = 16  # prepared images that may wait for the network; bounds memory
+WORKERS = 2  # threads that decode and prepare images while the network computes
+AHEAD = 16  # the most prepared images that wait for the network
 
 
 class Segment(NamedTuple):
-    """What one process wrote in one go."""
+    """The rows that one process wrote at once."""
 
     data: Path
-    keys: list[str]  # of the whole rows, in their order
+    keys: list[str]  # of the complete rows, in their order
 
 
-class Place(NamedTuple):
-    """Where a row lies. The map holds its file, so that another process may remove the name meanwhile."""
+class Row(NamedTuple):
+    """A row of a segment. The memory map keeps the file readable after another process removes its name."""
 
     memory: mmap.mmap
-    row: int
+    index: int
 
 
 class Cached:
-    """Features that lie on disk, read a few at a time."""
+    """Features on disk."""
 
-    def __init__(self, places: Sequence[Place], *, shape: tuple[int, int, int]) -> None:
-        self.places = places
+    def __init__(self, rows: Sequence[Row], *, shape: tuple[int, int, int]) -> None:
+        self.rows = rows
         self.shape = shape
 
     def __len__(self) -> int:
-        """How many images."""
-        return len(self.places)
+        return len(self.rows)
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """Features of these images, (len(rows), D, h, w) float32."""
-        gathered = np.empty((len(rows), *self.shape), dtype=np.float16)
-        row_bytes = gathered[:1].nbytes
-        places = [self.places[row] for row in rows]
-        for target, (memory, row) in zip(gathered, places, strict=True):
-            stored = np.frombuffer(memory, np.float16, count=target.size, offset=row * row_bytes)
+        """Return the features of these images, (len(rows), D, h, w) float32."""
+        features = np.empty((len(rows), *self.shape), dtype=np.float16)
+        row_bytes = features[:1].nbytes
+        chosen = [self.rows[row] for row in rows]
+        for target, (memory, index) in zip(features, chosen, strict=True):
+            stored = np.frombuffer(memory, np.float16, count=target.size, offset=index * row_bytes)
             target[...] = stored.reshape(self.shape)
-        if hasattr(
-            mmap, "MADV_DONTNEED"
-        ):  # else the pages read pile up in this process until memory is short
-            for memory in {place.memory for place in places}:
+        if hasattr(mmap, "MADV_DONTNEED"):  # otherwise the pages stay in this process's memory
+            for memory in {row.memory for row in chosen}:
                 memory.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(gathered).float()
+        return torch.from_numpy(features).float()
 
 
 class Streamed:
-    """The same features to the bit, computed anew at each reading: for when the disk is too small."""
+    """Features computed again at each read, bit-equal to the cached ones: for a disk that is too small."""
 
     def __init__(self, extractor: FrozenFeatures, load: Load, count: int) -> None:
         self.extractor = extractor
@@ -93,31 +90,32 @@ class Streamed:
         self.shape = extractor.shape
 
     def __len__(self) -> int:
-        """How many images."""
         return self.count
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """Features of these images, (len(rows), D, h, w) float32."""
-        read = torch.empty(len(rows), *self.shape)
+        """Return the features of these images, (len(rows), D, h, w) float32.
+
+        Raises:
+            ImageError: raised by `load`.
+            DataError: a feature does not fit float16.
+        """
+        features = torch.empty(len(rows), *self.shape)
         start = 0
-        for features in _computed(self.extractor, self.load, [int(row) for row in rows]):
-            read[start : start + len(features)] = torch.from_numpy(features)
-            start += len(features)
-        return read
+        for batch in _computed(self.extractor, self.load, [int(row) for row in rows]):
+            features[start : start + len(batch)] = torch.from_numpy(batch)
+            start += len(batch)
+        return features
 
 
 def streamed(extractor: FrozenFeatures, load: Load, count: int) -> FeatureSource:
-    """Features of rows 0..count-1 of `load`, computed at each reading and equal to the cached ones.
-
-    Its `read` raises what `load` raises, and DataError when a feature does not fit float16.
-    """
+    """Return a source of the features of rows 0..count-1 of `load`, computed again at each read."""
     return Streamed(extractor, load, count)
 
 
-def known(folder: Path, fingerprint: str, keys: Sequence[str]) -> list[bool]:
-    """Which of these rows the cache holds."""
-    held = {key for segment in _segments(folder / fingerprint, row_bytes=1) for key in segment.keys}
-    return [key in held for key in keys]
+def contains(folder: Path, fingerprint: str, keys: Sequence[str]) -> list[bool]:
+    """Return for each key whether the cache contains its row."""
+    cached_keys = {key for segment in _segments(folder / fingerprint, row_bytes=1) for key in segment.keys}
+    return [key in cached_keys for key in keys]
 
 
 def cached(
@@ -129,52 +127,52 @@ def cached(
     max_gib: float,
     progress: Progress | None = None,
 ) -> FeatureSource:
-    """Features of rows 0..len(keys)-1 of `load`, each computed once and then read from disk.
+    """Return a source of the features of rows 0..len(keys)-1 of `load`, each computed once and read from disk.
 
     Args:
-        keys: what identifies each row: a hash of content, preparation and tile. Rows of one key are stored once.
-        folder: of the whole cache, for all extractors.
-        max_gib: what the whole folder may hold. Segments that this call does not need make room, other extractors'
-            first, the longest unused first. It is checked once, before the first row is computed.
-        progress: told ("features", rows done, rows to compute) after each pass.
+        keys: the key of each row: a hash of content, preparation and tile. Rows with the same key are stored once.
+        folder: the folder of the cache, for all extractors.
+        max_gib: the largest size of the folder. Segments that this call does not need are removed, those of other
+            extractors first, the least recently used first. Checked once, before the first row is computed.
+        progress: called with ("features", rows done, rows to compute) after each pass.
 
     Raises:
-        ImageError: from `load`.
+        ImageError: raised by `load`.
         DataError: the features do not fit the cache or the disk, or a feature does not fit float16.
     """
     home = folder / extractor.fingerprint
     home.mkdir(parents=True, exist_ok=True)
     row_bytes = 2 * int(np.prod(extractor.shape))
     first = {key: row for row, key in reversed(list(enumerate(keys)))}
-    places: dict[str, Place] = {}
+    rows: dict[str, Row] = {}
     needed = []
     for segment in _segments(home, row_bytes=row_bytes):
         if first.keys().isdisjoint(segment.keys):
             continue
         try:
-            os.utime(segment.data)  # says when it was last used
+            os.utime(segment.data)  # the time of the last use
             with segment.data.open("rb") as file:
                 memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:  # another process has just made room
+        except FileNotFoundError:  # removed by another process
             continue
         needed.append(segment.data)
-        places |= {key: Place(memory, row) for row, key in enumerate(segment.keys) if key in first}
-    missing = {key: row for key, row in sorted(first.items(), key=lambda item: item[1]) if key not in places}
+        rows |= {key: Row(memory, index) for index, key in enumerate(segment.keys) if key in first}
+    missing = {key: row for key, row in sorted(first.items(), key=lambda item: item[1]) if key not in rows}
     if missing:
         _make_room(folder, home, needed, rows=len(missing), row_bytes=row_bytes, max_bytes=int(max_gib * GIB))
         memory = _write(home, missing, extractor, load, progress)
-        places |= {key: Place(memory, row) for row, key in enumerate(missing)}
-    return Cached([places[key] for key in keys], shape=extractor.shape)
+        rows |= {key: Row(memory, index) for index, key in enumerate(missing)}
+    return Cached([rows[key] for key in keys], shape=extractor.shape)
 
 
 def _segments(home: Path, *, row_bytes: int) -> Iterator[Segment]:
-    """Every segment with its whole rows."""
+    """Yield every segment with its complete rows."""
     for index in sorted(home.glob("*.keys")):
         data = index.with_suffix(".f16")
         try:
-            lines = index.read_bytes().split(b"\n")[:-1]  # behind the last line end: a torn line, or nothing
+            lines = index.read_bytes().split(b"\n")[:-1]  # drops an incomplete last line
             rows = data.stat().st_size // row_bytes
-        except FileNotFoundError:  # another process has just made room
+        except FileNotFoundError:  # removed by another process
             continue
         yield Segment(data, [line.decode(errors="replace") for line in lines[:rows]])
 
@@ -185,37 +183,36 @@ def _make_room(
     """Remove segments until `rows` more rows fit.
 
     Raises:
-        DataError: they do not fit even then.
+        DataError: they do not fit after all removable segments are removed.
     """
-    use = {data: data.stat() for data in folder.glob("*/*.f16")}
-    held = sum(stat.st_size for stat in use.values())
-    removable = sorted(use.keys() - needed, key=lambda data: (data.parent == home, use[data].st_mtime))
+    stats = {data: data.stat() for data in folder.glob("*/*.f16")}
+    used = sum(stat.st_size for stat in stats.values())
+    removable = sorted(stats.keys() - needed, key=lambda data: (data.parent == home, stats[data].st_mtime))
     more = rows * row_bytes
-    while removable and (held + more > max_bytes or more > shutil.disk_usage(folder).free):
+    while removable and (used + more > max_bytes or more > shutil.disk_usage(folder).free):
         data = removable.pop(0)
-        data.with_suffix(".keys").unlink(missing_ok=True)  # first: a line without its row would be a lie
+        data.with_suffix(".keys").unlink(missing_ok=True)  # first, so that no key is without its row
         data.unlink(missing_ok=True)
-        held -= use[data].st_size
-    if held + more > max_bytes:
+        used -= stats[data].st_size
+    if used + more > max_bytes:
         raise DataError(
-            f"The features of {rows} more images take {more / GIB:.3g} GiB. The cache {folder} holds "
-            f"{held / GIB:.3g} GiB that this run needs, and may grow to {max_bytes / GIB:.3g} GiB. Allow it at least "
-            f"{math.ceil((held + more) / GIB * 1000) / 1000:g} GiB (--cache-gib), or do without it (--no-cache: "
-            "slower)."
+            f"The features of {rows} more images take {more / GIB:.3g} GiB. The cache {folder} contains "
+            f"{used / GIB:.3g} GiB that this run needs, and its limit is {max_bytes / GIB:.3g} GiB. Raise the limit to "
+            f"{math.ceil((used + more) / GIB * 1000) / 1000:g} GiB (--cache-gib), or use no cache (--no-cache: slower)."
         )
     free = shutil.disk_usage(folder).free
     if more > free:
         raise DataError(
             f"The features of {rows} more images take {more / GIB:.3g} GiB, and the disk of {folder} has "
-            f"{free / GIB:.3g} GiB left. Free some, choose a folder on another disk, or do without a cache "
-            "(--no-cache: slower)."
+            f"{free / GIB:.3g} GiB left. Free some, choose a folder on another disk, or use no cache (--no-cache: "
+            "slower)."
         )
 
 
 def _write(
     home: Path, missing: Mapping[str, int], extractor: FrozenFeatures, load: Load, progress: Progress | None
 ) -> mmap.mmap:
-    """One new segment with the missing rows, in the order of `missing`: key -> row of `load`."""
+    """Write a segment with the missing rows, in the order of `missing` (key to row of `load`), and map it."""
     data = home / f"{uuid.uuid4().hex}.f16"
     keys = list(missing)
     done = 0
@@ -228,7 +225,7 @@ def _write(
             except OSError as error:
                 raise DataError(
                     f"The cache {home.parent} could not be written after {done} of {len(keys)} images "
-                    f"({error.strerror}). These are kept. Free some disk, choose another folder, or do without a cache "
+                    f"({error.strerror}). These are kept. Free some disk, choose another folder, or use no cache "
                     "(--no-cache: slower)."
                 ) from error
             done += len(features)
@@ -238,14 +235,14 @@ def _write(
 
 
 def _append(file: FileIO, content: bytes) -> None:
-    """Write all of it: one call may write less when the disk is about to be full."""
-    left = memoryview(content)
-    while left:
-        left = left[file.write(left) :]
+    """Write all bytes. One call of `write` can write fewer if the disk is nearly full."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def _computed(extractor: FrozenFeatures, load: Load, rows: Iterable[int]) -> Iterator[NDArray[np.float16]]:
-    """Features of these rows in their order, one pass at a time, (up to batch_images, D, h, w)."""
+    """Yield the features of these rows in order, one pass at a time, (up to batch_images, D, h, w)."""
     images = _loaded(load, rows)
     while batch := list(islice(images, extractor.batch_images)):
         exact = extractor.extract(torch.from_numpy(np.stack(batch))).cpu().numpy()
@@ -253,14 +250,14 @@ def _computed(extractor: FrozenFeatures, load: Load, rows: Iterable[int]) -> Ite
             features = exact.astype(np.float16)
         if not np.isfinite(features).all():
             raise DataError(
-                f"The backbone's features reach {np.abs(exact).max():.3g}, and they are kept in float16, which ends at "
+                f"The backbone's features reach {np.abs(exact).max():.3g}, but they are stored as float16, at most "
                 "65504. Choose another backbone or shallower stages (features.strides)."
             )
         yield features
 
 
 def _loaded(load: Load, rows: Iterable[int]) -> Iterator[NDArray[np.uint8]]:
-    """Prepared images in order, a few ahead of the network."""
+    """Yield the prepared images in order, loaded at most `AHEAD` images ahead."""
     waiting: deque[Future[NDArray[np.uint8]]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
         for row in rows:

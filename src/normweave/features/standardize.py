@@ -1,4 +1,4 @@
-"""Every channel on one scale: noise and distances mean nothing without it."""
+"""Standardization of feature channels, so that noise and distances mean the same in every channel."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from normweave.types import FeatureSource
 BATCH_IMAGES = 16
 
 
-class ChannelStandard(nn.Module):
-    """Subtract each channel's mean and divide by its deviation, both over all patches of the fit normals.
+class ChannelStandardizer(nn.Module):
+    """Subtract each channel's mean and divide by its standard deviation, both over all patches of the fit normals.
 
     Args:
         channels: D.
     """
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
     def __init__(self, *, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("deviation", torch.ones(channels))
+        self.register_buffer("std", torch.ones(channels))
 
     @torch.no_grad()
     def fit(self, source: FeatureSource) -> None:
-        """Mean and deviation in one pass, a few images at a time.
+        """Compute mean and standard deviation in one pass over the images.
 
         Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances",
         equation 2.1, in float64: with n patches so far and m new ones, delta the difference of their means and M2 the
@@ -45,7 +45,7 @@ class ChannelStandard(nn.Module):
         """
         if len(source) == 0:
             raise DataError(
-                "Standardising needs at least one image, got none. Check which images are fit normals."
+                "Standardization needs at least one image, got none. Check which images are fit normals."
             )
         channels = source.shape[0]
         count = 0
@@ -62,31 +62,30 @@ class ChannelStandard(nn.Module):
             )
             mean += delta * (new / (count + new))
             count += new
-        deviation = (squares / count).sqrt()
-        # A channel that never changes would be divided by nothing, and the first test image in which it does change
-        # would be infinitely far away. Its deviation is exactly 0: sums of equal float32 are exact in float64.
-        deviation[deviation == 0] = 1
+        std = (squares / count).sqrt()
+        # A constant channel is divided by 1 instead of 0. Its std is exactly 0: sums of equal float32 are exact in
+        # float64.
+        std[std == 0] = 1
         self.mean.copy_(mean)
-        self.deviation.copy_(deviation)
+        self.std.copy_(std)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) to the same shape, each channel with mean 0 and deviation 1 over the fit normals."""
-        return (features - self.mean[:, None, None]) / self.deviation[:, None, None]
+        """Standardize features (B, D, h, w) to mean 0 and standard deviation 1 of each channel."""
+        return (features - self.mean[:, None, None]) / self.std[:, None, None]
 
 
-class Standardised:
-    """A source of features, standardised as they are read."""
+class StandardizedFeatures:
+    """A feature source whose features are standardized as they are read."""
 
-    def __init__(self, source: FeatureSource, standard: ChannelStandard) -> None:
+    def __init__(self, source: FeatureSource, standardizer: ChannelStandardizer) -> None:
         self.source = source
-        self.standard = standard
+        self.standardizer = standardizer
         self.shape = source.shape
 
     def __len__(self) -> int:
-        """How many images."""
         return len(self.source)
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """Features of these images, (len(rows), D, h, w) float32."""
-        standardised: Tensor = self.standard(self.source.read(rows))
-        return standardised
+        """Return the features of these images, (len(rows), D, h, w) float32."""
+        features: Tensor = self.standardizer(self.source.read(rows))
+        return features

@@ -83,7 +83,7 @@ def text(config: OpenClipConfig, size: int, threads: int) -> dict[str, float | s
     start = time.perf_counter()
     pair = features.pair(config)
     load_s = time.perf_counter() - start
-    context = torch.randn(CONTEXT, pair.text.word_dim).requires_grad_()
+    context = torch.randn(CONTEXT, pair.text.embedding_dim).requires_grad_()
 
     def step():
         context.grad = None

@@ -11,7 +11,7 @@ from anomalib.models import Padim, Patchcore
 from numpy.typing import NDArray
 
 from normweave.data import images
-from normweave.features import carried
+from normweave.features import weights as packaged
 
 BACKBONE = "tf_efficientnet_lite0"
 # Stages as in their defaults: PatchCore strides 8 and 16, PaDiM 4, 8 and 16 (timm counts from stride 2).
@@ -35,7 +35,7 @@ def fitted(name: str, paths: tuple[str, ...]) -> Any:
     model = module.model
     network = model.feature_extractor.feature_extractor
     whole = timm.create_model(BACKBONE, pretrained=False).state_dict()
-    weights = carried.read(BACKBONE, {key: tensor.shape for key, tensor in whole.items()})
+    weights = packaged.read_packaged(BACKBONE, {key: tensor.shape for key, tensor in whole.items()})
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
     prepared = [module.pre_processor.transform(torch.from_numpy(pixels(path))) for path in paths]
     model.train()

@@ -111,7 +111,7 @@ WORD_DIM, TOKEN_DIM, JOINT_DIM = 8, 10, 6
 class TinyText(nn.Module):
     """One frozen transformer layer over words whose embeddings are seeded by their letters."""
 
-    word_dim, token_dim, joint_dim = WORD_DIM, TOKEN_DIM, JOINT_DIM
+    embedding_dim, output_dim, joint_dim = WORD_DIM, TOKEN_DIM, JOINT_DIM
 
     def __init__(self):
         super().__init__()
@@ -123,18 +123,18 @@ class TinyText(nn.Module):
             self.project = nn.Linear(TOKEN_DIM, JOINT_DIM)
         self.requires_grad_(False)
 
-    def words(self, text):
+    def embed_tokens(self, text):
         seeds = [sum(ord(letter) * 31**index for index, letter in enumerate(word)) for word in text.split()]
         return torch.stack([random(WORD_DIM, seed=seed % 2**31) for seed in seeds])
 
     def _read(self, context, state):
-        return self.widen(self.layer(torch.cat([context, self.words(state)])[None])[0])
+        return self.widen(self.layer(torch.cat([context, self.embed_tokens(state)])[None])[0])
 
     def encode_prompts(self, context, states):
         outputs = torch.stack([self.project(self._read(context, state)).mean(0) for state in states])
         return functional.normalize(outputs, dim=1)
 
-    def prompt_tokens(self, context, state):
+    def encode_context(self, context, state):
         return self._read(context, state)[: len(context)]
 
 

@@ -31,7 +31,7 @@ from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
 from normweave.features import pair as feature_pair
 from normweave.features.frozen import FrozenFeatures
-from normweave.features.standardise import ChannelStandard, Standardised
+from normweave.features.standardize import ChannelStandardizer, StandardizedFeatures
 from normweave.heads import build as build_head
 from normweave.network import OPENVINO, open_graph
 from normweave.network.quantize import quantize_backbone
@@ -87,19 +87,19 @@ def fit(
     folder = (cache or cache_folder()) if use_cache else None
     known = None
     if folder is not None:
-        known = lambda keys: feature_cache.known(folder, extractor.fingerprint, keys)  # noqa: E731
+        known = lambda keys: feature_cache.contains(folder, extractor.fingerprint, keys)  # noqa: E731
     images, division = divide(samples, config, known=known, progress=progress)
     source = feature_source(extractor, images, cache=folder, progress=progress)
 
     chosen = FittedRows(images, rows_of(images, division.fit), rows_of(images, division.calibration))
-    standard = ChannelStandard(channels=source.shape[0])
+    standard = ChannelStandardizer(channels=source.shape[0])
     standard.fit(_Part(source, chosen.fit))
     head = build_head(config.head, shape=source.shape, dims=extractor.dims)
-    fit_data = _fit_data(chosen, Standardised(_Part(source, chosen.fit), standard), config)
+    fit_data = _fit_data(chosen, StandardizedFeatures(_Part(source, chosen.fit), standard), config)
     fit_data = replace(
         fit_data,
         mean=standard.mean,
-        deviation=standard.deviation,
+        deviation=standard.std,
         pair=feature_pair(config.features) if head.uses_text else None,
         synthetic=synthetic_anomalies(
             chosen,
@@ -161,7 +161,7 @@ def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
     extractor = build_features(random, height=config.prepare.height, width=config.prepare.width)
     _load_strictly(extractor, _with_prefix(tensors, "features."), path)
     extractor.fingerprint = fingerprint  # that of the weights before batch norms were folded into them
-    standard = ChannelStandard(channels=shape[0])
+    standard = ChannelStandardizer(channels=shape[0])
     _load_strictly(standard, _with_prefix(tensors, "standard."), path)
     head = build_head(config.head, shape=shape, dims=extractor.dims)
     head.load_state(_with_prefix(tensors, "head."))
@@ -324,7 +324,7 @@ def _fit_data(chosen: FittedRows, features: FeatureSource, config: Config) -> Fi
 def synthetic_anomalies(
     chosen: FittedRows,
     extractor: FrozenFeatures,
-    standard: ChannelStandard,
+    standard: ChannelStandardizer,
     data: FitData,
     *,
     variants: int,
@@ -372,7 +372,7 @@ def synthetic_anomalies(
             extractor, keys, load, folder=cache, max_gib=CACHE_GIB, progress=progress
         )
     return SyntheticAnomalies(
-        Standardised(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
+        StandardizedFeatures(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
     )
 
 

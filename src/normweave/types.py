@@ -86,27 +86,27 @@ class JointMaps(NamedTuple):
 
 
 class Text(Protocol):
-    """The text side of a vision-language pair: frozen, but differentiable in the words that it is given."""
+    """The frozen text encoder of a vision-language pair, differentiable in its input embeddings."""
 
     joint_dim: int
-    """J."""
-    word_dim: int
-    """V, numbers of a word's embedding."""
-    token_dim: int
-    """U, numbers of what the text encoder says of a word in its context."""
+    """J, the size of the joint space."""
+    embedding_dim: int
+    """V, the size of a token embedding."""
+    output_dim: int
+    """U, the size of the encoder's output for a token."""
 
-    def words(self, text: str) -> Tensor:
-        """Embeddings of the words of a text, (number of words, V)."""
+    def embed_tokens(self, text: str) -> Tensor:
+        """Return the token embeddings (n, V) of a text."""
         ...
 
     def encode_prompts(self, context: Tensor, states: Sequence[str]) -> Tensor:
-        """Prompts [context (m, V), words of a state] to (len(states), J) of length one; the context gets gradients."""
+        """Return unit vectors (len(states), J) of the prompts [context (m, V), state]; the context gets gradients."""
         ...
 
-    def prompt_tokens(self, context: Tensor, state: str) -> Tensor:
-        """What the encoder says at the places of the context, (m, V) to (m, U), in a prompt that holds the state too.
+    def encode_context(self, context: Tensor, state: str) -> Tensor:
+        """Return the outputs (m, U) at the positions of the context (m, V), in a prompt of context and state.
 
-        The state stands where the context can hear it: behind it, or before it in an encoder that reads forwards only.
+        The state follows the context, or precedes it if the encoder is causal.
         """
         ...
 

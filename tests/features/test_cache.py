@@ -43,14 +43,19 @@ def refuse(row):
     raise AssertionError(f"row {row} was computed a second time")
 
 
-def held_bytes(folder):
+def cached_bytes(folder):
     return sum(file.stat().st_size for file in folder.rglob("*.f16"))
 
 
 def test_gives_what_the_extractor_gives_in_the_order_asked_for(tmp_path, extractor):
-    told = []
+    progress = []
     source = cache.cached(
-        extractor, keys(*range(5)), image, folder=tmp_path, max_gib=1, progress=lambda *now: told.append(now)
+        extractor,
+        keys(*range(5)),
+        image,
+        folder=tmp_path,
+        max_gib=1,
+        progress=lambda *now: progress.append(now),
     )
     expected = (
         extractor.extract(torch.from_numpy(np.stack([image(row) for row in (4, 0, 4, 2)]))).half().float()
@@ -62,7 +67,7 @@ def test_gives_what_the_extractor_gives_in_the_order_asked_for(tmp_path, extract
     assert torch.equal(source.read([4, 0, 4, 2]), expected)
     assert torch.equal(source.read(np.array([4, 0, 4, 2])), expected)
     assert source.read([]).shape == (0, 192, 8, 8)
-    assert told == [("features", 2, 5), ("features", 4, 5), ("features", 5, 5)]
+    assert progress == [("features", 2, 5), ("features", 4, 5), ("features", 5, 5)]
 
 
 def test_streamed_is_the_same_to_the_bit(tmp_path, extractor):
@@ -78,7 +83,7 @@ def test_nothing_is_computed_twice(tmp_path, extractor):
     first = cache.cached(extractor, keys(0, 1, 2), image, folder=tmp_path, max_gib=1)
     again = cache.cached(extractor, keys(2, 0), refuse, folder=tmp_path, max_gib=1)
     assert torch.equal(again.read([0, 1]), first.read([2, 0]))
-    assert cache.known(tmp_path, extractor.fingerprint, keys(7, 1, 0)) == [False, True, True]
+    assert cache.contains(tmp_path, extractor.fingerprint, keys(7, 1, 0)) == [False, True, True]
 
     loaded = []
     rows = (3, 1, 4)
@@ -96,25 +101,25 @@ def test_rows_of_one_key_are_stored_once(tmp_path, extractor):
     )
     assert len(source) == 4
     assert torch.equal(source.read([0, 2, 3]), source.read([0, 0, 0]))
-    assert held_bytes(tmp_path) == 2 * ROW_BYTES
+    assert cached_bytes(tmp_path) == 2 * ROW_BYTES
 
 
 def test_other_weights_or_settings_never_get_these_rows(tmp_path, extractor, other):
     cache.cached(extractor, keys(0), image, folder=tmp_path, max_gib=1)
-    assert cache.known(tmp_path, other.fingerprint, keys(0)) == [False]
+    assert cache.contains(tmp_path, other.fingerprint, keys(0)) == [False]
     fresh = cache.cached(other, keys(0), image, folder=tmp_path, max_gib=1)
     assert torch.equal(fresh.read([0]), cache.streamed(other, image, 1).read([0]))
 
 
-def test_an_unreadable_image_stops_it_and_keeps_what_was_done(tmp_path, extractor):
+def test_an_unreadable_image_stops_the_run_and_finished_rows_are_kept(tmp_path, extractor):
     def load(row):
         if row == 3:
-            raise ImageError("three.png is torn")
+            raise ImageError("three.png is truncated")
         return image(row)
 
-    with pytest.raises(ImageError, match=r"three.png is torn"):
+    with pytest.raises(ImageError, match=r"three.png is truncated"):
         cache.cached(extractor, keys(*range(6)), load, folder=tmp_path, max_gib=1)
-    assert cache.known(tmp_path, extractor.fingerprint, keys(*range(6))) == [
+    assert cache.contains(tmp_path, extractor.fingerprint, keys(*range(6))) == [
         True,
         True,
         False,
@@ -124,14 +129,14 @@ def test_an_unreadable_image_stops_it_and_keeps_what_was_done(tmp_path, extracto
     ]
 
 
-def test_a_torn_row_and_a_torn_line_do_not_count(tmp_path, extractor):
+def test_an_incomplete_row_or_line_is_ignored(tmp_path, extractor):
     whole = cache.cached(extractor, keys(0, 1, 2), image, folder=tmp_path, max_gib=1).read([0, 1, 2])
     (data,) = tmp_path.rglob("*.f16")
     index = data.with_suffix(".keys")
 
     index.write_bytes(index.read_bytes()[:-1])  # the third line lacks its end
-    assert cache.known(tmp_path, extractor.fingerprint, keys(0, 1, 2)) == [True, True, False]
-    os.truncate(data, ROW_BYTES + 10)  # and the second row was torn off after its line was written
+    assert cache.contains(tmp_path, extractor.fingerprint, keys(0, 1, 2)) == [True, True, False]
+    os.truncate(data, ROW_BYTES + 10)  # and the second row is incomplete though its line was written
 
     loaded = []
     again = cache.cached(
@@ -176,7 +181,7 @@ def child(folder, *, rows, pause=0.0, **options):
     return process
 
 
-def test_a_kill_in_the_middle_costs_nothing_that_was_done(tmp_path, extractor):
+def test_finished_rows_survive_a_kill(tmp_path, extractor):
     process = child(tmp_path, rows=40, pause=0.02)
     process.stdin.write("\n")
     process.stdin.flush()
@@ -185,8 +190,8 @@ def test_a_kill_in_the_middle_costs_nothing_that_was_done(tmp_path, extractor):
     time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    # Found by this process's fingerprint, so it is the same as the other's.
-    kept = sum(cache.known(tmp_path, extractor.fingerprint, keys(*range(40))))
+    # This process has the same fingerprint.
+    kept = sum(cache.contains(tmp_path, extractor.fingerprint, keys(*range(40))))
     assert done <= kept < 40
 
     loaded = []
@@ -211,8 +216,8 @@ def test_two_processes_at_once_do_not_disturb_each_other(tmp_path, extractor):
     assert torch.equal(stored.read(range(12)), cache.streamed(extractor, image, 12).read(range(12)))
 
 
-def test_a_full_disk_says_so_and_keeps_what_was_done(tmp_path, extractor):
-    """A limit on the size of files stands for the full disk: the kernel refuses the same write."""
+def test_a_full_disk_is_reported_and_finished_rows_are_kept(tmp_path, extractor):
+    """A limit on the file size simulates a full disk: the kernel refuses the same write."""
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (5 * ROW_BYTES, 5 * ROW_BYTES))
@@ -222,10 +227,10 @@ def test_a_full_disk_says_so_and_keeps_what_was_done(tmp_path, extractor):
     assert "DataError: The cache" in complaint
     assert "could not be written after 4 of 8 images (File too large). These are kept." in complaint
     assert "--no-cache" in complaint
-    assert sum(cache.known(tmp_path, extractor.fingerprint, keys(*range(8)))) == 4
+    assert sum(cache.contains(tmp_path, extractor.fingerprint, keys(*range(8)))) == 4
 
 
-def test_what_was_longest_unused_makes_room_others_first(tmp_path, extractor, other):
+def test_the_least_recently_used_segments_of_others_are_removed_first(tmp_path, extractor, other):
     for age, (which, row) in enumerate([(extractor, 0), (other, 1), (other, 2), (extractor, 3)]):
         cache.cached(which, keys(row), lambda _, row=row: image(row), folder=tmp_path, max_gib=1)
         for data in tmp_path.rglob("*.f16"):
@@ -233,7 +238,7 @@ def test_what_was_longest_unused_makes_room_others_first(tmp_path, extractor, ot
                 os.utime(data, (age, age))
 
     def held():
-        return cache.known(tmp_path, other.fingerprint, keys(1, 2)) + cache.known(
+        return cache.contains(tmp_path, other.fingerprint, keys(1, 2)) + cache.contains(
             tmp_path, extractor.fingerprint, keys(0, 3)
         )
 
@@ -244,8 +249,8 @@ def test_what_was_longest_unused_makes_room_others_first(tmp_path, extractor, ot
     cache.cached(extractor, keys(0, 10), lambda _: image(10), folder=tmp_path, max_gib=four)
     assert held() == [False, False, True, True]
     cache.cached(extractor, keys(0, 11), lambda _: image(11), folder=tmp_path, max_gib=four)
-    assert held() == [False, False, True, False], "row 0 is older, but this very call needs it"
-    assert held_bytes(tmp_path) <= 4 * ROW_BYTES
+    assert held() == [False, False, True, False], "row 0 is older, but this call needs it"
+    assert cached_bytes(tmp_path) <= 4 * ROW_BYTES
 
 
 def test_a_source_outlives_the_removal_of_its_files(tmp_path, extractor):
@@ -256,19 +261,19 @@ def test_a_source_outlives_the_removal_of_its_files(tmp_path, extractor):
     assert torch.equal(source.read([0]), before)
 
 
-def test_too_small_a_cache_names_the_size_it_needs(tmp_path, extractor):
+def test_a_cache_that_is_too_small_is_refused_with_the_size_it_needs(tmp_path, extractor):
     cache.cached(extractor, keys(0), image, folder=tmp_path, max_gib=1)
     with pytest.raises(
-        DataError, match=r"features of 99 more images take 0.00227 GiB. .* holds 2.29e-05 GiB that this"
+        DataError, match=r"features of 99 more images take 0.00227 GiB. .* contains 2.29e-05 GiB that this"
     ) as error:
         cache.cached(extractor, keys(*range(100)), refuse, folder=tmp_path, max_gib=0.001)
     assert (
-        "may grow to 0.001 GiB. Allow it at least 0.003 GiB (--cache-gib), or do without it (--no-cache"
+        "its limit is 0.001 GiB. Raise the limit to 0.003 GiB (`cache_gib` in Python), or use no cache (--no-cache"
         in str(error.value)
     )
 
 
-def test_a_disk_that_is_too_small_is_known_before_the_work(tmp_path):
+def test_a_disk_that_is_too_small_is_refused_before_the_first_image(tmp_path):
     with pytest.raises(
         DataError, match=r"take 9.31e\+11 GiB, and the disk of .* GiB left. Free some, .*--no-cache"
     ):
@@ -279,7 +284,7 @@ def test_features_beyond_float16_are_refused(tmp_path, extractor):
     loud = features.build(TimmConfig(**SETTINGS), height=64, width=64)
     loud.scale *= 1e7
     with pytest.raises(
-        DataError, match=r"features reach .*e\+\d+, and they are kept in float16, which ends at 65504"
+        DataError, match=r"features reach .*e\+\d+, but they are stored as float16, at most 65504"
     ):
         cache.streamed(loud, image, 1).read([0])
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 from normweave import features
 from normweave.config import TimmConfig
 from normweave.errors import ConfigError, DataError
-from normweave.features.frozen import FrozenFeatures
+from normweave.features.frozen import Backbone, FrozenFeatures
 
 
 def build(height=64, width=64, **settings):
@@ -17,10 +17,10 @@ def build(height=64, width=64, **settings):
 
 
 def frozen(model, **settings):
-    """An extractor over a model made by hand."""
+    """Return an extractor over any model."""
     settings = {"name": "own", "indices": [0], "mean": (0.5,) * 3, "std": (0.5,) * 3} | settings
-    settings = {"height": 32, "width": 32, "grid_stride": 8, "neighbourhood": 3, "batch_images": 2} | settings
-    return FrozenFeatures(model, **settings)
+    backbone = Backbone(model, **{"grid_stride": 8, "neighbourhood": 3} | settings)
+    return FrozenFeatures(backbone, height=32, width=32, batch_images=2)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def slow_bilinear(grid, height, width):
 
 
 @pytest.mark.parametrize("neighbourhood", [1, 3, 5])
-def test_agrees_with_the_slow_literal_way(pixels, neighbourhood):
+def test_agrees_with_a_slow_literal_implementation(pixels, neighbourhood):
     """Normalise, timm's own intermediates, average, resize, concatenate: from the parts, untouched by us."""
     extractor = build(neighbourhood=neighbourhood)
     with torch.random.fork_rng(devices=[]):
@@ -78,7 +78,7 @@ def test_agrees_with_the_slow_literal_way(pixels, neighbourhood):
     np.testing.assert_allclose(extractor.extract(pixels[:1])[0], np.stack(slow), rtol=1e-4, atol=1e-4)
 
 
-def test_pixels_are_centred_on_what_the_weights_were_made_for():
+def test_pixels_are_normalized_as_the_weights_expect():
     """EfficientNet-Lite: mean = std = 0.5, so 0 becomes -1 and 255 becomes 1."""
 
     class Stem(nn.Module):
@@ -128,13 +128,13 @@ def test_a_network_in_which_merging_would_be_wrong_is_left_as_it_is():
     torch.testing.assert_close(extractor(pixels), expected)
 
 
-def test_all_is_equal_to_the_bit_for_the_weights_in_use(pixels):
-    """The place in the batch, the company and the number of passes, on the weights that are shipped."""
+def test_features_are_bit_equal_in_any_batch(pixels):
+    """Whatever the row in the batch, the other images and the number of passes, with the packaged weights."""
     extractor = build(backbone="tf_efficientnet_lite0", weights="auto", batch_images=4)
     six = torch.cat([pixels, 255 - pixels])
     together = extractor.extract(six)
-    for place in range(6):
-        assert torch.equal(extractor.extract(six[place : place + 1])[0], together[place])
+    for row in range(6):
+        assert torch.equal(extractor.extract(six[row : row + 1])[0], together[row])
     assert torch.equal(extractor.extract(six.flip(0)), together.flip(0))
 
 
@@ -174,7 +174,7 @@ def test_pixels_of_another_size_or_type_are_refused():
         extractor.extract(torch.zeros(1, 3, 64, 64))
 
 
-def test_an_input_that_the_network_cannot_read_says_what_to_change():
+def test_an_input_size_that_the_network_cannot_read_is_refused():
     with pytest.raises(
         ConfigError, match=r"'pit_ti_224' cannot read 64 x 64 pixels \(.*\). Choose another prepare.height"
     ):
@@ -188,7 +188,7 @@ def test_a_grid_of_no_cells_is_refused():
         build(grid_stride=128)
 
 
-def test_a_small_pass_is_not_filled_up_unless_asked():
+def test_a_small_pass_is_padded_unless_fill_is_false():
     extractor = features.build(TimmConfig(weights="random"), height=64, width=64)
     pixels = torch.randint(
         0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

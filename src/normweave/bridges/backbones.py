@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import timm
 import torch
 
 from normweave.config import TimmConfig
-from normweave.features import trunk
+from normweave.features.timm import load_model
 
 
 class Backbone(NamedTuple):
@@ -36,10 +37,10 @@ def register(config: TimmConfig, *, strides: Sequence[int]) -> Backbone:
     """Give a backbone with its weights a name in timm.
 
     Raises:
-        ConfigError, MissingError, DataError: as `features.trunk.load`.
+        ConfigError, MissingError, DataError: as `features.timm.load`.
     """
     with torch.random.fork_rng(devices=[]):
-        loaded = trunk.load(config.backbone, weights=config.weights, strides=strides)
+        loaded = load_model(config.backbone, replace(config, strides=tuple(strides)))
         whole: Any = timm.create_model(config.backbone, pretrained=False)
     infos = getattr(whole.feature_info, "info", whole.feature_info)
     chosen = [infos[index] for index in loaded.indices]
@@ -67,7 +68,7 @@ def _add(name: str, config: TimmConfig, *, deepest: int) -> None:
     ) -> Any:
         model = timm.create_model(config.backbone, pretrained=False, **arguments)
         if pretrained:
-            state = trunk.load(config.backbone, weights=config.weights, strides=[deepest]).model.state_dict()
+            state = load_model(config.backbone, replace(config, strides=(deepest,))).model.state_dict()
             # Not there, and not needed: what lies behind the last stage.
             own = model.state_dict()
             model.load_state_dict(own | {key: state[key] for key in own if key in state})

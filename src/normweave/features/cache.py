@@ -53,7 +53,7 @@ class Row(NamedTuple):
     """A row of a segment. The memory map keeps the file readable after another process removes its name."""
 
     memory: mmap.mmap
-    index: int
+    number: int
 
 
 class Cached:
@@ -198,7 +198,8 @@ def _make_room(
         raise DataError(
             f"The features of {rows} more images take {more / GIB:.3g} GiB. The cache {folder} contains "
             f"{used / GIB:.3g} GiB that this run needs, and its limit is {max_bytes / GIB:.3g} GiB. Raise the limit to "
-            f"{math.ceil((used + more) / GIB * 1000) / 1000:g} GiB (--cache-gib), or use no cache (--no-cache: slower)."
+            f"{math.ceil((used + more) / GIB * 1000) / 1000:g} GiB (`cache_gib` in Python), or use no cache "
+            "(--no-cache: slower)."
         )
     free = shutil.disk_usage(folder).free
     if more > free:

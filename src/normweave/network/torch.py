@@ -17,7 +17,7 @@ from normweave.config import Config
 from normweave.data.rows import Rows
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
-from normweave.features.standardise import ChannelStandard
+from normweave.features.standardize import ChannelStandardizer
 from normweave.heads.base import Head
 from normweave.network import OPENVINO, export, open_graph
 from normweave.network.base import Network, Reader
@@ -95,7 +95,7 @@ class TorchNetwork(Network):
     def __init__(
         self,
         extractor: FrozenFeatures,
-        standard: ChannelStandard,
+        standard: ChannelStandardizer,
         head: Head,
         *,
         config: Config,
@@ -134,7 +134,7 @@ class TorchNetwork(Network):
 
     def stored(self, cache: Path, keys: Sequence[str]) -> Sequence[bool]:
         """Return for each row key whether its features are in the cache."""
-        return feature_cache.known(cache, self.extractor.fingerprint, keys)
+        return feature_cache.contains(cache, self.extractor.fingerprint, keys)
 
     def write(
         self, folder: Path, *, record: Mapping[str, Any], calibration: Calibration | None, overwrite: bool

@@ -298,7 +298,7 @@ def test_the_decoders_loss_by_hand(pair, training):
         drawn = stage.damaged.draw(3, held_out=False, generator=generator)
         shown, clean = torch.cat([few[3:], drawn.features]), torch.cat([few[3:], drawn.clean])
         assert not torch.equal(shown, clean)
-    tokens = pair.text.prompt_tokens(head.guidance.learnt, "flawless surface")
+    tokens = pair.text.encode_context(head.guidance.learnt, "flawless surface")
     decoded, uneven = head.decoder(
         shown.flatten(2).transpose(1, 2), tokens, generator=generator if training else None
     )

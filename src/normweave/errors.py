@@ -1,44 +1,54 @@
-"""What can go wrong, said so that it can be put right: what, got, allowed, cure."""
+"""The exceptions of normweave. A message states what is wrong, what was given, what is allowed and what to do.
+
+    NormweaveError
+    ├── ConfigError
+    ├── DataError
+    │   └── ImageError
+    ├── BundleError
+    ├── MissingError
+    └── CheckError
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 class NormweaveError(Exception):
-    """Anything normweave refuses. The exit code is what the command line answers with."""
+    """The base class of all errors that normweave raises on purpose."""
 
     exit_code = 2
+    """Exit code of the command line."""
 
 
 class ConfigError(NormweaveError):
-    """A setting is unknown, of the wrong type or out of range."""
+    """A setting is unknown, has the wrong type or is out of range."""
 
 
 class DataError(NormweaveError):
-    """Images, masks or tables that cannot be used as they are."""
+    """Images, masks or tables cannot be used."""
 
 
 class ImageError(DataError):
-    """One image file that cannot be read; a batch goes on without it."""
+    """One image file cannot be read. A run continues with the other images."""
 
 
 class BundleError(NormweaveError):
-    """A saved detector that is damaged, foreign, or of a newer format."""
+    """A saved detector is damaged, was not written by normweave, or has a newer format."""
 
 
 class MissingError(NormweaveError):
-    """Weights, a package or a device that this machine does not have."""
+    """Weights, a package or a device are missing on this machine."""
 
 
 class CheckError(NormweaveError):
-    """A promise cannot be kept: a false-alarm rate, or the parity of an export."""
+    """A false-alarm rate cannot be guaranteed, or a parity or accuracy check failed."""
 
     exit_code = 3
 
 
-def unknown(kind: str, got: str, known: Iterable[str], howto: str) -> ConfigError:
-    """Say what was wrong, what would be right, and where a new one is added."""
+def unknown(what: str, value: str, known: Iterable[str], howto: str) -> ConfigError:
+    """Return the error for an unknown name, with the most similar known name, all known names, and what to do."""
     known = sorted(known)
-    near = get_close_matches(got, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"Unknown {kind} {got!r}.{hint} Known: {', '.join(known)}. {howto}")
+    similar = get_close_matches(value, known, n=1)
+    hint = f" Did you mean {similar[0]!r}?" if similar else ""
+    return ConfigError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}. {howto}")

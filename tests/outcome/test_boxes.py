@@ -28,7 +28,7 @@ def by_scipy(anomaly_map, threshold):
     )
 )
 def test_agrees_with_scipy(anomaly_map):
-    assert list(boxes.find(anomaly_map, 1.0)) == by_scipy(anomaly_map, 1.0)[: boxes.AT_MOST]
+    assert list(boxes.find(anomaly_map, 1.0)) == by_scipy(anomaly_map, 1.0)[: boxes.MAX_BOXES]
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.41, 0.6])
@@ -36,7 +36,7 @@ def test_agrees_with_scipy_on_large_noise(share):
     """Around 0.41 regions percolate: long, tangled, the worst case for joining runs."""
     anomaly_map = np.random.default_rng(0).random((300, 280)).astype(np.float32)
     expected = by_scipy(anomaly_map, 1 - share)
-    assert list(boxes.find(anomaly_map, 1 - share)) == expected[: boxes.AT_MOST]
+    assert list(boxes.find(anomaly_map, 1 - share)) == expected[: boxes.MAX_BOXES]
 
 
 def test_a_spiral_is_one_region():

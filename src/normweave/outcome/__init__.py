@@ -1,1 +1,1 @@
-"""Anomaly maps to one score an image, an operating point, and a verdict. numpy only."""
+"""Anomaly maps to an image score, an operating point and a verdict. Needs numpy only."""

@@ -1,4 +1,4 @@
-"""Where the defects are: connected regions of a map above the operating point."""
+"""Defect boxes: connected regions of an anomaly map above a threshold."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from numpy.typing import NDArray
 
 from normweave.types import DefectBox
 
-AT_MOST = 100
-"""More boxes than this tell nobody anything."""
+MAX_BOXES = 100
+"""The most boxes of one image."""
 
 
 def find(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[DefectBox, ...]:
-    """The regions of `anomaly_map > threshold`, highest peak first, at most 100 of them.
+    """Return the boxes of the regions of `anomaly_map > threshold`, highest peak first, at most 100.
 
-    Pixels that touch at a side or at a corner belong together. Works on runs (stretches of a row above the
-    threshold) in place of pixels: neighbouring runs are joined until every region has one number.
+    Pixels that touch at a side or a corner belong to one region. The algorithm joins runs (stretches of a row above the
+    threshold) instead of pixels.
     """
     width = anomaly_map.shape[1]
     row, start, end = _runs(anomaly_map > threshold)
@@ -24,18 +24,18 @@ def find(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[DefectBox,
     first, second = _touching(row, start, end, width)
     region = _regions(len(row), first, second)
 
-    names, index = np.unique(region, return_inverse=True)
-    left = np.full(len(names), width)
+    labels, index = np.unique(region, return_inverse=True)
+    left = np.full(len(labels), width)
     right, bottom = np.zeros_like(left), np.zeros_like(left)
-    top = np.full(len(names), anomaly_map.shape[0])
-    peak = np.full(len(names), -np.inf, dtype=anomaly_map.dtype)
+    top = np.full(len(labels), anomaly_map.shape[0])
+    peak = np.full(len(labels), -np.inf, dtype=anomaly_map.dtype)
     np.minimum.at(left, index, start)
     np.maximum.at(right, index, end)
     np.minimum.at(top, index, row)
     np.maximum.at(bottom, index, row + 1)
     np.maximum.at(peak, index, _run_peaks(anomaly_map, row * width + start, row * width + end))
 
-    order = np.lexsort((left, top, -peak))[:AT_MOST]
+    order = np.lexsort((left, top, -peak))[:MAX_BOXES]
     return tuple(
         DefectBox(
             x=int(left[i]),
@@ -49,7 +49,7 @@ def find(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[DefectBox,
 
 
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Row, start and end (one past the last pixel) of every run, in reading order."""
+    """Return row, start and end (one past the last pixel) of every run, in reading order."""
     padded = np.zeros((mask.shape[0], mask.shape[1] + 2), dtype=np.int8)
     padded[:, 1:-1] = mask
     change = np.diff(padded, axis=1)  # (H, W + 1)
@@ -61,11 +61,11 @@ def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]
 def _touching(
     row: NDArray[np.int64], start: NDArray[np.int64], end: NDArray[np.int64], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pairs of runs in neighbouring rows that touch at a side or a corner: start' <= end and start <= end'.
+    """Return pairs of runs in adjacent rows that touch at a side or a corner: start' <= end and start <= end'.
 
-    The runs of the next row that touch a run follow each other, so two binary searches find them all.
+    The runs of the next row that touch a run are consecutive, so two binary searches find them.
     """
-    stride = width + 2  # one row after the other on one line, with room between them
+    stride = width + 2  # positions of all rows on one axis, with a gap between rows
     below = np.searchsorted(row * stride + end, (row + 1) * stride + start, side="left")
     beyond = np.searchsorted(row * stride + start, (row + 1) * stride + end, side="right")
     count = np.maximum(beyond - below, 0)
@@ -75,11 +75,11 @@ def _touching(
 
 
 def _regions(count: int, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The lowest number in each connected component, for `count` nodes and these edges."""
+    """Return for each of `count` nodes the lowest node of its connected component."""
     root = np.arange(count)
     while True:
-        one, other = root[first], root[second]
-        low, high = np.minimum(one, other), np.maximum(one, other)
+        low = np.minimum(root[first], root[second])
+        high = np.maximum(root[first], root[second])
         if np.array_equal(low, high):
             return root
         np.minimum.at(root, high, low)
@@ -90,8 +90,8 @@ def _regions(count: int, first: NDArray[np.int64], second: NDArray[np.int64]) ->
 def _run_peaks(
     anomaly_map: NDArray[np.float32], begin: NDArray[np.int64], end: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """The highest value between each begin and end, which count through the whole map."""
-    values = np.append(anomaly_map.ravel(), anomaly_map.dtype.type(0))  # an end may lie one past the map
+    """Return the maximum between each begin and end, indices into the flattened map."""
+    values = np.append(anomaly_map.ravel(), anomaly_map.dtype.type(0))  # an end can be one past the map
     bounds = np.stack([begin, end], axis=1).ravel()
     peaks: NDArray[np.float32] = np.maximum.reduceat(values, bounds)[::2]
     return peaks

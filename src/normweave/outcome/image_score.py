@@ -1,4 +1,4 @@
-"""One number an image, from its map."""
+"""The image score of an anomaly map."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from numpy.typing import NDArray
 
 
 def from_maps(maps: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The highest value of each smoothed map, (B, H, W) to (B,): one defect is enough, however small."""
+    """Return the maximum (B,) of each smoothed map (B, H, W), so that one small defect is enough."""
     scores: NDArray[np.float32] = maps.max(axis=(1, 2))
     return scores

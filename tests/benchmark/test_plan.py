@@ -38,8 +38,8 @@ def test_a_plan_names_the_unseen_subclasses(tmp_path: Path):
     fixed = "protocols: [unseen-subclass, leave-k-out], unseen: [b, d], leave_out: 3"
     (item,) = read_plan(written(tmp_path, GOOD.replace("protocols: [given]", fixed))).data
     samples = [
-        Sample(image_path=tmp_path / f"{kind}{number}.png", subclass=kind, split=split)
-        for kind in "abcd"
+        Sample(image_path=tmp_path / f"{name}{number}.png", subclass=name, split=split)
+        for name in "abcd"
         for number, split in enumerate(("train", "test"))
     ]
     (fold,) = item.folds(samples, "unseen-subclass", seed=0)

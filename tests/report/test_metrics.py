@@ -18,7 +18,7 @@ from normweave.report.metrics import (
 
 
 def textured(seed, *, images=4, side=64, low=0.0, high=1.0):
-    """Smooth maps between low and high, and masks of a few regions that the maps see in part; one image is good."""
+    """Return smooth maps in [low, high] and masks that correlate with them; the first image is good."""
     random = np.random.default_rng(seed)
     maps, masks = [], []
     for number in range(images):
@@ -42,7 +42,7 @@ def measured(maps, masks):
 
 
 def literal_aupro(maps, masks, limit=0.3):
-    """Every distinct score is a threshold; regions one by one; trapezes up to the limit."""
+    """Compute AUPRO with every distinct score as a threshold, region by region, with the trapezoidal rule."""
     normal = np.concatenate([one[~mask] for one, mask in zip(maps, masks, strict=True)])
     regions = []
     for one, mask in zip(maps, masks, strict=True):
@@ -79,12 +79,12 @@ def test_pixels_agree_with_sklearn_on_all_of_them():
         assert values[name] == pytest.approx(expected, abs=1e-9), name
 
 
-def test_aupro_agrees_with_the_literal_one():
+def test_aupro_agrees_with_its_literal_definition():
     maps, masks = textured(1, images=3, side=32)
     assert measured(maps, masks)["aupro"] == pytest.approx(literal_aupro(maps, masks), abs=1e-9)
 
 
-def test_aupro_with_many_ties_agrees_too():
+def test_aupro_with_many_ties_agrees_with_its_literal_definition():
     maps, masks = textured(2, images=3, side=32)
     maps = [np.round(one * 6) / 6 for one in maps]
     assert measured(maps, masks)["aupro"] == pytest.approx(literal_aupro(maps, masks), abs=1e-9)
@@ -93,11 +93,11 @@ def test_aupro_with_many_ties_agrees_too():
 
 
 def test_aupro_weighs_a_small_region_as_much_as_a_large_one():
-    """Of two regions only the large one is found, without a false alarm: half, though 100 of 101 pixels are hit."""
+    """One of two regions is detected without a false alarm: overlap 1/2, although 100 of 101 pixels are detected."""
     anomaly_map, mask = np.zeros((40, 40), np.float32), np.zeros((40, 40), bool)
     mask[:10, :10] = mask[30, 30] = True
     anomaly_map[:10, :10] = 1
-    # Then every other pixel comes at once: from (0, 1/2) to (1, 1) along a straight line, cut at 0.3.
+    # All other pixels have one score: a straight line from (0, 1/2) to (1, 1), integrated up to 0.3.
     assert measured([anomaly_map], [mask])["aupro"] == pytest.approx((0.5 + 0.65) / 2)
 
 
@@ -105,7 +105,7 @@ def test_pixels_that_touch_at_a_corner_are_one_region():
     anomaly_map, mask = np.zeros((30, 30), np.float32), np.zeros((30, 30), bool)
     mask[3, 3] = mask[4, 4] = mask[20, 20] = True
     anomaly_map[20, 20] = 1
-    # Regions are the corner pair and the single pixel: 1/2 is found, not 1/3.
+    # The regions are the corner pair and the single pixel: the overlap is 1/2, not 1/3.
     assert measured([anomaly_map], [mask])["aupro"] == pytest.approx((0.5 + 0.65) / 2)
 
 
@@ -113,15 +113,15 @@ def test_pixels_that_touch_at_a_corner_are_one_region():
     ("low", "high"), [(1.0, 1.05), (50.0, 50.4), (-0.3, 0.7), (1e-4, 40.0), (0.0, 0.001), (-2.0, -1.9)]
 )
 @pytest.mark.parametrize("bins", [2**16, 2**14])
-def test_bins_cost_less_than_a_ten_thousandth(low, high, bins, monkeypatch):
-    """Whether scores lie close together or far apart, and even with a quarter of the bins."""
+def test_the_error_of_merged_bins_is_below_a_ten_thousandth(low, high, bins, monkeypatch):
+    """For narrow and wide ranges of scores, and also with a quarter of the bins."""
     monkeypatch.setattr(metrics, "MOST_BINS", bins)
     maps, masks = textured(3, images=4, side=200, low=low, high=high)
     total = PixelMetrics()
     for one, mask in zip(maps, masks, strict=True):
         total.update(one, mask)
     values, _ = total.compute()
-    assert len(total._bins) <= bins
+    assert len(total.bins) <= bins
     monkeypatch.setattr(metrics, "MOST_BINS", 2**32)
     exact = measured(maps, masks)
     assert exact["pixel_auroc"] == pytest.approx(by_sklearn(maps, masks)["pixel_auroc"], abs=1e-9)
@@ -129,20 +129,20 @@ def test_bins_cost_less_than_a_ten_thousandth(low, high, bins, monkeypatch):
         assert values[name] == pytest.approx(expected, abs=1e-4), name
 
 
-def test_auroc_keeps_within_its_bound(monkeypatch):
-    """With few bins the bound is not idle."""
+def test_the_error_of_auroc_is_within_its_bound(monkeypatch):
+    """With so few bins that the error is not zero."""
     monkeypatch.setattr(metrics, "MOST_BINS", 32)
     maps, masks = textured(4, low=1.0, high=1.2)
     total = PixelMetrics()
     for one, mask in zip(maps, masks, strict=True):
         total.update(one, mask)
-    normal, anomalous, _ = total._counts
+    normal, anomalous, _ = total.counts
     bound = 0.5 * (normal * anomalous).sum() / normal.sum() / anomalous.sum()
     error = abs(total.compute()[0]["pixel_auroc"] - by_sklearn(maps, masks)["pixel_auroc"])
     assert 0 < error <= bound < 0.05
 
 
-def test_order_and_adding_up_change_nothing(monkeypatch):
+def test_the_state_does_not_depend_on_the_order(monkeypatch):
     monkeypatch.setattr(metrics, "MOST_BINS", 500)
     maps, masks = textured(5, images=6)
     maps[2], maps[5] = np.round(maps[2] * 8) / 8, np.round(maps[5] * 8) / 8  # the last part stays exact
@@ -154,11 +154,11 @@ def test_order_and_adding_up_change_nothing(monkeypatch):
     backward = PixelMetrics()
     for one, mask in zip(maps[::-1], masks[::-1], strict=True):
         backward.update(one, mask)
-    assert parts[2]._shift == 0 < parts[0]._shift
+    assert parts[2].shift == 0 < parts[0].shift
     added = sum(parts, PixelMetrics())
     for other in (backward, added):
-        np.testing.assert_array_equal(other._bins, forward._bins)
-        np.testing.assert_allclose(other._counts, forward._counts, rtol=1e-12)
+        np.testing.assert_array_equal(other.bins, forward.bins)
+        np.testing.assert_allclose(other.counts, forward.counts, rtol=1e-12)
         assert other.compute()[0] == pytest.approx(forward.compute()[0], rel=1e-12)
     assert added.skipped == 1
 
@@ -171,12 +171,12 @@ def test_zeros_of_both_signs_are_ties():
 
 def test_order_of_bits_is_the_order_of_floats():
     scores = np.array([-np.finfo(np.float32).max, -1.5, -1e-40, 0.0, 1e-40, 1.0, 1.0000001, 3e38], np.float32)
-    bits = metrics._ordered_bits(scores)
+    bits = metrics.ordered_bits(scores)
     assert (np.diff(bits.astype(np.int64)) > 0).all()
     assert bits[6] - bits[5] == 1
 
 
-def test_undefined_pixels_come_with_a_reason():
+def test_undefined_pixel_metrics_have_a_reason():
     total = PixelMetrics()
     total.update(np.ones((4, 4), np.float32), np.zeros((4, 4), bool))
     values, reasons = total.compute()
@@ -188,23 +188,23 @@ def test_undefined_pixels_come_with_a_reason():
     assert PixelMetrics().compute()[1]["aupro"] == "no normal pixel"
 
 
-def test_unusable_maps_are_refused():
-    with pytest.raises(DataError, match=r"one shape, got \(4, 4\) and \(4, 5\)"):
+def test_wrong_shapes_and_values_are_errors():
+    with pytest.raises(DataError, match=r"same shape, got \(4, 4\) and \(4, 5\)"):
         PixelMetrics().update(np.ones((4, 4), np.float32), np.ones((4, 5), bool))
     with pytest.raises(DataError, match="not finite"):
         PixelMetrics().update(np.full((1, 1), np.nan, np.float32), np.ones((1, 1), bool))
 
 
-def test_images_by_hand():
+def test_image_metrics_of_a_small_example():
     labels = np.array([False, False, True, True])
     values, reasons = image_metrics(labels, np.array([0.1, 0.4, 0.35, 0.8]))
     assert reasons == {}
     assert values["image_auroc"] == 0.75  # 3 of 4 pairs
     assert values["image_ap"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-    assert values["image_f1max"] == pytest.approx(0.8)  # at 0.35: 2 found, 1 false alarm
+    assert values["image_f1max"] == pytest.approx(0.8)  # at 0.35: 2 detected, 1 false alarm
 
 
-def test_images_of_one_class_have_reasons():
+def test_undefined_image_metrics_have_a_reason():
     values, reasons = image_metrics(np.array([True, True]), np.array([1.0, 2.0]))
     assert values == {"image_auroc": None, "image_ap": None, "image_f1max": None}
     assert reasons == dict.fromkeys(values, "no normal image")
@@ -214,8 +214,8 @@ def test_images_of_one_class_have_reasons():
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 20), (1, 20), (7, 50), (20, 20)])
 @pytest.mark.parametrize("level", [0.95, 0.8])
-def test_the_interval_is_where_the_tails_are_due(successes, trials, level):
-    """Its definition: at the lower end k or more, at the upper end k or fewer, have probability (1 - level)/2."""
+def test_the_interval_has_the_tail_probabilities_of_its_definition(successes, trials, level):
+    """k or more at the lower bound, and k or fewer at the upper bound, have probability (1 - level)/2."""
     low, high = binomial_interval(successes, trials, level)
     tail = (1 - level) / 2
     assert low == 0.0 if successes == 0 else stats.binom.sf(successes - 1, trials, low) == pytest.approx(tail)
@@ -226,7 +226,7 @@ def test_the_interval_is_where_the_tails_are_due(successes, trials, level):
     )
 
 
-def test_an_interval_of_nothing_is_refused():
+def test_an_interval_without_trials_is_an_error():
     with pytest.raises(DataError, match="got 0 of 0"):
         binomial_interval(0, 0)
     with pytest.raises(DataError, match="got 3 of 2"):
@@ -234,7 +234,7 @@ def test_an_interval_of_nothing_is_refused():
 
 
 def decoded(seed, *, images=6):
-    """Distances (5, 7) of good and bad images in turn; of a bad one also which share of each cell is damaged."""
+    """Yield distances (5, 7) of good and defective images, with the coverage (5, 7) of each cell or None."""
     random = np.random.default_rng(seed)
     for number in range(images):
         share = (
@@ -246,15 +246,15 @@ def decoded(seed, *, images=6):
         yield (random.random((5, 7)) + raised).astype(np.float32), share
 
 
-def test_over_generalisation_agrees_with_every_cell_looked_at():
+def test_over_generalisation_agrees_with_a_loop_over_all_cells():
     total, normal, abnormal = OverGeneralisation(), [], []
     for distance, share in decoded(0):
         total.update(distance, share)
-        for place in np.ndindex(5, 7):
+        for cell in np.ndindex(5, 7):
             if share is None:
-                normal.append(distance[place])
-            elif share[place] in np.array([0.3, 0.31, 1], np.float32):
-                abnormal.append(distance[place])
+                normal.append(distance[cell])
+            elif share[cell] in np.array([0.3, 0.31, 1], np.float32):
+                abnormal.append(distance[cell])
     assert total.compute() == pytest.approx(
         {
             "d_normal": np.mean(normal),
@@ -267,32 +267,34 @@ def test_over_generalisation_agrees_with_every_cell_looked_at():
 
 
 def test_over_generalisation_of_parts_adds_up():
-    whole, parts = OverGeneralisation(), [OverGeneralisation() for _ in range(4)]
+    total, parts = OverGeneralisation(), [OverGeneralisation() for _ in range(4)]
     for number, (distance, share) in enumerate(decoded(1, images=9)):
-        whole.update(distance, share)
+        total.update(distance, share)
         parts[number % 3].update(distance, share)  # the last stays empty
-    assert sum(parts, OverGeneralisation()).compute() == pytest.approx(whole.compute(), rel=1e-12)
+    assert sum(parts, OverGeneralisation()).compute() == pytest.approx(total.compute(), rel=1e-12)
 
 
 def test_a_decoder_that_reconstructs_everything_over_generalises():
     good, bad = np.full((2, 2), 0.2, np.float32), np.array([[0.2, 0.6], [0.2, 0.2]], np.float32)
     mask = np.array([[0, 1], [0, 0]], np.float32)
     sharp, blind = OverGeneralisation(), OverGeneralisation()
-    for total, damaged in ((sharp, bad), (blind, good)):
+    for total, defective in ((sharp, bad), (blind, good)):
         total.update(good, None)
-        total.update(damaged, mask)
+        total.update(defective, mask)
     assert sharp.compute() == pytest.approx({"d_normal": 0.2, "d_abnormal": 0.6, "ratio": 3, "cell_auroc": 1})
     assert blind.compute() == pytest.approx(
         {"d_normal": 0.2, "d_abnormal": 0.2, "ratio": 1, "cell_auroc": 0.5}
     )
 
 
-def test_over_generalisation_is_undefined_without_both_kinds_of_cells():
+def test_over_generalisation_is_undefined_without_normal_or_abnormal_cells():
     total = OverGeneralisation()
     assert total.compute() is None
     total.update(np.ones((2, 2), np.float32), None)
     assert total.compute() is None
-    total.update(np.ones((2, 2), np.float32), np.full((2, 2), 0.29, np.float32))  # nowhere damaged enough
+    total.update(
+        np.ones((2, 2), np.float32), np.full((2, 2), 0.29, np.float32)
+    )  # below the threshold of coverage
     assert total.compute() is None
     only = OverGeneralisation()
     only.update(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
@@ -300,25 +302,25 @@ def test_over_generalisation_is_undefined_without_both_kinds_of_cells():
     assert (total + only).compute() == {"d_normal": 1, "d_abnormal": 1, "ratio": 1, "cell_auroc": 0.5}
 
 
-def test_a_ratio_to_nothing_is_undefined():
+def test_a_ratio_to_zero_is_undefined():
     total = OverGeneralisation()
     total.update(np.zeros((2, 2), np.float32), None)
     total.update(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
     assert total.compute() == {"d_normal": 0, "d_abnormal": 1, "ratio": None, "cell_auroc": 1}
 
 
-# ── against others' metrics ──────────────────────────────────────────────────────────────────────────────────────────
+# ── comparison with torchmetrics and anomalib ────────────────────────────────────────────────────────────────────────
 
 
-def drawn(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Maps (4, 24, 20) and masks of a kind."""
+def drawn(scores: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return maps and masks (4, 24, 20)."""
     rng = np.random.default_rng(seed)
     masks = np.zeros((4, 24, 20), dtype=bool)
     masks[1, 3:9, 4:11] = True
     masks[2, 0:2, 0:2] = True
     masks[2, 15:20, 8:9] = True
     maps = rng.normal(size=masks.shape).astype(np.float32)
-    match kind:
+    match scores:
         case "informed":
             maps += 2 * masks
         case "ties":
@@ -337,14 +339,14 @@ def drawn(kind: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["random", "informed", "ties", "constant", "perfect", "reversed", "large", "saturated"]
+    "scores", ["random", "informed", "ties", "constant", "perfect", "reversed", "large", "saturated"]
 )
-def test_pixels_agree_with_torchmetrics(kind):
-    """Which anomalib's metrics are made of; on raw scores, which its AUROC must be told not to squash."""
+def test_pixels_agree_with_torchmetrics(scores):
+    """anomalib uses torchmetrics. Ranks in [0, 1] avoid the sigmoid that torchmetrics applies to other scores."""
     torchmetrics = pytest.importorskip("torchmetrics")
     from torch import from_numpy as tensor
 
-    maps, masks = drawn(kind, seed=3)
+    maps, masks = drawn(scores, seed=3)
     total = PixelMetrics()
     for anomaly_map, mask in zip(maps, masks, strict=True):
         total.update(anomaly_map, mask)
@@ -363,28 +365,30 @@ def test_pixels_agree_with_torchmetrics(kind):
     assert values["pixel_f1max"] == pytest.approx(float(f1), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["random", "informed", "perfect", "large"])
-def test_aupro_agrees_with_anomalib(kind):
-    """Where no two pixels are tied, for anomalib does not take ties apart as we do."""
+@pytest.mark.parametrize("scores", ["random", "informed", "perfect", "large"])
+def test_aupro_agrees_with_anomalib(scores):
+    """Without ties, which anomalib treats differently."""
     pytest.importorskip("normweave.bridges.anomalib", reason="needs pip install 'normweave[bench]'")
     import torch
     from anomalib.metrics.aupro import _AUPRO
 
-    maps, masks = drawn(kind, seed=4)
+    maps, masks = drawn(scores, seed=4)
     total = PixelMetrics()
-    theirs = _AUPRO(fpr_limit=0.3)
+    expected = _AUPRO(fpr_limit=0.3)
     for anomaly_map, mask in zip(maps, masks, strict=True):
         total.update(anomaly_map, mask)
-        theirs.update(torch.from_numpy(anomaly_map)[None], torch.from_numpy(mask)[None].int())
-    assert total.compute()[0]["aupro"] == pytest.approx(float(theirs.compute()), abs=5e-3)
+        expected.update(torch.from_numpy(anomaly_map)[None], torch.from_numpy(mask)[None].int())
+    assert total.compute()[0]["aupro"] == pytest.approx(float(expected.compute()), abs=5e-3)
 
 
-@pytest.mark.parametrize("kind", ["random", "informed", "ties", "constant", "perfect", "reversed", "large"])
-def test_images_agree_with_torchmetrics(kind):
+@pytest.mark.parametrize(
+    "distribution", ["random", "informed", "ties", "constant", "perfect", "reversed", "large"]
+)
+def test_images_agree_with_torchmetrics(distribution):
     torchmetrics = pytest.importorskip("torchmetrics")
     from torch import from_numpy as tensor
 
-    maps, masks = drawn(kind, seed=5)
+    maps, masks = drawn(distribution, seed=5)
     scores, labels = maps[:, :, 3].ravel().astype(np.float64), masks[:, :, 3:11].any(axis=2).ravel()
     values, reasons = image_metrics(labels, scores)
     ranks = np.unique(scores, return_inverse=True)[1]
@@ -396,7 +400,7 @@ def test_images_agree_with_torchmetrics(kind):
     assert values["image_ap"] == pytest.approx(float(average), abs=1e-6)
 
 
-# ── chance ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── significance ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 10])
@@ -412,16 +416,16 @@ def test_the_sign_flip_test_agrees_with_scipy(n, shift):
     assert sign_flip_p_value(differences) == pytest.approx(wanted.pvalue)
 
 
-def test_many_differences_are_tried_at_random_and_always_alike():
+def test_many_differences_use_random_signs_with_a_fixed_seed():
     differences = np.random.default_rng(0).normal(0.3, size=60)
     p = sign_flip_p_value(differences)
-    # Nearly normal by now.
+    # The sum of many differences is nearly normal.
     z = abs(differences.sum()) / np.sqrt((differences**2).sum())
     assert p == pytest.approx(2 * stats.norm.sf(z), abs=0.01)
     assert sign_flip_p_value(differences) == p
 
 
-def test_no_difference_is_no_evidence():
+def test_zero_differences_have_a_p_value_of_one():
     assert sign_flip_p_value([0.0, 0.0, 0.0]) == 1
     assert sign_flip_p_value([]) is None
-    assert sign_flip_p_value([0.1] * 5) == 2 / 2**5  # as sure as five can be
+    assert sign_flip_p_value([0.1] * 5) == 2 / 2**5  # the smallest p-value of five differences

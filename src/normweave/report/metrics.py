@@ -97,10 +97,12 @@ class PixelMetrics:
     def __init__(self) -> None:
         self.skipped = 0
         """Number of anomalous images without a mask."""
-        self._shift = 0
-        self._bins = np.zeros(0, dtype=np.uint32)  # ascending
-        # For each bin: number of normal pixels, of anomalous pixels, and the sum of 1/|region| over the latter
-        self._counts = np.zeros((3, 0), dtype=np.float64)
+        self.shift = 0
+        """Number of low bits of the scores that are dropped."""
+        self.bins = np.zeros(0, dtype=np.uint32)
+        """Distinct scores in ascending order, as `ordered_bits`."""
+        self.counts = np.zeros((3, 0), dtype=np.float64)
+        """For each bin: number of normal pixels, of anomalous pixels, and the sum of 1/|region| over the latter."""
         self._regions = 0
 
     def skip(self) -> None:
@@ -126,19 +128,19 @@ class PixelMetrics:
             sizes = np.bincount(regions.ravel())
             counts[2] = np.where(mask, 1 / np.maximum(sizes, 1)[regions], 0).ravel()
             self._regions += int(found)
-        self._bins, self._counts, self._shift = _merged(
-            np.concatenate([self._bins, _ordered_bits(anomaly_map.ravel()) >> self._shift]),
-            np.concatenate([self._counts, counts], axis=1),
-            self._shift,
+        self.bins, self.counts, self.shift = _merged(
+            np.concatenate([self.bins, ordered_bits(anomaly_map.ravel()) >> self.shift]),
+            np.concatenate([self.counts, counts], axis=1),
+            self.shift,
         )
 
     def __add__(self, other: PixelMetrics) -> PixelMetrics:
         """Return the metrics of the images of both."""
         total = PixelMetrics()
-        shift = max(self._shift, other._shift)
-        total._bins, total._counts, total._shift = _merged(
-            np.concatenate([part._bins >> (shift - part._shift) for part in (self, other)]),
-            np.concatenate([self._counts, other._counts], axis=1),
+        shift = max(self.shift, other.shift)
+        total.bins, total.counts, total.shift = _merged(
+            np.concatenate([part.bins >> (shift - part.shift) for part in (self, other)]),
+            np.concatenate([self.counts, other.counts], axis=1),
             shift,
         )
         total._regions = self._regions + other._regions
@@ -153,7 +155,7 @@ class PixelMetrics:
         above it, integrated up to 0.3 and divided by 0.3.
         """
         names = ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
-        normal, anomalous, overlap = self._counts[:, ::-1]  # highest score first
+        normal, anomalous, overlap = self.counts[:, ::-1]  # highest score first
         if not normal.any() or not anomalous.any():
             return _undefined(names, "pixel", normal=int(normal.sum()))
         false_positives, true_positives = normal.cumsum(), anomalous.cumsum()
@@ -231,7 +233,7 @@ def _merged(
     return bins, np.stack([np.bincount(position, weights=row, minlength=len(bins)) for row in counts]), shift
 
 
-def _ordered_bits(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
+def ordered_bits(scores: NDArray[np.float32]) -> NDArray[np.uint32]:
     """Return integers in the order of the floats, consecutive for consecutive floats."""
     bits = (scores.astype(np.float32) + np.float32(0)).view(np.uint32)  # + 0 turns -0.0 into 0.0
     return np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))

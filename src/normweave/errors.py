@@ -1,12 +1,12 @@
 """The exceptions of normweave. A message states what is wrong, what was given, what is allowed and what to do.
 
-    NormweaveError
-    ├── ConfigError
-    ├── DataError
-    │   └── ImageError
-    ├── BundleError
-    ├── MissingError
-    └── CheckError
+NormweaveError
+├── ConfigError
+├── DataError
+│   └── ImageError
+├── BundleError
+├── MissingError
+└── CheckError
 """
 
 from collections.abc import Iterable

@@ -19,7 +19,7 @@ SMALL = [
 
 
 class Trained(NamedTuple):
-    """What 'normweave train --json' left."""
+    """The bundle and the output of 'normweave train --json'."""
 
     bundle: object
     output: str

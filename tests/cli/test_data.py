@@ -20,7 +20,7 @@ def test_a_clean_data_set_has_no_fault(cloth):
     ]
 
 
-def test_faults_are_listed_and_answered_with_2(cloth, tmp_path):
+def test_faults_are_listed_with_exit_code_2(cloth, tmp_path):
     data = tmp_path / "cloth"
     shutil.copytree(cloth, data)
     broken = sorted(data.glob("cloth/*/train/good/*.png"))[0]

@@ -1,4 +1,4 @@
-"""From nothing to a report, twice."""
+"""The demo, twice."""
 
 import json
 
@@ -16,12 +16,12 @@ def test_the_demo_leaves_data_bundle_and_report_and_can_be_called_again(tmp_path
     assert metrics["unseen"]["n_normal"] == 4 * 4
     left = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"data", "cloth.bundle", "report.html", "metrics.json", "predictions.csv"} <= left
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "data").rglob("*.png")}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "data").rglob("*.png")}
 
     again = run("demo", "-o", tmp_path / "demo", "--images", "12", "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["pooled"] == metrics["pooled"]
-    assert {path: path.stat().st_mtime_ns for path in made} == made
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_a_folder_with_other_data_is_refused(tmp_path):

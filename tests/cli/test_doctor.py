@@ -1,4 +1,4 @@
-"""What is there is found, what is missing is named with its cure."""
+"""Installed packages and devices are reported, and how to install what is missing."""
 
 import json
 import subprocess
@@ -33,13 +33,13 @@ def test_finds_what_is_installed():
     assert found["devices"][0] == "cpu"
     assert "CPU" in found["onnxruntime"]
     assert ("CPU" in found["openvino"]) == (find_spec("openvino") is not None)
-    assert "tf_efficientnet_lite0" in found["backbones"]["carried by pip"]
+    assert "tf_efficientnet_lite0" in found["backbones"]["in pip packages"]
 
 
-def test_names_the_line_that_installs_what_is_missing(monkeypatch):
+def test_names_the_command_that_installs_what_is_missing(monkeypatch):
     monkeypatch.setattr(doctor, "required", lambda: {"": ["numpy"], "train": ["torch", "no-such-package"]})
     output = run("doctor").stdout
-    assert 'missing: no-such-package; to install them: pip install "normweave[train]"' in output
+    assert 'missing: no-such-package. Install them with: pip install "normweave[train]"' in output
     assert f"base: numpy {version('numpy')}" in output
 
 
@@ -62,8 +62,8 @@ def test_works_without_torch():
     assert json.loads(result.stdout)["devices"] == ["cpu"]
 
 
-def test_commands_that_need_torch_say_how_to_get_it(tmp_path):
+def test_commands_that_need_torch_name_the_command_that_installs_it(tmp_path):
     result = without_torch("train", str(tmp_path), "-o", str(tmp_path / "b"))
     assert result.returncode == 2
-    assert 'is not installed, and this needs it: pip install "normweave[train]"' in result.stderr
+    assert 'which is not installed: pip install "normweave[train]"' in result.stderr
     assert "Traceback" not in result.stderr

@@ -11,7 +11,7 @@ from normweave.cli.terminal import Terminal
 
 from .conftest import run
 
-FEW = ("--size=64", "--test-images=0", "--defect-images=0", "--seed=9")
+SMALL_SET = ("--size=64", "--test-images=0", "--defect-images=0", "--seed=9")
 
 
 def values(**given):
@@ -41,7 +41,7 @@ def metrics():
 
 @pytest.fixture
 def several(metrics):
-    """Cloth of two kinds and a board."""
+    """Two subclasses of cloth, and a board."""
     one, two, both = (
         {"d_normal": 0.1, "d_abnormal": a, "ratio": 10 * a, "cell_auroc": a} for a in (0.2, 0.4, 0.3)
     )
@@ -59,12 +59,12 @@ def several(metrics):
     }
 
 
-def said(metrics, folder, capsys):
+def printed(metrics, folder, capsys):
     assert report(Terminal(), metrics, folder) == 0
     return [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
 
 
-def test_the_table_is_in_percent_with_gaps_where_nothing_is_defined(metrics, tmp_path, capsys, monkeypatch):
+def test_the_table_is_in_percent_with_dashes_for_undefined_values(metrics, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")  # however narrow the terminal, no number is cut off
     assert report(Terminal(), metrics, tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -87,10 +87,10 @@ def test_the_table_is_in_percent_with_gaps_where_nothing_is_defined(metrics, tmp
 
 
 def test_several_categories_have_a_row_each(several, tmp_path, capsys):
-    rows = said(several, tmp_path, capsys)
+    rows = printed(several, tmp_path, capsys)
     assert rows[0][-2:] == ["category", "named"]
     first = [(row[0], row[-1]) for row in rows[1:9]]
-    assert first == [  # a category without subclasses stands among them already
+    assert first == [  # a category without subclasses is among them
         *(
             ("board", "25.0"),
             ("cloth/red", "25.0"),
@@ -109,7 +109,7 @@ def test_several_categories_have_a_row_each(several, tmp_path, capsys):
 
 
 def test_one_category_has_no_row_of_its_own(metrics, tmp_path, capsys):
-    rows = said(metrics, tmp_path, capsys)
+    rows = printed(metrics, tmp_path, capsys)
     assert [row[0] for row in rows] == ["subclass", "cloth/[twill]", "seen", "pooled", "mean", "Report:"]
     assert "named" not in rows[0]
 
@@ -119,20 +119,20 @@ def test_changes_are_shown_beside_the_numbers(several, tmp_path, capsys):
     cloth = several["by_category"]["cloth"]["over_generalisation"]
     cloth["change"] = {"ratio": -0.125, "cell_auroc": 0.0625}
     several["by_category"]["board"]["over_generalisation"] = None
-    rows = {row[0]: row[1:] for row in said(several, tmp_path, capsys)[8:]}
+    rows = {row[0]: row[1:] for row in printed(several, tmp_path, capsys)[8:]}
     assert rows["decoder"][-6:] == ["change", "of", "ratio", "of", "cell", "AUROC"]
     assert rows["cloth"] == ["0.100", "0.400", "4.00", "40.0", "-0.12", "+6.2"]
     assert rows["board"] == ["–"] * 6
     assert rows["mean"][-2:] == ["–", "–"]
 
 
-def test_a_bundle_that_does_not_decode_has_nothing_to_compare(metrics, tmp_path, capsys):
+def test_a_bundle_without_a_decoder_has_nothing_to_compare(metrics, tmp_path, capsys):
     metrics["provenance"] = {"against": {"model": "cnc", "bundle_hash": "ab"}}
     assert report(Terminal(), metrics, tmp_path) == 0
-    assert "Nothing to compare: this bundle does not decode" in capsys.readouterr().out
+    assert "Nothing to compare: this model has no decoder" in capsys.readouterr().out
 
 
-def test_what_is_no_metrics_json_answers_with_2(trained, cloth, tmp_path):
+def test_another_file_than_metrics_json_is_refused_with_exit_code_2(trained, cloth, tmp_path):
     other = tmp_path / "predictions.csv"
     other.write_text("image_path")
     result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--against", other)
@@ -147,7 +147,7 @@ def test_masks_that_cannot_be_used_are_counted(metrics, tmp_path, capsys):
     assert "1 masks could not be used" in capsys.readouterr().out
 
 
-def test_unreadable_images_make_it_4(metrics, tmp_path, capsys):
+def test_unreadable_images_give_exit_code_4(metrics, tmp_path, capsys):
     assert report(Terminal(), metrics, tmp_path) == 0
     metrics["pooled"]["n_refused"] = 2
     assert report(Terminal(), metrics, tmp_path) == 4
@@ -156,15 +156,15 @@ def test_unreadable_images_make_it_4(metrics, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["pooled"]["n_refused"] == 2
 
 
-def test_writes_its_files_and_tells_seen_from_unseen(trained, cloth, tmp_path):
+def test_writes_its_files_with_seen_and_unseen_subclasses(trained, cloth, tmp_path):
     result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--json")
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
+    output = json.loads(result.stdout)
     assert json.loads((tmp_path / "results" / "metrics.json").read_text()) == {
-        key: value for key, value in said.items() if key != "output"
+        key: value for key, value in output.items() if key != "output"
     }
-    assert (said["seen"]["n_normal"], said["seen"]["n_anomalous"]) == (6, 6)
-    assert (said["unseen"]["n_normal"], said["unseen"]["n_anomalous"]) == (3, 3)
+    assert (output["seen"]["n_normal"], output["seen"]["n_anomalous"]) == (6, 6)
+    assert (output["unseen"]["n_normal"], output["unseen"]["n_anomalous"]) == (3, 3)
     assert {path.name for path in (tmp_path / "results").iterdir()} == {
         "metrics.json",
         "predictions.csv",
@@ -181,20 +181,20 @@ def test_chosen_subclasses(trained, cloth, tmp_path):
 
 
 def test_calibrating_replaces_the_operating_points_only(trained, cloth, tmp_path):
-    run("data", "make-textures", tmp_path / "more", *FEW, "--train-images=2")
+    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=2")
     own = tmp_path / "own.bundle"
     shutil.copytree(trained.bundle, own)
     result = run("calibrate", own, tmp_path / "more", "--false-alarm-rate", "0.25", "--json")
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    assert said["false_alarm_rate"] == 0.25
-    assert said["calibration_images"] == 12
-    assert said["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
+    output = json.loads(result.stdout)
+    assert output["false_alarm_rate"] == 0.25
+    assert output["calibration_images"] == 12
+    assert output["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
     assert bundle.weights_hash(own) == bundle.weights_hash(trained.bundle)
 
 
 def test_calibrating_with_too_few_keeps_the_bundle(trained, tmp_path):
-    run("data", "make-textures", tmp_path / "more", *FEW, "--train-images=1")
+    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=1")
     before = bundle.bundle_hash(trained.bundle)
     result = run("calibrate", trained.bundle, tmp_path / "more", "--false-alarm-rate", "0.01")
     assert result.exit_code == 3, result.output

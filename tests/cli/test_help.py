@@ -61,7 +61,7 @@ def test_version():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "-h"]], ids=" ".join)
 def test_help_loads_nothing_heavy(arguments):
-    """That is what keeps it under half a second, on any machine."""
+    """So that help takes less than half a second."""
     script = (
         "import sys\n"
         "from normweave.cli import main\n"
@@ -91,5 +91,5 @@ def test_python_m_normweave():
     ],
     ids=" ".join,
 )
-def test_a_wrong_call_answers_with_2(arguments):
+def test_a_wrong_call_has_exit_code_2(arguments):
     assert run(*arguments).exit_code == 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.cli.predict import check_places, find, line, share
+from normweave.cli.predict import check_outputs, find, parse_shard, summary
 from normweave.errors import ConfigError, DataError
 from normweave.types import DefectBox, Outcome
 
@@ -29,7 +29,7 @@ OUTCOME = Outcome(
 
 @pytest.fixture
 def photos(tmp_path):
-    """Four images in two folders, and what is none."""
+    """Four images in two folders, and other files."""
     for name in ("a/2.png", "a/1.JPG", "b/1.png", "b/deep/0.png"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,11 +69,11 @@ def test_a_name_that_looks_like_a_pattern(photos):
     assert found(photos, "part[1].png") == ["part[1].png"]
 
 
-def test_a_missing_file_is_passed_on_to_be_reported_in_its_place(photos):
+def test_a_missing_file_is_returned_to_be_reported_in_its_position(photos):
     assert found(photos, "gone.png") == ["gone.png"]
 
 
-def test_a_list_comes_last_and_leaves_out_empty_lines(photos):
+def test_a_list_comes_last_without_empty_lines(photos):
     (photos / "list.txt").write_text(f"{photos}/b/1.png\n\n{photos}/gone.png\r\n{photos}/é.png")
     assert [path.removeprefix(f"{photos}/") for path in find([str(photos / "a")], photos / "list.txt")] == [
         "a/1.JPG",
@@ -99,45 +99,47 @@ def test_paths_from_stdin_are_read_one_by_one(monkeypatch):
 
 
 def test_shards():
-    assert [list(range(10))[first::step] for first, step in map(share, ("1/3", "2/3", "3/3"))] == [
+    assert [list(range(10))[first::step] for first, step in map(parse_shard, ("1/3", "2/3", "3/3"))] == [
         [0, 3, 6, 9],
         [1, 4, 7],
         [2, 5, 8],
     ]
     for wrong in ("0/3", "4/3", "3", "1/0", "a/b", "-1/2"):
-        with pytest.raises(ConfigError, match=f"--shard must be i/n with 1 <= i <= n, as 2/4, got '{wrong}'"):
-            share(wrong)
+        with pytest.raises(
+            ConfigError, match=f"--shard must be i/n with 1 <= i <= n, such as 2/4, got '{wrong}'"
+        ):
+            parse_shard(wrong)
 
 
-def test_what_holds_no_image_is_refused_at_once(photos):
+def test_arguments_without_an_image_are_refused_at_once(photos):
     (photos / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no image"):
+    with pytest.raises(DataError, match="empty contains no image"):
         find([str(photos / "a"), str(photos / "empty")])
-    with pytest.raises(DataError, match=r"Nothing matches '.*\*\.bmp'"):
+    with pytest.raises(DataError, match=r"No file matches '.*\*\.bmp'"):
         find([f"{photos}/*.bmp"])
-    with pytest.raises(DataError, match="No image is named"):
+    with pytest.raises(DataError, match="No image is given"):
         find([])
-    with pytest.raises(DataError, match=r"There is no list .*gone\.txt"):
+    with pytest.raises(DataError, match=r"The list .*gone\.txt does not exist"):
         find([], photos / "gone.txt")
 
 
-# ── how it is said ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the text of an outcome ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_line():
-    assert line(OUTCOME) == "ANOMALOUS    1.5000  (threshold 1.2500)  p 0.0200  a, b.png"
-    assert line(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
+def test_the_summary_of_an_outcome():
+    assert summary(OUTCOME) == "ANOMALOUS    1.5000  (threshold 1.2500)  p 0.0200  a, b.png"
+    assert summary(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
-    assert line(normal).startswith("normal  ")
+    assert summary(normal).startswith("normal  ")
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
-def judged(trained, cloth, tmp_path_factory):
+def predicted(trained, cloth, tmp_path_factory):
     """Every test image, as JSON, table and maps."""
-    folder = tmp_path_factory.mktemp("judged")
+    folder = tmp_path_factory.mktemp("predicted")
     images = sorted(str(path) for path in cloth.glob("cloth/*/test/*/*.png"))
     result = run(
         "predict", trained.bundle, *images, "--json", "-o", folder / "r.jsonl", "--maps", folder / "maps"
@@ -145,8 +147,8 @@ def judged(trained, cloth, tmp_path_factory):
     return images, result, folder
 
 
-def test_json_is_a_line_an_image_in_their_order(judged):
-    images, result, folder = judged
+def test_json_is_a_line_an_image_in_their_order(predicted):
+    images, result, folder = predicted
     rows = [json.loads(text) for text in result.stdout.splitlines()]
     assert [row["image_path"] for row in rows] == images
     assert (folder / "r.jsonl").read_text("utf-8") == result.stdout
@@ -155,22 +157,22 @@ def test_json_is_a_line_an_image_in_their_order(judged):
         assert (row["pred_score"] > row["threshold"]) == (row["verdict"] == "anomalous")
 
 
-def test_every_image_has_its_map(judged):
-    images, result, folder = judged
+def test_every_image_has_its_map(predicted):
+    images, result, folder = predicted
     rows = [json.loads(text) for text in result.stdout.splitlines()]
     paths = {row["anomaly_map"] for row in rows}
-    assert len(paths) == len(images)  # good/000.png stands in three subclasses
+    assert len(paths) == len(images)  # good/000.png exists in three subclasses
     for row in rows:
         anomaly_map = np.load(row["anomaly_map"], allow_pickle=False)
         assert anomaly_map.shape == (row["height"], row["width"]) == (64, 64)
         assert anomaly_map.dtype == np.float32
-        with Image.open(row["anomaly_map"].replace(".npy", ".png")) as picture:
-            assert picture.size == (64, 64)
+        with Image.open(row["anomaly_map"].replace(".npy", ".png")) as image:
+            assert image.size == (64, 64)
     assert len(list((folder / "maps").iterdir())) == 2 * len(images)
 
 
-def test_the_exit_code_is_the_verdict(judged, trained, tmp_path):
-    _, result, _ = judged
+def test_the_exit_code_is_the_verdict(predicted, trained, tmp_path):
+    _, result, _ = predicted
     rows = [json.loads(text) for text in result.stdout.splitlines()]
     normal = [row["image_path"] for row in rows if row["verdict"] == "normal"]
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -182,8 +184,8 @@ def test_the_exit_code_is_the_verdict(judged, trained, tmp_path):
     assert result.stdout.splitlines()[1].startswith("ANOMALOUS ")
 
 
-def test_an_unreadable_image_is_reported_in_its_place(judged, trained, tmp_path):
-    images, _, _ = judged
+def test_an_unreadable_image_is_reported_in_its_position(predicted, trained, tmp_path):
+    images, _, _ = predicted
     (tmp_path / "bad.png").write_text("no image")
     result = run(
         "predict", trained.bundle, images[0], tmp_path / "bad.png", tmp_path / "gone.png", *images[1:4]
@@ -196,7 +198,7 @@ def test_an_unreadable_image_is_reported_in_its_place(judged, trained, tmp_path)
     assert all(path in text for path, text in zip(images[1:4], lines[3:], strict=True))
 
 
-def test_places_are_refused_before_anything_is_loaded(tmp_path):
+def test_output_paths_are_checked_before_anything_is_loaded(tmp_path):
     (tmp_path / "maps").mkdir()
     (tmp_path / "maps" / "old.npy").write_text("")
     result = run("predict", tmp_path / "no-bundle", "x.png", "--maps", tmp_path / "maps")
@@ -204,7 +206,7 @@ def test_places_are_refused_before_anything_is_loaded(tmp_path):
     assert "maps of two runs would mix" in result.stderr
     result = run("predict", tmp_path / "no-bundle", "x.png", "-o", tmp_path / "r.xlsx")
     assert result.exit_code == 2
-    assert "Unknown ending of a table '.xlsx'. Known: .csv, .jsonl, .parquet." in result.stderr
+    assert "Unknown suffix of --output '.xlsx'. Known: .csv, .jsonl, .parquet." in result.stderr
 
 
 def test_no_bundle(tmp_path):
@@ -214,24 +216,24 @@ def test_no_bundle(tmp_path):
 
 
 def scores(result):
-    """Of each image by its path; whatever took how long."""
+    """Return verdict and score by path."""
     rows = [json.loads(text) for text in result.stdout.splitlines()]
     return {row["image_path"]: (row["verdict"], row["pred_score"]) for row in rows}
 
 
-def test_lists_stdin_and_shards_say_the_same(judged, trained, tmp_path):
-    images, whole, _ = judged
+def test_lists_stdin_and_shards_give_the_same_verdicts(predicted, trained, tmp_path):
+    images, result, _ = predicted
     (tmp_path / "list.txt").write_text("\n".join(images))
-    assert scores(run("predict", trained.bundle, "--list", tmp_path / "list.txt", "--json")) == scores(whole)
+    assert scores(run("predict", trained.bundle, "--list", tmp_path / "list.txt", "--json")) == scores(result)
     piped = run("predict", trained.bundle, "-", "--json", stdin="\n".join(images))
     assert list(scores(piped)) == images
     assert {path: verdict for path, (verdict, _) in scores(piped).items()} == {
-        path: verdict for path, (verdict, _) in scores(whole).items()
+        path: verdict for path, (verdict, _) in scores(result).items()
     }
     parts = [run("predict", trained.bundle, *images, "--json", "--shard", f"{n}/3") for n in (1, 2, 3)]
     assert [list(scores(part)) for part in parts] == [images[n::3] for n in (0, 1, 2)]
     together = scores(parts[0]) | scores(parts[1]) | scores(parts[2])
-    for path, (verdict, score) in scores(whole).items():
+    for path, (verdict, score) in scores(result).items():
         assert together[path][0] == verdict
         assert together[path][1] == pytest.approx(score, rel=1e-5)
 
@@ -239,9 +241,9 @@ def test_lists_stdin_and_shards_say_the_same(judged, trained, tmp_path):
 def test_resume_needs_a_table(trained):
     result = run("predict", trained.bundle, "x.png", "--resume")
     assert result.exit_code == 2
-    assert "--resume goes on with a table. Name it with --output." in result.stderr
+    assert "--resume needs a table of an interrupted run. Give its path with --output." in result.stderr
 
 
-def test_an_ending_is_checked_with_its_name():
+def test_an_unknown_suffix_is_refused():
     with pytest.raises(ConfigError, match=r"Did you mean '\.jsonl'"):
-        check_places(Path("r.json"), None)
+        check_outputs(Path("r.json"), None)

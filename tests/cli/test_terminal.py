@@ -1,4 +1,4 @@
-"""Whatever a command raises becomes words and an exit code."""
+"""Every exception of a command becomes a message and an exit code."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from normweave.cli.terminal import Terminal, command
 from normweave.errors import CheckError, ConfigError, MissingError
 
 
-def answer(work, *arguments):
+def invoke(work, *arguments):
     """Run `work` as a command."""
     app = typer.Typer()
 
@@ -35,7 +35,7 @@ def failing(error):
 
 
 @pytest.mark.parametrize(
-    ("error", "exit_code", "words"),
+    ("error", "exit_code", "message"),
     [
         (ConfigError("no [such] setting"), 2, "Error: no [such] setting\n"),
         (CheckError("a rate of 0.01 needs more"), 3, "Error: a rate of 0.01 needs more\n"),
@@ -45,7 +45,7 @@ def failing(error):
             2,
             'pip install "normweave[train]"',
         ),
-        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'. Look at the path"),
+        (PermissionError(13, "Permission denied", "out"), 2, "Permission denied: 'out'. Check the path"),
         (KeyboardInterrupt(), 130, "Interrupted."),
         (
             ZeroDivisionError("division"),
@@ -55,46 +55,46 @@ def failing(error):
         (ModuleNotFoundError("No module named 'normweave.x'", name="normweave.x"), 1, ""),
     ],
 )
-def test_errors_are_words_and_an_exit_code(error, exit_code, words):
-    result = answer(failing(error))
+def test_an_error_becomes_a_message_and_an_exit_code(error, exit_code, message):
+    result = invoke(failing(error))
     assert result.exit_code == exit_code
-    assert words in result.stderr
+    assert message in result.stderr
     assert result.stdout == ""
 
 
-def test_an_error_has_a_traceback_only_when_asked_for():
-    assert "Traceback" not in answer(failing(ConfigError("x"))).stderr
-    assert "Traceback" in answer(failing(ConfigError("x")), "-v").stderr
-    assert "Traceback" in answer(failing(ZeroDivisionError())).stderr
+def test_an_error_has_a_traceback_only_with_verbose():
+    assert "Traceback" not in invoke(failing(ConfigError("x"))).stderr
+    assert "Traceback" in invoke(failing(ConfigError("x")), "-v").stderr
+    assert "Traceback" in invoke(failing(ZeroDivisionError())).stderr
 
 
-def test_an_error_is_json_on_stdout_when_asked_for():
-    result = answer(failing(CheckError("too few")), "--json")
+def test_an_error_is_json_on_stdout_with_json():
+    result = invoke(failing(CheckError("too few")), "--json")
     assert json.loads(result.stdout) == {"error": "too few", "exit_code": 3}
     assert result.stderr == ""
     assert result.exit_code == 3
 
 
 def test_a_message_is_one_line_however_long():
-    result = answer(failing(ConfigError("word " * 100)))
+    result = invoke(failing(ConfigError("word " * 100)))
     assert result.stderr.count("\n") == 1
 
 
-def test_the_answer_of_a_command_is_the_exit_code():
-    assert answer(lambda terminal: 4).exit_code == 4
+def test_the_return_value_of_a_command_is_the_exit_code():
+    assert invoke(lambda terminal: 4).exit_code == 4
 
 
 def test_the_common_options_arrive():
     seen = []
-    answer(
+    invoke(
         lambda terminal: seen.append(terminal) or 0, "--json", "-q", "-v", "--seed", "5", "--device", "cuda:1"
     )
     assert seen == [Terminal(json=True, quiet=True, verbose=True, seed=5, device="cuda:1")]
 
 
 def test_own_options_are_checked_by_their_type():
-    assert answer(lambda terminal: 0, "--number", "4").exit_code == 0
-    assert answer(lambda terminal: 0, "--number", "four").exit_code == 2
+    assert invoke(lambda terminal: 0, "--number", "4").exit_code == 0
+    assert invoke(lambda terminal: 0, "--number", "four").exit_code == 2
 
 
 def test_remarks_go_to_stderr_and_quiet_stops_them():
@@ -103,17 +103,17 @@ def test_remarks_go_to_stderr_and_quiet_stops_them():
         terminal.show("a result [x]")
         return 0
 
-    result = answer(work)
+    result = invoke(work)
     assert (result.stdout, result.stderr) == ("a result [x]\n", "by the way [x]\n")
-    assert answer(work, "-q").stderr == ""
+    assert invoke(work, "-q").stderr == ""
 
 
-def test_json_holds_no_nan():
+def test_json_contains_no_nan():
     def work(terminal):
         terminal.record({"score": float("nan")})
         return 0
 
-    assert answer(work, "--json").exit_code == shared.BUG
+    assert invoke(work, "--json").exit_code == shared.BUG
 
 
 def test_threads_are_limited_before_anything_is_loaded():
@@ -132,8 +132,8 @@ def test_threads_are_limited_before_anything_is_loaded():
 
 
 @pytest.mark.parametrize("part", ["'a line'", "Table('a table')"])
-def test_a_reader_that_goes_away_is_no_verdict(part):
-    """`normweave … | head -1` must not answer with 1, which stands for an anomalous image."""
+def test_a_closed_pipe_is_not_a_verdict(part):
+    """The exit code of `normweave … | head -1` must not be 1, which means an anomalous image."""
     script = (
         "import typer\n"
         "from normweave.cli.terminal import command\n"
@@ -155,7 +155,7 @@ def test_a_reader_that_goes_away_is_no_verdict(part):
         assert process.stderr.read() == b""
 
 
-def test_progress_bars_appear_where_someone_watches(monkeypatch, capsys):
+def test_progress_bars_are_drawn_on_a_terminal(monkeypatch, capsys):
     from rich.console import Console
 
     monkeypatch.setattr(
@@ -167,10 +167,10 @@ def test_progress_bars_appear_where_someone_watches(monkeypatch, capsys):
         progress("reading images", 2, 2)
     shown = capsys.readouterr()
     assert shown.out == ""
-    for words in ("reading images", "2/2", "training", "5/10"):
-        assert words in shown.err
+    for text in ("reading images", "2/2", "training", "5/10"):
+        assert text in shown.err
 
 
-def test_no_progress_without_a_watcher():
+def test_no_progress_without_a_terminal():
     with Terminal().progress() as progress:
         assert progress is None

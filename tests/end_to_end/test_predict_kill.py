@@ -12,9 +12,9 @@ import pytest
 # Runs `normweave predict ...` and kills itself, as kill -9 does, while it writes the n-th row: half a line is there.
 KILLED = """
 import os, signal, sys
-from normweave.cli import journal, main
+from normweave.cli import main, results
 count, *arguments = sys.argv[1:]
-write, calls = journal.Journal.write, 0
+write, calls = results.ResultWriter.write, 0
 def counted(self, row):
     global calls
     calls += 1
@@ -23,7 +23,7 @@ def counted(self, row):
         self._file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, row)
-journal.Journal.write = counted
+results.ResultWriter.write = counted
 sys.argv = ["normweave", *arguments]
 main()
 """

@@ -9,8 +9,8 @@ import pytest
 from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, ConfigError, MissingError
 from normweave.network.onnx import Network
-
 from test_detector import same
+
 from .test_onnx import SIZE, graph
 
 openvino = pytest.importorskip(

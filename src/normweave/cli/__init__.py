@@ -1,4 +1,8 @@
-"""The command line: each file is one verb that parses, calls one function, prints, and answers with an exit code."""
+"""The command line. Each command is one module: it parses options, calls one function, prints and returns an exit code.
+
+Not commands: `terminal` (options of every command, output, exit codes), `options` (options of several commands) and
+`results` (result tables).
+"""
 
 from typing import Annotated
 
@@ -9,22 +13,22 @@ from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, pr
 
 app = typer.Typer(
     name="normweave",
-    help="Visual inspection that learns from good parts only.",
+    help="Visual inspection that learns from good images only.",
     epilog=(
-        "Exit codes: 0 done, all normal; 1 something anomalous or unknown; 2 wrong call or input; "
-        "3 a promise cannot be kept; 4 some images could not be read."
+        "Exit codes: 0 done, all images normal; 1 an image is anomalous or unknown; 2 wrong call or input; "
+        "3 a rate cannot be guaranteed or a check failed; 4 an image could not be read."
     ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (demo, train, evaluate, predict, calibrate, serve, data, doctor, benchmark):
-    verb.add_to(app)
+for module in (demo, train, evaluate, predict, calibrate, serve, data, doctor, benchmark):
+    module.add_to(app)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(given: bool) -> None:
+    if given:
         typer.echo(f"normweave {__version__}")
         raise typer.Exit
 
@@ -39,5 +43,5 @@ def _top(
 
 
 def main() -> None:
-    """Run the command that the arguments name."""
+    """Run the command line."""
     app()

@@ -1,4 +1,4 @@
-"""`normweave benchmark`: a plan of methods × data × seeds to a table."""
+"""`normweave benchmark`: run a plan of methods × data × seeds and write its table."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,16 +16,18 @@ def add_to(app: typer.Typer) -> None:
 
 def benchmark(
     terminal: Terminal,
-    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="What to run.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table.")] = Path("results"),
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.yaml", help="The plan.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("results"),
     root: Annotated[
         Path | None,
-        typer.Option(help="Folder of the real images.", show_default="NORMWEAVE_DATA, else ../shared/data"),
+        typer.Option(help="Folder of the data sets.", show_default="NORMWEAVE_DATA, else ../shared/data"),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="The number of runs at the same time. They share the cores.")
+    ] = 1,
     cache: options.Cache = None,
 ) -> int:
-    """Run a plan and write its table; runs that are finished already are not repeated."""
+    """Run a benchmark plan and write its table. Finished runs are not repeated."""
     from normweave.benchmark.run import run
 
     with terminal.progress() as progress:

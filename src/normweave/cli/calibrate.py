@@ -1,4 +1,4 @@
-"""`normweave calibrate`: other normal images, or another rate, to new operating points."""
+"""`normweave calibrate`: compute the operating points of a bundle from other normal images."""
 
 import typer
 
@@ -19,11 +19,11 @@ def calibrate(
     false_alarm_rate: options.FalseAlarmRate = None,
     layout: options.Layout = None,
 ) -> int:
-    """Draw the operating points anew from other normal images; the bundle is replaced as a whole. Needs no torch."""
+    """Compute new operating points from other normal images and replace the bundle. Needs no torch."""
     from normweave.detector import Detector
 
-    runtime = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
+    detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     with terminal.progress() as progress:
-        runtime.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
-    runtime.save(bundle, overwrite=True)
-    return report(terminal, runtime, bundle)
+        detector.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
+    detector.save(bundle, overwrite=True)
+    return report(terminal, detector, bundle)

@@ -1,4 +1,4 @@
-"""`normweave data`: look at data sets, and make one."""
+"""`normweave data`: check data sets, write manifests, make a synthetic data set."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,17 +13,19 @@ WRONG_INPUT = 2
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands."""
-    verbs = typer.Typer(help="Look at data sets, and make one.", no_args_is_help=True)
-    command(verbs, "check")(check)
-    command(verbs, "manifest")(manifest)
-    command(verbs, "make-textures")(textures)
-    app.add_typer(verbs, name="data")
+    commands = typer.Typer(
+        help="Check data sets, write manifests, make synthetic images.", no_args_is_help=True
+    )
+    command(commands, "check")(check)
+    command(commands, "manifest")(manifest)
+    command(commands, "make-textures")(make_textures)
+    app.add_typer(commands, name="data")
 
 
 def check(terminal: Terminal, data: options.Data, layout: options.Layout = None) -> int:
-    """Look at every image, count them and list all faults; exit code 2 if there is one.
+    """Read every image, count the images and list all faults. Exit code 2 if there are faults.
 
-    With --layout mvtec_ad, visa, btad or mpdd, the images are counted against the published numbers.
+    With --layout mvtec_ad, visa, btad or mpdd, the counts are compared with the published ones.
     """
     from normweave.config import DataConfig
     from normweave.data import layouts
@@ -40,9 +42,9 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
         terminal.record({"images": len(samples), "counts": counts(samples), "faults": found})
     else:
         for row in counts(samples):
-            kind = "/".join(str(row[name]) for name in ("category", "subclass") if row[name])
-            split = row["split"] or "to be divided"
-            terminal.show(f"{kind}, {split}: {row['good']} good, {row['anomalous']} anomalous")
+            name = "/".join(row[key] for key in ("category", "subclass") if row[key])
+            split = row["split"] or "no split"
+            terminal.show(f"{name}, {split}: {row['good']} good, {row['anomalous']} anomalous")
         for fault in faults:
             terminal.show(f"{fault.kind}: {fault.text}")
         terminal.show(f"{len(samples)} images, {len(faults)} faults")
@@ -56,24 +58,24 @@ def manifest(
         typer.Argument(help="Manifests (.csv, .parquet) or folders of images.", show_default=False),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The table, .csv or .parquet.", show_default=False)
+        Path, typer.Option("--output", "-o", help="The manifest, .csv or .parquet.", show_default=False)
     ],
     category: options.Category = None,
     subclass: options.Subclass = None,
     layout: options.Layout = None,
 ) -> int:
-    """Write what folders hold as one manifest: one row an image, to look at, to correct and to train on.
+    """Write one manifest of all images in folders: a table with one row an image, to check, correct and train on.
 
-    Each folder is read in its own layout, unless --layout names one for all.
+    The layout of each folder is recognized, unless --layout names one for all folders.
     """
     from normweave.config import DataConfig
     from normweave.data import layouts
     from normweave.data.joined import join
     from normweave.data.manifest import write_manifest
 
-    everything = join([(str(folder), layouts.read(folder, DataConfig(), layout=layout)) for folder in data])
+    joined = join([(str(folder), layouts.read(folder, DataConfig(), layout=layout)) for folder in data])
     selection = DataConfig(category=options.chosen(category), subclass=options.chosen(subclass))
-    samples = layouts.choose(everything, selection)
+    samples = layouts.choose(joined, selection)
     write_manifest(samples, output)
     if terminal.json:
         terminal.record({"manifest": str(output), "images": len(samples)})
@@ -82,21 +84,21 @@ def manifest(
     return ALL_NORMAL
 
 
-def textures(
+def make_textures(
     terminal: Terminal,
     folder: Annotated[Path, typer.Argument(help="New folder for the images.", show_default=False)],
     train_images: Annotated[
-        int, typer.Option(min=0, help="Good images to train with, a seen subclass.")
+        int, typer.Option(min=0, help="Good training images of each seen subclass.")
     ] = 60,
-    test_images: Annotated[int, typer.Option(min=0, help="Good test images a subclass.")] = 20,
-    defect_images: Annotated[int, typer.Option(min=0, help="Damaged test images a subclass.")] = 21,
+    test_images: Annotated[int, typer.Option(min=0, help="Good test images of each subclass.")] = 20,
+    defect_images: Annotated[int, typer.Option(min=0, help="Defective test images of each subclass.")] = 21,
     size: Annotated[int, typer.Option(min=64, help="Height and width in pixels.")] = 256,
 ) -> int:
-    """Make textile images with planted defects and exact masks: six subclasses to train with, four unseen."""
-    from normweave.textiles import make_textures
+    """Make synthetic textile images with defects and exact masks: six subclasses with training images, four without."""
+    from normweave import textiles
 
     with terminal.progress() as progress:
-        written = make_textures(
+        manifest = textiles.make_textures(
             folder,
             seed=terminal.seed or 0,
             size=(size, size),
@@ -106,7 +108,7 @@ def textures(
             progress=None if progress is None else lambda done, total: progress("making images", done, total),
         )
     if terminal.json:
-        terminal.record({"manifest": str(written)})
+        terminal.record({"manifest": str(manifest)})
     else:
-        terminal.show(f"{written}")
+        terminal.show(f"{manifest}")
     return ALL_NORMAL

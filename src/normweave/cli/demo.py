@@ -1,4 +1,4 @@
-"""`normweave demo`: from nothing to a report in one command, with nothing to download."""
+"""`normweave demo`: make data, train, evaluate and write a report in one command, without a download."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from normweave.cli import evaluate as evaluating
+from normweave.cli.evaluate import report
 from normweave.cli.terminal import Terminal, command
 
 
@@ -20,13 +20,11 @@ def demo(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for data, bundle and report.")
     ] = Path("runs/demo"),
-    images: Annotated[
-        int, typer.Option(min=8, help="Good images to train with, for each of six subclasses.")
-    ] = 60,
+    images: Annotated[int, typer.Option(min=8, help="Good training images of each of six subclasses.")] = 60,
 ) -> int:
-    """Make textile images with planted defects, train on six subclasses, test on those and on four unseen ones.
+    """Make synthetic textile images, train on six subclasses, test on these and on four unseen subclasses.
 
-    Data made by an earlier call with the same numbers are used again; the bundle and the report are made anew.
+    The images of an earlier call with the same options are used again. Bundle and report are replaced.
     """
     from normweave.benchmark.evaluate import evaluate
     from normweave.config import Config
@@ -37,7 +35,7 @@ def demo(
     test_images = max(2, images // 3)
     bundle = output / "cloth.bundle"
     with terminal.progress() as progress:
-        terminal.remark(f"1/3  Textile images, made from seed {seed}: {output / 'data'}")
+        terminal.remark(f"1/3  Making textile images with seed {seed}: {output / 'data'}")
         manifest = make_textures(
             output / "data",
             seed=seed,
@@ -55,13 +53,13 @@ def demo(
             progress=progress,
         )
         detector.save(bundle, overwrite=True)
-        terminal.remark(f"3/3  Testing, on unseen subclasses too: {output / 'report.html'}")
+        terminal.remark(f"3/3  Testing on seen and unseen subclasses: {output / 'report.html'}")
         metrics = evaluate(
             detector, manifest, output=output, title="Textiles, seen and unseen", progress=progress
         )
-    code = evaluating.report(terminal, metrics, output)
+    exit_code = report(terminal, metrics, output)
     terminal.remark(
-        f"Open {output / 'report.html'} in a browser. Judge images yourself: "
+        f"Open {output / 'report.html'} in a browser. Predict images: "
         f"normweave predict {bundle} {output / 'data' / 'cloth'}"
     )
-    return code
+    return exit_code

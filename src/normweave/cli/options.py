@@ -1,4 +1,4 @@
-"""Options that several commands have in common."""
+"""Options that several commands share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,25 +11,25 @@ Data = Annotated[
 Bundle = Annotated[Path, typer.Argument(help="Folder written by 'normweave train'.", show_default=False)]
 Category = Annotated[
     list[str] | None,
-    typer.Option("--category", help="Category to use, or all; may be repeated.", show_default="all"),
+    typer.Option("--category", help="Category to use, or all. Repeatable.", show_default="all"),
 ]
 Subclass = Annotated[
     list[str] | None,
-    typer.Option("--subclass", help="Subclass to use, or all; may be repeated.", show_default="all"),
+    typer.Option("--subclass", help="Subclass to use, or all. Repeatable.", show_default="all"),
 ]
 Layout = Annotated[
     str | None,
-    typer.Option(help="How the folder is laid out: mvtec_ad, visa, folders, …", show_default="recognised"),
+    typer.Option(help="Layout of the folder: mvtec_ad, visa, folders, …", show_default="recognized"),
 ]
 FalseAlarmRate = Annotated[
-    float | None, typer.Option(help="Share of new normal images that may be called anomalous, 0 to 1.")
+    float | None, typer.Option(help="Highest share of new normal images with the verdict anomalous, 0 to 1.")
 ]
 Cache = Annotated[
-    Path | None, typer.Option(help="Folder for computed features.", show_default="in the user's cache")
+    Path | None, typer.Option(help="Folder of the feature cache.", show_default="in the user's cache")
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Keep no features on disk; compute them anew.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not cache features on disk.")]
 
 
 def chosen(names: list[str] | None) -> tuple[str, ...]:
-    """Names as the settings have them, where nothing stands for all."""
+    """Return the names as settings, in which an empty tuple means all."""
     return () if not names or "all" in names else tuple(names)

@@ -1,4 +1,4 @@
-"""`normweave predict`: images to verdicts, one after the other, however many there are."""
+"""`normweave predict`: images to verdicts, one by one, so that memory does not grow with their number."""
 
 import glob
 import os
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normweave.cli import options
-from normweave.cli.journal import TABLES, Journal
+from normweave.cli.results import FORMATS, ResultWriter
 from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal, command
 from normweave.errors import ConfigError, DataError, unknown
 
@@ -34,93 +34,97 @@ def predict(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files, folders, patterns as '*.png', or - for paths from stdin.", show_default=False
+            help="Files, folders, patterns such as '*.png', or - to read paths from stdin.",
+            show_default=False,
         ),
     ] = None,
     list_: Annotated[
         Path | None,
-        typer.Option("--list", help="File with the paths of more images, one a line.", show_default=False),
+        typer.Option("--list", help="File with paths of more images, one a line.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Table to write: .jsonl, .csv or .parquet.", show_default=False),
+        typer.Option(
+            "--output", "-o", help="Table of the results: .jsonl, .csv or .parquet.", show_default=False
+        ),
     ] = None,
     maps: Annotated[
         Path | None,
         typer.Option(
-            help="New folder for the anomaly maps: .npy with the numbers, .png to look at.",
+            help="New folder for the anomaly maps: .npy (values) and .png (overlay).",
             show_default=False,
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the table of an interrupted call of the same images.")
+        bool, typer.Option("--resume", help="Resume an interrupted run on the same images.")
     ] = False,
     shard: Annotated[
         str | None,
         typer.Option(
-            help="i/n: every n-th image only, from the i-th on; for n processes.", show_default=False
+            help="i/n: predict every n-th image from the i-th on, for n processes.", show_default=False
         ),
     ] = None,
 ) -> int:
-    """Judge images: a line each, in their order. Exit code 1 if one is not normal, 4 if one could not be read.
+    """Predict images in order. Exit code 1 if an image is not normal, 4 if an image could not be read.
 
-    Needs no torch. Paths from stdin are answered one by one, before the next is read.
+    Needs no torch. Each path from stdin is predicted before the next is read.
     """
-    check_places(output, maps, resume=resume)
-    first, step = (0, 1) if shard is None else share(shard)
+    check_outputs(output, maps, resume=resume)
+    first, step = (0, 1) if shard is None else parse_shard(shard)
     paths: Iterator[str] = islice(find(images or [], list_), first, None, step)
 
     from normweave.detector import Detector
 
-    runtime = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
-    batch = 1 if STDIN in (images or []) else runtime.batch_images
-    full = terminal.json or output is not None or maps is not None
-    found = unreadable = 0
+    detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
+    batch = 1 if STDIN in (images or []) else detector.batch_images
+    with_maps = terminal.json or output is not None or maps is not None
+    not_normal = unreadable = 0
     with ExitStack() as stack:
-        journal, done, again = None, 0, 0
+        writer, done, repeated = None, 0, 0
         if output is not None:
-            journal = stack.enter_context(Journal(output, resume=resume, bundle_hash=runtime.bundle_hash))
-            done, found, unreadable = journal.done, journal.not_normal, journal.unreadable
-            # Back to where the batch began: so every image is judged in the company that it would have had.
-            again = done % batch
-            paths = chain(journal.skip(paths, keep=again), paths)
-        outcomes = runtime.stream(paths, maps=full, batch_images=batch)
-        for number, outcome in enumerate(islice(outcomes, again, None), done):
+            writer = stack.enter_context(
+                ResultWriter(output, resume=resume, bundle_hash=detector.bundle_hash)
+            )
+            done, not_normal, unreadable = writer.done, writer.not_normal, writer.unreadable
+            # Repeat an unfinished batch, so that every image is in the same batch as without the interruption.
+            repeated = done % batch
+            paths = chain(writer.skip(paths, keep=repeated), paths)
+        outcomes = detector.stream(paths, maps=with_maps, batch_images=batch)
+        for number, outcome in enumerate(islice(outcomes, repeated, None), done):
             row = outcome.as_dict()
             if maps is not None and outcome.error is None:
                 row["anomaly_map"] = str(save_map(maps, number, outcome))
-            if journal is not None:
-                journal.write(row)
+            if writer is not None:
+                writer.write(row)
             if terminal.json:
                 terminal.record(row)
             else:
-                terminal.show(line(outcome))
+                terminal.show(summary(outcome))
             unreadable += outcome.error is not None
-            found += outcome.verdict in ("anomalous", "unknown")
-    # Incomplete results are told apart first: an image that nobody saw may be anomalous too.
-    return UNREADABLE if unreadable else NOT_NORMAL if found else ALL_NORMAL
+            not_normal += outcome.verdict in ("anomalous", "unknown")
+    # Unreadable images take precedence: each of them could be anomalous.
+    return UNREADABLE if unreadable else NOT_NORMAL if not_normal else ALL_NORMAL
 
 
-def share(text: str) -> tuple[int, int]:
-    """The first image and the step of a shard "i/n".
+def parse_shard(text: str) -> tuple[int, int]:
+    """Return the index of the first image and the step of a shard "i/n".
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the text is not a shard.
     """
-    given = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if given is None or not 1 <= int(given[1]) <= int(given[2]):
-        raise ConfigError(f"--shard must be i/n with 1 <= i <= n, as 2/4, got {text!r}.")
-    return int(given[1]) - 1, int(given[2])
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ConfigError(f"--shard must be i/n with 1 <= i <= n, such as 2/4, got {text!r}.")
+    return int(match[1]) - 1, int(match[2])
 
 
 def find(arguments: list[str], listed: Path | None = None) -> Iterator[str]:
-    """The images that the arguments name, in their order, then those of a list; those of a folder sorted by path.
+    """Return the paths of the images in the order of the arguments, then those of a list. Folders are sorted by path.
 
-    A file is taken whatever its ending; what is no file is passed on too, so that it is reported in its place.
+    A file may have any suffix. A path that does not exist is returned too, so that it is reported in its position.
 
     Raises:
-        DataError: nothing is named, a folder without images, a pattern that nothing matches, or a list that cannot be
-            read; before the first image is opened.
+        DataError: no image is given, a folder has no images, a pattern matches nothing, or the list does not exist.
     """
     sources: list[Iterable[str]] = []
     for argument in arguments:
@@ -129,24 +133,24 @@ def find(arguments: list[str], listed: Path | None = None) -> Iterator[str]:
         elif os.path.isdir(argument):
             if next(in_folder(argument), None) is None:
                 raise DataError(
-                    f"{argument} holds no image. Name a folder with images, or the files themselves."
+                    f"The folder {argument} contains no image. Give a folder with images, or image files."
                 )
             sources.append(in_folder(argument))
         elif glob.has_magic(argument) and not os.path.exists(argument):
             matches = sorted(glob.glob(argument, recursive=True))
             if not matches:
-                raise DataError(
-                    f"Nothing matches {argument!r}. Check the pattern; ** stands for any folders."
-                )
+                raise DataError(f"No file matches {argument!r}. Check the pattern. ** matches any folders.")
             sources.append(matches)
         else:
             sources.append([argument])
     if listed is not None:
         if not listed.is_file():
-            raise DataError(f"There is no list {listed}. Name a file with the path of an image on each line.")
+            raise DataError(
+                f"The list {listed} does not exist. Give a file with the path of an image on each line."
+            )
         sources.append(_listed(listed))
     if not sources:
-        raise DataError("No image is named. Give files, folders, patterns, - for stdin, or --list FILE.")
+        raise DataError("No image is given. Give files, folders, patterns, - for stdin, or --list FILE.")
     return chain.from_iterable(sources)
 
 
@@ -156,25 +160,25 @@ def _listed(path: Path) -> Iterator[str]:
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:
-    """One path a line; empty lines are none."""
+    """Yield one path a line, without empty lines."""
     for text in file:
         if path := text.rstrip("\r\n"):
             yield path
 
 
 def in_folder(folder: str) -> Iterator[str]:
-    """Every image below a folder; what is hidden is left out."""
+    """Yield every image below a folder, without hidden files and folders."""
     from normweave.data.layouts import IMAGES
 
-    for place, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             if not name.startswith(".") and name.lower().endswith(IMAGES):
-                yield os.path.join(place, name)
+                yield os.path.join(parent, name)
 
 
-def line(outcome: "Outcome") -> str:
-    """What a person reads of one image; what needs looking at stands in capitals."""
+def summary(outcome: "Outcome") -> str:
+    """Return one line of text. A verdict that is not normal is in capital letters."""
     if outcome.error is not None:
         return f"UNREADABLE  {outcome.image_path}: {outcome.error}"
     verdict = str(outcome.verdict)
@@ -185,23 +189,22 @@ def line(outcome: "Outcome") -> str:
     )
 
 
-def check_places(output: Path | None, maps: Path | None, *, resume: bool = False) -> None:
-    """Refuse places that cannot be written to before any image is judged."""
-    if output is not None and output.suffix not in TABLES:
-        raise unknown("ending of a table", output.suffix, TABLES, f"Got {output}.")
+def check_outputs(output: Path | None, maps: Path | None, *, resume: bool = False) -> None:
+    """Check the output paths before the first image is predicted."""
+    if output is not None and output.suffix not in FORMATS:
+        raise unknown("suffix of --output", output.suffix, FORMATS, f"Got {output}.")
     if resume and output is None:
-        raise ConfigError("--resume goes on with a table. Name it with --output.")
+        raise ConfigError("--resume needs a table of an interrupted run. Give its path with --output.")
     if maps is not None and maps.exists() and (not maps.is_dir() or (any(maps.iterdir()) and not resume)):
-        raise DataError(f"{maps} is not empty; maps of two runs would mix. Name a new folder for --maps.")
-
-
-# ── maps ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+        raise DataError(
+            f"{maps} is not empty: the maps of two runs would mix. Give a new folder with --maps."
+        )
 
 
 def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
-    """Keep a map as numbers, and as a picture laid over the image; the path of the numbers.
+    """Save an anomaly map as .npy and as a .png overlay on the image, and return the path of the .npy file.
 
-    Files are called after the image and numbered in the order of the run, so that no two have the same name.
+    File names consist of the number of the image in the run and its name, so that they are unique.
     """
     import numpy as np
     from PIL import Image
@@ -209,13 +212,13 @@ def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
     from normweave.data.images import decode
     from normweave.maps.overlay import overlay
 
-    assert outcome.anomaly_map is not None  # the stream was asked for maps
-    assert outcome.image_path is not None  # images of the command line are files
+    assert outcome.anomaly_map is not None  # `stream` was called with maps=True
+    assert outcome.image_path is not None  # the images are files
     assert outcome.threshold is not None
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(outcome.image_path).stem)[:80]
     path = folder / f"{number:06d}-{stem}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(path, outcome.anomaly_map, allow_pickle=False)
-    picture = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=outcome.threshold)
-    Image.fromarray(picture).save(path.with_suffix(".png"))
+    image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=outcome.threshold)
+    Image.fromarray(image).save(path.with_suffix(".png"))
     return path

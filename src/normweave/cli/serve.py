@@ -1,4 +1,4 @@
-"""`normweave serve`: a bundle behind REST and a page."""
+"""`normweave serve`: a server with a REST interface and web pages for a bundle."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,53 +23,70 @@ def serve(
     terminal: Terminal,
     bundle: options.Bundle,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0 allows other machines.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 = any free port.")] = 8080,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of what is kept.", show_default="'inspections' beside the bundle"),
+        typer.Option(help="Folder of the inspections.", show_default="'inspections' next to the bundle"),
     ] = None,
     database: Annotated[
         str | None,
-        typer.Option(help="postgresql://… instead of SQLite in that folder.", show_default=False),
+        typer.Option(
+            help="postgresql://… instead of SQLite in the folder of the inspections.", show_default=False
+        ),
     ] = None,
     watch: Annotated[
-        Path | None, typer.Option(help="Folder of a camera to inspect images from.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of a camera. New images in it are inspected.", show_default=False),
     ] = None,
     new_token: Annotated[
         str | None,
-        typer.Option(help="Make another token, for an operator or an engineer.", show_default=False),
+        typer.Option(help="Create another token with this role: operator or engineer.", show_default=False),
     ] = None,
-    no_token: Annotated[bool, typer.Option("--no-token", help="Ask for none; on this machine only.")] = False,
+    no_token: Annotated[
+        bool, typer.Option("--no-token", help="Do not require tokens. Only for connections of this machine.")
+    ] = False,
     tls_certificate: Annotated[
-        Path | None, typer.Option(help="PEM file, to be reached by https.", show_default=False)
+        Path | None, typer.Option(help="PEM file of the certificate, for https.", show_default=False)
     ] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="Its key.", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="PEM file of its key.", show_default=False)] = None,
     keep_days: Annotated[
         float,
-        typer.Option(min=0, help="Remove older inspections; 0: never.", rich_help_panel=_LIMITS),
+        typer.Option(min=0, help="Remove inspections older than this. 0 = never.", rich_help_panel=_LIMITS),
     ] = 0,
     keep_gib: Annotated[
         float,
-        typer.Option(min=0, help="Remove the oldest images beyond this; 0: never.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=0,
+            help="Remove the oldest images if they take more space. 0 = never.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 0,
     max_waiting: Annotated[
         int,
-        typer.Option(min=1, help="Images that may wait; beyond, the answer is 429.", rich_help_panel=_LIMITS),
+        typer.Option(
+            min=1, help="The most waiting images. Further requests get status 429.", rich_help_panel=_LIMITS
+        ),
     ] = 64,
-    max_images: Annotated[int, typer.Option(min=1, help="In one request.", rich_help_panel=_LIMITS)] = 32,
-    max_image_mib: Annotated[float, typer.Option(help="Of one image.", rich_help_panel=_LIMITS)] = 32,
-    max_megapixels: Annotated[float, typer.Option(help="Of one image.", rich_help_panel=_LIMITS)] = 50,
+    max_images: Annotated[
+        int, typer.Option(min=1, help="The most images of one request.", rich_help_panel=_LIMITS)
+    ] = 32,
+    max_image_mib: Annotated[
+        float, typer.Option(help="Largest file size of an image.", rich_help_panel=_LIMITS)
+    ] = 32,
+    max_megapixels: Annotated[
+        float, typer.Option(help="Largest number of pixels of an image.", rich_help_panel=_LIMITS)
+    ] = 50,
 ) -> int:
-    """Judge images that come over the network or into a folder, and keep what was said. Needs no torch.
+    """Inspect images from the network or a folder, and store the results. Needs no torch.
 
-    At the first start a token for each role is made and shown, once.
+    The first start creates a token for each role and prints it once.
     """
     if (tls_certificate is None) != (tls_key is None):
-        raise ConfigError("TLS takes both: --tls-certificate and --tls-key.")
+        raise ConfigError("TLS needs both --tls-certificate and --tls-key.")
     if watch is not None and not watch.is_dir():
-        raise DataError(f"There is no folder {watch} to follow. Make it first, or leave --watch out.")
+        raise DataError(f"The folder {watch} does not exist. Create it, or leave out --watch.")
     try:
         from normweave import serve as server
         from normweave.serve import process
@@ -83,13 +100,13 @@ def serve(
         from normweave.serve.watch import Watch
     except ImportError as error:
         raise MissingError(
-            f'To serve, {error.name} is needed, which is not installed: pip install "normweave[serve]"'
+            f'The server needs {error.name}, which is not installed: pip install "normweave[serve]"'
         ) from error
     from normweave.detector import Detector
 
     if no_token and not is_loopback(host):
         raise ConfigError(
-            f"--no-token lets everyone who reaches {host} do everything. Listen on 127.0.0.1, or ask for tokens."
+            f"--no-token gives everyone who can connect to {host} all rights. Listen on 127.0.0.1, or use tokens."
         )
     certificate = None
     if tls_certificate is not None and tls_key is not None:
@@ -97,7 +114,7 @@ def serve(
         process.check_certificate(*certificate)
     if new_token is not None and new_token not in get_args(Role):
         raise unknown(
-            "role", new_token, get_args(Role), "An operator inspects and reviews, an engineer does all."
+            "role", new_token, get_args(Role), "An operator inspects and reviews. An engineer has all rights."
         )
     config = ServeConfig(
         max_waiting=max_waiting,
@@ -108,7 +125,7 @@ def serve(
         keep_days=keep_days,
         keep_gib=keep_gib,
     )
-    runtime = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
+    detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     folder = bundle.resolve().parent / "inspections" if data is None else data
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -119,12 +136,12 @@ def serve(
         stack.callback(store.close)
         listening = stack.enter_context(process.listen(host, port))
         access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
-        made = [] if access is None else access.create_first_tokens()
+        tokens = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
-            made.append(
+            tokens.append(
                 access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator")
             )
-        service = InspectionService(runtime, store=store, files=files, config=config)
+        service = InspectionService(detector, store=store, files=files, config=config)
         stack.callback(service.stop)
         app = server.create_app(
             service,
@@ -132,22 +149,25 @@ def serve(
             watch=None if watch is None else Watch(watch.resolve(), service=service),
         )
         address = listening.getsockname()
-        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
-        url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"
+        name = f"[{address[0]}]" if ":" in address[0] else address[0]
+        url = f"{'http' if certificate is None else 'https'}://{name}:{address[1]}"
         if terminal.json:
-            tokens = [{"name": one.token.name, "role": one.token.role, "token": one.secret} for one in made]
             terminal.record(
-                {"url": url, "bundle_hash": runtime.bundle_hash, "data": str(folder), "tokens": tokens}
+                {
+                    "url": url,
+                    "bundle_hash": detector.bundle_hash,
+                    "data": str(folder),
+                    "tokens": [
+                        {"name": new.token.name, "role": new.token.role, "token": new.secret}
+                        for new in tokens
+                    ],
+                }
             )
         else:
-            for one in made:
-                terminal.show(f"Token of the {one.token.role}, shown this once: {one.secret}")
-            terminal.show(
-                f"{bundle} is at work at {url}; what it says is kept in {folder}. Stop it with Ctrl+C."
-            )
+            for new in tokens:
+                terminal.show(f"Token of the {new.token.role}, printed only once: {new.secret}")
+            terminal.show(f"Serving {bundle} at {url}. Results are stored in {folder}. Stop with Ctrl+C.")
         if certificate is None and not is_loopback(host):
-            terminal.remark(
-                "Tokens and images cross the network in the clear: use TLS, or a proxy that does."
-            )
+            terminal.remark("Tokens and images are sent unencrypted: use TLS, or a proxy with TLS.")
         process.run(app, listening, config=config, certificate=certificate)
     return ALL_NORMAL

@@ -1,6 +1,6 @@
-"""What every command shares: six options, errors as exit codes, one place to speak.
+"""Options of every command, output to the terminal, and exit codes.
 
-Results go to stdout, remarks and progress to stderr. With --json stdout holds JSON only, an error too:
+Results go to stdout, remarks and progress to stderr. With --json, stdout is JSON only. An error is then
 `{"error": ..., "exit_code": ...}`.
 """
 
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from normweave.errors import MissingError, NormweaveError
 
@@ -32,31 +33,29 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 _PANEL = "Every command"
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.", rich_help_panel=_PANEL)]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)]
 _Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="No remarks, no progress.", rich_help_panel=_PANEL)
+    bool, typer.Option("--quiet", "-q", help="Print no remarks and no progress.", rich_help_panel=_PANEL)
 ]
 _Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log more; show where an error arose.", rich_help_panel=_PANEL)
+    bool, typer.Option("--verbose", "-v", help="Log more, and print tracebacks.", rich_help_panel=_PANEL)
 ]
-_Seed = Annotated[
-    int | None, typer.Option(min=0, help="Seed of everything drawn at random.", rich_help_panel=_PANEL)
-]
+_Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers.", rich_help_panel=_PANEL)]
 _Device = Annotated[
     str,
     typer.Option(
-        help="auto, cpu, cuda or cuda:N; to run a bundle also openvino or openvino:GPU.",
+        help="auto, cpu, cuda or cuda:N. For a bundle also openvino or openvino:GPU.",
         rich_help_panel=_PANEL,
     ),
 ]
 _Threads = Annotated[
-    int | None, typer.Option(min=1, help="Processor threads to use.", rich_help_panel=_PANEL)
+    int | None, typer.Option(min=1, help="The number of CPU threads.", rich_help_panel=_PANEL)
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terminal:
-    """How a command was asked to speak, and the options that every command has."""
+    """The options of every command, and its output."""
 
     json: bool = False
     quiet: bool = False
@@ -66,31 +65,31 @@ class Terminal:
     threads: int | None = None
 
     def record(self, values: dict[str, Any]) -> None:
-        """One JSON object, on one line of stdout."""
+        """Print one JSON object on one line of stdout."""
         typer.echo(json_text.dumps(values, allow_nan=False, ensure_ascii=False))
 
     def show(self, *parts: "RenderableType") -> None:
-        """Text and tables, to stdout."""
+        """Print text and tables to stdout."""
         for part in parts:
             if isinstance(part, str):
                 typer.echo(part)
                 continue
-            # Rich on its own would answer a closed pipe with exit code 1, and that is a verdict.
+            # Rich exits with code 1 at a closed pipe, but here 1 means an anomalous image: print by typer.echo.
             console = _console(stderr=False)
-            wanted = console.measure(part, options=console.options.update_width(1000)).maximum
-            console.width = max(console.width, wanted)  # a number that is cut off is none
+            width = console.measure(part, options=console.options.update_width(1000)).maximum
+            console.width = max(console.width, width)  # never truncate a number
             with console.capture() as text:
                 console.print(part)
             typer.echo(text.get(), nl=False)
 
     def remark(self, text: str) -> None:
-        """Something worth knowing that is no result, to stderr."""
+        """Print a remark to stderr, unless --quiet."""
         if not self.quiet:
             _console(stderr=True).print(text, soft_wrap=True, style="dim")
 
     @contextmanager
     def progress(self) -> "Iterator[Progress | None]":
-        """Progress bars on stderr, where someone is watching."""
+        """Yield a progress callback that draws bars on stderr, or None if stderr is no terminal."""
         console = _console(stderr=True)
         if self.quiet or not console.is_terminal:
             yield None
@@ -101,16 +100,18 @@ class Terminal:
         with Progress(*columns, console=console) as bars:
             tasks = {}
 
-            def report(what: str, done: int, total: int) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what)
-                bars.update(tasks[what], completed=done, total=total)
+            def report(task: str, done: int, total: int) -> None:
+                if task not in tasks:
+                    tasks[task] = bars.add_task(task)
+                bars.update(tasks[task], completed=done, total=total)
 
             yield report
 
 
-def command(app: typer.Typer, name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Make a function `(terminal, **own) -> exit code` a command with its own options and those of every command."""
+def command(
+    app: typer.Typer, name: str, *, cls: type[TyperCommand] | None = None
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Register a function `(terminal, **own) -> exit code` as a command with its own and the common options."""
 
     def register(function: Callable[..., int]) -> Callable[..., int]:
         def call(
@@ -140,11 +141,11 @@ def command(app: typer.Typer, name: str) -> Callable[[Callable[..., int]], Calla
             _option("threads", _Threads, None),
         ]
         parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
-        # Typer reads both.
+        # Typer reads the signature and the annotations.
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         call.__doc__ = function.__doc__
-        app.command(name)(call)
+        app.command(name, cls=cls)(call)
         return function
 
     return register
@@ -155,7 +156,7 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _exit_code(terminal: Terminal, work: Callable[[], int]) -> int:
-    """Do the work; whatever it raises becomes words and an exit code, of which 1 is never one: that is a verdict."""
+    """Call `work` and return its exit code. An exception is printed and never becomes 1: that is a verdict."""
     logging.basicConfig(level=logging.INFO if terminal.verbose else logging.WARNING)
     try:
         return work()
@@ -165,14 +166,14 @@ def _exit_code(terminal: Terminal, work: Callable[[], int]) -> int:
         package = (error.name or "").partition(".")[0]
         if package == "normweave":
             raise
-        message = f'{package} is not installed, and this needs it: pip install "normweave[train]"'
+        message = f'This command needs {package}, which is not installed: pip install "normweave[train]"'
         return _fail(terminal, message, MissingError.exit_code)
     except BrokenPipeError:
-        # Whoever read us has gone, as `head` does; the interpreter must not complain when it flushes at the end.
+        # The reader has closed the pipe, as `head` does. The interpreter flushes stdout at exit: redirect it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except OSError as error:
-        return _fail(terminal, f"{error}. Look at the path, its permissions and the space on the disk.", 2)
+        return _fail(terminal, f"{error}. Check the path, its permissions and the free space of the disk.", 2)
     except KeyboardInterrupt:
         return _fail(terminal, "Interrupted.", INTERRUPTED)
     except Exception as error:
@@ -193,7 +194,7 @@ def _fail(terminal: Terminal, message: str, exit_code: int) -> int:
 
 
 def _limit_threads(threads: int) -> None:
-    # numpy's and torch's libraries read this when they are loaded, which no command has done yet.
+    # The libraries of numpy and torch read this when they are loaded, which is later.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(threads)

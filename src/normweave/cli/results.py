@@ -1,7 +1,7 @@
-"""Tables of results, written row by row and whole at the end; an interrupted one can be gone on with.
+"""Result tables as JSON lines, CSV or Parquet, written row by row, that an interrupted run can resume.
 
-Every row is a line of JSON in `NAME.partial`, and there before the next image is judged. When all are, the table is
-made from them under its own name, and the lines are gone.
+Each row is written to `NAME.partial` as a line of JSON before the next image is predicted. At the end the table is made
+from these lines under its own name, and the partial file is removed.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Row = dict[str, Any]
 ROWS_A_GROUP = 1000
 
 
-class Journal:
-    """The rows of a table while it grows.
+class ResultWriter:
+    """Write a table of outcomes, from which an interrupted run can resume.
 
     Args:
-        table: its name, of an ending in `TABLES`.
-        resume: go on behind the rows that an interrupted call left.
-        bundle_hash: of the bundle that judges; rows of another one are not gone on with.
+        table: path of the table, with a suffix of `FORMATS`.
+        resume: continue after the rows of an interrupted run.
+        bundle_hash: identifies the bundle. Rows of another bundle are refused.
 
     Attributes:
-        done: rows that were there already.
-        not_normal, unreadable: how many of them.
+        done: the number of rows of the interrupted run.
+        not_normal, unreadable: how many of these rows are not normal, or are of unreadable images.
 
     Raises:
-        DataError: an interrupted call left rows and `resume` is not set, or they are no rows of this bundle.
+        DataError: an interrupted run left rows and `resume` is false, or the rows are not of this bundle.
     """
 
     def __init__(self, table: Path, *, resume: bool, bundle_hash: str | None) -> None:
@@ -49,43 +49,42 @@ class Journal:
         table.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists() and not resume:
             raise DataError(
-                f"{self.path} is left from an interrupted call. Go on with it (--resume), or remove it to begin anew."
+                f"{self.path} contains results of an interrupted run. Resume it (--resume), or remove the file."
             )
         if resume and table.exists() and not self.path.exists():
-            raise DataError(f"{table} is whole: its call was not interrupted. Nothing is left to go on with.")
+            raise DataError(f"{table} is complete: no interrupted run can be resumed. Leave out --resume.")
         if table.suffix == ".parquet":
-            import pyarrow.parquet  # noqa: F401 - where it is missing, that is said before the first image
+            import pyarrow.parquet  # noqa: F401 - fails before the first image if it is not installed
         self._file = self.path.open("a+b")
         try:
-            self._keep_whole_lines()
+            self._remove_incomplete_line()
             self._count(bundle_hash)
         except DataError:
             self._file.close()
             raise
+
+    def _remove_incomplete_line(self) -> None:
+        self._file.seek(0)
+        complete = sum(len(text) for text in self._file if text.endswith(b"\n"))
+        self._file.truncate(complete)
+        self._file.seek(complete)
 
     def _count(self, bundle_hash: str | None) -> None:
         for row in self.rows():
             if row.get("bundle_hash") not in (bundle_hash, None):
                 raise DataError(
                     f"{self.path} was written with another bundle ({row['bundle_hash']:.12}…, this is "
-                    f"{bundle_hash:.12}…). Go on with that one, or remove the file to begin anew."
+                    f"{bundle_hash:.12}…). Resume with that bundle, or remove the file."
                 )
             self.done += 1
             self.unreadable += row["error"] is not None
             self.not_normal += row["verdict"] in ("anomalous", "unknown")
 
-    def _keep_whole_lines(self) -> None:
-        """Cut off what a kill left of a line."""
-        self._file.seek(0)
-        whole = sum(len(text) for text in self._file if text.endswith(b"\n"))
-        self._file.truncate(whole)
-        self._file.seek(whole)
-
     def rows(self) -> Iterator[Row]:
-        """Every row, in its order.
+        """Yield every row in order.
 
         Raises:
-            DataError: a line is no row.
+            DataError: a line is not a result.
         """
         with self.path.open(encoding="utf-8", errors="surrogatepass") as file:
             for number, text in enumerate(file, 1):
@@ -94,49 +93,45 @@ class Journal:
                     row["image_path"], row["error"], row["verdict"]
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
-                        f"Line {number} of {self.path} is no result ({error}). Remove the file to begin anew."
+                        f"Line {number} of {self.path} is not a result ({error}). Remove the file."
                     ) from error
                 yield row
 
     def skip(self, paths: Iterator[str], *, keep: int) -> list[str]:
-        """Take the images that are done from the paths; the last `keep` of them come back.
+        """Advance `paths` over the images that are done, and return the last `keep` of them.
 
         Raises:
-            DataError: they are other images than those of the rows.
+            DataError: the paths are not those of the rows.
         """
         last: deque[str] = deque(maxlen=keep)
         for number, row in enumerate(self.rows(), 1):
             path = next(paths, None)
             if path != row["image_path"]:
                 raise DataError(
-                    f"Row {number} of {self.path} is of {row['image_path']}, but image {number} of this call is "
-                    f"{path}. Name the same images in the same order (for a folder that changes: --list), or remove "
-                    "the file to begin anew."
+                    f"Row {number} of {self.path} is {row['image_path']}, but image {number} of this run is {path}. "
+                    "Give the same images in the same order (use --list for a folder that changes), or remove the file."
                 )
             last.append(row["image_path"])
         return list(last)
 
     def write(self, row: Row) -> None:
-        """Add a row; it is there when this returns."""
-        self._file.write(
-            (json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-        )
+        """Append a row and flush it."""
+        text = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
+        self._file.write(text.encode("utf-8", "surrogatepass"))
         self._file.flush()
 
     def __enter__(self) -> Self:
-        """Begin."""
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exc_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Make the table, or leave the rows to be gone on with."""
         self._file.close()
-        if kind is not None:
+        if exc_type is not None:
             if self.path.stat().st_size == 0:
                 self.path.unlink()
             return
-        write = TABLES[self.table.suffix]
+        write = FORMATS[self.table.suffix]
         if write is None:
             os.replace(self.path, self.table)
             return
@@ -146,11 +141,8 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
 
-# ── the tables ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def comma_separated(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
-    """Write a CSV file with these columns; lists are JSON in their cells."""
+def write_csv(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
+    """Write a CSV file with these columns. Lists are JSON in their cells."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [column.name for column in columns])
         writer.writeheader()
@@ -160,7 +152,7 @@ def comma_separated(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeCo
             )
 
 
-def parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
+def write_parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
     """Write a Parquet file with these columns, in row groups of a thousand, so that memory stays bounded."""
     import pyarrow
     import pyarrow.parquet
@@ -179,8 +171,8 @@ def parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 
-TABLES: dict[str, Callable[[Iterator[Row], Path, Sequence[OutcomeColumn]], None] | None] = {
-    ".jsonl": None,  # the journal itself, one JSON object a line
-    ".csv": comma_separated,
-    ".parquet": parquet,
+FORMATS: dict[str, Callable[[Iterator[Row], Path, Sequence[OutcomeColumn]], None] | None] = {
+    ".jsonl": None,  # the partial file itself
+    ".csv": write_csv,
+    ".parquet": write_parquet,
 }

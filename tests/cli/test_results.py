@@ -1,11 +1,11 @@
-"""Tables come back as they were written; what a kill leaves is gone on with."""
+"""Tables contain the rows that were written. An interrupted run can be resumed."""
 
 import csv
 import json
 
 import pytest
 
-from normweave.cli.journal import ROWS_A_GROUP, Journal
+from normweave.cli.results import ROWS_A_GROUP, ResultWriter
 from normweave.errors import DataError
 from normweave.types import DefectBox, Outcome
 
@@ -24,15 +24,15 @@ OUTCOME = Outcome(
 
 
 def opened(path, *, resume=False, bundle_hash="b" * 64):
-    return Journal(path, resume=resume, bundle_hash=bundle_hash)
+    return ResultWriter(path, resume=resume, bundle_hash=bundle_hash)
 
 
 def written(path, outcomes):
-    with opened(path) as journal:
+    with opened(path) as writer:
         for number, outcome in enumerate(outcomes, 1):
-            journal.write(outcome.as_dict())
-            assert not path.exists()  # a table has its name when it is whole
-            assert len(journal.path.read_bytes().splitlines()) == number  # each row is there at once
+            writer.write(outcome.as_dict())
+            assert not path.exists()  # a table gets its name when it is complete
+            assert len(writer.path.read_bytes().splitlines()) == number  # each row is written at once
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -61,10 +61,10 @@ def test_csv_comes_back(tmp_path):
 def test_parquet_comes_back_in_groups(tmp_path, count):
     from pyarrow import parquet
 
-    with opened(tmp_path / "r.parquet") as journal:
+    with opened(tmp_path / "r.parquet") as writer:
         for number in range(count):
             last = number == count - 1
-            journal.write((OUTCOME if last else Outcome(image_path=f"{number}.png", error="x")).as_dict())
+            writer.write((OUTCOME if last else Outcome(image_path=f"{number}.png", error="x")).as_dict())
     assert [file.name for file in tmp_path.iterdir()] == ["r.parquet"]
     back = parquet.ParquetFile(tmp_path / "r.parquet")
     assert back.metadata.num_rows == count
@@ -76,22 +76,22 @@ def test_parquet_comes_back_in_groups(tmp_path, count):
     assert back.schema_arrow.names == list(OUTCOME.as_dict())
 
 
-def test_a_call_that_breaks_off_leaves_the_old_table_and_its_rows(tmp_path):
+def test_a_failed_run_keeps_the_old_table_and_its_rows(tmp_path):
     (tmp_path / "r.jsonl").write_text("old")
     rows = [OUTCOME.as_dict(), Outcome(image_path="x", pred_score=float("nan")).as_dict()]
-    with pytest.raises(ValueError, match="JSON"), opened(tmp_path / "r.jsonl") as journal:
-        any(map(journal.write, rows))
+    with pytest.raises(ValueError, match="JSON"), opened(tmp_path / "r.jsonl") as writer:
+        any(map(writer.write, rows))
     assert (tmp_path / "r.jsonl").read_text() == "old"
     assert json.loads((tmp_path / "r.jsonl.partial").read_text()) == OUTCOME.as_dict()
 
 
-def test_a_call_that_breaks_off_before_its_first_row_leaves_nothing(tmp_path):
+def test_a_run_that_fails_before_its_first_row_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), opened(tmp_path / "r.csv"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 
 
-# ── going on ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 PATHS = [f"{number}.png" for number in range(5)]
@@ -99,7 +99,7 @@ PATHS = [f"{number}.png" for number in range(5)]
 
 @pytest.fixture
 def interrupted(tmp_path):
-    """Three rows, and half of a fourth."""
+    """Three rows and part of a fourth."""
     path = tmp_path / "r.jsonl"
     rows = [
         Outcome(image_path="0.png", verdict="normal", bundle_hash="b" * 64),
@@ -111,36 +111,36 @@ def interrupted(tmp_path):
     return path
 
 
-def test_going_on_behind_the_last_whole_row(interrupted):
-    with opened(interrupted, resume=True) as journal:
-        assert (journal.done, journal.not_normal, journal.unreadable) == (3, 1, 1)
+def test_resuming_after_the_last_complete_row(interrupted):
+    with opened(interrupted, resume=True) as writer:
+        assert (writer.done, writer.not_normal, writer.unreadable) == (3, 1, 1)
         paths = iter(PATHS)
-        assert journal.skip(paths, keep=2) == ["1.png", "2.png"]
+        assert writer.skip(paths, keep=2) == ["1.png", "2.png"]
         for path in paths:
-            journal.write(Outcome(image_path=path).as_dict())
+            writer.write(Outcome(image_path=path).as_dict())
     rows = [json.loads(text) for text in interrupted.read_text().splitlines()]
     assert [row["image_path"] for row in rows] == PATHS
 
 
-def test_a_name_that_is_no_text(tmp_path):
-    """As the system gives it where a file's name is not UTF-8."""
+def test_a_file_name_that_is_not_utf_8(tmp_path):
+    """Python represents such a name with surrogates."""
     name = b"\xff.png".decode(errors="surrogateescape")
-    journal = opened(tmp_path / "r.jsonl")
-    journal.write(Outcome(image_path=name).as_dict())
-    journal.__exit__(KeyboardInterrupt, None, None)
-    with opened(tmp_path / "r.jsonl", resume=True) as journal:
-        assert journal.skip(iter([name]), keep=1) == [name]
+    writer = opened(tmp_path / "r.jsonl")
+    writer.write(Outcome(image_path=name).as_dict())
+    writer.__exit__(KeyboardInterrupt, None, None)
+    with opened(tmp_path / "r.jsonl", resume=True) as writer:
+        assert writer.skip(iter([name]), keep=1) == [name]
 
 
-def test_going_on_where_nothing_was_begun(tmp_path):
-    with opened(tmp_path / "r.csv", resume=True) as journal:
-        assert journal.done == 0
-        assert journal.skip(iter(PATHS), keep=0) == []
+def test_resuming_without_an_interrupted_run(tmp_path):
+    with opened(tmp_path / "r.csv", resume=True) as writer:
+        assert writer.done == 0
+        assert writer.skip(iter(PATHS), keep=0) == []
 
 
-def test_rows_of_an_interrupted_call_are_not_overwritten(interrupted):
+def test_rows_of_an_interrupted_run_are_not_overwritten(interrupted):
     with pytest.raises(
-        DataError, match=r"r\.jsonl\.partial is left from an interrupted call\. Go on with it"
+        DataError, match=r"r\.jsonl\.partial contains results of an interrupted run\. Resume it"
     ):
         opened(interrupted)
 
@@ -150,14 +150,14 @@ def test_rows_of_an_interrupted_call_are_not_overwritten(interrupted):
     [
         (
             ["0.png", "new.png", "1.png", "2.png"],
-            r"Row 2 of .* is of 1\.png, but image 2 of this call is new\.png",
+            r"Row 2 of .* is 1\.png, but image 2 of this run is new\.png",
         ),
-        (["0.png"], r"Row 2 of .* is of 1\.png, but image 2 of this call is None"),
+        (["0.png"], r"Row 2 of .* is 1\.png, but image 2 of this run is None"),
     ],
 )
 def test_other_images_are_refused(interrupted, paths, what):
-    with pytest.raises(DataError, match=what), opened(interrupted, resume=True) as journal:
-        journal.skip(iter(paths), keep=0)
+    with pytest.raises(DataError, match=what), opened(interrupted, resume=True) as writer:
+        writer.skip(iter(paths), keep=0)
     assert interrupted.with_name("r.jsonl.partial").exists()
 
 
@@ -166,14 +166,14 @@ def test_another_bundle_is_refused(interrupted):
         opened(interrupted, resume=True, bundle_hash="c" * 64)
 
 
-def test_a_table_that_is_whole_is_not_gone_on_with(tmp_path):
+def test_a_complete_table_cannot_be_resumed(tmp_path):
     written(tmp_path / "r.csv", [OUTCOME])
-    with pytest.raises(DataError, match="is whole: its call was not interrupted"):
+    with pytest.raises(DataError, match="is complete: no interrupted run"):
         opened(tmp_path / "r.csv", resume=True)
 
 
 @pytest.mark.parametrize("text", ["nonsense", "[]", "{}", "7"])
-def test_lines_that_are_no_rows(tmp_path, text):
+def test_lines_that_are_not_results(tmp_path, text):
     (tmp_path / "r.csv.partial").write_text(text + "\n")
-    with pytest.raises(DataError, match=r"Line 1 of .*r\.csv\.partial is no result"):
+    with pytest.raises(DataError, match=r"Line 1 of .*r\.csv\.partial is not a result"):
         opened(tmp_path / "r.csv", resume=True)

@@ -347,7 +347,7 @@ def synthetic_anomalies(
 
     def add_defect(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         other, rng = source_of(row)
-        return synthetic.damage(images.load(fit_rows[row % n]), images.load(fit_rows[other]), rng=rng)
+        return synthetic.add_defect(images.load(fit_rows[row % n]), images.load(fit_rows[other]), rng=rng)
 
     def key(row: int) -> str:
         own, other = images.keys[fit_rows[row % n]], images.keys[fit_rows[source_of(row)[0]]]

@@ -35,7 +35,7 @@ def test_faults_are_listed_with_exit_code_2(cloth, tmp_path):
     found = json.loads(run("data", "check", data, "--json").stdout)
     assert found["images"] == 42
     assert sum(row["good"] + row["anomalous"] for row in found["counts"]) == 42
-    assert {"unreadable image", "missing mask"} == {fault["kind"] for fault in found["faults"]}
+    assert {"unreadable image", "missing mask"} == {fault["type"] for fault in found["faults"]}
     assert str(broken) in {fault["path"] for fault in found["faults"]}
 
 

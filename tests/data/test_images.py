@@ -1,4 +1,4 @@
-"""Every format and every refusal, with pixels known from outside."""
+"""Every format and every refusal, with pixels known from other sources."""
 
 import io
 import struct
@@ -15,7 +15,7 @@ from normweave.errors import DataError, ImageError
 
 
 @pytest.fixture
-def picture():
+def pixels():
     """(12, 20, 3): every pixel another colour, no symmetry, so that any turn or swap shows."""
     rows, columns = np.mgrid[0:12, 0:20]
     return np.stack([rows * 20, columns * 12, rows + columns], axis=2).astype(np.uint8)
@@ -30,8 +30,8 @@ def saved(image, ending, **how):
 def png(height, width, *, bits=8, colour=2, rows=b"", extra=b""):
     """A PNG by hand (ISO 15948), for what Pillow does not write."""
 
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + extra
@@ -39,13 +39,13 @@ def png(height, width, *, bits=8, colour=2, rows=b"", extra=b""):
 
 
 @pytest.mark.parametrize("ending", ["png", "bmp", "tif", "webp"])
-def test_lossless_formats_come_back_exactly(picture, ending, tmp_path):
+def test_lossless_formats_come_back_exactly(pixels, ending, tmp_path):
     how = {"lossless": True} if ending == "webp" else {}
     path = tmp_path / f"part.{ending}"
-    path.write_bytes(saved(Image.fromarray(picture), ending, **how))
-    np.testing.assert_array_equal(decode(path), picture)
-    np.testing.assert_array_equal(decode(str(path)), picture)
-    np.testing.assert_array_equal(decode(path.read_bytes()), picture)
+    path.write_bytes(saved(Image.fromarray(pixels), ending, **how))
+    np.testing.assert_array_equal(decode(path), pixels)
+    np.testing.assert_array_equal(decode(str(path)), pixels)
+    np.testing.assert_array_equal(decode(path.read_bytes()), pixels)
     assert size(path) == (12, 20)
 
 
@@ -56,14 +56,14 @@ def test_jpeg_comes_back_nearly():
     assert np.abs(got.astype(int) - smooth).max() <= 3
 
 
-def test_grey_is_repeated(picture):
-    grey = picture[..., 0]
+def test_grey_is_repeated(pixels):
+    grey = pixels[..., 0]
     np.testing.assert_array_equal(decode(saved(Image.fromarray(grey), "png")), np.stack([grey] * 3, axis=2))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_alpha_is_dropped_not_blended(picture, mode):
-    want = picture if mode == "RGBA" else np.stack([picture[..., 0]] * 3, axis=2)
+def test_alpha_is_dropped_not_blended(pixels, mode):
+    want = pixels if mode == "RGBA" else np.stack([pixels[..., 0]] * 3, axis=2)
     image = Image.fromarray(want).convert(mode)
     image.putalpha(7)
     np.testing.assert_array_equal(decode(saved(image, "png")), want)
@@ -118,11 +118,11 @@ def test_16_bit_colour_png():
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_puts_the_image_upright(ending, orientation):
-    """An upright picture with its brightest corner top left, stored as each camera position would (CIPA DC-008)."""
+def test_exif_orientation_makes_the_image_upright(ending, orientation):
+    """An upright image with its brightest corner top left, stored as each camera orientation would (CIPA DC-008)."""
     upright = np.zeros((32, 48), np.uint8)
     upright[:8, :8], upright[:8, -8:] = 255, 128
-    # The tag says where the stored first row and first column belong: the inverse of how to put it upright.
+    # The tag is the position of the stored first row and column: the inverse of the transform to upright.
     stored = {
         1: upright,
         2: upright[:, ::-1],
@@ -141,16 +141,16 @@ def test_exif_orientation_puts_the_image_upright(ending, orientation):
     assert np.abs(got - upright)[[2, 2, -3, -3], [2, -3, 2, -3]].max() < 20
 
 
-def test_exif_behind_the_pixels_counts_too(picture):
+def test_exif_after_the_pixels_is_used(pixels):
     exif = Image.Exif()
     exif[0x0112] = 6
     body = exif.tobytes()[6:]
     chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
-    source = png(12, 20, rows=b"".join(b"\0" + row.tobytes() for row in picture), extra=chunk)
+    source = png(12, 20, rows=b"".join(b"\0" + row.tobytes() for row in pixels), extra=chunk)
     assert size(source) == (20, 12) == decode(source).shape[:2]
 
 
-def test_damaged_exif_does_not_cost_the_image():
+def test_corrupt_exif_is_ignored():
     source = saved(Image.new("RGB", (20, 12), (9, 8, 7)), "png", exif=b"Exif\0\0no TIFF header")
     assert decode(source)[0, 0].tolist() == [9, 8, 7]
 
@@ -178,16 +178,16 @@ def test_arrays(channels, dtype):
     assert got.dtype == np.uint8
 
 
-def test_the_caller_may_go_on_changing_its_array(picture):
-    got = decode(picture)
+def test_the_result_is_a_copy(pixels):
+    got = decode(pixels)
     before = got.copy()
-    picture[:] = 0
+    pixels[:] = 0
     np.testing.assert_array_equal(got, before)
 
 
-def test_pil_image(picture):
-    np.testing.assert_array_equal(decode(Image.fromarray(picture)), picture)
-    assert size(Image.fromarray(picture)) == (12, 20)
+def test_pil_image(pixels):
+    np.testing.assert_array_equal(decode(Image.fromarray(pixels)), pixels)
+    assert size(Image.fromarray(pixels)) == (12, 20)
 
 
 def test_float_tiff_in_0_to_1():
@@ -206,7 +206,7 @@ NAN = np.full((9, 9), np.nan, np.float32)
         (saved(Image.new("L", (9, 9)), "gif"), "not an image that can be read"),
         (
             saved(Image.new("L", (1, 1)), "png"),
-            r"too small, 1 x 1 pixels .* Allowed: 8 pixels or more a side",
+            r"too small, 1 x 1 pixels .* Allowed: 8 pixels or more per side",
         ),
         (saved(Image.new("L", (7, 900)), "png"), "too small, 900 x 7 pixels"),
         (
@@ -214,7 +214,7 @@ NAN = np.full((9, 9), np.nan, np.float32)
             "too large, refused before decoding: .*400000000 pixels.* Allowed: up to 150,000,000",
         ),
         (png(13000, 12000), r"too large, refused before decoding: 13000 x 12000 pixels \(height x width\)"),
-        (png(100, 100, rows=b"\0" * 50), "truncated or damaged"),
+        (png(100, 100, rows=b"\0" * 50), "truncated or corrupt"),
         (np.zeros((9, 9), np.int64), "values of type int64. Allowed: uint8, uint16, or float in 0..1"),
         (np.zeros((9, 9), bool), "values of type bool"),
         (np.zeros((3, 9, 9), np.uint8), r"shape \(3, 9, 9\).*transpose\(1, 2, 0\)"),
@@ -227,13 +227,13 @@ NAN = np.full((9, 9), np.nan, np.float32)
         (np.full((9, 9), 200.0), "floats from 200 to 200. Allowed: floats in 0..1"),
         (
             saved(Image.fromarray(np.full((9, 9), 70000, np.int32)), "tif"),
-            r"whole numbers from 70000 to 70000.*16 bits",
+            r"integers from 70000 to 70000.*16 bits",
         ),
         (42, "cannot be read from int. Allowed: a path"),
     ],
     ids=lambda value: value[:40] if isinstance(value, str) else "",
 )
-def test_refusals_say_what_and_what_is_allowed(source, text):
+def test_invalid_inputs_are_refused(source, text):
     with pytest.raises(ImageError, match=text):
         decode(source)
 
@@ -249,9 +249,9 @@ def test_truncated_files_are_refused(ending, share, tmp_path):
         decode(path)
 
 
-def test_paths_that_are_no_image(tmp_path):
+def test_paths_that_are_not_images(tmp_path):
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("not a picture\n")
+    (tmp_path / "text.png").write_text("not an image\n")
     with pytest.raises(ImageError, match=r"gone\.png: no such file. Check the path"):
         decode(tmp_path / "gone.png")
     with pytest.raises(ImageError, match="is a folder, not an image"):
@@ -264,7 +264,7 @@ def test_paths_that_are_no_image(tmp_path):
         decode("nul\0inside.png")
 
 
-def test_a_bomb_is_refused_from_its_header(monkeypatch):
+def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch):
     def explode(*_):
         raise AssertionError("decoded")
 
@@ -280,7 +280,7 @@ def test_size_of_a_jpeg_is_read_without_its_pixels():
     assert size(whole[:700]) == (64, 96)
 
 
-def test_no_warning_gets_out_and_the_callers_filters_stay():
+def test_warnings_are_suppressed_and_the_callers_filters_stay():
     """100 million pixels make Pillow warn; warnings are errors here, from as many threads as there are."""
     source = png(10000, 10000, bits=1, colour=0)
     with warnings.catch_warnings():
@@ -296,30 +296,30 @@ def _reason(source):
         decode(source)
     except ImageError as error:
         return (
-            "truncated" if "truncated or damaged" in str(error) and "bomb" not in str(error) else str(error)
+            "truncated" if "truncated or corrupt" in str(error) and "bomb" not in str(error) else str(error)
         )
     return "decoded"
 
 
-def test_content_hash(tmp_path, picture):
-    """Known from outside: sha256 of "abc" (FIPS 180-2, B.1)."""
+def test_content_hash(tmp_path, pixels):
+    """Published value: sha256 of "abc" (FIPS 180-2, B.1)."""
     (tmp_path / "abc.png").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert content_hash(tmp_path / "abc.png") == content_hash(b"abc") == known
     assert (
-        content_hash(picture)
-        == content_hash(Image.fromarray(picture))
-        == content_hash(picture[:, ::-1][:, ::-1])
+        content_hash(pixels)
+        == content_hash(Image.fromarray(pixels))
+        == content_hash(pixels[:, ::-1][:, ::-1])
     )
-    assert content_hash(picture) != content_hash(picture.reshape(20, 12, 3))
-    assert content_hash(picture) != content_hash(picture.view(np.int8))
+    assert content_hash(pixels) != content_hash(pixels.reshape(20, 12, 3))
+    assert content_hash(pixels) != content_hash(pixels.view(np.int8))
     with pytest.raises(ImageError, match="no such file"):
         content_hash(tmp_path / "gone.png")
 
 
 @pytest.fixture
 def masked(tmp_path):
-    """Write an array or image as a mask file, give its path."""
+    """Write an array or image as a mask file and return its path."""
 
     def write(mask, ending="png"):
         path = tmp_path / f"mask.{ending}"
@@ -354,9 +354,20 @@ def painted(colour):
         np.dstack([TRUTH * np.uint8(255)] * 3 + [np.full((12, 20), 255, np.uint8)]),
         painted((128, 0, 0)),
     ],
-    ids=["0-255", "127-128", "0-1", "kinds", "1-bit", "16-bit", "16-bit 0-1", "red", "RGBA", "palette"],
+    ids=[
+        "0-255",
+        "127-128",
+        "0-1",
+        "defect types",
+        "1-bit",
+        "16-bit",
+        "16-bit 0-1",
+        "red",
+        "RGBA",
+        "palette",
+    ],
 )
-def test_masks_in_all_their_guises(mask, masked):
+def test_all_mask_formats(mask, masked):
     np.testing.assert_array_equal(read_mask(masked(mask), height=12, width=20), TRUTH)
 
 
@@ -364,7 +375,7 @@ def test_an_empty_mask_is_empty(masked):
     assert not read_mask(masked(np.zeros((12, 20), np.uint8)), height=12, width=20).any()
 
 
-def test_masks_that_mean_nothing_are_refused(masked, tmp_path):
+def test_invalid_masks_are_refused(masked, tmp_path):
     with pytest.raises(DataError, match=r"the mask has 12 x 20 pixels, its image 20 x 12 \(height x width\)"):
         read_mask(masked(TRUTH), height=20, width=12)
     with pytest.raises(DataError, match="values up to 100, none of them above half of the range"):
@@ -386,20 +397,20 @@ def test_boxes_are_filled(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("3 2 9 5\n1 2 3\n", "line 2 is '1 2 3'. Allowed: four whole numbers x1 y1 x2 y2"),
+        ("3 2 9 5\n1 2 3\n", "line 2 is '1 2 3'. Allowed: four integers x1 y1 x2 y2"),
         ("a b c d", "line 1 is 'a b c d'"),
-        ("3 2 3 5 1", "box 3 2 3 5 .* is empty or reaches out of its image of 12 x 20"),
+        ("3 2 3 5 1", "box 3 2 3 5 .* is empty or exceeds its image of 12 x 20"),
         ("3 2 21 5 1", "box 3 2 21 5 .* 0 <= x1 < x2 <= 20 and 0 <= y1 < y2 <= 12"),
     ],
 )
-def test_boxes_that_mean_nothing_are_refused(text, reason, tmp_path):
+def test_invalid_boxes_are_refused(text, reason, tmp_path):
     path = tmp_path / "boxes.txt"
     path.write_text(text)
     with pytest.raises(DataError, match=reason):
         read_mask(path, height=12, width=20)
 
 
-def test_boxes_that_are_no_text_are_refused(tmp_path):
+def test_boxes_that_are_not_text_are_refused(tmp_path):
     path = tmp_path / "boxes.txt"
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ImageError, match="cannot be read"):

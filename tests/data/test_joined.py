@@ -1,4 +1,4 @@
-"""Several data sets as one: nothing of one is taken for something of another."""
+"""Joined data sets keep their groups and categories apart."""
 
 import re
 from dataclasses import replace

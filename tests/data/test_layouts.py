@@ -1,4 +1,4 @@
-"""Made-up folders are read as their layouts say, and what is not a layout is refused with a way out."""
+"""Folders are read by their layouts, and folders of no layout are refused with a cure."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from normweave.config import DataConfig
-from normweave.data.layouts import LAYOUTS, read, recognise
+from normweave.data.layouts import read, recognise
 from normweave.data.manifest import write_manifest
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
@@ -14,7 +14,7 @@ from normweave.types import Sample
 
 @pytest.fixture
 def tree(tmp_path):
-    """Make empty files under a folder called `parts`, give the folder."""
+    """Make empty files in a folder called `parts`, and return the folder."""
 
     def make(*names):
         root = tmp_path / "parts"
@@ -28,8 +28,8 @@ def tree(tmp_path):
     return make
 
 
-def told(root, **settings):
-    """Every sample in one line."""
+def summaries(root, **settings):
+    """One tuple per sample."""
     return [
         (
             sample.image_path.relative_to(root).as_posix(),
@@ -67,13 +67,13 @@ def test_mvtec_ad(tree):
         ("cable/test/bent/000.png", "cable", None, "test", "bent", None),
         ("cable/train/good/000.png", "cable", None, "train", "good", None),
     ]
-    assert told(root, layout="mvtec_ad") == told(root) == want
+    assert summaries(root, layout="mvtec_ad") == summaries(root) == want
     assert recognise(root) == "folders"
 
 
 def test_a_root_may_be_the_category(tree):
     root = tree("train/Good/1.JPG", "test/OK/2.jpeg", "test/hole/3.tif", "ground_truth/hole/3.png")
-    assert told(root) == [
+    assert summaries(root) == [
         ("test/OK/2.jpeg", "parts", None, "test", "good", None),
         ("test/hole/3.tif", "parts", None, "test", "hole", "ground_truth/hole/3.png"),
         ("train/Good/1.JPG", "parts", None, "train", "good", None),
@@ -87,7 +87,7 @@ def test_category_and_subclass(tree):
         "cloth/blue/ground_truth/hole/1.png",
         "wood/train/normal/1.webp",
     )
-    assert told(root) == [
+    assert summaries(root) == [
         ("cloth/blue/test/hole/1.png", "cloth", "blue", "test", "hole", "cloth/blue/ground_truth/hole/1.png"),
         ("cloth/red/train/good/1.png", "cloth", "red", "train", "good", None),
         ("wood/train/normal/1.webp", "wood", None, "train", "good", None),
@@ -96,22 +96,22 @@ def test_category_and_subclass(tree):
 
 def test_without_train_and_test_the_splits_are_open(tree):
     root = tree("good/1.png", "hole/2.png", "ground_truth/hole/2_mask.png")
-    assert told(root) == [
+    assert summaries(root) == [
         ("good/1.png", "parts", None, None, "good", None),
         ("hole/2.png", "parts", None, None, "hole", "ground_truth/hole/2_mask.png"),
     ]
 
 
-def test_a_mask_that_ought_to_be_there_is_named(tree):
+def test_a_missing_mask_has_its_expected_path(tree):
     root = tree("train/good/1.png", "test/hole/2.png", "test/hole/3.png", "ground_truth/hole/2.png")
-    masks = {line[0]: line[5] for line in told(root)}
+    masks = {row[0]: row[5] for row in summaries(root)}
     assert masks["test/hole/2.png"] == "ground_truth/hole/2.png"
     assert masks["test/hole/3.png"] == "ground_truth/hole/3.png"
 
 
-def test_a_bare_folder_of_good_images(tree):
+def test_a_folder_of_good_images(tree):
     root = tree("b.png", "a.png", "notes.txt", ".hidden.png", ".cache/c.png")
-    assert told(root) == [
+    assert summaries(root) == [
         ("a.png", "parts", None, None, "good", None),
         ("b.png", "parts", None, None, "good", None),
     ]
@@ -119,14 +119,14 @@ def test_a_bare_folder_of_good_images(tree):
 
 def test_a_folder_of_folders_of_good_images(tree):
     root = tree("red/1.png", "blue/1.png", "blue/2.png")
-    assert told(root) == [
+    assert summaries(root) == [
         ("blue/1.png", "parts", "blue", None, "good", None),
         ("blue/2.png", "parts", "blue", None, "good", None),
         ("red/1.png", "parts", "red", None, "good", None),
     ]
 
 
-def test_a_manifest_in_the_folder_goes_before_its_structure(tree):
+def test_a_manifest_in_the_folder_takes_precedence(tree):
     root = tree("cloth/red/train/good/1.png")
     row = Sample(
         image_path=root / "cloth/red/train/good/1.png", category="cloth", subclass="rouge", group="roll"
@@ -146,7 +146,7 @@ TILES = [
 
 
 def test_magnetic_tiles_by_number(tree):
-    """100 and 190 lie 90 apart: one tile; 281 is 91 further: the next."""
+    """100 and 190 are 90 apart: one tile; 281 is 91 further: the next."""
     root = tree(*TILES)
     assert recognise(root) == "magnetic_tiles"
     got = {sample.image_path.name: sample for sample in read(root, DataConfig())}
@@ -184,11 +184,11 @@ def test_magnetic_tiles_with_another_name(tree):
 
 
 def test_deep_pcb(tree):
-    """Templates of the first half train; their boards are left out, so that no name is in both splits."""
+    """Templates of the first half are in train, without their boards, so that no name is in both splits."""
     names = [f"group1/{number}_{what}.jpg" for number in (1, 2, 3, 4) for what in ("temp", "test")]
     root = tree(*names, *(f"group1/{number}.txt" for number in (1, 2, 3, 4)), "LICENSE")
     assert recognise(root) == "deep_pcb"
-    assert told(root) == [
+    assert summaries(root) == [
         ("group1/1_temp.jpg", "deep_pcb", "group1", "train", "good", None),
         ("group1/2_temp.jpg", "deep_pcb", "group1", "train", "good", None),
         ("group1/3_temp.jpg", "deep_pcb", "group1", "test", "good", None),
@@ -199,6 +199,84 @@ def test_deep_pcb(tree):
     assert [sample.group for sample in read(root, DataConfig())][2:4] == ["group1/3", "group1/3"]
 
 
+VISA = """object,split,label,image,mask
+candle,train,normal,Images/0.JPG,
+candle,test,normal,Images/1.JPG,
+candle,test,anomaly,Images/2.JPG,Masks/2.png
+"""
+
+
+def test_visa_reads_its_table_and_a_missing_image_stays_in_it(tree):
+    root = tree("split_csv/1cls.csv", "Images/0.JPG")
+    (root / "split_csv/1cls.csv").write_text(VISA)
+    assert recognise(root) == "visa"
+    assert summaries(root) == [
+        ("Images/0.JPG", "candle", None, "train", "good", None),
+        ("Images/1.JPG", "candle", None, "test", "good", None),
+        ("Images/2.JPG", "candle", None, "test", None, "Masks/2.png"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ("object,", "thing,", r"columns are thing, split, .*VisA's are object, split, label, image, mask"),
+        ("train,normal", "fewshot,normal", r"row 2: split 'fewshot', label 'normal'"),
+        ("test,anomaly", "test,bad", r"row 4: split 'test', label 'bad'"),
+        ("Images/0.JPG", "", r"row 2: .*image ''"),
+    ],
+)
+def test_an_invalid_table_of_visa_is_refused(tree, old, new, text):
+    root = tree("split_csv/1cls.csv")
+    (root / "split_csv/1cls.csv").write_text(VISA.replace(old, new))
+    with pytest.raises(DataError, match=text):
+        read(root, DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "mask"),
+    [
+        ("Cloth/c1/good/0.png", "Cloth/c1/hole/1.png", "Cloth/c1/ground_truth/hole/1.png"),
+        ("Cloth/c1/good/0.png", "Cloth/c1/hole/1.png", "Cloth/c1/mask/1.png"),
+        ("Cloth/c1/test/good/0.png", "Cloth/c1/test/hole/1.png", "Cloth/c1/test/Masks/hole/1_mask.png"),
+        ("train/Cloth/c1/good/0.png", "test/Cloth/c1/hole/1.png", "ground_truth/Cloth/c1/hole/1.png"),
+        ("Cloth/train/c1/good/0.png", "Cloth/test/c1/hole/1.png", "Cloth/gt/c1/hole/1.png"),
+        ("c1/train/good/0.png", "c1/test/hole/1.png", "c1/ground_truth/hole/1_mask.png"),
+    ],
+)
+def test_texture_ad_has_split_and_mask_folders_at_any_level(tree, good, bad, mask):
+    root = tree(good, bad, mask)
+    category = "Cloth" if good.count("c1") and "Cloth" in good else "parts"
+    splits = [
+        next((part for part in name.split("/") if part in ("train", "test")), None) for name in (good, bad)
+    ]
+    assert sorted(summaries(root, layout="texture_ad"), key=lambda row: row[0][-5:]) == [
+        (good, category, "c1", splits[0], "good", None),
+        (bad, category, "c1", splits[1], "hole", mask),
+    ]
+
+
+def test_a_mask_of_another_subclass_is_not_used(tree):
+    root = tree(*(f"Cloth/{name}/0.png" for name in ("c1/good", "c2/good")), "Cloth/c1/hole/1.png")
+    root = tree("Cloth/c2/hole/1.png", "Cloth/c1/mask/1.png", "Cloth/c2/mask/2.png")
+    masks = {row[2]: row[5] for row in summaries(root, layout="texture_ad") if row[4] == "hole"}
+    assert masks == {"c1": "Cloth/c1/mask/1.png", "c2": "Cloth/c2/ground_truth/hole/1.png"}
+    root = tree("Cloth/c1/scratch/1.png", "Cloth/c1/ground_truth/hole/1.png")
+    masks = {row[4]: row[5] for row in summaries(root, layout="texture_ad") if row[2] == "c1"}
+    assert masks == {
+        "good": None,
+        "hole": "Cloth/c1/ground_truth/hole/1.png",
+        "scratch": "Cloth/c1/mask/1.png",
+    }
+
+
+def test_texture_ad_without_subclasses_is_refused(tree):
+    with pytest.raises(DataError, match=r"0\.png: folders good\. Texture-AD is read as CATEGORY/SUBCLASS"):
+        read(tree("good/0.png"), DataConfig(), layout="texture_ad")
+    with pytest.raises(DataError, match=r"folders Cloth/c1/train/test/good"):
+        read(tree("Cloth/c1/train/test/good/0.png"), DataConfig(), layout="texture_ad")
+
+
 def test_subclass_from_the_file_name(tree):
     root = tree("good/exp1_a.png", "good/exp2_b.png", "hole/exp2_c.png")
     config = DataConfig(subclass_from="filename-regex", subclass_regex="^(exp[0-9])_")
@@ -207,7 +285,10 @@ def test_subclass_from_the_file_name(tree):
         DataError, match=r"d\.png: subclass_regex '\^\(exp\[0-9\]\)_' finds no subclass in 'd'"
     ):
         read(tree("good/d.png"), config)
-    for regex, text in (("exp", "has no group. Put the part"), ("(exp", "is no regular expression: missing")):
+    for regex, text in (
+        ("exp", "has no group. Put the part"),
+        ("(exp", "is not a regular expression: missing"),
+    ):
         with pytest.raises(ConfigError, match=text):
             read(root, DataConfig(subclass_from="filename-regex", subclass_regex=regex))
 
@@ -224,7 +305,7 @@ def test_subclass_from_the_column(tree, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["auto", "none"])
-def test_subclasses_are_chosen_before_they_are_forgotten(tree, where):
+def test_subclasses_are_selected_before_they_are_removed(tree, where):
     root = tree("red/1.png", "blue/1.png")
     got = read(root, DataConfig(subclass_from=where, subclass=("blue",)))
     assert [(sample.image_path.parent.name, sample.subclass) for sample in got] == [("blue", None)]
@@ -233,50 +314,51 @@ def test_subclasses_are_chosen_before_they_are_forgotten(tree, where):
 def test_choosing(tree):
     root = tree("cloth/red/train/good/1.png", "cloth/blue/train/good/1.png", "wood/oak/train/good/1.png")
 
-    def kinds(**settings):
+    def subclasses(**settings):
         return [sample.subclass_name for sample in read(root, DataConfig(**settings))]
 
-    assert kinds() == kinds(category=("all",), subclass=("all",)) == ["cloth/blue", "cloth/red", "wood/oak"]
-    assert kinds(category=("cloth",)) == ["cloth/blue", "cloth/red"]
-    assert kinds(subclass=("red", "oak")) == ["cloth/red", "wood/oak"]
+    assert (
+        subclasses()
+        == subclasses(category=("all",), subclass=("all",))
+        == ["cloth/blue", "cloth/red", "wood/oak"]
+    )
+    assert subclasses(category=("cloth",)) == ["cloth/blue", "cloth/red"]
+    assert subclasses(subclass=("red", "oak")) == ["cloth/red", "wood/oak"]
     with pytest.raises(
         ConfigError, match=r"Unknown category 'cloht'. Did you mean 'cloth'. Known: cloth, wood"
     ):
-        kinds(category=("cloht",))
+        subclasses(category=("cloht",))
     with pytest.raises(ConfigError, match=r"Unknown subclass 'oak'.*Known: blue, red"):
-        kinds(category=("cloth",), subclass=("oak",))
+        subclasses(category=("cloth",), subclass=("oak",))
 
 
 @pytest.mark.parametrize(
     ("names", "settings", "text"),
     [
-        ([], {}, r"no images where a known layout has them; found nothing. Known: manifest, magnetic_tiles"),
+        ([], {}, r"no known layout; found nothing. Known: manifest, magnetic_tiles"),
         (["notes.txt", "a/b/c/1.png"], {}, r"found a, notes\.txt\. .*--layout.*write a manifest"),
         (
             ["test/hole/1.png"],
             {},
-            "1 anomalous images and no good one. Good images lie in folders named good",
+            "1 anomalous images and no good one. Put good images into a folder named good",
         ),
         (["train/good/notes.txt"], {}, "no images in the layout folders. Allowed endings: .bmp, .jpeg"),
-        (["train/1.png", "test/good/1.png"], {}, r"1\.png: lies in train itself. Put it into train/good"),
-        (["train/good/batch/1.png"], {}, r"1\.png: lies too deep. Put it into .*good"),
-        (["1.png", "red/1.png"], {}, r"holds images \(1\.png\) and folders of images \(red\)"),
+        (["train/1.png", "test/good/1.png"], {}, r"1\.png: is in train itself. Put it into train/good"),
+        (["train/good/batch/1.png"], {}, r"1\.png: is too deep. Put it into .*good"),
+        (["1.png", "red/1.png"], {}, r"contains images \(1\.png\) and folders of images \(red\)"),
         (["1.png"], {"layout": "mvtec_ad"}, "no images in the layout mvtec_ad"),
         (["1.png"], {"layout": "manifest"}, r"no manifest\.csv or manifest\.parquet in it"),
     ],
     ids=lambda value: ",".join(value) or "empty" if isinstance(value, list) else "",
 )
-def test_what_is_no_layout_is_refused(tree, names, settings, text):
+def test_folders_that_do_not_fit_are_refused(tree, names, settings, text):
     with pytest.raises(DataError, match=text):
         read(tree(*names), DataConfig(), **settings)
 
 
-def test_nothing_there_and_unknown_names(tree, tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no such file or folder. Give a folder of images, or a manifest"):
         read(tmp_path / "gone", DataConfig())
-    with pytest.raises(ConfigError, match=r"Unknown layout 'mvtec'. Did you mean 'mvtec_ad'"):
-        read(tree("1.png"), DataConfig(), layout="mvtec")
-    assert {"mvtec_ad", "magnetic_tiles", "deep_pcb", "folders"} <= set(LAYOUTS)
 
 
 def test_the_category_of_the_working_folder(tree, monkeypatch):

@@ -1,4 +1,4 @@
-"""The table is read as it says, refused where it says nothing, and its planted faults are all found."""
+"""Manifests are read, written, refused with a cure if invalid, and checked for faults."""
 
 import os
 from dataclasses import replace
@@ -12,14 +12,14 @@ from pyarrow import parquet
 
 from normweave.config import DataConfig
 from normweave.data import layouts
-from normweave.data.manifest import COLUMNS, check, read_manifest, write_manifest
+from normweave.data.manifest import COLUMNS, check, counts, read_manifest, write_manifest
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
 
 
 @pytest.fixture
 def table(tmp_path):
-    """Write text as a manifest, give its path."""
+    """Write text as a manifest and return its path."""
 
     def write(text, name="manifest.csv", encoding="utf-8"):
         path = tmp_path / name
@@ -29,7 +29,7 @@ def table(tmp_path):
     return write
 
 
-def picture(path, *, colour=100, size=(16, 12)):
+def image(path, *, colour=100, size=(16, 12)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", size, colour).save(path)
     return path
@@ -63,15 +63,15 @@ def test_only_the_image_is_required(table, tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    ("words", "label"),
+    ("values", "label"),
     [
         (("good", "ok", "normal", "0", "Good", " OK "), "normal"),
         (("anomalous", "bad", "defect", "1", "Bad"), "anomalous"),
     ],
 )
-def test_label_words(table, words, label):
-    path = table("image_path,label\n" + "".join(f"{n}.png,{word}\n" for n, word in enumerate(words)))
-    assert [sample.label for sample in read_manifest(path)] == [label] * len(words)
+def test_labels(table, values, label):
+    path = table("image_path,label\n" + "".join(f"{n}.png,{value}\n" for n, value in enumerate(values)))
+    assert [sample.label for sample in read_manifest(path)] == [label] * len(values)
 
 
 def test_a_named_defect_makes_a_row_without_label_anomalous(table):
@@ -137,7 +137,7 @@ def test_tables_that_cannot_be_read(table, tmp_path):
         read_manifest(table("image_path\nKöper.png\n", encoding="latin-1"))
 
 
-def test_parquet_may_hold_numbers_truth_values_and_gaps(tmp_path):
+def test_parquet_may_contain_numbers_booleans_and_missing_values(tmp_path):
     columns = {
         "image_path": ["1.png", "2.png", "3.png"],
         "subclass": [7, 8, None],
@@ -166,7 +166,7 @@ SAMPLES = [
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_what_is_written_is_read_back(tmp_path, ending):
-    """Also from another folder: paths are relative to the table, not to where it was written from."""
+    """Also from another folder: paths are relative to the table."""
     samples = [
         replace(
             one,
@@ -212,31 +212,31 @@ def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["m.csv"]
 
 
-def test_a_sound_set_has_no_faults(tmp_path):
+def test_a_valid_set_has_no_faults(tmp_path):
     mask = tmp_path / "mask.png"
     Image.fromarray(np.eye(12, 16, dtype=np.uint8) * 255).save(mask)
     samples = [
-        Sample(image_path=picture(tmp_path / "1.png", colour=1), split="train", group="a"),
+        Sample(image_path=image(tmp_path / "1.png", colour=1), split="train", group="a"),
         Sample(
-            image_path=picture(tmp_path / "2.png", colour=2),
+            image_path=image(tmp_path / "2.png", colour=2),
             split="test",
             group="b",
             label="anomalous",
             mask_path=mask,
         ),
-        Sample(image_path=picture(tmp_path / "3.png", colour=3), split="test", group="b"),
+        Sample(image_path=image(tmp_path / "3.png", colour=3), split="test", group="b"),
     ]
     assert check(samples) == []
 
 
-def test_every_planted_fault_is_found(tmp_path):
+def test_every_fault_is_found(tmp_path):
     for number in range(12):
-        picture(tmp_path / f"{number}.png", colour=number)
+        image(tmp_path / f"{number}.png", colour=number)
     (tmp_path / "text.png").write_text("no image")
-    blank = picture(tmp_path / "blank.png", colour=0)
-    full = picture(tmp_path / "full.png", colour=255)
-    other = picture(tmp_path / "other.png", colour=255, size=(12, 16))
-    copy = picture(tmp_path / "copy.png", colour=8)
+    blank = image(tmp_path / "blank.png", colour=0)
+    full = image(tmp_path / "full.png", colour=255)
+    other = image(tmp_path / "other.png", colour=255, size=(12, 16))
+    copy = image(tmp_path / "copy.png", colour=8)
 
     def row(name, **fields):
         return Sample(image_path=tmp_path / name, **{"split": "test", **fields})
@@ -257,7 +257,7 @@ def test_every_planted_fault_is_found(tmp_path):
         row(copy.name),
         row("9.png", group="roll"),
     ]
-    faults = [(fault.kind, fault.path.name if fault.path else None) for fault in check(samples)]
+    faults = [(fault.type, fault.path.name if fault.path else None) for fault in check(samples)]
     assert sorted(faults, key=str) == sorted(
         [
             ("missing image", "gone.png"),
@@ -276,19 +276,37 @@ def test_every_planted_fault_is_found(tmp_path):
         ],
         key=str,
     )
-    texts = {fault.kind: fault.text for fault in check(samples)}
+    texts = {fault.type: fault.text for fault in check(samples)}
     assert "16 x 12 pixels, its image 12 x 16" in texts["wrong mask"]
     assert "Group 'roll' is in train and test" in texts["shared group"]
 
 
 @pytest.mark.data
-def test_the_real_sets_hold_what_is_known_of_them(data_root):
-    """Magnetic tiles: four masks are empty though the images are labelled uneven; everything else is in order."""
+def test_faults_of_the_real_sets(data_root):
+    """Magnetic tiles: four masks are empty although the images are labelled uneven."""
     faults = check(layouts.read(data_root / "magnetic-tiles", DataConfig()))
-    assert sorted((fault.kind, fault.path.name) for fault in faults) == [
+    assert sorted((fault.type, fault.path.name) for fault in faults) == [
         ("empty mask", f"exp{name}.jpg")
         for name in ("3_num_45042", "4_num_124690", "4_num_352527", "4_num_45057")
     ]
     boards = layouts.read(data_root / "deep-pcb", DataConfig())
-    few = [board for board in boards if board.split == "test"][:40]
-    assert [fault.kind for fault in check([*few, boards[0]])] == []
+    tested = [board for board in boards if board.split == "test"][:40]
+    assert check([*tested, boards[0]]) == []
+
+
+def test_counts_per_category_subclass_and_split():
+    rows = [
+        ("cloth", "red", "train", "normal"),
+        ("cloth", "red", "test", "anomalous"),
+        ("cloth", None, None, "normal"),
+    ]
+    samples = [
+        Sample(image_path=Path("1.png"), category=category, subclass=subclass, split=split, label=label)
+        for category, subclass, split, label in [*rows, rows[0]]
+    ]
+    columns = ("category", "subclass", "split", "good", "anomalous")
+    assert [tuple(row[column] for column in columns) for row in counts(samples)] == [
+        ("cloth", None, None, 1, 0),
+        ("cloth", "red", "test", 0, 1),
+        ("cloth", "red", "train", 2, 0),
+    ]

@@ -1,4 +1,4 @@
-"""Tiles cover everything, and what is marked in the image is marked in the same place of the input."""
+"""Tiles cover the image, and a mark in the image is at the same position of the input."""
 
 import json
 from itertools import pairwise
@@ -55,8 +55,8 @@ def test_tiles_by_hand():
 
 @pytest.mark.parametrize("row", [0, 3, 7])
 @pytest.mark.parametrize("column", [0, 5, 9])
-def test_a_mark_lands_where_it_belongs(row, column):
-    """A cell of 16 x 16 pixels marked in a tile shows in the cell of 8 x 8 at the same place, and nowhere else."""
+def test_a_mark_keeps_its_position(row, column):
+    """A cell of 16 x 16 pixels marked in a tile is in the cell of 8 x 8 at the same position, and in no other."""
     image = np.zeros((300, 400, 3), np.uint8)
     tile = Tile(40, 60, 8 * 16, 10 * 16)
     top, left = tile.top + row * 16, tile.left + column * 16

@@ -1,4 +1,4 @@
-"""Nothing is in two sets: not for any groups, duplicates and splits that hypothesis can think of."""
+"""No file or group is in two sets, for any groups, duplicates and splits that hypothesis generates."""
 
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -29,7 +29,7 @@ def itself(one):
 
 
 def ties(samples, content):
-    """What may not lie in two sets, the slow way: (sample, sample) pairs of one group or content."""
+    """Yield the (sample, sample) pairs of one group or content, which may not be in two sets, by brute force."""
     for first in samples:
         for second in samples:
             if content(first) == content(second) or (first.group is not None and first.group == second.group):
@@ -52,8 +52,8 @@ rows = st.lists(
 @settings(deadline=None)
 def test_complete_never_divides_a_group_or_a_file(rows, seed):
     samples = [
-        sample(number, group=group, subclass=kind, label="anomalous" if anomalous else "normal")
-        for number, (group, kind, _, anomalous) in enumerate(rows)
+        sample(number, group=group, subclass=subclass, label="anomalous" if anomalous else "normal")
+        for number, (group, subclass, _, anomalous) in enumerate(rows)
     ]
     contents = {one.image_path: row[2] for one, row in zip(samples, rows, strict=True)}
     got = complete(samples, seed=seed, content=lambda one: contents[one.image_path])
@@ -69,7 +69,8 @@ def test_complete_never_divides_a_group_or_a_file(rows, seed):
 @settings(deadline=None)
 def test_divide_never_divides_a_group_or_a_file(rows, seed, share, at_least):
     samples = [
-        sample(n, group=group, subclass=kind, split="train") for n, (group, kind, _, _) in enumerate(rows)
+        sample(n, group=group, subclass=subclass, split="train")
+        for n, (group, subclass, _, _) in enumerate(rows)
     ]
     contents = {one.image_path: row[2] for one, row in zip(samples, rows, strict=True)}
 
@@ -80,7 +81,7 @@ def test_divide_never_divides_a_group_or_a_file(rows, seed, share, at_least):
         fit, calibration = divide(
             samples, calibration_share=share, at_least=at_least, seed=seed, content=content
         )
-    except (DataError, CheckError):  # too few; that the refusals are right is tested below, by hand
+    except (DataError, CheckError):  # too few; the refusals are tested below
         return
     assert sorted(fit + calibration, key=samples.index) == samples
     assert len(fit) >= 2
@@ -100,7 +101,7 @@ def test_holdout_takes_whole_groups_and_leaves_every_subclass_one(rows, seed, sh
     held_out = holdout(groups, subclasses, share=share, seed=seed)
     assert not set(groups[held_out]) & set(groups[~held_out])
     assert set(subclasses[~held_out]) == set(subclasses)
-    groups_of = {kind: len(set(groups[subclasses == kind])) for kind in set(subclasses.tolist())}
+    groups_of = {name: len(set(groups[subclasses == name])) for name in set(subclasses.tolist())}
     if len(set(groups)) > 1 and len(groups_of) == 1:
         assert held_out.any()
 
@@ -152,7 +153,7 @@ def test_each_subclass_trains_where_groups_allow():
         assert {one.subclass for one in got if one.split == "test"} == {"rare", "often"}
 
 
-def test_splits_that_are_named_stay_and_others_follow_their_group():
+def test_given_splits_are_kept_and_others_follow_their_group():
     samples = [
         sample(0, split="calibration", group="a"),
         sample(1, group="a"),
@@ -172,7 +173,7 @@ def test_an_anomalous_image_does_not_follow_its_group_into_train():
         complete(samples, seed=0, content=itself)
 
 
-def test_named_splits_that_share_a_group_are_refused():
+def test_given_splits_that_share_a_group_are_refused():
     samples = [sample(0, split="train", group="a"), sample(1, split="test", group="a"), sample(2)]
     with pytest.raises(DataError, match=r"Group 'a' is in fit and test: 0\.png and 1\.png"):
         complete(samples, seed=0, content=itself)
@@ -247,17 +248,17 @@ def test_two_images_are_always_left_to_fit_on():
         ([], "0 normal train images"),
         (
             normals(40, group="lot"),
-            r"40 normal train images lie in 1 groups.*the largest has 40.* 0 can be held out; 19",
+            r"40 normal train images are in 1 groups.*the largest has 40.* 0 can be held out .*; 19 are needed",
         ),
         (
             [sample(n, split="train", subclass=str(n % 2), group=f"lot {n % 2}") for n in range(60)],
-            "Leaving each subclass at least one group to fit on, 0 can be held out; 19 are needed",
+            "0 can be held out if each subclass keeps one group to fit on; 19 are needed",
         ),
         (
             [*normals(40), sample("x", split="train", label="anomalous")],
             "Anomalous, but marked train or calibration: x.png",
         ),
-        ([*normals(40), sample("x")], r"Without a split: x\.png. Draw the missing ones first"),
+        ([*normals(40), sample("x")], r"Without a split: x\.png. Draw the missing splits first"),
         (
             [sample(f"bad{n}", split="calibration", label="anomalous") for n in range(5)],
             r"bad0\.png, bad1\.png, bad2\.png and 2 more",
@@ -265,12 +266,12 @@ def test_two_images_are_always_left_to_fit_on():
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
-def test_too_little_or_wrong_says_what_is_needed(samples, text):
+def test_too_few_or_invalid_images_are_refused(samples, text):
     with pytest.raises((DataError, CheckError), match=text):
         divide(samples, calibration_share=0.33, at_least=19, seed=0, content=itself)
 
 
-def test_the_same_file_under_two_names_is_noticed(tmp_path):
+def test_the_same_file_under_two_names_is_found(tmp_path):
     for name, colour in (("a", 10), ("b", 10), ("c", 20)):
         Image.new("L", (16, 16), colour).save(tmp_path / f"{name}.png")
     a, b, c = (Sample(image_path=tmp_path / f"{name}.png") for name in "abc")
@@ -291,7 +292,7 @@ def test_files_that_cannot_be_read_are_not_the_same(tmp_path):
     assert file_content(empty) != file_content(void)
 
 
-def test_all_that_is_shared_is_found():
+def test_all_shared_files_and_groups_are_found():
     one, two, three = (sample(n, group=group) for n, group in ((1, "a"), (2, "a"), (3, "b")))
     found = list(shared({"x": [one, three], "y": [two, three], "z": [one]}, content=itself))
     assert Counter((item.what, item.first, item.second) for item in found) == {

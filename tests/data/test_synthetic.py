@@ -1,11 +1,11 @@
-"""Pseudo-abnormal images: how large the damage is, that the mask tells it exactly, that it can be made again."""
+"""Synthetic anomalies: the size of the defect, the exact mask, and reproducibility."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from normweave.data import synthetic
-from normweave.data.synthetic import coverage, damage, mask, seeded
+from normweave.data.synthetic import add_defect, coverage, mask, seeded
 
 SIZES = [(256, 256), (32, 32), (64, 160), (300, 48)]
 
@@ -27,48 +27,48 @@ def test_mask_is_small_and_never_empty(height: int, width: int) -> None:
     assert (shares > 0.05).any()
 
 
-def test_blobs_cover_what_they_are_told_to() -> None:
-    shares = [synthetic._blobs(60, 100, np.random.default_rng(i)).mean() for i in range(100)]
+def test_blobs_cover_the_share_in_range() -> None:
+    shares = [synthetic.blobs(60, 100, np.random.default_rng(i)).mean() for i in range(100)]
 
     assert 0.0149 < min(shares) < 0.025
     assert 0.09 < max(shares) < 0.1001
 
 
-def test_blobs_hang_together() -> None:
-    """A thresholded white noise of the same area has about 90 of 100 borders to undamaged pixels; blobs have few."""
+def test_blobs_are_connected() -> None:
+    """A thresholded white noise of the same area has about 90 of 100 borders to other pixels; blobs have far fewer."""
     for index in range(30):
-        place = synthetic._blobs(128, 128, np.random.default_rng(index))
-        borders = (place[1:] != place[:-1]).sum() + (place[:, 1:] != place[:, :-1]).sum()
-        assert borders < 0.35 * 4 * place.sum()
+        region = synthetic.blobs(128, 128, np.random.default_rng(index))
+        borders = (region[1:] != region[:-1]).sum() + (region[:, 1:] != region[:, :-1]).sum()
+        assert borders < 0.35 * 4 * region.sum()
 
 
 def test_scratches_are_long_and_thin() -> None:
     for index in range(50):
-        place = synthetic._scratches(256, 256, np.random.default_rng(index))
-        rows, columns = np.nonzero(place)
+        region = synthetic.scratches(256, 256, np.random.default_rng(index))
+        rows, columns = np.nonzero(region)
         extent = max(np.ptp(rows), np.ptp(columns)) + 1
         assert extent > 30
         # Two lines of 0.9 x 256 pixels, at most 6 pixels wide, and the joints of their parts.
-        assert 60 < place.sum() < 2 * 0.9 * 256 * 8
+        assert 60 < region.sum() < 2 * 0.9 * 256 * 8
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
-def test_nothing_changes_outside_the_mask_and_all_inside(height: int, width: int) -> None:
+def test_exactly_the_pixels_of_the_mask_change(height: int, width: int) -> None:
     for index in range(40):
         pixels, other = gravel(index, height, width), gravel(index + 1000, height, width)
         before = pixels.copy(), other.copy()
 
-        damaged, shows = damage(pixels, other, rng=seeded(3, 0, index))
+        defective, visible = add_defect(pixels, other, rng=seeded(3, 0, index))
 
-        assert (damaged.dtype, damaged.shape) == (np.uint8, (3, height, width))
-        assert (shows.dtype, shows.shape) == (np.bool_, (height, width))
-        np.testing.assert_array_equal(shows, (damaged != pixels).any(axis=0))
-        assert synthetic.LEAST_SHARE <= shows.mean() < 0.25
+        assert (defective.dtype, defective.shape) == (np.uint8, (3, height, width))
+        assert (visible.dtype, visible.shape) == (np.bool_, (height, width))
+        np.testing.assert_array_equal(visible, (defective != pixels).any(axis=0))
+        assert synthetic.LEAST_SHARE <= visible.mean() < 0.25
         np.testing.assert_array_equal(before[0], pixels)
         np.testing.assert_array_equal(before[1], other)
 
 
-def test_change_that_cannot_be_seen_is_taken_out() -> None:
+def test_invisible_change_is_removed() -> None:
     pixels = gravel(0)
     left = np.zeros((96, 96), dtype=np.bool_)
     left[20:60, 10:80] = True
@@ -76,38 +76,40 @@ def test_change_that_cannot_be_seen_is_taken_out() -> None:
     fill[:, :, :40] += 4
     fill[:, :, 40:] = 255 - fill[:, :, 40:]
 
-    damaged, shows = synthetic._blend(pixels, fill, left, opacity=1.0)
+    defective, visible = synthetic.blend(pixels, fill, left, opacity=1.0)
 
     # The mean over 5 x 5 pixels reaches two pixels across the border at column 40.
-    np.testing.assert_array_equal(damaged[:, :, :38], pixels[:, :, :38])
-    assert not shows[:, :38].any()
-    assert shows[20:60, 42:78].mean() > 0.8
+    np.testing.assert_array_equal(defective[:, :, :38], pixels[:, :, :38])
+    assert not visible[:, :38].any()
+    assert visible[20:60, 42:78].mean() > 0.8
 
 
 def test_edge_is_soft_for_one_pixel() -> None:
     pixels = np.zeros((3, 64, 64), dtype=np.uint8)
-    place = np.zeros((64, 64), dtype=np.bool_)
-    place[:, 32:] = True
+    region = np.zeros((64, 64), dtype=np.bool_)
+    region[:, 32:] = True
 
-    damaged, shows = synthetic._blend(pixels, np.full_like(pixels, 200, dtype=np.float32), place, opacity=0.5)
+    defective, visible = synthetic.blend(
+        pixels, np.full_like(pixels, 200, dtype=np.float32), region, opacity=0.5
+    )
 
-    profile = damaged[0, 30]
+    profile = defective[0, 30]
     assert (profile[32:] == 100).all()
     assert 25 < profile[31] < 40  # a third
     assert not profile[:31].any()
-    np.testing.assert_array_equal(shows[30], np.arange(64) >= 31)
+    np.testing.assert_array_equal(visible[30], np.arange(64) >= 31)
 
 
 @pytest.mark.parametrize("level", [0, 255, 128])
 @pytest.mark.parametrize("alike", [True, False])
-def test_even_images_are_damaged_visibly(level: int, alike: bool) -> None:
-    """Black on black, the moved image and darkening show nothing: it is drawn again."""
+def test_defects_in_uniform_images_are_visible(level: int, alike: bool) -> None:
+    """Black on black, the shifted image and darkening change nothing: the defect is drawn again."""
     pixels = np.full((3, 64, 64), level, dtype=np.uint8)
     other = pixels if alike else gravel(0, 64, 64)
     for index in range(60):
-        damaged, shows = damage(pixels, other, rng=seeded(0, 0, index))
-        assert shows.mean() >= synthetic.LEAST_SHARE
-        change = np.abs(damaged.astype(int) - pixels).max(axis=0)[shows]
+        defective, visible = add_defect(pixels, other, rng=seeded(0, 0, index))
+        assert visible.mean() >= synthetic.LEAST_SHARE
+        change = np.abs(defective.astype(int) - pixels).max(axis=0)[visible]
         assert change.mean() >= 0.8 * synthetic.VISIBLE
 
 
@@ -121,11 +123,11 @@ def test_strong_shift_ends_the_attempts(level: int, monkeypatch: pytest.MonkeyPa
         return pixels.astype(np.float32)
 
     monkeypatch.setattr(synthetic, "FILLS", (nothing,))
-    damaged, shows = damage(pixels, pixels, rng=seeded(0, 0, 0))
+    defective, visible = add_defect(pixels, pixels, rng=seeded(0, 0, 0))
 
     assert len(drawn) == synthetic.ATTEMPTS
-    assert shows.mean() >= 0.014
-    assert np.abs(damaged.astype(int) - level).max() == 120
+    assert visible.mean() >= 0.014
+    assert np.abs(defective.astype(int) - level).max() == 120
 
 
 def test_every_fill_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,42 +143,42 @@ def test_every_fill_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
     fills = synthetic.FILLS
     monkeypatch.setattr(synthetic, "FILLS", tuple(watched(fill) for fill in fills))
     for index in range(40):
-        damage(gravel(1), gravel(2), rng=seeded(0, 0, index))
+        add_defect(gravel(1), gravel(2), rng=seeded(0, 0, index))
 
     assert seen == set(fills)
 
 
-def test_other_image_is_where_pixels_come_from() -> None:
+def test_pixels_are_copied_from_the_other_image() -> None:
     pixels = np.full((3, 64, 64), 20, dtype=np.uint8)
     other = np.zeros((3, 64, 64), dtype=np.uint8)
-    other[0] = 200  # red, as nothing else here is
+    other[0] = 200  # red, which `pixels` is not
 
     for index in range(20):
-        fill = synthetic._from_other(pixels, other, np.random.default_rng(index))
+        fill = synthetic.from_other(pixels, other, np.random.default_rng(index))
         np.testing.assert_array_equal(np.unique(fill[0]), [200])
         assert not fill[1:].any()
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 96)])
-def test_moved_image_has_the_same_pixels_elsewhere(height: int, width: int) -> None:
+def test_the_shifted_image_has_the_same_pixels_at_other_positions(height: int, width: int) -> None:
     pixels = gravel(5, height, width)
     for index in range(20):
-        moved = synthetic._moved(pixels, np.random.default_rng(index))
+        moved = synthetic.from_other(np.zeros_like(pixels), pixels, np.random.default_rng(index))
         np.testing.assert_array_equal(np.sort(moved, axis=None), np.sort(pixels, axis=None))
         assert (moved != pixels).any(axis=0).mean() > 0.9
 
 
 def test_grey_images_stay_grey() -> None:
     for index in range(40):
-        damaged, _ = damage(gravel(1, channels=1), gravel(2, channels=1), rng=seeded(0, 0, index))
-        np.testing.assert_array_equal(damaged, np.broadcast_to(damaged[:1], damaged.shape))
+        defective, _ = add_defect(gravel(1, channels=1), gravel(2, channels=1), rng=seeded(0, 0, index))
+        np.testing.assert_array_equal(defective, np.broadcast_to(defective[:1], defective.shape))
 
 
-def test_same_draws_give_the_same_damage_in_any_order() -> None:
+def test_the_same_seed_gives_the_same_defect_in_any_order() -> None:
     pixels = [gravel(i) for i in range(6)]
 
     def row(variant: int, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return damage(pixels[index], pixels[(index + 1) % 6], rng=seeded(7, variant, index))
+        return add_defect(pixels[index], pixels[(index + 1) % 6], rng=seeded(7, variant, index))
 
     wanted = [(variant, index) for variant in range(2) for index in range(6)]
     forwards = {key: row(*key) for key in wanted}
@@ -185,21 +187,21 @@ def test_same_draws_give_the_same_damage_in_any_order() -> None:
             np.testing.assert_array_equal(one, again)
 
     assert (forwards[0, 0][1] != forwards[1, 0][1]).any()
-    assert (damage(pixels[0], pixels[1], rng=seeded(8, 0, 0))[1] != forwards[0, 0][1]).any()
+    assert (add_defect(pixels[0], pixels[1], rng=seeded(8, 0, 0))[1] != forwards[0, 0][1]).any()
 
 
 @pytest.mark.parametrize(
     ("size", "grid"), [((32, 32), (4, 4)), ((33, 50), (4, 7)), ((5, 9), (5, 9)), ((6, 5), (4, 10))]
 )
 def test_coverage_is_the_exact_average_over_each_cell(size: tuple[int, int], grid: tuple[int, int]) -> None:
-    damaged = np.random.default_rng(0).random(size) < 0.3
+    covered = np.random.default_rng(0).random(size) < 0.3
 
     # Brute force: each pixel divided into so many parts that no cell's border crosses a part.
     (height, width), (h, w) = size, grid
-    parts = np.repeat(np.repeat(damaged, h, axis=0), w, axis=1)  # (H h, W w)
+    parts = np.repeat(np.repeat(covered, h, axis=0), w, axis=1)  # (H h, W w)
     wanted = parts.reshape(h, height, w, width).mean(axis=(1, 3))
 
-    share = coverage(damaged, grid)
+    share = coverage(covered, grid)
     assert share.dtype == np.float32
     np.testing.assert_allclose(share, wanted, atol=1e-6)
 

@@ -50,11 +50,11 @@ def made(scanned, folder=None, seed=0):
 def test_pieces_come_from_the_same_side_of_the_holdout(scanned, monkeypatch):
     seen = []
 
-    def damage(pixels, other, *, rng):
+    def add_defect(pixels, other, *, rng):
         seen.append((pixels[0, 0, 0] // 20, other[0, 0, 0] // 20))
         return pixels, np.ones((32, 32), dtype=bool)
 
-    monkeypatch.setattr(synthetic, "damage", damage)
+    monkeypatch.setattr(synthetic, "add_defect", add_defect)
     found = made(scanned)
     assert len(found.features) == IMAGES * VARIANTS
     assert [own for own, _ in seen] == [*range(IMAGES)] * VARIANTS

@@ -36,7 +36,7 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
     faults = find_faults(samples, layout=layout)
     if terminal.json:
         found = [
-            {"kind": fault.kind, "path": None if fault.path is None else str(fault.path), "text": fault.text}
+            {"type": fault.type, "path": None if fault.path is None else str(fault.path), "text": fault.text}
             for fault in faults
         ]
         terminal.record({"images": len(samples), "counts": counts(samples), "faults": found})
@@ -46,7 +46,7 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
             split = row["split"] or "no split"
             terminal.show(f"{name}, {split}: {row['good']} good, {row['anomalous']} anomalous")
         for fault in faults:
-            terminal.show(f"{fault.kind}: {fault.text}")
+            terminal.show(f"{fault.type}: {fault.text}")
         terminal.show(f"{len(samples)} images, {len(faults)} faults")
     return WRONG_INPUT if faults else ALL_NORMAL
 

@@ -1,4 +1,4 @@
-"""A file, bytes or an array to an RGB image, or the reason why not."""
+"""Decode files, bytes and arrays to RGB images, and read masks."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
 """Path, the bytes of a file, array (height, width[, 1 | 3 | 4]), or PIL image."""
 
 MAX_PIXELS = 150_000_000
-"""Larger images are refused from their header: some files of a few kilobytes unpack to gigabytes."""
+"""Larger images are refused by their header: a file of some kilobytes can decode to gigabytes."""
 SMALLEST_SIDE = 8
-"""Pixels; nothing can be said of less."""
-
-MOST_KINDS = 15
-"""A mask whose values are no higher numbers the kinds of defect in it."""
+"""Pixels."""
+MAX_DEFECT_TYPES = 15
+"""A mask without higher values holds the numbers of defect types."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 READ = "PNG, JPEG, BMP, TIFF and WebP"
 
-_STEPS = {  # mode -> what it is converted to, one after the other; modes that are not here: RGB
+_STEPS = {  # mode -> modes that it is converted to, one after the other; modes that are not here: RGB
     "L": (),
     "F": (),
     "RGB": (),
@@ -44,7 +43,7 @@ _STEPS = {  # mode -> what it is converted to, one after the other; modes that a
 }
 
 _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
-    # EXIF tag 0x0112 (CIPA DC-008): where the first row and the first column of the pixels belong -> upright
+    # EXIF tag 0x0112 (CIPA DC-008) -> the transform that makes the pixels upright
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -59,14 +58,14 @@ _filters = threading.Lock()
 
 
 def decode(source: ImageInput) -> NDArray[np.uint8]:
-    """An RGB image (H, W, 3), upright as EXIF says; of several pages or frames the first.
+    """Return an RGB image (H, W, 3), upright according to EXIF; the first of several pages or frames.
 
-    8 bits stay as they are; 16 bits are divided by 257 and floats in 0..1 multiplied by 255, both by a fixed factor, so
-    that brightness means the same in every image. Grey is repeated, alpha dropped, palettes and CMYK become RGB.
-    (Pillow itself keeps the higher byte only of files with 16 bits a colour; 16-bit grey and arrays are rounded.)
+    8-bit values are unchanged, 16-bit values are divided by 257 and floats in 0..1 multiplied by 255: fixed factors, so
+    that brightness is comparable between images. Grey is repeated, alpha dropped, palettes and CMYK become RGB.
+    (Pillow keeps only the higher byte of files with 16 bits per colour; 16-bit grey and arrays are rounded.)
 
     Raises:
-        ImageError: missing, empty, truncated, damaged, no image, too small, too large, or values that mean nothing.
+        ImageError: missing, empty, truncated, corrupt, not an image, too small, too large, or invalid values.
     """
     if isinstance(source, np.ndarray):
         _array_size(source, "array")
@@ -76,10 +75,10 @@ def decode(source: ImageInput) -> NDArray[np.uint8]:
 
 
 def size(source: ImageInput) -> tuple[int, int]:
-    """(height, width) as `decode` would give it, from the header wherever the format has all of it there.
+    """Return the (height, width) that `decode` returns, from the header if the format allows it.
 
     Raises:
-        ImageError: as `decode`, except for damage that only decoding finds.
+        ImageError: as `decode`, except for errors that only decoding finds.
     """
     if isinstance(source, np.ndarray):
         return _array_size(source, "array")
@@ -89,7 +88,7 @@ def size(source: ImageInput) -> tuple[int, int]:
 
 
 def content_hash(source: ImageInput) -> str:
-    """SHA-256 (hex) of a file's bytes; of an array, or what a PIL image decodes to: its shape, dtype and bytes.
+    """Return the SHA-256 (hex) of a file's bytes, or of the shape, dtype and bytes of an array or decoded PIL image.
 
     Raises:
         ImageError: the file is missing or empty, or cannot be read.
@@ -111,16 +110,16 @@ def content_hash(source: ImageInput) -> str:
 
 
 def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArray[np.bool_]:
-    """Which pixels are defect (H, W), from an image or from a text file of boxes, which are filled.
+    """Return the defect pixels (H, W) from an image, or from a text file of boxes.
 
-    Image: a pixel is defect where its brightest channel is above 127 (of 255). A mask with no value above 15 numbers
-    the kinds of defect (VisA's does; or 1 = defect), 0 = normal. One that has higher values, but none above 127, is
-    refused: it would silently be empty.
-    Text (`.txt`): a box a line, `x1 y1 x2 y2` and anything after, in pixels; rows y1..y2-1, columns x1..x2-1.
+    Image: a pixel is defect if its brightest channel is above 127 (of 255). If no value is above 15, every value above
+    0 is defect: such masks number the types of defect (VisA) or mark defects with 1. Masks with higher values, but none
+    above 127, are refused, because they would be empty.
+    Text (`.txt`): one box per line, `x1 y1 x2 y2` and anything after, in pixels; rows y1..y2-1, columns x1..x2-1.
 
     Raises:
-        DataError: another size than its image, or values or boxes that mean nothing.
-        ImageError: missing or unreadable (a DataError too).
+        DataError: another size than its image, or invalid values or boxes.
+        ImageError: missing or unreadable (also a DataError).
     """
     file = _file(path)
     if file.suffix.lower() == ".txt":
@@ -134,7 +133,7 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
         )
     values = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)
     highest = values.max()
-    if values.dtype.kind == "u" and highest <= MOST_KINDS:
+    if values.dtype.kind == "u" and highest <= MAX_DEFECT_TYPES:
         return np.asarray(values > 0)
     mask = _eight_bits(values, name) > 127
     if highest > 0 and not mask.any():
@@ -155,15 +154,15 @@ def _boxes(path: Path, *, height: int, width: int) -> NDArray[np.bool_]:
         if not line.strip():
             continue
         try:
-            left, top, right, bottom = (int(word) for word in line.replace(",", " ").split()[:4])
+            left, top, right, bottom = (int(value) for value in line.replace(",", " ").split()[:4])
         except ValueError:
             raise DataError(
-                f"{path}: line {number} is {line.strip()!r}. Allowed: four whole numbers x1 y1 x2 y2 in pixels, and "
-                "anything after them."
+                f"{path}: line {number} is {line.strip()!r}. Allowed: four integers x1 y1 x2 y2 in pixels, and "
+                "anything after them. Correct the line."
             ) from None
         if not (0 <= left < right <= width and 0 <= top < bottom <= height):
             raise DataError(
-                f"{path}: line {number}, box {left} {top} {right} {bottom} (x1 y1 x2 y2) is empty or reaches out of "
+                f"{path}: line {number}, box {left} {top} {right} {bottom} (x1 y1 x2 y2) is empty or exceeds "
                 f"its image of {height} x {width} (height x width). Allowed: 0 <= x1 < x2 <= {width} and "
                 f"0 <= y1 < y2 <= {height}."
             )
@@ -173,7 +172,7 @@ def _boxes(path: Path, *, height: int, width: int) -> NDArray[np.bool_]:
 
 @contextmanager
 def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterator[tuple[Image.Image, str]]:
-    """The image with its header read and its size checked, and its name for messages; errors become ImageError."""
+    """Yield the image, with its header read and its size checked, and its name; errors become ImageError."""
     if isinstance(source, Image.Image):
         _check_size(source.height, source.width, "PIL image", smallest_side)
         with _explained("PIL image"):
@@ -182,7 +181,7 @@ def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterat
     if isinstance(source, bytes):
         name = "bytes"
         if not source:
-            raise ImageError("bytes: empty, 0 bytes. Give the whole content of an image file.")
+            raise ImageError("bytes: empty, 0 bytes. Give the complete content of an image file.")
     elif isinstance(source, (str, os.PathLike)):
         source = _file(source)
         name = str(source)
@@ -201,15 +200,14 @@ def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterat
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """What went wrong while Pillow worked on the image `name`, in our words."""
+    """Turn Pillow's errors on the image `name` into ImageError."""
     try:
         yield
     except DataError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{name}: not an image that can be read. Allowed: {READ}. Open the file elsewhere to see what it is, and "
-            "convert it."
+            f"{name}: not an image that can be read. Allowed: {READ}. Convert the file."
         ) from error
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {_too_large(str(error))}") from error
@@ -217,9 +215,9 @@ def _explained(name: str) -> Iterator[None]:
         raise ImageError(
             f"{name}: not enough memory to decode it. Shrink it or cut it into pieces."
         ) from error
-    except Exception as error:  # on damaged files Pillow raises whatever the bytes provoke
+    except Exception as error:  # Pillow raises many types of errors on corrupt files
         raise ImageError(
-            f"{name}: cannot be decoded, the file is truncated or damaged ({error}). Save or copy it again."
+            f"{name}: cannot be decoded, the file is truncated or corrupt ({error}). Save or copy it again."
         ) from error
 
 
@@ -235,7 +233,7 @@ def _file(path: str | os.PathLike[str]) -> Path:
     try:
         if path.is_dir():
             raise ImageError(
-                f"{path}: is a folder, not an image. Name the images in it, or use it as a data set."
+                f"{path}: is a folder, not an image. Give the images in it, or use it as a data set."
             )
         length = path.stat().st_size
     except FileNotFoundError as error:
@@ -256,8 +254,8 @@ def _unreadable(path: Path, error: Exception) -> ImageError:
 def _check_size(height: int, width: int, name: str, smallest_side: int = SMALLEST_SIDE) -> None:
     if min(height, width) < smallest_side:
         raise ImageError(
-            f"{name}: too small, {height} x {width} pixels (height x width). Allowed: {SMALLEST_SIDE} pixels or more a "
-            "side. Give the photograph, not its preview."
+            f"{name}: too small, {height} x {width} pixels (height x width). Allowed: {SMALLEST_SIDE} pixels or more "
+            "per side. Give the original image, not its preview."
         )
     if height * width > MAX_PIXELS:
         raise ImageError(f"{name}: {_too_large(f'{height} x {width} pixels (height x width)')}")
@@ -265,9 +263,9 @@ def _check_size(height: int, width: int, name: str, smallest_side: int = SMALLES
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Pillow warns of large images and of odd metadata; the former are refused here, the latter do not matter.
+    """Suppress Pillow's warnings about large images (refused here) and unusual metadata (ignored).
 
-    The filters belong to the whole process, so only one thread at a time may change them; decoding is not inside.
+    Warning filters are global, so one thread at a time changes them; decoding is outside.
     """
     with _filters, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -276,26 +274,26 @@ def _quiet() -> Iterator[None]:
 
 def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
-        return 1  # Pillow turns TIFFs itself, and gives their size already turned
+        return 1  # Pillow makes TIFFs upright itself, and returns the size of the upright image
     if image.format == "PNG":
-        image.load()  # EXIF may stand behind the pixels; getexif would load too, but among the changed filters
+        image.load()  # EXIF may follow the pixels; getexif would load them too, but inside `_quiet`
     with _quiet():
         try:
             return int(image.getexif().get(0x0112, 1))
-        except Exception:  # damaged EXIF, which does not make the pixels wrong
+        except Exception:  # corrupt EXIF does not affect the pixels
             return 1
 
 
 def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
-    """The values as stored, upright: (H, W) uint8, uint16 or float32, or (H, W, 3) uint8."""
+    """Return the stored values, upright: (H, W) uint8, uint16 or float32, or (H, W, 3) uint8."""
     turn = _UPRIGHT.get(_orientation(image))
     image.load()
     if image.mode.startswith("I"):
         pixels: NDArray[Any] = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ImageError(
-                f"{name}: whole numbers from {pixels.min()} to {pixels.max()}. Allowed: 0..65535 (16 bits). Save it "
-                "with 8 or 16 bits."
+                f"{name}: integers from {pixels.min()} to {pixels.max()}. Allowed: 0..65535 (16 bits). Save it with 8 "
+                "or 16 bits."
             )
         pixels = pixels.astype(np.uint16)
     else:
@@ -307,12 +305,9 @@ def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
 
 def _array_size(array: NDArray[Any], name: str) -> tuple[int, int]:
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))):
-        first = array.ndim == 3 and array.shape[0] in (1, 3, 4)
-        cure = (
-            "Move the channels to the end: array.transpose(1, 2, 0)."
-            if first
-            else "Give one image at a time."
-        )
+        cure = "Give one image at a time."
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            cure = "Move the channels to the end: array.transpose(1, 2, 0)."
         raise ImageError(
             f"{name}: shape {array.shape}. Allowed: (height, width), (height, width, 1), (height, width, 3) or "
             f"(height, width, 4). {cure}"
@@ -323,10 +318,10 @@ def _array_size(array: NDArray[Any], name: str) -> tuple[int, int]:
 
 
 def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
-    """The same array in 0..255, by a factor that does not depend on what is in it."""
+    """Return the array in 0..255, scaled by a factor that depends on its dtype only."""
     if array.dtype == np.uint8:
         return array
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either order of bytes
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if array.dtype.kind != "f":
         raise ImageError(
@@ -339,14 +334,14 @@ def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
         )
     if array.min() < 0 or array.max() > 1:
         raise ImageError(
-            f"{name}: floats from {array.min():g} to {array.max():g}. Allowed: floats in 0..1. Scale it by the "
-            "camera's range, the same for every image."
+            f"{name}: floats from {array.min():g} to {array.max():g}. Allowed: floats in 0..1. Divide it by the "
+            "camera's range, which is the same for all images."
         )
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
 
 
 def _rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W, 3), a copy that no one else holds."""
+    """Return a copy with three channels, (H, W, 3)."""
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.shape[2] == 1:

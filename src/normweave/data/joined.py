@@ -1,4 +1,4 @@
-"""Several data sets as one, so that one detector learns the categories of all."""
+"""Join several data sets, so that one detector learns all their categories."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from normweave.types import Sample
 
 
 def join(sets: Sequence[tuple[str, Sequence[Sample]]]) -> list[Sample]:
-    """The samples of all sets, one set after the other; of a single set as they are.
+    """Return the samples of all data sets, one set after the other.
 
-    Groups get the set's first category before their name: a `part1` here and a `part1` there are two parts.
+    The first category of the set is put before the names of groups, so that a `part1` of two sets is two parts. A
+    single set is returned unchanged.
 
     Args:
-        sets: (what to call the set in an error, its samples).
+        sets: (name of the set for errors, its samples).
 
     Raises:
         DataError: two sets have a category of the same name.
@@ -31,7 +32,7 @@ def join(sets: Sequence[tuple[str, Sequence[Sample]]]) -> list[Sample]:
                 raise DataError(
                     f"Category {category!r} is in {owner[category]} and in {name}. Categories of joined data sets "
                     "must have different names: rename a folder, or write one set as a manifest and change its "
-                    "column category. If both hold the same product, put them into one folder or one manifest."
+                    "column category. If both contain the same product, put them into one folder or one manifest."
                 )
         owner |= dict.fromkeys(categories, name)
         joined += [

@@ -1,4 +1,4 @@
-"""The table everything becomes, a row an image: reading, writing, and what may be wrong with it."""
+"""Manifests: tables with one row per image. Read them, write them, and check the images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
+from normweave.atomic import write_atomically
 from normweave.data.images import decode, read_mask
 from normweave.data.published import differences
 from normweave.data.splits import shared
@@ -18,11 +19,11 @@ from normweave.types import Label, Sample, Split
 COLUMNS = ("image_path", "category", "subclass", "group", "split", "label", "defect", "mask_path")
 """Only image_path is required. Paths are relative to the table's own folder."""
 ENDINGS = (".csv", ".parquet")
-NORMAL_WORDS = ("good", "ok", "normal", "0")
-ANOMALOUS_WORDS = ("anomalous", "bad", "defect", "1")
+NORMAL_LABELS = ("good", "ok", "normal", "0")
+ANOMALOUS_LABELS = ("anomalous", "bad", "defect", "1")
 SPLITS = ("train", "calibration", "test")
 
-FaultKind = Literal[
+FaultType = Literal[
     "missing image",
     "unreadable image",
     "missing mask",
@@ -40,21 +41,23 @@ FaultKind = Literal[
 
 
 class Fault(NamedTuple):
-    """Something in a data set that will stop a run, or make its numbers wrong."""
+    """An error in a data set that stops a run, or makes its metrics wrong."""
 
-    kind: FaultKind
+    type: FaultType
     path: Path | None
-    """The image; None where it is a fault of the whole set."""
+    """The image; None if the fault concerns the data set."""
     text: str
 
 
 def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
-    """The samples of a .csv or .parquet table, in its order.
+    """Return the samples of a .csv or .parquet table, in its order.
 
-    Labels may be written good, ok, normal, 0 or anomalous, bad, defect, 1. A row without label is anomalous if it names
-    a defect, else normal. Rows are counted as a spreadsheet shows them: the header is row 1.
+    Labels are good, ok, normal, 0 or anomalous, bad, defect, 1. A row without label is anomalous if it has a defect,
+    else normal. Errors count rows as a spreadsheet does: the header is row 1.
 
-    Raises DataError where a column or a value is not what it must be; ConfigError where a column is unknown.
+    Raises:
+        DataError: a column is missing, or a value is invalid.
+        ConfigError: a column is unknown.
     """
     path = Path(path)
     if not path.is_file():
@@ -67,19 +70,15 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
     columns, rows = readers[path.suffix.lower()](path)
     for column in columns:
         if column not in COLUMNS:
-            raise unknown(
-                f"column in {path}",
-                column,
-                COLUMNS,
-                "Rename it, or leave it out; CSV is separated by commas.",
-            )
+            cure = "Rename it, or remove it; CSV is separated by commas."
+            raise unknown(f"column in {path}", column, COLUMNS, cure)
     if "image_path" not in columns:
         raise DataError(
             f"{path}: no column image_path. Columns: {', '.join(COLUMNS)}; only image_path is required."
         )
     samples = [_sample(row, path.parent, f"{path}, row {number}") for number, row in rows]
     if not samples:
-        raise DataError(f"{path}: no rows. A manifest has one row an image below its header.")
+        raise DataError(f"{path}: no rows. Add one row per image below the header.")
     return samples
 
 
@@ -89,9 +88,8 @@ def write_manifest(samples: Iterable[Sample], path: str | os.PathLike[str]) -> N
     rows = [_row(sample, path.parent) for sample in samples]
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Name the file so.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+
+    def write(unfinished: Path) -> None:
         if path.suffix.lower() == ".csv":
             with unfinished.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
@@ -99,19 +97,18 @@ def write_manifest(samples: Iterable[Sample], path: str | os.PathLike[str]) -> N
                 writer.writerows(rows)
         else:
             pyarrow, parquet = _pyarrow(path)
-            parquet.write_table(
-                pyarrow.Table.from_pylist(rows, pyarrow.schema([(c, "string") for c in COLUMNS])), unfinished
-            )
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            schema = pyarrow.schema([(column, "string") for column in COLUMNS])
+            parquet.write_table(pyarrow.Table.from_pylist(rows, schema), unfinished)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write)
 
 
 def check(samples: Sequence[Sample], *, layout: str | None = None) -> list[Fault]:
-    """Everything that is wrong with the images, masks and splits; decodes all of them, one at a time.
+    """Return all faults of the images, masks and splits. Every image is decoded, one at a time.
 
     Args:
-        layout: the data set that it is said to be: its categories are counted against the published numbers.
+        layout: name of a published data set; its categories are compared with the published numbers of images.
     """
     faults = []
     seen: set[Path] = set()
@@ -127,22 +124,19 @@ def check(samples: Sequence[Sample], *, layout: str | None = None) -> list[Fault
             faults.append(Fault("anomalous in train", sample.image_path, text))
     sets = {split: [sample for sample in samples if sample.split == split] for split in SPLITS}
     for found in shared(sets):
-        faults.append(
-            Fault(
-                "shared file" if found.what == "file" else "shared group", found.there.image_path, str(found)
-            )
-        )
+        fault: FaultType = "shared file" if found.what == "file" else "shared group"
+        faults.append(Fault(fault, found.there.image_path, str(found)))
     if not any(sample.label == "normal" and sample.split in ("train", None) for sample in samples):
-        text = "No row is normal and in train (or without split): there is nothing to learn from. Add good images."
+        text = "No row is normal and in train or without split, so training is impossible. Add good images."
         faults.append(Fault("no good training image", None, text))
     faults += [Fault("wrong count", None, text) for text in differences(samples, layout)]
     return faults
 
 
 def counts(samples: Sequence[Sample]) -> list[dict[str, str | int | None]]:
-    """How many good and anomalous images each category and subclass has in each split, in the order of their names."""
+    """Return the numbers of good and anomalous images per category, subclass and split, sorted by name."""
     found = Counter((sample.category, sample.subclass, sample.split, sample.label) for sample in samples)
-    places = sorted({key[:3] for key in found}, key=lambda place: tuple(name or "" for name in place))
+    rows = sorted({key[:3] for key in found}, key=lambda row: tuple(name or "" for name in row))
     return [
         {
             "category": category,
@@ -151,7 +145,7 @@ def counts(samples: Sequence[Sample]) -> list[dict[str, str | int | None]]:
             "good": found[category, subclass, split, "normal"],
             "anomalous": found[category, subclass, split, "anomalous"],
         }
-        for category, subclass, split in places
+        for category, subclass, split in rows
     ]
 
 
@@ -172,17 +166,16 @@ def _image_faults(sample: Sample) -> Iterator[Fault]:
     try:
         mask = read_mask(sample.mask_path, height=height, width=width)
     except DataError as error:
-        kind: FaultKind = "unreadable mask" if isinstance(error, ImageError) else "wrong mask"
-        yield Fault(kind, path, str(error))
+        yield Fault("unreadable mask" if isinstance(error, ImageError) else "wrong mask", path, str(error))
         return
     if sample.label == "anomalous" and not mask.any():
-        yield Fault(
-            "empty mask", path, f"{path} is anomalous, but no pixel of its mask {sample.mask_path} is marked."
+        text = (
+            f"{path} is anomalous, but no pixel of its mask {sample.mask_path} is marked. Correct the mask."
         )
+        yield Fault("empty mask", path, text)
     if sample.label == "normal" and mask.any():
-        yield Fault(
-            "marked normal", path, f"{path} is normal, but pixels of its mask {sample.mask_path} are marked."
-        )
+        text = f"{path} is normal, but pixels of its mask {sample.mask_path} are marked. Correct the label or the mask."
+        yield Fault("marked normal", path, text)
 
 
 NumberedRows = list[tuple[int, dict[str | Any, Any]]]
@@ -230,8 +223,8 @@ def _pyarrow(path: Path) -> tuple[Any, Any]:
 def _sample(row: Mapping[str, Any], folder: Path, where: str) -> Sample:
     values = {column: _text(row.get(column)) for column in COLUMNS}
     if not values["image_path"]:
-        raise DataError(f"{where}: image_path is empty. Every row names an image.")
-    defect = "" if values["defect"].lower() in NORMAL_WORDS else values["defect"]
+        raise DataError(f"{where}: image_path is empty. Give the path of the image, or remove the row.")
+    defect = "" if values["defect"].lower() in NORMAL_LABELS else values["defect"]
     label = _label(values["label"], defect, where)
     split = values["split"].lower()
     if split and split not in SPLITS:
@@ -250,23 +243,23 @@ def _sample(row: Mapping[str, Any], folder: Path, where: str) -> Sample:
     )
 
 
-def _label(word: str, defect: str, where: str) -> Label:
-    if word.lower() in ANOMALOUS_WORDS or (not word and defect):
+def _label(label: str, defect: str, where: str) -> Label:
+    if label.lower() in ANOMALOUS_LABELS or (not label and defect):
         return "anomalous"
-    if word and word.lower() not in NORMAL_WORDS:
+    if label and label.lower() not in NORMAL_LABELS:
         raise DataError(
-            f"{where}: label is {word!r}. Allowed: {', '.join(NORMAL_WORDS)} for normal, {', '.join(ANOMALOUS_WORDS)} "
-            "for anomalous."
+            f"{where}: label is {label!r}. Allowed: {', '.join(NORMAL_LABELS)} for normal, "
+            f"{', '.join(ANOMALOUS_LABELS)} for anomalous."
         )
     if defect:
         raise DataError(
-            f"{where}: label is {word!r}, but the defect is {defect!r}. Empty one of them, or label it anomalous."
+            f"{where}: label is {label!r}, but the defect is {defect!r}. Empty one of them, or label it anomalous."
         )
     return "normal"
 
 
 def _text(value: Any) -> str:
-    """A cell as CSV would hold it; Parquet gives numbers, truth values and missing ones too."""
+    """Return a cell as text; Parquet tables also have numbers, booleans and missing values."""
     if value is None or value != value:
         return ""
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
@@ -275,19 +268,8 @@ def _text(value: Any) -> str:
 
 
 def _row(sample: Sample, folder: Path) -> dict[str, str]:
-    values = {
-        "image_path": _relative(sample.image_path, folder),
-        "category": sample.category,
-        "subclass": sample.subclass,
-        "group": sample.group,
-        "split": sample.split,
-        "label": sample.label,
-        "defect": sample.defect,
-        "mask_path": _relative(sample.mask_path, folder) if sample.mask_path else None,
-    }
-    return {column: value or "" for column, value in values.items()}
-
-
-def _relative(path: Path, folder: Path) -> str:
-    """With forward slashes on every system."""
-    return Path(os.path.relpath(path, folder)).as_posix()
+    values = {column: getattr(sample, column) or "" for column in COLUMNS}
+    for column in ("image_path", "mask_path"):  # relative, with forward slashes on every system
+        if values[column]:
+            values[column] = Path(os.path.relpath(values[column], folder)).as_posix()
+    return values

@@ -1,4 +1,4 @@
-"""From an image of any size to the network's input: cut into tiles, resize. Saved with the detector."""
+"""Cut images of any size into tiles and resize them to the network's input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from normweave.types import Tile
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """The settings of `PrepareConfig`, and what they do to an image."""
+    """Image preparation with the settings of `PrepareConfig`; saved with the detector."""
 
     height: int
     width: int
@@ -26,24 +26,24 @@ class Preparation:
 
     @classmethod
     def of(cls, config: PrepareConfig) -> Self:
-        """The preparation that `config` describes."""
+        """Return the preparation with these settings."""
         return cls(**asdict(config))
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """What `as_dict` gave; raises ConfigError where a value is out of range."""
+        """Return the preparation of a record of `as_dict`; raises ConfigError if a value is out of range."""
         return cls.of(PrepareConfig(**record))
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Return the settings as JSON values."""
         return asdict(self)
 
     def tiles(self, height: int, width: int) -> tuple[Tile, ...]:
-        """The rectangles that an image of this size is looked at in, row by row; together they cover every pixel.
+        """Return the tiles of an image of (height, width) pixels, row by row; together they cover every pixel.
 
-        All tiles are equally large. A side up to `tile_beyond` times the input's is not cut; a longer one into
+        All tiles have the same size. A side up to `tile_beyond` times the input's is not cut. A longer side is cut into
         n = ceil(side / (tile_beyond * input side)) tiles of length ceil(side / (n - (n - 1) * tile_overlap)), so that
-        neighbours share `tile_overlap` of a tile, give or take a pixel of rounding.
+        neighbours share `tile_overlap` of a tile, up to a pixel of rounding.
         """
         return tuple(
             Tile(top, left, rows, columns)
@@ -52,7 +52,7 @@ class Preparation:
         )
 
     def _cuts(self, side: int, input_side: int) -> list[tuple[int, int]]:
-        """(start, length) along one side."""
+        """Return (start, length) of each tile along one side."""
         if self.tile_beyond == 0 or side <= self.tile_beyond * input_side:
             return [(0, side)]
         count = math.ceil(side / (self.tile_beyond * input_side))
@@ -60,12 +60,11 @@ class Preparation:
         return [(number * (side - length) // (count - 1), length) for number in range(count)]
 
     def apply(self, image: NDArray[np.uint8], tile: Tile) -> NDArray[np.uint8]:
-        """The tile of an image (H, W, 3) as the network's input (3, height, width), stretched to fit it.
+        """Return a tile of an image (H, W, 3) as the network's input (3, height, width), resized to fit.
 
-        Bilinear; where it shrinks, over all pixels that a pixel of the input stands for (antialiased).
+        Bilinear with antialiasing.
         """
-        crop = image[
-            tile.top : tile.top + tile.height, tile.left : tile.left + tile.width
-        ]  # (rows, columns, 3)
+        rows = slice(tile.top, tile.top + tile.height)
+        crop = image[rows, tile.left : tile.left + tile.width]  # (rows, columns, 3)
         resized = Image.fromarray(crop).resize((self.width, self.height), Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))  # (3, height, width)

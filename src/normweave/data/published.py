@@ -1,4 +1,4 @@
-"""How many images the published data sets hold: what `data check` counts against."""
+"""Numbers of images in published data sets, for `normweave data check`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ PUBLISHED: dict[str, dict[str, Count]] = {
 
 
 def differences(samples: Sequence[Sample], layout: str | None) -> Iterator[str]:
-    """What is said of each category that does not have its published number of images; absent ones may be absent."""
+    """Yield an error text for each category whose number of images differs; missing categories are allowed."""
     for category, wanted in PUBLISHED.get(layout or "", {}).items():
         own = [sample for sample in samples if sample.category == category]
         found = Count(

@@ -1,4 +1,4 @@
-"""Samples as the rows that a network reads: every readable image, cut into tiles, each with a key for its content."""
+"""Rows of network input: the tiles of every readable image, each with a key of its content."""
 
 from __future__ import annotations
 
@@ -30,34 +30,33 @@ class Rows:
     """n rows of m readable images."""
 
     samples: tuple[Sample, ...]
-    """m samples that can be read."""
+    """m samples of the readable images."""
     hashes: tuple[str, ...]
     """m content hashes (SHA-256 of the file)."""
     sizes: tuple[tuple[int, int], ...]
     """m (height, width) of the images on disk."""
     owner: NDArray[np.int64]
-    """(n,) the sample of each row, ascending."""
+    """(n,) index of the sample of each row, ascending."""
     tiles: tuple[Tile, ...]
     """n tiles."""
     keys: tuple[str, ...]
-    """n names of what each row holds: content, preparation and tile."""
+    """n keys of content, preparation and tile."""
     refused: tuple[Refusal, ...]
     preparation: Preparation
     _decode: Callable[[int], NDArray[np.uint8]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # A tiled image stands in several rows one after the other: decode it once.
+        # The tiles of an image are consecutive rows: decode it once.
         samples = self.samples
-        object.__setattr__(
-            self, "_decode", lru_cache(maxsize=2)(lambda number: decode(samples[number].image_path))
-        )
+        cached = lru_cache(maxsize=2)(lambda number: decode(samples[number].image_path))
+        object.__setattr__(self, "_decode", cached)
 
     def __len__(self) -> int:
         """n."""
         return len(self.tiles)
 
     def load(self, row: int) -> NDArray[np.uint8]:
-        """The prepared pixels of a row, (3, height, width)."""
+        """Return the prepared pixels of a row, (3, height, width)."""
         return self.preparation.apply(self._decode(int(self.owner[row])), self.tiles[row])
 
 
@@ -68,11 +67,10 @@ def scan(
     known: Callable[[Sequence[str]], Sequence[bool]] | None = None,
     progress: Progress | None = None,
 ) -> Rows:
-    """Look at every image once: what it holds, how large it is, whether it can be read.
+    """Return the rows of all readable images, and the reasons why the others are refused.
 
     Args:
-        known: tells of keys whether their features are stored already; such an image was read before and is not
-            decoded again.
+        known: returns for each key whether its features are stored. Images with stored features are not decoded again.
     """
     kept: list[Sample] = []
     hashes: list[str] = []
@@ -117,5 +115,5 @@ def scan(
 
 
 def fingerprint(hashes: Iterable[str]) -> str:
-    """What identifies a set of images, whatever their order: one SHA-256 over the others."""
+    """Return one SHA-256 of the hashes of a set of images, independent of their order."""
     return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()

@@ -1,7 +1,6 @@
-"""Fit, calibration and test images, disjoint by construction: no file and no physical part is in two of them.
+"""Split images into fit, calibration and test sets. No file and no physical part is in two sets.
 
-What may not be divided is a *unit*: images that share a group, or the content of their files, or that are linked
-by a chain of such images.
+A *unit* is never divided: images that share a group or the content of their files, directly or through other images.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from normweave.errors import CheckError, DataError, ImageError
 from normweave.types import Sample
 
 FEWEST_FIT = 2
-"""Images that must be left to fit on: a deviation needs two."""
+"""Smallest number of fit images: a standard deviation needs two."""
 
 Content = Callable[[Sample], Hashable]
 
 
 class Division(NamedTuple):
-    """Normal images to learn from, and others to draw the operating points from."""
+    """Normal images for fitting, and others for the operating points."""
 
     fit: list[Sample]
     calibration: list[Sample]
 
 
 class Shared(NamedTuple):
-    """A file or a group that lies in two sets."""
+    """A file or a group that is in two sets."""
 
     what: str  # "file" or "group"
     first: str  # names of the sets
@@ -43,19 +42,13 @@ class Shared(NamedTuple):
     there: Sample
 
     def __str__(self) -> str:
-        if self.what == "file":
-            return (
-                f"The same file is in {self.first} and {self.second}: {self.here.image_path} and "
-                f"{self.there.image_path}."
-            )
-        return (
-            f"Group {self.here.group!r} is in {self.first} and {self.second}: {self.here.image_path} and "
-            f"{self.there.image_path}."
-        )
+        item = "The same file" if self.what == "file" else f"Group {self.here.group!r}"
+        images = f"{self.here.image_path} and {self.there.image_path}"
+        return f"{item} is in {self.first} and {self.second}: {images}."
 
 
 def file_content(sample: Sample) -> Hashable:
-    """What makes two images the same file: the hash of the bytes; a file without bytes is only itself."""
+    """Return the hash of a file's bytes, or the path of an unreadable file. Equal values mean the same file."""
     try:
         return content_hash(sample.image_path)
     except ImageError:
@@ -63,14 +56,14 @@ def file_content(sample: Sample) -> Hashable:
 
 
 def complete(samples: Sequence[Sample], *, seed: int, content: Content = file_content) -> list[Sample]:
-    """The same images in the same order, each with a split; splits that are named stay as they are.
+    """Return the same images in the same order, each with a split. Given splits are not changed.
 
-    Images without one follow their unit. Where it has none either: units that hold an anomalous image go to test; of
-    the units that hold normal images half are drawn to train, balanced over the subclasses, the others test (units
-    that went to test for an anomalous image count among those). Without any anomalous image nothing can be tested
-    and all normal images train.
+    Images without a split get that of their unit. If the unit has none, units with an anomalous image are put into
+    test. Half of the units with normal images are drawn for train, balanced over the subclasses; the others, which
+    include units with an anomalous image, are put into test. If no image is anomalous, all images are put into train.
 
-    Raises DataError where an anomalous image would have to follow its unit into train or calibration.
+    Raises:
+        DataError: an anomalous image belongs to a unit in train or calibration.
     """
     contents = {sample.image_path: content(sample) for sample in samples}
     units = _units(samples, contents)
@@ -100,7 +93,7 @@ def complete(samples: Sequence[Sample], *, seed: int, content: Content = file_co
             if sample.label == "anomalous" and split != "test":
                 raise DataError(
                     f"{sample.image_path} is anomalous and has no split, but images of its group, or the same file, "
-                    f"are in {split}. A group is never divided: move those to test, or name the group differently."
+                    f"are in {split}. A group is never divided: move those to test, or rename the group."
                 )
             completed[row] = replace(sample, split=split)
     _check_splits(completed, contents)
@@ -115,23 +108,25 @@ def divide(
     seed: int,
     content: Content = file_content,
 ) -> Division:
-    """Normal images to fit on and to calibrate with, from the rows marked train and calibration.
+    """Return the normal images for fitting and for calibration, from the rows marked train and calibration.
 
-    Calibration rows are used as they are marked. Where none is, whole units are held out of train, balanced over the
-    subclasses: `calibration_share` of the images, or `at_least` of them if that is more, and never the last unit of a
-    subclass. Test rows are only looked at to make sure that they are others.
+    Rows marked calibration are used as such. Without any, complete units are held out of train, balanced over the
+    subclasses: `calibration_share` of the images, or `at_least` images if that is more, but never the last unit of a
+    subclass. Test rows are only checked to be different from the others.
 
-    Raises DataError where there is nothing to fit on, where an anomalous image is marked train or calibration, and
-    where splits share a file or a group; CheckError where there are too few images or units for `at_least`.
+    Raises:
+        DataError: train is too small, an anomalous image is marked train or calibration, or splits share a file or a
+            group.
+        CheckError: `at_least` needs more images.
     """
     if unsplit := [sample for sample in samples if sample.split is None]:
         raise DataError(
-            f"Without a split: {_some(unsplit)}. Draw the missing ones first, with splits.complete."
+            f"Without a split: {_some(unsplit)}. Draw the missing splits first, with splits.complete."
         )
     if wrong := [sample for sample in samples if sample.label == "anomalous" and sample.split != "test"]:
         raise DataError(
-            f"Anomalous, but marked train or calibration: {_some(wrong)}. Only normal images may be fitted on or "
-            "calibrated with: mark them test, or label them normal."
+            f"Anomalous, but marked train or calibration: {_some(wrong)}. Allowed: normal images only. "
+            "Mark them test, or label them normal."
         )
     contents = {sample.image_path: content(sample) for sample in samples}
     _check_splits(samples, contents)
@@ -168,10 +163,10 @@ def divide(
     held_out = {row for unit in picked for row in units[unit]}
     if len(held_out) < at_least:
         raise DataError(
-            f"{len(train)} normal train images lie in {len(units)} groups, which are never divided (the largest has "
-            f"{max(sizes)}). Leaving each subclass at least one group to fit on, "
-            f"{len(held_out)} can be held out; {at_least} are needed. Add images of other groups, mark rows as "
-            "calibration, or allow a higher rate (outcome.false_alarm_rate)."
+            f"{len(train)} normal train images are in {len(units)} groups, which are never divided (the largest has "
+            f"{max(sizes)}). {len(held_out)} can be held out if each subclass keeps one group to fit on; {at_least} "
+            "are needed. Add images of other groups, mark rows as calibration, or allow a higher rate "
+            "(outcome.false_alarm_rate)."
         )
     return Division(
         [sample for row, sample in enumerate(train) if row not in held_out],
@@ -182,9 +177,10 @@ def divide(
 def holdout(
     groups: NDArray[np.int64], subclasses: NDArray[np.int64], *, share: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Which of n images gradients must not see: whole groups, about `share` of the images, at least one group.
+    """Return which of n images are held out of gradient training, (n,): complete groups, about `share` of the images.
 
-    Balanced over the subclasses, none of which loses its last group; all False where that leaves nothing to hold out.
+    Balanced over the subclasses. At least one group is held out, but never the last group of a subclass; all False if
+    that is impossible.
     """
     members: dict[int, list[int]] = defaultdict(list)
     for row, group in enumerate(groups.tolist()):
@@ -211,16 +207,16 @@ def check_disjoint(
     *,
     content: Content = file_content,
 ) -> None:
-    """Raise DataError where a file or a group lies in two of the three sets."""
+    """Raise DataError if a file or a group is in two of the three sets."""
     for found in shared({"fit": fit, "calibration": calibration, "test": test}, content=content):
         raise DataError(
-            f"{found} What is learnt from must not be tested on: put both into one split, or, if they are different "
-            "parts, name their groups differently."
+            f"{found} Fit, calibration and test images must be different parts: put both into one split, or, if they "
+            "are different parts, rename one of the groups."
         )
 
 
 def shared(sets: Mapping[str, Sequence[Sample]], *, content: Content = file_content) -> Iterator[Shared]:
-    """Every file and every group that lies in two sets, named once for each further set."""
+    """Yield every file and every group that is in two sets, once for each further set."""
     seen: dict[tuple[str, Hashable], dict[str, Sample]] = defaultdict(dict)
     for name, samples in sets.items():
         for sample in samples:
@@ -233,10 +229,9 @@ def shared(sets: Mapping[str, Sequence[Sample]], *, content: Content = file_cont
 
 
 def _some(samples: Sequence[Sample]) -> str:
-    """The first few by name, and how many more."""
+    """Return the first three paths and the number of others."""
     names = ", ".join(str(sample.image_path) for sample in samples[:3])
-    more = f" and {len(samples) - 3} more" if len(samples) > 3 else ""
-    return f"{names}{more}"
+    return f"{names} and {len(samples) - 3} more" if len(samples) > 3 else names
 
 
 def _check_splits(samples: Sequence[Sample], contents: Mapping[Path, Hashable]) -> None:
@@ -247,14 +242,14 @@ def _check_splits(samples: Sequence[Sample], contents: Mapping[Path, Hashable]) 
 
 
 def _keys(sample: Sample, content: Hashable) -> Iterator[tuple[str, Hashable]]:
-    """What ties an image to others."""
+    """Yield what an image may share with others."""
     yield "file", content
     if sample.group is not None:
         yield "group", sample.group
 
 
 def _units(samples: Sequence[Sample], contents: Mapping[Path, Hashable]) -> list[list[int]]:
-    """Rows that belong together, in the order of their first rows: the connected parts of a union-find forest."""
+    """Return the rows of each unit, in the order of their first rows (union-find)."""
     parent = list(range(len(samples)))
 
     def root(row: int) -> int:
@@ -282,43 +277,47 @@ def _pick(
     keep: bool = False,
     generator: np.random.Generator,
 ) -> list[int]:
-    """Units drawn at random, so that every kind gives about the same share of what it has.
+    """Return the indices of units drawn at random, so that about the same share of every subclass is drawn.
 
-    Together no larger than `amount`, except where `least` cannot be had otherwise. With `keep` the last unit of a kind
-    is never drawn. `units` counts what each holds of each kind; `sizes` says what it adds to the amount.
+    Args:
+        units: number of images of each subclass in each unit.
+        sizes: size of each unit.
+        amount: largest sum of sizes, unless `least` needs more.
+        least: smallest sum of sizes, as far as possible.
+        keep: never draw the last unit of a subclass.
     """
-    whole: Counter[str] = Counter()
-    left: Counter[str] = Counter()  # units of each kind that are not drawn
+    total: Counter[str] = Counter()  # images of each subclass
+    left: Counter[str] = Counter()  # units of each subclass that are not drawn
     for unit in units:
-        whole.update(unit)
+        total.update(unit)
         left.update(unit.keys())
-    kinds = sorted(whole)
-    waiting: dict[str, list[int]] = {kinds[place]: [] for place in generator.permutation(len(kinds))}
-    for unit_number in generator.permutation(len(units)).tolist():
-        for kind in units[unit_number]:
-            waiting[kind].append(unit_number)
+    names = sorted(total)
+    queues: dict[str, list[int]] = {names[index]: [] for index in generator.permutation(len(names))}
+    for number in generator.permutation(len(units)).tolist():
+        for name in units[number]:
+            queues[name].append(number)
 
     picked: dict[int, None] = {}
-    got: Counter[str] = Counter()
-    total = 0
+    drawn: Counter[str] = Counter()
+    size = 0
 
     def take(number: int) -> None:
-        nonlocal total
-        if number in picked or (keep and min(left[kind] for kind in units[number]) == 1):
+        nonlocal size
+        if number in picked or (keep and min(left[name] for name in units[number]) == 1):
             return
         picked[number] = None
-        got.update(units[number])
+        drawn.update(units[number])
         left.subtract(units[number].keys())
-        total += sizes[number]
+        size += sizes[number]
 
-    put_off = []
-    while open_kinds := [kind for kind, numbers in waiting.items() if numbers]:
-        number = waiting[min(open_kinds, key=lambda kind: got[kind] / whole[kind])].pop()
-        if sizes[number] <= amount - total:
+    too_large = []
+    while names := [name for name, queue in queues.items() if queue]:
+        number = queues[min(names, key=lambda name: drawn[name] / total[name])].pop()
+        if sizes[number] <= amount - size:
             take(number)
         else:
-            put_off.append(number)
-    for number in sorted(put_off, key=lambda number: sizes[number]):
-        if total < least:
+            too_large.append(number)
+    for number in sorted(too_large, key=lambda number: sizes[number]):
+        if size < least:
             take(number)
     return list(picked)

@@ -1,9 +1,9 @@
-"""Pseudo-abnormal images: normal images with damage put into them, and where it shows.
+"""Synthetic anomalies: normal images with a synthetic defect and its mask.
 
-    mask -> fill (another image, the image moved, its colours shifted, noise) -> blend -> what shows of it
+    mask -> fill (another image, the shifted image, its colours changed, noise) -> blend -> visible change
 
 The masks of thresholded noise follow DRAEM (Zavrtanik et al. 2021, arXiv:2108.07610, section 3.2); the scratches and
-the choice of fills are ours. Images are channels first, (3, H, W); H and W of at least 32 pixels.
+the choice of fills are ours. Images are channels first, (3, H, W); H and W are at least 32 pixels.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from PIL import Image, ImageDraw, ImageFilter
 
 Pixels = NDArray[np.uint8]  # (3, H, W)
 Field = NDArray[np.floating[Any]]  # float32
+Mask = NDArray[np.bool_]  # (H, W)
 
-FORMAT = 1  # raised whenever the same draws would give other damage
+FORMAT = 1  # raised whenever the same draws would give other defects
 BLOB_SHARE = (0.015, 0.10)  # of the image, covered by blobs
 SCRATCH_LENGTH = (0.3, 0.9)  # shares of the image's shorter side
 SCRATCH_WIDTH = (0.01, 0.022)  # likewise
 SCRATCHES = 0.35  # share of the masks that are scratches
 OPACITY = (0.4, 1.0)
 VISIBLE = 10.0  # grey levels (0..255), mean of 5 x 5 pixels: a smaller change does not count
-LEAST_SHARE = 0.002  # of the image, that must have changed visibly
+LEAST_SHARE = 0.002  # of the image, smallest visible change
 ATTEMPTS = 5
 
 
 def seeded(seed: int, variant: int, index: int) -> np.random.Generator:
-    """The draws of one damage of one image, the same in whichever order images are damaged."""
+    """Return the random generator of one variant of one image, independent of the order of images."""
     return np.random.default_rng([seed, variant, index])
 
 
-def mask(height: int, width: int, *, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Where damage goes, (H, W): blobs on 1.5 to 10 % of the image, or one or two scratches on less."""
-    return _scratches(height, width, rng) if rng.random() < SCRATCHES else _blobs(height, width, rng)
+def mask(height: int, width: int, *, rng: np.random.Generator) -> Mask:
+    """Return a random mask, (H, W): blobs on 1.5 to 10 % of the image, or one or two scratches on less."""
+    return scratches(height, width, rng) if rng.random() < SCRATCHES else blobs(height, width, rng)
 
 
-def _blobs(height: int, width: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """The places of the highest noise; a hill added to it draws them together into one blob or a few."""
+def blobs(height: int, width: int, rng: np.random.Generator) -> Mask:
+    """Return the pixels of the highest noise; a hill added to the noise joins them into a small number of blobs."""
     hill = rng.uniform(0, 4) * _hill(height, width, rng)
     noise = _noise(height, width, cells=int(rng.integers(3, 9)), rng=rng) + hill
     count = round(height * width * rng.uniform(*BLOB_SHARE))
@@ -51,7 +52,7 @@ def _blobs(height: int, width: int, rng: np.random.Generator) -> NDArray[np.bool
 
 
 def _hill(height: int, width: int, rng: np.random.Generator) -> Field:
-    """exp(-r^2 / 2) around a random place, r in quarters of the shorter side, (H, W)."""
+    """Return exp(-r^2 / 2) around a random centre, r in quarters of the shorter side, (H, W)."""
     scale = min(height, width) / 4
     rows = (np.arange(height, dtype=np.float32) - rng.uniform(0, height)) / scale
     columns = (np.arange(width, dtype=np.float32) - rng.uniform(0, width)) / scale
@@ -59,9 +60,9 @@ def _hill(height: int, width: int, rng: np.random.Generator) -> Field:
 
 
 def _noise(height: int, width: int, *, cells: int, rng: np.random.Generator) -> Field:
-    """Value noise of three octaves, (H, W): random numbers on ever finer grids, each of half the height before.
+    """Return value noise of three octaves, (H, W): each grid has half the cell size and half the amplitude.
 
-    `cells` of the coarsest grid lie along the shorter side.
+    `cells` is the number of cells of the coarsest grid along the shorter side.
     """
     total = np.zeros((height, width), dtype=np.float32)
     for octave in range(3):
@@ -72,90 +73,86 @@ def _noise(height: int, width: int, *, cells: int, rng: np.random.Generator) -> 
     return total
 
 
-def _scratches(height: int, width: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """One or two bent lines that begin anywhere and mostly keep their direction."""
+def scratches(height: int, width: int, rng: np.random.Generator) -> Mask:
+    """Return one or two bent lines with random start and little change of direction."""
     shorter = min(height, width)
     canvas = Image.new("1", (width, height))
     for _ in range(rng.integers(1, 3)):
         step = shorter * rng.uniform(*SCRATCH_LENGTH) / 6
-        place = np.array([rng.uniform(0, width), rng.uniform(0, height)])
-        # Towards the middle, so that a line that begins at a border runs inside.
-        heading = math.atan2(height / 2 - place[1], width / 2 - place[0]) + rng.uniform(-0.8, 0.8)
-        points = [tuple(place)]
+        point = np.array([rng.uniform(0, width), rng.uniform(0, height)])
+        # Towards the centre, so that a line that starts at a border stays inside.
+        heading = math.atan2(height / 2 - point[1], width / 2 - point[0]) + rng.uniform(-0.8, 0.8)
+        points = [tuple(point)]
         for _ in range(6):
             heading += rng.normal(0, 0.35)
-            place = place + step * np.array([math.cos(heading), math.sin(heading)])
-            points.append(tuple(place))
+            point = point + step * np.array([math.cos(heading), math.sin(heading)])
+            points.append(tuple(point))
         line_width = max(1, round(shorter * rng.uniform(*SCRATCH_WIDTH)))
         ImageDraw.Draw(canvas).line(points, fill=1, width=line_width, joint="curve")
     return np.asarray(canvas)
 
 
-def damage(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tuple[Pixels, NDArray[np.bool_]]:
-    """An image with damage, and where it shows: (3, H, W) and (H, W).
+def add_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tuple[Pixels, Mask]:
+    """Return an image with a synthetic defect and the mask of the visible change: (3, H, W) and (H, W).
 
-    Outside the mask returned not a single number differs from `pixels`; inside it the change is visible, which
-    means that its mean over the 5 x 5 pixels around (those that were painted) is at least `VISIBLE`. At least
-    `LEAST_SHARE` of the image is in the mask, unless even the strong shift that ends the attempts shows less.
+    Outside the mask all pixels equal `pixels`. Inside, the change is visible: its mean over the blended ones of the
+    5 x 5 pixels around is at least `VISIBLE`. The mask covers at least `LEAST_SHARE` of the image, except if all
+    attempts fail and the strong shift of brightness that follows changes less.
 
     Args:
         pixels: a normal image.
-        other: another one of the same size, of any category, to take pixels from.
-        rng: every draw comes from it, so that the result depends on the arguments alone.
+        other: another image of the same size, of any category, to copy pixels from.
+        rng: source of all random draws.
     """
     height, width = pixels.shape[1:]
     for _ in range(ATTEMPTS):
-        place = mask(height, width, rng=rng)
+        region = mask(height, width, rng=rng)
         fill = FILLS[rng.integers(len(FILLS))](pixels, other, rng)
-        damaged, shows = _blend(pixels, fill, place, opacity=rng.uniform(*OPACITY))
-        if shows.mean() >= LEAST_SHARE:
-            return damaged, shows
-    place = _blobs(height, width, rng)
-    shift = 120 if pixels[:, place].mean() < 128 else -120
-    return _blend(pixels, pixels.astype(np.float32) + shift, place, opacity=1.0)
+        defective, visible = blend(pixels, fill, region, opacity=rng.uniform(*OPACITY))
+        if visible.mean() >= LEAST_SHARE:
+            return defective, visible
+    region = blobs(height, width, rng)
+    shift = 120 if pixels[:, region].mean() < 128 else -120
+    return blend(pixels, pixels.astype(np.float32) + shift, region, opacity=1.0)
 
 
-def _blend(
-    pixels: Pixels, fill: Field, place: NDArray[np.bool_], *, opacity: float
-) -> tuple[Pixels, NDArray[np.bool_]]:
-    """`fill` over `pixels` where `place` is and, weaker, one pixel around it; and where that shows."""
-    around = Image.fromarray(place.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(1))
-    share = np.where(place, 1, np.asarray(around, dtype=np.float32) / 255) * np.float32(opacity)  # (H, W)
-    painted = np.rint(pixels + share * (np.clip(fill, 0, 255) - pixels)).astype(np.uint8)
-    change = np.abs(painted.astype(np.int32) - pixels).max(axis=0)  # (H, W)
+def blend(pixels: Pixels, fill: Field, region: Mask, *, opacity: float) -> tuple[Pixels, Mask]:
+    """Blend `fill` over `pixels` in a region and, weaker, one pixel around it; also return the visible change."""
+    around = Image.fromarray(region.astype(np.uint8) * 255).filter(ImageFilter.BoxBlur(1))
+    share = np.where(region, 1, np.asarray(around, dtype=np.float32) / 255) * np.float32(opacity)  # (H, W)
+    blended = np.rint(pixels + share * (np.clip(fill, 0, 255) - pixels)).astype(np.uint8)
+    change = np.abs(blended.astype(np.int32) - pixels).max(axis=0)  # (H, W)
     touched = share > 0
-    shows = touched & (change > 0) & (_sums(change) >= VISIBLE * _sums(touched.astype(np.int32)))
-    return np.where(shows, painted, pixels), shows
+    visible = touched & (change > 0) & (_sums(change) >= VISIBLE * _sums(touched.astype(np.int32)))
+    return np.where(visible, blended, pixels), visible
 
 
 def _sums(numbers: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Sum of the 5 x 5 numbers around each place, (H, W); zeros beyond the border."""
+    """Return the sum of the 5 x 5 numbers around each pixel, (H, W); zeros beyond the border."""
     height, width = numbers.shape
     padded = np.pad(numbers, 2)
-    rows = np.zeros((height, width + 4), dtype=np.int32)
-    for k in range(5):
-        rows += padded[k : k + height]
-    total = np.zeros((height, width), dtype=np.int32)
-    for k in range(5):
-        total += rows[:, k : k + width]
+    rows = np.stack([padded[k : k + height] for k in range(5)]).sum(axis=0, dtype=np.int32)
+    total: NDArray[np.int32] = np.stack([rows[:, k : k + width] for k in range(5)]).sum(
+        axis=0, dtype=np.int32
+    )
     return total
 
 
-def _from_other(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
-    """Pixels of another image."""
+def from_other(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
+    """Return pixels of another image."""
     return _moved(other, rng)
 
 
-def _from_elsewhere(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
-    """Pixels of the same image, from another place and turned, a little lighter or darker.
+def from_elsewhere(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
+    """Return shifted and turned pixels of the same image, a little lighter or darker.
 
-    Without the change of tone most textures would go on as if nothing had happened.
+    Without the change of brightness, the defect would be invisible in most textures.
     """
     return _moved(pixels, rng) + np.float32(rng.choice([-1, 1]) * rng.uniform(15, 45))
 
 
 def _moved(pixels: Pixels, rng: np.random.Generator) -> Field:
-    """Shifted by a quarter of the sides or more, flipped or not, and a square one turned by 90 degrees or not."""
+    """Shift an image by at least a quarter of its sides and, at random, flip and (if square) turn it by 90 degrees."""
     height, width = pixels.shape[1:]
     shifts = tuple(int(side * rng.uniform(0.25, 0.75)) for side in (height, width))
     flips = tuple(axis for axis in (1, 2) if rng.random() < 0.5)
@@ -166,7 +163,7 @@ def _moved(pixels: Pixels, rng: np.random.Generator) -> Field:
 
 
 def _shifted(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
-    """The same image lighter or darker, with other contrast, and in an image of colours at times another colour."""
+    """Change brightness and contrast of the image and, if it is in colour, at random its colour."""
     mean = pixels.mean(axis=(1, 2), keepdims=True, dtype=np.float32)  # (3, 1, 1)
     contrast = np.float32(rng.uniform(0.3, 1.5))
     offset = rng.choice([-1, 1]) * rng.uniform(30, 100)
@@ -176,13 +173,13 @@ def _shifted(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
 
 
 def _channels(pixels: Pixels, rng: np.random.Generator) -> int:
-    """1 for a change of grey, 3 for one of colour: never of colour in a grey image, where it would be too easy."""
+    """Draw 1 (change of brightness) or 3 (of colour); always 1 in a grey image, where colour would be too easy."""
     coloured = bool((pixels != pixels[0]).any())
     return 3 if rng.random() < 0.5 and coloured else 1
 
 
 def _noisy(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
-    """Smooth noise instead of the image, or fine noise on top of it; grey or, in an image of colours, coloured."""
+    """Return smooth noise, or the image with fine noise; grey or, if the image is in colour, coloured."""
     height, width = pixels.shape[1:]
     channels = _channels(pixels, rng)
     if rng.random() < 0.5:
@@ -194,21 +191,21 @@ def _noisy(pixels: Pixels, other: Pixels, rng: np.random.Generator) -> Field:
     return pixels + np.float32(rng.uniform(30, 80)) * fine
 
 
-FILLS = (_from_other, _from_elsewhere, _shifted, _noisy)
+FILLS = (from_other, from_elsewhere, _shifted, _noisy)
 
 
-def coverage(damaged: NDArray[np.bool_], grid: tuple[int, int]) -> NDArray[np.float32]:
-    """Share of each cell that is damaged, (h, w) for a mask (H, W).
+def coverage(mask: Mask, grid: tuple[int, int]) -> NDArray[np.float32]:
+    """Return the share of each cell of a grid (h, w) that a mask (H, W) covers.
 
-    Cell j of h takes up [j H/h, (j+1) H/h) of the rows; a pixel that two cells share counts for each by its part.
+    Cell j of h covers the rows [j H/h, (j+1) H/h); a pixel in two cells is divided between them.
     """
-    rows, columns = (_parts(side, cells) for side, cells in zip(damaged.shape, grid, strict=True))
-    share: NDArray[np.float32] = (rows @ damaged @ columns.T).astype(np.float32)
+    rows, columns = (_parts(side, cells) for side, cells in zip(mask.shape, grid, strict=True))
+    share: NDArray[np.float32] = (rows @ mask @ columns.T).astype(np.float32)
     return share
 
 
 def _parts(side: int, cells: int) -> Field:
-    """Which part of each cell each pixel makes up, (cells, side); rows add up to 1."""
+    """Return the share of each cell that each pixel covers, (cells, side); rows add up to 1."""
     begins = np.arange(cells)[:, None] * side / cells
     ends = np.arange(1, cells + 1)[:, None] * side / cells
     pixel = np.arange(side)

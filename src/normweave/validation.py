@@ -1,0 +1,122 @@
+"""Frozen dataclasses whose fields pydantic checks, and its errors as one `ConfigError` with dotted keys."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import field as dataclass_field
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, dataclass_transform, get_args
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+from normweave.errors import ConfigError, unknown
+
+HOWTO = "Every setting is explained in normweave/config.py."
+
+_Class = TypeVar("_Class")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclass_field,))
+def checked(cls: type[_Class]) -> type[_Class]:
+    """Make a frozen dataclass that is strict about types and raises `ConfigError` with all mistakes."""
+    strict = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    made = pydantic_dataclass(cls, frozen=True, kw_only=True, config=strict)
+    initialise = made.__init__
+
+    @functools.wraps(initialise)
+    def __init__(self: Any, **values: Any) -> None:
+        try:
+            initialise(self, **values)
+        except ValidationError as error:
+            raise joined(mistakes(error, cls), source=cls.__name__) from None
+
+    made.__init__ = __init__  # type: ignore[method-assign]
+    return made
+
+
+def fields_of(cls: Any) -> dict[str, FieldInfo]:
+    """Return the fields of a checked class by name; empty for any other type."""
+    return dict(cls.__pydantic_fields__) if is_dataclass(cls) else {}
+
+
+def variants(field: FieldInfo) -> dict[str, Any]:
+    """Return the classes of a union by the value of its discriminator; empty if the field holds no union."""
+    if not isinstance(field.discriminator, str):
+        return {}
+    return {
+        tag: part
+        for part in get_args(field.annotation)
+        for tag in get_args(fields_of(part)[field.discriminator].annotation)
+    }
+
+
+def joined(found: Sequence[str], *, source: str) -> ConfigError:
+    """Return one error for all mistakes; `source` names where the values come from."""
+    if len(found) == 1:
+        return ConfigError(f"{source}: {found[0]}")
+    return ConfigError(f"{source}: {len(found)} mistakes:\n" + "\n".join(f"- {line}" for line in found))
+
+
+def mistakes(error: ValidationError, settings: Any) -> list[str]:
+    """Return what is wrong, one line a mistake: the dotted key, what is allowed, what was given."""
+    found: list[str] = []
+    for each in error.errors(include_url=False):
+        section, key, owner, choices, discriminator = _locate(settings, each["loc"])
+        given, context = each["input"], each.get("ctx", {})
+        match each["type"]:
+            case "unexpected_keyword_argument":
+                name = str(each["loc"][-1])
+                owners = [tag for tag, part in choices.items() if name in fields_of(part)]
+                if owners:
+                    found.append(
+                        f"{key} belongs to {section}{discriminator}={' or '.join(owners)}. Choose it, or leave {key} out"
+                    )
+                else:
+                    known = [f"{section}{field}" for field in fields_of(owner)]
+                    found.append(str(unknown("setting", key, known, HOWTO)))
+            case "union_tag_invalid":
+                name = f"{key}.{str(context['discriminator']).strip(chr(39))}"
+                found.append(str(unknown(name, str(context["tag"]), _tags(context), HOWTO)))
+            case "too_short" if given:
+                pass  # its items are wrong, and have their own lines
+            case "value_error":
+                dot = f"{key}." if key else ""
+                found += [f"{dot}{message}" for message in context["error"].args]
+            case "dataclass_type" | "dataclass_exact_type" | "model_attributes_type" | "union_tag_not_found":
+                found.append(f"{key} must hold `key: value` lines, got {given!r:.80}")
+            case _:
+                allowed = (
+                    each["msg"].replace("Input should be", "must be").replace("valid array", "valid list")
+                )
+                found.append(f"{key} {allowed}, got {given!r:.80}")
+    return found
+
+
+def _tags(context: dict[str, Any]) -> list[str]:
+    return [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
+
+
+def _locate(settings: Any, location: Sequence[int | str]) -> tuple[str, str, Any, dict[str, Any], str]:
+    """Return, for a pydantic location, its section with a dot, its dotted key, and the class that holds it.
+
+    The last two items are the variants of the union that the section is, by tag, and the discriminator's name.
+    """
+    key, section = "", ""
+    owner, choices, discriminator = settings, {}, ""  # of the section that the next part is in
+    union: dict[str, Any] = {}
+    holder: tuple[Any, dict[str, Any], str] = (settings, {}, "")
+    for part in location:
+        if union and part in union:  # pydantic names the variant in the location
+            owner, choices, union = union[str(part)], union, {}
+            continue
+        section, holder = (f"{key}." if key else ""), (owner, choices, discriminator)
+        key = f"{key}[{part}]" if isinstance(part, int) else f"{section}{part}"
+        field = fields_of(owner).get(str(part))
+        owner, choices, discriminator, union = None, {}, "", {}
+        if field is not None:
+            owner, union = field.annotation, variants(field)
+            discriminator = str(field.discriminator or "")
+    return section, key, *holder

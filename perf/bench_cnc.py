@@ -19,7 +19,14 @@ import numpy as np
 import torch
 
 from normweave import features
-from normweave.config import CNCConfig, OfflinePairConfig
+from normweave.config import (
+    CNCConfig,
+    GatingConfig,
+    GuideConfig,
+    OfflinePairConfig,
+    PromptsConfig,
+    SyntheticConfig,
+)
 from normweave.heads import build
 from normweave.heads.cnc.head import CNC
 from normweave.types import FitData, SyntheticAnomalies
@@ -30,8 +37,8 @@ from builders import InMemory
 BATCH, IMAGES = 8, 32
 WARM_UPS, ROUNDS = 2, 9
 DIMS, GRID = (24, 40, 112, 320), 16  # of OfflinePairConfig at 256 pixels
-PLAIN = CNCConfig(moe=False, text="off", synthetic_variants=0, distillation=0, promotion=0)
-CONSTRAINT = replace(CNCConfig(), moe=False, synthetic_variants=0)
+PLAIN = CNCConfig(moe=False, prompts=PromptsConfig(text="off"), synthetic=SyntheticConfig(variants=0))
+CONSTRAINT = CNCConfig(moe=False, synthetic=SyntheticConfig(variants=0))
 
 
 def variants() -> dict[str, CNCConfig]:
@@ -39,13 +46,13 @@ def variants() -> dict[str, CNCConfig]:
     named = {
         "plain decoder": PLAIN,
         "+ constraint": CONSTRAINT,
-        "+ damaged images": replace(PLAIN, synthetic_variants=1),
+        "+ damaged images": replace(PLAIN, synthetic=SyntheticConfig(variants=1)),
         "CNC, our default": CNCConfig(),
-        "CNC with the guide": CNCConfig(guide="text"),
+        "CNC with the guide": CNCConfig(guide=GuideConfig(tokens="text")),
     }
     for experts in (1, 2, 5, 8, 16):
         named[f"plain + {experts} experts, top {min(2, experts)}"] = replace(
-            PLAIN, moe=True, experts=experts, top_k=min(2, experts)
+            PLAIN, moe=True, gating=GatingConfig(experts=experts, top_k=min(2, experts))
         )
     return named
 

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from normweave.config import AdaptedMoEConfig, Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
+from normweave import settings
+from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
 from normweave.detector import Detector
 from normweave.textiles import SEEN, UNSEEN, make_textures
 from normweave.training import train
@@ -33,6 +34,17 @@ def perturb(module, seed=9):
         for parameter in module.parameters():
             parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
     return module
+
+
+# ── settings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def head_config(kind="adapted_moe", **values):
+    """Settings of a head, its sections as mappings; `expert="memory"` is short for `expert={"kind": "memory"}`."""
+    for section, discriminator in (("expert", "kind"), ("routing", "method"), ("adaption", "method")):
+        if isinstance(values.get(section), str):
+            values[section] = {discriminator: values[section]}
+    return settings.from_dict({"head": {"kind": kind} | values}).head
 
 
 # ── features and fit data ────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,7 +195,7 @@ def detector(cloth):
             data=DataConfig(subclass_from="column"),
             prepare=PrepareConfig(height=64, width=64),
             features=TimmConfig(weights="random", strides=(8,), batch_images=4),
-            head=AdaptedMoEConfig(expert="gaussian"),
+            head=head_config(expert="gaussian"),
             outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
         ),
         use_cache=False,

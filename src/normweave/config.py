@@ -184,11 +184,6 @@ class _Head:
     features: ClassVar[type[FeaturesConfig]] = TimmConfig
     """Features that the head is trained on by default."""
 
-    @property
-    def uses_text(self) -> bool:
-        """Whether fitting needs the text side of a vision-language pair, where the features have one."""
-        return False
-
 
 @checked
 class MemoryBankConfig(_Head):
@@ -645,11 +640,6 @@ class CNCConfig(_Head):
         if not self.moe:
             rules += _unused(self, "gating", why="moe=false")
         _check(*rules)
-
-    @property
-    def uses_text(self) -> bool:
-        """Whether there are prompts, or a guide made of text."""
-        return self.prompts.text != "off" or self.guide.tokens == "text"
 
 
 HeadConfig = (

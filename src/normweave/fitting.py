@@ -402,7 +402,7 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
     if isinstance(config.features, OpenClipConfig):
         packages.append("open_clip_torch")
     return {
-        "model": config.head.kind,
+        "model": config.model,
         "config": settings.as_dict(config),
         "notes": network.head.notes(),
         "image_level": network.head.image_level,

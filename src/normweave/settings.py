@@ -1,7 +1,7 @@
 """Settings from YAML files and from `a.b=c`. One error names all mistakes by their dotted key.
 
-YAML is read by the rules of YAML 1.2: `off` and `no` are text (PyYAML's 1.1 makes them `false`), `2e-4` is a number (1.1
-makes it text), dates are text. Types are strict: text never becomes a number, nor a number a truth value.
+YAML is read by the rules of YAML 1.2: `off` and `no` are text (PyYAML's 1.1 makes them `false`), `2e-4` is a number
+(1.1 makes it text), dates are text. Types are strict: text never becomes a number, nor a number a truth value.
 """
 
 from __future__ import annotations

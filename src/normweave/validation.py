@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import field as dataclass_field
-from dataclasses import is_dataclass
-from typing import Any, TypeVar, dataclass_transform, get_args
+from typing import Any, TypeVar, cast, dataclass_transform, get_args
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -27,19 +26,19 @@ def checked(cls: type[_Class]) -> type[_Class]:
     initialise = made.__init__
 
     @functools.wraps(initialise)
-    def __init__(self: Any, **values: Any) -> None:
+    def __init__(self: Any, **values: Any) -> None:  # noqa: N807
         try:
             initialise(self, **values)
         except ValidationError as error:
             raise joined(mistakes(error, cls), source=cls.__name__) from None
 
     made.__init__ = __init__  # type: ignore[method-assign]
-    return made
+    return cast("type[_Class]", made)
 
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:
     """Return the fields of a checked class by name; empty for any other type."""
-    return dict(cls.__pydantic_fields__) if is_dataclass(cls) else {}
+    return dict(getattr(cls, "__pydantic_fields__", {}))
 
 
 def variants(field: FieldInfo) -> dict[str, Any]:
@@ -72,7 +71,7 @@ def mistakes(error: ValidationError, settings: Any) -> list[str]:
                 owners = [tag for tag, part in choices.items() if name in fields_of(part)]
                 if owners:
                     found.append(
-                        f"{key} belongs to {section}{discriminator}={' or '.join(owners)}. Choose it, or leave {key} out"
+                        f"{key} belongs to {section}{discriminator}={' or '.join(owners)}. Choose it, or remove {key}"
                     )
                 else:
                     known = [f"{section}{field}" for field in fields_of(owner)]
@@ -85,7 +84,7 @@ def mistakes(error: ValidationError, settings: Any) -> list[str]:
             case "value_error":
                 dot = f"{key}." if key else ""
                 found += [f"{dot}{message}" for message in context["error"].args]
-            case "dataclass_type" | "dataclass_exact_type" | "model_attributes_type" | "union_tag_not_found":
+            case "dataclass_type" | "dataclass_exact_type" | "dict_type" | "model_attributes_type":
                 found.append(f"{key} must hold `key: value` lines, got {given!r:.80}")
             case _:
                 allowed = (

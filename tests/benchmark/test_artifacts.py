@@ -120,14 +120,14 @@ def test_a_run_keeps_what_it_has_judged(fold, tmp_path: Path):
 
 
 def test_places_of_a_routing_network_are_its_own(fold, tmp_path: Path):
-    network = ("head.routing=network", "head.router_epochs=2")
+    network = ("head.routing.method=network", "head.routing.training.epochs=2")
     artifact, _ = kept(fitted(fold, "adapted-moe", *network), fold, tmp_path / "run.safetensors")
     assert artifact.places.shape[1] == 64
     np.testing.assert_allclose(np.linalg.norm(artifact.places, axis=1), 1, rtol=1e-5)  # Eq. 1 with norm
 
 
 def test_cnc_tells_kinds_apart_in_a_space_too(fold, tmp_path: Path):
-    artifact, _ = kept(fitted(fold, "cnc", "head.epochs=1"), fold, tmp_path / "run.safetensors")
+    artifact, _ = kept(fitted(fold, "cnc", "head.training.epochs=1"), fold, tmp_path / "run.safetensors")
     assert set(artifact.kinds) == {sample.subclass_name for side in fold.tests.values() for sample in side}
     assert np.isfinite(artifact.places).all()
 

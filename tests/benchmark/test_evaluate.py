@@ -206,7 +206,7 @@ SMALL = (
     "outcome.false_alarm_rate=0.2",
     "outcome.unknown_rate=0.2",
 )
-DECODER = ("head.epochs=1", "head.text=off", "head.synthetic_variants=0", "head.width=16")
+DECODER = ("head.training.epochs=1", "head.prompts.text=off", "head.synthetic.variants=0", "head.width=16")
 
 
 @pytest.fixture(scope="module")
@@ -381,7 +381,7 @@ def test_thresholds_know_the_categories_of_their_subclasses(data, decoder):
         replace(sample, subclass="ab"[k % 2]) for k, sample in enumerate(data) if sample.split == "train"
     ]
     alone = [replace(sample, subclass=None) for sample in halves]
-    closed = ("head.expert=gaussian", "head.adaption=off", "data.subclass_from=column")
+    closed = ("head.expert.kind=gaussian", "head.adaption.method=off", "data.subclass_from=column")
     config = settings.override(replace(Config(), seed=1), [*SMALL, *closed])
     halves_calibration, whole_calibration = (
         Detector.fit(chosen, config=config, use_cache=False).calibration for chosen in (halves, alone)

@@ -24,7 +24,7 @@ data:
 methods:
   - {name: First, model: dfm}
   - {name: Second, model: dfm, set: [head.cells=4]}
-  - {name: Third, model: simplenet, set: [head.epochs=1]}
+  - {name: Third, model: simplenet, set: [head.training.epochs=1]}
 """
 PATIENCE_S = 240
 

@@ -8,9 +8,10 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
+from builders import head_config
 from normweave.benchmark.quantized import quantize
 from normweave.bundle import read
-from normweave.config import AdaptedMoEConfig, Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
+from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
 from normweave.detector import Detector
 from normweave.errors import CheckError, ConfigError, DataError
 from normweave.network import quantize as quantization
@@ -21,7 +22,7 @@ CONFIG = Config(
     data=DataConfig(subclass_from="column"),
     prepare=PrepareConfig(height=64, width=64),
     features=TimmConfig(strides=(8,), batch_images=4),
-    head=AdaptedMoEConfig(expert="gaussian", adaption="off"),
+    head=head_config(expert="gaussian", adaption="off"),
     outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
 )
 

@@ -396,7 +396,7 @@ def folder_of(samples) -> Folder:
     [
         ("dfm", ()),
         ("patchcore", ("maps.smoothing=0",)),
-        ("simplenet", ("head.epochs=1",)),
+        ("simplenet", ("head.training.epochs=1",)),
         pytest.param(
             "adapted-moe", ("data.subclass_from=auto", "head.max_subclasses=2"), marks=pytest.mark.slow
         ),

@@ -33,8 +33,8 @@ def bundle(
     call("data", "manifest", folder / "tiles.csv", cloth, "-o", folder / "all.csv", "--json")
     (trained,) = call(
         *("train", folder / "all.csv", "-o", folder / "all.bundle", "--json", "--cache", feature_cache),
-        *("--model", "cnc", "--subclass-from", "column", "--set", "head.epochs=2"),
-        *("--set", "head.prompt_epochs=2", "--set", "head.synthetic_variants=1"),
+        *("--model", "cnc", "--subclass-from", "column", "--set", "head.training.epochs=2"),
+        *("--set", "head.prompts.training.epochs=2", "--set", "head.synthetic.variants=1"),
     )
     assert sorted(trained["categories"]) == ["cloth", "magnetic_tiles"]
     return folder / "all.bundle"

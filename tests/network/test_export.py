@@ -9,8 +9,8 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from builders import InMemory, TinyPair
-from normweave.config import AdaptedMoEConfig, CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
+from builders import InMemory, TinyPair, head_config
+from normweave.config import CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
 from normweave.errors import CheckError
 from normweave.features.standardize import ChannelStandardizer
 from normweave.heads import build
@@ -82,19 +82,25 @@ def judge(head=None, *, whole=None, pixels=None, **line):
     return Judge(config=config, line=None, kinds={}, subclass_names=("a", "b", "c"), **line)
 
 
-HEAD = AdaptedMoEConfig(expert="gaussian")
-SMALL_MOE = {"epochs": 1, "router_epochs": 1, "hidden": 8, "patches": 64, "embedding": 4, "max_pool": 400}
-SMALL_CNC = {"epochs": 1, "prompt_epochs": 1, "width": 8, "heads": 2}
+HEAD = head_config(expert="gaussian")
+SMALL = {
+    "discriminator": {"hidden": 8, "patches": 64, "training.epochs": 1},
+    "memory": {"max_pool": 400},
+    "network": {"embedding": 4, "training.epochs": 1},
+}
+SMALL_CNC = {"training.epochs": 1, "prompts.training.epochs": 1, "width": 8, "heads": 2}
 EXPERTS = ("layout", "gaussian", "subspace", "memory", "discriminator")
 ADAPTIONS = ("off", "full", "paper", "guarded")
 ROUTINGS = ("statistics", "likelihood", "network")
 
 
-def moe(*, fast=False, **settings):
-    name = " ".join(str(value) for value in settings.values())
-    return pytest.param(
-        AdaptedMoEConfig(**SMALL_MOE, **settings), id=name, marks=[] if fast else [pytest.mark.slow]
+def moe(*, expert, fast=False, routing="statistics", calibrated=None, **values):
+    name = " ".join(str(value) for value in (expert, *values.values(), routing))
+    parts = (
+        {"kind": expert} | SMALL.get(expert, {}) | ({} if calibrated is None else {"calibrated": calibrated})
     )
+    config = head_config(expert=parts, routing={"method": routing} | SMALL.get(routing, {}), **values)
+    return pytest.param(config, id=name, marks=[] if fast else [pytest.mark.slow])
 
 
 HEADS = [
@@ -113,8 +119,11 @@ HEADS = [
     moe(expert="gaussian", border=0),
     moe(expert="memory", calibrated=False),
     moe(expert="layout", discover="always"),
-    pytest.param(CNCConfig(**SMALL_CNC, guide="text", guide_residual=0.5), id="cnc guide"),
-    pytest.param(CNCConfig(**SMALL_CNC, moe=False, bottleneck=4, text="free"), id="cnc plain free"),
+    pytest.param(head_config("cnc", **SMALL_CNC, guide={"tokens": "text", "residual": 0.5}), id="cnc guide"),
+    pytest.param(
+        head_config("cnc", **SMALL_CNC, moe=False, bottleneck=4, **{"prompts.text": "free"}),
+        id="cnc plain free",
+    ),
 ]
 
 
@@ -236,7 +245,7 @@ def test_an_altered_constant_that_only_strangers_meet_is_noticed(whole, content)
     """Expert 0 is asked for no image of kinds 1 and 2 unless its own expert may not be asked."""
     pixels, kinds = pictures(12, seed=3)
     theirs = pixels[torch.from_numpy(kinds == 1)].numpy()
-    strict = network(AdaptedMoEConfig(expert="gaussian", top_k=1))
+    strict = network(head_config(expert="gaussian", top_k=1))
     graph = to_onnx(strict, height=SIZE[0], width=SIZE[1])
     second = strict.says(torch.from_numpy(theirs), torch.ones(len(theirs), dtype=torch.int64))["subclass"]
 

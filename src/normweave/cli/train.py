@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from normweave.config import Config
     from normweave.detector import Detector
 
-CLIP_SIDE = 336  # pixels, of ViT-L-14-336
-
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
@@ -143,8 +141,8 @@ def compose(
         result = settings.with_model(result, model)
     if clip_weights is not None:
         result = settings.override(result, ["features.kind=open_clip", f"features.weights={clip_weights}"])
-        if result.prepare == PrepareConfig():  # its 256 pixels are no multiple of a patch of 14
-            result = replace(result, prepare=replace(result.prepare, height=CLIP_SIDE, width=CLIP_SIDE))
+        if result.prepare == PrepareConfig() and (side := result.features.side):
+            result = replace(result, prepare=replace(result.prepare, height=side, width=side))
     if category:
         result = replace(result, data=replace(result.data, category=options.chosen(category)))
     if subclass:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from builders import InMemory
+from normweave.config import DiscriminatorExpertConfig, TrainingConfig
 from normweave.heads.adapted_moe.experts import (
     Discriminators,
     DiscriminatorStage,
@@ -17,9 +18,11 @@ from normweave.heads.adapted_moe.experts import (
     nearest,
     products,
 )
-from normweave.heads.adapted_moe.router import Schedule
 
 D, H, W, K = 4, 6, 5, 3
+DISCRIMINATORS = DiscriminatorExpertConfig(
+    hidden=7, patches=50, training=TrainingConfig(epochs=3, batch_images=4, learning_rate=1e-3)
+)
 ASKED = torch.tensor([[2, 0], [1, 2]])
 
 
@@ -55,7 +58,7 @@ def own_patches(data, expert):
 def new(kind):
     match kind:
         case "discriminator":
-            experts = Discriminators(width=D, hidden=7, noise=0.5, margin=0.5, patches=50)
+            experts = Discriminators(DISCRIMINATORS, width=D, unit=1.0)
             experts.start(experts=K, generator=torch.Generator().manual_seed(0))
             experts.running_mean = random(K, 7, seed=5)
             experts.running_variance = random(K, 7, seed=6).exp()
@@ -149,7 +152,6 @@ def stage(experts):
         experts,
         expert_of=lambda features, given: given,
         adapt=lambda features, own: features,
-        schedule=Schedule(3, 4, 1e-3, 0),
     )
 
 

@@ -5,17 +5,24 @@ import pytest
 import torch
 
 from builders import InMemory
-from normweave.heads.adapted_moe.router import Router, RouterStage, Schedule, choose
+from normweave.config import NetworkRoutingConfig, TrainingConfig
+from normweave.heads.adapted_moe.router import Router, RouterStage, choose
 from normweave.training import train
 from normweave.types import FitData
 
 D, C, K = 3, 4, 3
 
 
-def router(*, stride=1, norm=True, alpha=0.5, centre_rate=0.5, subclasses=K, width=D, embedding=C):
-    fresh = Router(
-        width=width, embedding=embedding, stride=stride, norm=norm, alpha=alpha, centre_rate=centre_rate
+def router(*, stride=1, norm=True, alpha=0.5, centre_rate=0.5, subclasses=K, width=D, embedding=C, epochs=30):
+    config = NetworkRoutingConfig(
+        embedding=embedding,
+        stride=stride,
+        norm=norm,
+        alpha=alpha,
+        centre_rate=centre_rate,
+        training=TrainingConfig(epochs=epochs, batch_images=4, learning_rate=1e-2),
     )
+    fresh = Router(config, width=width)
     fresh.start(subclasses=subclasses, generator=torch.Generator().manual_seed(0))
     return fresh
 
@@ -121,9 +128,8 @@ def test_choice_is_a_softmax_of_which_the_best_are_kept_and_renormalised(top_k, 
         assert weights.sum().item() == pytest.approx(1)
 
 
-def stage(net, **changed):
-    schedule = {"epochs": 30, "batch_images": 4, "learning_rate": 1e-2, "patience": 0} | changed
-    return RouterStage(net, subclass_of=lambda features, given: given, schedule=Schedule(**schedule))
+def stage(net):
+    return RouterStage(net, subclass_of=lambda features, given: given)
 
 
 def one_loss(net, *, training):
@@ -171,8 +177,8 @@ def test_learns_to_route_kinds_that_differ(alpha):
         groups=np.arange(30),
         holdout=np.arange(30) >= 24,
     )
-    net = router(alpha=alpha, embedding=16)
+    net = router(alpha=alpha, embedding=16, epochs=60)
 
-    train(stage(net, epochs=60), data, device="cpu")
+    train(stage(net), data, device="cpu")
 
     assert (net.similarity(features[24:]).argmax(1).numpy() == kinds[24:]).all()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from builders import JOINT_DIM, TOKEN_DIM, InMemory, TinyPair
+from builders import JOINT_DIM, TOKEN_DIM, InMemory, TinyPair, head_config
 from normweave.config import CNCConfig
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.heads import build
@@ -60,14 +60,46 @@ def fit_data(*, pair=None, pseudo=True, held_out=8, count=COUNT, names=("a", "b"
         mean=MEAN,
         deviation=DEVIATION,
         pair=pair,
-        pseudo=SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
+        synthetic=SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
         if pseudo
         else None,
     )
 
 
+SECTIONS = {
+    "experts": "gating.experts",
+    "context_words": "prompts.context_words",
+    "normal_states": "prompts.normal_states",
+    "abnormal_states": "prompts.abnormal_states",
+    "temperature": "prompts.temperature",
+    "joint_levels": "prompts.joint_levels",
+    "text": "prompts.text",
+    "text_weight": "prompts.weight",
+    "distillation": "prompts.distillation",
+    "promotion": "prompts.promotion",
+    "prompt_epochs": "prompts.training.epochs",
+    "guide": "guide.tokens",
+    "guide_words": "guide.words",
+    "guide_residual": "guide.residual",
+    "synthetic_share": "synthetic.share",
+    "synthetic_variants": "synthetic.variants",
+    "per_kind": "per_subclass",
+    "epochs": "training.epochs",
+    "batch_images": "training.batch_images",
+    "learning_rate": "training.learning_rate",
+}
+
+
 def fresh(**changed):
-    return build(CNCConfig(**(QUICK | changed)), shape=SHAPE, dims=DIMS)
+    values = QUICK | changed
+    if not values.get("moe", True):
+        del values["experts"]
+    if values.get("guide", "off") == "off":
+        del values["guide_words"]
+    if values.get("synthetic_variants") == 0:
+        del values["synthetic_share"]
+    config = head_config("cnc", **{SECTIONS.get(name, name): value for name, value in values.items()})
+    return build(config, shape=SHAPE, dims=DIMS)
 
 
 def begun(data, **changed):
@@ -234,8 +266,9 @@ def test_prompts_are_what_was_asked_for(asked, of, got):
 def test_learned_prompts_without_a_text_encoder_are_refused(given):
     with pytest.raises(
         MissingError,
-        match=r"head\.text=learned needs a text encoder, and these features have none here\. Install one with: "
-        r"pip install 'normweave\[clip\]', choose features\.kind=open_clip or offline_pair, or set head\.text=auto\.",
+        match=r"head\.prompts\.text=learned needs a text encoder, and these features have none here\. Install "
+        r"one with: pip install 'normweave\[clip\]', choose features\.kind=open_clip or offline_pair, or set "
+        r"head\.prompts\.text=auto\.",
     ):
         begun(fit_data(pair=given), text="learned")
 
@@ -253,7 +286,8 @@ def test_the_guide_attends_to_text_where_there_is_one(pair, guide, text, width):
 @pytest.mark.parametrize("given", [None, TinyPair(DIMS, text=False)], ids=["no pair", "no text"])
 def test_a_guide_of_text_without_a_text_encoder_is_refused(given):
     with pytest.raises(
-        MissingError, match=r"head\.guide=text needs a text encoder.*or set head\.guide=free\."
+        MissingError,
+        match=r"head\.guide\.tokens=text needs a text encoder.*or set head\.guide\.tokens=free\.",
     ):
         begun(fit_data(pair=given), guide="text")
 
@@ -261,7 +295,8 @@ def test_a_guide_of_text_without_a_text_encoder_is_refused(given):
 @pytest.mark.parametrize("text", ["free", "random"])
 def test_vectors_without_a_space_to_put_them_into_are_refused(text):
     with pytest.raises(
-        ConfigError, match=rf"head\.text={text} puts vectors into a space .* or set head\.text=off\."
+        ConfigError,
+        match=rf"head\.prompts\.text={text} puts vectors into a space .* or set head\.prompts\.text=off\.",
     ):
         begun(fit_data(pair=None), text=text)
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from normweave.config import DiscriminatorExpertConfig
 from normweave.heads.adapted_moe.discovery import BATCH_IMAGES
-from normweave.heads.adapted_moe.router import Schedule
 from normweave.heads.base import TrainingStage
 from normweave.heads.dfm import principal_components
 from normweave.heads.memory_bank import coreset, draw_patches, project
@@ -96,11 +96,13 @@ class Discriminators(nn.Module):
     standardised = False
     momentum = 0.1
 
-    def __init__(self, *, width: int, hidden: int, noise: float, margin: float, patches: int) -> None:
+    def __init__(self, config: DiscriminatorExpertConfig, *, width: int, unit: float) -> None:
         super().__init__()
-        self.noise = noise
-        self.margin = margin
-        self.patches = patches
+        self.config = config
+        hidden = config.hidden
+        self.noise = config.noise * unit
+        self.margin = config.margin
+        self.patches = config.patches
         self.weight = nn.Parameter(torch.zeros(1, hidden, width))  # W
         self.bias = nn.Parameter(torch.zeros(1, hidden))  # b
         self.gain = nn.Parameter(torch.ones(1, hidden))
@@ -182,17 +184,23 @@ class DiscriminatorStage(TrainingStage):
         *,
         expert_of: Callable[[Tensor, Tensor], Tensor],
         adapt: Callable[[Tensor, Tensor], Tensor],
-        schedule: Schedule,
     ) -> None:
         self.module: nn.Module = experts
         self.experts = experts
         self.expert_of = expert_of
         self.adapt = adapt
-        self.epochs, self.batch_images, self.learning_rate, self.patience = schedule
+        training = experts.config.training
+        self.epochs, self.batch_images, self.patience = (
+            training.epochs,
+            training.batch_images,
+            training.patience,
+        )
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam with SimpleNet's weight decay."""
-        return torch.optim.Adam(self.experts.parameters(), lr=self.learning_rate, weight_decay=1e-5)
+        return torch.optim.Adam(
+            self.experts.parameters(), lr=self.experts.config.training.learning_rate, weight_decay=1e-5
+        )
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool

@@ -10,7 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.config import AdaptedMoEConfig
+from normweave.config import (
+    AdaptedMoEConfig,
+    AdaptionConfig,
+    AutoExpertConfig,
+    DiscriminatorExpertConfig,
+    ExpertConfig,
+    GaussianExpertConfig,
+    GuardedAdaptionConfig,
+    LayoutExpertConfig,
+    MemoryExpertConfig,
+    NetworkRoutingConfig,
+    PlainAdaptionConfig,
+    SubspaceExpertConfig,
+)
 from normweave.errors import DataError
 from normweave.heads import state
 from normweave.heads.adapted_moe.adaption import (
@@ -39,7 +52,7 @@ from normweave.heads.adapted_moe.experts import (
     Normals,
     Subspaces,
 )
-from normweave.heads.adapted_moe.router import Router, RouterStage, Schedule, choose
+from normweave.heads.adapted_moe.router import Router, RouterStage, choose
 from normweave.heads.base import Head, TrainingStage
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
@@ -113,80 +126,26 @@ class AdaptedMoE(Head):
     """
 
     def __init__(
-        self,
-        *,
-        shape: tuple[int, int, int],
-        routing: Literal["statistics", "likelihood", "network"],
-        router: Router | None,
-        ways: Sequence[Way],
-        fine: int,
-        placed: float,
-        moe: bool,
-        top_k: int,
-        temperature: float,
-        aggregation: Literal["paper", "min", "mean"],
-        border: int,
-        discover_always: bool,
-        discovery: Literal["kmeans", "mixture"],
-        max_subclasses: int,
-        router_schedule: Schedule,
-        expert_schedule: Schedule,
+        self, config: AdaptedMoEConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
     ) -> None:
         super().__init__()
+        self.config = config
         self.subclass_names: tuple[str, ...] = ()
         self.agreement: Agreement | None = None
         """How discovered subclasses compare to the given ones, where both are known."""
         self.place: float | None = None
-        """Share of the variance that the place in the image explains, where that decided on the experts."""
-        self.routing = routing
-        self.router = router
-        self.ways = nn.ModuleList(ways)
+        """Share of the variance that the position in the image explains, where that decided on the experts."""
+        self.router = (
+            Router(config.routing, width=shape[0])
+            if config.moe and isinstance(config.routing, NetworkRoutingConfig)
+            else None
+        )
+        self.ways = nn.ModuleList([_way(expert, config, shape) for expert in config.expert.candidates])
         self.kinds = SubclassNovelty(statistics=2 * shape[0])
-        self.fine = fine
-        self.placed = placed
-        self.moe = moe
-        self.top_k = top_k
-        self.temperature = temperature
-        self.aggregation = aggregation
-        self.border = border
+        self.fine = max(1, round(getattr(config.expert, "fine", 1.0) * shape[0]))
         self.grid = shape[1:]
-        self.discover_always = discover_always
-        self.discovery = discovery
-        self.max_subclasses = max_subclasses
-        self.router_schedule = router_schedule
-        self.expert_schedule = expert_schedule
         self._found: Discovery | None = None
         self._experts = np.empty(0, dtype=np.int64)  # of each image of the fit data
-
-    @classmethod
-    def of(cls, config: AdaptedMoEConfig, *, shape: tuple[int, int, int]) -> AdaptedMoE:
-        """The head that `config` describes, not fitted yet."""
-        kinds: tuple[Kind, ...] = ("layout", "gaussian") if config.expert == "auto" else (config.expert,)
-        return cls(
-            shape=shape,
-            routing=config.routing,
-            router=_router(config, shape[0]) if config.moe and config.routing == "network" else None,
-            ways=[_way(kind, config, shape) for kind in kinds],
-            fine=_fine(config, shape[0]),
-            placed=config.placed,
-            moe=config.moe,
-            top_k=config.top_k,
-            temperature=config.temperature,
-            aggregation=config.aggregation,
-            border=config.border,
-            discover_always=config.discover == "always",
-            discovery=config.discovery,
-            max_subclasses=config.max_subclasses,
-            router_schedule=Schedule(
-                config.router_epochs,
-                config.router_batch_images,
-                config.router_learning_rate,
-                config.router_patience,
-            ),
-            expert_schedule=Schedule(
-                config.epochs, config.batch_images, config.learning_rate, config.patience
-            ),
-        )
 
     @property
     def way(self) -> Way:
@@ -209,14 +168,14 @@ class AdaptedMoE(Head):
             raise DataError("Adapted-MoE has no normal image to learn from. Give it at least one.")
         samples, robust = self._statistics(data.features)
         kinds, names = self._subclasses(data, samples)
-        self._experts = kinds if self.moe else np.zeros_like(kinds)
-        self.subclass_names = names if self.moe or len(names) == 1 else ("all",)
+        self._experts = kinds if self.config.moe else np.zeros_like(kinds)
+        self.subclass_names = names if self.config.moe or len(names) == 1 else ("all",)
         self.kinds.fit(robust, kinds)
-        if len(self.ways) > 1:
+        if isinstance(self.config.expert, AutoExpertConfig):
             layout, texture = cast(tuple[Way, Way], tuple(self.ways))
             self.place = place_explains(data, channels=self.fine)
-            layout.take(self.place > self.placed)
-            texture.take(self.place <= self.placed)
+            layout.take(self.place > self.config.expert.position_variance)
+            texture.take(self.place <= self.config.expert.position_variance)
         self.way.adaption.fit(samples, kinds, self._experts)
         generator = torch.Generator().manual_seed(data.seed)
         if self.router is not None:
@@ -241,7 +200,7 @@ class AdaptedMoE(Head):
         """Number of each image's subclass, and the names."""
         given = bool((data.subclasses >= 0).all())
         self._found, self.agreement = None, None
-        if given and not self.discover_always:
+        if given and self.config.discover != "always":
             counts = np.bincount(data.subclasses, minlength=len(data.names))
             if empty := [name for name, count in zip(data.names, counts, strict=True) if count == 0]:
                 raise DataError(
@@ -249,7 +208,9 @@ class AdaptedMoE(Head):
                     "Give these subclasses more images, or hold out fewer (data.calibration_share)."
                 )
             return data.subclasses, data.names
-        self._found = discover(samples, method=self.discovery, most=self.max_subclasses, seed=data.seed)
+        self._found = discover(
+            samples, method=self.config.discovery, most=self.config.max_subclasses, seed=data.seed
+        )
         kinds = self._found.kinds(samples)
         if given:
             self.agreement = agreement(kinds, data.subclasses)
@@ -259,16 +220,13 @@ class AdaptedMoE(Head):
         """The router, where there is something to route between, and the experts that gradients train."""
         stages: list[TrainingStage] = []
         if self.router is not None and len(self.subclass_names) > 1:
-            stages.append(
-                RouterStage(self.router, subclass_of=self._experts_of, schedule=self.router_schedule)
-            )
+            stages.append(RouterStage(self.router, subclass_of=self._experts_of))
         if isinstance(self.way.experts, Discriminators):
             stages.append(
                 DiscriminatorStage(
                     self.way.experts,
                     expert_of=self._experts_of,
                     adapt=self._adapt_to,
-                    schedule=self.expert_schedule,
                 )
             )
         return stages
@@ -350,7 +308,9 @@ class AdaptedMoE(Head):
         way = self.way
         samples = statistics(features)
         everyone = torch.arange(way.number, device=features.device).expand(features.shape[0], -1)
-        scores = way(features, samples, everyone) if self.routing == "likelihood" else None  # (B, K, V, h, w)
+        scores = (
+            way(features, samples, everyone) if self.config.routing.method == "likelihood" else None
+        )  # (B, K, V, h, w)
         if scores is not None:
             similarity = -scores[:, :, 0].mean(dim=(2, 3))
         elif self.router is not None:
@@ -362,16 +322,16 @@ class AdaptedMoE(Head):
         ]  # with one expert for all, the kinds of normal may still be many
         if allowed is not None:
             similarity = similarity.masked_fill(~allowed, -torch.inf)  # weighs 0
-        choice = choose(similarity, temperature=self.temperature, top_k=self.top_k)
+        choice = choose(similarity, temperature=self.config.temperature, top_k=self.config.top_k)
         if scores is None:
             scores = way(features, samples, choice.experts)  # (B, T, V, h, w)
         else:
             chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
             scores = scores.gather(1, chosen)  # (B, T, V, h, w)
         counts = None if allowed is None else allowed.gather(1, choice.experts)  # (B, T)
-        fused = aggregate(scores, choice.weights, how=self.aggregation, counts=counts)  # (B, V, h, w)
+        fused = aggregate(scores, choice.weights, how=self.config.aggregation, counts=counts)  # (B, V, h, w)
         # Layout experts have measured what is usual at the border as everywhere else.
-        border = 0 if isinstance(way.experts, Layouts) else self.border
+        border = 0 if isinstance(way.experts, Layouts) else self.config.border
         weights = features.new_zeros(features.shape[0], way.number)
         return PatchScores(
             scores=replace_border(fused[:, 0], border, grid=self.grid),
@@ -386,7 +346,7 @@ class AdaptedMoE(Head):
 
     def _experts_of(self, features: Tensor, subclasses: Tensor) -> Tensor:
         """The expert that each training image belongs to, (B,)."""
-        if not self.moe:
+        if not self.config.moe:
             return torch.zeros_like(subclasses)
         if self._found is None:
             return subclasses
@@ -462,75 +422,57 @@ def aggregate(
             return (scores * counts[inner]).sum(dim=1) / counts.sum(dim=1, keepdim=True)[inner][:, 0]
 
 
-def _router(config: AdaptedMoEConfig, width: int) -> Router:
-    return Router(
-        width=width,
-        embedding=config.embedding,
-        stride=config.stride,
-        norm=config.norm,
-        alpha=config.alpha,
-        centre_rate=config.centre_rate,
-    )
-
-
-def _fine(config: AdaptedMoEConfig, width: int) -> int:
-    return max(1, round(config.fine * width))
-
-
-def _way(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Way:
+def _way(expert: ExpertConfig, config: AdaptedMoEConfig, shape: tuple[int, int, int]) -> Way:
     adaption = config.adaption
-    if adaption == "auto":
-        match kind:
-            case "layout" | "subspace":
-                adaption = "off"
-            case "gaussian":
-                adaption = "full"
-            case "memory" | "discriminator":
-                adaption = "guarded"
+    if adaption.method == "auto":
+        match expert:
+            case LayoutExpertConfig() | SubspaceExpertConfig():
+                adaption = PlainAdaptionConfig(method="off")
+            case GaussianExpertConfig():
+                adaption = PlainAdaptionConfig(method="full")
+            case _:
+                adaption = GuardedAdaptionConfig()
     # Patches of length one have channels that deviate by about 1 / sqrt(D).
-    unit = shape[0] ** -0.5 if adaption == "paper" else 1.0
-    return Way(
-        adaption=_adaption(adaption, config, shape[0]), experts=_experts(kind, config, shape, unit=unit)
-    )
+    unit = shape[0] ** -0.5 if adaption.method == "paper" else 1.0
+    return Way(adaption=_adaption(adaption, shape[0]), experts=_experts(expert, shape, unit=unit))
 
 
-def _adaption(
-    kind: Literal["off", "full", "paper", "guarded"], config: AdaptedMoEConfig, width: int
-) -> Adaption:
-    match kind:
-        case "off":
-            return NoAdaption()
+def _adaption(config: AdaptionConfig, width: int) -> Adaption:
+    if isinstance(config, GuardedAdaptionConfig):
+        return GuardedAdaption(
+            width=width, directions=config.directions, prior=config.prior, shrinkage=config.shrinkage
+        )
+    match config.method:
         case "full":
             return FullAdaption()
         case "paper":
             return PaperAdaption(width=width)
-        case "guarded":
-            return GuardedAdaption(
-                width=width, directions=config.directions, prior=config.prior, shrinkage=config.shrinkage
-            )
+        case _:
+            return NoAdaption()
 
 
-def _experts(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int], *, unit: float) -> Experts:
+def _experts(config: ExpertConfig, shape: tuple[int, int, int], *, unit: float) -> Experts:
     width = shape[0]
-    fine = _fine(config, width)
-    match kind:
-        case "layout":
+    match config:
+        case LayoutExpertConfig():
             return Layouts(
                 shape=shape,
-                coarse=max(1, width - fine),
+                coarse=max(1, width - max(1, round(config.fine * width))),
                 cells=config.cells,
                 variance=config.variance,
                 most=config.components,
                 own=config.own,
                 max_images=config.max_images,
             )
-        case "gaussian":
-            return Gaussians(channels=fine, pooled=config.pooled, shrinkage=config.gaussian_shrinkage)
-        case "subspace":
+        case GaussianExpertConfig():
+            return Gaussians(
+                channels=max(1, round(config.fine * width)), pooled=config.pooled, shrinkage=config.shrinkage
+            )
+        case SubspaceExpertConfig():
             return Subspaces(
                 shape=shape, cells=config.cells, variance=config.variance, max_images=config.max_images
             )
-        case "memory":
+        case MemoryExpertConfig():
             return Memories(
                 width=width,
                 max_patches=config.max_patches,
@@ -538,11 +480,7 @@ def _experts(kind: Kind, config: AdaptedMoEConfig, shape: tuple[int, int, int], 
                 projection=config.projection,
                 calibrated=config.calibrated,
             )
-        case "discriminator":
-            return Discriminators(
-                width=width,
-                hidden=config.hidden,
-                noise=config.noise * unit,
-                margin=config.margin,
-                patches=config.patches,
-            )
+        case DiscriminatorExpertConfig():
+            return Discriminators(config, width=width, unit=unit)
+        case AutoExpertConfig():
+            raise AssertionError("auto is resolved to its candidates")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normweave.config import NetworkRoutingConfig
 from normweave.heads.base import TrainingStage
 
 
@@ -28,15 +29,6 @@ def choose(similarity: Tensor, *, temperature: float, top_k: int) -> Choice:
     return Choice(weights / weights.sum(dim=1, keepdim=True), experts)
 
 
-class Schedule(NamedTuple):
-    """How long a part is trained."""
-
-    epochs: int
-    batch_images: int
-    learning_rate: float
-    patience: int  # epochs without a lower loss on the held-out normals; 0 = never stop early
-
-
 class Router(nn.Module):
     """The routing network of arXiv 2409.05611.
 
@@ -48,30 +40,14 @@ class Router(nn.Module):
 
     Args:
         width: D.
-        embedding: C.
-        stride: of the convolution; 1 is the paper's, 2 looks at a quarter of the places.
-        norm: L2-normalise x.
-        alpha: weight of the centre loss, in [0, 1].
-        centre_rate: how fast the centres follow, in (0, 1].
     """
 
     centres: Tensor  # (K, C)
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        embedding: int,
-        stride: int,
-        norm: bool,
-        alpha: float,
-        centre_rate: float,
-    ) -> None:
+    def __init__(self, config: NetworkRoutingConfig, *, width: int) -> None:
         super().__init__()
-        self.stride = stride
-        self.norm = norm
-        self.alpha = alpha
-        self.centre_rate = centre_rate
+        self.config = config
+        embedding = config.embedding
         self.kernel = nn.Parameter(torch.zeros(embedding, width, 3, 3))  # W
         self.bias = nn.Parameter(torch.zeros(embedding))  # b
         self.classifier = nn.Parameter(torch.zeros(1, embedding))  # w_j
@@ -93,15 +69,17 @@ class Router(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Eq. 1: (B, D, h, w) -> (B, C)."""
-        pooled = F.conv2d(features, self.kernel, self.bias, self.stride, padding=1).relu().mean(dim=(2, 3))
-        return F.normalize(pooled, dim=1) if self.norm else pooled
+        pooled = (
+            F.conv2d(features, self.kernel, self.bias, self.config.stride, padding=1).relu().mean(dim=(2, 3))
+        )
+        return F.normalize(pooled, dim=1) if self.config.norm else pooled
 
     def losses(self, embedded: Tensor, subclasses: Tensor) -> dict[str, Tensor]:
         """Eq. 2 and its two parts, for (B, C) embeddings and (B,) subclasses."""
         centre = (embedded - self.centres[subclasses]).square().sum(dim=1).mean()
         softmax = F.cross_entropy(embedded @ self.classifier.T, subclasses)
         return {
-            "loss": self.alpha * centre + (1 - self.alpha) * softmax,
+            "loss": self.config.alpha * centre + (1 - self.config.alpha) * softmax,
             "centre": centre,
             "softmax": softmax,
         }
@@ -112,7 +90,7 @@ class Router(nn.Module):
         own = F.one_hot(subclasses, len(self.centres)).to(embedded.dtype)  # (B, K)
         number = own.sum(dim=0)[:, None]  # (K, 1)
         step = (number * self.centres - own.T @ embedded) / (1 + number)  # (K, C)
-        self.centres -= self.centre_rate * step
+        self.centres -= self.config.centre_rate * step
 
     def similarity(self, features: Tensor) -> Tensor:
         """Cosine of each image's embedding and each centre, (B, K)."""
@@ -131,21 +109,20 @@ class RouterStage(TrainingStage):
     gradient_clip = 0.0
     final_rate = 1.0
 
-    def __init__(
-        self,
-        router: Router,
-        *,
-        subclass_of: Callable[[Tensor, Tensor], Tensor],
-        schedule: Schedule,
-    ) -> None:
+    def __init__(self, router: Router, *, subclass_of: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.module: nn.Module = router
         self.router = router
         self.subclass_of = subclass_of
-        self.epochs, self.batch_images, self.learning_rate, self.patience = schedule
+        training = router.config.training
+        self.epochs, self.batch_images, self.patience = (
+            training.epochs,
+            training.batch_images,
+            training.patience,
+        )
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam over the convolution and the classifier."""
-        return torch.optim.Adam(self.router.parameters(), lr=self.learning_rate)
+        return torch.optim.Adam(self.router.parameters(), lr=self.router.config.training.learning_rate)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool

@@ -53,7 +53,7 @@ class CNC(Head):
 
         a = mean_l (1 - cos(E_l, D_l) - mu_lk) / sd_lk + beta (margin(E) - mu_k) / sd_k
 
-    with mu and sd of the held-out normals of the nearest known kind k (ours; `per_kind` off: of all of them).
+    with mu and sd of the held-out normals of the nearest known kind k (ours; `per_subclass` off: of all of them).
 
     Args:
         config: all settings.
@@ -68,23 +68,28 @@ class CNC(Head):
         super().__init__()
         if sum(dims) != shape[0]:
             raise ConfigError(f"The levels' widths {list(dims)} must add up to {shape[0]} channels.")
-        if absent := [level for level in config.joint_levels if not -len(dims) <= level < len(dims)]:
-            raise ConfigError(f"head.joint_levels must lie in {-len(dims)}..{len(dims) - 1}, got {absent}.")
+        if absent := [level for level in config.prompts.joint_levels if not -len(dims) <= level < len(dims)]:
+            raise ConfigError(
+                f"head.prompts.joint_levels must lie in {-len(dims)}..{len(dims) - 1}, got {absent}."
+            )
         self.config = config
         self.subclass_names: tuple[str, ...] = ()
         self.text_kind = "off"
         """What the prompts of this fit are: learned, free, random or off."""
-        self.synthetic_variants = config.synthetic_variants
+        self.synthetic_variants = config.synthetic.variants
+        self.uses_text = config.prompts.text != "off" or config.guide.tokens == "text"
         self.grid = shape[1:]
         self.dims = list(dims)
-        self.joint_levels = [level % len(dims) for level in config.joint_levels] or list(range(len(dims)))
+        self.joint_levels = [level % len(dims) for level in config.prompts.joint_levels] or list(
+            range(len(dims))
+        )
         self.joint = JointSpace(dims=dims)
         self.prompts = Prompts(
-            words=config.context_words,
-            normal_states=config.normal_states,
-            abnormal_states=config.abnormal_states,
+            words=config.prompts.context_words,
+            normal_states=config.prompts.normal_states,
+            abnormal_states=config.prompts.abnormal_states,
         )
-        self.guidance = Guidance(words=config.guide_words, state=config.normal_states[0])
+        self.guidance = Guidance(words=config.guide.words, state=config.prompts.normal_states[0])
         width, heads = config.width, config.heads
         self.decoder = Decoder(
             dims=dims,
@@ -94,11 +99,11 @@ class CNC(Head):
             heads=heads,
             dropout=config.dropout,
             bottleneck=config.bottleneck,
-            experts=GatedExperts(width=width, experts=config.experts, top_k=config.top_k)
+            experts=GatedExperts(width=width, experts=config.gating.experts, top_k=config.gating.top_k)
             if config.moe
             else None,
-            guide=NormalityGuide(width=width, tokens=width, heads=heads, residual=config.guide_residual)
-            if config.guide != "off"
+            guide=NormalityGuide(width=width, tokens=width, heads=heads, residual=config.guide.residual)
+            if config.guide.tokens != "off"
             else None,
         )
         self.watched = np.unique(
@@ -123,8 +128,8 @@ class CNC(Head):
         """Learn the kinds and the ways into the joint space, and draw the initial weights.
 
         Raises:
-            MissingError: head.text=learned or head.guide=text where the features have no text side.
-            ConfigError: head.text=free or random where the features have no space to put vectors into.
+            MissingError: head.prompts.text=learned or head.guide.tokens=text where the features have no text side.
+            ConfigError: head.prompts.text=free or random where the features have no space to put vectors into.
             DataError: no image.
         """
         if len(data) == 0:
@@ -132,12 +137,12 @@ class CNC(Head):
         generator = torch.Generator().manual_seed(data.seed)
         pair = data.pair
         text = self._text(pair)
-        if pair is None or self.config.text == "off":
+        if pair is None or self.config.prompts.text == "off":
             self.text_kind = "off"
         elif text is not None:
             self.text_kind = "learned"
         else:
-            self.text_kind = "random" if self.config.text == "random" else "free"
+            self.text_kind = "random" if self.config.prompts.text == "random" else "free"
         self.subclass_names = data.names or ("all",)
         self.kinds.fit(self._statistics(data), _kinds(data))
         if pair is not None and self.text_kind != "off":
@@ -155,21 +160,22 @@ class CNC(Head):
     def _text(self, pair: Pair | None) -> Text | None:
         """The text encoder that the prompts are learnt through; None = without."""
         text = None if pair is None else pair.text
-        if self.config.text == "learned" and text is None:
-            raise MissingError(_NO_TEXT.format("head.text=learned", "head.text=auto"))
-        if self.config.text in ("free", "random") and pair is None:
+        if self.config.prompts.text == "learned" and text is None:
+            raise MissingError(_NO_TEXT.format("head.prompts.text=learned", "head.prompts.text=auto"))
+        if self.config.prompts.text in ("free", "random") and pair is None:
             raise ConfigError(
-                f"head.text={self.config.text} puts vectors into a space that images share with text, and these "
-                "features have none. Choose features.kind=open_clip or offline_pair, or set head.text=off."
+                f"head.prompts.text={self.config.prompts.text} puts vectors into a space that images share with "
+                "text, and these features have none. Choose features.kind=open_clip or offline_pair, or set "
+                "head.prompts.text=off."
             )
-        return text if self.config.text in ("auto", "learned") else None
+        return text if self.config.prompts.text in ("auto", "learned") else None
 
     def _guide_text(self, pair: Pair | None) -> Text | None:
         """The text encoder that the guide's words go through; None = free tokens."""
-        if self.config.guide != "text":
+        if self.config.guide.tokens != "text":
             return None
         if pair is None or pair.text is None:
-            raise MissingError(_NO_TEXT.format("head.guide=text", "head.guide=free"))
+            raise MissingError(_NO_TEXT.format("head.guide.tokens=text", "head.guide.tokens=free"))
         return pair.text
 
     def _statistics(self, data: FitData) -> NDArray[np.float32]:
@@ -185,7 +191,7 @@ class CNC(Head):
         text = self._text(data.pair)
         damaged = None
         if data.synthetic is not None:
-            damaged = Damaged(data, data.synthetic, covered=config.covered)
+            damaged = Damaged(data, data.synthetic, covered=config.synthetic.covered)
         stages: list[TrainingStage] = []
         if self.text_kind in ("learned", "free"):
             stages.append(
@@ -195,10 +201,10 @@ class CNC(Head):
                     text=text,
                     similarity=self._similarity,
                     damaged=damaged,
-                    temperature=config.temperature,
-                    epochs=config.prompt_epochs,
-                    batch_images=config.batch_images,
-                    learning_rate=config.prompt_learning_rate,
+                    temperature=config.prompts.temperature,
+                    epochs=config.prompts.training.epochs,
+                    batch_images=config.prompts.training.batch_images,
+                    learning_rate=config.prompts.training.learning_rate,
                 )
             )
         stages.append(DecoderStage(self, text=text, guide_text=self._guide_text(data.pair), damaged=damaged))
@@ -221,7 +227,7 @@ class CNC(Head):
             found = self._maps(data.features.read(few)).double().flatten(2).numpy()  # (B, T, N)
             np.add.at(images, kinds[few], 1)
             np.add.at(sums, kinds[few], np.stack([found.mean(axis=2), (found**2).mean(axis=2)], axis=2))
-        few_images = images < (FEWEST_HELD_OUT if self.config.per_kind else np.inf)
+        few_images = images < (FEWEST_HELD_OUT if self.config.per_subclass else np.inf)
         sums[few_images], images[few_images] = sums.sum(axis=0), len(rows)
         mean, square = np.moveaxis(sums / images[:, None, None], 2, 0)  # (K, T) each
         self.scale_mean = torch.from_numpy(mean).float()
@@ -234,7 +240,7 @@ class CNC(Head):
         maps = self._maps(features)  # (B, L + 1, h, w)
         mean, deviation = self.scale_mean[nearest], self.scale_deviation[nearest]  # (B, L + 1)
         standard = (maps - mean[..., None, None]) / deviation[..., None, None]
-        scores = standard[:, :-1].mean(dim=1) + self.config.text_weight * standard[:, -1]
+        scores = standard[:, :-1].mean(dim=1) + self.config.prompts.weight * standard[:, -1]
         weights = F.one_hot(nearest, len(self.scale_mean)).float()
         return PatchScores(
             scores=scores,
@@ -256,9 +262,9 @@ class CNC(Head):
         said = torch.zeros_like(maps[:, :1])
         if self.has_text:
             similarity = self._similarity_of(levels, self.prompts.anchors)  # (B, L, N, P)
-            said = margin(similarity, normal=self.prompts.normal, temperature=self.config.temperature).mean(
-                dim=1, keepdim=True
-            )
+            said = margin(
+                similarity, normal=self.prompts.normal, temperature=self.config.prompts.temperature
+            ).mean(dim=1, keepdim=True)
         both = torch.cat([maps, said], dim=1)  # (B, L + 1, N)
         cells = both.view(-1, *self.grid)  # (B (L + 1), h, w)
         return replace_border(cells, self.config.border, grid=self.grid).view(-1, both.shape[1], *self.grid)
@@ -310,15 +316,15 @@ class DecoderStage(TrainingStage):
         self.guide_text = guide_text
         self.damaged = damaged
         self.module: nn.Module = nn.ModuleList([head.decoder, head.guidance, head.joint])  # joint: goes along
-        self.epochs = config.epochs
-        self.batch_images = config.batch_images
-        self.patience = config.patience
-        self.constrained = head.has_text and (config.distillation > 0 or config.promotion > 0)
+        self.epochs = config.training.epochs
+        self.batch_images = config.training.batch_images
+        self.patience = config.training.patience
+        self.constrained = head.has_text and (config.prompts.distillation > 0 or config.prompts.promotion > 0)
         self.anchors: Tensor | None = None
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Adam over the decoder, its experts and gate, and the words of its guide."""
-        return torch.optim.Adam(self.module.parameters(), lr=self.config.learning_rate)
+        return torch.optim.Adam(self.module.parameters(), lr=self.config.training.learning_rate)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
@@ -327,7 +333,7 @@ class DecoderStage(TrainingStage):
         config, head = self.config, self.head
         shown, clean = features, features
         if training and self.damaged is not None:
-            count = round(config.synthetic_share * len(features))
+            count = round(config.synthetic.share * len(features))
             drawn = self.damaged.draw(count, held_out=False, generator=generator)
             shown = torch.cat([features[count:], drawn.features.to(features.device)])
             clean = torch.cat([features[count:], drawn.clean.to(features.device)])
@@ -341,7 +347,7 @@ class DecoderStage(TrainingStage):
             )
         decoded = tuple(level.float() for level in decoded)
         losses = {"reconstruction": distances(levels, decoded).mean(), "balance": balance.float()}
-        loss = losses["reconstruction"] + config.balance * losses["balance"]
+        loss = losses["reconstruction"] + config.gating.balance * losses["balance"]
         if self.constrained:
             if self.anchors is None:
                 head.prompts.settle(self.text)
@@ -352,10 +358,12 @@ class DecoderStage(TrainingStage):
                 target = head._similarity_of(levels, anchors)
             losses["distillation"] = distillation(target, similarity)
             losses["promotion"] = promotion(
-                similarity, normal=head.prompts.normal, temperature=config.temperature
+                similarity, normal=head.prompts.normal, temperature=config.prompts.temperature
             )
             loss = (
-                loss + config.distillation * losses["distillation"] + config.promotion * losses["promotion"]
+                loss
+                + config.prompts.distillation * losses["distillation"]
+                + config.prompts.promotion * losses["promotion"]
             )
         return losses | {"loss": loss}
 

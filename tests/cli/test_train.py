@@ -76,7 +76,7 @@ def test_a_regex_is_given_with_set():
             {"subclass_from": "name"},
             "data.subclass_from must be 'folder', 'column', 'filename-regex', 'auto' or",
         ),
-        ({"false_alarm_rate": 2.0}, "false_alarm_rate must lie in"),
+        ({"false_alarm_rate": 2.0}, "outcome.false_alarm_rate must be less than 1"),
         ({"false_alarm_rate": float("nan")}, "outcome.false_alarm_rate must be a valid number, got 'nan'"),
         ({"subclass_from": "filename-regex"}, "needs subclass_regex"),
     ],

@@ -78,7 +78,7 @@ def test_a_regex_is_given_with_set():
         ),
         ({"false_alarm_rate": 2.0}, "outcome.false_alarm_rate must be less than 1"),
         ({"false_alarm_rate": float("nan")}, "outcome.false_alarm_rate must be a valid number, got 'nan'"),
-        ({"subclass_from": "filename-regex"}, "needs subclass_regex"),
+        ({"subclass_from": "filename-regex"}, "data.subclass_regex must be given with subclass_from=filename-regex"),
     ],
 )
 def test_mistakes(given, words):

@@ -1,16 +1,17 @@
-# Each verb sets up what it needs in .venv, once for each change of pyproject.toml.
+# Each target installs what it needs in .venv, once after each change of pyproject.toml.
 PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND := Agg
 
-.PHONY: help demo test check perf docs
+.PHONY: help demo test check perf commands docs
 
 help:
-	@echo "make demo    textile images with planted defects: train, test on unseen subclasses, write a report"
-	@echo "make test    all tests"
-	@echo "make check   lint, format, types, who may import whom"
-	@echo "make perf    how fast, and how much memory"
-	@echo "make docs    the documentation as a site"
+	@echo "make demo      synthetic textile images: train, test on unseen subclasses, write a report"
+	@echo "make test      all tests"
+	@echo "make check     lint, format, types, import contracts"
+	@echo "make perf      speed and memory benchmarks"
+	@echo "make commands  write the command reference from the code"
+	@echo "make docs      the documentation as a site"
 
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -35,6 +36,9 @@ check: .venv/.dev
 
 perf: .venv/.dev
 	set -e; for bench in perf/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done
+
+commands: .venv/.dev
+	$(BIN)/python -m typer normweave.cli utils docs --name normweave --title "Command reference" --output docs/reference/commands.md
 
 docs: .venv/.dev
 	$(BIN)/mkdocs build --strict

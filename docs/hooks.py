@@ -1,0 +1,11 @@
+"""Hooks of mkdocs: links of the tutorial notebook lead to Markdown files, as GitHub needs it, and to pages on the site."""
+
+import re
+from typing import Any
+
+
+def on_post_page(output: str, *, page: Any, **_: Any) -> str:
+    """Replace links to Markdown files by links to their pages."""
+    if not page.file.src_uri.endswith(".ipynb"):
+        return output
+    return re.sub(r'href="(\.\./[\w/-]+)\.md"', r'href="\1.html"', output)

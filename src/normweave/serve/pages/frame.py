@@ -74,7 +74,7 @@ class Page(ABC):
                     ui.html("Log out", tag="button").classes("plain-button").props("type=submit")
         if self._token.digest:  # empty if the server runs without tokens
             self._check_login()
-        with ui.element("main").classes("page"):
+        with ui.element("div").classes("page"):
             await self.content()
 
     def heading(self) -> None:

@@ -1,0 +1,127 @@
+"""Contract of every page. A new page is found in `normweave.serve.pages` and needs no test of its own for this."""
+
+import re
+
+import pytest
+from playwright.sync_api import expect
+
+from browsing import chromium, inspect, login_form, parts, sent, server, visit  # noqa: F401
+from builders import bundle, cloth, detector, photos  # noqa: F401
+from normweave.serve.pages import every_page
+
+pytestmark = pytest.mark.browser
+PAGES = every_page()
+LONG = "w" * 150 + ".png"
+INTERNAL = re.compile(r"\b(experts?|adapted|adaption|kinds?|anomalous|threshold)\b", re.IGNORECASE)
+
+SMALL = """
+() => [...document.querySelectorAll("button, a, input:not([type=checkbox]), .viewer-check, .q-toggle")]
+  .filter((element) => element.offsetParent && !element.closest(".drop, .q-field"))
+  .map((element) => [element.outerHTML.slice(0, 80), element.getBoundingClientRect()])
+  .filter(([, box]) => box.height < 43.5 || box.width < 43.5)
+  .map(([html, box]) => `${box.width} x ${box.height}: ${html}`)
+"""
+# Elements that a mouse can use, numbered, so that they are recognised when the keyboard reaches them.
+USABLE = """
+() => {
+  const usable = [...document.querySelectorAll("a[href], button, input, select, textarea, [tabindex='0']")].filter(
+    (element) => element.checkVisibility() && !element.disabled && !element.closest("[aria-disabled=true]")
+      && element.tabIndex >= 0,
+  );
+  usable.forEach((element, number) => (element.dataset.number = number));
+  return usable.map((element) => element.outerHTML.slice(0, 120));
+}
+"""
+CLICKABLE_ONLY = """
+() => [...document.querySelectorAll(".q-btn, .q-toggle, .q-select, .q-slider, summary, [onclick]")]
+  .filter((element) => element.checkVisibility() && !element.matches("[tabindex='0'], button, a, label")
+    && !element.querySelector("[tabindex='0'], input, button, a"))
+  .map((element) => element.outerHTML.slice(0, 120))
+"""
+
+
+@pytest.fixture(params=PAGES, ids=lambda page: page.__name__)
+def page_class(request):
+    return request.param
+
+
+@pytest.fixture
+def filled(visit, sent, parts, page_class):  # noqa: F811
+    """Open the page after images of all verdicts, one with a very long name."""
+
+    def opened(**settings):
+        page = visit("/", **settings)
+        inspect(page, LONG, parts.anomalous)
+        if page_class.path != "/":
+            page.goto(page.url.rstrip("/") + page_class.path)
+        page.wait_for_selector(".page h1")
+        page.wait_for_load_state("networkidle")
+        page.wait_for_timeout(500)  # for what a page reads after the browser has connected
+        return page
+
+    return opened
+
+
+def violations(page):
+    """What axe-core finds, as text."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", exc_type=ImportError)
+    results = axe.Axe().run(page)
+    return [
+        f"{rule['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for rule in results.response["violations"]
+        for node in rule["nodes"]
+    ]
+
+
+def test_it_has_a_name_a_purpose_and_an_address_of_its_own():
+    for names in (
+        {page.path for page in PAGES},
+        {page.title for page in PAGES},
+        {page.position for page in PAGES},
+    ):
+        assert len(names) == len(PAGES) >= 4
+
+
+def test_it_renders_and_the_navigation_marks_it(filled, page_class):
+    page = filled()
+    expect(page).to_have_title(f"{page_class.title} · normweave")
+    expect(page.locator("h1")).to_have_text(page_class.title)
+    expect(page.locator("nav a[aria-current=page]")).to_have_text(page_class.title)
+    assert page.locator("nav a").all_inner_texts() == [one.title for one in PAGES]
+
+
+def test_an_operator_reads_no_internal_terms(filled):
+    text = filled().locator("body").inner_text()
+    assert INTERNAL.findall(text) == []
+
+
+def test_the_keyboard_reaches_everything_that_a_mouse_can_use(filled):
+    page = filled()
+    assert page.evaluate(CLICKABLE_ONLY) == []
+    usable = page.evaluate(USABLE)
+    reached = set()
+    for _ in range(len(usable) + 5):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.dataset.number"))
+    assert [html for number, html in enumerate(usable) if str(number) not in reached] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_has_no_accessibility_violation(filled, scheme):
+    assert violations(filled(color_scheme=scheme)) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_login_form_has_no_accessibility_violation(login_form, scheme):  # noqa: F811
+    assert violations(login_form(color_scheme=scheme)) == []
+
+
+def test_it_fits_every_screen_and_every_finger(filled):
+    page = filled()
+    for width in (360, 390, 768, 1024, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 800})
+        beyond = page.evaluate(
+            "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        assert beyond <= 0, f"{beyond} pixels beyond {width}"
+        assert page.evaluate(SMALL) == [], f"at {width} pixels"

@@ -47,13 +47,20 @@ def bin_counts(scores: ArrayLike, edges: NDArray[np.float64]) -> NDArray[np.int6
 
 
 def score_histogram(
-    upper: Series, lower: Series, *, threshold: float, axis: str, proposed: float | None = None
+    upper: Series,
+    lower: Series,
+    *,
+    threshold: float,
+    axis: str,
+    proposed: float | None = None,
+    label: str = "threshold",
 ) -> Markup:
     """Return an SVG with the bars of one series upwards, of the other downwards, and the threshold across both.
 
     Args:
         axis: label of the horizontal axis.
         proposed: a second threshold, drawn as a thin line; scores above it are not counted.
+        label: name of the threshold.
     """
     halves = [np.asarray(series.scores, dtype=np.float64).reshape(-1) for series in (upper, lower)]
     edges = bin_edges(np.concatenate([*halves, [] if proposed is None else [proposed]]), threshold)
@@ -96,6 +103,7 @@ def score_histogram(
         bars=bars,
         labels=labels,
         threshold=at,
+        label=label,
         anchor="start" if at < WIDTH * 0.1 else "end" if at > WIDTH * 0.9 else "middle",
         proposed=None if proposed is None else x(proposed),
         ticks=[(x(number), f"{number:.10g}") for number in numbers],

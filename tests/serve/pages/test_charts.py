@@ -7,60 +7,40 @@ from normweave.serve.pages import charts
 from normweave.serve.records import Count
 
 DAY = datetime(2026, 3, 2, tzinfo=UTC)
-MARKS = r'class="mark[^"]*" style="left:([\d.]+)%"'
 
 
-def bars(text, direction):
-    """(class, height in percent, number of scores) of each bar."""
-    (part,) = re.findall(rf'<div class="bars {direction}">(.*?)</div>', text)
-    return [
-        (colour, float(height.rstrip("%")), int(count))
-        for colour, height, count in re.findall(
-            r'<span class="(\w+)" style="height:([\d.]+%?)" title="(\d+) ', part
-        )
-    ]
+def label(text, name):
+    """The number behind a label of the histogram."""
+    (number,) = re.findall(rf">{name}: (\d+)<", text)
+    return int(number)
 
 
-def histogram(normals, stored, **given):
-    return charts.histogram(
-        normals, stored, **({"limit": 2.0, "moved": None, "upper": "good", "lower": "stored"} | given)
-    )
-
-
-def test_every_score_is_in_a_bar_and_bars_above_the_limit_are_marked():
+def test_every_score_is_counted_on_its_side_of_the_limit():
     generator = np.random.default_rng(0)
     normals, stored = generator.gamma(2, 0.4, 300), generator.gamma(2, 0.9, 500)
-    stored[0] = 1e6  # beyond the end of the axis
+    stored[0] = 1e6
     normals[0] = 2.0  # equal to the limit: not above
-    text = histogram(normals, stored)
-    for scores, direction in ((normals, "up"), (stored, "down")):
-        drawn = bars(text, direction)
-        assert len(drawn) == charts.BINS
-        assert sum(count for _, _, count in drawn) == len(scores)
-        assert sum(count for colour, _, count in drawn if colour == "anomalous") == (scores > 2.0).sum()
-        assert max(height for _, height, _ in drawn) == 100
-    above = f"{(normals > 2.0).sum()} of 300 good, {(stored > 2.0).sum()} of 500 stored"
-    assert f'aria-label="Above the limit: {above}"' in text
+    text = charts.histogram(normals, stored, limit=2.0, moved=None)
+    for name, scores in (("good parts", normals), ("inspections", stored)):
+        assert label(text, f"{name}, above") == (scores > 2.0).sum()
+        assert label(text, f"{name}, below") == (scores <= 2.0).sum()
+    assert "limit: 2<" in text
+    assert "new limit" not in text
 
 
-def test_the_limit_is_between_two_bars():
-    text = histogram([0.1, 1.0, 1.9], [2.5, 7.0])
-    (position,) = re.findall(MARKS, text)
-    above = [colour for colour, _, _ in bars(text, "up")].index("anomalous")
-    assert float(position) == round(100 * above / charts.BINS, 2)
+def test_outliers_do_not_stretch_the_axis():
+    text = charts.histogram([0.0, 1.0, 2.0], [1e6], limit=2.0, moved=None)
+    assert "higher scores are in the last bar" in text
+    ends = [float(end) for end in re.findall(r"with scores from .*? to ([-\d.e+]+)", text)]
+    assert max(ends) < 1.1 * charts.REACH * 2.0
+    assert "last bar" not in charts.histogram([0.0, 1.0, 2.0], [4.0], limit=2.0, moved=None)
 
 
 def test_a_histogram_without_stored_scores_and_one_with_a_new_limit():
-    assert sum(count for *_, count in bars(histogram([2.0], [], limit=2.0), "down")) == 0
-    text = histogram([0.5, 1.0], [0.7], moved=3.0)
-    assert "mark moved" in text
-    assert "new limit: 3" in text
-    position, moved = map(float, re.findall(MARKS, text))
-    assert 0 < position < moved < 100
-
-
-def test_names_are_escaped():
-    assert "<b>" not in histogram([1.0], [3.0], upper="<b>", lower='"<b>')
+    assert label(charts.histogram([2.0], [], limit=2.0, moved=None), "inspections, above") == 0
+    text = charts.histogram([0.5, 1.0], [0.7], limit=2.0, moved=3.0)
+    assert "point proposed" in text
+    assert "new limit: 3<" in text
 
 
 def count(start, **given):

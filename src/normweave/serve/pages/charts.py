@@ -1,20 +1,19 @@
-"""Charts of HTML boxes: no script; each bar shows its numbers as a tooltip."""
+"""Charts of HTML and SVG: no script; each bar shows its numbers as a tooltip."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from normweave.report.figures import Series, score_histogram
 from normweave.serve.pages.verdict import Result
 from normweave.serve.records import Bucket, Count
 from normweave.serve.templating import render_macro
 
 TEMPLATE = "charts.html"
-BINS = 40
 REACH = 4.0
 """The axis ends at most this many times as far from the lowest score as the limit."""
 MOST_COLUMNS = 200
@@ -27,60 +26,26 @@ STEPS: dict[Bucket, timedelta] = {
 }
 
 
-def histogram(
-    normals: ArrayLike, stored: ArrayLike, *, limit: float, moved: float | None, upper: str, lower: str
-) -> str:
+def histogram(normals: ArrayLike, stored: ArrayLike, *, limit: float, moved: float | None) -> str:
     """Draw scores of held-out good parts upwards, of stored inspections downwards, and the limit across both.
 
     Args:
         limit: the threshold.
         moved: another threshold to compare with, if any.
-        upper: name of the upper bars in the key.
-        lower: name of the lower bars in the key.
     """
-    above, below = np.asarray(normals, dtype=np.float64), np.asarray(stored, dtype=np.float64)
-    limits = [limit] if moved is None else [limit, moved]
-    scores = np.concatenate([above, below, limits])
-    low, highest = float(scores.min()), float(scores.max())
-    span = max(max(limits) - low, 1e-9)
-    high = min(max(highest, low + 1.2 * span), low + REACH * span)  # the last bar holds the scores beyond
-    step = (high - low) / (BINS - 2)
-    low = limit - step * math.ceil((limit - low) / step + 0.5)  # the limit is between two bars
-    high = low + BINS * step
-    edges = low + step * np.arange(BINS + 1)
-
-    def side(scores: NDArray[np.float64], direction: str, colour: str, name: str) -> dict[str, object]:
-        bins = np.clip(
-            np.ceil((scores - low) / step).astype(np.int64) - 1, 0, BINS - 1
-        )  # limit itself: below
-        counts = np.bincount(bins, minlength=BINS)
-        tallest = max(1, int(counts.max(initial=0)))
-        bars = [
-            {
-                "colour": colour if (left + right) / 2 <= limit else "anomalous",
-                "height": f"{100 * count / tallest:.1f}%" if count else "0",
-                "title": f"{count} {name}, score {left:.4g} "
-                + (f"to {right:.4g}" if right < high else "and above"),
-            }
-            for count, left, right in zip(counts.tolist(), edges[:-1], edges[1:], strict=True)
-        ]
-        return {"direction": direction, "colour": colour, "name": name, "n": len(scores), "bars": bars}
-
-    def at(score: float) -> float:
-        return 100 * (score - low) / (high - low)
-
-    ticks = [f"{low + share * (high - low):.3g}" for share in (0, 0.25, 0.5, 0.75, 1)]
-    return render_macro(
-        TEMPLATE,
-        "histogram",
-        sides=[side(above, "up", "normal", upper), side(below, "down", "plain", lower)],
-        beyond=f"{(above > limit).sum()} of {len(above)} {upper}, {(below > limit).sum()} of {len(below)} {lower}",
-        limit=limit,
-        limit_at=at(limit),
-        moved=moved,
-        moved_at=None if moved is None else at(moved),
-        ticks=[*ticks[:-1], ticks[-1] + ("+" if highest > high else "")],
+    upper, lower = np.asarray(normals, dtype=np.float64), np.asarray(stored, dtype=np.float64)
+    everything = np.concatenate([upper, lower, [limit, limit if moved is None else moved]])
+    low = everything.min()
+    highest = low + REACH * max(everything[-2:].max() - low, 1e-9)
+    figure = score_histogram(
+        Series("normal", np.minimum(upper, highest), "good parts, below", "good parts, above"),
+        Series("plain", np.minimum(lower, highest), "inspections, below", "inspections, above"),
+        threshold=limit,
+        axis="score (higher scores are in the last bar)" if everything.max() > highest else "score",
+        proposed=moved,
+        label="limit",
     )
+    return render_macro(TEMPLATE, "histogram", figure=figure, limit=limit, moved=moved)
 
 
 def over_time(counts: Sequence[Count], *, bucket: Bucket, shares: bool) -> str:

@@ -201,7 +201,10 @@ class HistoryPage(Page):
     # ── one inspection ───────────────────────────────────────────────────────────────────────────────────────────────
 
     def _add_dialog(self) -> ui.dialog:
-        with ui.dialog().props('aria-label="Inspection"') as dialog, ui.element("div").classes("sheet one-sheet"):
+        with (
+            ui.dialog().props('aria-label="Inspection"') as dialog,
+            ui.element("div").classes("sheet one-sheet"),
+        ):
             with ui.element("div").classes("list-head"):
                 self._title = ui.label().classes("soft")
                 plain_button("Close", dialog.close)

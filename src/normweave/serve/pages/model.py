@@ -196,8 +196,6 @@ class ModelPage(Page):
                 stored.scores[selected],
                 limit=limit,
                 moved=None if new_limit == limit else new_limit,
-                upper="held-out good parts",
-                lower="stored inspections",
             )
         )
         self._limits.set_content(limits(calibration))

@@ -39,7 +39,7 @@ def test_an_engineer_applies_another_rate(visit, server):
     expect(apply).to_be_disabled()
     number.fill("30")
     expect(page.locator(".preview")).to_contain_text("would get another verdict at 30")
-    expect(page.locator(".point.proposed").first).to_be_visible()
+    expect(page.get_by_text("new limit")).to_be_visible()
     expect(apply).to_have_text("Apply 30\u00a0%")
     apply.click()
     expect(apply).to_be_disabled()

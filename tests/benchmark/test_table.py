@@ -119,7 +119,7 @@ def test_tables_of_many_categories_are_written(many, tmp_path):
         f"| Held {'| 70.0 ± 14.1 ' * 4}| 0.200 ± 0.000 | 0.800 ± 0.000 | 4.00 ± 0.00 | 75.0 ± 0.0 | "
         "+1.50 ± 0.71 | +5.0 ± 0.0 |",
     ]
-    assert "Δ: change, mean over seeds, Held against Plain." in text
+    assert "Δ: change, mean over seeds (Held against Plain)." in text
 
     write_csv(tmp_path / "many.csv", rows)
     with (tmp_path / "many.csv").open(newline="") as file:
@@ -214,7 +214,7 @@ def test_the_plan_can_name_the_baseline(many, tmp_path):
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
     assert rows["Bank", "(pooled)"]["image_auroc_difference"] == pytest.approx(-0.1)
     assert (
-        "sign-flip test of the difference in pairs of seed, fold and subclass, Bank, Held against Plain."
+        "sign-flip test of the difference (Bank, Held against Plain), paired over seeds, folds and subclasses."
         in markdown(plan, list(rows.values()), results, [])
     )
 

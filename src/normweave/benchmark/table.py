@@ -325,15 +325,15 @@ def _legend(plan: Plan, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     compared = [method for method in plan.methods if plan.baseline_of(method) != method.name]
     if compared:
         yield (
-            "p: p-value of a two-sided sign-flip test of the difference in pairs of seed, fold and subclass, "
-            f"{_comparisons(plan, compared)}. The smallest p-value of n pairs is 2/2ⁿ; pairs of one subclass share "
-            "its images. train s: training time in seconds, with cached features where the method caches them. "
+            f"p: p-value of a two-sided sign-flip test of the difference ({_comparisons(plan, compared)}), paired over "
+            "seeds, folds and subclasses. The smallest p-value of n pairs is 2/2ⁿ; pairs of one subclass share its "
+            "images. train s: training time in seconds, with cached features where the method caches them. "
             "ms/image: time to read and score an image and compute its map, without caches. MiB: peak memory of the "
             "process of the run. M parameters: millions of numbers in a saved model."
         )
     if any("category" in row for row in rows):
         compared = [method for method in plan.methods if method.baseline]
-        changes = f" Δ: change, mean over seeds, {_comparisons(plan, compared)}." if compared else ""
+        changes = f" Δ: change, mean over seeds ({_comparisons(plan, compared)})." if compared else ""
         yield (
             "(pooled): the test images of all categories together, ranked under one threshold. (mean): mean over the "
             "categories. d normal, d abnormal: mean distance of good and of defective patches to their "

@@ -123,7 +123,7 @@ def test_arguments_without_an_image_are_refused_at_once(photos):
         find([], photos / "gone.txt")
 
 
-# ── the text of an outcome ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the text of an outcome ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_summary_of_an_outcome():

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from normweave.config import Config, HeadConfig, models
+from normweave.config import Config, HeadConfig, PrepareConfig, models
 from normweave.errors import ConfigError, unknown
 from normweave.validation import fields_of, joined, mistakes, variants
 
@@ -73,6 +73,14 @@ def with_model(config: Config, name: str) -> Config:
         return config
     default = config.features == Config().features
     return replace(config, head=head, features=type(head).features() if default else config.features)
+
+
+def with_clip(config: Config, weights: str) -> Config:
+    """Return the same settings with features of CLIP, and their input size unless `prepare` was changed."""
+    config = override(config, ["features.kind=open_clip", f"features.weights={weights}"])
+    if config.prepare == PrepareConfig() and (side := config.features.side):
+        config = replace(config, prepare=replace(config.prepare, height=side, width=side))
+    return config
 
 
 def as_dict(config: Config) -> dict[str, Any]:

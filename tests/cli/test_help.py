@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from normweave import __version__
 from normweave.cli import app
+from normweave.config import Config, models
 
 COMMANDS = [
     ["demo"],
@@ -93,3 +94,9 @@ def test_python_m_normweave():
 )
 def test_a_wrong_call_has_exit_code_2(arguments):
     assert run(*arguments).exit_code == 2
+
+
+def test_the_help_of_train_lists_every_model():
+    output = " ".join(run("train", "--help").output.split())
+    assert all(name in output for name in models())
+    assert f"[default: ({Config().head.model})]" in output

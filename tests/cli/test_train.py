@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from normweave import bundle
-from normweave.cli.train import checked, compose, line
+from normweave.cli.train import compose, int8_summary, point_row
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.errors import ConfigError
 from normweave.textiles import Textile, render
@@ -52,7 +52,7 @@ def test_options_come_after_the_file_and_set_comes_last(settings_file):
     assert composed(config=settings_file).seed == 4
 
 
-def test_the_same_model_keeps_what_the_file_says_of_it(settings_file):
+def test_the_same_model_keeps_the_settings_of_the_file(settings_file):
     assert composed(config=settings_file, model="patchcore").head == MemoryBankConfig(share=0.2)
     assert composed(config=settings_file, model="simplenet").head == SimpleNetConfig()
 
@@ -78,7 +78,10 @@ def test_a_regex_is_given_with_set():
         ),
         ({"false_alarm_rate": 2.0}, "outcome.false_alarm_rate must be less than 1"),
         ({"false_alarm_rate": float("nan")}, "outcome.false_alarm_rate must be a valid number, got 'nan'"),
-        ({"subclass_from": "filename-regex"}, "data.subclass_regex must be given with subclass_from=filename-regex"),
+        (
+            {"subclass_from": "filename-regex"},
+            "data.subclass_regex must be given with subclass_from=filename-regex",
+        ),
     ],
 )
 def test_mistakes(given, words):
@@ -86,24 +89,24 @@ def test_mistakes(given, words):
         composed(**given)
 
 
-def test_trains_and_says_what_came_of_it(trained):
-    said = json.loads(trained.output)
-    assert said["bundle_hash"] == bundle.bundle_hash(trained.bundle)
-    assert said["model"] == "dfm"
-    assert said["fit_images"] + said["calibration_images"] == 24  # 12 of each of two subclasses
-    assert said["false_alarm_rate"] == 0.2
-    assert said["seed"] == 1
-    assert said["refused"] == []
+def test_train_prints_its_results(trained):
+    output = json.loads(trained.output)
+    assert output["bundle_hash"] == bundle.bundle_hash(trained.bundle)
+    assert output["model"] == "dfm"
+    assert output["fit_images"] + output["calibration_images"] == 24  # 12 of each of two subclasses
+    assert output["false_alarm_rate"] == 0.2
+    assert output["seed"] == 1
+    assert output["refused"] == []
     record = bundle.read(trained.bundle)
     assert record["config"]["features"]["weights"] == "random"
     assert record["config"]["seed"] == 1
 
 
-def test_leaves_the_bundle_alone(trained):
+def test_train_leaves_only_the_bundle(trained):
     assert [path.name for path in trained.bundle.parent.iterdir()] == ["cloth.bundle"]
 
 
-def test_unreadable_images_are_named_and_do_not_stop_it(cloth, tmp_path):
+def test_unreadable_images_are_reported_and_skipped(cloth, tmp_path):
     data = tmp_path / "cloth"
     shutil.copytree(cloth, data)
     broken = next(data.glob("*/*/train/good/*.png"))
@@ -115,13 +118,13 @@ def test_unreadable_images_are_named_and_do_not_stop_it(cloth, tmp_path):
     assert bundle.read(tmp_path / "b")["fit_images"] > 0
 
 
-def test_a_taken_place_is_refused_before_training(trained, cloth, tmp_path):
+def test_an_existing_bundle_is_refused_before_training(trained, cloth, tmp_path):
     result = run("train", tmp_path / "no-data-at-all", "-o", trained.bundle)
     assert result.exit_code == 2
     assert "allow replacing it (--overwrite)" in result.stderr
 
 
-def test_a_rate_that_cannot_be_promised_answers_with_3(cloth, tmp_path):
+def test_a_rate_that_cannot_be_guaranteed_has_exit_code_3(cloth, tmp_path):
     result = run(
         "train",
         cloth,
@@ -136,7 +139,7 @@ def test_a_rate_that_cannot_be_promised_answers_with_3(cloth, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_int8_is_checked_on_labelled_images_and_said(cloth, tmp_path):
+def test_the_int8_accuracy_check_is_reported(cloth, tmp_path):
     labelled = tmp_path / "labelled" / "cloth" / "test"
     for name in ("good", "green"):
         (labelled / name).mkdir(parents=True)
@@ -148,24 +151,24 @@ def test_int8_is_checked_on_labelled_images_and_said(cloth, tmp_path):
     call = ["train", cloth, "--model=dfm", "--no-cache", *SMALL, "--int8", "--json"]
     result = run(*call, "-o", tmp_path / "b", "--int8-check", tmp_path / "labelled")
     assert result.exit_code == 0, result.output
-    said = json.loads(result.stdout)
-    assert said["precision"] == bundle.read(tmp_path / "b")["precision"] == "int8"
-    assert said["int8_check"]["images"] == 10
-    assert said["int8_check"]["image_auroc"] == [1, 1]
+    output = json.loads(result.stdout)
+    assert output["precision"] == bundle.read(tmp_path / "b")["precision"] == "int8"
+    assert output["int8_check"]["images"] == 10
+    assert output["int8_check"]["image_auroc"] == [1, 1]
     assert run("predict", tmp_path / "b", cloth / "cloth").exit_code in (0, 1)
 
 
-def test_the_price_of_int8():
-    assert "not checked" in checked(None)
-    assert checked({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (
+def test_the_summary_of_the_int8_check():
+    assert "not checked" in int8_summary(None)
+    assert int8_summary({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (
         "int8: on 9 labelled images image AUROC 0.9000 (float) 0.8999 (int8)."
     )
 
 
-def test_a_check_of_int8_without_int8_is_a_mistake(cloth, tmp_path):
+def test_int8_check_without_int8_is_refused(cloth, tmp_path):
     result = run("train", cloth, "-o", tmp_path / "b", "--int8-check", cloth)
     assert result.exit_code == 2
-    assert "Ask for --int8 too, or leave it out." in result.stderr
+    assert "--int8-check needs --int8." in result.stderr
 
 
 def test_the_default_model_is_adapted_moe():
@@ -173,7 +176,7 @@ def test_the_default_model_is_adapted_moe():
 
 
 @pytest.mark.parametrize(
-    ("point", "words"),
+    ("point", "row"),
     [
         ({"subclass": None, "pooled": True}, ("all together", "7", "1.2500")),
         ({"subclass": "red", "pooled": False}, ("red", "7", "1.2500")),
@@ -200,5 +203,5 @@ def test_the_default_model_is_adapted_moe():
         ),
     ],
 )
-def test_each_line_says_what_it_was_drawn_from(point, words):
-    assert line(point | {"normals": 7, "threshold": 1.25}) == words
+def test_a_pooled_threshold_names_its_group(point, row):
+    assert point_row(point | {"normals": 7, "threshold": 1.25}) == row

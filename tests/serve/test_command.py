@@ -123,9 +123,9 @@ def test_what_is_kept_is_for_the_owner_only(server):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--no-token", "--host", "0.0.0.0"), "--no-token lets everyone who reaches 0.0.0.0 do everything"),
-        (("--tls-key", "x.pem"), "TLS takes both"),
-        (("--watch", "nowhere"), "There is no folder nowhere to follow"),
+        (("--no-token", "--host", "0.0.0.0"), "--no-token gives everyone who can connect to 0.0.0.0 all rights"),
+        (("--tls-key", "x.pem"), "TLS needs both"),
+        (("--watch", "nowhere"), "The folder nowhere does not exist"),
         (("--new-token", "boss"), "Unknown role 'boss'"),
         (("--host", "256.1.1.1"), "Cannot listen on 256.1.1.1"),
         (("--database", "mysql://x"), "mysql"),

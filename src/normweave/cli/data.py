@@ -42,7 +42,7 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
         terminal.record({"images": len(samples), "counts": counts(samples), "faults": found})
     else:
         for row in counts(samples):
-            name = "/".join(row[key] for key in ("category", "subclass") if row[key])
+            name = "/".join(str(row[key]) for key in ("category", "subclass") if row[key])
             split = row["split"] or "no split"
             terminal.show(f"{name}, {split}: {row['good']} good, {row['anomalous']} anomalous")
         for fault in faults:

@@ -1,4 +1,4 @@
-"""`normweave train`: good images to a bundle."""
+"""`normweave train`: train a detector on good images and write a bundle."""
 
 import shutil
 from dataclasses import replace
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from normweave.cli import options
 from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, command
@@ -18,7 +19,20 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """Add the command."""
-    command(app, "train")(train)
+    command(app, "train", cls=_TrainCommand)(train)
+
+
+class _TrainCommand(TyperCommand):
+    """Lists the models in the help of --model, whose names are read from the settings only when help is printed."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        from normweave.config import Config, models
+
+        for option in self.params:
+            if isinstance(option, TyperOption) and option.name == "model":
+                option.help = f"{', '.join(models())}."
+                option.show_default = Config().head.model
+        super().format_help(ctx, formatter)
 
 
 def train(
@@ -27,17 +41,12 @@ def train(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the new bundle.", show_default=False)
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="adapted-moe, cnc, simplenet, patchcore, dfm, msflow, pyramidflow or mean-shift.",
-            show_default="adapted-moe",
-        ),
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Model to train.", show_default=False)] = None,
     clip_weights: Annotated[
         str | None,
         typer.Option(
-            help="Features of CLIP: a file of open_clip weights, or a tag as openai.", show_default=False
+            help="Use features of CLIP: a file of open_clip weights, or a tag such as openai.",
+            show_default=False,
         ),
     ] = None,
     config: Annotated[
@@ -45,7 +54,9 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A setting, as head.top_k=2; may be repeated.", show_default=False),
+        typer.Option(
+            "--set", help="A setting, such as seed=3 or prepare.height=320. Repeatable.", show_default=False
+        ),
     ] = None,
     category: options.Category = None,
     subclass: options.Subclass = None,
@@ -56,24 +67,22 @@ def train(
     layout: options.Layout = None,
     false_alarm_rate: options.FalseAlarmRate = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="A smaller, faster graph: its backbone computes in eight bits.")
+        bool, typer.Option("--int8", help="Quantize the backbone to int8: smaller and faster.")
     ] = False,
     int8_check: Annotated[
         Path | None,
         typer.Option(
-            help="Test images of both labels, as a manifest or folder: no bundle if int8 loses over half a point of "
-            "AUROC.",
+            help="Labelled test images (manifest or folder) for an accuracy check: if int8 loses more than 0.005 of "
+            "an AUROC, no bundle is written.",
             show_default=False,
         ),
     ] = None,
     cache: options.Cache = None,
     no_cache: options.NoCache = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from an interrupted training.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the bundle that lies there.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
 ) -> int:
-    """Learn from good images, draw the operating points, write a bundle."""
+    """Train on good images, compute the operating points and write a bundle."""
     from normweave import bundle
 
     settings = compose(
@@ -89,7 +98,7 @@ def train(
     )
     bundle.check_place(output, overwrite=overwrite)
     if int8_check is not None and not int8:
-        raise ConfigError("--int8-check looks what int8 costs. Ask for --int8 too, or leave it out.")
+        raise ConfigError("--int8-check needs --int8. Add --int8, or leave out --int8-check.")
 
     from normweave.detector import Detector
 
@@ -132,17 +141,15 @@ def compose(
     seed: int | None,
     assignments: list[str],
 ) -> "Config":
-    """All settings: the file, then the named options, then --set; later ones win."""
+    """Return the settings of the file, overridden by the named options, overridden by --set."""
     from normweave import settings
-    from normweave.config import Config, PrepareConfig
+    from normweave.config import Config
 
     result = Config() if config is None else settings.read(config)
     if model is not None:
         result = settings.with_model(result, model)
     if clip_weights is not None:
-        result = settings.override(result, ["features.kind=open_clip", f"features.weights={clip_weights}"])
-        if result.prepare == PrepareConfig() and (side := result.features.side):
-            result = replace(result, prepare=replace(result.prepare, height=side, width=side))
+        result = settings.with_clip(result, clip_weights)
     if category:
         result = replace(result, data=replace(result.data, category=options.chosen(category)))
     if subclass:
@@ -153,18 +160,18 @@ def compose(
 
 
 def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
-    """Say what a detector that was just saved was made from and where its lines lie; the exit code."""
+    """Print the training data and operating points of a saved detector, and return the exit code."""
     from rich.table import Table
 
     record = detector.record
     calibration: dict[str, Any] = {} if detector.calibration is None else detector.calibration.as_dict()
     refused = [{"image_path": refusal.image_path, "error": refusal.reason} for refusal in detector.refused]
     if terminal.json:
-        kept = ("model", "categories", "fit_images", "calibration_images", "seed")
+        keys = ("model", "categories", "fit_images", "calibration_images", "seed")
         points = {key: calibration.get(key) for key in ("false_alarm_rate", "operating_points")}
         terminal.record(
             {"bundle": str(folder), "bundle_hash": detector.bundle_hash}
-            | {key: record[key] for key in kept}
+            | {key: record[key] for key in keys}
             | {key: record[key] for key in ("precision", "int8_check") if key in record}
             | points
             | {"refused": refused}
@@ -172,25 +179,25 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
         terminal.show(f"unreadable  {image['image_path']}: {image['error']}")
-    table = Table("subclass", "held-out normals", "operating point", title_justify="left", box=None)
+    table = Table("subclass", "held-out images", "threshold", title_justify="left", box=None)
     for point in calibration.get("operating_points", []):
-        table.add_row(*line(point))
+        table.add_row(*point_row(point))
     terminal.show(
-        f"{folder}: {record['model']}, fitted on {record['fit_images']} good images and calibrated on "
-        f"{record['calibration_images']} others, for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
+        f"{folder}: {record['model']}, fitted on {record['fit_images']} good images, calibrated on "
+        f"{record['calibration_images']} others for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
         table,
     )
     if record.get("precision") == "int8":
-        terminal.show(checked(record.get("int8_check")))
+        terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")
     return UNREADABLE if refused else ALL_NORMAL
 
 
-def checked(check: dict[str, Any] | None) -> str:
-    """What is known of the price of int8."""
+def int8_summary(check: dict[str, Any] | None) -> str:
+    """Return the result of the int8 accuracy check as text."""
     if check is None:
-        return "int8: what it costs was not checked, for want of labelled images (--int8-check)."
-    prices = [
+        return "int8: the accuracy was not checked, because no labelled images were given (--int8-check)."
+    changes = [
         f"{name} {before:.4f} (float) {after:.4f} (int8)"
         for name, (before, after) in (
             ("image AUROC", check["image_auroc"]),
@@ -198,14 +205,14 @@ def checked(check: dict[str, Any] | None) -> str:
         )
         if before is not None
     ]
-    return f"int8: on {check['images']} labelled images {', '.join(prices)}."
+    return f"int8: on {check['images']} labelled images {', '.join(changes)}."
 
 
-def line(point: dict[str, Any]) -> tuple[str, str, str]:
-    """Whose line it is, how many held-out normals are theirs, and where it lies."""
-    name, category = point["subclass"], point.get("category")
-    borrowed = ""
-    if point["pooled"] and (name or category):
-        borrowed = " (of its category)" if point.get("pooled_over") == "category" else " (of all together)"
-    shown = name or (f"{category}, all subclasses" if category else "all together")
-    return shown, str(point["normals"]), f"{point['threshold']:.4f}{borrowed}"
+def point_row(point: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the subclass, the number of its held-out normal images, and the threshold with the group it is of."""
+    subclass, category = point["subclass"], point.get("category")
+    pool = ""
+    if point["pooled"] and (subclass or category):
+        pool = " (of its category)" if point.get("pooled_over") == "category" else " (of all together)"
+    name = subclass or (f"{category}, all subclasses" if category else "all together")
+    return name, str(point["normals"]), f"{point['threshold']:.4f}{pool}"

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: links of the tutorial notebook lead to Markdown files, as GitHub needs it, and to pages on the site."""
+"""Hooks of mkdocs. The notebook links to Markdown files, as GitHub needs it; on the site these are pages."""
 
 import re
 from typing import Any

@@ -1,10 +1,12 @@
-"""What the documents say is true: code runs, commands parse, files and versions are there."""
+"""The documents are correct: code runs, commands and settings are accepted, named files and versions exist."""
 
 import ast
 import importlib.util
+import inspect
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -15,12 +17,15 @@ from PIL import Image
 from typer.main import get_command
 
 from normweave import __version__, settings
-from normweave.cli import app
+from normweave.cli import app, train
 from normweave.config import Config, models
+from normweave.errors import ConfigError
 from normweave.textiles import Textile, make_textures, render
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+REFERENCE = ROOT / "docs" / "reference" / "commands.md"
+WRITTEN = [path for path in DOCUMENTS if path != REFERENCE]  # by hand
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -30,7 +35,7 @@ def relative(path):
 
 
 def tracked():
-    """Every text file of the repository; without git, every file of the source folders."""
+    """Return every text file of the repository; without git, every file of the source folders."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False).stdout
     names = [name for name in listed.decode().split("\0") if name]
     paths = [ROOT / name for name in names] or [
@@ -43,7 +48,7 @@ def tracked():
 
 
 def commands_in(text):
-    """Every `normweave …` of a document: lines of code blocks, and code in running text."""
+    """Return every `normweave …` of a document, from code blocks and inline code."""
     blocks = re.findall(r"```(?:sh|bash|console)?\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
     inline = re.findall(r"`(normweave [^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -52,7 +57,7 @@ def commands_in(text):
 
 COMMANDS = [
     pytest.param(line, id=f"{relative(path)}: {line}")
-    for path in [*DOCUMENTS, *CONFIGS]
+    for path in [*WRITTEN, *CONFIGS]
     for line in dict.fromkeys(
         commands_in(path.read_text("utf-8")) + re.findall(r"# Command: (.*)", path.read_text())
     )
@@ -61,7 +66,7 @@ COMMANDS = [
 
 
 def parse(words):
-    """Parse a call as typing it would, without doing it."""
+    """Parse a command line without running the command, and return its parameters."""
     command, name = get_command(app), "normweave"
     while True:
         with command.make_context(name, list(words), resilient_parsing=False) as context:
@@ -77,24 +82,55 @@ def test_commands_parse(line):
     words = shlex.split(line, comments=True)[1:]
     if words in (["--help"], ["--version"]):
         return
-    if len(words) == 1 and "-" not in words[0]:
-        known = get_command(app).commands  # named in a sentence, without its arguments
-        assert words[0] in known
+    if len(words) == 1 and "-" not in words[0]:  # a command without its arguments, in a sentence
+        assert words[0] in get_command(app).commands
         return
     if words[:1] == ["data"] and len(words) == 2:
         assert words[1] in get_command(app).commands["data"].commands
         return
-    assert parse(words)
+    parameters = parse(words)
+    assert parameters
+    if words[0] == "train":
+        compose_settings(parameters)
 
 
-def test_a_wrong_command_would_be_noticed():
+def compose_settings(parameters):
+    """Read the settings of a `normweave train` command, as the command does."""
+    names = inspect.signature(train.compose).parameters
+    given = {"assignments": parameters["set_"] or []} | {
+        name: parameters[name] for name in names if name in parameters
+    }
+    if given["config"] is not None:
+        given["config"] = ROOT / given["config"]
+    return train.compose(**given)
+
+
+def test_a_wrong_command_is_detected():
     for line in ("predict --no-such-option x y", "trian data -o b", "train data"):
         with pytest.raises(Exception, match=r"(?i)no such|missing"):
             parse(line.split())
 
 
+def test_a_wrong_setting_is_detected():
+    with pytest.raises(ConfigError, match="no_such"):
+        compose_settings(parse(["train", "data", "-o", "bundle", "--set", "head.no_such=1"]))
+
+
 def test_commands_are_found():
     assert len(COMMANDS) > 20
+
+
+def test_the_command_reference_is_up_to_date(tmp_path, monkeypatch):
+    """Run the command of `make commands`, in a terminal of another width."""
+    recipe = re.search(
+        r"^commands:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
+    )[1]
+    words = shlex.split(recipe)
+    assert ROOT / words[-1] == REFERENCE
+    words[-1] = str(tmp_path / "commands.md")
+    monkeypatch.setenv("COLUMNS", "47")
+    subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, check=True)
+    assert Path(words[-1]).read_text("utf-8") == REFERENCE.read_text("utf-8"), "Run make commands."
 
 
 # ── code ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -102,7 +138,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
 def test_python_blocks_run(path, tmp_path, monkeypatch, request):
-    """Each document's blocks one after the other, where `cloth` is a data set and `part.png` an image."""
+    """Run the blocks of each document in their order; `cloth` is a data set and `part.png` an image."""
     blocks = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), flags=re.DOTALL)
     if not blocks:
         return
@@ -131,16 +167,16 @@ def test_examples_run(path, capsys):
     example = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(example)
     example.main()
-    good, damaged = capsys.readouterr().out.splitlines()
+    good, defective = capsys.readouterr().out.splitlines()
     assert good.startswith("good: normal")
-    assert damaged.startswith("knot: anomalous")
+    assert defective.startswith("knot: anomalous")
 
 
 # ── files, names, versions ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=relative)
-def test_configs_load_and_say_where_they_come_from(path):
+def test_configs_load_and_name_their_source(path):
     settings.read(path)
     header = path.read_text("utf-8")
     for word in ("# Paper: ", f"-c configs/{path.name}", "# Expected numbers, date and machine: "):
@@ -155,20 +191,20 @@ def test_the_recommended_config_is_the_default():
     assert settings.read(ROOT / "configs" / "adapted-moe.yaml") == Config()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=relative)
-def test_links_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
+@pytest.mark.parametrize("path", [*WRITTEN, ROOT / "docs" / "tutorial" / "tutorial.ipynb"], ids=relative)
+def test_link_targets_exist(path):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
         if "://" not in target:
             assert (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name", ["equations.md", "threat-model.md"])
-def test_code_that_is_named_exists(name):
-    """Every `path::name`, with a class's method as Class.method."""
+def test_named_code_exists(name):
+    """Every `path::name` exists; the method of a class is written Class.method."""
     text = (ROOT / "docs" / name).read_text("utf-8")
-    places = re.findall(r"`([\w/]+\.py)::([\w.]+)`", text)
-    assert places
-    for file, name in places:
+    references = re.findall(r"`([\w/]+\.py)::([\w.]+)`", text)
+    assert references
+    for file, name in references:
         path = next(p for p in (ROOT / file, ROOT / "src" / "normweave" / file) if p.is_file())
         scope = ast.parse(path.read_text("utf-8")).body
         for part in name.split("."):
@@ -185,14 +221,14 @@ def names_of(node):
     return [getattr(node, "name", None)]
 
 
-def test_the_newest_change_is_this_version():
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.MULTILINE)
-    assert newest[1] == __version__
+def test_the_newest_released_change_is_this_version():
+    titles = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), flags=re.MULTILINE)
+    assert next(title for title in titles if title != "Unreleased:") == __version__
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
     assert f'version = "{__version__}"' in (ROOT / "pyproject.toml").read_text()
 
 
-def test_every_dependency_has_its_reason():
+def test_every_dependency_has_a_reason():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     reasons = (ROOT / "docs" / "decisions" / "0001-dependencies.md").read_text("utf-8").lower()
     for line in [*project["dependencies"], *chain(*project["optional-dependencies"].values())]:
@@ -202,23 +238,43 @@ def test_every_dependency_has_its_reason():
 
 
 def test_no_path_of_a_machine():
-    """Built from parts, so that this file does not hold what it looks for."""
+    """The pattern is built from parts, so that this file does not match it."""
     machine = re.compile(
         "|".join(f"/{word}/" for word in ("wo" + "rk", "ro" + "ot", "ho" + "me", "tmp/pro" + "to"))
     )
     found = [
         f"{relative(path)}: {match[0]}"
         for path in tracked()
-        if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".json", ".csv", ".html", ""}
+        if path.suffix
+        in {".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".json", ".csv", ".html", ".ipynb", ""}
         for match in [machine.search(path.read_text("utf-8", errors="ignore"))]
         if match
     ]
     assert found == []
 
 
-def test_ci_calls_what_people_call():
+def test_ci_runs_the_documented_targets():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
     assert "make check test" in script.read_text()
-    for verb in ("demo", "test", "check", "perf", "docs"):
-        assert re.search(rf"^{verb}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    makefile = (ROOT / "Makefile").read_text()
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(
+            r"make ([a-z]+)", "".join(re.findall(r"`+[^`]*`+", (ROOT / document).read_text()))
+        ):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+# ── language ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OUTDATED = re.compile(r"\b(kinds?|strangers?|kin|lessons?|likeness|says|said|made-up)\b", flags=re.IGNORECASE)
+"""Terms that docs/conventions.md replaces."""
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=relative)
+def test_documents_use_the_terms_of_the_conventions(path):
+    """Code is excluded: `kind` selects a class in settings. docs/log.md is a record of the past."""
+    if path.name == "log.md":
+        return
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "", path.read_text("utf-8"), flags=re.DOTALL)
+    assert OUTDATED.findall(prose) == []

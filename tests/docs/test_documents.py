@@ -21,6 +21,7 @@ from normweave.cli import app, train
 from normweave.config import Config, models
 from normweave.errors import ConfigError
 from normweave.textiles import Textile, make_textures, render
+from normweave.validation import fields_of, variants
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -114,6 +115,26 @@ def test_a_wrong_command_is_detected():
 def test_a_wrong_setting_is_detected():
     with pytest.raises(ConfigError, match="no_such"):
         compose_settings(parse(["train", "data", "-o", "bundle", "--set", "head.no_such=1"]))
+
+
+def setting_keys(settings=Config, prefix=""):
+    """Return the dotted keys of all settings, of every variant."""
+    keys = set()
+    for name, field in fields_of(settings).items():
+        keys.add(f"{prefix}{name}")
+        for part in variants(field).values() or [field.annotation]:
+            keys |= setting_keys(part, f"{prefix}{name}.")
+    return keys
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=relative)
+def test_named_settings_exist(path):
+    """Settings in inline code, as `head.top_k` or `--set head.top_k=2`. docs/log.md is a record of the past."""
+    if path.name == "log.md":
+        return
+    for code in re.findall(r"`([^`\n]+)`", path.read_text("utf-8")):
+        named = re.findall(r"(?:^|--set )((?:prepare|features|head|maps)\.[a-z_.]+)(?:=|$)", code)
+        assert set(named) <= setting_keys(), code
 
 
 def test_commands_are_found():

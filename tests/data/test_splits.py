@@ -1,6 +1,7 @@
 """No file or group is in two sets, for any groups, duplicates and splits that hypothesis generates."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from normweave.config import DataConfig
 from normweave.data import layouts
-from normweave.data.splits import check_disjoint, complete, divide, file_content, holdout, shared
+from normweave.data.splits import complete, divide, file_content, holdout, shared
 from normweave.errors import CheckError, DataError
 from normweave.types import Sample
 
@@ -175,7 +176,7 @@ def test_an_anomalous_image_does_not_follow_its_group_into_train():
 
 def test_given_splits_that_share_a_group_are_refused():
     samples = [sample(0, split="train", group="a"), sample(1, split="test", group="a"), sample(2)]
-    with pytest.raises(DataError, match=r"Group 'a' is in fit and test: 0\.png and 1\.png"):
+    with pytest.raises(DataError, match=r"Group 'a' is in train and test: 0\.png and 1\.png"):
         complete(samples, seed=0, content=itself)
 
 
@@ -243,7 +244,7 @@ def test_two_images_are_always_left_to_fit_on():
 @pytest.mark.parametrize(
     ("samples", "text"),
     [
-        (normals(1), "1 normal train images; at least 2 are needed to fit on. Add good images"),
+        (normals(1), "1 normal train images. At least 2 are needed. Add good images"),
         (normals(20), "20 normal train images. At least 21 are needed"),
         ([], "0 normal train images"),
         (
@@ -258,7 +259,7 @@ def test_two_images_are_always_left_to_fit_on():
             [*normals(40), sample("x", split="train", label="anomalous")],
             "Anomalous, but marked train or calibration: x.png",
         ),
-        ([*normals(40), sample("x")], r"Without a split: x\.png. Draw the missing splits first"),
+        ([*normals(40), sample("x")], r"Without a split: x\.png. Draw the missing splits with"),
         (
             [sample(f"bad{n}", split="calibration", label="anomalous") for n in range(5)],
             r"bad0\.png, bad1\.png, bad2\.png and 2 more",
@@ -275,20 +276,19 @@ def test_the_same_file_under_two_names_is_found(tmp_path):
     for name, colour in (("a", 10), ("b", 10), ("c", 20)):
         Image.new("L", (16, 16), colour).save(tmp_path / f"{name}.png")
     a, b, c = (Sample(image_path=tmp_path / f"{name}.png") for name in "abc")
-    check_disjoint([a, b], [c], [])
-    check_disjoint([a], [], [c])
-    for sets in (([a], [b], []), ([a], [c], [b]), ([], [a, c], [b])):
-        with pytest.raises(DataError, match=r"The same file is in \w+ and \w+: .*a\.png and .*b\.png"):
-            check_disjoint(*sets)
-    with pytest.raises(DataError, match="Group 'lot' is in calibration and test"):
-        check_disjoint([], [sample(1, group="lot")], [sample(2, group="lot")])
+    assert list(shared({"x": [a, b], "y": [c]})) == []
+    for sets in ({"x": [a], "y": [b]}, {"x": [a], "z": [c], "y": [b]}, {"x": [a, c], "y": [b]}):
+        (found,) = shared(sets)
+        assert str(found) == f"The same file is in x and y: {a.image_path} and {b.image_path}."
+    (found,) = shared({"x": [replace(a, group="lot")], "y": [replace(c, group="lot")]})
+    assert str(found) == f"Group 'lot' is in x and y: {a.image_path} and {c.image_path}."
 
 
 def test_files_that_cannot_be_read_are_not_the_same(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "void.png").touch()
     empty, void = (Sample(image_path=tmp_path / name) for name in ("empty.png", "void.png"))
-    check_disjoint([empty], [void], [sample("gone")])
+    assert list(shared({"x": [empty], "y": [void], "z": [sample("gone")]})) == []
     assert file_content(empty) != file_content(void)
 
 

@@ -205,41 +205,31 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name}: not an image that can be read. Allowed: {READ}. Convert the file."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {_too_large(str(error))}") from error
-    except MemoryError as error:
-        raise ImageError(
-            f"{name}: not enough memory to decode it. Shrink it or cut it into pieces."
-        ) from error
     except Exception as error:  # Pillow raises many types of errors on corrupt files
-        raise ImageError(
-            f"{name}: cannot be decoded, the file is truncated or corrupt ({error}). Save or copy it again."
-        ) from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not an image that can be read. Allowed: {READ}. Convert the file."
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = _too_large(str(error))
+        elif isinstance(error, MemoryError):
+            reason = "not enough memory to decode it. Shrink it or cut it into pieces."
+        else:
+            reason = f"cannot be decoded, the file is truncated or corrupt ({error}). Save or copy it again."
+        raise ImageError(f"{name}: {reason}") from error
 
 
 def _too_large(got: str) -> str:
-    return (
-        f"too large, refused before decoding: {got}. Allowed: up to {MAX_PIXELS:,} pixels. Shrink it or cut it into "
-        "pieces."
-    )
+    allowed = f"Allowed: up to {MAX_PIXELS:,} pixels. Shrink it or cut it into pieces."
+    return f"too large, refused before decoding: {got}. {allowed}"
 
 
 def _file(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         if path.is_dir():
-            raise ImageError(
-                f"{path}: is a folder, not an image. Give the images in it, or use it as a data set."
-            )
+            raise ImageError(f"{path}: is a folder, not an image. Give the images in it.")
         length = path.stat().st_size
     except FileNotFoundError as error:
-        raise ImageError(
-            f"{path}: no such file. Check the path; relative paths start at {Path.cwd()}."
-        ) from error
+        raise ImageError(f"{path}: no such file. Check the path; current folder: {Path.cwd()}.") from error
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from error
     if length == 0:
@@ -329,9 +319,7 @@ def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
             "with array.astype('uint8')."
         )
     if not np.isfinite(array).all():
-        raise ImageError(
-            f"{name}: NaN or infinite values. Allowed: floats in 0..1. Replace them before scoring."
-        )
+        raise ImageError(f"{name}: NaN or infinite values. Allowed: floats in 0..1. Replace them.")
     if array.min() < 0 or array.max() > 1:
         raise ImageError(
             f"{name}: floats from {array.min():g} to {array.max():g}. Allowed: floats in 0..1. Divide it by the "

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple, cast
 from normweave.atomic import write_atomically
 from normweave.data.images import decode, read_mask
 from normweave.data.published import differences
-from normweave.data.splits import shared
+from normweave.data.splits import SPLITS, shared
 from normweave.errors import DataError, ImageError, MissingError, unknown
 from normweave.types import Label, Sample, Split
 
@@ -21,7 +21,6 @@ COLUMNS = ("image_path", "category", "subclass", "group", "split", "label", "def
 ENDINGS = (".csv", ".parquet")
 NORMAL_LABELS = ("good", "ok", "normal", "0")
 ANOMALOUS_LABELS = ("anomalous", "bad", "defect", "1")
-SPLITS = ("train", "calibration", "test")
 
 FaultType = Literal[
     "missing image",
@@ -133,7 +132,7 @@ def check(samples: Sequence[Sample], *, layout: str | None = None) -> list[Fault
     return faults
 
 
-def counts(samples: Sequence[Sample]) -> list[dict[str, str | int | None]]:
+def counts(samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Return the numbers of good and anomalous images per category, subclass and split, sorted by name."""
     found = Counter((sample.category, sample.subclass, sample.split, sample.label) for sample in samples)
     rows = sorted({key[:3] for key in found}, key=lambda row: tuple(name or "" for name in row))

@@ -19,6 +19,7 @@ from normweave.data.images import content_hash
 from normweave.errors import CheckError, DataError, ImageError
 from normweave.types import Sample
 
+SPLITS = ("train", "calibration", "test")
 FEWEST_FIT = 2
 """Smallest number of fit images: a standard deviation needs two."""
 
@@ -120,9 +121,7 @@ def divide(
         CheckError: `at_least` needs more images.
     """
     if unsplit := [sample for sample in samples if sample.split is None]:
-        raise DataError(
-            f"Without a split: {_some(unsplit)}. Draw the missing splits first, with splits.complete."
-        )
+        raise DataError(f"Without a split: {_some(unsplit)}. Draw the missing splits with splits.complete.")
     if wrong := [sample for sample in samples if sample.label == "anomalous" and sample.split != "test"]:
         raise DataError(
             f"Anomalous, but marked train or calibration: {_some(wrong)}. Allowed: normal images only. "
@@ -132,7 +131,6 @@ def divide(
     _check_splits(samples, contents)
     train = [sample for sample in samples if sample.split == "train"]
     marked = [sample for sample in samples if sample.split == "calibration"]
-    need = at_least + FEWEST_FIT
     if marked:
         if len(train) < FEWEST_FIT or len(marked) < at_least:
             raise CheckError(
@@ -143,12 +141,12 @@ def divide(
         return Division(train, marked)
     if len(train) < FEWEST_FIT:
         raise DataError(
-            f"{len(train)} normal train images; at least {FEWEST_FIT} are needed to fit on. Add good images."
+            f"{len(train)} normal train images. At least {FEWEST_FIT} are needed. Add good images."
         )
-    if len(train) < need:
+    if len(train) < at_least + FEWEST_FIT:
         raise CheckError(
-            f"{len(train)} normal train images. At least {need} are needed: {FEWEST_FIT} to fit on and {at_least} held "
-            "out for the operating point. Add normal images, or allow a higher rate (outcome.false_alarm_rate)."
+            f"{len(train)} normal train images. At least {at_least + FEWEST_FIT} are needed: {FEWEST_FIT} to fit on, "
+            f"{at_least} for the operating point. Add images, or allow a higher rate (outcome.false_alarm_rate)."
         )
     units = _units(train, contents)
     sizes = [len(rows) for rows in units]
@@ -200,21 +198,6 @@ def holdout(
     return held_out
 
 
-def check_disjoint(
-    fit: Sequence[Sample],
-    calibration: Sequence[Sample],
-    test: Sequence[Sample],
-    *,
-    content: Content = file_content,
-) -> None:
-    """Raise DataError if a file or a group is in two of the three sets."""
-    for found in shared({"fit": fit, "calibration": calibration, "test": test}, content=content):
-        raise DataError(
-            f"{found} Fit, calibration and test images must be different parts: put both into one split, or, if they "
-            "are different parts, rename one of the groups."
-        )
-
-
 def shared(sets: Mapping[str, Sequence[Sample]], *, content: Content = file_content) -> Iterator[Shared]:
     """Yield every file and every group that is in two sets, once for each further set."""
     seen: dict[tuple[str, Hashable], dict[str, Sample]] = defaultdict(dict)
@@ -235,10 +218,13 @@ def _some(samples: Sequence[Sample]) -> str:
 
 
 def _check_splits(samples: Sequence[Sample], contents: Mapping[Path, Hashable]) -> None:
-    train, calibration, test = (
-        [sample for sample in samples if sample.split == split] for split in ("train", "calibration", "test")
-    )
-    check_disjoint(train, calibration, test, content=lambda sample: contents[sample.image_path])
+    """Raise DataError if a file or a group is in two splits."""
+    sets = {split: [sample for sample in samples if sample.split == split] for split in SPLITS}
+    for found in shared(sets, content=lambda sample: contents[sample.image_path]):
+        raise DataError(
+            f"{found} Train, calibration and test images must be different parts: put both into one split, or, if they "
+            "are different parts, rename one of the groups."
+        )
 
 
 def _keys(sample: Sample, content: Hashable) -> Iterator[tuple[str, Hashable]]:

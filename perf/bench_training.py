@@ -31,7 +31,7 @@ def feature_pass_s(config: Config, manifest: Path) -> float:
     """Read, prepare and extract every training image once, keeping nothing."""
     extractor = build(config.features, height=config.prepare.height, width=config.prepare.width)
     samples = [sample for sample in layouts.read(manifest, config.data) if sample.split == "train"]
-    scanned = rows.scan(samples, Preparation.of(config.prepare), known=lambda keys: [True] * len(keys))
+    scanned = rows.scan(samples, Preparation(config.prepare), known=lambda keys: [True] * len(keys))
     source = streamed(extractor, scanned.load, len(scanned))
     start = time.perf_counter()
     for first in range(0, len(source), 16):

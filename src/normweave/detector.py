@@ -81,7 +81,7 @@ class Detector:
     ) -> None:
         self.network = network
         self.config = config
-        self.preparation = Preparation.of(config.prepare)
+        self.preparation = Preparation(config.prepare)
         self.subclass_names = subclass_names
         self.subclasses = dict(subclasses)
         self.record = dict(record)

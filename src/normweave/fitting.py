@@ -227,7 +227,7 @@ def divide(
     """
     complete = splits.complete(samples, seed=config.seed)
     train = [sample for sample in complete if sample.split != "test"]
-    images = rows.scan(train, Preparation.of(config.prepare), known=known, progress=progress)
+    images = rows.scan(train, Preparation(config.prepare), known=known, progress=progress)
     hashes = {
         sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)
     }
@@ -408,7 +408,7 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
         "image_level": network.head.image_level,
         "feature_shape": list(network.extractor.shape),
         "feature_fingerprint": network.extractor.fingerprint,
-        "preparation": Preparation.of(config.prepare).as_dict(),
+        "preparation": Preparation(config.prepare).as_dict(),
         "precision": "float32",
         "seed": config.seed,
         "fit_images": len(fitted),

@@ -10,7 +10,7 @@ from normweave.data.images import content_hash
 from normweave.data.prepare import Preparation
 from normweave.types import Sample
 
-PREPARATION = Preparation.of(PrepareConfig(height=32, width=32, tile_beyond=1.5, tile_overlap=0.25))
+PREPARATION = Preparation(PrepareConfig(height=32, width=32, tile_beyond=1.5, tile_overlap=0.25))
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_rows_are_prepared_tiles(samples):
 
 def test_keys_depend_on_content_preparation_and_tile_only(samples):
     scanned = rows.scan(samples, PREPARATION)
-    other = rows.scan(samples, Preparation.of(PrepareConfig(height=64, width=32, tile_beyond=1.5)))
+    other = rows.scan(samples, Preparation(PrepareConfig(height=64, width=32, tile_beyond=1.5)))
 
     assert scanned.keys[3] == scanned.keys[4]  # a copy
     assert len(set(scanned.keys)) == 4

@@ -26,7 +26,7 @@ def scanned(tmp_path):
         path = tmp_path / f"{number}.png"
         Image.fromarray(np.full((32, 32, 3), 20 * number, dtype=np.uint8)).save(path)
         samples.append(Sample(image_path=path))
-    return rows.scan(samples, Preparation.of(PrepareConfig(height=32, width=32)))
+    return rows.scan(samples, Preparation(PrepareConfig(height=32, width=32)))
 
 
 def made(scanned, folder=None, seed=0):

@@ -205,7 +205,7 @@ def _distil(
     model: AnomalibModule, plan: PeerPlan, scanned: rows.Rows, chosen: NDArray[np.int64], work: Path
 ) -> None:
     """Distil the teacher of EfficientAD from fit images and synthetic textiles."""
-    preparation = Preparation.of(plan.config.prepare)
+    preparation = Preparation(plan.config.prepare)
     made = sorted(work.rglob("*.png"))
 
     def load(number: int) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,28 +14,15 @@ from normweave.config import PrepareConfig
 from normweave.types import Tile
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Preparation:
     """Image preparation with the settings of `PrepareConfig`; saved with the detector."""
 
-    height: int
-    width: int
-    tile_beyond: float
-    tile_overlap: float
-
-    @classmethod
-    def of(cls, config: PrepareConfig) -> Self:
-        """Return the preparation with these settings."""
-        return cls(**asdict(config))
-
-    @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Self:
-        """Return the preparation of a record of `as_dict`; raises ConfigError if a value is out of range."""
-        return cls.of(PrepareConfig(**record))
+    config: PrepareConfig
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        return asdict(self)
+        return asdict(self.config)
 
     def tiles(self, height: int, width: int) -> tuple[Tile, ...]:
         """Return the tiles of an image of (height, width) pixels, row by row; together they cover every pixel.
@@ -47,16 +33,17 @@ class Preparation:
         """
         return tuple(
             Tile(top, left, rows, columns)
-            for top, rows in self._cuts(height, self.height)
-            for left, columns in self._cuts(width, self.width)
+            for top, rows in self._cuts(height, self.config.height)
+            for left, columns in self._cuts(width, self.config.width)
         )
 
     def _cuts(self, side: int, input_side: int) -> list[tuple[int, int]]:
         """Return (start, length) of each tile along one side."""
-        if self.tile_beyond == 0 or side <= self.tile_beyond * input_side:
+        longest = self.config.tile_beyond * input_side
+        if longest == 0 or side <= longest:
             return [(0, side)]
-        count = math.ceil(side / (self.tile_beyond * input_side))
-        length = math.ceil(side / (count - (count - 1) * self.tile_overlap))
+        count = math.ceil(side / longest)
+        length = math.ceil(side / (count - (count - 1) * self.config.tile_overlap))
         return [(number * (side - length) // (count - 1), length) for number in range(count)]
 
     def apply(self, image: NDArray[np.uint8], tile: Tile) -> NDArray[np.uint8]:
@@ -66,5 +53,6 @@ class Preparation:
         """
         rows = slice(tile.top, tile.top + tile.height)
         crop = image[rows, tile.left : tile.left + tile.width]  # (rows, columns, 3)
-        resized = Image.fromarray(crop).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        size = self.config.width, self.config.height
+        resized = Image.fromarray(crop).resize(size, Image.Resampling.BILINEAR)
         return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))  # (3, height, width)

@@ -1,4 +1,4 @@
-"""From good pieces of cloth to verdicts, in under a minute on a processor; nothing to download.
+"""Train a detector on good images of cloth and score two new images, in under a minute on a CPU, without a download.
 
 python examples/01_first_detector.py
 """
@@ -15,7 +15,7 @@ CLOTH = Textile("plain", "ecru", "diffuse")
 
 
 def main() -> None:
-    """Train on good pieces, then judge a good one and one with a knot; neither was in the training."""
+    """Train on good images, then score a good image and one with a knot, both new."""
     config = replace(Config(), prepare=PrepareConfig(height=128, width=128))
     with TemporaryDirectory() as folder:
         cloth = Path(folder) / "cloth"
@@ -27,8 +27,8 @@ def main() -> None:
         detector = Detector.load(Path(folder) / "cloth.bundle")
 
     for defect in (None, "knot"):
-        piece = render(CLOTH, seed=12345, size=(128, 128), defect=defect)
-        outcome = detector.score(piece.image)
+        sample = render(CLOTH, seed=12345, size=(128, 128), defect=defect)
+        outcome = detector.score(sample.image)
         print(
             f"{defect or 'good'}: {outcome.verdict}, score {outcome.pred_score:.3f}, p-value {outcome.p_value:.3f}"
         )

@@ -1,8 +1,7 @@
-"""What a real CLIP costs on a CPU: patch tokens of an image, text, training steps, peak memory. Linux only.
+"""Time and memory of CLIP on a CPU: patch tokens of an image, text, training steps. Linux only.
 
-The weights are random, in a file of the size of the real ones: CLIP's time and memory do not depend on what is in them.
-Each part runs in a process of its own. Counted is all resident memory, the mapped weights file's pages among it: these
-the file system takes back when it wants.
+The weights are random, in a file of the real size: time and memory do not depend on their values. Each part runs in its
+own process. All resident memory counts, including pages of the mapped weights file, which the file system can reclaim.
 
 python perf/bench_clip.py            # table, then one JSON line
 python perf/bench_clip.py | tail -1  # for a script
@@ -35,12 +34,12 @@ from builders import InMemory
 CONFIG = Path(__file__).parents[1] / "configs" / "cnc.yaml"
 BATCH = 8
 WARM_UPS, ROUNDS = 1, 5
-CONTEXT = 8  # learnable words of the prompts
+CONTEXT = 8  # learnable tokens of the prompts
 STATES = ("normal flawless surface", "damaged surface with a defect")
 
 
 def write(model: str, path: Path) -> None:
-    """Random weights under open_clip's names."""
+    """Write random weights under open_clip's names."""
     torch.manual_seed(0)
     save_file(open_clip.CLIP(**open_clip.get_model_config(model)).state_dict(), path)
 
@@ -78,7 +77,7 @@ def image(config: OpenClipConfig, size: int, threads: int) -> dict[str, float | 
 
 
 def text(config: OpenClipConfig, size: int, threads: int) -> dict[str, float | str]:
-    """Two prompts through the text tower, and the gradient back to their learnable words."""
+    """Two prompts through the text tower, and the gradient back to their learnable tokens."""
     torch.set_num_threads(threads)
     start = time.perf_counter()
     pair = features.pair(config)
@@ -87,8 +86,8 @@ def text(config: OpenClipConfig, size: int, threads: int) -> dict[str, float | s
 
     def step():
         context.grad = None
-        normal, damaged = pair.text.encode_prompts(context, STATES)
-        (normal @ damaged).backward()
+        normal, anomalous = pair.text.encode_prompts(context, STATES)
+        (normal @ anomalous).backward()
 
     step()
     assert context.grad.abs().sum() > 0

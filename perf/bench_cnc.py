@@ -1,9 +1,9 @@
-"""What CNC costs beside the plain decoder: one training step of 8 images, and one image at test.
+"""Time of CNC relative to the plain decoder: a training step of 8 images, and an image at test.
 
 python perf/bench_cnc.py            # table, then one JSON line
 python perf/bench_cnc.py | tail -1  # for a script
 
-On features of the offline pair's shape, as ratios to the plain decoder within one run; one thread.
+Features have the shape of the offline pair's. Ratios are to the plain decoder within one run, on one thread.
 """
 
 import json
@@ -42,11 +42,11 @@ CONSTRAINT = CNCConfig(moe=False, synthetic=SyntheticConfig(variants=0))
 
 
 def variants() -> dict[str, CNCConfig]:
-    """Rows of the table, the plain decoder first."""
+    """Return the configurations by name, the plain decoder first."""
     named = {
         "plain decoder": PLAIN,
         "+ constraint": CONSTRAINT,
-        "+ damaged images": replace(PLAIN, synthetic=SyntheticConfig(variants=1)),
+        "+ synthetic anomalies": replace(PLAIN, synthetic=SyntheticConfig(variants=1)),
         "CNC, our default": CNCConfig(),
         "CNC with the guide": CNCConfig(guide=GuideConfig(tokens="text")),
     }
@@ -58,7 +58,7 @@ def variants() -> dict[str, CNCConfig]:
 
 
 def fitted(config: CNCConfig, data: FitData) -> CNC:
-    """A head as it is when training begins."""
+    """Return a head before training."""
     head = build(config, shape=data.features.shape, dims=DIMS)
     assert isinstance(head, CNC)
     head.begin(data)
@@ -80,7 +80,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     normals = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
-    damaged = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
+    anomalous = InMemory(torch.randn(IMAGES, sum(DIMS), GRID, GRID))
     pair = features.pair(OfflinePairConfig())
     data = FitData(
         features=normals,
@@ -89,7 +89,7 @@ def main() -> None:
         groups=np.arange(IMAGES),
         holdout=np.arange(IMAGES) < BATCH,
         pair=pair,
-        pseudo=SyntheticAnomalies(damaged, lambda rows: torch.ones(len(rows), GRID, GRID)),
+        pseudo=SyntheticAnomalies(anomalous, lambda rows: torch.ones(len(rows), GRID, GRID)),
     )
     batch, subclasses = normals.read(range(BATCH)), torch.zeros(BATCH, dtype=torch.int64)
     rows = []
@@ -106,7 +106,7 @@ def main() -> None:
 
         steps = time_ms(step)
         head.finish(data)
-        # A fast wrong answer is worth nothing: alone and in company an image must score the same.
+        # Check the results before measuring the time: the score of an image must not depend on its batch.
         torch.testing.assert_close(head(batch)[0][:1], head(batch[:1])[0], rtol=1e-4, atol=1e-4)
         images = time_ms(lambda head=head: head(batch[:1]))
         rows.append(

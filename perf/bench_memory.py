@@ -1,7 +1,6 @@
-"""Peak memory of training and of scoring at 1x, 4x and 16x as many images. Linux only.
+"""Peak memory of training and scoring with 1x, 4x and 16x as many images. Linux only.
 
-Counted is anonymous memory (RssAnon): pages of the memory-mapped feature cache are the file system's, and it takes them
-back when it wants.
+Only anonymous memory (RssAnon) counts: the file system can reclaim the pages of the memory-mapped feature cache.
 
 python perf/bench_memory.py            # table, then one JSON line
 python perf/bench_memory.py | tail -1  # for a script
@@ -37,7 +36,7 @@ assert sum(outcome.error is None for outcome in detector.stream(paths)) == len(p
 
 
 def peak_mib(command: list[str]) -> float:
-    """The most anonymous memory that the command held, sampled every 10 ms."""
+    """Return the peak anonymous memory of a command, sampled every 10 ms."""
     child = subprocess.Popen(command)
     peak = 0
     while child.poll() is None:
@@ -57,7 +56,7 @@ def peak_mib(command: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["adapted-moe"])
-    parser.add_argument("--base", type=int, default=8, help="images of each of six kinds at 1x")
+    parser.add_argument("--base", type=int, default=8, help="images of each of six subclasses at 1x")
     arguments = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as name:

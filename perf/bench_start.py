@@ -1,8 +1,8 @@
-"""How long a line PC waits for its first verdict, and how much memory that takes, in a fresh process.
+"""Time and memory of a fresh process until its first verdict, and time of `normweave --help`.
 
-`normweave predict BUNDLE IMAGE --json` (ONNX Runtime, and OpenVINO) beside anomalib's own OpenVINOInferencer with PaDiM
-on the same backbone, fitted on the same images, on the same image. Runs alternate, so that the machine's other load
-falls on all alike; ratios are taken within a turn.
+`normweave predict BUNDLE IMAGE --json` (ONNX Runtime and OpenVINO) is compared with anomalib's OpenVINOInferencer with
+PaDiM on the same backbone, fitted on the same images. Runs alternate, so that other load of the machine affects all
+equally. Ratios are computed within a round.
 
 python perf/bench_start.py            # table, then one JSON line
 python perf/bench_start.py | tail -1  # for a script
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import peers
-from bench_inference import fitted, make_kinds
+from bench_inference import fitted, make_subclasses
 from normweave.config import Config
 from normweave.detector import Detector
 
@@ -37,20 +37,20 @@ finally:
 ANOMALIB = """
 import sys
 from anomalib.deploy import OpenVINOInferencer
-said = OpenVINOInferencer(path=sys.argv[1], device="CPU").predict(sys.argv[2])
-print(said.pred_score, said.pred_label)
+output = OpenVINOInferencer(path=sys.argv[1], device="CPU").predict(sys.argv[2])
+print(output.pred_score, output.pred_label)
 """
 
 
 class Run(NamedTuple):
-    """What one process took."""
+    """Time and memory of one process."""
 
     wall_s: float
     processor_s: float
     peak_mib: float
 
 
-# Started from a small process: what is forked from a large one counts the large one's memory as its own peak.
+# Started from a small process: the peak of a process forked from a large one includes the memory of the large one.
 LAUNCH = """
 import json, resource, subprocess, sys, time
 start = time.perf_counter()
@@ -63,7 +63,7 @@ print(json.dumps([wall, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024]))
 
 
 def run(*command: str, folder: Path) -> Run:
-    """One fresh process to its end."""
+    """Run one fresh process."""
     done = subprocess.run(
         [sys.executable, "-c", LAUNCH, *command],
         cwd=folder,
@@ -80,17 +80,18 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_kinds(folder, EXPERTS)
+        make_subclasses(folder, EXPERTS)
         detector = fitted(folder, Config())
         bundle = detector.save(folder / "cloth.bundle")
         paths = sorted(str(path) for path in folder.glob("cloth/*/train/good/*"))
         image = paths[0]
         padim = peers.fitted("padim", tuple(paths))
         exported = Path(padim.to_openvino(folder / "padim", input_size=(256, 256)))
-        # A fast wrong answer is worth nothing: check before timing.
+        # Check the results before measuring the time.
         assert Detector.load(bundle, threads=1).score(image).verdict == detector.score(image).verdict
         predict = ["predict", str(bundle), image, "--json", "--threads", str(arguments.threads)]
         commands = {
+            "normweave --help": ["-m", "normweave", "--help"],
             "normweave onnxruntime": ["-c", PREDICT, *predict, "--device", "cpu"],
             "normweave openvino": ["-c", PREDICT, *predict, "--device", "openvino"],
             "anomalib OpenVINOInferencer": ["-c", ANOMALIB, str(exported), image],
@@ -99,16 +100,16 @@ def main() -> None:
         for number in range(ROUNDS + 1):
             for side, command in commands.items():
                 one = run(*command, folder=folder)
-                if number:  # the first turn fills the file cache, and anomalib's cache of compiled models
+                if number:  # the first round fills the file cache, and anomalib's cache of compiled models
                     runs[side].append(one)
     rows = []
-    for side, mine in runs.items():
-        beside = list(zip(mine, runs["anomalib OpenVINOInferencer"], strict=True))
+    for side, ours in runs.items():
+        pairs = list(zip(ours, runs["anomalib OpenVINOInferencer"], strict=True))
         row = {"side": side}
         for field in Run._fields:
-            row[field] = statistics.median(getattr(one, field) for one in mine)
+            row[field] = statistics.median(getattr(one, field) for one in ours)
             row[f"{field}_ratio"] = statistics.median(
-                getattr(one, field) / getattr(other, field) for one, other in beside
+                getattr(one, field) / getattr(other, field) for one, other in pairs
             )
         rows.append(row)
         print(

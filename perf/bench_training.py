@@ -1,4 +1,4 @@
-"""What a whole training costs beside one pass of the images through the backbone.
+"""Time of a complete training relative to one pass of the images through the backbone.
 
 python perf/bench_training.py            # table, then one JSON line
 python perf/bench_training.py | tail -1  # for a script
@@ -24,11 +24,11 @@ from normweave.features.cache import streamed
 from normweave.textiles import make_textures
 
 ROUNDS = 3
-IMAGES = 32  # of each of six kinds
+IMAGES = 32  # of each of six subclasses
 
 
 def feature_pass_s(config: Config, manifest: Path) -> float:
-    """Read, prepare and extract every training image once, keeping nothing."""
+    """Return the time to read, prepare and extract every training image once."""
     extractor = build(config.features, height=config.prepare.height, width=config.prepare.width)
     samples = [sample for sample in layouts.read(manifest, config.data) if sample.split == "train"]
     scanned = rows.scan(samples, Preparation(config.prepare), known=lambda keys: [True] * len(keys))
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="settings a.b=c of every model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    table = []
+    results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = make_textures(
@@ -63,7 +63,7 @@ def main() -> None:
                 seconds.append(time.perf_counter() - start)
                 assert detector.calibration is not None
                 ratios.append(seconds[-1] / single)
-            table.append(
+            results.append(
                 {
                     "model": model,
                     "images": IMAGES * 6,
@@ -74,10 +74,10 @@ def main() -> None:
             )
             print(
                 "{model:<12} {images} images  training {training_s:6.1f} s  ÷ one feature pass {ratio:.2f} "
-                "(worst {worst_ratio:.2f})".format(**table[-1])
+                "(worst {worst_ratio:.2f})".format(**results[-1])
             )
     machine = {"torch": torch.__version__, "machine": platform.platform(), "threads": torch.get_num_threads()}
-    print(json.dumps(machine | {"rows": table}))
+    print(json.dumps(machine | {"rows": results}))
 
 
 if __name__ == "__main__":

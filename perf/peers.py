@@ -1,4 +1,4 @@
-"""anomalib's PatchCore and PaDiM on the backbone whose weights pip carries, fitted and exported by their own calls."""
+"""anomalib's PatchCore and PaDiM with the backbone of the pip package, fitted and exported by anomalib."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -22,20 +22,20 @@ PEERS: dict[str, tuple[type, dict[str, Any]]] = {
 
 
 def pixels(path: str) -> NDArray[np.float32]:
-    """As their graphs take an image, (1, 3, H, W) in 0..1; they resize and normalise themselves."""
+    """Return an image as input of their graphs, (1, 3, H, W) in 0..1. They resize and normalize it."""
     return images.decode(path).transpose(2, 0, 1)[None].astype(np.float32) / 255
 
 
 @lru_cache
 @torch.no_grad()
 def fitted(name: str, paths: tuple[str, ...]) -> Any:
-    """The Lightning module, fitted on good images."""
-    kind, settings = PEERS[name]
-    module = kind(backbone=BACKBONE, pre_trained=False, **settings)
+    """Return the Lightning module, fitted on good images."""
+    model_class, settings = PEERS[name]
+    module = model_class(backbone=BACKBONE, pre_trained=False, **settings)
     model = module.model
     network = model.feature_extractor.feature_extractor
-    whole = timm.create_model(BACKBONE, pretrained=False).state_dict()
-    weights = packaged.read_packaged(BACKBONE, {key: tensor.shape for key, tensor in whole.items()})
+    state = timm.create_model(BACKBONE, pretrained=False).state_dict()
+    weights = packaged.read_packaged(BACKBONE, {key: tensor.shape for key, tensor in state.items()})
     network.load_state_dict({key: weights[key] for key in network.state_dict()})
     prepared = [module.pre_processor.transform(torch.from_numpy(pixels(path))) for path in paths]
     model.train()
@@ -46,9 +46,9 @@ def fitted(name: str, paths: tuple[str, ...]) -> Any:
     else:
         model.fit()
     module.eval()
-    said = [model(one) for one in prepared]
-    scores = torch.stack([one.pred_score.flatten()[0] for one in said])
-    maps = torch.cat([one.anomaly_map.flatten() for one in said])
+    outputs = [model(one) for one in prepared]
+    scores = torch.stack([one.pred_score.flatten()[0] for one in outputs])
+    maps = torch.cat([one.anomaly_map.flatten() for one in outputs])
     after = module.post_processor
     after.image_min, after.image_max = scores.min(), scores.max()
     after.pixel_min, after.pixel_max = maps.min(), maps.max()
@@ -57,6 +57,6 @@ def fitted(name: str, paths: tuple[str, ...]) -> Any:
 
 
 def onnx(module: Any, folder: Path, *, batch: int | None = None) -> Path:
-    """Its graph by its own export, for 256 x 256 pixels; None: of any batch."""
+    """Export its graph for 256 x 256 pixels, with a fixed batch size or (None) a dynamic one."""
     fixed: dict[str, Any] = {} if batch is None else {"dynamic_axes": None, "dynamic_shapes": None}
     return Path(module.to_onnx(folder, input_size=(256, 256), **fixed))

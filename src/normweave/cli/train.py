@@ -23,16 +23,17 @@ def add_to(app: typer.Typer) -> None:
 
 
 class _TrainCommand(TyperCommand):
-    """Lists the models in the help of --model, whose names are read from the settings only when help is printed."""
+    """Lists the models in the help of --model. Their names are read from the settings only when usage is printed."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Fill in the help of --model and return the usage. Help and command reference call this first."""
         from normweave.config import Config, models
 
         for option in self.params:
             if isinstance(option, TyperOption) and option.name == "model":
                 option.help = f"{', '.join(models())}."
                 option.show_default = Config().head.model
-        super().format_help(ctx, formatter)
+        return super().collect_usage_pieces(ctx)
 
 
 def train(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from normweave import bundle
 from normweave.errors import BundleError, MissingError
 
-RECORD = {"model": "dfm", "seed": 3, "kinds": {"cloth/twill": ["cloth", "twill"]}}
+RECORD = {"model": "dfm", "seed": 3, "subclasses": {"cloth/twill": ["cloth", "twill"]}}
 PAGE = b"<p>report</p>"
 
 
@@ -75,7 +75,7 @@ def test_nothing_else_is_left_behind(saved):
 
 def test_lists_the_hash_of_every_other_file(saved):
     written = json.loads((saved / "bundle.json").read_text())
-    assert written["format"] == 1
+    assert written["format"] == bundle.FORMAT
     assert written["files"] == {
         name: hashlib.sha256((saved / name).read_bytes()).hexdigest()
         for name in ("report.html", "weights.safetensors")
@@ -277,10 +277,10 @@ def test_listed_files_stay_in_the_folder(saved, name):
 
 
 def test_a_newer_format_says_how_to_upgrade(saved):
-    change(saved, format=2)
+    change(saved, format=3)
     refused(
         lambda: bundle.read(saved),
-        f"{saved} is in format 2, and this normweave reads up to 1. Upgrade with: pip install -U normweave",
+        f"{saved} is in format 3, and this normweave reads up to 2. Upgrade with: pip install -U normweave",
     )
 
 

@@ -1,4 +1,4 @@
-"""Without torch, the outcomes of training; and nothing but a whole bundle is read."""
+"""A loaded bundle gives the outcomes of the fitted detector without torch, and only a complete bundle is read."""
 
 import hashlib
 import json
@@ -11,6 +11,7 @@ import onnx
 import pytest
 from PIL import Image
 
+from normweave import fitting
 from normweave.bundle import FORMAT, read_tensors
 from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, DataError, ImageError
@@ -18,7 +19,7 @@ from normweave.textiles import SEEN, render
 
 
 @pytest.fixture(scope="module")
-def runtime(bundle):
+def loaded(bundle):
     return Detector.load(bundle, threads=1)
 
 
@@ -27,7 +28,7 @@ def good_cloth(number, size=(64, 64)):
 
 
 def same(ours, theirs):
-    """Two outcomes, whatever computed them: words to the letter, numbers to a thousandth."""
+    """Compare two outcomes: texts exactly, numbers to a relative 1e-3."""
     for field in fields(ours):
         mine, other = getattr(ours, field.name), getattr(theirs, field.name)
         match field.name:
@@ -51,13 +52,13 @@ def same(ours, theirs):
 # ── the same outcomes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_outcomes_of_training(detector, runtime, photos, tmp_path):
+def test_outcomes_equal_those_of_the_fitted_detector(detector, loaded, photos, tmp_path):
     text = tmp_path / "text.png"
     text.write_text("not an image")
     large = np.tile(good_cloth(1), (5, 9, 1))  # 320 x 576: cut into tiles
     assert len(detector.preparation.tiles(320, 576)) > 1
     images = [*photos[:5], text, large, Path(photos[5]).read_bytes(), *photos[6:]]
-    ours, theirs = detector.score(images), runtime.score(images)
+    ours, theirs = detector.score(images), loaded.score(images)
     assert len(ours) == len(theirs) == len(images)
     for mine, other in zip(ours, theirs, strict=True):
         same(mine, other)
@@ -65,20 +66,20 @@ def test_the_outcomes_of_training(detector, runtime, photos, tmp_path):
     assert any(outcome.boxes for outcome in theirs)
 
 
-def test_one_image_and_one_that_cannot_be_read(runtime, photos, tmp_path):
-    same(runtime.score(photos)[0], runtime.score(photos[0]))
-    assert runtime.score(photos[0], maps=False).anomaly_map is None
+def test_one_image_and_one_that_cannot_be_read(loaded, photos, tmp_path):
+    same(loaded.score(photos)[0], loaded.score(photos[0]))
+    assert loaded.score(photos[0], maps=False).anomaly_map is None
     with pytest.raises(ImageError, match=r"gone\.png"):
-        runtime.score(tmp_path / "gone.png")
+        loaded.score(tmp_path / "gone.png")
 
 
-def test_an_outcome_does_not_depend_on_its_company(runtime, photos):
-    together = runtime.score(photos)
+def test_an_outcome_does_not_depend_on_the_other_images(loaded, photos):
+    together = loaded.score(photos)
     for path, outcome in zip(photos, together, strict=True):
-        same(outcome, runtime.score(path))
+        same(outcome, loaded.score(path))
 
 
-def test_a_stream_reads_no_further_ahead_than_two_batches(runtime, photos):
+def test_a_stream_reads_no_further_ahead_than_two_batches(loaded, photos):
     taken = []
 
     def source():
@@ -86,14 +87,14 @@ def test_a_stream_reads_no_further_ahead_than_two_batches(runtime, photos):
             taken.append(number)
             yield photos[number % len(photos)]
 
-    stream = runtime.stream(source(), maps=False)
+    stream = loaded.stream(source(), maps=False)
     for _ in range(3):
         next(stream)
-    assert len(taken) <= 3 * runtime.batch_images + 1
+    assert len(taken) <= 3 * loaded.batch_images + 1
     stream.close()
 
 
-def test_with_batches_of_one_each_image_is_answered_before_the_next_is_read(runtime, photos):
+def test_with_batches_of_one_each_outcome_comes_before_the_next_image_is_read(loaded, photos):
     taken = []
 
     def source():
@@ -101,12 +102,12 @@ def test_with_batches_of_one_each_image_is_answered_before_the_next_is_read(runt
             taken.append(path)
             yield path
 
-    for number, outcome in enumerate(runtime.stream(source(), maps=False, batch_images=1), 1):
+    for number, outcome in enumerate(loaded.stream(source(), maps=False, batch_images=1), 1):
         assert outcome.image_path == taken[-1]
         assert len(taken) == number
 
 
-def test_of_a_list_images_are_opened_while_the_network_works_on_another(runtime, photos):
+def test_the_images_of_a_list_are_read_ahead(loaded, photos):
     taken = []
 
     class Listed(list):
@@ -115,26 +116,26 @@ def test_of_a_list_images_are_opened_while_the_network_works_on_another(runtime,
                 taken.append(path)
                 yield path
 
-    stream = runtime.stream(Listed(photos), maps=False, batch_images=1)
+    stream = loaded.stream(Listed(photos), maps=False, batch_images=1)
     assert next(stream).image_path == photos[0]
     assert len(taken) == 3
     assert [outcome.image_path for outcome in stream] == photos[1:]
 
 
-# ── another line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── operating points ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory):
-    """Good cloth that training has not seen."""
+    """Good cloth that was not used in training."""
     folder = tmp_path_factory.mktemp("more")
     for number in range(24):
         Image.fromarray(good_cloth(3000 + number)).save(folder / f"{number:02d}.png")
     return folder
 
 
-def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
-    ours, theirs = Detector.load(bundle, device="cpu"), Detector.load(bundle, threads=1)
+def test_calibration_gives_the_operating_points_of_torch(bundle, more, photos, tmp_path):
+    ours, theirs = fitting.load(bundle, device="cpu"), Detector.load(bundle, threads=1)
     for each in (ours, theirs):
         each.calibrate(more, false_alarm_rate=0.2)
     for mine, other in (
@@ -156,25 +157,37 @@ def test_calibration_is_that_of_training(bundle, more, photos, tmp_path):
     assert back.calibration.false_alarm_rate == 0.2
     tensors, copied = read_tensors(bundle), read_tensors(tmp_path / "again")
     assert all((tensors[name] == copied[name]).all() for name in tensors)
-    assert Detector.load(tmp_path / "again", device="cpu").record == back.record
+    assert fitting.load(tmp_path / "again", device="cpu").record == back.record
 
 
-def test_what_cannot_be_promised_leaves_the_line_where_it_was(bundle, more, cloth):
-    runtime = Detector.load(bundle, threads=1)
-    before = runtime.calibration
+def test_a_rate_that_cannot_be_promised_changes_nothing(bundle, more, cloth):
+    loaded = Detector.load(bundle, threads=1)
+    before = loaded.calibration
     with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 24"):
-        runtime.calibrate(more, false_alarm_rate=0.001)
-    with pytest.raises(DataError, match="cannot serve for calibration"):
-        runtime.calibrate(cloth)
-    assert runtime.calibration is before
+        loaded.calibrate(more, false_alarm_rate=0.001)
+    with pytest.raises(DataError, match="cannot be used for calibration"):
+        loaded.calibrate(cloth)
+    assert loaded.calibration is before
 
 
-def test_a_loaded_detector_saves_the_graph_it_came_with(bundle, tmp_path):
-    Detector.load(bundle, device="cpu").save(tmp_path / "copy")
-    assert (tmp_path / "copy" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+@pytest.mark.parametrize("load", [Detector.load, fitting.load])
+def test_a_loaded_detector_saves_the_same_graph_and_weights(bundle, load, tmp_path):
+    load(bundle, device="cpu").save(tmp_path / "copy")
+    for name in ("model.onnx", "weights.safetensors"):
+        assert (tmp_path / "copy" / name).read_bytes() == (bundle / name).read_bytes()
 
 
-# ── nothing but a whole bundle ───────────────────────────────────────────────────────────────────────────────────────
+def test_another_rate_leaves_the_detector_unchanged(bundle, photos):
+    loaded = Detector.load(bundle, threads=1)
+    stricter = loaded.with_rate(0.2)
+    assert (loaded.calibration.false_alarm_rate, stricter.calibration.false_alarm_rate) == (0.1, 0.2)
+    assert stricter.record["config"]["outcome"]["false_alarm_rate"] == 0.2
+    for before, after in zip(loaded.score(photos), stricter.score(photos), strict=True):
+        assert before.pred_score == after.pred_score
+        assert before.threshold >= after.threshold
+
+
+# ── only a complete bundle ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -228,6 +241,14 @@ def test_a_newer_format(copy):
         Detector.load(copy)
 
 
+def test_a_bundle_of_release_0_1(copy):
+    rewritten(copy, lambda record: record.update(format=1))
+    with pytest.raises(
+        BundleError, match=r"is in format 1, of normweave 0\.1.*Train it again with this version"
+    ):
+        Detector.load(copy)
+
+
 def test_no_graph(copy):
     rewritten(copy, lambda record: record["files"].pop("model.onnx"))
     with pytest.raises(BundleError, match=r"lists no model\.onnx"):
@@ -269,7 +290,7 @@ def test_a_tensor_of_another_file_is_not_opened(copy, tmp_path):
         Detector.load(copy)
 
 
-@pytest.mark.parametrize("key", ["config", "calibration", "map_threshold", "kinds", "subclass_names"])
+@pytest.mark.parametrize("key", ["config", "calibration", "map_threshold", "subclasses", "subclass_names"])
 def test_a_record_that_lacks_something(copy, key):
     rewritten(copy, lambda record: record.pop(key))
     with pytest.raises(BundleError, match=f"lacks or misplaces '{key}'"):
@@ -279,7 +300,7 @@ def test_a_record_that_lacks_something(copy, key):
         Detector.load(copy)
 
 
-def test_names_that_stand_for_nothing(copy):
-    rewritten(copy, lambda record: record.update(kinds={}))
+def test_names_without_a_subclass(copy):
+    rewritten(copy, lambda record: record.update(subclasses={}))
     with pytest.raises(BundleError, match="routes to"):
         Detector.load(copy)

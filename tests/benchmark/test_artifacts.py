@@ -81,9 +81,9 @@ def fold(tmp_path_factory: pytest.TempPathFactory):
     return made
 
 
-def kept(detector: Detector, fold, path: Path):
+def saved(detector: Detector, fold, path: Path):
     predictions = {side: measure(detector, tests)[1] for side, tests in fold.tests.items()}
-    artifacts.keep(path, detector, fold, predictions, cache=None)
+    artifacts.save(path, detector, fold, predictions, cache=None)
     return artifacts.read(path, fold), predictions
 
 
@@ -92,9 +92,9 @@ def fitted(fold, model: str, *further: str) -> Detector:
     return Detector.fit(fold.samples, config=config)
 
 
-def test_a_run_keeps_what_it_has_judged(fold, tmp_path: Path):
+def test_a_run_saves_scores_maps_and_embeddings(fold, tmp_path: Path):
     detector = fitted(fold, "adapted-moe")
-    artifact, predictions = kept(detector, fold, tmp_path / "run.safetensors")
+    artifact, predictions = saved(detector, fold, tmp_path / "run.safetensors")
     for side, tests in fold.tests.items():
         assert artifact.scores[side].tolist() == [
             [row["label"] == "anomalous", row["pred_score"], row["threshold"]] for row in predictions[side]
@@ -102,41 +102,43 @@ def test_a_run_keeps_what_it_has_judged(fold, tmp_path: Path):
         for sample, small in zip(artifacts.shown(tests), artifact.maps[side], strict=True):
             whole = detector.score(str(sample.image_path)).anomaly_map
             np.testing.assert_allclose(small, whole, atol=5e-3)  # 64 pixels: nothing to shrink
-    assert len(artifact.kinds) == len(artifact.roles) == len(artifact.places)
+    assert len(artifact.subclass_names) == len(artifact.roles) == len(artifact.embeddings)
     tests = [sample for side in fold.tests.values() for sample in side]
     assert np.bincount(artifact.roles).tolist() == [
         len(fold.samples),
         sum(sample.label == "normal" for sample in tests),
         sum(sample.label == "anomalous" for sample in tests),
     ]
-    # The distance to the nearest kind, from which `unknown` is decided, can be read off the places.
-    whitened = detector.head.kinds.means.numpy()
-    first = next(place for place, sample in enumerate(s for s in tests if s.label == "normal"))
-    place = artifact.places[len(fold.samples) + first]
+    # The distance to the nearest subclass, from which `unknown` is decided, follows from the embeddings.
+    whitened = detector.network.head.kinds.means.numpy()
+    first = next(index for index, sample in enumerate(s for s in tests if s.label == "normal"))
+    embedding = artifact.embeddings[len(fold.samples) + first]
     outcome = detector.score(str(next(s for s in tests if s.label == "normal").image_path))
-    assert np.linalg.norm(place - whitened, axis=1).min() == pytest.approx(
+    assert np.linalg.norm(embedding - whitened, axis=1).min() == pytest.approx(
         outcome.subclass_distance, rel=1e-3
     )
 
 
-def test_places_of_a_routing_network_are_its_own(fold, tmp_path: Path):
+def test_embeddings_of_a_routing_network(fold, tmp_path: Path):
     network = ("head.routing.method=network", "head.routing.training.epochs=2")
-    artifact, _ = kept(fitted(fold, "adapted-moe", *network), fold, tmp_path / "run.safetensors")
-    assert artifact.places.shape[1] == 64
-    np.testing.assert_allclose(np.linalg.norm(artifact.places, axis=1), 1, rtol=1e-5)  # Eq. 1 with norm
+    artifact, _ = saved(fitted(fold, "adapted-moe", *network), fold, tmp_path / "run.safetensors")
+    assert artifact.embeddings.shape[1] == 64
+    np.testing.assert_allclose(np.linalg.norm(artifact.embeddings, axis=1), 1, rtol=1e-5)  # Eq. 1 with norm
 
 
-def test_cnc_tells_kinds_apart_in_a_space_too(fold, tmp_path: Path):
-    artifact, _ = kept(fitted(fold, "cnc", "head.training.epochs=1"), fold, tmp_path / "run.safetensors")
-    assert set(artifact.kinds) == {sample.subclass_name for side in fold.tests.values() for sample in side}
-    assert np.isfinite(artifact.places).all()
+def test_cnc_has_embeddings_too(fold, tmp_path: Path):
+    artifact, _ = saved(fitted(fold, "cnc", "head.training.epochs=1"), fold, tmp_path / "run.safetensors")
+    assert set(artifact.subclass_names) == {
+        sample.subclass_name for side in fold.tests.values() for sample in side
+    }
+    assert np.isfinite(artifact.embeddings).all()
 
 
 @pytest.mark.parametrize("model", ["dfm", "mean-shift"])
-def test_what_a_method_does_not_have_is_not_kept(fold, tmp_path: Path, model: str):
-    artifact, _ = kept(fitted(fold, model), fold, tmp_path / "run.safetensors")
-    assert artifact.places is None
-    assert artifact.kinds == ()
+def test_what_a_method_does_not_have_is_not_saved(fold, tmp_path: Path, model: str):
+    artifact, _ = saved(fitted(fold, model), fold, tmp_path / "run.safetensors")
+    assert artifact.embeddings is None
+    assert artifact.subclass_names == ()
     assert all((one is None) == (model == "mean-shift") for maps in artifact.maps.values() for one in maps)
 
 
@@ -149,7 +151,7 @@ def test_an_image_that_cannot_be_read_leaves_a_gap(fold, tmp_path: Path):
     spoilt = replace(
         fold, tests={"unseen": tuple(replace(s, image_path=path) if s == broken else s for s in tests)}
     )
-    artifact, _ = kept(detector, spoilt, tmp_path / "run.safetensors")
+    artifact, _ = saved(detector, spoilt, tmp_path / "run.safetensors")
     assert len(artifact.scores["unseen"]) == len(tests) - 1
     gone = [sample.image_path == path for sample in artifacts.shown(spoilt.tests["unseen"])]
     assert [one is None for one in artifact.maps["unseen"]] == gone

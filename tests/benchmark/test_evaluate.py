@@ -248,16 +248,15 @@ def to_test(samples: list[Sample]) -> list[Sample]:
 
 def test_cells_of_every_tile_are_those_of_the_detector(decoder, data):
     """Every cell of every tile by hand: a cell is abnormal when 30 % of the pixels under it are."""
-    distances: list = []
     cells: dict = {"plain": ([], []), "twill": ([], [])}
     tiles = []
-    for sample, _ in decoder.stream_samples(to_test(data), reconstructions=distances):
+    for sample, _, cut, reconstruction in decoder.stream_samples(to_test(data)):
         height, width = np.asarray(Image.open(sample.image_path)).shape[:2]
-        tiles.append(len(distances))
+        tiles.append(len(cut))
         mask = np.zeros((height, width), bool)
         if sample.label == "anomalous":
             mask = read_mask(sample.mask_path, height=height, width=width)
-        for tile, grid in distances:
+        for tile, grid in zip(cut, reconstruction, strict=True):
             for i, j in np.ndindex(grid.shape):
                 top, left = tile.top + i * tile.height / 8, tile.left + j * tile.width / 8
                 fine = np.arange(0.005, 1, 0.01)

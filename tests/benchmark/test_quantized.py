@@ -9,12 +9,12 @@ from onnx import numpy_helper
 from PIL import Image
 
 from builders import head_config
-from normweave.benchmark.quantized import quantize
+from normweave import fitting
+from normweave.benchmark.quantized import quantize_and_check
 from normweave.bundle import read
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
 from normweave.detector import Detector
-from normweave.errors import CheckError, ConfigError, DataError
-from normweave.network import quantize as quantization
+from normweave.errors import BundleError, CheckError, ConfigError, DataError
 from normweave.textiles import SEEN, make_textures, render
 from normweave.types import Sample
 
@@ -64,93 +64,93 @@ def detector(cloth):
     return Detector.fit(cloth, config=CONFIG, use_cache=False, device="cpu")
 
 
-def test_the_line_is_drawn_by_the_scores_of_int8(detector, tests, tmp_path):
+def test_the_operating_points_are_drawn_from_the_scores_of_int8(detector, tests, tmp_path):
     paths = [str(sample.image_path) for sample in tests]
-    before, line = detector.score(paths), detector.calibration
+    before = detector.score(paths)
     detector.save(tmp_path / "float")
 
-    quantize(detector, tests)
+    quantized = quantize_and_check(detector, tests)
 
-    after = detector.score(paths)
-    assert not np.array_equal(line.scores, detector.calibration.scores)
-    np.testing.assert_allclose(detector.calibration.scores, line.scores, atol=0.5)
-    assert not np.array_equal(line.unseen.scores, detector.calibration.unseen.scores)
+    after = quantized.score(paths)
+    for ours, theirs in (
+        (detector.calibration, quantized.calibration),
+        (detector.calibration.unseen, quantized.calibration.unseen),
+    ):
+        assert not np.array_equal(ours.scores, theirs.scores)
+        np.testing.assert_allclose(ours.scores, theirs.scores, atol=0.5)
     np.testing.assert_allclose(
         [one.pred_score for one in after], [one.pred_score for one in before], atol=0.5
     )
-    # What the bundle says, by the runtime and by a detector read back, is what the line was drawn by.
-    bundle = detector.save(tmp_path / "int8")
+    # A detector that is loaded from the bundle gives the scores from which its thresholds were drawn.
+    bundle = quantized.save(tmp_path / "int8")
     assert read(bundle)["precision"] == "int8"
     assert read(tmp_path / "float")["precision"] == "float32"
     assert (bundle / "model.onnx").stat().st_size < (tmp_path / "float" / "model.onnx").stat().st_size
-    for judge in (Detector.load(bundle, threads=1), Detector.load(bundle, device="cpu")):
-        for mine, other in zip(after, judge.score(paths), strict=True):
-            assert (other.verdict, other.threshold) == (mine.verdict, mine.threshold)
-            assert other.pred_score == pytest.approx(mine.pred_score, rel=1e-3)
+    for mine, other in zip(after, Detector.load(bundle, threads=1).score(paths), strict=True):
+        assert (other.verdict, other.threshold) == (mine.verdict, mine.threshold)
+        assert other.pred_score == pytest.approx(mine.pred_score, rel=1e-3)
+    with pytest.raises(BundleError, match="is quantized"):
+        fitting.load(bundle)
 
 
-def test_what_was_looked_at_is_in_the_record(detector, tests):
-    quantize(detector, tests)
-    check = detector.record["int8_check"]
+def test_the_check_is_in_the_record(detector, tests):
+    check = quantize_and_check(detector, tests).record["int8_check"]
     assert check["images"] == len(tests)
     assert check["image_auroc"] == [1, 1]
     assert check["pixel_auroc"] == [None, None]  # there are no masks
+    assert "int8_check" not in detector.record
 
 
 def test_pixels_count_where_there_are_masks(detector, tests, tmp_path):
     mask = tmp_path / "mask.png"
     Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, axis=0).astype(np.uint8)).save(mask)
     masked = [replace(s, mask_path=mask if s.label == "anomalous" else None) for s in tests]
-    quantize(detector, masked)
-    before, after = detector.record["int8_check"]["pixel_auroc"]
+    before, after = quantize_and_check(detector, masked).record["int8_check"]["pixel_auroc"]
     assert 0.8 < before < 1
     assert after >= before - 0.005
 
 
-def test_without_labelled_images_nobody_looked(detector):
-    quantize(detector, None)
-    assert detector.record["int8_check"] is None
+def test_without_labelled_images_nothing_is_checked(detector):
+    assert quantize_and_check(detector, None).record["int8_check"] is None
 
 
 def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
+    unspoiled = fitting.quantize_backbone
+
     def spoiled(graph, images):
-        """Its convolutions are silenced."""
-        model = onnx.load_from_string(quantization_as_it_is(graph, images))
-        weights = [
-            tensor
-            for tensor in model.graph.initializer
-            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
-        ]
-        for tensor in weights:
-            tensor.CopyFrom(
-                numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name)
-            )
+        """Set the quantized convolutions to zero."""
+        model = onnx.load_from_string(unspoiled(graph, images))
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4:
+                tensor.CopyFrom(
+                    numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name)
+                )
         return model.SerializeToString()
 
-    quantization_as_it_is = quantization.quantize
-    monkeypatch.setattr(quantization, "quantize", spoiled)
+    monkeypatch.setattr(fitting, "quantize_backbone", spoiled)
     with pytest.raises(
         CheckError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"
     ):
-        quantize(detector, tests)
+        quantize_and_check(detector, tests)
 
 
 def test_labelled_images_of_one_label_only(detector, tests):
     good = [sample for sample in tests if sample.label == "normal"]
-    with pytest.raises(DataError, match="5 normal and 0 anomalous images: it takes both"):
-        quantize(detector, good)
+    with pytest.raises(DataError, match="5 normal and 0 anomalous images: both labels are needed"):
+        quantize_and_check(detector, good)
 
 
-def test_images_of_the_training_cannot_check(detector, cloth):
+def test_images_of_the_training_cannot_be_used_for_the_check(detector, cloth):
     from normweave.data.manifest import read_manifest
 
-    with pytest.raises(DataError, match="was used in training, so it cannot serve for test"):
-        quantize(detector, read_manifest(cloth))
+    with pytest.raises(DataError, match="was used in training, so it cannot be used for test"):
+        quantize_and_check(detector, read_manifest(cloth))
 
 
-def test_a_loaded_detector_has_no_images_to_quantise_by(detector, tmp_path):
+def test_a_loaded_detector_cannot_be_quantized(detector, tmp_path):
     detector.save(tmp_path / "b")
-    with pytest.raises(
-        ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"
-    ):
-        Detector.load(tmp_path / "b", device="cpu").quantize()
+    for load in (Detector.load, fitting.load):
+        with pytest.raises(
+            ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"
+        ):
+            fitting.quantize(load(tmp_path / "b", device="cpu"))

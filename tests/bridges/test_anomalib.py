@@ -18,7 +18,7 @@ from anomalib.engine import Engine
 from torch.utils.data import DataLoader
 
 from normweave import settings
-from normweave.bridges import backbones, models, peers
+from normweave.bridges import backbones, models, peer_network, peers
 from normweave.bridges.anomalib import NormweaveModel
 from normweave.config import Config, TimmConfig
 from normweave.data import layouts
@@ -83,7 +83,7 @@ def planned(name: str, *further: str) -> peers.PeerPlan:
     return peers.read(f"anomalib/{name}", [*chosen, *further], seed=0)
 
 
-def to_judge(samples):
+def to_test(samples):
     return [sample for sample in samples if sample.split == "test"]
 
 
@@ -95,21 +95,21 @@ def quiet_engine(folder: Path) -> Engine:
 
 def predicted(engine: Engine, model, paths: list[Path]):
     """Raw score and map of each image by anomalib's Engine, which reads the files itself."""
-    said = {}
+    outputs = {}
     for path in paths:
         (batch,) = engine.predict(model, dataset=PredictDataset(path))
-        said[path] = (float(batch.pred_score), batch.anomaly_map.squeeze().numpy())
-    return said
+        outputs[path] = (float(batch.pred_score), batch.anomaly_map.squeeze().numpy())
+    return outputs
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_a_trained_peer_says_here_what_it_says_in_its_own_engine(name, textiles, tmp_path):
+def test_a_trained_peer_gives_the_scores_of_its_own_engine(name, textiles, tmp_path):
     plan = planned(name)
     samples = textiles(SIDE.get(name, 64))
 
-    peer = peers.fit(plan, samples)
-    ours = {sample.image_path: outcome for sample, outcome in peer.stream_samples(to_judge(samples)[::5])}
-    theirs = predicted(quiet_engine(tmp_path), peer.model, list(ours))
+    peer = peer_network.fit(plan, samples)
+    ours = {sample.image_path: outcome for sample, outcome, *_ in peer.stream_samples(to_test(samples)[::5])}
+    theirs = predicted(quiet_engine(tmp_path), peer.network.model, list(ours))
 
     assert len(ours) >= 2
     for path, (score, anomaly_map) in theirs.items():
@@ -126,7 +126,7 @@ def test_training_here_is_training_there(name, textiles, tmp_path):
     """Of peers that no order of the images changes: the same fit images through anomalib's Engine, read by it."""
     samples = textiles(64)
     plan = planned(name)
-    peer = peers.fit(plan, samples)
+    peer = peer_network.fit(plan, samples)
     torch.manual_seed(plan.config.seed)  # PaDiM draws the channels that it keeps
     model = models.build(plan, work=tmp_path)
     fit_images = tmp_path / "fit"
@@ -142,9 +142,9 @@ def test_training_here_is_training_there(name, textiles, tmp_path):
     engine = quiet_engine(tmp_path / "engine")
     engine.fit(model, train_dataloaders=DataLoader(data, batch_size=4, collate_fn=data.collate_fn))
 
-    some = to_judge(samples)[::5]
+    some = to_test(samples)[::5]
     theirs = predicted(engine, model, [sample.image_path for sample in some])
-    for sample, outcome in peer.stream_samples(some):
+    for sample, outcome, *_ in peer.stream_samples(some):
         assert outcome.pred_score == pytest.approx(theirs[sample.image_path][0], rel=1e-2)
 
 
@@ -155,24 +155,24 @@ def config_for(model: str, *further: str) -> Config:
 
 def test_a_peer_is_given_the_images_that_our_detectors_are_given(textiles):
     samples = textiles(64)
-    peer = peers.fit(planned("padim"), samples)
+    peer = peer_network.fit(planned("padim"), samples)
     detector = Detector.fit(samples, config=config_for("dfm"), use_cache=False)
 
     for key in ("fit_hashes", "calibration_hashes"):
         assert sorted(peer.record[key]) == detector.record[key]
     assert peer.record["data_fingerprint"] == detector.record["data_fingerprint"]
-    assert peer.kinds == detector.kinds
+    assert peer.subclasses == detector.subclasses
 
 
-def test_a_peers_line_is_drawn_from_calibration_normals_alone(textiles):
+def test_the_threshold_of_a_peer_is_drawn_from_calibration_images_only(textiles):
     """At rate a of n scores: the ceil((n + 1)(1 - a))-th smallest."""
     samples = textiles(64)
-    peer = peers.fit(planned("padim"), samples)
-    scores = np.sort(peer.line.calibration.scores)
+    peer = peer_network.fit(planned("padim"), samples)
+    scores = np.sort(peer.calibration.scores)
     n = len(scores)
     assert n == peer.record["calibration_images"]
 
-    (_, outcome), *_ = peer.stream_samples(to_judge(samples))
+    (_, outcome, *_), *_ = peer.stream_samples(to_test(samples))
 
     assert outcome.threshold == scores[int(np.ceil((n + 1) * 0.8)) - 1]
     with pytest.raises(DataError, match="was used in training"):
@@ -184,7 +184,7 @@ def test_the_same_seed_trains_the_same_peer(textiles):
     once, again = (
         [
             outcome.pred_score
-            for _, outcome in peers.fit(planned("stfpm"), samples).stream_samples(to_judge(samples))
+            for _, outcome, *_ in peer_network.fit(planned("stfpm"), samples).stream_samples(to_test(samples))
         ]
         for _ in range(2)
     )
@@ -193,15 +193,15 @@ def test_the_same_seed_trains_the_same_peer(textiles):
 
 def test_an_image_that_cannot_be_read_is_a_row_with_its_reason(textiles, tmp_path):
     samples = textiles(64)
-    peer = peers.fit(planned("dfm"), samples)
+    peer = peer_network.fit(planned("dfm"), samples)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    test = to_judge(samples)[0]
+    test = to_test(samples)[0]
 
     rows = list(peer.stream_samples([type(test)(image_path=broken, split="test"), test]))
     streamed = list(peer.stream([broken, test.image_path]))
 
-    assert [row.error is None for _, row in rows] == [True, False]
+    assert [row.error is None for _, row, *_ in rows] == [True, False]
     assert [row.error is None for row in streamed] == [False, True]
     assert streamed[1].pred_score == pytest.approx(rows[0][1].pred_score)
 
@@ -290,7 +290,7 @@ def test_a_teacher_learns_what_the_backbone_says(textiles):
     from anomalib.models.image.efficient_ad.torch_model import SmallPatchDescriptionNetwork
 
     images = [
-        torch.from_numpy(decode(s.image_path).transpose(2, 0, 1).copy()) for s in to_judge(textiles(64))[:4]
+        torch.from_numpy(decode(s.image_path).transpose(2, 0, 1).copy()) for s in to_test(textiles(64))[:4]
     ]
     side = ["prepare.height=64", "prepare.width=64"]
 
@@ -306,8 +306,8 @@ def test_a_teacher_learns_what_the_backbone_says(textiles):
         features = torch.cat([extractor(image[None]) for image in images])  # (4, D, 16, 16)
         mean, std = features.mean((0, 2, 3), keepdim=True), features.std((0, 2, 3), keepdim=True)
         wanted = ((features - mean) / std)[:, :, 4:-4, 4:-4]  # the network looks at whole patches only
-        said = torch.cat([teacher(image[None] / 255) for image in images])
-        return nn.functional.mse_loss(said, wanted).item()
+        outputs = torch.cat([teacher(image[None] / 255) for image in images])
+        return nn.functional.mse_loss(outputs, wanted).item()
 
     assert distance(60) < 0.9 * distance(1)
 
@@ -363,12 +363,12 @@ def test_dinomaly_runs_on_weights_from_a_file(textiles, tmp_path):
         "encoder=vit_small_patch14_reg4_dinov2",
         f"weights={tmp_path / 'small.safetensors'}",
     )
-    peer = peers.fit(plan, textiles(64))
+    peer = peer_network.fit(plan, textiles(64))
     torch.testing.assert_close(
-        peer.model.model.encoder.feature_extractor.blocks[3].attn.qkv.weight,
+        peer.network.model.model.encoder.feature_extractor.blocks[3].attn.qkv.weight,
         encoder.blocks[3].attn.qkv.weight,
     )
-    (_, outcome), *_ = peer.stream_samples(to_judge(textiles(64))[:1])
+    (_, outcome, *_), *_ = peer.stream_samples(to_test(textiles(64))[:1])
     assert outcome.anomaly_map.shape == (64, 64)
 
 
@@ -402,7 +402,7 @@ def folder_of(samples) -> Folder:
         ),
     ],
 )
-def test_our_model_says_in_their_engine_what_our_detector_says(name, further, textiles, tmp_path):
+def test_our_model_gives_the_scores_of_our_detector_in_the_engine(name, further, textiles, tmp_path):
     data = folder_of(textiles(64))
     model = NormweaveModel(config_for(name, *further))
     engine = quiet_engine(tmp_path)
@@ -448,25 +448,25 @@ def test_our_model_is_exported_by_their_engine(textiles, tmp_path):
     image = next(s.image_path for s in textiles(64) if s.split == "test")
     pixels = decode(image).transpose(2, 0, 1)[None].astype(np.float32) / 255
     names = [output.name for output in session.get_outputs()]
-    said = dict(zip(names, session.run(None, {session.get_inputs()[0].name: pixels}), strict=True))
+    outputs = dict(zip(names, session.run(None, {session.get_inputs()[0].name: pixels}), strict=True))
     outcome = model.detector.score(str(image))
-    assert float(said["pred_score"].item()) == pytest.approx(outcome.pred_score, rel=1e-3)
-    np.testing.assert_allclose(said["anomaly_map"].squeeze(), outcome.anomaly_map, rtol=1e-3, atol=1e-3)
+    assert float(outputs["pred_score"].item()) == pytest.approx(outcome.pred_score, rel=1e-3)
+    np.testing.assert_allclose(outputs["anomaly_map"].squeeze(), outcome.anomaly_map, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
-def test_our_model_goes_on_from_a_bundle_and_not_from_a_checkpoint(textiles, tmp_path):
+def test_our_model_is_loaded_from_a_bundle_and_not_from_a_checkpoint(textiles, tmp_path):
     data = folder_of(textiles(64))
     model = NormweaveModel(config_for("dfm"))
     engine = quiet_engine(tmp_path / "engine")
     engine.fit(model, datamodule=data)
 
-    with pytest.raises(BundleError, match=r"Keep it with model.detector.save\('part.bundle'\)"):
+    with pytest.raises(BundleError, match=r"Save it with model.detector.save\('part.bundle'\)"):
         NormweaveModel.load_from_checkpoint(engine.best_model_path)
 
     model.detector.save(tmp_path / "part.bundle")
     again = NormweaveModel(bundle=str(tmp_path / "part.bundle"))
-    paths = [sample.image_path for sample in to_judge(textiles(64))[:2]]
+    paths = [sample.image_path for sample in to_test(textiles(64))[:2]]
     first, second = (
         predicted(quiet_engine(tmp_path / name), one, paths) for name, one in (("a", model), ("b", again))
     )

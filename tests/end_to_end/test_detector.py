@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave import settings
+from normweave import fitting, settings
 from normweave.benchmark.evaluate import evaluate
 from normweave.config import Config, DataConfig, OutcomeConfig
 from normweave.data.layouts import read
@@ -88,9 +88,11 @@ def test_a_bad_mask_is_listed_and_stops_nothing(detector: Detector, cloth: Path,
     assert metrics["pooled"]["n_anomalous"] == 3
 
 
-def test_a_bundle_gives_the_very_scores_of_training(detector: Detector, cloth: Path, tmp_path: Path):
+def test_a_bundle_read_into_torch_gives_the_scores_of_training(
+    detector: Detector, cloth: Path, tmp_path: Path
+):
     bundle = detector.save(tmp_path / "cloth.bundle")
-    loaded = Detector.load(bundle)
+    loaded = fitting.load(bundle)
     paths = [sample.image_path for sample in read(cloth, DataConfig()) if sample.split == "test"][:9]
     for before, after in zip(detector.score(paths), loaded.score(paths), strict=True):
         assert same(before, after)
@@ -136,7 +138,7 @@ def test_no_test_image_is_opened_by_fit(cloth: Path, feature_cache: Path, config
 
 def test_an_image_of_the_training_cannot_be_tested(detector: Detector, cloth: Path):
     train = next(sample for sample in read(cloth, DataConfig()) if sample.split == "train")
-    with pytest.raises(DataError, match="was used in training, so it cannot serve for test"):
+    with pytest.raises(DataError, match="was used in training, so it cannot be used for test"):
         list(detector.stream_samples([train]))
 
 
@@ -188,12 +190,12 @@ def test_calibrate_draws_the_line_anew(detector: Detector, cloth: Path, tmp_path
     loaded.calibrate(folder, false_alarm_rate=0.1)
     assert loaded.calibration.false_alarm_rate == 0.1
     assert len(loaded.calibration) == 30
-    with pytest.raises(DataError, match="cannot serve for test"):
+    with pytest.raises(DataError, match="cannot be used for test"):
         list(loaded.stream_samples([Sample(image_path=folder / "0.png")]))
     with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 30"):
         loaded.calibrate(folder, false_alarm_rate=0.001)
     assert loaded.config.outcome.false_alarm_rate == 0.1  # what failed left nothing behind
-    with pytest.raises(DataError, match="cannot serve for calibration"):
+    with pytest.raises(DataError, match="cannot be used for calibration"):
         loaded.calibrate(cloth)
 
 
@@ -208,10 +210,10 @@ def test_a_changed_byte_is_refused(detector: Detector, tmp_path: Path):
 
 def test_subclasses_are_discovered_when_none_are_given(cloth: Path, feature_cache: Path):
     detector = Detector.fit(cloth, config=Config(seed=7), subclass_from="auto", cache=feature_cache)
-    assert len(detector.head.subclass_names) >= 2
+    assert len(detector.subclass_names) >= 2
     outcome = detector.score(good_cloth(4000))
     assert outcome.category == "cloth"
-    assert outcome.subclass in detector.head.subclass_names
+    assert outcome.subclass in detector.subclass_names
 
 
 def test_one_good_image_is_too_few(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""torch to ONNX: every head that can be configured gives the same, and the gate notices when one does not."""
+"""Every head gives the same scores as an ONNX graph, and the parity check finds a graph that does not."""
 
 from typing import get_args
 
@@ -14,13 +14,13 @@ from normweave.config import CNCConfig, Config, HeadConfig, PrepareConfig, TimmC
 from normweave.errors import CheckError
 from normweave.features.standardize import ChannelStandardizer
 from normweave.heads import build
-from normweave.network import export
-from normweave.network.export import Whole, answers, gate, to_onnx
-from normweave.network.onnx import Network
+from normweave.network import export, open_graph
+from normweave.network.export import check_parity, to_onnx
+from normweave.network.torch import TorchModule, named_outputs
 from normweave.outcome.operating_point import Calibration
-from normweave.scoring import Judge, Line
+from normweave.scoring import TileScores
 from normweave.training import train
-from normweave.types import FitData, PatchScores, Routing
+from normweave.types import FitData, PatchScores, RawOutput, Routing
 
 SIZE = (28, 36)  # of the input; the grid of 7 x 9 is a multiple of nothing
 SHAPE = (12, 7, 9)
@@ -28,7 +28,7 @@ K = 3
 
 
 class Small(nn.Module):
-    """An extractor: pixels to a few numbers a patch of 4 x 4, without weights that anyone trained."""
+    """An untrained extractor: pixels to a few numbers for each patch of 4 x 4."""
 
     def __init__(self):
         super().__init__()
@@ -38,25 +38,25 @@ class Small(nn.Module):
         return nn.functional.conv2d(pixels.float(), self.kernel, stride=4)
 
 
-def pictures(count, *, seed):
-    """Images of K kinds, which differ in colour: (count, 3, H, W) uint8, and the kinds."""
+def make_images(count, *, seed):
+    """Return images of K subclasses that differ in colour, (count, 3, H, W) uint8, and their subclasses."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = torch.arange(count) % K
-    colour = torch.tensor([[60.0, 90, 200], [180, 90, 60], [90, 200, 90]])[kinds][:, :, None, None]
+    subclasses = torch.arange(count) % K
+    colour = torch.tensor([[60.0, 90, 200], [180, 90, 60], [90, 200, 90]])[subclasses][:, :, None, None]
     noise = torch.randn(count, 3, *SIZE, generator=generator)
-    return (colour + 20 * noise).clamp(0, 255).to(torch.uint8), kinds.numpy()
+    return (colour + 20 * noise).clamp(0, 255).to(torch.uint8), subclasses.numpy()
 
 
 def network(config):
-    """A whole network, fitted on pictures."""
-    pixels, kinds = pictures(24, seed=1)
+    """Return a network fitted on images."""
+    pixels, subclasses = make_images(24, seed=1)
     extractor = Small()
     features = InMemory(extractor(pixels).detach())
     standard = ChannelStandardizer(channels=SHAPE[0])
     standard.fit(features)
     data = FitData(
         features=InMemory(standard(features.features)),
-        subclasses=kinds,
+        subclasses=subclasses,
         names=("a", "b", "c"),
         groups=np.arange(24) // 2,
         holdout=np.arange(24) < 6,
@@ -68,20 +68,14 @@ def network(config):
     for stage in head.stages(data):
         train(stage, data, device="cpu")
     head.finish(data)
-    return Whole(extractor=extractor, standard=standard, head=head).eval()
+    return TorchModule(extractor=extractor, standard=standard, head=head).eval()
 
 
 def loaded(content):
-    return Network(content, where="graph", size=SIZE, threads=1, device="cpu")
+    return open_graph(content, where="graph", size=SIZE, threads=1, device="cpu")
 
 
-def judge(head=None, *, whole=None, pixels=None, **line):
-    config = Config(
-        features=TimmConfig(batch_images=4), prepare=PrepareConfig(height=32, width=36), head=head or HEAD
-    )
-    return Judge(config=config, line=None, kinds={}, subclass_names=("a", "b", "c"), **line)
-
-
+CONFIG = Config(features=TimmConfig(batch_images=4), prepare=PrepareConfig(height=32, width=36))
 HEAD = head_config(expert="gaussian")
 SMALL = {
     "discriminator": {"hidden": 8, "patches": 64, "training.epochs": 1},
@@ -105,7 +99,7 @@ def moe(*, expert, fast=False, routing="statistics", calibrated=None, **values):
 
 HEADS = [
     *(pytest.param(kind(), id=kind().kind) for kind in get_args(HeadConfig)),
-    # Every two of expert, adaption and routing meet in one; of the fast ones, each expert, adaption and routing.
+    # Every pair of expert, adaption and routing occurs once; the fast ones cover each expert, adaption and routing.
     *(
         moe(expert=expert, adaption=adaption, routing=ROUTINGS[(n + a) % 3], fast=n % 4 == a)
         for n, expert in enumerate(EXPERTS)
@@ -128,42 +122,45 @@ HEADS = [
 
 
 @pytest.mark.parametrize("config", HEADS)
-def test_the_graph_says_what_torch_says(config):
-    whole = network(config)
-    graph = loaded(to_onnx(whole, height=SIZE[0], width=SIZE[1]))
-    pixels, _ = pictures(7, seed=2)
+def test_the_graph_gives_the_scores_of_torch(config):
+    module = network(config)
+    graph = loaded(to_onnx(module, height=SIZE[0], width=SIZE[1]))
+    pixels, _ = make_images(7, seed=2)
     own = torch.tensor([0, 1, 2, -1, 2, 0, 1])
 
     for count in (1, 2, 7):
-        few = pixels[:count]
-        compare(whole.says(few), graph(few.numpy()))
-        if whole.knows_strangers:
-            compare(whole.says(few, own[:count]), graph(few.numpy(), own[:count].numpy()))
-    assert whole.knows_strangers == (config.kind == "adapted_moe" and getattr(config, "moe", False))
+        batch = pixels[:count]
+        compare(module.outputs(batch), graph(batch.numpy()))
+        if module.can_exclude:
+            compare(module.outputs(batch, own[:count]), graph(batch.numpy(), own[:count].numpy()))
+    assert module.can_exclude == (config.kind == "adapted_moe" and getattr(config, "moe", False))
 
 
 def compare(ours, theirs):
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == {name for name, value in theirs._asdict().items() if value is not None}
     for name, value in ours.items():
-        other = theirs[name]
+        other = getattr(theirs, name)
         assert (value.numpy().dtype, tuple(value.shape)) == (other.dtype, other.shape)
         np.testing.assert_allclose(other, value.detach().numpy(), rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 def test_minus_one_leaves_an_image_all_experts():
-    whole = network(HEAD)
-    pixels, _ = pictures(5, seed=2)
-    with torch.no_grad():
-        compare(
-            whole.says(pixels), {k: v.numpy() for k, v in whole.says(pixels, torch.full((5,), -1)).items()}
-        )
+    module = network(HEAD)
+    pixels, _ = make_images(5, seed=2)
+    compare(module.outputs(pixels), raw(module, pixels, torch.full((5,), -1)))
 
 
-def test_answers_are_the_fields_that_a_head_gives():
+def raw(module, pixels, excluded=None):
+    with torch.inference_mode():
+        outputs = module.outputs(pixels, excluded)
+    return RawOutput(**{name: value.numpy() for name, value in outputs.items()})
+
+
+def test_outputs_are_the_fields_that_a_head_gives():
     one = torch.ones(1)
     routing = Routing(weights=one, subclass=one, distance=one, adapted=one)
-    assert list(answers(PatchScores(scores=one, image_scores=None, routing=None))) == ["scores"]
-    assert list(answers(PatchScores(one, one, routing, one))) == [
+    assert list(named_outputs(PatchScores(scores=one, image_scores=None, routing=None))) == ["scores"]
+    assert list(named_outputs(PatchScores(one, one, routing, one))) == [
         "scores",
         "image_scores",
         "reconstruction",
@@ -178,17 +175,17 @@ def test_answers_are_the_fields_that_a_head_gives():
 
 
 @pytest.fixture(scope="module")
-def whole():
+def module():
     return network(HEAD)
 
 
 @pytest.fixture(scope="module")
-def content(whole):
-    return to_onnx(whole, height=SIZE[0], width=SIZE[1])
+def content(module):
+    return to_onnx(module, height=SIZE[0], width=SIZE[1])
 
 
-def test_the_same_network_gives_the_same_bytes(whole, content):
-    assert to_onnx(whole, height=SIZE[0], width=SIZE[1]) == content
+def test_the_same_network_gives_the_same_bytes(module, content):
+    assert to_onnx(module, height=SIZE[0], width=SIZE[1]) == content
 
 
 def test_the_graph_holds_no_path_and_no_source(content):
@@ -199,22 +196,22 @@ def test_the_graph_holds_no_path_and_no_source(content):
     assert [opset.domain for opset in model.opset_import] == [""]
 
 
-def test_what_onnx_has_no_word_for_is_a_gate(whole):
+def test_an_operator_that_onnx_lacks_is_refused(module):
     class Odd(nn.Module):
         def forward(self, pixels):
             odd = torch.linalg.eigvals(pixels[:, 0, :28, :28].float()).real.mean(dim=1)
-            return whole.extractor(pixels) + odd[:, None, None, None]
+            return module.extractor(pixels) + odd[:, None, None, None]
 
-    odd = Whole(extractor=Odd(), standard=whole.standard, head=whole.head)
+    odd = TorchModule(extractor=Odd(), standard=module.standard, head=module.head)
     with pytest.raises(CheckError, match="cannot be written as an ONNX graph, so no bundle is written"):
         to_onnx(odd, height=SIZE[0], width=SIZE[1])
 
 
-# ── the gate ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the parity check ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def images(count=12):
-    return [one[None] for one in pictures(count, seed=3)[0].numpy()]
+    return [one[None] for one in make_images(count, seed=3)[0].numpy()]
 
 
 def altered(content, change):
@@ -230,70 +227,54 @@ def altered(content, change):
     return loaded(model.SerializeToString())
 
 
-def test_a_faithful_graph_passes(whole, content):
-    gate(whole, loaded(content), images(), judge())
+def test_a_faithful_graph_passes(module, content):
+    check_parity(module, loaded(content), images(), CONFIG, None)
 
 
-def test_an_altered_constant_is_noticed(whole, content):
+def test_an_altered_constant_is_noticed(module, content):
     with pytest.raises(
-        CheckError, match=r"gives other scores than torch for \d+ of 12 calibration images, first "
+        CheckError, match=r"returns other scores than torch for \d+ of 12 calibration images, first "
     ):
-        gate(whole, altered(content, lambda array: 1.01 * array), images(), judge())
+        check_parity(module, altered(content, lambda array: 1.01 * array), images(), CONFIG, None)
 
 
-def test_an_altered_constant_that_only_strangers_meet_is_noticed(whole, content):
-    """Expert 0 is asked for no image of kinds 1 and 2 unless its own expert may not be asked."""
-    pixels, kinds = pictures(12, seed=3)
-    theirs = pixels[torch.from_numpy(kinds == 1)].numpy()
+def test_an_altered_constant_that_only_excluding_reaches_is_noticed():
+    """With top 1, an expert scores an image of another subclass only if that image's own expert is left out."""
+    pixels, subclasses = make_images(12, seed=3)
+    theirs = pixels[torch.from_numpy(subclasses == 1)].numpy()
     strict = network(head_config(expert="gaussian", top_k=1))
     graph = to_onnx(strict, height=SIZE[0], width=SIZE[1])
-    second = strict.says(torch.from_numpy(theirs), torch.ones(len(theirs), dtype=torch.int64))["subclass"]
+    second = raw(strict, torch.from_numpy(theirs), torch.ones(len(theirs), dtype=torch.int64)).subclass
 
     def change(array):
         array[second[0]] *= 1.01
         return array
 
-    with pytest.raises(CheckError, match=r"gives other scores as strangers than torch"):
-        gate(strict, altered(graph, change), [one[None] for one in theirs], judge())
+    with pytest.raises(CheckError, match=r"returns other scores for unseen subclasses than torch"):
+        check_parity(strict, altered(graph, change), [one[None] for one in theirs], CONFIG, None)
 
 
-def test_an_answer_that_is_missing_is_noticed(whole, content):
+def test_a_missing_output_is_noticed(module):
     dfm = network(next(kind() for kind in get_args(HeadConfig) if kind().kind == "dfm"))
     other = loaded(to_onnx(dfm, height=SIZE[0], width=SIZE[1]))
-    with pytest.raises(CheckError, match="do not both give"):
-        gate(whole, other, images(), judge())
-
-
-def lined(calibration):
-    from dataclasses import replace
-
-    return replace(judge(), line=Line(calibration, None))
+    with pytest.raises(CheckError, match="do not both return"):
+        check_parity(module, other, images(), CONFIG, None)
 
 
 @pytest.mark.parametrize(("apart", "passes"), [(1e-5, True), (1e-2, False)])
-def test_verdicts_are_equal_but_where_rounding_decides(whole, content, apart, passes, monkeypatch):
-    """The line lies between the scores that the two give, near or not so near."""
-    monkeypatch.setattr(export, "_agree", lambda *_: None)
+def test_verdicts_are_equal_except_where_rounding_decides(module, content, apart, passes, monkeypatch):
+    """The threshold is between the two scores, near both or farther away."""
+    monkeypatch.setattr(export, "_check_equal", lambda *_: None)
     pixels = images(4)
-    score = float(scored(whole, pixels)[0])
-    line = score * (1 + apart / 2)
-    normals = np.append(np.full(30, line - 10), np.full(30, line))
+    raw_output = raw(module, torch.from_numpy(np.concatenate(pixels)))
+    threshold = float(TileScores.of(raw_output, CONFIG).scores[0]) * (1 + apart / 2)
+    normals = np.append(np.full(30, threshold - 10), np.full(30, threshold))
     calibration = Calibration(
         scores=normals, subclass_names=("a", "b", "c"), false_alarm_rate=0.5, unknown_rate=0.5
     )
     theirs = altered(content, lambda array: (1 + apart) * array)
     if passes:
-        gate(whole, theirs, pixels, lined(calibration))
+        check_parity(module, theirs, pixels, CONFIG, calibration)
     else:
-        with pytest.raises(
-            CheckError, match=r"calls calibration image \d+ anomalous where torch calls it normal"
-        ):
-            gate(whole, theirs, pixels, lined(calibration))
-
-
-def scored(whole, pixels):
-    from normweave.scoring import Scored
-
-    with torch.inference_mode():
-        said = whole.says(torch.from_numpy(np.concatenate(pixels)))
-    return Scored.of({name: value.numpy() for name, value in said.items()}, judge().config).scores
+        with pytest.raises(CheckError, match=r"on calibration image \d+ is anomalous, that of torch normal"):
+            check_parity(module, theirs, pixels, CONFIG, calibration)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from normweave.errors import BundleError
-from normweave.network.onnx import Network
+from normweave.network import open_graph
 
 GRAPHS = 400
 
@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from normweave.errors import BundleError
-from normweave.network.onnx import Network
+from normweave.network import open_graph
 
 resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
 content = Path(sys.argv[1]).read_bytes()
@@ -76,7 +76,7 @@ for number in range(int(sys.argv[2])):
     draw = random.Random(number)
     try:
         change = bytes_changed if number % 2 else meaning_changed
-        network = Network(change(draw), where="graph", size=(64, 64), threads=1)
+        network = open_graph(change(draw), where="graph", size=(64, 64), threads=1)
         network(np.zeros((2, 3, 64, 64), np.uint8))
         ran += 1
     except BundleError:
@@ -105,5 +105,5 @@ def test_names_that_are_no_text(bundle):
     content = (bundle / "model.onnx").read_bytes()
     spoiled = content.replace(b"distance", b"dist\xe1nce")
     assert spoiled != content
-    with pytest.raises(BundleError, match="not the names"):
-        Network(spoiled, where="graph", size=(64, 64))
+    with pytest.raises(BundleError, match="are not text"):
+        open_graph(spoiled, where="graph", size=(64, 64))

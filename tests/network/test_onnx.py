@@ -6,7 +6,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from normweave.errors import BundleError, ConfigError, MissingError
-from normweave.network.onnx import Network, providers
+from normweave.network import open_graph
+from normweave.network.onnx import providers
 
 SIZE = (4, 6)
 
@@ -30,14 +31,14 @@ def graph(*, operator="ReduceMax", size=SIZE, name="scores", inputs=("pixels",))
 
 
 def network(content, **how):
-    return Network(content, where="b/model.onnx", size=SIZE, threads=1, **how)
+    return open_graph(content, where="b/model.onnx", size=SIZE, threads=1, **how)
 
 
 def test_pixels_to_answers():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, *SIZE), np.uint8)
-    said = network(graph())(pixels)
-    assert said.keys() == {"scores"}
-    np.testing.assert_array_equal(said["scores"], pixels.max(axis=1))
+    outputs = network(graph())(pixels)
+    assert [name for name, value in outputs._asdict().items() if value is not None] == ["scores"]
+    np.testing.assert_array_equal(outputs.scores, pixels.max(axis=1))
 
 
 def test_an_unknown_operator():
@@ -51,7 +52,7 @@ def test_an_unknown_operator():
     ids=str,
 )
 def test_a_graph_that_asks_or_answers_something_else(other):
-    with pytest.raises(BundleError, match="is not what this normweave asks for"):
+    with pytest.raises(BundleError, match="but this normweave needs"):
         network(graph(**other))
 
 
@@ -81,5 +82,5 @@ def test_devices():
     with pytest.raises(ConfigError, match="Unknown device 'gpu'"):
         providers("gpu")
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(MissingError, match="Device 'cuda' was asked for, but this onnxruntime has"):
+        with pytest.raises(MissingError, match="Device 'cuda' was requested, but this onnxruntime has"):
             providers("cuda")

@@ -9,9 +9,9 @@ from torch import nn
 from normweave.config import TimmConfig
 from normweave.errors import ConfigError
 from normweave.features import build
+from normweave.network import open_graph
 from normweave.network.export import to_onnx
-from normweave.network.onnx import Network
-from normweave.network.quantize import FLOAT_FIRST, backbone, quantize
+from normweave.network.quantize import FLOAT_FIRST, backbone, quantize_backbone
 
 SIDE = 64
 
@@ -19,7 +19,7 @@ SIDE = 64
 class Mean(nn.Module):
     """A head: the mean over channels, and a convolution of its own."""
 
-    knows_strangers = False
+    can_exclude = False
 
     def __init__(self, extractor):
         super().__init__()
@@ -27,11 +27,11 @@ class Mean(nn.Module):
         self.own = nn.Conv2d(extractor.shape[0], 1, 1)
         nn.init.constant_(self.own.weight, 1 / extractor.shape[0])
 
-    def says(self, pixels):
+    def outputs(self, pixels):
         return {"scores": self.own(self.extractor(pixels))[:, 0]}
 
     def forward(self, pixels):
-        return tuple(self.says(pixels).values())
+        return tuple(self.outputs(pixels).values())
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +40,22 @@ def graph():
     return to_onnx(Mean(extractor).eval(), height=SIDE, width=SIDE)
 
 
-def pictures(count, *, seed):
+def make_images(count, *, seed):
     generator = np.random.default_rng(seed)
     return [generator.integers(0, 256, (1, 3, SIDE, SIDE), np.uint8) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def int8(graph):
-    return quantize(graph, pictures(8, seed=1))
+    return quantize_backbone(graph, make_images(8, seed=1))
 
 
 def scores(content, pixels):
-    return Network(content, where="graph", size=(SIDE, SIDE), threads=1, device="cpu")(pixels)["scores"]
+    return open_graph(content, where="graph", size=(SIDE, SIDE), threads=1, device="cpu")(pixels).scores
 
 
 def test_close_to_the_float_graph_and_not_the_same(graph, int8):
-    pixels = np.concatenate(pictures(5, seed=2))
+    pixels = np.concatenate(make_images(5, seed=2))
     ours, theirs = scores(graph, pixels), scores(int8, pixels)
     away = np.abs(theirs - ours).mean() / ours.std()
     assert 0 < away < 0.2
@@ -66,7 +66,7 @@ def test_smaller(graph, int8):
 
 
 def test_the_same_images_give_the_same_bytes(graph, int8):
-    assert quantize(graph, pictures(8, seed=1)) == int8
+    assert quantize_backbone(graph, make_images(8, seed=1)) == int8
 
 
 def test_the_first_convolutions_and_those_of_the_head_stay_float(graph, int8):
@@ -91,6 +91,6 @@ def test_a_backbone_without_convolutions():
     with torch.no_grad():
         content = to_onnx(Mean(Flat()).eval(), height=SIDE, width=SIDE)
     with pytest.raises(
-        ConfigError, match=r"but for the first 3, and this backbone has no others\. Leave out"
+        ConfigError, match=r"Only convolutions after the first 3 .*, and this backbone has none\. Leave out"
     ):
-        quantize(content, pictures(1, seed=1))
+        quantize_backbone(content, make_images(1, seed=1))

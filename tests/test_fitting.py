@@ -1,18 +1,18 @@
-"""Pseudo-abnormal images as the detector makes them for a head."""
-
-from types import SimpleNamespace
+"""Fitting: synthetic anomalies are made for a head from the fit images."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from normweave import detector, features
+from builders import InMemory
+from normweave import features, fitting
 from normweave.config import PrepareConfig, TimmConfig
 from normweave.data import rows, synthetic
 from normweave.data.prepare import Preparation
 from normweave.features.standardize import ChannelStandardizer
-from normweave.types import Sample
+from normweave.network.torch import FittedRows
+from normweave.types import FitData, Sample
 
 IMAGES, VARIANTS = 12, 3
 HOLDOUT = np.arange(IMAGES) % 4 == 0
@@ -29,21 +29,26 @@ def scanned(tmp_path):
     return rows.scan(samples, Preparation(PrepareConfig(height=32, width=32)))
 
 
-def made(scanned, folder=None, seed=0):
+def made(scanned, cache=None, seed=0):
     extractor = features.build(
         TimmConfig(backbone="resnet18", strides=(4, 8), weights="random", batch_images=4), height=32, width=32
     )
-    return detector._synthetic(
-        scanned,
-        np.arange(IMAGES),
-        extractor,
-        ChannelStandardizer(channels=extractor.shape[0]),
-        SimpleNamespace(synthetic_variants=VARIANTS),
+    everything = np.arange(IMAGES)
+    data = FitData(
+        features=InMemory(torch.zeros(IMAGES, *extractor.shape)),
+        subclasses=np.zeros(IMAGES, dtype=np.int64),
+        names=("cloth",),
+        groups=everything,
         holdout=HOLDOUT,
         seed=seed,
-        folder=folder,
-        max_gib=1,
-        progress=None,
+    )
+    return fitting.synthetic_anomalies(
+        FittedRows(scanned, everything, everything[:0]),
+        extractor,
+        ChannelStandardizer(channels=extractor.shape[0]),
+        data,
+        variants=VARIANTS,
+        cache=cache,
     )
 
 

@@ -87,7 +87,9 @@ def thumbnails(
     scale = min(1.0, THUMBNAIL / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-    scores = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    scores = np.asarray(
+        Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    )
     lowest = float(anomaly_map.min())
     span = max(float(anomaly_map.max()), threshold) - lowest
     colours = inferno(np.clip((scores - lowest) / max(span, SMALLEST_SPAN), 0, 1))

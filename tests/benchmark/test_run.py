@@ -1,6 +1,7 @@
 """A table is made once: finished runs are not repeated, failures are rows with their reason."""
 
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from normweave.benchmark.plan import read_plan
-from normweave.benchmark.run import Run, _runs, _samples, run
-from normweave.errors import ConfigError, DataError
+from normweave.benchmark.run import Run, _runs, _samples, fit_peer, run
+from normweave.bridges import peers
+from normweave.errors import ConfigError, DataError, MissingError
 from normweave.textiles import SEEN, make_textures
 
 PLAN = """
@@ -251,3 +253,9 @@ def test_one_model_of_two_categories_from_a_plan(tmp_path):
     text = (tmp_path / "results" / "small.md").read_text()
     assert "### rug" in text
     assert {row["ratio"] for row in rows} == {None}
+
+
+def test_without_anomalib_the_cure_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "normweave.bridges.peer_network", None)
+    with pytest.raises(MissingError, match=r"pip install 'normweave\[bench\]'"):
+        fit_peer(peers.read("anomalib/padim", [], seed=0), [])

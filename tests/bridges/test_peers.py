@@ -1,11 +1,9 @@
 """What a plan says of a peer is read, and what cannot be is named."""
 
-import sys
-
 import pytest
 
 from normweave.bridges import peers
-from normweave.errors import ConfigError, MissingError
+from normweave.errors import ConfigError
 
 
 def test_a_peer_is_read_with_its_own_settings_and_ours():
@@ -72,9 +70,3 @@ def test_what_is_wrong_is_named(model: str, assignment: str, says: str):
 def test_all_mistakes_are_named_together():
     with pytest.raises(ConfigError, match="epochs must be 1 or more, got 0; Unknown setting"):
         peers.read("anomalib/stfpm", ["epochs=0", "depth=3"], seed=0)
-
-
-def test_without_anomalib_the_cure_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "normweave.bridges.anomalib", None)
-    with pytest.raises(MissingError, match=r"pip install 'normweave\[bench\]'"):
-        peers.fit(peers.read("anomalib/padim", [], seed=0), [])

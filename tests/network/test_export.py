@@ -233,7 +233,7 @@ def test_a_faithful_graph_passes(module, content):
 
 def test_an_altered_constant_is_noticed(module, content):
     with pytest.raises(
-        CheckError, match=r"returns other scores than torch for \d+ of 12 calibration images, first "
+        CheckError, match=r"returns other scores than torch for \d+ of 12 calibration images, the first "
     ):
         check_parity(module, altered(content, lambda array: 1.01 * array), images(), CONFIG, None)
 

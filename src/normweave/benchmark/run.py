@@ -252,7 +252,7 @@ def _end_with_the_plan() -> None:
 def _result(item: Run, fold: Fold, cache: Path, *, artifact: Path) -> dict[str, Any]:
     start = time.perf_counter()
     if item.peer is not None:
-        detector = _fit_peer(item.peer, fold.samples)
+        detector = fit_peer(item.peer, fold.samples)
     else:
         detector = fit(fold.samples, config=item.config, cache=cache)
     trained = time.perf_counter()
@@ -280,7 +280,12 @@ def _result(item: Run, fold: Fold, cache: Path, *, artifact: Path) -> dict[str, 
     }
 
 
-def _fit_peer(plan: peers.PeerPlan, samples: Sequence[Sample]) -> Detector:
+def fit_peer(plan: peers.PeerPlan, samples: Sequence[Sample]) -> Detector:
+    """Fit a model of anomalib.
+
+    Raises:
+        MissingError: anomalib is not installed.
+    """
     try:
         from normweave.bridges import peer_network
     except ImportError as error:

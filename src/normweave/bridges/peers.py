@@ -191,7 +191,7 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
         raise ConfigError(f"{model}: " + "; ".join(mistakes))
     config = settings.override(replace(Config(), seed=seed), shared)
     if not isinstance(config.features, TimmConfig):
-        raise ConfigError(f"{model}: features.kind must be timm.")
+        raise ConfigError(f"{model}: features.kind must be timm, got {config.features.kind}.")
     # A peer's maps are not smoothed again.
     return PeerPlan(name=name, values=own, config=replace(config, maps=MapsConfig(smoothing=0)))
 

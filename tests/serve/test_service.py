@@ -13,9 +13,9 @@ from PIL import Image
 
 from normweave.errors import BundleError, CheckError, ConfigError
 from normweave.serve.config import ServeConfig
+from normweave.serve.database import StoreError
 from normweave.serve.records import Filter, NotFoundError
 from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload, media_type, png
-from normweave.serve.store import StoreError
 
 
 def inspect(service, *paths, names=None):
@@ -265,7 +265,7 @@ def test_a_rate_that_cannot_be_promised(service):
 def test_what_is_too_old_goes_with_its_files(start, photos):
     service = start(keep_days=1)
     old, young = inspect(service, *photos[:2])
-    with service.store._writing() as connection:  # as if it had come two days ago
+    with service.store.database.writing() as connection:  # as if it had come two days ago
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
@@ -286,7 +286,7 @@ def test_beyond_its_size_the_oldest_images_go_and_records_stay(start, photos):
 def test_an_image_that_came_again_keeps_its_file(start, photos):
     service = start(keep_days=1)
     _, again = inspect(service, photos[0], photos[0])
-    with service.store._writing() as connection:
+    with service.store.database.writing() as connection:
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )

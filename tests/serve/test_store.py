@@ -21,7 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from normweave.errors import ConfigError, DataError, MissingError
+from normweave.serve import database, tables
 from normweave.serve import store as module
+from normweave.serve.database import StoreError
 from normweave.serve.files import Files
 from normweave.serve.records import (
     Count,
@@ -33,7 +35,7 @@ from normweave.serve.records import (
     StoredImage,
     Token,
 )
-from normweave.serve.store import Store, StoreError
+from normweave.serve.store import Store
 from normweave.types import DefectBox, Outcome, Tile
 
 NOON = datetime(2026, 3, 5, 12, 0, 0, 123456, tzinfo=UTC)  # a Thursday
@@ -360,8 +362,8 @@ def test_what_pages_ask_for_goes_through_an_index(tmp_path):
         connection = connection.execution_options(normweave_writes=False)
 
         def plan(chosen):
-            query = sa.select(module.INSPECTIONS).where(*module._clauses(chosen))
-            query = query.order_by(module.INSPECTIONS.c.id.desc()).limit(50)
+            query = sa.select(tables.INSPECTIONS).where(*module._clauses(chosen))
+            query = query.order_by(tables.INSPECTIONS.c.id.desc()).limit(50)
             text = query.compile(connection, compile_kwargs={"literal_binds": True})
             return " ".join(row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}"))
 
@@ -611,12 +613,15 @@ def test_everything_answered_survives_kill_9(tmp_path, request):
         assert answered.items() <= {id: one.name for id, one in kept.items()}.items()
         for one in kept.values():  # what was kept and not answered has its files, too
             assert len(files.read(one.image.image_hash) + files.read(one.image.grids_hash)) == 25_000
-        with store._reading() as connection:
+        with store.database.reading() as connection:
             assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
 
 
 def test_sqlite_writes_through_to_the_disk(tmp_path):
-    with closing(Store.open(f"sqlite:///{tmp_path}/store.db")) as store, store._reading() as connection:
+    with (
+        closing(Store.open(f"sqlite:///{tmp_path}/store.db")) as store,
+        store.database.reading() as connection,
+    ):
         said = {
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys")
@@ -628,9 +633,9 @@ def test_sqlite_writes_through_to_the_disk(tmp_path):
 
 
 def test_the_migrations_make_the_tables_that_the_store_uses(store):
-    with store._reading() as connection:
+    with store.database.reading() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, module.METADATA) == []
+        assert compare_metadata(context, tables.METADATA) == []
 
 
 NEXT_STEP = """
@@ -650,13 +655,13 @@ def test_an_older_database_comes_to_head_and_a_newer_one_is_refused(database_url
     with closing(Store.open(database_url)) as store:
         kept = store.add(many())
     newer = tmp_path / "100% newer" / "migrations"  # a % has a meaning in alembic's settings
-    shutil.copytree(module.MIGRATIONS, newer)
+    shutil.copytree(database.MIGRATIONS, newer)
     (newer / "versions" / "0099_lamp.py").write_text(NEXT_STEP)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "MIGRATIONS", newer)
+        patch.setattr(database, "MIGRATIONS", newer)
         with closing(Store.open(database_url)) as store:
             assert list(store.iter_inspections(ALL)) == kept
-            with store._reading() as connection:
+            with store.database.reading() as connection:
                 assert (
                     connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar()
                     == 80
@@ -670,15 +675,15 @@ def test_an_older_database_comes_to_head_and_a_newer_one_is_refused(database_url
 def test_a_step_that_fails_leaves_the_database_as_it_was(database_url, tmp_path, monkeypatch):
     Store.open(database_url).close()
     newer = tmp_path / "migrations"
-    shutil.copytree(module.MIGRATIONS, newer)
+    shutil.copytree(database.MIGRATIONS, newer)
     (newer / "versions" / "0099_lamp.py").write_text(NEXT_STEP + "    op.drop_table('nothing')\n")
     with monkeypatch.context() as patch:
-        patch.setattr(module, "MIGRATIONS", newer)
+        patch.setattr(database, "MIGRATIONS", newer)
         with pytest.raises(StoreError, match="nothing"):
             Store.open(database_url)
     with closing(Store.open(database_url)) as store:
         assert store.add([inspection()])[0].id == 1
-        with store._reading() as connection:
+        with store.database.reading() as connection:
             assert "lamp" not in {
                 column["name"] for column in sa.inspect(connection).get_columns("inspections")
             }
@@ -720,7 +725,7 @@ def test_connections_that_make_one_file_at_once_all_get_it(tmp_path):
     start = threading.Barrier(4)
 
     def connect(number):
-        engine = module._make_engine(sa.make_url(f"sqlite:///{tmp_path / str(number)}.db"))
+        engine = database.make_engine(sa.make_url(f"sqlite:///{tmp_path / str(number)}.db"))
         start.wait()
         with closing(engine.raw_connection()) as connection:
             mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
@@ -799,7 +804,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_file_that_another_program_holds_is_waited_for_and_then_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(database, "TIMEOUT_SECONDS", 0.5)
     path = tmp_path / "store.db"
     with closing(Store.open(f"sqlite:///{path}")) as store, closing(sqlite3.connect(path)) as other:
         other.isolation_level = None
@@ -831,8 +836,8 @@ def test_a_lost_connection_fails_no_call_that_comes_after(postgres):
 
 def test_a_connection_lost_in_the_middle_keeps_nothing_and_says_so(postgres):
     def add_and_lose(store):
-        with store._writing() as connection:
-            connection.execute(sa.insert(module.INSPECTIONS), [module._row(inspection())])
+        with store.database.writing() as connection:
+            connection.execute(sa.insert(tables.INSPECTIONS), [tables.to_row(inspection())])
             pid = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
             postgres.sql(f"SELECT pg_terminate_backend({pid})")
             connection.execute(sa.select(1))

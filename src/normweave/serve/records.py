@@ -1,4 +1,4 @@
-"""What the store keeps, and what REST and page both speak of."""
+"""Records that the store keeps and that the REST interface and the pages show."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from normweave.errors import NormweaveError
 from normweave.types import Outcome, Tile, Verdict
 
 Role = Literal["operator", "engineer"]
-"""An operator inspects, reviews and looks back; an engineer also moves the line, hands out tokens and sees who did."""
+"""An operator inspects, reviews and reads. An engineer also changes the false-alarm rate and manages tokens."""
 Source = Literal["api", "page", "folder"]
-"""By which door an image came in."""
+"""How an image came in."""
 Decision = Literal["accept", "reject", "undo"]
-"""Of a person, on the part: good, defective, or neither any more."""
+"""Reviewer decision on a part: good, defective, or an earlier decision withdrawn."""
 Bucket = Literal["hour", "day", "week"]
 
 
 class NotFoundError(NormweaveError):
-    """An inspection or a token that the store does not know."""
+    """The store has no inspection or token with this id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Review:
-    """What a person said of an inspection; the last one counts, earlier ones are kept."""
+    """A reviewer decision on an inspection. The last one counts; earlier ones are kept."""
 
     at: datetime
     """UTC."""
@@ -35,7 +35,7 @@ class Review:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage:
-    """Where the image and the scores of an inspection lie, by the SHA-256 of their content, and how to draw them."""
+    """Files of an inspection, named by the SHA-256 of their content, and what it takes to compute its anomaly map."""
 
     image_hash: str
     image_type: str
@@ -47,34 +47,34 @@ class StoredImage:
     tiles: tuple[Tile, ...]
     smoothing: float
     map_threshold: float
-    """Where the map was called anomalous, in its own units."""
+    """Threshold of the anomaly map, in its own units."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """An image that was judged, or that could not be read."""
+    """An image with its outcome, who sent it, and its review."""
 
     id: int = 0
-    """From 1, in the order in which they were kept, which may be another for images that come together; 0: not yet."""
+    """Counts from 1 in the order of storage, which may differ from the order of arrival. 0: not stored yet."""
     received_at: datetime
     """UTC."""
     name: str
-    """As the sender called it; never a path on this machine."""
+    """File name given by the sender; never used as a path."""
     source: Source
     actor: str
-    """Name of the token that it came with."""
+    """Name of the token that the image came with."""
     outcome: Outcome
-    """Without its map."""
+    """Without its anomaly map."""
     routed: int | None = None
-    """Index of the subclass that the head routed to, to judge the scores anew."""
+    """Index of the subclass that the head routed to; used to classify the score at another threshold."""
     image: StoredImage | None = None
     """None: the image could not be read, or retention has removed it."""
     review: Review | None = None
-    """The last one, unless it was undone."""
+    """The last decision, unless it was undone."""
 
 
 class ScoredImage(NamedTuple):
-    """What it takes to judge an inspection anew."""
+    """The numbers of an inspection that another threshold is applied to."""
 
     verdict: Verdict
     score: float
@@ -85,29 +85,29 @@ class ScoredImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Filter:
-    """Which inspections are meant; what is None or empty does not narrow."""
+    """Conditions on inspections, all of which must hold. None or empty: no condition."""
 
     since: datetime | None = None
     until: datetime | None = None
-    """Before this moment."""
+    """Exclusive."""
     verdicts: tuple[Verdict, ...] = ()
     unreadable: bool | None = None
     category: str | None = None
     subclass: str | None = None
     name: str | None = None
-    """Exactly."""
+    """The whole name."""
     source: Source | None = None
     bundle_hash: str | None = None
     reviewed: bool | None = None
-    """Whether a review stands that was not undone."""
+    """Whether the inspection has a review that was not undone."""
     decision: Literal["accept", "reject"] | None = None
     p_value_below: float | None = None
-    """p at or below this."""
+    """Inclusive."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Count:
-    """Inspections of a category and subclass in a span of time."""
+    """Numbers of inspections of a category and subclass in a time span."""
 
     start: datetime
     category: str | None
@@ -117,13 +117,13 @@ class Count:
     unknown: int
     unreadable: int
     accepted: int
-    """By a person."""
+    """By a reviewer."""
     rejected: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Token:
-    """A key to the server; the secret itself is kept nowhere."""
+    """An access token, without its secret."""
 
     id: int = 0
     name: str
@@ -135,13 +135,13 @@ class Token:
     revoked_at: datetime | None = None
 
     def is_valid(self, now: datetime) -> bool:
-        """Whether it still opens anything."""
+        """Return whether the token is neither revoked nor expired."""
         return self.revoked_at is None and (self.expires_at is None or self.expires_at > now)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateChange:
-    """Somebody moved the line of a bundle."""
+    """A change of the false-alarm rate of a bundle."""
 
     at: datetime
     bundle_hash: str

@@ -1,99 +1,116 @@
-"""The shapes of REST: what comes in and what is answered."""
+"""Models of the REST interface: request bodies and answers."""
 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from normweave.serve import records
-from normweave.types import Verdict
+from normweave.types import Outcome
 
 Name = Annotated[str, StringConstraints(max_length=500)]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
 
-class Shape(BaseModel):
-    """What comes in may hold nothing that nobody reads."""
+class RequestBody(BaseModel):
+    """Base of request bodies; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
-# ── in ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class EncodedImage(Shape):
+class EncodedImage(RequestBody):
     """An image in JSON."""
 
     name: Name = ""
     data: Annotated[
-        str, Field(description="The file's bytes in base64.", json_schema_extra={"format": "byte"})
+        str, Field(description="Content of the file in base64.", json_schema_extra={"format": "byte"})
     ]
 
 
-class InspectIn(Shape):
+class InspectIn(RequestBody):
     """Images in JSON."""
 
     images: Annotated[list[EncodedImage], Field(min_length=1)]
 
 
-class ReviewIn(Shape):
-    """What a person says of the part."""
+class ReviewIn(RequestBody):
+    """Reviewer decision on a part."""
 
     decision: Annotated[
         records.Decision,
-        Field(description="accept: the part is good; reject: it is defective; undo: neither."),
+        Field(description="accept: the part is good; reject: it is defective; undo: no decision."),
     ]
-    reviewer: Annotated[Name, Field(description="Left out: the name of the token.")] = ""
+    reviewer: Annotated[Name, Field(description="If empty, the name of the token.")] = ""
     comment: Text = ""
 
 
-class RateIn(Shape):
-    """A new line."""
+class RateIn(RequestBody):
+    """New false-alarm rate."""
 
     false_alarm_rate: Annotated[
-        Rate, Field(description="Share of new normal images that may be called anomalous.")
+        Rate, Field(description="Share of new normal images that may be classified as anomalous.")
     ]
 
 
-class TokenIn(Shape):
-    """A token to be made."""
+class TokenIn(RequestBody):
+    """Token to create."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=200)]
     role: records.Role = "operator"
     expires_in_days: Annotated[float | None, Field(gt=0, le=36_500)] = None
 
 
-# ── out ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_NOT_IN_ANSWERS = ("image_path",)
+"""Fields of the outcome that the REST interface replaces: `name` is the name of the image."""
+_MODEL_NAMES = {"DefectBox": "Box", "ExpertWeight": "Expert"}
+"""Names of schemas that existing clients know."""
+
+
+def outcome_names(outcome: type[Outcome]) -> list[str]:
+    """Return the names of the fields of an outcome that an answer has."""
+    return [
+        column.name
+        for column in outcome.columns()
+        if not column.in_file and column.name not in _NOT_IN_ANSWERS
+    ]
+
+
+def outcome_model(outcome: type[Outcome], *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
+    """Return `base` with the fields of an outcome; items of lists are objects."""
+    names = outcome_names(outcome)
+    fields: dict[str, Any] = {}
+    for column in outcome.columns():
+        if column.name in names:
+            annotation = column.annotation
+            if column.is_list:
+                item: Any = create_model(
+                    _MODEL_NAMES.get(column.type.__name__, column.type.__name__),
+                    __doc__=column.type.__doc__,
+                    **get_type_hints(column.type),
+                )
+                annotation = list[item]
+            fields[column.name] = (annotation, ...)
+    return create_model(f"{outcome.__name__}Out", __base__=base, **fields)
 
 
 class Problem(BaseModel):
-    """Why not."""
+    """Reason why a request failed."""
 
     error: str
 
 
-class Box(BaseModel):
-    """A region above the line, in pixels of the image."""
-
-    x: int
-    y: int
-    width: int
-    height: int
-    peak: float
-
-
-class Expert(BaseModel):
-    """An expert that was asked."""
-
-    name: str
-    weight: float
-
-
 class ReviewOut(BaseModel):
-    """What a person said."""
+    """Reviewer decision."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     at: datetime
     decision: records.Decision
@@ -101,34 +118,24 @@ class ReviewOut(BaseModel):
     comment: str
 
 
-class InspectionOut(BaseModel):
-    """What was said of an image. `error` set: it could not be read, and the rest is empty."""
-
+class _Arrival(BaseModel):
     id: int
     received_at: datetime
     name: str
     source: records.Source
     actor: str
-    verdict: Verdict | None
-    pred_score: float | None
-    p_value: float | None
-    threshold: float | None
-    false_alarm_rate: float | None
-    category: str | None
-    subclass: str | None
-    subclass_distance: float | None
-    subclass_p_value: float | None
-    unseen: bool
-    experts: list[Expert]
-    adapted: bool
-    boxes: list[Box]
-    height: int | None
-    width: int | None
-    latency_ms: float | None
-    model: str | None
-    bundle_hash: str | None
-    error: str | None
-    image_hash: Annotated[str | None, Field(description="SHA-256 of the image as it came in.")]
+
+
+if TYPE_CHECKING:
+    _WithOutcome = _Arrival
+else:
+    _WithOutcome = outcome_model(Outcome, base=_Arrival)
+
+
+class InspectionOut(_WithOutcome):
+    """Result for an image. If `error` is set, the image could not be read and the other fields are empty."""
+
+    image_hash: Annotated[str | None, Field(description="SHA-256 of the file as it was sent.")]
     image_url: str | None
     map_url: str | None
     overlay_url: str | None
@@ -136,27 +143,12 @@ class InspectionOut(BaseModel):
 
     @classmethod
     def of(cls, inspection: records.Inspection) -> InspectionOut:
-        """From a record."""
-        fields: dict[str, Any] = inspection.outcome.as_dict()
-        picture, place = inspection.image, f"/v1/inspections/{inspection.id}"
-        there = picture is not None
-        return cls(
-            **{key: value for key, value in fields.items() if key not in ("image_path", "anomaly_map")},
-            id=inspection.id,
-            received_at=inspection.received_at,
-            name=inspection.name,
-            source=inspection.source,
-            actor=inspection.actor,
-            image_hash=None if picture is None else picture.image_hash,
-            image_url=f"{place}/image" if there else None,
-            map_url=f"{place}/map" if there else None,
-            overlay_url=f"{place}/overlay" if there else None,
-            review=None if inspection.review is None else review_out(inspection.review),
-        )
+        """Return the answer for a record."""
+        return cls.model_validate(_fields(inspection))
 
 
 class InspectOut(BaseModel):
-    """One inspection an image, in their order."""
+    """One inspection for each image, in the order of the request."""
 
     inspections: list[InspectionOut]
 
@@ -165,17 +157,24 @@ class InspectionsOut(BaseModel):
     """A page of inspections, newest first."""
 
     inspections: list[InspectionOut]
-    next: Annotated[int | None, Field(description="Ask with before=next for the next page; null: no more.")]
+    next: Annotated[
+        int | None, Field(description="Value of `before` for the next page; null: this is the last page.")
+    ]
 
 
 class InspectionDetail(InspectionOut):
-    """An inspection with all that people said of it."""
+    """An inspection with all its reviewer decisions."""
 
     reviews: list[ReviewOut]
 
+    @classmethod
+    def with_reviews(cls, inspection: records.Inspection, reviews: list[records.Review]) -> InspectionDetail:
+        """Return the answer for a record and its reviews."""
+        return cls.model_validate(_fields(inspection) | {"reviews": reviews})
+
 
 class ModelOut(BaseModel):
-    """What is at work."""
+    """The model and its operating points."""
 
     model: str
     bundle_hash: str | None
@@ -186,11 +185,13 @@ class ModelOut(BaseModel):
     false_alarm_rate: float
     unknown_rate: float
     operating_points: list[dict[str, Any]]
-    waiting: Annotated[int, Field(description="Images taken and not yet answered.")]
+    waiting: Annotated[int, Field(description="Number of images accepted and not yet answered.")]
 
 
 class PreviewOut(BaseModel):
-    """What another false-alarm rate would have said of the newest inspections."""
+    """Verdicts of the newest inspections at another false-alarm rate."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     false_alarm_rate: float
     n: int
@@ -200,7 +201,9 @@ class PreviewOut(BaseModel):
 
 
 class RateChangeOut(BaseModel):
-    """Somebody moved the line."""
+    """A change of the false-alarm rate."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     at: datetime
     bundle_hash: str
@@ -211,6 +214,8 @@ class RateChangeOut(BaseModel):
 class TokenOut(BaseModel):
     """A token, without its secret."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     id: int
     name: str
     role: records.Role
@@ -218,31 +223,32 @@ class TokenOut(BaseModel):
     expires_at: datetime | None
     revoked_at: datetime | None
 
-    @classmethod
-    def of(cls, token: records.Token) -> TokenOut:
-        """From a record."""
-        return cls(
-            id=token.id,
-            name=token.name,
-            role=token.role,
-            created_at=token.created_at,
-            expires_at=token.expires_at,
-            revoked_at=token.revoked_at,
-        )
-
 
 class TokenMade(TokenOut):
-    """A new token; its secret is seen this once."""
+    """A new token with its secret, which is shown only here."""
 
     token: str
 
 
 class Health(BaseModel):
-    """Alive."""
+    """The server is alive."""
 
     status: Literal["ok"] = "ok"
 
 
-def review_out(review: records.Review) -> ReviewOut:
-    """From a record."""
-    return ReviewOut(at=review.at, decision=review.decision, reviewer=review.reviewer, comment=review.comment)
+def _fields(inspection: records.Inspection) -> dict[str, Any]:
+    url = f"/v1/inspections/{inspection.id}"
+    image = inspection.image
+    outcome = inspection.outcome.as_dict()
+    return {name: outcome[name] for name in outcome_names(Outcome)} | {
+        "id": inspection.id,
+        "received_at": inspection.received_at,
+        "name": inspection.name,
+        "source": inspection.source,
+        "actor": inspection.actor,
+        "image_hash": None if image is None else image.image_hash,
+        "image_url": None if image is None else f"{url}/image",
+        "map_url": None if image is None else f"{url}/map",
+        "overlay_url": None if image is None else f"{url}/overlay",
+        "review": inspection.review,
+    }

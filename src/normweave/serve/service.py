@@ -1,10 +1,10 @@
-"""A bundle at work: images in, kept inspections out. REST and the page both stand in front of it.
+"""Inspection service: images in, stored inspections out. The REST interface, the pages and the folder watcher call it.
 
-    inspect() → decode (threads) → network (one thread, whatever waits goes in together) → keep (one thread) → answer
-                                                                                           files, then one transaction
+    inspect() → decode (threads) → score (one thread, waiting images in one batch) → store (one thread) → answer
+                                                                                     files, then one transaction
 
-The network never waits for a disk and the disk never for the network. Nothing is answered before it is on disk, and
-no more than `max_waiting` images are in here at a time: beyond that the sender is told to come back.
+Scoring and storing run at the same time. An inspection is answered after it is on disk. At most `max_waiting` images
+are in the service at a time; further ones are refused with BusyError.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -29,10 +30,11 @@ from PIL import Image
 
 from normweave import scoring
 from normweave.data import images
-from normweave.detector import Detector
 from normweave.errors import DataError, ImageError, NormweaveError
+from normweave.detector import Detector
 from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
+from normweave.serve.database import StoreError
 from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
 from normweave.serve.records import (
@@ -44,30 +46,30 @@ from normweave.serve.records import (
     Source,
     StoredImage,
 )
-from normweave.serve.store import Store, StoreError
+from normweave.serve.store import Store
 from normweave.types import Outcome
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DECODERS = 2
-"""Threads that decode."""
-TIDY_SECONDS = 600.0
-"""Between two looks at what is to be removed."""
+"""Number of threads that decode images."""
+RETENTION_SECONDS = 600.0
+"""Time between two runs of the retention."""
 PREVIEW_IMAGES = 10_000
-"""Inspections that a new false-alarm rate is tried on."""
+"""Number of inspections that the preview of a false-alarm rate uses."""
 
 
 class BusyError(NormweaveError):
-    """As many images wait as the server takes."""
+    """The maximum number of images is waiting."""
 
 
 class StoppedError(NormweaveError):
-    """The server is about to stop and takes nothing more."""
+    """The server is stopping and accepts no images."""
 
 
 class Upload(NamedTuple):
-    """An image as it came in."""
+    """An image file as it was sent."""
 
     name: str
     content: bytes
@@ -75,21 +77,22 @@ class Upload(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RatePreview:
-    """What another false-alarm rate would have said of what was inspected."""
+    """Verdicts of stored inspections at another false-alarm rate."""
 
     false_alarm_rate: float
     n: int
-    """Inspections judged anew, the newest of this bundle."""
+    """Number of inspections: the newest ones of this bundle."""
     now: dict[str, int]
-    """How many of each verdict, as they were judged."""
+    """Number of inspections with each verdict, as stored."""
     then: dict[str, int]
+    """Number of inspections with each verdict at the new rate."""
     changed: int
-    """How many would have another verdict."""
+    """Number of inspections whose verdict differs."""
 
 
 @dataclass(kw_only=True)
 class _Job:
-    """An image on its way; its `latency_ms` counts from here, waiting included."""
+    """An image in the service."""
 
     upload: Upload
     source: Source
@@ -97,33 +100,39 @@ class _Job:
     received_at: datetime
     started: float
     detector: Detector
-    """With the lines as they were when the image came in."""
+    """With the thresholds at the time of arrival."""
     done: Future[Inspection] = field(default_factory=Future)
-    opened: PreparedImage | None = None
+    opened: PreparedImage = PreparedImage(None, (0, 0), (), None, None)
     scored: TileScores | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time since the image arrived, including the time it waited."""
+        return time.perf_counter() - self.started
 
 
 class InspectionService:
-    """Takes images, judges them, keeps what it said.
+    """Scores images and stores the results.
 
     Args:
-        runtime: the bundle.
-        store: where inspections are kept; it also knows the rate that an engineer set for this bundle.
-        files: where their images and scores lie.
+        detector: loaded from a bundle.
+        store: stores inspections; its last false-alarm rate for this bundle replaces that of the bundle.
+        files: stores images and patch scores.
 
     Attributes:
-        runtime: with the lines as they are now.
+        detector: with the current thresholds.
+        waiting: number of images accepted and not yet answered.
     """
 
-    def __init__(self, runtime: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
-        change = store.rate(runtime.bundle_hash or "")
-        self.detector = runtime if change is None else runtime.with_rate(change.false_alarm_rate)
+    def __init__(self, detector: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
+        change = store.rate(detector.bundle_hash or "")
+        self.detector = detector if change is None else detector.with_rate(change.false_alarm_rate)
         self.store = store
         self.files = files
         self.config = config
         self.metrics = Metrics()
         self._lock = threading.Lock()
-        self._waiting = 0
+        self.waiting = 0
         self._stopping = False
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(DECODERS, thread_name_prefix="read")
@@ -132,56 +141,53 @@ class InspectionService:
         self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
-            for work in (self._judge, self._keep, self._tidy)
+            for work in (self._score_batches, self._store_batches, self._run_retention)
         ]
         for thread in self._threads:
             thread.start()
 
-    @property
-    def waiting(self) -> int:
-        """Images taken and not yet answered."""
-        return self._waiting
-
-    def ready(self) -> None:
-        """Whether an image would be judged and kept now.
+    def check_ready(self) -> None:
+        """Check that an image could be scored and stored now.
 
         Raises:
-            NormweaveError: why not.
+            NormweaveError: the server is stopping, a thread has stopped, the disk is full or the database failed.
         """
         if self._stopping:
             raise StoppedError("The server is stopping.")
-        if dead := [thread.name for thread in self._threads if not thread.is_alive()]:
-            raise StoppedError(f"The server's {', '.join(dead)} has stopped. Restart it and look at its log.")
+        if stopped := [thread.name for thread in self._threads if not thread.is_alive()]:
+            raise StoppedError(
+                f"These threads of the server have stopped: {', '.join(stopped)}. Restart it and read its log."
+            )
         if (free := shutil.disk_usage(self.files.folder).free) < self.config.max_request_bytes:
             raise StoreError(
-                f"{free:,} bytes are free where {self.files.folder} lies, which is less than one request may bring. "
-                "Make room, or keep less (--keep-days, --keep-gib)."
+                f"The disk of {self.files.folder} has {free:,} bytes free, less than one request may have. "
+                "Free disk space, or keep less (--keep-days, --keep-gib)."
             )
         self.store.ping()
 
-    # ── images in, inspections out ───────────────────────────────────────────────────────────────────────────────────
+    # ── from an upload to a stored inspection ────────────────────────────────────────────────────────────────────────
 
     async def inspect(self, uploads: Sequence[Upload], *, source: Source, actor: str) -> list[Inspection]:
-        """Judge images and keep what was said, in their order; all are kept when this returns.
+        """Score and store images, and return their inspections in the same order.
 
-        Who stops waiting, stops waiting only: what was taken is judged and kept all the same.
+        All are stored when this method returns. Cancelling the call does not stop the inspection of its images.
 
         Raises:
-            BusyError: too many are waiting.
+            BusyError: too many images are waiting.
             StoppedError: the server is stopping.
-            NormweaveError: nothing could be kept, or the bundle failed.
+            NormweaveError: the images could not be stored, or the bundle failed.
         """
         with self._lock:
             if self._stopping:
                 raise StoppedError("The server is stopping. Send the images again when it is back.")
-            if self._waiting + len(uploads) > self.config.max_waiting:
+            if self.waiting + len(uploads) > self.config.max_waiting:
                 self.metrics.refused.inc(len(uploads))
                 raise BusyError(
-                    f"{self._waiting} images are waiting and {len(uploads)} more came, but at most "
+                    f"{self.waiting} images are waiting and {len(uploads)} more were sent, but at most "
                     f"{self.config.max_waiting} may wait. Send them again in a moment."
                 )
-            self._waiting += len(uploads)
-            self.metrics.waiting.set(self._waiting)
+            self.waiting += len(uploads)
+            self.metrics.waiting.set(self.waiting)
             now, started = datetime.now(UTC), time.perf_counter()
             jobs = [
                 _Job(
@@ -195,46 +201,44 @@ class InspectionService:
                 for upload in uploads
             ]
             for job in jobs:
-                job.done.add_done_callback(self._left)
+                job.done.add_done_callback(self._count_answered)
                 self._decoders.submit(self._open, job)
         return list(await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job.done)) for job in jobs)))
 
-    def _left(self, _: Future[Inspection]) -> None:
+    def _count_answered(self, _: Future[Inspection]) -> None:
         with self._lock:
-            self._waiting -= 1
-        self.metrics.waiting.set(self._waiting)
+            self.waiting -= 1
+        self.metrics.waiting.set(self.waiting)
 
     def _open(self, job: _Job) -> None:
-        """Decode; on its way the image only gets heavier, so that here is where a large one is refused."""
         try:
-            job.opened = self._refused(job.upload) or job.detector.open(job.upload.content)
+            reason = self._limit_error(job.upload.content)
+            if reason is None:
+                job.opened = job.detector.open(job.upload.content)
+            else:
+                job.opened = job.opened._replace(error=reason)
         except BaseException as error:
             job.done.set_exception(error)
             return
         self._opened.put(job)
 
-    def _refused(self, upload: Upload) -> PreparedImage | None:
-        """Why an image is not even decoded."""
-        if len(upload.content) > self.config.max_image_bytes:
-            reason = (
-                f"too large: more than {self.config.max_image_bytes:,} bytes, which is the most that this server takes "
-                "of an image."
-            )
-            return PreparedImage(None, (0, 0), (), None, reason)
+    def _limit_error(self, content: bytes) -> str | None:
+        """Return why the image is not decoded; None if it is within the limits."""
+        if len(content) > self.config.max_image_bytes:
+            return f"too large: more than {self.config.max_image_bytes:,} bytes, the maximum of this server."
         try:
-            height, width = images.size(upload.content)
+            height, width = images.size(content)
         except ImageError as error:
-            return PreparedImage(None, (0, 0), (), None, str(error))
+            return str(error)
         if height * width > self.config.max_pixels:
-            reason = (
-                f"too large, refused before decoding: {height} x {width} pixels (height x width). This server takes up "
-                f"to {self.config.max_pixels:,} pixels. Shrink it or cut it into pieces."
+            return (
+                f"too large, refused before decoding: {height} x {width} pixels (height x width). The maximum of this "
+                f"server is {self.config.max_pixels:,} pixels. Shrink the image or cut it into pieces."
             )
-            return PreparedImage(None, (0, 0), (), None, reason)
         return None
 
-    def _judge(self) -> None:
-        """Whatever waits goes through the network together, up to a batch: alone without delay, many without waste."""
+    def _score_batches(self) -> None:
+        """Score all waiting images up to the batch size together; a single image does not wait for others."""
         while (first := self._opened.get()) is not None:
             batch = [first]
             while len(batch) < first.detector.batch_images:
@@ -247,141 +251,137 @@ class InspectionService:
                     break
                 batch.append(job)
             try:
-                answers = first.detector.scores([_opened(job) for job in batch])
+                outputs = first.detector.scores([job.opened for job in batch])
             except BaseException as error:
                 _fail(batch, error)
                 continue
-            for job, scored in zip(batch, answers, strict=True):
+            for job, scored in zip(batch, outputs, strict=True):
                 job.scored = scored
             self.metrics.batch.observe(len(batch))
             self._scored.put(batch)
         self._scored.put(None)
 
-    def _keep(self) -> None:
-        """Files first, then the records of a batch in one transaction, then the answers."""
+    def _store_batches(self) -> None:
+        """Write the files, then the records of a batch in one transaction, then answer."""
         while (batch := self._scored.get()) is not None:
             try:
                 with self.files.write_lock:
-                    kept = self.store.add([self._inspection(job) for job in batch])
+                    stored = self.store.add([self._inspection(job) for job in batch])
             except BaseException as error:
                 if isinstance(error, OSError):
                     error = StoreError(
-                        f"The images cannot be kept: {error}. Make room where {self.files.folder} lies, or mend it."
+                        f"The images cannot be written to {self.files.folder}: {error}. Free disk space, or repair "
+                        "the disk."
                     )
                 _fail(batch, error)
                 continue
-            for job, inspection in zip(batch, kept, strict=True):
-                self.metrics.observe(inspection, seconds=time.perf_counter() - job.started)
+            for job, inspection in zip(batch, stored, strict=True):
+                self.metrics.observe(inspection, seconds=job.seconds)
                 job.done.set_result(inspection)
 
     def _inspection(self, job: _Job) -> Inspection:
-        opened, scored = _opened(job), job.scored
+        """Return the inspection of a scored image, with its files written."""
+        detector, opened, scored = job.detector, job.opened, job.scored
         try:
-            outcome = job.detector.outcome(opened, scored, maps=False)
-            if outcome.verdict in ("anomalous", "unknown"):  # only there are boxes to be found
-                outcome = job.detector.outcome(opened, scored, maps=True)
-        except DataError as error:  # of this image: it does not stop the others
-            outcome, scored = Outcome(image_path=None, error=str(error), model=job.detector.model), None
+            outcome = detector.outcome(opened, scored, maps=False)
+            if outcome.verdict in ("anomalous", "unknown"):  # only these have boxes, which need the map
+                outcome = detector.outcome(opened, scored, maps=True)
+        except DataError as error:  # of this image only
+            outcome, scored = Outcome(image_path=None, error=str(error), model=detector.model), None
         outcome = replace(
             outcome,
             image_path=job.upload.name,
             anomaly_map=None,
-            latency_ms=(time.perf_counter() - job.started) * 1000 if scored is not None else None,
-            bundle_hash=job.detector.bundle_hash,
+            latency_ms=None if scored is None else job.seconds * 1000,
+            bundle_hash=detector.bundle_hash,
         )
-        inspection = Inspection(
+        routed = image = None
+        if scored is not None:
+            routed = ImageScore.of(scored).subclass
+            map_threshold = (
+                detector.map_threshold if detector.map_threshold is not None else outcome.threshold
+            )
+            assert map_threshold is not None  # every scored image has a threshold
+            content, grids = job.upload.content, npy(scored.raw.scores)
+            image = StoredImage(
+                image_hash=self.files.put(content),
+                image_type=media_type(content),
+                image_bytes=len(content),
+                grids_hash=self.files.put(grids),
+                grids_bytes=len(grids),
+                tiles=opened.tiles,
+                smoothing=detector.smoothing,
+                map_threshold=map_threshold,
+            )
+        return Inspection(
             received_at=job.received_at,
             name=job.upload.name,
             source=job.source,
             actor=job.actor,
             outcome=outcome,
-        )
-        if scored is None:
-            return inspection
-        grids = io.BytesIO()
-        np.save(grids, scored.raw.scores, allow_pickle=False)
-        line = job.detector.map_threshold
-        assert outcome.threshold is not None  # it was judged
-        return replace(
-            inspection,
-            routed=ImageScore.of(scored).subclass,
-            image=StoredImage(
-                image_hash=self.files.put(job.upload.content),
-                image_type=media_type(job.upload.content),
-                image_bytes=len(job.upload.content),
-                grids_hash=self.files.put(grids.getvalue()),
-                grids_bytes=len(grids.getvalue()),
-                tiles=opened.tiles,
-                smoothing=job.detector.smoothing,
-                map_threshold=outcome.threshold if line is None else line,
-            ),
+            routed=routed,
+            image=image,
         )
 
-    # ── what was kept ────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── stored inspections ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def inspection(self, id: int) -> Inspection:
-        """One that was kept.
+        """Return a stored inspection.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: no inspection has this id.
         """
-        return await self._read(lambda: self._inspection_of(id))
-
-    def _inspection_of(self, id: int) -> Inspection:
-        found = self.store.inspection(id)
+        found = await self._read(lambda: self.store.inspection(id))
         if found is None:
-            raise _not_there(id)
+            raise _not_found(id)
         return found
 
     async def review(self, id: int, *, decision: Decision, reviewer: str, comment: str = "") -> Inspection:
-        """What a person says of the part.
+        """Add a reviewer decision.
 
         Raises:
-            NotFoundError: there is no such inspection.
+            NotFoundError: no inspection has this id.
         """
         review = Review(at=datetime.now(UTC), decision=decision, reviewer=reviewer, comment=comment)
-        return await self._read(lambda: self._review(id, review))
-
-    def _review(self, id: int, review: Review) -> Inspection:
         try:
-            return self.store.review(id, review)
+            return await self._read(lambda: self.store.review(id, review))
         except LookupError:
-            raise _not_there(id) from None
+            raise _not_found(id) from None
 
-    async def read_image(self, picture: StoredImage) -> bytes:
-        """The image as it came in.
+    async def read_image(self, stored: StoredImage) -> bytes:
+        """Return the image file as it was sent.
 
         Raises:
-            DataError: its file is gone or damaged.
+            DataError: the file is missing or was changed.
         """
-        return await self._read(lambda: self.files.read(picture.image_hash))
+        return await self._read(lambda: self.files.read(stored.image_hash))
 
-    async def render(self, picture: StoredImage, work: Callable[[ImageReader], T]) -> T:
-        """Whatever `work` makes of an image and its map, in a thread; two at a time, since they are large."""
-        return await self._read(lambda: work(ImageReader(self.files, picture)))
+    async def render(self, stored: StoredImage, work: Callable[[ImageReader], T]) -> T:
+        """Call `work` with the image and its map in a thread; two calls run at a time, which bounds the memory."""
+        return await self._read(lambda: work(ImageReader(self.files, stored)))
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
 
-    # ── the line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── operating points ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def preview_rate(self, rate: float, last: int = PREVIEW_IMAGES) -> RatePreview:
-        """What this false-alarm rate would have said of the newest inspections of this bundle.
+        """Return the verdicts that the newest inspections of this bundle would have at this false-alarm rate.
 
         Raises:
-            CheckError: the held-out normals are too few for it.
-            ConfigError: it does not lie in (0, 1).
+            CheckError: there are too few calibration images for this rate.
+            ConfigError: the rate is not in (0, 1).
         """
         return await self._read(lambda: self._preview(rate, last))
 
     def _preview(self, rate: float, last: int) -> RatePreview:
-        runtime = self.detector.with_rate(rate)
-        calibration = runtime.calibration
-        assert calibration is not None  # or it could not have been drawn anew
+        detector = self.detector.with_rate(rate)
+        calibration = detector.calibration
+        assert calibration is not None  # with_rate needs it
         now: Counter[str] = Counter()
         then: Counter[str] = Counter()
         changed = 0
-        for one in self.store.scored_images(runtime.bundle_hash or "", newest=last):
+        for one in self.store.scored_images(detector.bundle_hash or "", newest=last):
             verdict = calibration.decide(score=one.score, distance=one.distance, subclass=one.routed).verdict
             now[one.verdict] += 1
             then[verdict] += 1
@@ -391,50 +391,46 @@ class InspectionService:
         )
 
     async def change_rate(self, rate: float, *, actor: str) -> None:
-        """Draw the lines for this rate from now on, and after a restart with this bundle.
+        """Use the thresholds for this false-alarm rate from now on, also after a restart with this bundle.
 
         Raises:
-            CheckError: the held-out normals are too few for it.
-            ConfigError: it does not lie in (0, 1).
+            CheckError: there are too few calibration images for this rate.
+            ConfigError: the rate is not in (0, 1).
         """
-        await self._read(lambda: self._change(rate, actor))
+        await self._read(lambda: self._change_rate(rate, actor))
 
-    def _change(self, rate: float, actor: str) -> None:
+    def _change_rate(self, rate: float, actor: str) -> None:
         with self._lock:
-            runtime = self.detector.with_rate(rate)
-            assert runtime.bundle_hash is not None  # it was loaded from a folder
-            self.store.add_rate(
-                RateChange(
-                    at=datetime.now(UTC),
-                    bundle_hash=runtime.bundle_hash,
-                    false_alarm_rate=rate,
-                    actor=actor,
-                )
+            detector = self.detector.with_rate(rate)
+            assert detector.bundle_hash is not None  # it was loaded from a folder
+            change = RateChange(
+                at=datetime.now(UTC), bundle_hash=detector.bundle_hash, false_alarm_rate=rate, actor=actor
             )
-            self.detector = runtime
+            self.store.add_rate(change)
+            self.detector = detector
 
-    # ── retention, and the end ───────────────────────────────────────────────────────────────────────────────────────
+    # ── retention, stopping ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def _tidy(self) -> None:
-        while not self._stopped.wait(TIDY_SECONDS):
+    def _run_retention(self) -> None:
+        while not self._stopped.wait(RETENTION_SECONDS):
             try:
-                self.tidy()
-            except NormweaveError as error:  # tried again later
+                self.apply_retention()
+            except NormweaveError as error:  # the next run tries again
                 log.warning("Retention failed: %s", error)
 
-    def tidy(self) -> None:
-        """Remove what is older or more than the settings keep."""
+    def apply_retention(self) -> None:
+        """Remove inspections older than `keep_days`, and the oldest images beyond `keep_gib`."""
+        unreferenced: list[Iterable[str]] = []
         if self.config.keep_days:
-            self._remove(self.store.expire(before=datetime.now(UTC) - timedelta(days=self.config.keep_days)))
+            oldest = datetime.now(UTC) - timedelta(days=self.config.keep_days)
+            unreferenced.append(self.store.expire(before=oldest))
         if self.config.keep_gib:
-            self._remove(self.store.shrink(max_bytes=int(self.config.keep_gib * 2**30)))
-
-    def _remove(self, forgotten: Iterable[str]) -> None:
-        for digest in forgotten:
+            unreferenced.append(self.store.shrink(max_bytes=int(self.config.keep_gib * 2**30)))
+        for digest in chain.from_iterable(unreferenced):
             self.files.remove_unless(self.store.is_referenced, digest)
 
     def stop(self) -> None:
-        """Take nothing more, finish what was taken, and end the threads."""
+        """Accept no more images, finish the accepted ones, and end the threads."""
         with self._lock:
             self._stopping = True
         self._decoders.shutdown(wait=True)
@@ -446,38 +442,45 @@ class InspectionService:
 
 
 class ImageReader:
-    """The image of an inspection and its map, each decoded when it is asked for."""
+    """The image of an inspection and its anomaly map, both computed on each call."""
 
-    def __init__(self, files: Files, picture: StoredImage) -> None:
+    def __init__(self, files: Files, stored: StoredImage) -> None:
         self._files = files
-        self.picture = picture
+        self._stored = stored
 
     def image(self) -> NDArray[np.uint8]:
-        """(H, W, 3)."""
-        return images.decode(self._files.read(self.picture.image_hash))
+        """Return the image, (H, W, 3)."""
+        return images.decode(self._files.read(self._stored.image_hash))
 
     def anomaly_map(self) -> NDArray[np.float32]:
-        """(H, W)."""
-        grids = np.load(io.BytesIO(self._files.read(self.picture.grids_hash)), allow_pickle=False)
-        tiles = self.picture.tiles
+        """Return the anomaly map, (H, W)."""
+        grids = np.load(io.BytesIO(self._files.read(self._stored.grids_hash)), allow_pickle=False)
+        tiles = self._stored.tiles
         size = (
             max(tile.top + tile.height for tile in tiles),
             max(tile.left + tile.width for tile in tiles),
         )
-        return scoring.anomaly_map(grids, tiles, size, smoothing=self.picture.smoothing)
+        return scoring.anomaly_map(grids, tiles, size, smoothing=self._stored.smoothing)
 
 
 def png(pixels: NDArray[np.uint8], *, max_side: int | None = None) -> bytes:
-    """A PNG of (H, W, 3 or 4) pixels, shrunk to at most `max_side` a side."""
-    picture = Image.fromarray(pixels)
+    """Encode (H, W, 3 or 4) pixels as PNG, shrunk so that height and width are at most `max_side`."""
+    image = Image.fromarray(pixels)
     if max_side is not None:
-        picture.thumbnail((max_side, max_side))
+        image.thumbnail((max_side, max_side))
     content = io.BytesIO()
-    picture.save(content, "PNG", compress_level=3)
+    image.save(content, "PNG", compress_level=3)
     return content.getvalue()
 
 
-_TYPES = (
+def npy(array: NDArray[np.float32]) -> bytes:
+    """Encode an array as an .npy file."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    return content.getvalue()
+
+
+_MEDIA_TYPES = (
     (b"\x89PNG", "image/png"),
     (b"\xff\xd8", "image/jpeg"),
     (b"BM", "image/bmp"),
@@ -488,17 +491,14 @@ _TYPES = (
 
 
 def media_type(content: bytes) -> str:
-    """What kind of image the bytes are, whatever the sender called them."""
-    return next((name for start, name in _TYPES if content.startswith(start)), "application/octet-stream")
+    """Return the MIME type of an image file by its first bytes."""
+    return next(
+        (name for start, name in _MEDIA_TYPES if content.startswith(start)), "application/octet-stream"
+    )
 
 
-def _not_there(id: int) -> NotFoundError:
-    return NotFoundError(f"There is no inspection {id}. See GET /v1/inspections for those there are.")
-
-
-def _opened(job: _Job) -> PreparedImage:
-    assert job.opened is not None  # no job goes on without
-    return job.opened
+def _not_found(id: int) -> NotFoundError:
+    return NotFoundError(f"There is no inspection {id}. GET /v1/inspections lists them.")
 
 
 def _fail(jobs: Sequence[_Job], error: BaseException) -> None:

@@ -1,0 +1,206 @@
+"""Connections to SQLite or PostgreSQL, transactions, and migrations."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from normweave.errors import ConfigError, DataError, MissingError, NormweaveError
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+TIMEOUT_SECONDS = 10
+"""Longest wait for a connection to PostgreSQL, or for another writer of an SQLite file."""
+_MIGRATION_LOCK = 0x6E6F726D
+"""The advisory lock of PostgreSQL that a migration holds."""
+_alembic = threading.Lock()
+"""Alembic keeps its current migration in a global variable."""
+_URL_CURE = (
+    "Write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password."
+)
+
+
+class StoreError(NormweaveError):
+    """The database or the disk failed; the records of the call may not be stored."""
+
+
+class Database:
+    """A connection pool. Use `Database.open`.
+
+    After a failure, the next transaction connects again.
+    """
+
+    def __init__(self, engine: Engine, *, name: str) -> None:
+        self._engine = engine
+        self._name = name
+
+    @classmethod
+    def open(cls, where: str | Path) -> Database:
+        """Connect, and migrate the tables to the current revision.
+
+        Args:
+            where: an SQLite file, or a URL: sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/DATABASE with options
+                of libpq after a `?`.
+
+        Raises:
+            ConfigError: the URL is not valid.
+            MissingError: psycopg is not installed.
+            StoreError: the database does not answer.
+            DataError: it was written by a newer normweave, or its encoding is not UTF-8.
+        """
+        url = URL.create("sqlite", database=str(where)) if isinstance(where, Path) else _read_url(where)
+        hidden = {key: "***" for key in url.query if "password" in key}
+        name = url.update_query_dict(hidden).render_as_string(hide_password=True)
+        database = cls(make_engine(url), name=name)
+        try:
+            with database.writing() as connection:
+                database._migrate(connection)
+        except BaseException:
+            database.close()
+            raise
+        return database
+
+    def _migrate(self, connection: Connection) -> None:
+        from alembic import command  # the import takes a third of a second, and is needed here only
+        from alembic.config import Config
+        from alembic.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        if connection.dialect.name == "postgresql":
+            encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+            if encoding != "UTF8":
+                raise DataError(
+                    f"The database {self._name} is in {encoding}, which cannot hold every name. Make one in UTF-8: "
+                    "createdb --encoding=UTF8 --template=template0 NAME"
+                )
+            # Only one of several starting servers migrates; with SQLite, the start of a transaction has this effect.
+            connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        if foreign := set(MigrationContext.configure(connection).get_current_heads()) - known:
+            raise DataError(
+                f"The database {self._name} is at revision {', '.join(sorted(foreign))}, and this normweave knows up "
+                f"to {max(known)}. Upgrade with: pip install -U normweave"
+            )
+        with _alembic:
+            command.upgrade(config, "head")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def ping(self) -> None:
+        """Raise StoreError if the database does not answer."""
+        with self.reading() as connection:
+            connection.execute(select(1))
+
+    def reading(self) -> AbstractContextManager[Connection]:
+        """Return a transaction that only reads.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        return self._transaction(writes=False)
+
+    def writing(self) -> AbstractContextManager[Connection]:
+        """Return a transaction that may write. SQLite needs to know this at its start.
+
+        Raises:
+            StoreError: the database failed.
+            IntegrityError: a constraint of a table is violated.
+        """
+        return self._transaction(writes=True)
+
+    @contextmanager
+    def _transaction(self, *, writes: bool) -> Iterator[Connection]:
+        try:
+            with self._engine.connect() as connection:
+                connection.execution_options(normweave_writes=writes)
+                with connection.begin():
+                    yield connection
+        except IntegrityError:
+            raise
+        except (DBAPIError, PoolTimeoutError) as error:
+            reason = " ".join(str(error.orig if isinstance(error, DBAPIError) else error).split())
+            cure = (
+                "that its folder exists, is writable and not full, and that no other program holds it"
+                if self._engine.dialect.name == "sqlite"
+                else "that it runs, that this machine may reach it, and its name and password"
+            )
+            raise StoreError(f"The database {self._name} failed: {reason}. Check {cure}.") from error
+
+
+def _read_url(url: str) -> URL:
+    """Parse the URL and set the driver. No error message contains the URL, which may contain a password."""
+    try:
+        read = make_url(url)
+    except (ArgumentError, ValueError) as error:
+        raise ConfigError(f"The URL of the database cannot be read. {_URL_CURE}") from error
+    if read.drivername == "sqlite":
+        if read.database in (None, "", ":memory:"):
+            raise ConfigError(f"A database in memory loses everything when the server stops. {_URL_CURE}")
+        return read
+    if read.drivername not in ("postgresql", "postgresql+psycopg"):
+        raise ConfigError(f"Databases of type {read.drivername!r} are not supported. {_URL_CURE}")
+    if "@" in (read.host or "") or not read.database:
+        raise ConfigError(
+            f"The URL of the database has no database name, or its host contains an @. {_URL_CURE}"
+        )
+    try:
+        import psycopg  # noqa: F401 - SQLAlchemy imports it by name
+    except ImportError as error:
+        raise MissingError(
+            'A PostgreSQL database needs psycopg, which is not installed. pip install "normweave[postgres]"'
+        ) from error
+    return read.set(drivername="postgresql+psycopg")
+
+
+def make_engine(url: URL) -> Engine:
+    """Return an engine that tests a connection before using it and, for SQLite, writes through to the disk."""
+    if url.drivername != "sqlite":
+        timeout = {} if "connect_timeout" in url.query else {"connect_timeout": TIMEOUT_SECONDS}
+        return create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=timeout)
+
+    engine = create_engine(
+        url, pool_pre_ping=True, hide_parameters=True, connect_args={"timeout": TIMEOUT_SECONDS}
+    )
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # the BEGIN of the driver comes too late; `_begin` sends it
+        _enable_wal(connection)
+        for setting in ("synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {setting}").close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # A transaction that reads first and then writes fails at once if another one wrote in between: so wait here.
+        writes = connection.get_execution_options()["normweave_writes"]
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _enable_wal(connection: Any) -> None:
+    """Set the journal mode to WAL; retry, since SQLite ignores the timeout of the driver for this statement."""
+    end = time.monotonic() + TIMEOUT_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").close()
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return

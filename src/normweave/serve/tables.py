@@ -1,0 +1,200 @@
+"""Tables of the store, equal in SQLite and PostgreSQL, and the conversion between rows and records.
+
+Timestamps are microseconds since 1970 (UTC), so that the database can compute with them. Lists are JSON text. Text is
+cut to the length of its column, and characters that PostgreSQL refuses (NUL, lone surrogates) become U+FFFD; this also
+applies to the text of a filter, so that a filter finds what was stored.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Row,
+    String,
+    Table,
+    Text,
+    TypeDecorator,
+)
+
+from normweave.serve.records import Inspection, Review, StoredImage
+from normweave.types import Outcome, OutcomeColumn, Tile
+
+SHORT, LONG = 255, 4000
+"""Maximum number of characters of a name, and of a comment."""
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class BoundedText(TypeDecorator[str]):
+    """Text of at most `length` characters; longer text is cut."""
+
+    impl = String
+    cache_ok = True
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.length = length
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        """Return the text that both databases can store."""
+        return None if value is None else re.sub("[\0\ud800-\udfff]", "\ufffd", value)[: self.length]
+
+
+class Timestamp(TypeDecorator[datetime]):
+    """A datetime with time zone, stored as whole microseconds since 1970 (UTC)."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Return microseconds; raise TypeError for a datetime without time zone."""
+        return None if value is None else (value - EPOCH) // timedelta(microseconds=1)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """Return the datetime in UTC."""
+        return None if value is None else EPOCH + timedelta(microseconds=value)
+
+
+class Json(TypeDecorator[Any]):
+    """Lists as ASCII JSON text; the JSON types of databases change numbers and refuse characters."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
+        """Return the JSON text."""
+        return None if value is None else json.dumps(value, separators=(",", ":"))
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
+        """Return the parsed JSON."""
+        return None if value is None else json.loads(value)
+
+
+def outcome_columns(outcome: type[Outcome]) -> list[Column[Any]]:
+    """Return a database column for each field of the outcome that is not kept in a file."""
+
+    def type_of(column: OutcomeColumn) -> Any:
+        if column.is_list:
+            return Json()
+        if column.type is str:
+            return BoundedText(column.max_length or SHORT)
+        return {float: Float(53), int: Integer(), bool: Boolean()}[column.type]
+
+    columns = (column for column in outcome.columns() if not column.in_file)
+    return [Column(column.name, type_of(column), nullable=column.optional) for column in columns]
+
+
+def _id() -> Column[int]:
+    """Return a primary key that is never reused (the migrations set AUTOINCREMENT, which SQLite has for INTEGER)."""
+    return Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True)
+
+
+METADATA = MetaData()
+INSPECTIONS = Table(
+    "inspections",
+    METADATA,
+    _id(),
+    Column("received_at", Timestamp, nullable=False),
+    Column("name", BoundedText(SHORT), nullable=False),
+    Column("source", BoundedText(SHORT), nullable=False),
+    Column("actor", BoundedText(SHORT), nullable=False),
+    Column("routed", Integer),
+    *outcome_columns(Outcome),
+    # StoredImage; all NULL without one
+    Column("image_hash", BoundedText(64)),
+    Column("image_type", BoundedText(SHORT)),
+    Column("image_bytes", BigInteger),
+    Column("grids_hash", BoundedText(64)),
+    Column("grids_bytes", BigInteger),
+    Column("tiles", Json),
+    Column("smoothing", Float(53)),
+    Column("map_threshold", Float(53)),
+    # a copy of the current review, so that lists need no join
+    Column("decision", BoundedText(SHORT)),
+    Column("reviewed_at", Timestamp),
+    Column("reviewer", BoundedText(SHORT)),
+    Column("comment", BoundedText(LONG)),
+    Index("inspections_received_at", "received_at"),
+    Index("inspections_verdict", "verdict", "id"),
+    Index("inspections_name", "name", "id"),
+    Index("inspections_decision", "decision", "id"),
+    Index("inspections_bundle_hash", "bundle_hash", "id"),
+    Index("inspections_image_hash", "image_hash", "id", "image_bytes"),
+    Index("inspections_grids_hash", "grids_hash", "id", "grids_bytes"),
+)
+REVIEWS = Table(
+    "reviews",
+    METADATA,
+    _id(),
+    Column("inspection", ForeignKey("inspections.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("at", Timestamp, nullable=False),
+    Column("decision", BoundedText(SHORT), nullable=False),
+    Column("reviewer", BoundedText(SHORT), nullable=False),
+    Column("comment", BoundedText(LONG), nullable=False),
+)
+TOKENS = Table(
+    "tokens",
+    METADATA,
+    _id(),
+    Column("name", BoundedText(SHORT), nullable=False),
+    Column("role", BoundedText(SHORT), nullable=False),
+    Column("digest", BoundedText(64), nullable=False, unique=True),
+    Column("created_at", Timestamp, nullable=False),
+    Column("expires_at", Timestamp),
+    Column("revoked_at", Timestamp),
+)
+RATES = Table(
+    "rates",
+    METADATA,
+    _id(),
+    Column("at", Timestamp, nullable=False),
+    Column("bundle_hash", BoundedText(SHORT), nullable=False),
+    Column("false_alarm_rate", Float(53), nullable=False),
+    Column("actor", BoundedText(SHORT), nullable=False),
+)
+
+STORED_IMAGE = tuple(field.name for field in fields(StoredImage))
+"""Columns of a `StoredImage`."""
+_OUTCOME = tuple(column for column in Outcome.columns() if not column.in_file)
+_ARRIVAL = ("received_at", "name", "source", "actor", "routed")
+
+
+def to_row(inspection: Inspection) -> dict[str, Any]:
+    """Return the columns of a new inspection."""
+    return (
+        {name: getattr(inspection, name) for name in _ARRIVAL}
+        | {column.name: getattr(inspection.outcome, column.name) for column in _OUTCOME}
+        | {name: getattr(inspection.image, name, None) for name in STORED_IMAGE}
+    )
+
+
+def to_inspection(row: Row[Any]) -> Inspection:
+    """Return the inspection of a row."""
+    values = row._mapping
+    outcome: dict[str, Any] = {
+        column.name: tuple(column.type(*item) for item in values[column.name])
+        if column.is_list
+        else values[column.name]
+        for column in _OUTCOME
+    }
+    image = review = None
+    if row.image_hash is not None:
+        image = StoredImage(**{name: values[name] for name in STORED_IMAGE})
+        image = replace(image, tiles=tuple(Tile(*tile) for tile in row.tiles))
+    if row.decision is not None:
+        review = Review(at=row.reviewed_at, decision=row.decision, reviewer=row.reviewer, comment=row.comment)
+    arrival = {name: values[name] for name in _ARRIVAL}
+    return Inspection(id=row.id, outcome=Outcome(**outcome), image=image, review=review, **arrival)

@@ -76,7 +76,7 @@ def test_a_token_that_another_process_revokes_is_refused_soon(service, access, t
     made = access.create(name="guest", role="operator")
     assert access.authenticate(made.secret) is not None
     service.store.revoke(made.token.id, datetime.now(UTC))
-    monkeypatch.setattr("normweave.serve.access.FRESH_SECONDS", 0.0)
+    monkeypatch.setattr("normweave.serve.access.CACHE_SECONDS", 0.0)
     assert access.authenticate(made.secret) is None
 
 
@@ -181,7 +181,7 @@ def test_a_login_only_reads_over_rest(stranger, keys):
         ("POST", "/v1/tokens"),
     ):
         answer = stranger.request(method, path, json={})
-        assert (answer.status_code, "A login only reads here" in answer.text) == (403, True)
+        assert (answer.status_code, "A login only allows reading here" in answer.text) == (403, True)
 
 
 def test_other_origins_cannot_work_the_page(stranger, keys):
@@ -235,7 +235,7 @@ def test_a_login_cannot_be_made_up_or_stretched(access):
 def test_a_login_ends_with_its_time_and_with_its_token(service, tmp_path):
     access = Access(service.store, folder=tmp_path, session_hours=0)
     made = access.create(name="Ada", role="operator")
-    assert access.authenticate_session(access._signed(made.token, int(time.time()) - 1)) is None
+    assert access.authenticate_session(access.create_session(made.token, expires_at=time.time() - 1)) is None
     lasting = Access(service.store, folder=tmp_path, session_hours=1)
     cookie = lasting.create_session(made.token)
     assert lasting.authenticate_session(cookie) == made.token
@@ -248,7 +248,7 @@ def test_a_login_in_use_is_renewed(app, access, keys):
     with TestClient(app) as client:
         fresh = client.get("/v1/model", headers={"Cookie": f"normweave={access.create_session(token)}"})
         assert "set-cookie" not in fresh.headers
-        late = access._signed(token, int(time.time() + access.session_seconds / 3))
+        late = access.create_session(token, expires_at=time.time() + access.session_seconds / 3)
         renewed = client.get("/v1/model", headers={"Cookie": f"normweave={late}"})
         cookie = renewed.headers["set-cookie"].split(";")[0].removeprefix("normweave=")
         assert access.authenticate_session(cookie) == token
@@ -264,7 +264,7 @@ def test_a_login_outlives_the_server_but_not_its_key(service, access, tmp_path):
     key.unlink()
     assert Access(service.store, folder=tmp_path, session_hours=1).authenticate_session(cookie) is None
     key.write_bytes(b"short")
-    with pytest.raises(DataError, match=r"session\.key has 5 bytes, but a key has 32\. Remove it"):
+    with pytest.raises(DataError, match=r"session\.key has 5 bytes, but a key has 32\. Remove the file"):
         Access(service.store, folder=tmp_path, session_hours=1)
 
 

@@ -82,16 +82,16 @@ def test_a_name_is_never_a_path(client, service, photos, name):
 @pytest.mark.parametrize(
     ("request_", "status", "words"),
     [
-        ({"content": b"x"}, 415, "Images come as multipart/form-data"),
+        ({"content": b"x"}, 415, "The content type must be multipart/form-data"),
         ({"content": b"x", "headers": {"Content-Type": "text/plain"}}, 415, "got 'text/plain'"),
-        ({"files": [("other", ("a", b"x"))]}, 422, "There is no image in the request"),
+        ({"files": [("other", ("a", b"x"))]}, 422, "The request has no image"),
         ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, 400, "boundary"),
         (
             {"content": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
             422,
-            "There is no image",
+            "The request has no image",
         ),
-        ({"data": {"images": "text"}, "files": {"other": b""}}, 422, "must be files, got text"),
+        ({"data": {"images": "text"}, "files": {"other": b""}}, 422, "must contain files, got text"),
         ({"files": [("images", ("a", b"x"))] * 33}, 413, "Too many files. Maximum number of files is 32"),
         ({"json": {"images": [{"data": ""}] * 33}}, 413, "33 images in one request"),
         ({"json": {}}, 422, "images: Field required"),
@@ -113,7 +113,7 @@ def test_a_large_image_is_refused_whole(start, access, keys, photos):
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert answer.status_code == 413
-        assert "but this server takes at most 1,000 an image" in answer.json()["error"]
+        assert "but at most 1,000 are allowed for one image" in answer.json()["error"]
 
 
 def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkey
             pass
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert "1 images are waiting and 1 more came" in answer.json()["error"]
+        assert "1 images are waiting and 1 more were sent" in answer.json()["error"]
         free.set()
         first.join()
         assert client.post("/v1/inspect", files=form(photos[0])).status_code == 200
@@ -144,7 +144,7 @@ def test_a_late_answer_says_that_the_images_were_taken(start, access, keys, phot
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert "The images were taken and are judged all the same" in answer.json()["error"]
+        assert "The images were accepted and will be inspected" in answer.json()["error"]
         free.set()
         while service.waiting:
             pass
@@ -235,7 +235,7 @@ def test_what_has_no_picture(client, service):
 def test_an_image_that_retention_removed(client, service, inspected):
     list(service.store.shrink(max_bytes=0))
     answer = client.get("/v1/inspections/1/image")
-    assert (answer.status_code, "has been removed to make room" in answer.json()["error"]) == (404, True)
+    assert (answer.status_code, "was removed by retention" in answer.json()["error"]) == (404, True)
     assert client.get("/v1/inspections/1").json()["verdict"] == inspected[-1]["verdict"]
 
 
@@ -272,7 +272,7 @@ def test_what_is_not_there(client):
     answer = client.get("/v1/inspections/99")
     assert (answer.status_code, answer.json()["error"]) == (
         404,
-        "There is no inspection 99. See GET /v1/inspections for those there are.",
+        "There is no inspection 99. GET /v1/inspections lists them.",
     )
     assert client.get("/nowhere").json() == {"error": "Not Found"}
     assert client.delete("/v1/model").status_code == 405
@@ -342,7 +342,7 @@ def test_health_and_metrics(client, service, monkeypatch, photos):
     ("error", "status", "words"),
     [
         (BundleError("the graph cannot be computed"), 503, "the graph cannot be computed"),
-        (ValueError("a secret"), 500, "A mistake of the server's: ValueError"),
+        (ValueError("a secret"), 500, "Internal error of the server: ValueError"),
     ],
 )
 def test_a_failure_inside_is_said_without_its_details(

@@ -107,7 +107,7 @@ def test_stopping_answers_what_was_asked(bundle, photos, tmp_path):
 def test_two_servers_do_not_share_a_folder(server, bundle):
     result = run("serve", bundle, "--port", "0", "--data", server.data)
     assert result.exit_code == 2
-    assert "Another server keeps its images in" in result.output
+    assert "Another server stores its images in" in result.output
 
 
 def test_a_taken_port(server, bundle, tmp_path):

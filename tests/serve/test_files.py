@@ -61,7 +61,7 @@ def test_many_threads_put_the_same_and_others_at_once(files):
 )
 def test_what_is_no_hash_leads_nowhere(files, digest):
     for use in (files.read, files.remove):
-        with pytest.raises(ContentError, match="called by its SHA-256 in 64 small hex digits, got"):
+        with pytest.raises(ContentError, match="must be a SHA-256 in 64 lowercase hex digits, got"):
             use(digest)
 
 
@@ -69,7 +69,7 @@ def test_a_removed_content_is_said_to_be_gone(files):
     digest = files.put(b"part")
     files.remove(digest)
     files.remove(digest)
-    with pytest.raises(ContentError, match=f"{digest} is not in .*retention has removed it"):
+    with pytest.raises(ContentError, match=f"{digest} is not in .*removed by retention"):
         files.read(digest)
 
 
@@ -168,7 +168,7 @@ def test_a_name_is_given_to_what_is_on_disk_only(files, monkeypatch):
 def test_a_folder_serves_one_server(tmp_path):
     first = Files(tmp_path)
     with pytest.raises(
-        DataError, match=r"Another server keeps its images in .*Stop that one, or give this one"
+        DataError, match=r"Another server stores its images in .*Stop that server, or choose another folder"
     ):
         Files(tmp_path)
     first.close()
@@ -177,5 +177,5 @@ def test_a_folder_serves_one_server(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(DataError, match=r"cannot be written: .*Give the server a folder that it may write"):
+    with pytest.raises(DataError, match=r"is not writable: .*Choose another folder"):
         Files(tmp_path / "taken" / "files")

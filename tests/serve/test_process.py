@@ -65,9 +65,9 @@ def test_a_port_that_is_none(port):
 
 
 def test_a_certificate_that_is_none(tmp_path):
-    with pytest.raises(ConfigError, match=r"are no certificate with its key: .*Give two PEM files"):
+    with pytest.raises(ConfigError, match=r"TLS cannot use the certificate .*Give two readable PEM files"):
         check_certificate(tmp_path / "gone.pem", tmp_path / "key.pem")
     for name in ("a.pem", "b.pem"):
         (tmp_path / name).write_text("x")
-    with pytest.raises(ConfigError, match="are no certificate with its key"):
+    with pytest.raises(ConfigError, match="TLS cannot use the certificate"):
         check_certificate(tmp_path / "a.pem", tmp_path / "b.pem")

@@ -86,7 +86,7 @@ def test_limits_of_an_image(start, photos):
     (bytes_,) = inspect(start(max_image_bytes=100), photos[0])
     assert "more than 100 bytes" in bytes_.outcome.error
     (pixels,) = inspect(start(max_pixels=1000), photos[0])
-    assert "64 x 64 pixels (height x width). This server takes up to 1,000 pixels" in pixels.outcome.error
+    assert "64 x 64 pixels (height x width). The maximum of this server is 1,000 pixels" in pixels.outcome.error
 
 
 def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, photos, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_full_queue_refuses_and_forgets_nothing(start, photos, monkeypatch):
         three = asyncio.ensure_future(service.inspect([Upload("a", content)] * 3, source="api", actor="test"))
         await asyncio.sleep(0.1)
         assert service.waiting == 3
-        with pytest.raises(BusyError, match="3 images are waiting and 1 more came, but at most 3 may wait"):
+        with pytest.raises(BusyError, match="3 images are waiting and 1 more were sent, but at most 3 may wait"):
             await service.inspect([Upload("b", content)], source="api", actor="test")
         free.set()
         assert len(await three) == 3
@@ -183,7 +183,7 @@ def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, 
         with pytest.raises(StoppedError):
             await service.inspect([upload], source="api", actor="test")
         with pytest.raises(StoppedError):
-            service.ready()
+            service.check_ready()
         free.set()
         await stopping
         return await taken
@@ -200,16 +200,16 @@ def test_a_failing_bundle_or_store_fails_the_request_and_not_the_station(service
             inspect(service, photos[0])
     with monkeypatch.context() as broken:
         broken.setattr(service.files, "put", lambda content: (_ for _ in ()).throw(OSError("disk full")))
-        with pytest.raises(StoreError, match=r"cannot be kept: disk full\. Make room where"):
+        with pytest.raises(StoreError, match=r"cannot be written to .*: disk full\. Free disk space"):
             inspect(service, photos[0])
-    service.ready()
+    service.check_ready()
     assert inspect(service, photos[0])[0].id == 1
     assert service.waiting == 0
 
 
 def test_a_disk_without_room_for_a_request_is_not_ready(start):
-    with pytest.raises(StoreError, match=r"bytes are free where .* less than one request may bring"):
-        start(max_request_bytes=2**60).ready()
+    with pytest.raises(StoreError, match=r"bytes free, less than one request may have"):
+        start(max_request_bytes=2**60).check_ready()
 
 
 # ── people, and the line ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,7 +269,7 @@ def test_what_is_too_old_goes_with_its_files(start, photos):
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
-    service.tidy()
+    service.apply_retention()
     assert service.store.inspection(old.id) is None
     assert service.store.inspection(young.id) is not None
     assert set(service.files.all_hashes()) == {young.image.image_hash, young.image.grids_hash}
@@ -278,7 +278,7 @@ def test_what_is_too_old_goes_with_its_files(start, photos):
 def test_beyond_its_size_the_oldest_images_go_and_records_stay(start, photos):
     service = start(keep_gib=1e-9)
     kept = inspect(service, *photos[:3])
-    service.tidy()
+    service.apply_retention()
     assert list(service.files.all_hashes()) == []
     assert [service.store.inspection(one.id).image for one in kept] == [None] * 3
 
@@ -290,7 +290,7 @@ def test_an_image_that_came_again_keeps_its_file(start, photos):
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
-    service.tidy()
+    service.apply_retention()
     assert asyncio.run(service.read_image(again.image)) == Path(photos[0]).read_bytes()
 
 
@@ -322,6 +322,6 @@ def test_metrics_count(service, photos):
 def test_what_the_limits_must_be():
     with pytest.raises(ConfigError, match="max_pixels must be above 0, got 0"):
         ServeConfig(max_pixels=0)
-    with pytest.raises(ConfigError, match="max_waiting must hold a whole request, got 4 for up to 32 images"):
+    with pytest.raises(ConfigError, match="max_waiting must be at least max_images \(32\), got 4"):
         ServeConfig(max_waiting=4)
     assert ServeConfig(keep_days=0, keep_gib=0) == ServeConfig()

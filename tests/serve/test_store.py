@@ -148,7 +148,7 @@ def test_all_or_none(store):
     with pytest.raises(sa.exc.StatementError):
         store.add([inspection(), inspection(received_at=datetime(2026, 1, 1))])  # no time zone
     assert store.count(ALL) == 0
-    with pytest.raises(ValueError, match="kept once and reviewed afterwards"):
+    with pytest.raises(ValueError, match="stored once and reviewed afterwards"):
         store.add([inspection(id=3)])
 
 
@@ -775,11 +775,11 @@ def test_a_database_that_cannot_be_reached_is_named_without_its_password(url):
     [
         ("parts.db", "cannot be read"),
         ("postgresql://ada:word@127.0.0.1:port/parts", "cannot be read"),
-        ("sqlite://", "in memory would lose everything"),
-        ("sqlite:///:memory:", "in memory would lose everything"),
-        ("mysql://ada:word@host/parts", "of the kind 'mysql' is not known"),
-        ("postgresql://ada:wo@rd@host/parts", "names no database, or its host holds an @"),
-        ("postgresql://ada:word@host", "names no database, or its host holds an @"),
+        ("sqlite://", "in memory loses everything"),
+        ("sqlite:///:memory:", "in memory loses everything"),
+        ("mysql://ada:word@host/parts", "of type 'mysql' are not supported"),
+        ("postgresql://ada:wo@rd@host/parts", "has no database name, or its host contains an @"),
+        ("postgresql://ada:word@host", "has no database name, or its host contains an @"),
     ],
 )
 def test_a_url_that_is_none_is_refused_without_its_password(url, why):
@@ -798,7 +798,7 @@ def test_without_psycopg_it_is_said_how_to_get_it(monkeypatch):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(
-        StoreError, match=r"nowhere/store.db failed: unable to open.*Check that its folder is there"
+        StoreError, match=r"nowhere/store.db failed: unable to open.*Check that its folder exists"
     ):
         Store.open(f"sqlite:///{tmp_path}/nowhere/store.db")
 

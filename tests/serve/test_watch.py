@@ -143,7 +143,7 @@ def test_a_full_queue_is_waited_for(start, camera, photos):
 
 
 def test_many_files_are_taken_the_oldest_first_some_at_a_time(service, camera, photos, monkeypatch):
-    monkeypatch.setattr(module, "AT_ONCE", 2)
+    monkeypatch.setattr(module, "MAX_FILES", 2)
     for number in (3, 1, 4, 2, 0):
         shutil.copy(photos[0], camera / f"{number}.png")
         time.sleep(0.02)

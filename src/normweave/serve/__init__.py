@@ -1,4 +1,4 @@
-"""A bundle at work: REST, a page for the line, and a store that loses nothing. No torch."""
+"""Inspection server: REST interface, pages for operators and engineers, and a store of all results. No torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from normweave.serve.service import InspectionService
 from normweave.serve.watch import Watch
 
 FILES = "files"
+"""Folder of the images, inside the data folder of a server."""
 DATABASE = "store.sqlite"
-"""In the folder of a server, beside its files."""
+"""SQLite file, inside the data folder of a server."""
 
 
 def create_app(
@@ -28,12 +29,12 @@ def create_app(
     watch: Watch | None = None,
     pages: bool = True,
 ) -> FastAPI:
-    """The application of a server; stopping it finishes what the service has taken.
+    """Return the ASGI application of a server. Its shutdown answers all accepted images.
 
     Args:
-        access: None: no token is asked for.
-        watch: followed from the start.
-        pages: with the page for people; only one application of a process can have it.
+        access: None: requests need no token.
+        watch: started and stopped with the application.
+        pages: add the pages for people; at most one application of a process can have them.
     """
 
     @asynccontextmanager
@@ -50,7 +51,7 @@ def create_app(
         version=version("normweave"),
         summary="Visual inspection that learns from good parts only",
         lifespan=lifespan,
-        docs_url=None,  # its page would ask another host for its scripts
+        docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
     add_api(app, service, access)
@@ -59,5 +60,5 @@ def create_app(
 
         add_pages(app, service, watch=watch)
     app.add_middleware(AuthenticationMiddleware, access=access)
-    app.add_middleware(LimitsMiddleware, config=service.config)  # the last one is the outermost
+    app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost
     return app

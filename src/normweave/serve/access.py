@@ -1,8 +1,8 @@
-"""Who may do what: tokens of programs and logins of people.
+"""Access tokens of programs, and login sessions of people.
 
-A program sends its token with each request (`Authorization: Bearer …`). A person gives it once at /login and gets a
-cookie, which says which token it stands for and until when, signed with a key that only this server has. The server
-keeps no secret: of a token its SHA-256, of a login nothing.
+A program sends its token with each request (`Authorization: Bearer …`). A person enters a token once at /login and gets
+a session cookie with the id of the token and the time of expiry, signed with the key of this server. The server stores
+no secrets: of a token its SHA-256, of a session nothing.
 """
 
 from __future__ import annotations
@@ -22,47 +22,43 @@ from normweave.serve.records import NotFoundError, Role, Token
 from normweave.serve.store import Store
 
 PREFIX = "nw_"
-"""Of every token, so that one that lies about can be told for what it is."""
-FRESH_SECONDS = 5.0
-"""A token that another process revokes is refused after this at the latest."""
+"""Start of every token, by which secret scanners can recognise it."""
+CACHE_SECONDS = 5.0
+"""Lifetime of the cached tokens: a token that another process revokes is refused after at most this time."""
 _KEY_BYTES = 32
 
 
 class NewToken(NamedTuple):
-    """A new token, and the only time that its secret is seen."""
+    """A new token with its secret, which is not stored."""
 
     token: Token
     secret: str
 
 
 class Access:
-    """The tokens of a server.
+    """The tokens and sessions of a server.
 
     Args:
-        folder: where the key of the logins lies; it is made at the first start.
-        session_hours: how long a login lasts after its last use.
+        folder: contains the key that signs sessions; the first start creates it.
+        session_hours: lifetime of a session after its last use.
     """
 
     def __init__(self, store: Store, *, folder: Path, session_hours: float) -> None:
         self._store = store
-        self._key = _key(folder / "session.key")
+        self._key = _read_or_create_key(folder / "session.key")
         self.session_seconds = session_hours * 3600
         self._lock = threading.Lock()
-        self._known: dict[str, Token] = {}
-        self._known_at = -FRESH_SECONDS
+        self._cache: dict[str, Token] = {}
+        self._cached_at = -CACHE_SECONDS
 
     def create_first_tokens(self) -> list[NewToken]:
-        """One for each role, if there are none yet."""
+        """Create a token for each role if the store has none; return the new tokens."""
         if self._store.tokens():
             return []
         return [self.create(name=role, role=role) for role in ("engineer", "operator")]
 
     def create(self, *, name: str, role: Role, days: float | None = None) -> NewToken:
-        """A new token.
-
-        Args:
-            days: until it expires; None: never.
-        """
+        """Create a token that expires after `days`; None: never."""
         secret = PREFIX + secrets.token_urlsafe(_KEY_BYTES)
         now = datetime.now(UTC)
         token = self._store.add_token(
@@ -74,84 +70,91 @@ class Access:
                 expires_at=None if days is None else now + timedelta(days=days),
             )
         )
-        self._forget()
+        self._clear_cache()
         return NewToken(token, secret)
 
-    def all(self) -> list[Token]:
-        """Every token that was ever made."""
+    def tokens(self) -> list[Token]:
+        """Return all tokens, including expired and revoked ones."""
         return self._store.tokens()
 
     def revoke(self, id: int) -> Token:
-        """Make a token worthless, and the logins by it.
+        """Revoke a token and its sessions.
 
         Raises:
-            NotFoundError: there is none.
+            NotFoundError: no token has this id.
         """
         token = self._store.revoke(id, datetime.now(UTC))
-        self._forget()
+        self._clear_cache()
         if token is None:
-            raise NotFoundError(f"There is no token {id}. See GET /v1/tokens for those there are.")
+            raise NotFoundError(f"There is no token {id}. GET /v1/tokens lists them.")
         return token
 
     def authenticate(self, secret: str) -> Token | None:
-        """Whose token this is; None of one that is unknown, expired or revoked."""
-        return self._valid(self._tokens().get(_digest(secret)))
+        """Return the token with this secret; None if it is unknown, expired or revoked."""
+        return _if_valid(self._tokens().get(_digest(secret)))
 
-    def create_session(self, token: Token) -> str:
-        """A cookie's value that stands for a token."""
-        return self._signed(token, int(time.time() + self.session_seconds))
+    def create_session(self, token: Token, *, expires_at: float | None = None) -> str:
+        """Return the value of a session cookie for a token.
 
-    def authenticate_session(self, value: str) -> Token | None:
-        """Whose login a cookie is; None of one that is none, has run out, or whose token is no longer good."""
-        number, _, rest = value.partition(".")
-        until, _, _ = rest.partition(".")
-        if not (number.isascii() and number.isdigit() and until.isascii() and until.isdigit()):
+        Args:
+            expires_at: seconds since 1970; None: after the lifetime of a session.
+        """
+        return self._signed(
+            token, int(time.time() + self.session_seconds if expires_at is None else expires_at)
+        )
+
+    def authenticate_session(self, cookie: str) -> Token | None:
+        """Return the token of a session; None if the cookie is malformed, forged or expired, or the token not valid."""
+        number, _, rest = cookie.partition(".")
+        expiry, _, _ = rest.partition(".")
+        if not (number.isascii() and number.isdigit() and expiry.isascii() and expiry.isdigit()):
             return None
-        if len(until) > 12 or int(until) < time.time():
+        if len(expiry) > 12 or int(expiry) < time.time():
             return None
         token = next((token for token in self._tokens().values() if str(token.id) == number), None)
-        if token is None or not hmac.compare_digest(self._signed(token, int(until)), value):
+        if token is None or not hmac.compare_digest(self._signed(token, int(expiry)), cookie):
             return None
-        return self._valid(token)
+        return _if_valid(token)
 
-    def needs_renewal(self, value: str) -> bool:
-        """Whether a good login should be renewed."""
-        return int(value.split(".")[1]) - time.time() < self.session_seconds / 2
+    def needs_renewal(self, cookie: str) -> bool:
+        """Return whether less than half of the lifetime of a valid session remains."""
+        return int(cookie.split(".")[1]) - time.time() < self.session_seconds / 2
 
-    def _signed(self, token: Token, until: int) -> str:
-        what = f"{token.id}.{until}"
-        proof = hmac.new(self._key, f"{what}.{token.digest}".encode(), hashlib.sha256).hexdigest()
-        return f"{what}.{proof}"
-
-    def _valid(self, token: Token | None) -> Token | None:
-        return token if token is not None and token.is_valid(datetime.now(UTC)) else None
+    def _signed(self, token: Token, expiry: int) -> str:
+        text = f"{token.id}.{expiry}"
+        signature = hmac.new(self._key, f"{text}.{token.digest}".encode(), hashlib.sha256).hexdigest()
+        return f"{text}.{signature}"
 
     def _tokens(self) -> dict[str, Token]:
         with self._lock:
-            if time.monotonic() - self._known_at >= FRESH_SECONDS:
-                self._known = {token.digest: token for token in self._store.tokens()}
-                self._known_at = time.monotonic()
-            return self._known
+            if time.monotonic() - self._cached_at >= CACHE_SECONDS:
+                self._cache = {token.digest: token for token in self._store.tokens()}
+                self._cached_at = time.monotonic()
+            return self._cache
 
-    def _forget(self) -> None:
+    def _clear_cache(self) -> None:
         with self._lock:
-            self._known_at = -FRESH_SECONDS
+            self._cached_at = -CACHE_SECONDS
+
+
+def _if_valid(token: Token | None) -> Token | None:
+    return token if token is not None and token.is_valid(datetime.now(UTC)) else None
 
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _key(path: Path) -> bytes:
-    """The key that is kept there, made if there is none; nobody else may read it."""
+def _read_or_create_key(path: Path) -> bytes:
+    """Return the key in this file, which only its owner may read."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         key = path.read_bytes()
         if len(key) != _KEY_BYTES:
             raise DataError(
-                f"{path} has {len(key)} bytes, but a key has {_KEY_BYTES}. Remove it: a new one is made, and everyone "
-                "has to log in again."
+                f"{path} has {len(key)} bytes, but a key has {_KEY_BYTES}. Remove the file: the next start creates a "
+                "new key, and everyone has to log in again."
             ) from None
         return key
     key = secrets.token_bytes(_KEY_BYTES)

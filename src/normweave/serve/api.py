@@ -143,8 +143,8 @@ def _routes(service: InspectionService) -> APIRouter:
         except TimeoutError:
             raise HTTPException(
                 503,
-                f"No answer within {service.config.answer_seconds:g} s. The images were accepted and will be inspected: "
-                "read the results with GET /v1/inspections.",
+                f"No answer within {service.config.answer_seconds:g} s. The images were accepted and will be "
+                "inspected: read the results with GET /v1/inspections.",
                 headers={"Retry-After": str(RETRY_SECONDS)},
             ) from None
         return schemas.InspectOut(inspections=[schemas.InspectionOut.of(one) for one in inspections])
@@ -288,7 +288,7 @@ def _token_routes(access: Access) -> APIRouter:
         status_code=201,
         responses=_problems(422, 503),
     )
-    async def create(body: schemas.TokenIn, _: Engineer) -> schemas.TokenMade:
+    async def make(body: schemas.TokenIn, _: Engineer) -> schemas.TokenMade:
         new = await asyncio.to_thread(
             access.create, name=body.name, role=body.role, days=body.expires_in_days
         )
@@ -354,7 +354,7 @@ async def _uploads(request: Request, service: InspectionService, name: str) -> l
     if len(uploads) > config.max_images:
         raise HTTPException(
             413,
-            f"The request has {len(uploads)} images, but at most {config.max_images} are allowed. Send several requests.",
+            f"The request has {len(uploads)} images, but at most {config.max_images} are allowed. Send more requests.",
         )
     if large := [upload for upload in uploads if len(upload.content) > config.max_image_bytes]:
         raise HTTPException(

@@ -1,4 +1,4 @@
-"""The gate that every request passes: it lets nobody past who may not, and says who it is."""
+"""Authentication of every request, by a token or by the session cookie of a login."""
 
 from __future__ import annotations
 
@@ -18,19 +18,26 @@ from normweave.serve.access import Access
 from normweave.serve.records import Token
 
 OPEN = ("/healthz", "/readyz")
-"""Routes that ask for no token."""
+"""Routes that need no token."""
 ANONYMOUS = Token(name="anyone", role="engineer", digest="", created_at=datetime.fromtimestamp(0, UTC))
-"""Who everyone is where no token is asked for."""
+"""Token of every request to a server without tokens."""
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
 
 
 class AuthenticationMiddleware:
-    """ASGI: lets nobody past who may not, and says who it is in `request.state.token`.
+    """ASGI middleware that refuses requests without a valid token and sets `request.state.token`.
 
-    A cookie is worth less than a token: it reads, and works the page, but only from the page's own origin.
+    A session cookie allows less than a token: pages, and GET requests to the REST interface, from the same origin.
 
     Args:
-        access: None: requests to a loopback name or address are let in as `ANONYMOUS`: else a page
-            from elsewhere could, by a name of its own that it lets point here.
+        access: None: every request is `ANONYMOUS`, but its Host header must be a loopback name or address. Otherwise a
+            website could reach the server through a host name of its own that resolves to this machine.
     """
 
     def __init__(self, app: ASGIApp, *, access: Access | None) -> None:
@@ -38,74 +45,75 @@ class AuthenticationMiddleware:
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, refuse or pass on."""
+        """Call the application, or answer 401 or 403."""
         if scope["type"] not in ("http", "websocket") or scope["path"] in OPEN:
             await self._app(scope, receive, send)
             return
-        state = scope.setdefault("state", {})
-        headers = Headers(scope=scope)
-        if self._access is None:
-            if not is_loopback(_split(f"//{headers.get('host', '')}").hostname or ""):
-                await _refuse(
-                    scope, receive, send, 403, "Without tokens this machine answers to localhost only."
-                )
-                return
-            if not _same_origin(scope, headers):
-                await _refuse(scope, receive, send, 403, "This page may not be worked from another origin.")
-                return
-            state["token"] = ANONYMOUS
-            await self._app(scope, receive, send)
+        access, headers = self._access, Headers(scope=scope)
+        if access is not None and scope["type"] == "http" and scope["path"] in (login.LOGIN, login.LOGOUT):
+            await login.answer(scope, receive, send, access=access)
             return
-        if scope["type"] == "http" and scope["path"] in (login.LOGIN, login.LOGOUT):
-            await login.answer(scope, receive, send, access=self._access)
-            return
-        given = headers.get("authorization")
-        if given is not None:
-            kind, _, secret = given.partition(" ")
-            token = await asyncio.to_thread(self._access.authenticate, secret.strip())
-            if kind.lower() != "bearer" or token is None:
-                await _refuse(scope, receive, send, 401, "The token is unknown, expired or revoked.")
-                return
-            state["token"] = token
-            await self._app(scope, receive, send)
-            return
-        cookie = cookie_of(headers)
-        token = await asyncio.to_thread(self._access.authenticate_session, cookie) if cookie else None
-        if token is None or cookie is None:
-            if login.is_page_request(scope, headers):
+        authorization, cookie = headers.get("authorization"), None
+        try:
+            if access is None:
+                token = _anonymous(scope, headers)
+            elif authorization is not None:
+                token = await _by_token(access, authorization)
+            else:
+                cookie = session_cookie(headers)
+                token = await _by_session(access, cookie, scope, headers)
+        except _RefusedError as error:
+            if error.status == 401 and authorization is None and login.is_page_request(scope, headers):
                 await login.page(status=401)(scope, receive, send)
-                return
-            await _refuse(scope, receive, send, 401, "A token is needed: send 'Authorization: Bearer TOKEN'.")
+            else:
+                await _refuse(scope, receive, send, error)
             return
-        if not _same_origin(scope, headers):
-            await _refuse(scope, receive, send, 403, "This page may not be worked from another origin.")
-            return
-        if scope["path"].startswith("/v1/") and scope["method"] not in ("GET", "HEAD"):
-            await _refuse(
-                scope, receive, send, 403, "A login only reads here: send 'Authorization: Bearer TOKEN'."
-            )
-            return
-        state["token"] = token
-        if self._access.needs_renewal(cookie):
+        scope.setdefault("state", {})["token"] = token
+        if access is not None and cookie is not None and access.needs_renewal(cookie):
             renewed = login.set_cookie(
-                self._access.create_session(token),
-                seconds=self._access.session_seconds,
+                access.create_session(token),
+                seconds=access.session_seconds,
                 secure=scope["scheme"] in ("https", "wss"),
             )
             send = _with_header(send, b"set-cookie", renewed.encode())
         await self._app(scope, receive, send)
 
 
+def _anonymous(scope: Scope, headers: Headers) -> Token:
+    if not is_loopback(_split(f"//{headers.get('host', '')}").hostname or ""):
+        raise _RefusedError(403, "A server without tokens answers requests to localhost only.")
+    _check_origin(scope, headers)
+    return ANONYMOUS
+
+
+async def _by_token(access: Access, authorization: str) -> Token:
+    scheme, _, secret = authorization.partition(" ")
+    token = await asyncio.to_thread(access.authenticate, secret.strip())
+    if scheme.lower() != "bearer" or token is None:
+        raise _RefusedError(401, "The token is unknown, expired or revoked.")
+    return token
+
+
+async def _by_session(access: Access, cookie: str | None, scope: Scope, headers: Headers) -> Token:
+    token = await asyncio.to_thread(access.authenticate_session, cookie) if cookie else None
+    if token is None:
+        raise _RefusedError(401, "A token is needed: send 'Authorization: Bearer TOKEN'.")
+    _check_origin(scope, headers)
+    if scope["path"].startswith("/v1/") and scope["method"] not in ("GET", "HEAD"):
+        raise _RefusedError(403, "A login only allows reading here: send 'Authorization: Bearer TOKEN'.")
+    return token
+
+
 def is_loopback(host: str) -> bool:
-    """Whether a name or an address means this machine alone."""
+    """Return whether a host name or address is a loopback one."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
 
 
-def cookie_of(headers: Headers) -> str | None:
-    """The login that a request brings."""
+def session_cookie(headers: Headers) -> str | None:
+    """Return the value of the session cookie; None if there is none."""
     try:
         cookies: SimpleCookie = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
@@ -114,29 +122,30 @@ def cookie_of(headers: Headers) -> str | None:
     return None if morsel is None else morsel.value
 
 
-def _same_origin(scope: Scope, headers: Headers) -> bool:
-    """Whether a request that changes something comes from a page of this server, as far as the browser says."""
+def _check_origin(scope: Scope, headers: Headers) -> None:
+    """Refuse a request that may change something if the browser names another origin."""
     if scope["type"] == "http" and scope["method"] in ("GET", "HEAD", "OPTIONS"):
-        return True
+        return
     origin = headers.get("origin")
-    return origin is None or _split(origin).netloc == headers.get("host")
+    if origin is not None and _split(origin).netloc != headers.get("host"):
+        raise _RefusedError(403, "Requests from pages of another origin are not allowed.")
 
 
 def _split(address: str) -> SplitResult:
-    """An address in its parts, which are empty where it is none."""
+    """Parse a URL; all parts are empty if it is malformed."""
     try:
         return urlsplit(address)
     except ValueError:
         return urlsplit("")
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, reason: str) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, error: _RefusedError) -> None:
     if scope["type"] == "websocket":
         await receive()
-        await send({"type": "websocket.close", "code": 4401 if status == 401 else 4403, "reason": reason})
+        await send({"type": "websocket.close", "code": 4000 + error.status, "reason": error.reason})
         return
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
-    response: Response = JSONResponse({"error": reason}, status_code=status, headers=headers)
+    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+    response: Response = JSONResponse({"error": error.reason}, status_code=error.status, headers=headers)
     await response(scope, receive, send)
 
 

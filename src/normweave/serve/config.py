@@ -1,4 +1,4 @@
-"""How much a server takes, keeps and waits."""
+"""Limits of a server."""
 
 from __future__ import annotations
 
@@ -9,41 +9,37 @@ from normweave.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """LimitsMiddleware of a server."""
+    """Limits of request sizes, memory, time and storage."""
 
     max_images: int = 32
-    """In one request."""
+    """Maximum number of images in one request."""
     max_image_bytes: int = 32 * 2**20
     max_request_bytes: int = 128 * 2**20
     max_pixels: int = 50_000_000
-    """Larger images are refused from their header; two are decoded at a time."""
+    """Larger images are refused by their header, before decoding. Two images are decoded at a time."""
     max_waiting: int = 64
-    """Images taken and not yet answered; with more the answer is 429."""
+    """Maximum number of images accepted and not yet answered; beyond it the answer is 429."""
     max_arriving_bytes: int = 512 * 2**20
-    """Of all requests that are being received or answered; with more the answer is 429."""
+    """Maximum size of all requests being received or answered; beyond it the answer is 429."""
     max_clients: int = 1024
-    """Connections at a time."""
+    """Maximum number of open connections."""
     receive_seconds: float = 30.0
-    """For the body of a request to arrive."""
+    """Time limit for receiving the body of a request."""
     answer_seconds: float = 60.0
-    """From the last byte of a request to its answer."""
+    """Time limit from the last byte of a request to its answer."""
     session_hours: float = 12.0
-    """A login of the page, after its last use."""
+    """Lifetime of a login after its last use."""
     keep_days: float = 0.0
-    """Older inspections are removed, with their images; 0 = never."""
+    """Age at which inspections and their images are removed; 0: never."""
     keep_gib: float = 0.0
-    """The oldest images are removed beyond this, their records stay; 0 = never."""
+    """Size of all images beyond which the oldest are removed; their inspections remain. 0: no limit."""
 
     def __post_init__(self) -> None:
-        wrong = [name for name, value in vars(self).items() if value < 0]
-        wrong += [name for name, value in vars(self).items() if value == 0 and not name.startswith("keep_")]
-        if wrong:
-            raise ConfigError(
-                f"serve: {', '.join(sorted(set(wrong)))} must be above 0, got "
-                f"{', '.join(str(vars(self)[name]) for name in sorted(set(wrong)))}."
-            )
+        for name, value in vars(self).items():
+            if value < 0 or (value == 0 and not name.startswith("keep_")):
+                raise ConfigError(f"serve: {name} must be above 0, got {value}.")
         if self.max_images > self.max_waiting:
             raise ConfigError(
-                f"serve: max_waiting must hold a whole request, got {self.max_waiting} for up to "
-                f"{self.max_images} images. Raise it, or lower max_images."
+                f"serve: max_waiting must be at least max_images ({self.max_images}), got {self.max_waiting}. "
+                "Raise it, or lower max_images."
             )

@@ -1,10 +1,10 @@
-"""Images and patch scores on disk, each under the SHA-256 of its content.
+"""Image files and patch scores on disk, each named by the SHA-256 of its content.
 
     files/
-    ├── .lock              held by the server that works here
-    └── ab/abcdef…         one file a content, whoever sent it and however often
+    ├── .lock              held by the running server
+    └── ab/abcdef…         one file for each content, even if it is sent several times
 
-No name that anybody sent becomes part of a path.
+Names given by senders never become part of a path.
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ _PARTIAL = ".partial-"
 
 
 class ContentError(DataError):
-    """A content that is not there, or is no longer what it was."""
+    """A file is missing, was changed, or its hash is malformed."""
 
 
 class Files:
-    """A folder of contents, for one server at a time.
+    """A folder of files, for one server at a time.
 
-    A content that nobody refers to is removed while others come in, and may come in again that very moment. So
-    whoever keeps a content holds `keeping` from `put` until the store has the record, and `remove_unless` asks
-    the store and removes under the same lock.
+    Retention removes unreferenced files while new images arrive, which may have the same content. Therefore hold
+    `write_lock` from `put` until the store has the record; `remove_unless` checks and removes under the same lock.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
 
     Raises:
-        DataError: another server works here (not noticed on Windows), or the folder cannot be written.
+        DataError: another server uses the folder (not detected on Windows), or it is not writable.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,8 +53,8 @@ class Files:
             self._lock = (folder / ".lock").open("a+")
         except OSError as error:
             raise DataError(
-                f"The folder {folder} for images cannot be written: {error.strerror}. "
-                "Give the server a folder that it may write."
+                f"The folder {folder} for images is not writable: {error.strerror}. "
+                "Choose another folder, or change its permissions."
             ) from error
         if sys.platform != "win32":
             try:
@@ -63,25 +62,25 @@ class Files:
             except OSError as error:
                 self._lock.close()
                 raise DataError(
-                    f"Another server keeps its images in {folder}, and a folder serves one at a time. "
-                    "Stop that one, or give this one a folder of its own."
+                    f"Another server stores its images in {folder}. "
+                    "Stop that server, or choose another folder for this one."
                 ) from error
 
     def close(self) -> None:
-        """Let another server in."""
+        """Release the folder for another server."""
         self._lock.close()
 
     def put(self, content: bytes) -> str:
-        """Keep a content and return its hash; it outlives a power cut when this returns.
+        """Write a content and return its hash. The file survives a power failure once this method has returned.
 
         Raises:
-            OSError: the disk is full or broken; nothing is left behind.
+            OSError: the disk is full or broken; no partial file remains.
         """
         digest = hashlib.sha256(content).hexdigest()
         path = self._path(digest)
         if not path.exists():
             self._write(path, content)
-        # Also if another thread wrote it, which may not have come this far yet.
+        # Also if the file exists: another thread may have written it and not yet synced the folder.
         _sync_folder(path.parent)
         return digest
 
@@ -100,49 +99,49 @@ class Files:
             partial.unlink(missing_ok=True)
 
     def read(self, digest: str) -> bytes:
-        """The content of this hash.
+        """Return the content with this hash.
 
         Raises:
-            ContentError: it is not here, was changed on disk, or this is no hash.
+            ContentError: the file is missing or was changed, or the hash is malformed.
         """
         try:
             content = self._path(digest).read_bytes()
         except FileNotFoundError as error:
             raise ContentError(
-                f"The content {digest} is not in {self.folder}: retention has removed it, or somebody else has."
+                f"The file {digest} is not in {self.folder}. It was removed by retention or by another program."
             ) from error
         if hashlib.sha256(content).hexdigest() != digest:
             raise ContentError(
-                f"The content {digest} in {self.folder} was changed on disk. Check the disk, and bring the file "
-                "back from a backup."
+                f"The file {digest} in {self.folder} was changed on disk. Check the disk, and restore the file "
+                "from a backup."
             )
         return content
 
     def remove(self, digest: str) -> None:
-        """Forget a content, if it is here.
+        """Remove the file with this hash, if it exists.
 
         Raises:
-            ContentError: this is no hash.
+            ContentError: the hash is malformed.
         """
         self._path(digest).unlink(missing_ok=True)
 
-    def remove_unless(self, referred: Callable[[str], bool], digest: str) -> bool:
-        """Forget a content unless it is referred to by now, and say whether it was forgotten."""
+    def remove_unless(self, is_referenced: Callable[[str], bool], digest: str) -> bool:
+        """Remove a file unless it is referenced, and return whether it was removed."""
         with self.write_lock:
-            if referred(digest):
+            if is_referenced(digest):
                 return False
             self.remove(digest)
             return True
 
     def sweep(self) -> None:
-        """Remove what a killed server left half written; writing goes on meanwhile."""
+        """Remove partial files of a killed server; files that are being written now are kept."""
         for shard in self._shards():
             for partial in shard.glob(f"{_PARTIAL}*"):
                 if not partial.name.startswith(self._partial):
                     partial.unlink(missing_ok=True)
 
     def all_hashes(self) -> Iterator[str]:
-        """Every content that is here, in order, without a list of them."""
+        """Yield the hashes of all files in order."""
         for shard in self._shards():
             yield from sorted(path.name for path in shard.iterdir() if _SHA256.fullmatch(path.name))
 
@@ -152,13 +151,13 @@ class Files:
     def _path(self, digest: str) -> Path:
         if not _SHA256.fullmatch(digest):
             raise ContentError(
-                f"A content is called by its SHA-256 in 64 small hex digits, got {digest[:100]!r}."
+                f"The hash of a file must be a SHA-256 in 64 lowercase hex digits, got {digest[:100]!r}."
             )
         return self.folder / digest[:2] / digest
 
 
 def _sync_folder(folder: Path) -> None:
-    """Names in a folder outlive a power cut only after this; Windows neither offers nor needs it."""
+    """Write the names in a folder through to the disk; Windows neither offers nor needs this."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""How much may arrive, and what every answer tells the browser."""
+"""Limits of request sizes and times, and security headers of every answer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from normweave.serve.config import ServeConfig
 
 RETRY_SECONDS = 1
-_SAFE = (
+_SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
     (b"referrer-policy", b"no-referrer"),
-    # The page compiles its templates in the browser and styles elements one by one; nothing comes from elsewhere.
+    # NiceGUI compiles templates in the browser and sets inline styles; nothing is loaded from other hosts.
     (
         b"content-security-policy",
         b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -26,7 +26,7 @@ _SAFE = (
 
 
 class _TooMuchError(Exception):
-    """A body beyond what is taken; the answer that says so."""
+    """The request exceeds a limit; the answer has this status."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -34,9 +34,9 @@ class _TooMuchError(Exception):
 
 
 class LimitsMiddleware:
-    """ASGI: bounds the bytes of a request, those of all requests together, and the time that a body takes to come.
+    """ASGI middleware that limits the bytes of a request, of all requests together, and the time to receive a body.
 
-    Bytes count from their arrival until the request is answered, since so long someone may hold them.
+    Bytes count from their arrival until the request is answered, since they may be in memory until then.
     """
 
     def __init__(self, app: ASGIApp, *, config: ServeConfig) -> None:
@@ -45,12 +45,12 @@ class LimitsMiddleware:
         self._arriving = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, as far as it goes."""
+        """Call the application with limits, and answer 408, 413 or 429 if a limit is exceeded."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         held = 0
-        begun = whole = False
+        started = complete = False
         refused: _TooMuchError | None = None
         deadline = asyncio.get_running_loop().time() + self._config.receive_seconds
 
@@ -65,17 +65,16 @@ class LimitsMiddleware:
             if held + count > limit:
                 raise refuse(
                     413,
-                    f"The request has more than {limit:,} bytes, which is the most that this server takes. "
-                    "Send fewer images at a time.",
+                    f"The request has more than {limit:,} bytes, the maximum of this server. Send fewer images.",
                 )
             if self._arriving + count > self._config.max_arriving_bytes:
-                raise refuse(429, "Too many requests arrive at once. Send this one again in a moment.")
+                raise refuse(429, "Too many requests arrive at once. Send this request again in a moment.")
             held += count
             self._arriving += count
 
-        async def limited() -> Message:
-            nonlocal whole
-            if whole:  # what comes now is the end of the connection, for which an answer may wait for long
+        async def limited_receive() -> Message:
+            nonlocal complete
+            if complete:  # the next message is the end of the connection, which may come much later
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
@@ -87,40 +86,41 @@ class LimitsMiddleware:
                 ) from None
             if message["type"] == "http.request":
                 take(len(message.get("body", b"")))
-                whole = not message.get("more_body", False)
+                complete = not message.get("more_body", False)
             return message
 
-        async def safe(message: Message) -> None:
-            nonlocal begun
-            if refused is not None and not begun:
-                return  # whatever the application makes of it: the answer is given below
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if refused is not None and not started:
+                return  # dropped: the answer below replaces that of the application
             if message["type"] == "http.response.start":
-                begun = True
-                there = {name for name, _ in message.get("headers", [])}
-                more: list[Any] = [pair for pair in _SAFE if pair[0] not in there]
-                message = {**message, "headers": [*message.get("headers", []), *more]}
+                started = True
+                headers: list[Any] = list(message.get("headers", []))
+                names = {name for name, _ in headers}
+                headers += [pair for pair in _SECURITY_HEADERS if pair[0] not in names]
+                message = {**message, "headers": headers}
             await send(message)
 
         try:
             if (length := _length(scope)) is not None and length > self._config.max_request_bytes:
                 take(length)
-            await self._app(scope, limited, safe)
+            await self._app(scope, limited_receive, send_with_headers)
         except Exception:
-            if refused is None or begun:
+            if refused is None or started:
                 raise
         finally:
             self._arriving -= held
-        if refused is not None and not begun:
-            begun = True
+        if refused is not None and not started:
+            started = True
             headers = {"Connection": "close"} | (
                 {"Retry-After": str(RETRY_SECONDS)} if refused.status == 429 else {}
             )
             answer = JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
-            await answer(scope, receive, safe)
+            await answer(scope, receive, send_with_headers)
 
 
 def _length(scope: Scope) -> int | None:
-    """What the request says of the length of its body."""
+    """Return the content length in the head of the request; None if it is missing or malformed."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and len(value) < 20:
             return int(value)

@@ -1,4 +1,4 @@
-"""What Prometheus may ask."""
+"""Metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ _BATCH = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """Counters of one server."""
+    """Metrics of one server."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self.inspections = Counter(
             "normweave_inspections",
-            "Images judged and kept; error where one could not be read.",
+            "Images inspected and stored; the verdict is error if the image could not be read.",
             ["verdict", "category", "subclass", "source"],
             registry=self._registry,
         )
         self.seconds = Histogram(
             "normweave_inspection_seconds",
-            "From an image's arrival until it is kept.",
+            "Time from the arrival of an image until its inspection is stored.",
             buckets=_SECONDS,
             registry=self._registry,
         )
         self.batch = Histogram(
             "normweave_batch_images",
-            "Images that went through the network together.",
+            "Number of images scored in one batch.",
             buckets=_BATCH,
             registry=self._registry,
         )
         self.waiting = Gauge(
-            "normweave_waiting_images", "Images taken and not yet answered.", registry=self._registry
+            "normweave_waiting_images", "Images accepted and not yet answered.", registry=self._registry
         )
         self.refused = Counter(
             "normweave_refused_images",
-            "Images not taken since too many waited.",
+            "Images refused because too many were waiting.",
             registry=self._registry,
         )
 
     def observe(self, inspection: Inspection, *, seconds: float) -> None:
-        """Count an inspection that was kept."""
+        """Count a stored inspection."""
         outcome = inspection.outcome
         self.inspections.labels(
             outcome.verdict or "error", outcome.category or "", outcome.subclass or "", inspection.source
@@ -52,5 +52,5 @@ class Metrics:
         self.seconds.observe(seconds)
 
     def text(self) -> bytes:
-        """Everything, as Prometheus reads it."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)

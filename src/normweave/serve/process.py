@@ -1,4 +1,4 @@
-"""A server as a process: the socket, TLS, and an end in good order."""
+"""The server process: socket, TLS, timeouts and orderly shutdown."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BACKLOG = 2048
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on, at any free port for 0.
+    """Return a listening socket; port 0 selects a free port.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address is not valid or in use.
     """
     listening = None
     try:
@@ -43,16 +43,16 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def check_certificate(certificate: Path, key: Path) -> None:
-    """Try what will be needed, before anything else is done.
+    """Check that TLS can use this certificate and key.
 
     Raises:
-        ConfigError: it is no certificate with its key.
+        ConfigError: they cannot be read or do not belong together.
     """
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
-    except OSError as error:  # ssl's own errors are of this kind
+    except OSError as error:  # includes ssl.SSLError
         raise ConfigError(
-            f"{certificate} and {key} are no certificate with its key: {error}. Give two PEM files that may be read."
+            f"TLS cannot use the certificate {certificate} with the key {key}: {error}. Give two readable PEM files."
         ) from error
 
 
@@ -63,10 +63,10 @@ def run(
     config: ServeConfig,
     certificate: tuple[Path, Path] | None = None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; then answer what was asked, and return.
+    """Serve until SIGINT or SIGTERM; then answer the open requests, and return.
 
     Args:
-        certificate: of TLS, and its key.
+        certificate: for TLS, with its key.
     """
     server = uvicorn.Server(
         uvicorn.Config(
@@ -85,43 +85,43 @@ def run(
     def stop(*_: Any) -> None:
         server.should_exit = True
 
-    # uvicorn raises a signal again when it has stopped: it must not end the process before the store is closed.
-    before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
+    # uvicorn raises the signal again after stopping; this must not end the process before the store is closed.
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         server.run(sockets=[listening])
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def protocol_with_timeout(seconds: float) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, which would wait for ever for a request to begin, with an end to its patience.
+    """Return the HTTP protocol of uvicorn with a time limit for the head of a request, which uvicorn lacks.
 
     Args:
-        seconds: for the head of the first request; a later one has up to twice as long.
+        seconds: limit for the first request of a connection; later requests have up to twice this time.
     """
     parent: Any = AutoHTTPProtocol
 
-    class Impatient(parent):  # type: ignore[misc]
+    class ProtocolWithTimeout(parent):  # type: ignore[misc]
         def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
-            self.answered_before: Any = None
-            self.look = self.loop.call_later(seconds, self.give_up)
+            self.last_answered: Any = None
+            self.timer = self.loop.call_later(seconds, self.close_if_idle)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.look.cancel()
+            self.timer.cancel()
             super().connection_lost(exc)
 
         def handle_websocket_upgrade(self, *event: Any) -> None:
-            self.look.cancel()
+            self.timer.cancel()
             super().handle_websocket_upgrade(*event)
 
-        def give_up(self) -> None:
-            """Close a connection on which nothing is asked, now or when it was last looked at."""
-            if self.cycle is None or (self.cycle.response_complete and self.cycle is self.answered_before):
+        def close_if_idle(self) -> None:
+            """Close the connection if no request has begun since the check before."""
+            if self.cycle is None or (self.cycle.response_complete and self.cycle is self.last_answered):
                 self.transport.close()
                 return
-            self.answered_before = self.cycle if self.cycle.response_complete else None
-            self.look = self.loop.call_later(seconds, self.give_up)
+            self.last_answered = self.cycle if self.cycle.response_complete else None
+            self.timer = self.loop.call_later(seconds, self.close_if_idle)
 
-    return Impatient
+    return ProtocolWithTimeout

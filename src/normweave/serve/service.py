@@ -102,7 +102,7 @@ class _Job:
     detector: Detector
     """With the thresholds at the time of arrival."""
     done: Future[Inspection] = field(default_factory=Future)
-    opened: PreparedImage = PreparedImage(None, (0, 0), (), None, None)
+    opened: PreparedImage = field(default=PreparedImage(None, (0, 0), (), None, None))
     scored: TileScores | None = None
 
     @property

@@ -1,4 +1,4 @@
-"""A folder that a camera writes to: every image in it is inspected once, in the order in which they came."""
+"""Folder watcher: inspects each new or changed image in a folder once, oldest first."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from normweave.serve.service import BusyError, InspectionService, Upload
 log = logging.getLogger(__name__)
 
 SECONDS = 0.5
-"""Between two looks into the folder."""
+"""Time between two scans of the folder."""
 SETTLED_SECONDS = 1.0
-"""A file that has not changed for so long is whole."""
-AT_ONCE = 500
-"""Files of one look, the oldest first, so that a full folder takes no memory."""
+"""A file is complete if it has not changed for this time."""
+MAX_FILES = 500
+"""Maximum number of files that a scan returns, which bounds the memory for a folder with many files."""
 ACTOR = "folder"
 
 
 class _File(NamedTuple):
-    """Ordered by when it came."""
+    """A file with its time of arrival, which defines the order."""
 
-    stamp: float  # seconds since 1970: of its content or of its name, whichever changed last
+    stamp: float  # seconds since 1970 of the last change of its content or its name
     path: str
 
 
 class Watch:
-    """Follows a folder while it runs. Files are read, never changed; the store knows which were inspected.
+    """Watches a folder. Files are never changed; the store has the names of the inspected files.
 
     Attributes:
-        problem: why the last look failed; None: it did not.
+        problem: error of the last scan; None if it succeeded.
     """
 
     def __init__(self, folder: Path, *, service: InspectionService) -> None:
@@ -47,25 +47,25 @@ class Watch:
         self.problem: str | None = None
         self._service = service
         self._task: asyncio.Task[None] | None = None
-        self._behind = _File(0.0, "")  # everything up to here has been inspected
+        self._last = _File(0.0, "")  # all files up to this one are inspected
 
     @property
     def running(self) -> bool:
-        """Whether it follows the folder now."""
+        """Whether the watcher runs."""
         return self._task is not None and not self._task.done()
 
     def start(self) -> None:
-        """Follow the folder, from inside the server's loop."""
+        """Start watching; must be called from a running event loop."""
         if not self.running:
-            self._task = asyncio.get_running_loop().create_task(self._follow())
+            self._task = asyncio.get_running_loop().create_task(self._run())
 
     def stop(self) -> None:
-        """Follow it no longer; what was taken is still judged and kept."""
+        """Stop watching; images that the service has accepted are still inspected."""
         if self._task is not None:
             self._task.cancel()
             self._task = None
 
-    async def _follow(self) -> None:
+    async def _run(self) -> None:
         while True:
             try:
                 for file in await asyncio.to_thread(self._new):
@@ -73,30 +73,30 @@ class Watch:
                 self.problem = None
             except (NormweaveError, OSError) as error:
                 if str(error) != self.problem:
-                    log.warning("Following %s: %s", self.folder, error)
+                    log.warning("Watching %s: %s", self.folder, error)
                 self.problem = str(error)
             await asyncio.sleep(SECONDS)
 
     def _new(self) -> list[_File]:
-        """The oldest files that are whole and have not been inspected since they changed."""
+        """Return the oldest complete files that have not been inspected since their last change."""
         settled = time.time() - SETTLED_SECONDS
-        files = (file for file in self._files() if self._behind < file and file.stamp <= settled)
-        oldest = heapq.nsmallest(AT_ONCE, files)
+        files = (file for file in self._files() if file > self._last and file.stamp <= settled)
+        oldest = heapq.nsmallest(MAX_FILES, files)
         new = [file for file in oldest if not self._known(file)]
         if oldest and not new:
-            self._behind = oldest[-1]
+            self._last = oldest[-1]
         return new
 
     def _files(self) -> Iterator[_File]:
-        for place, folders, names in os.walk(self.folder, onerror=_raise):
+        for folder, folders, names in os.walk(self.folder, onerror=_raise):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
-                path = os.path.join(place, name)
+                path = os.path.join(folder, name)
                 if name.startswith(".") or not name.lower().endswith(IMAGES) or os.path.islink(path):
                     continue
                 try:
                     status = os.stat(path)
-                except OSError:  # gone meanwhile
+                except OSError:  # removed in the meantime
                     continue
                 yield _File(max(status.st_mtime, status.st_ctime), path)
 
@@ -105,17 +105,15 @@ class Watch:
 
     def _known(self, file: _File) -> bool:
         since = datetime.fromtimestamp(file.stamp, UTC)
-        wanted = Filter(name=self._name(file), source="folder", since=since)
-        return bool(self._service.store.inspections(wanted, limit=1))
+        same = Filter(name=self._name(file), source="folder", since=since)
+        return bool(self._service.store.inspections(same, limit=1))
 
     async def _inspect(self, file: _File) -> None:
         try:
             content = await asyncio.to_thread(self._read, file.path)
-        except (
-            OSError
-        ) as error:  # gone meanwhile, or not to be read: it is reported, and the next one follows
-            log.warning("Following %s: %s", self.folder, error)
-            self._behind = file
+        except OSError as error:  # removed in the meantime or not readable: continue with the next file
+            log.warning("Watching %s: %s", self.folder, error)
+            self._last = file
             return
         while True:
             try:
@@ -123,7 +121,7 @@ class Watch:
                 break
             except BusyError:
                 await asyncio.sleep(SECONDS)
-        self._behind = file
+        self._last = file
 
     def _read(self, path: str) -> bytes:
         with open(path, "rb") as file:

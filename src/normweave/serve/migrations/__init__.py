@@ -1,4 +1,5 @@
-"""How the store's tables came to be what they are: one file a step in `versions`, none of which is ever edited.
+"""Alembic migrations of the store, one file for each revision in `versions`; released ones are never edited.
 
-A change of the tables in `store.py` takes a new step, written by hand after the last one; the tests compare both.
+A change of the tables, for example by a field of `Outcome`, needs a new revision, written by hand. A test compares the
+result of all migrations with `tables.METADATA`.
 """

@@ -1,4 +1,4 @@
-"""Alembic's way in: `Store.open` hands over a connection in a transaction, and ends that itself."""
+"""Environment of Alembic: `Database.open` passes a connection inside a transaction, which it commits itself."""
 
 from alembic import context
 

@@ -1,4 +1,4 @@
-"""The tables that the store began with."""
+"""First tables of the store."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ NUMBER = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 
 
 def upgrade() -> None:
-    """Make them in an empty database."""
+    """Create the tables in an empty database."""
     op.create_table(
         "inspections",
         sa.Column("id", NUMBER, primary_key=True),

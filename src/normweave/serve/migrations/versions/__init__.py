@@ -1,1 +1,1 @@
-"""The steps, in order."""
+"""Revisions, in order."""

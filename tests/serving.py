@@ -68,14 +68,14 @@ class Server:
     def stop(self):
         """As systemd does; the exit code."""
         self._process.send_signal(signal.SIGTERM)
-        return self._ended()
+        return self.ended()
 
     def kill(self):
         """As a power cut does, for the process."""
         os.kill(self.pid, signal.SIGKILL)
-        self._ended()
+        self.ended()
 
-    def _ended(self):
+    def ended(self):
         try:
             return self._process.wait(STOP_SECONDS)
         finally:

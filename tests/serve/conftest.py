@@ -1,4 +1,4 @@
-"""A store in SQLite, and one in a PostgreSQL of the tests' own."""
+"""Fixtures: stores in SQLite and in a private PostgreSQL, and running services."""
 
 import getpass
 import os
@@ -49,14 +49,14 @@ class Postgres:
         )
 
     def sql(self, text, *, database="postgres"):
-        """Say something as its administrator."""
+        """Run a statement as the administrator."""
         with psycopg.connect(
             f"host={self._folder} user=tests dbname={database}", autocommit=True
         ) as connection:
             connection.execute(text)
 
     def database(self, *, encoding="UTF8"):
-        """The URL of an empty database, which every test shares: a new one each would take most of their time."""
+        """Return the URL of an empty database. Tests share it, since creating one takes most of their time."""
         name = f"test_{encoding}".lower()
         if name not in self._made:
             self._made.add(name)
@@ -65,12 +65,12 @@ class Postgres:
         return f"postgresql://tests@/{name}?host={self._folder}"
 
     def stop(self):
-        """Stop it at once; nothing of it is needed again."""
+        """Stop it without a checkpoint."""
         self._run("pg_ctl", "stop", "--wait", "--mode=immediate")
 
 
 def find_programs():
-    """Where initdb lies: on the PATH, or where Debian puts it; the newest."""
+    """Return the folder of the newest initdb, on the PATH or in the folder of Debian."""
     folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda folder: float(folder.parent.name))
     on_path = shutil.which("initdb")
     folders += [Path(on_path).resolve().parent] if on_path else []
@@ -93,7 +93,7 @@ def postgres():
 
 @pytest.fixture(params=["sqlite", "postgres"])
 def database_url(request, tmp_path):
-    """Of an empty database."""
+    """URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/store.db"
     return request.getfixturevalue("postgres").database()
@@ -106,7 +106,7 @@ def store(database_url):
     store.close()
 
 
-# ── a bundle at work ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── a running service ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def runtime(bundle):  # noqa: F811 - it is the fixture
 
 @pytest.fixture
 def start(runtime, tmp_path):
-    """Start services in a folder of their own; all are stopped at the end."""
+    """Function that starts a service in a folder of its own; all services are stopped at the end."""
     started = []
 
     def start(**limits):
@@ -146,14 +146,32 @@ def access(service, tmp_path):
 
 @pytest.fixture
 def keys(access):
-    """Secret by role."""
+    """Secret of each role."""
     return {made.token.role: made.secret for made in access.create_first_tokens()}
 
 
 @pytest.fixture
 def client(service, access, keys):
-    """An engineer's program."""
+    """Client with the token of an engineer."""
     app = create_app(service, access=access, pages=False)
     headers = {"Authorization": f"Bearer {keys['engineer']}"}
     with TestClient(app, headers=headers, raise_server_exceptions=False) as client:
         yield client
+
+
+@pytest.fixture
+def app(service, access, keys):
+    return create_app(service, access=access, pages=False)
+
+
+@pytest.fixture
+def browser(app):
+    """A browser without a login."""
+    with TestClient(app, base_url="http://line:8080", follow_redirects=False) as client:
+        yield client
+
+
+@pytest.fixture
+def log_in():
+    """Function that sends a token with the login form."""
+    return lambda client, secret: client.post("/login", data={"token": secret})

@@ -1,4 +1,4 @@
-"""REST as a program sees it."""
+"""The REST interface."""
 
 import base64
 import hashlib
@@ -25,10 +25,10 @@ def encoded(path, name=""):
     return {"name": name, "data": base64.b64encode(Path(path).read_bytes()).decode()}
 
 
-# ── images in ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_three_ways_to_send_an_image_say_the_same(client, runtime, photos):
+def test_every_content_type_gives_the_same_result(client, runtime, photos):
     path = photos[0]
     expected = runtime.score(path)
     answers = [
@@ -57,7 +57,7 @@ def test_the_three_ways_to_send_an_image_say_the_same(client, runtime, photos):
     assert names == [Path(path).name, "part.png", "part.png", ""]
 
 
-def test_many_images_come_back_in_their_order_with_the_bad_one_named(client, photos):
+def test_inspections_are_in_the_order_of_the_images(client, photos):
     files = [*form(*photos[:3]), ("images", ("bad.png", b"nothing")), *form(photos[3])]
     inspections = client.post("/v1/inspect", files=files).json()["inspections"]
     assert [one["name"] for one in inspections] == [given[1][0] for given in files]
@@ -93,7 +93,7 @@ def test_a_name_is_never_a_path(client, service, photos, name):
         ),
         ({"data": {"images": "text"}, "files": {"other": b""}}, 422, "must contain files, got text"),
         ({"files": [("images", ("a", b"x"))] * 33}, 413, "Too many files. Maximum number of files is 32"),
-        ({"json": {"images": [{"data": ""}] * 33}}, 413, "33 images in one request"),
+        ({"json": {"images": [{"data": ""}] * 33}}, 413, "has 33 images, but at most 32"),
         ({"json": {}}, 422, "images: Field required"),
         ({"json": {"images": []}}, 422, "images: List should have at least 1 item"),
         ({"json": {"images": [{"data": "%%"}]}}, 422, "is not base64"),
@@ -103,12 +103,12 @@ def test_a_name_is_never_a_path(client, service, photos, name):
         ({"content": b"\xff", "headers": {"Content-Type": "application/json"}}, 422, "Invalid JSON"),
     ],
 )
-def test_what_is_no_request(client, request_, status, words):
+def test_malformed_requests(client, request_, status, words):
     answer = client.post("/v1/inspect", **request_)
     assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
 
 
-def test_a_large_image_is_refused_whole(start, access, keys, photos):
+def test_a_request_with_an_image_that_is_too_large(start, access, keys, photos):
     app = create_app(start(max_image_bytes=1000), access=access, pages=False)
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
@@ -116,7 +116,7 @@ def test_a_large_image_is_refused_whole(start, access, keys, photos):
         assert "but at most 1,000 are allowed for one image" in answer.json()["error"]
 
 
-def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkeypatch):
+def test_a_full_queue_answers_429(start, access, keys, photos, monkeypatch):
     service = start(max_waiting=1, max_images=1)
     free = threading.Event()
     scores = service.detector.scores
@@ -135,7 +135,7 @@ def test_a_full_queue_says_when_to_come_back(start, access, keys, photos, monkey
         assert client.post("/v1/inspect", files=form(photos[0])).status_code == 200
 
 
-def test_a_late_answer_says_that_the_images_were_taken(start, access, keys, photos, monkeypatch):
+def test_a_timeout_answers_503_and_the_images_are_inspected(start, access, keys, photos, monkeypatch):
     service = start(answer_seconds=0.2)
     free = threading.Event()
     scores = service.detector.scores
@@ -151,12 +151,12 @@ def test_a_late_answer_says_that_the_images_were_taken(start, access, keys, phot
         assert [one["id"] for one in client.get("/v1/inspections").json()["inspections"]] == [1]
 
 
-# ── what was kept ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── inspections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def inspected(client, photos):
-    """All photographs, as they were answered, newest first."""
+    """Answers for all photos, newest first."""
     answers = [client.post("/v1/inspect", files=form(path)).json()["inspections"][0] for path in photos]
     return answers[::-1]
 
@@ -196,13 +196,13 @@ def test_filters(client, inspected):
     "query",
     ["limit=0", "limit=1001", "before=0", "since=yesterday", "verdict=good", "before=99999999999999999999"],
 )
-def test_what_is_no_filter(client, query):
+def test_malformed_filters(client, query):
     answer = client.get(f"/v1/inspections?{query}")
     assert answer.status_code == 422
     assert query.partition("=")[0] in answer.json()["error"]
 
 
-def test_pictures(client, runtime, photos, inspected):
+def test_image_map_and_overlay(client, runtime, photos, inspected):
     one, path = inspected[0], photos[-1]
     image = client.get(one["image_url"])
     assert (image.content, image.headers["content-type"]) == (Path(path).read_bytes(), "image/png")
@@ -222,7 +222,7 @@ def test_pictures(client, runtime, photos, inspected):
     assert Image.open(io.BytesIO(client.get(one["overlay_url"]).content)).size == (64, 64)
 
 
-def test_what_has_no_picture(client, service):
+def test_an_unreadable_image_has_no_image_map_and_overlay(client, service):
     client.post("/v1/inspect", files=[("images", ("bad", b"x"))])
     for what in ("image", "map", "overlay"):
         answer = client.get(f"/v1/inspections/1/{what}")
@@ -239,9 +239,9 @@ def test_an_image_that_retention_removed(client, service, inspected):
     assert client.get("/v1/inspections/1").json()["verdict"] == inspected[-1]["verdict"]
 
 
-def test_a_file_that_is_gone_or_changed_is_said(client, service, inspected):
-    picture = service.store.inspection(1).image
-    path = service.files._path(picture.image_hash)
+def test_a_missing_or_changed_file_answers_503(client, service, inspected):
+    stored = service.store.inspection(1).image
+    path = service.files.folder / stored.image_hash[:2] / stored.image_hash
     path.write_bytes(b"changed")
     answer = client.get("/v1/inspections/1/image")
     assert (answer.status_code, "changed on disk" in answer.json()["error"]) == (503, True)
@@ -268,7 +268,7 @@ def test_reviews(client, inspected):
     assert client.post("/v1/inspections/1/review", json=given | {"more": 1}).status_code == 422
 
 
-def test_what_is_not_there(client):
+def test_not_found(client):
     answer = client.get("/v1/inspections/99")
     assert (answer.status_code, answer.json()["error"]) == (
         404,
@@ -278,7 +278,7 @@ def test_what_is_not_there(client):
     assert client.delete("/v1/model").status_code == 405
 
 
-# ── the line, tokens, health ─────────────────────────────────────────────────────────────────────────────────────────
+# ── model, tokens, health ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_model(client, runtime):
@@ -290,9 +290,9 @@ def test_the_model(client, runtime):
     assert model["fit_images"] == runtime.record["fit_images"]
 
 
-def test_another_rate(client, inspected):
-    foretold = client.get("/v1/model/preview", params={"false_alarm_rate": 0.3}).json()
-    assert foretold["n"] == sum(foretold["now"].values()) == sum(foretold["then"].values()) == len(inspected)
+def test_change_of_the_false_alarm_rate(client, inspected):
+    preview = client.get("/v1/model/preview", params={"false_alarm_rate": 0.3}).json()
+    assert preview["n"] == sum(preview["now"].values()) == sum(preview["then"].values()) == len(inspected)
     assert client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.3}).status_code == 200
     assert client.get("/v1/model").json()["false_alarm_rate"] == 0.3
     (change,) = client.get("/v1/model/rates").json()
@@ -335,7 +335,7 @@ def test_health_and_metrics(client, service, monkeypatch, photos):
     assert client.get("/healthz").status_code == 200
 
 
-# ── what goes wrong inside ───────────────────────────────────────────────────────────────────────────────────────────
+# ── internal errors ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_health_and_metrics(client, service, monkeypatch, photos):
         (ValueError("a secret"), 500, "Internal error of the server: ValueError"),
     ],
 )
-def test_a_failure_inside_is_said_without_its_details(
+def test_internal_errors_are_answered_without_details(
     client, service, photos, monkeypatch, error, status, words
 ):
     def fail(batch):
@@ -357,15 +357,15 @@ def test_a_failure_inside_is_said_without_its_details(
     assert "secret" not in answer.text
 
 
-def test_the_document_names_every_way_to_send_images(client):
+def test_the_openapi_document_has_every_content_type(client):
     document = client.get("/openapi.json").json()
     assert document["openapi"].startswith("3.1")
-    ways = document["paths"]["/v1/inspect"]["post"]["requestBody"]["content"]
-    assert set(ways) == {"multipart/form-data", "application/json", "application/octet-stream"}
-    assert client.get("/docs").status_code == 404  # its scripts would come from another host
+    content_types = document["paths"]["/v1/inspect"]["post"]["requestBody"]["content"]
+    assert set(content_types) == {"multipart/form-data", "application/json", "application/octet-stream"}
+    assert client.get("/docs").status_code == 404  # its scripts would be loaded from another host
 
 
-def test_an_inspection_is_answered_as_it_is_kept(client, service, photos):
+def test_an_inspection_is_answered_as_stored(client, service, photos):
     (answer,) = client.post("/v1/inspect", files=form(photos[-1])).json()["inspections"]
     kept = service.store.inspection(1)
     assert isinstance(kept, Inspection)

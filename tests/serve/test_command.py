@@ -1,4 +1,4 @@
-"""`normweave serve` as its user starts it."""
+"""The command `normweave serve`."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def server(bundle, tmp_path_factory):
         yield server
 
 
-def test_the_first_start_shows_the_tokens_and_the_next_does_not(bundle, tmp_path):
+def test_only_the_first_start_shows_the_tokens(bundle, tmp_path):
     with Server(bundle, tmp_path / "data") as first:
         assert set(first.tokens) == {"engineer", "operator"}
     with Server(bundle, tmp_path / "data", tokens=dict(first.tokens)) as again:
@@ -39,13 +39,13 @@ def test_the_first_start_shows_the_tokens_and_the_next_does_not(bundle, tmp_path
             assert client.get("/v1/tokens").status_code == 200
     with Server(bundle, tmp_path / "data", "--new-token", "operator", tokens=dict(first.tokens)) as more:
         assert more.tokens["operator"] != first.tokens["operator"]
-        for tokens in (first.tokens, more.tokens):  # the old ones stay good
+        for tokens in (first.tokens, more.tokens):  # the old tokens stay valid
             more.tokens = tokens
             with more.client("operator") as client:
                 assert client.get("/v1/model").status_code == 200
 
 
-def test_it_judges_as_predict_does(server, bundle, photos):
+def test_it_gives_the_results_of_predict(server, bundle, photos):
     with server.client() as client:
         for path, expected in zip(photos[:4], Detector.load(bundle).score(photos[:4]), strict=True):
             answer = client.post("/v1/inspect", files={"images": Path(path).read_bytes()})
@@ -58,16 +58,16 @@ def test_it_listens_on_this_machine_only(server):
     assert server.url.startswith("http://127.0.0.1:")
 
 
-def test_a_person_is_asked_for_a_token_and_gets_the_page(server):
+def test_a_person_logs_in_and_gets_the_page(server):
     with server.client(role=None, follow_redirects=True) as browser:
         page = browser.get("/", headers={"Accept": "text/html"})
         assert (page.status_code, "Log in" in page.text) == (401, True)
         page = browser.post("/login", data={"token": server.tokens["operator"]})
         assert (page.status_code, "normweave" in page.text) == (200, True)
         assert browser.get("/history.csv").status_code == 200
-    with server.client(role=None) as stranger:
+    with server.client(role=None) as browser:
         for path in ("/history.csv", "/review", "/_nicegui/client/x/upload/1"):
-            assert stranger.get(path).status_code == 401, path
+            assert browser.get(path).status_code == 401, path
 
 
 def test_it_has_no_torch(server, bundle, tmp_path):
@@ -86,7 +86,7 @@ def test_it_has_no_torch(server, bundle, tmp_path):
     assert done.stdout.strip().endswith("False False"), done.stderr
 
 
-def test_stopping_answers_what_was_asked(bundle, photos, tmp_path):
+def test_stopping_answers_open_requests(bundle, photos, tmp_path):
     server = Server(bundle, tmp_path / "data")
     with server.client() as client:
         content = Path(photos[0]).read_bytes()
@@ -101,7 +101,7 @@ def test_stopping_answers_what_was_asked(bundle, photos, tmp_path):
         os.kill(server.pid, signal.SIGTERM)
         sending.join()
         assert [one["error"] for one in answers[0].json()["inspections"]] == [None] * 32
-    assert server._ended() == 0
+    assert server.ended() == 0
 
 
 def test_two_servers_do_not_share_a_folder(server, bundle):
@@ -116,14 +116,17 @@ def test_a_taken_port(server, bundle, tmp_path):
     assert "Choose another --port" in result.output
 
 
-def test_what_is_kept_is_for_the_owner_only(server):
+def test_the_session_key_is_readable_by_its_owner_only(server):
     assert stat.S_IMODE((server.data / "session.key").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--no-token", "--host", "0.0.0.0"), "--no-token gives everyone who can connect to 0.0.0.0 all rights"),
+        (
+            ("--no-token", "--host", "0.0.0.0"),
+            "--no-token gives everyone who can connect to 0.0.0.0 all rights",
+        ),
         (("--tls-key", "x.pem"), "TLS needs both"),
         (("--watch", "nowhere"), "The folder nowhere does not exist"),
         (("--new-token", "boss"), "Unknown role 'boss'"),
@@ -132,7 +135,7 @@ def test_what_is_kept_is_for_the_owner_only(server):
         (("--max-megapixels", "0"), "max_pixels must be above 0"),
     ],
 )
-def test_what_it_refuses(bundle, tmp_path, options, words):
+def test_invalid_options(bundle, tmp_path, options, words):
     result = run("serve", bundle, "--port", "0", "--data", tmp_path / "data", *options)
     assert (result.exit_code, words in result.output) == (2, True), result.output
 
@@ -174,7 +177,7 @@ def test_over_tls(bundle, tmp_path):
             assert "; Secure" in cookie
 
 
-def test_slow_and_half_sent_requests_do_not_hold_it_up(server):
+def test_slow_and_incomplete_requests_do_not_block_others(server):
     host, port = server.url.removeprefix("http://").split(":")
     idle = [socket.create_connection((host, int(port))) for _ in range(50)]
     for number, one in enumerate(idle):

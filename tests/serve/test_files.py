@@ -1,4 +1,4 @@
-"""Contents on disk: under their hash, whole or not there, and nowhere else."""
+"""Files named by the hash of their content."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ def on_disk(files):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=200))
-def test_comes_back_under_the_hash_of_its_content(files, content):
+def test_a_content_is_read_by_its_hash(files, content):
     digest = files.put(content)
     assert digest == hashlib.sha256(content).hexdigest()
     assert files.read(digest) == content
@@ -47,7 +47,7 @@ def test_the_same_content_is_written_once(files):
     assert len(on_disk(files)) == 1
 
 
-def test_many_threads_put_the_same_and_others_at_once(files):
+def test_concurrent_writes(files):
     contents = [bytes([number % 7]) * 100_000 for number in range(70)]
     with ThreadPoolExecutor(8) as pool:
         digests = list(pool.map(files.put, contents))
@@ -59,13 +59,13 @@ def test_many_threads_put_the_same_and_others_at_once(files):
     "digest",
     ["", "../../etc/passwd", "a" * 63, "A" * 64, "a" * 64 + "\n", "a" * 62 + "/x", "..", "\0" * 64, "ä" * 64],
 )
-def test_what_is_no_hash_leads_nowhere(files, digest):
+def test_a_malformed_hash_is_refused(files, digest):
     for use in (files.read, files.remove):
         with pytest.raises(ContentError, match="must be a SHA-256 in 64 lowercase hex digits, got"):
             use(digest)
 
 
-def test_a_removed_content_is_said_to_be_gone(files):
+def test_a_removed_file_is_reported(files):
     digest = files.put(b"part")
     files.remove(digest)
     files.remove(digest)
@@ -73,14 +73,14 @@ def test_a_removed_content_is_said_to_be_gone(files):
         files.read(digest)
 
 
-def test_a_changed_content_is_not_given_out(files):
+def test_a_changed_file_is_refused(files):
     digest = files.put(b"part")
     (files.folder / digest[:2] / digest).write_bytes(b"pirt")
     with pytest.raises(ContentError, match=f"{digest} in .* was changed on disk"):
         files.read(digest)
 
 
-def test_a_content_is_removed_unless_somebody_refers_to_it(files):
+def test_a_referenced_file_is_not_removed(files):
     kept, gone = files.put(b"kept"), files.put(b"gone")
     assert [files.remove_unless(lambda digest: digest == kept, digest) for digest in (kept, gone)] == [
         False,
@@ -89,15 +89,15 @@ def test_a_content_is_removed_unless_somebody_refers_to_it(files):
     assert list(files.all_hashes()) == [kept]
 
 
-def test_lists_every_content(files):
+def test_all_hashes(files):
     digests = {files.put(bytes([number])) for number in range(40)}
     (files.folder / "notes.txt").write_text("not ours")
     (files.folder / min(digests)[:2] / "notes.txt").write_text("not ours")
     assert list(files.all_hashes()) == sorted(digests)
 
 
-def test_a_full_disk_leaves_nothing_behind(files):
-    """A disk that takes 1000 bytes a file stands for a full one."""
+def test_a_full_disk_leaves_no_partial_file(files):
+    """A file size limit of 1000 bytes simulates a full disk."""
     import resource
     import signal
 
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_nothing_behind(files):
     assert files.read(files.put(b"x" * 5000)) == b"x" * 5000
 
 
-WRITES_HALF = """
+KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
 from normweave.serve.files import Files
@@ -128,28 +128,31 @@ files.put(b"x" * 100_000)
 """
 
 
-def test_what_a_kill_left_half_written_is_swept(tmp_path):
+def test_partial_files_of_a_killed_server_are_removed(tmp_path, monkeypatch):
     folder = tmp_path / "files"
     digest = hashlib.sha256(b"x" * 100_000).hexdigest()
     folder.mkdir()
     (folder / digest[:2]).mkdir()  # so that the first fsync is that of the content
-    assert subprocess.run([sys.executable, "-c", WRITES_HALF, folder, "fsync"], check=False).returncode == -9
+    assert (
+        subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, folder, "fsync"], check=False).returncode
+        == -9
+    )
     files = Files(folder)  # the lock went with the process
     try:
         (left,) = on_disk(files)
         assert left.startswith(f"{digest[:2]}/.partial-")
         assert list(files.all_hashes()) == []
-        own = folder / digest[:2] / f"{files._partial}being-written"
-        own.touch()
-        kept = files.put(b"kept")
-        files.sweep()
-        assert on_disk(files) == sorted([str(own.relative_to(folder)), f"{kept[:2]}/{kept}"])
+        sync = os.fsync
+        with monkeypatch.context() as patch:  # a file that is being written is not removed
+            patch.setattr(os, "fsync", lambda descriptor: (files.sweep(), sync(descriptor)))
+            kept = files.put(b"kept")
+        assert on_disk(files) == [f"{kept[:2]}/{kept}"]
     finally:
         files.close()
 
 
-def test_a_name_is_given_to_what_is_on_disk_only(files, monkeypatch):
-    """Content, then name, then the folder that holds the name: any other order loses something in a power cut."""
+def test_a_file_is_synced_before_it_gets_its_name(files, monkeypatch):
+    """The order is content, name, folder of the name; any other order can lose the file in a power failure."""
     done = []
     sync, replace = os.fsync, Path.replace
     monkeypatch.setattr(
@@ -165,7 +168,7 @@ def test_a_name_is_given_to_what_is_on_disk_only(files, monkeypatch):
     assert done == [path.parent]
 
 
-def test_a_folder_serves_one_server(tmp_path):
+def test_a_second_server_in_the_same_folder_is_refused(tmp_path):
     first = Files(tmp_path)
     with pytest.raises(
         DataError, match=r"Another server stores its images in .*Stop that server, or choose another folder"
@@ -175,7 +178,7 @@ def test_a_folder_serves_one_server(tmp_path):
     Files(tmp_path).close()
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(DataError, match=r"is not writable: .*Choose another folder"):
         Files(tmp_path / "taken" / "files")

@@ -1,4 +1,4 @@
-"""How much may arrive, spoken to as a server speaks: message by message."""
+"""Limits of requests, tested with single ASGI messages."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from normweave.serve.limits import LimitsMiddleware
 
 
 async def reads_all(scope, receive, send):
-    """An application that answers with the number of bytes it got."""
+    """ASGI application that answers the number of received bytes."""
     count, more = 0, True
     while more:
         message = await receive()
@@ -21,7 +21,7 @@ async def reads_all(scope, receive, send):
 
 
 async def answers_whatever_happens(scope, receive, send):
-    """One that makes a 500 of every error."""
+    """ASGI application that answers 500 to every error."""
     try:
         await reads_all(scope, receive, send)
     except Exception:
@@ -31,7 +31,7 @@ async def answers_whatever_happens(scope, receive, send):
 
 
 class Request:
-    """A request whose body comes in parts, each when it is let."""
+    """Request whose body is sent in parts."""
 
     def __init__(self, limits, *, headers=()):
         self.parts = asyncio.Queue()
@@ -66,39 +66,43 @@ def limits(request):
 
 
 async def ended(request):
-    """Wait for the answer; an application may raise what it answered."""
+    """Wait for the status of the answer; the application may also raise."""
     await asyncio.wait([request.done], timeout=5)
     request.done.exception()
     return request.status
 
 
-def test_what_fits_passes(limits):
+def test_a_request_within_the_limits(limits):
     async def walk():
         request = Request(limits)
         await request.part(60)
         await request.part(40, last=True)
         assert await ended(request) == 200
         assert request.body == b"100"
-        assert limits._arriving == 0
         assert request.headers[b"x-content-type-options"] == b"nosniff"
         assert request.headers[b"referrer-policy"] == b"own"
+        following = Request(limits)  # the bytes of the first request count no more
+        await following.part(100, last=True)
+        assert await ended(following) == 200
 
     asyncio.run(walk())
 
 
-def test_a_body_that_grows_too_large_is_cut_off(limits):
+def test_a_body_that_exceeds_the_limit_is_refused(limits):
     async def walk():
         request = Request(limits)
         await request.part(60)
         await request.part(41)
         assert await ended(request) == 413
         assert "more than 100 bytes" in json.loads(request.body)["error"]
-        assert limits._arriving == 0
+        following = Request(limits)
+        await following.part(100, last=True)
+        assert await ended(following) == 200
 
     asyncio.run(walk())
 
 
-def test_a_body_that_says_that_it_is_too_large_is_not_read(limits):
+def test_a_content_length_above_the_limit_is_refused_before_reading(limits):
     async def walk():
         request = Request(limits, headers=[(b"content-length", b"101")])
         assert await ended(request) == 413
@@ -107,7 +111,7 @@ def test_a_body_that_says_that_it_is_too_large_is_not_read(limits):
     asyncio.run(walk())
 
 
-def test_all_together_are_bounded(limits):
+def test_the_size_of_all_requests_is_limited(limits):
     async def walk():
         first, second = Request(limits), Request(limits)
         await first.part(90)
@@ -123,7 +127,7 @@ def test_all_together_are_bounded(limits):
     asyncio.run(walk())
 
 
-def test_a_body_that_does_not_come(limits):
+def test_a_body_that_does_not_arrive_in_time(limits):
     async def walk():
         request = Request(limits)
         await request.part(10)
@@ -133,10 +137,10 @@ def test_a_body_that_does_not_come(limits):
     asyncio.run(walk())
 
 
-def test_a_slow_answer_is_no_slow_request():
+def test_a_slow_answer_is_not_a_slow_request():
     async def slow(scope, receive, send):
         await receive()
-        waiting = asyncio.ensure_future(receive())  # for the client to go away, as frameworks do
+        waiting = asyncio.ensure_future(receive())  # for the disconnect message, as frameworks do
         await asyncio.sleep(0.5)
         waiting.cancel()
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -150,7 +154,7 @@ def test_a_slow_answer_is_no_slow_request():
     asyncio.run(walk())
 
 
-def test_an_error_of_the_application_is_its_own():
+def test_errors_of_the_application_are_raised():
     async def broken(scope, receive, send):
         raise ValueError("broken")
 
@@ -160,3 +164,12 @@ def test_an_error_of_the_application_is_its_own():
             await request.done
 
     asyncio.run(walk())
+
+
+def test_every_answer_has_security_headers(browser):
+    for path in ("/healthz", "/login", "/v1/model"):
+        headers = browser.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert "default-src 'self'" in headers["content-security-policy"]
+        assert "http" not in headers["content-security-policy"]

@@ -1,4 +1,4 @@
-"""A hundred clients at once: the bench checks each answer against what was sent, and the store against each answer."""
+"""A hundred concurrent clients: the benchmark compares the answers with the images, and the store with the answers."""
 
 import json
 import subprocess
@@ -22,4 +22,4 @@ def test_a_hundred_clients(bundle, photos, tmp_path):
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert (row["wrong"], row["lost"]) == (0, 0)
     assert row["images"] > 100  # as many as there are clients, at the least
-    assert row["refused"] > 0  # more came than may wait, and were told so
+    assert row["refused"] > 0  # more images were sent than may wait

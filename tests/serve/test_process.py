@@ -1,4 +1,4 @@
-"""The socket, TLS and the patience of a server; its signals are in test_command.py."""
+"""Socket, TLS and timeouts; signals are tested in test_command.py."""
 
 import socket
 import threading
@@ -12,7 +12,7 @@ from normweave.serve.process import check_certificate, listen, protocol_with_tim
 
 
 async def answers(scope, receive, send):
-    """A tiny application."""
+    """Minimal ASGI application."""
     if scope["type"] == "http":
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
         await send({"type": "http.response.body", "body": b"ok"})
@@ -20,7 +20,7 @@ async def answers(scope, receive, send):
 
 @pytest.fixture
 def port():
-    """Of a server that waits a third of a second for a request to begin."""
+    """Port of a server with a timeout of 0.3 s for the request head."""
     with listen("127.0.0.1", 0) as listening:
         settings = uvicorn.Config(
             answers, http=protocol_with_timeout(0.3), log_level="error", timeout_keep_alive=60
@@ -42,13 +42,13 @@ def closed_after(connection):
 
 
 @pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\n"])
-def test_a_request_that_does_not_begin_is_given_up(port, head):
+def test_a_connection_without_a_complete_request_head_is_closed(port, head):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(head)
         assert closed_after(connection) < 5
 
 
-def test_so_is_a_second_one_on_the_same_connection(port):
+def test_a_connection_with_an_incomplete_second_request_is_closed(port):
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b"200 OK" in connection.recv(1000)
@@ -57,14 +57,14 @@ def test_so_is_a_second_one_on_the_same_connection(port):
         assert closed_after(connection) < 5
 
 
-def test_a_port_that_is_none(port):
+def test_a_port_in_use(port):
     with pytest.raises(
         ConfigError, match=f"Cannot listen on 127.0.0.1, port {port}: .*Choose another --port"
     ):
         listen("127.0.0.1", port)
 
 
-def test_a_certificate_that_is_none(tmp_path):
+def test_an_invalid_certificate(tmp_path):
     with pytest.raises(ConfigError, match=r"TLS cannot use the certificate .*Give two readable PEM files"):
         check_certificate(tmp_path / "gone.pem", tmp_path / "key.pem")
     for name in ("a.pem", "b.pem"):

@@ -1,8 +1,7 @@
-"""Images in, kept inspections out: their order, their company, what is refused and what is lost (nothing)."""
+"""The inspection service: order, batches, limits, failures, reviews, rates and retention."""
 
 import asyncio
 import io
-import json
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,23 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.errors import BundleError, CheckError, ConfigError
+from inspections import inspect_files
+from normweave.errors import BundleError, CheckError
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
 from normweave.serve.records import Filter, NotFoundError
 from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload, media_type, png
 
 
-def inspect(service, *paths, names=None):
-    uploads = [Upload(str(path), Path(path).read_bytes()) for path in paths]
-    if names is not None:
-        uploads = [upload._replace(name=name) for upload, name in zip(uploads, names, strict=True)]
-    return asyncio.run(service.inspect(uploads, source="api", actor="test"))
-
-
 @pytest.fixture
 def held(service, monkeypatch):
-    """The network stands still until it is let go."""
+    """Event that the network waits for."""
     free = threading.Event()
     scores = service.detector.scores
     monkeypatch.setattr(service.detector, "scores", lambda batch: (free.wait(30), scores(batch))[1])
@@ -35,8 +28,8 @@ def held(service, monkeypatch):
     free.set()
 
 
-def test_the_same_as_the_runtime_says_each_in_its_place(service, runtime, photos):
-    kept = inspect(service, *photos)
+def test_outcomes_equal_those_of_the_detector_in_order(service, runtime, photos):
+    kept = inspect_files(service, *photos)
     assert sorted(one.id for one in kept) == list(range(1, len(photos) + 1))
     for one, expected in zip(kept, runtime.score(photos), strict=True):
         outcome = one.outcome
@@ -50,8 +43,8 @@ def test_the_same_as_the_runtime_says_each_in_its_place(service, runtime, photos
         assert replace(stored, received_at=one.received_at) == one
 
 
-def test_image_and_map_come_back(service, runtime, photos):
-    (one,) = inspect(service, photos[-1])
+def test_image_and_map_of_an_inspection(service, runtime, photos):
+    (one,) = inspect_files(service, photos[-1])
     (expected,) = runtime.score([photos[-1]])
     assert asyncio.run(service.read_image(one.image)) == Path(photos[-1]).read_bytes()
     drawn = asyncio.run(service.render(one.image, lambda drawing: drawing.anomaly_map()))
@@ -64,16 +57,16 @@ def test_the_map_of_a_tiled_image(service, photos, tmp_path):
     Image.open(photos[0]).resize((300, 280)).save(
         large
     )  # 64 pixels a side are scored, four times that in tiles
-    (one,) = inspect(service, large)
+    (one,) = inspect_files(service, large)
     assert len(one.image.tiles) == 4
     drawn = asyncio.run(service.render(one.image, lambda drawing: drawing.anomaly_map()))
     (expected,) = service.detector.score([large])
     np.testing.assert_allclose(drawn, expected.anomaly_map, rtol=1e-4, atol=1e-5)
 
 
-def test_one_that_cannot_be_read_does_not_stop_the_others(service, photos, tmp_path):
+def test_an_unreadable_image_does_not_affect_the_others(service, photos, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
-    first, bad, last = inspect(service, photos[0], tmp_path / "bad.png", photos[1])
+    first, bad, last = inspect_files(service, photos[0], tmp_path / "bad.png", photos[1])
     assert first.outcome.verdict is not None
     assert last.outcome.verdict is not None
     assert bad.outcome.verdict is None
@@ -83,13 +76,15 @@ def test_one_that_cannot_be_read_does_not_stop_the_others(service, photos, tmp_p
 
 
 def test_limits_of_an_image(start, photos):
-    (bytes_,) = inspect(start(max_image_bytes=100), photos[0])
+    (bytes_,) = inspect_files(start(max_image_bytes=100), photos[0])
     assert "more than 100 bytes" in bytes_.outcome.error
-    (pixels,) = inspect(start(max_pixels=1000), photos[0])
-    assert "64 x 64 pixels (height x width). The maximum of this server is 1,000 pixels" in pixels.outcome.error
+    (pixels,) = inspect_files(start(max_pixels=1000), photos[0])
+    assert (
+        "64 x 64 pixels (height x width). The maximum of this server is 1,000 pixels" in pixels.outcome.error
+    )
 
 
-def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, photos, monkeypatch):
+def test_a_score_that_is_not_finite_is_an_error_of_that_image_only(service, photos, monkeypatch):
     scores = service.detector.scores
 
     def spoiled(batch):
@@ -107,7 +102,7 @@ def test_an_answer_that_is_no_number_is_an_error_of_that_image_alone(service, ph
     assert "must be finite" in bad.outcome.error
 
 
-def test_whatever_waits_goes_through_the_network_together(service, photos, held, monkeypatch):
+def test_waiting_images_are_scored_in_batches(service, photos, held, monkeypatch):
     sizes = []
     scores = service.detector.scores
     monkeypatch.setattr(
@@ -120,19 +115,17 @@ def test_whatever_waits_goes_through_the_network_together(service, photos, held,
             asyncio.ensure_future(service.inspect([Upload(str(n), content)], source="api", actor="test"))
             for n in range(9)
         ]
-        while service._opened.qsize() + (1 if sizes else 0) < 5:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)  # all nine are decoded
+        await asyncio.sleep(0.5)  # until all nine are decoded
         held.set()
         return await asyncio.gather(*waiting)
 
     answers = asyncio.run(all_at_once())
-    assert [answer[0].name for answer in answers] == [str(n) for n in range(9)]  # each gets its own
+    assert [answer[0].name for answer in answers] == [str(n) for n in range(9)]  # in the order of the calls
     assert max(sizes) == service.detector.batch_images == 4
     assert sum(sizes) == 9
 
 
-def test_a_full_queue_refuses_and_forgets_nothing(start, photos, monkeypatch):
+def test_a_full_queue_refuses_further_images(start, photos, monkeypatch):
     service = start(max_waiting=3, max_images=3)
     free = threading.Event()
     scores = service.detector.scores
@@ -143,7 +136,9 @@ def test_a_full_queue_refuses_and_forgets_nothing(start, photos, monkeypatch):
         three = asyncio.ensure_future(service.inspect([Upload("a", content)] * 3, source="api", actor="test"))
         await asyncio.sleep(0.1)
         assert service.waiting == 3
-        with pytest.raises(BusyError, match="3 images are waiting and 1 more were sent, but at most 3 may wait"):
+        with pytest.raises(
+            BusyError, match="3 images are waiting and 1 more were sent, but at most 3 may wait"
+        ):
             await service.inspect([Upload("b", content)], source="api", actor="test")
         free.set()
         assert len(await three) == 3
@@ -154,7 +149,7 @@ def test_a_full_queue_refuses_and_forgets_nothing(start, photos, monkeypatch):
     assert service.store.count(Filter()) == 4
 
 
-def test_who_stops_waiting_loses_nothing(service, photos, held):
+def test_a_cancelled_call_does_not_stop_the_inspection(service, photos, held):
     async def walk():
         upload = Upload("left alone", Path(photos[0]).read_bytes())
         with pytest.raises(TimeoutError):
@@ -168,7 +163,7 @@ def test_who_stops_waiting_loses_nothing(service, photos, held):
     assert service.store.count(Filter(name="left alone")) == 1
 
 
-def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, monkeypatch):
+def test_stopping_finishes_accepted_images_and_refuses_further_ones(start, photos, monkeypatch):
     service = start()
     free = threading.Event()
     scores = service.detector.scores
@@ -191,32 +186,32 @@ def test_stopping_finishes_what_was_taken_and_takes_nothing_more(start, photos, 
     assert asyncio.run(walk())[0].id == 1
 
 
-def test_a_failing_bundle_or_store_fails_the_request_and_not_the_station(service, photos, monkeypatch):
+def test_after_a_failure_of_the_bundle_or_store_the_service_works(service, photos, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(
             service.detector, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph"))
         )
         with pytest.raises(BundleError, match="broken graph"):
-            inspect(service, photos[0])
+            inspect_files(service, photos[0])
     with monkeypatch.context() as broken:
         broken.setattr(service.files, "put", lambda content: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(StoreError, match=r"cannot be written to .*: disk full\. Free disk space"):
-            inspect(service, photos[0])
+            inspect_files(service, photos[0])
     service.check_ready()
-    assert inspect(service, photos[0])[0].id == 1
+    assert inspect_files(service, photos[0])[0].id == 1
     assert service.waiting == 0
 
 
-def test_a_disk_without_room_for_a_request_is_not_ready(start):
+def test_with_a_full_disk_the_service_is_not_ready(start):
     with pytest.raises(StoreError, match=r"bytes free, less than one request may have"):
         start(max_request_bytes=2**60).check_ready()
 
 
-# ── people, and the line ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── reviews and rates ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_reviews(service, photos):
-    (one,) = inspect(service, photos[0])
+    (one,) = inspect_files(service, photos[0])
     reviewed = asyncio.run(service.review(one.id, decision="reject", reviewer="Ada", comment="scratch"))
     assert (reviewed.review.decision, reviewed.review.reviewer, reviewed.review.comment) == (
         "reject",
@@ -229,30 +224,30 @@ def test_reviews(service, photos):
         asyncio.run(service.inspection(99))
 
 
-def test_another_rate_is_what_it_was_foretold(service, photos):
-    now = inspect(service, *photos)
-    foretold = asyncio.run(service.preview_rate(0.3))
-    assert foretold.n == len(photos)
+def test_a_changed_rate_gives_the_previewed_verdicts(service, photos):
+    now = inspect_files(service, *photos)
+    preview = asyncio.run(service.preview_rate(0.3))
+    assert preview.n == len(photos)
     asyncio.run(service.change_rate(0.3, actor="Eve"))
-    then = inspect(service, *photos)
+    then = inspect_files(service, *photos)
     verdicts = [[one.outcome.verdict for one in kept] for kept in (now, then)]
-    assert foretold.now == {verdict: verdicts[0].count(verdict) for verdict in set(verdicts[0])}
-    assert foretold.then == {verdict: verdicts[1].count(verdict) for verdict in set(verdicts[1])}
-    assert foretold.changed == sum(a != b for a, b in zip(*verdicts, strict=True)) > 0
+    assert preview.now == {verdict: verdicts[0].count(verdict) for verdict in set(verdicts[0])}
+    assert preview.then == {verdict: verdicts[1].count(verdict) for verdict in set(verdicts[1])}
+    assert preview.changed == sum(a != b for a, b in zip(*verdicts, strict=True)) > 0
     assert {one.outcome.false_alarm_rate for one in then} == {0.3}
     assert then[0].outcome.bundle_hash == now[0].outcome.bundle_hash
 
 
-def test_the_rate_outlives_the_server(start, runtime, photos):
+def test_a_changed_rate_survives_a_restart(start, runtime, photos):
     first = start()
     asyncio.run(first.change_rate(0.3, actor="Eve"))
     again = InspectionService(runtime, store=first.store, files=first.files, config=ServeConfig())
     assert again.detector.calibration.false_alarm_rate == 0.3
-    assert runtime.calibration.false_alarm_rate == 0.1  # the bundle is as it was
+    assert runtime.calibration.false_alarm_rate == 0.1  # the bundle is unchanged
     again.stop()
 
 
-def test_a_rate_that_cannot_be_promised(service):
+def test_a_rate_with_too_few_calibration_images(service):
     for work in (service.preview_rate(0.001), service.change_rate(0.001, actor="Eve")):
         with pytest.raises(CheckError, match="needs at least 999 held-out normal images"):
             asyncio.run(work)
@@ -262,10 +257,10 @@ def test_a_rate_that_cannot_be_promised(service):
 # ── retention ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_too_old_goes_with_its_files(start, photos):
+def test_old_inspections_are_removed_with_their_files(start, photos):
     service = start(keep_days=1)
-    old, young = inspect(service, *photos[:2])
-    with service.store.database.writing() as connection:  # as if it had come two days ago
+    old, young = inspect_files(service, *photos[:2])
+    with service.store.database.writing() as connection:  # as if it were two days old
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
         )
@@ -275,17 +270,17 @@ def test_what_is_too_old_goes_with_its_files(start, photos):
     assert set(service.files.all_hashes()) == {young.image.image_hash, young.image.grids_hash}
 
 
-def test_beyond_its_size_the_oldest_images_go_and_records_stay(start, photos):
+def test_beyond_the_size_limit_images_are_removed_and_inspections_remain(start, photos):
     service = start(keep_gib=1e-9)
-    kept = inspect(service, *photos[:3])
+    kept = inspect_files(service, *photos[:3])
     service.apply_retention()
     assert list(service.files.all_hashes()) == []
     assert [service.store.inspection(one.id).image for one in kept] == [None] * 3
 
 
-def test_an_image_that_came_again_keeps_its_file(start, photos):
+def test_a_file_with_a_newer_reference_is_not_removed(start, photos):
     service = start(keep_days=1)
-    _, again = inspect(service, photos[0], photos[0])
+    _, again = inspect_files(service, photos[0], photos[0])
     with service.store.database.writing() as connection:
         connection.exec_driver_sql(
             "UPDATE inspections SET received_at = received_at - 2 * 86400 * 1000000 WHERE id = 1"
@@ -294,34 +289,18 @@ def test_an_image_that_came_again_keeps_its_file(start, photos):
     assert asyncio.run(service.read_image(again.image)) == Path(photos[0]).read_bytes()
 
 
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_png_shrinks_and_never_grows():
+def test_png_shrinks_and_never_enlarges():
     pixels = np.zeros((40, 80, 3), np.uint8)
     assert Image.open(io.BytesIO(png(pixels, max_side=20))).size == (20, 10)
     assert Image.open(io.BytesIO(png(pixels, max_side=200))).size == (80, 40)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_the_kind_of_an_image_is_read_from_its_bytes(kind):
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
+def test_media_type(name):
     content = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(content, kind)
-    assert media_type(content.getvalue()) == f"image/{kind.lower()}"
+    Image.new("RGB", (16, 16)).save(content, name)
+    assert media_type(content.getvalue()) == f"image/{name.lower()}"
     assert media_type(b"<svg onload=alert(1)>") == "application/octet-stream"
-
-
-def test_metrics_count(service, photos):
-    inspect(service, *photos[:2])
-    text = service.metrics.text().decode()
-    assert json.dumps("api") in text
-    assert "normweave_inspection_seconds_count 2.0" in text
-    assert "normweave_waiting_images 0.0" in text
-
-
-def test_what_the_limits_must_be():
-    with pytest.raises(ConfigError, match="max_pixels must be above 0, got 0"):
-        ServeConfig(max_pixels=0)
-    with pytest.raises(ConfigError, match="max_waiting must be at least max_images \(32\), got 4"):
-        ServeConfig(max_waiting=4)
-    assert ServeConfig(keep_days=0, keep_gib=0) == ServeConfig()

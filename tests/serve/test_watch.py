@@ -1,4 +1,4 @@
-"""A folder that a camera writes to."""
+"""The folder watcher."""
 
 import asyncio
 import contextlib
@@ -39,8 +39,8 @@ async def until(condition, seconds=20):
         await asyncio.sleep(0.02)
 
 
-def follow(service, folder, walk):
-    """Run `walk` while the folder is followed."""
+def watching(service, folder, walk):
+    """Run `walk` while the folder is watched."""
 
     async def run():
         watch = Watch(folder, service=service)
@@ -53,7 +53,7 @@ def follow(service, folder, walk):
     asyncio.run(run())
 
 
-def test_what_is_there_and_what_comes_is_inspected_once(service, camera, photos):
+def test_existing_and_new_files_are_inspected_once(service, camera, photos):
     shutil.copy(photos[0], camera / "a.png")
 
     async def walk(watch):
@@ -64,22 +64,22 @@ def test_what_is_there_and_what_comes_is_inspected_once(service, camera, photos)
         await until(lambda: names(service) == ["a.png", "lot 7/b.png"])
         await asyncio.sleep(0.3)
 
-    follow(service, camera, walk)
-    follow(service, camera, lambda watch: asyncio.sleep(0.5))  # after a restart neither comes again
+    watching(service, camera, walk)
+    watching(service, camera, lambda watch: asyncio.sleep(0.5))  # after a restart no file is inspected again
     assert names(service) == ["a.png", "lot 7/b.png"]
 
 
-def test_a_file_of_the_same_name_that_changed_comes_again(service, camera, photos):
+def test_a_changed_file_is_inspected_again(service, camera, photos):
     async def walk(watch):
         shutil.copy(photos[0], camera / "last.png")
         await until(lambda: len(names(service)) == 1)
         shutil.copy(photos[1], camera / "last.png")
         await until(lambda: len(names(service)) == 2)
 
-    follow(service, camera, walk)
+    watching(service, camera, walk)
 
 
-def test_a_file_is_not_read_while_it_grows(service, camera, photos):
+def test_a_growing_file_is_not_read(service, camera, photos):
     content = Path(photos[0]).read_bytes()
 
     async def walk(watch):
@@ -90,12 +90,12 @@ def test_a_file_is_not_read_while_it_grows(service, camera, photos):
                 await asyncio.sleep(0.1)
         await until(lambda: names(service) == ["slow.png"])
 
-    follow(service, camera, walk)
+    watching(service, camera, walk)
     (one,) = service.store.inspections(Filter(), limit=10)
     assert one.outcome.error is None
 
 
-def test_what_is_not_taken(service, camera, photos, tmp_path):
+def test_ignored_files(service, camera, photos, tmp_path):
     shutil.copy(photos[0], tmp_path / "secret.png")
     (camera / "link.png").symlink_to(tmp_path / "secret.png")
     (camera / "notes.txt").write_text("x")
@@ -107,12 +107,12 @@ def test_what_is_not_taken(service, camera, photos, tmp_path):
         await until(lambda: len(names(service)) == 2)
         await asyncio.sleep(0.2)
 
-    follow(service, camera, walk)
+    watching(service, camera, walk)
     assert sorted(names(service)) == ["broken.png", "z.png"]
     assert service.store.count(Filter(unreadable=True)) == 1
 
 
-def test_a_folder_that_goes_away_and_comes_back(service, camera, photos):
+def test_a_removed_and_recreated_folder(service, camera, photos):
     async def walk(watch):
         camera.rmdir()
         await until(lambda: watch.problem is not None)
@@ -122,10 +122,10 @@ def test_a_folder_that_goes_away_and_comes_back(service, camera, photos):
         await until(lambda: names(service) == ["a.png"])
         assert watch.problem is None
 
-    follow(service, camera, walk)
+    watching(service, camera, walk)
 
 
-def test_a_full_queue_is_waited_for(start, camera, photos):
+def test_the_watcher_waits_for_a_full_queue(start, camera, photos):
     service = start(max_waiting=1, max_images=1)
     for number in range(5):
         shutil.copy(photos[number], camera / f"{number}.png")
@@ -138,11 +138,11 @@ def test_a_full_queue_is_waited_for(start, camera, photos):
                 await service.inspect([upload], source="api", actor="test")
             await asyncio.sleep(0)
 
-    follow(service, camera, walk)
+    watching(service, camera, walk)
     assert sorted(names(service)) == [f"{number}.png" for number in range(5)]
 
 
-def test_many_files_are_taken_the_oldest_first_some_at_a_time(service, camera, photos, monkeypatch):
+def test_files_are_inspected_oldest_first(service, camera, photos, monkeypatch):
     monkeypatch.setattr(module, "MAX_FILES", 2)
     for number in (3, 1, 4, 2, 0):
         shutil.copy(photos[0], camera / f"{number}.png")
@@ -151,5 +151,5 @@ def test_many_files_are_taken_the_oldest_first_some_at_a_time(service, camera, p
     async def walk(watch):
         await until(lambda: len(names(service)) == 5)
 
-    follow(service, camera, walk)
+    watching(service, camera, walk)
     assert names(service) == ["3.png", "1.png", "4.png", "2.png", "0.png"]

@@ -30,8 +30,8 @@ from PIL import Image
 
 from normweave import scoring
 from normweave.data import images
-from normweave.errors import DataError, ImageError, NormweaveError
 from normweave.detector import Detector
+from normweave.errors import DataError, ImageError, NormweaveError
 from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError

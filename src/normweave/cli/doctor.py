@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +50,8 @@ def doctor(terminal: Terminal) -> int:
 
 def required() -> dict[str, list[str]]:
     """Return the required packages by extra. The base installation is ''."""
+    from importlib.metadata import requires  # slow to import
+
     packages: dict[str, list[str]] = {"": []}
     for line in requires("normweave") or []:
         name = re.match(r"[A-Za-z0-9_.-]+", line)
@@ -62,6 +63,8 @@ def required() -> dict[str, list[str]]:
 
 def installed(package: str) -> str | None:
     """Return the version of a package, or None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:

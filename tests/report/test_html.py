@@ -9,7 +9,7 @@ from PIL import Image
 from normweave.report.html import data_uri, percent, render
 
 
-def test_values_are_escaped_and_missing_ones_are_errors():
+def test_values_are_escaped_and_undefined_ones_are_errors():
     values = {"version": "1", "provenance": [], "legend": [], "parts": [], "figures": []}
     assert "<h1>a &lt; b</h1>" in render("benchmark.html", title="a < b", **values)
     with pytest.raises(UndefinedError, match="'title' is undefined"):

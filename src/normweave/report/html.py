@@ -1,9 +1,10 @@
-"""HTML pages from the templates of this package; every value is escaped."""
+"""HTML from Jinja2 templates in which every value is escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,22 +16,27 @@ from numpy.typing import NDArray
 from PIL import Image
 
 
-def render(template: str, **values: Any) -> Markup:
-    """Return a template filled with values, safe to insert into another one."""
-    return Markup(_environment().get_template(template).render(values))
-
-
-@cache
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("normweave.report"),
+def environment(package: str, **filters: Callable[..., str]) -> Environment:
+    """Return a Jinja2 environment for the folder `templates` of a package; an undefined value is an error."""
+    made = Environment(
+        loader=PackageLoader(package),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, "percent": percent}
-    return environment
+    made.filters |= filters
+    return made
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Return a template of this package filled with values, safe to insert into another one."""
+    return Markup(_reports().get_template(template).render(values))
+
+
+@cache
+def _reports() -> Environment:
+    return environment("normweave.report", data_uri=data_uri, percent=percent)
 
 
 def percent(share: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from normweave.report.html import environment
 
 
 def percent(share: float) -> str:
@@ -17,14 +17,7 @@ def local(moment: datetime) -> str:
     return f"{moment.astimezone():%Y-%m-%d %H:%M:%S}"
 
 
-_ENVIRONMENT = Environment(
-    loader=PackageLoader("normweave.serve"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_ENVIRONMENT.filters |= {"percent": percent, "local": local}
+_ENVIRONMENT = environment("normweave.serve", percent=percent, local=local)
 
 
 def render(template: str, **values: object) -> str:

@@ -23,7 +23,7 @@ def invoke(work, *arguments):
         """Do something."""
         return work(terminal)
 
-    command(app, "own")(own)
+    command(app, "own", own)
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
 
 
@@ -143,7 +143,7 @@ def test_a_closed_pipe_is_not_a_verdict(part):
         "    for _ in range(10_000):\n"
         "        terminal.show(PART)\n"
         "    return 0\n"
-        "command(app, 'own')(own)\n"
+        "command(app, 'own', own)\n"
         "app()\n"
     )
     with subprocess.Popen(

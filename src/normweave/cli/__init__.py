@@ -10,6 +10,7 @@ import typer
 
 from normweave import __version__
 from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, serve, train
+from normweave.cli.terminal import command
 
 app = typer.Typer(
     name="normweave",
@@ -23,8 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (demo, train, evaluate, predict, calibrate, serve, data, doctor, benchmark):
-    module.add_to(app)
+command(app, "demo", demo.demo)
+command(app, "train", train.train, cls=train.TrainCommand)
+command(app, "evaluate", evaluate.evaluate)
+command(app, "predict", predict.predict)
+command(app, "calibrate", calibrate.calibrate)
+command(app, "serve", serve.serve)
+data_app = typer.Typer(help="Check data sets, write manifests, make synthetic images.", no_args_is_help=True)
+command(data_app, "check", data.check)
+command(data_app, "manifest", data.manifest)
+command(data_app, "make-textures", data.make_textures)
+app.add_typer(data_app, name="data")
+command(app, "doctor", doctor.doctor)
+command(app, "benchmark", benchmark.benchmark)
 
 
 def _print_version(given: bool) -> None:

@@ -6,12 +6,7 @@ from typing import Annotated
 import typer
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, Terminal, command
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "benchmark")(benchmark)
+from normweave.cli.terminal import ALL_NORMAL, Terminal
 
 
 def benchmark(

@@ -1,15 +1,8 @@
 """`normweave calibrate`: compute the operating points of a bundle from other normal images."""
 
-import typer
-
 from normweave.cli import options
-from normweave.cli.terminal import Terminal, command
+from normweave.cli.terminal import Terminal
 from normweave.cli.train import report
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "calibrate")(calibrate)
 
 
 def calibrate(

@@ -6,20 +6,9 @@ from typing import Annotated
 import typer
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, Terminal, command
+from normweave.cli.terminal import ALL_NORMAL, Terminal
 
 WRONG_INPUT = 2
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the commands."""
-    commands = typer.Typer(
-        help="Check data sets, write manifests, make synthetic images.", no_args_is_help=True
-    )
-    command(commands, "check")(check)
-    command(commands, "manifest")(manifest)
-    command(commands, "make-textures")(make_textures)
-    app.add_typer(commands, name="data")
 
 
 def check(terminal: Terminal, data: options.Data, layout: options.Layout = None) -> int:

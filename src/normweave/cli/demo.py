@@ -7,12 +7,7 @@ from typing import Annotated
 import typer
 
 from normweave.cli.evaluate import report
-from normweave.cli.terminal import Terminal, command
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "demo")(demo)
+from normweave.cli.terminal import Terminal
 
 
 def demo(

@@ -6,15 +6,8 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-import typer
-
 from normweave import __version__
-from normweave.cli.terminal import ALL_NORMAL, Terminal, command
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "doctor")(doctor)
+from normweave.cli.terminal import ALL_NORMAL, Terminal
 
 
 def doctor(terminal: Terminal) -> int:

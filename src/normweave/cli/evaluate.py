@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, command
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,11 +20,6 @@ COLUMNS = {
     "P-AP": "pixel_ap",
     "AUPRO": "aupro",
 }
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "evaluate")(evaluate)
 
 
 def evaluate(

@@ -14,18 +14,13 @@ import typer
 
 from normweave.cli import options
 from normweave.cli.results import FORMATS, ResultWriter
-from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal, command
+from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal
 from normweave.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
     from normweave.types import Outcome
 
 STDIN = "-"
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "predict")(predict)
 
 
 def predict(

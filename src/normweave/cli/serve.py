@@ -7,16 +7,11 @@ from typing import Annotated, get_args
 import typer
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, Terminal, command
+from normweave.cli.terminal import ALL_NORMAL, Terminal
 from normweave.errors import ConfigError, DataError, MissingError, unknown
 
 MIB = 2**20
 _LIMITS = "Limits"
-
-
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "serve")(serve)
 
 
 def serve(

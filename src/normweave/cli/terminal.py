@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -33,36 +33,32 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 _PANEL = "Every command"
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)]
-_Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no remarks and no progress.", rich_help_panel=_PANEL)
-]
-_Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Log more, and print tracebacks.", rich_help_panel=_PANEL)
-]
-_Seed = Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers.", rich_help_panel=_PANEL)]
-_Device = Annotated[
-    str,
-    typer.Option(
-        help="auto, cpu, cuda or cuda:N. For a bundle also openvino or openvino:GPU.",
-        rich_help_panel=_PANEL,
-    ),
-]
-_Threads = Annotated[
-    int | None, typer.Option(min=1, help="The number of CPU threads.", rich_help_panel=_PANEL)
-]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Terminal:
     """The options of every command, and its output."""
 
-    json: bool = False
-    quiet: bool = False
-    verbose: bool = False
-    seed: int | None = None
-    device: str = "auto"
-    threads: int | None = None
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=_PANEL)] = False
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no remarks and no progress.", rich_help_panel=_PANEL)
+    ] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log more, and print tracebacks.", rich_help_panel=_PANEL)
+    ] = False
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of all random numbers.", rich_help_panel=_PANEL)
+    ] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto, cpu, cuda or cuda:N. For a bundle also openvino or openvino:GPU.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="The number of CPU threads.", rich_help_panel=_PANEL)
+    ] = None
 
     def record(self, values: dict[str, Any]) -> None:
         """Print one JSON object on one line of stdout."""
@@ -109,50 +105,29 @@ class Terminal:
 
 
 def command(
-    app: typer.Typer, name: str, *, cls: type[TyperCommand] | None = None
-) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Register a function `(terminal, **own) -> exit code` as a command with its own and the common options."""
+    app: typer.Typer, name: str, function: Callable[..., int], *, cls: type[TyperCommand] | None = None
+) -> None:
+    """Register `function(terminal, **own) -> exit code` as a command with its own and the common options."""
+    common = fields(Terminal)
 
-    def register(function: Callable[..., int]) -> Callable[..., int]:
-        def call(
-            *,
-            json: bool,
-            quiet: bool,
-            verbose: bool,
-            seed: int | None,
-            device: str,
-            threads: int | None,
-            **own: Any,
-        ) -> None:
-            terminal = Terminal(
-                json=json, quiet=quiet, verbose=verbose, seed=seed, device=device, threads=threads
-            )
-            if threads is not None:
-                _limit_threads(threads)
-            raise typer.Exit(_exit_code(terminal, lambda: function(terminal, **own)))
+    def call(**values: Any) -> None:
+        terminal = Terminal(**{option.name: values.pop(option.name) for option in common})
+        if terminal.threads is not None:
+            _limit_threads(terminal.threads)
+        raise typer.Exit(_exit_code(terminal, lambda: function(terminal, **values)))
 
-        _, *own = inspect.signature(function, eval_str=True).parameters.values()
-        common = [
-            _option("json", _Json, False),
-            _option("quiet", _Quiet, False),
-            _option("verbose", _Verbose, False),
-            _option("seed", _Seed, None),
-            _option("device", _Device, "auto"),
-            _option("threads", _Threads, None),
-        ]
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own] + common
-        # Typer reads the signature and the annotations.
-        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        call.__doc__ = function.__doc__
-        app.command(name, cls=cls)(call)
-        return function
-
-    return register
-
-
-def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    _, *own = inspect.signature(function, eval_str=True).parameters.values()
+    parameters = [parameter.replace(kind=keyword) for parameter in own]
+    parameters += [
+        inspect.Parameter(option.name, keyword, annotation=option.type, default=option.default)
+        for option in common
+    ]
+    # Typer reads the signature and the annotations.
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    call.__doc__ = function.__doc__
+    app.command(name, cls=cls)(call)
 
 
 def _exit_code(terminal: Terminal, work: Callable[[], int]) -> int:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, command
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal
 from normweave.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,12 +17,7 @@ if TYPE_CHECKING:
     from normweave.detector import Detector
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the command."""
-    command(app, "train", cls=_TrainCommand)(train)
-
-
-class _TrainCommand(TyperCommand):
+class TrainCommand(TyperCommand):
     """Lists the models in the help of --model. Their names are read from the settings only when usage is printed."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

@@ -1,7 +1,7 @@
-"""A server under load on the loopback: how many images a second, how long each waits, and whether anything is lost.
+"""Throughput, latency and memory of a server under load on the loopback, and a check that no inspection is lost.
 
-Every image is sent once, with bytes of its own, so that its answer can be told from all others. Afterwards each answer
-must be in the store, with its image and its scores on disk. Exit code 1 if something is lost, swapped or grows.
+Every image has unique bytes, so that its answer can be identified. At the end each answer must be in the store, with
+its image and patch scores on disk. Exit code 1 if an inspection is lost or wrong, or if the memory grows.
 
 python perf/bench_serve.py                # 1, 8 and 100 clients, 60 s each; then one JSON line
 python perf/bench_serve.py --bundle DIR --images DIR --clients 100 --seconds 10
@@ -33,22 +33,22 @@ from normweave.detector import Detector
 WARM_UP_SECONDS = 3.0
 MEMORY_SECONDS = 0.5
 GROWTH_MIB = 200.0
-"""More than this, from the end of the warm-up on, is growth; images in flight and their maps take some of it."""
+"""Maximum growth of the memory after the warm-up; waiting images and their maps need a part of it."""
 
 
 @dataclass
 class Answers:
-    """What the clients got."""
+    """Answers to all clients."""
 
     seconds: list[float] = field(default_factory=list)
-    kept: dict[int, str] = field(default_factory=dict)  # id -> SHA-256 of what was sent
+    kept: dict[int, str] = field(default_factory=dict)  # id -> SHA-256 of the sent file
     refused: int = 0  # 429, sent again later
     wrong: list[str] = field(default_factory=list)
     memory_mib: list[float] = field(default_factory=list)
 
 
 class Serving(NamedTuple):
-    """A server at work."""
+    """A running server."""
 
     process: subprocess.Popen[str]
     url: str
@@ -56,7 +56,7 @@ class Serving(NamedTuple):
 
 
 def start(bundle: Path, data: Path) -> Serving:
-    """Start one on a free port."""
+    """Start a server on a free port."""
     command = [
         sys.executable,
         "-m",
@@ -71,12 +71,12 @@ def start(bundle: Path, data: Path) -> Serving:
     ]
     server = subprocess.Popen([*command, "--threads", "1"], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
-    said = json.loads(server.stdout.readline())
-    return Serving(server, said["url"], said["tokens"][0]["token"])
+    started = json.loads(server.stdout.readline())
+    return Serving(server, started["url"], started["tokens"][0]["token"])
 
 
-def different(photos: list[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The photographs over and over, each time with other bytes behind the end of the picture."""
+def unique_images(photos: list[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yield (index, content) of the photos repeatedly, each time with different bytes after the end of the image."""
     for number in itertools.count():
         which = number % len(photos)
         yield which, photos[which] + number.to_bytes(8, "big")
@@ -89,18 +89,18 @@ async def client(
     answers: Answers,
     end: float,
 ) -> None:
-    """Send one image after the other, each until it is taken."""
+    """Send one image after the other, each until it is accepted."""
     for which, content in images:
         while True:
             if time.monotonic() >= end:
                 return
-            begun = time.perf_counter()
+            start = time.perf_counter()
             response = await http.post("/v1/inspect", files={"images": ("part.png", content)})
             if response.status_code != 429:
                 break
             answers.refused += 1
             await asyncio.sleep(float(response.headers["retry-after"]) / 2)
-        answers.seconds.append(time.perf_counter() - begun)
+        answers.seconds.append(time.perf_counter() - start)
         if response.status_code != 200:
             answers.wrong.append(f"{response.status_code} {response.text[:200]}")
             continue
@@ -112,7 +112,9 @@ async def client(
             or one["verdict"] != should["verdict"]
             or abs(one["pred_score"] - should["pred_score"]) > 1e-3 * abs(should["pred_score"])
         ):
-            answers.wrong.append(f"{one['id']}: {one['verdict']} {one['pred_score']} is of another image")
+            answers.wrong.append(
+                f"{one['id']}: {one['verdict']} {one['pred_score']} is the result of another image"
+            )
         answers.kept[one["id"]] = digest
 
 
@@ -124,7 +126,7 @@ async def load(
     clients: int,
     seconds: float,
 ) -> Answers:
-    """So many clients for so long."""
+    """Run this number of clients for this time."""
     answers = Answers()
     process = psutil.Process(server.process.pid)
 
@@ -145,7 +147,7 @@ async def load(
 
 
 def lost(data: Path, answers: Answers) -> list[str]:
-    """Answers that the store does not have as they were given, with all their files."""
+    """Return the answers that are missing in the store, differ from it, or lack a file."""
     files = {path.name for path in (data / "files").glob("??/*")}
     database = sqlite3.connect(f"file:{data}/store.sqlite?mode=ro", uri=True)
     try:
@@ -163,8 +165,8 @@ def lost(data: Path, answers: Answers) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--bundle", type=Path, help="made from textiles if left out")
-    parser.add_argument("--images", type=Path, help="folder of photographs for it")
+    parser.add_argument("--bundle", type=Path, help="default: trained on synthetic cloth")
+    parser.add_argument("--images", type=Path, help="folder of test images for the bundle")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 100])
     parser.add_argument("--seconds", type=float, default=60)
     arguments = parser.parse_args()
@@ -172,7 +174,7 @@ def main() -> int:
         folder = Path(name)
         bundle, images = arguments.bundle, arguments.images
         if bundle is None or images is None:
-            bundle, images = made(folder)
+            bundle, images = train_on_cloth(folder)
         paths = sorted(images.rglob("*.png"))
         photos = [path.read_bytes() for path in paths]
         expected = [
@@ -181,11 +183,11 @@ def main() -> int:
         server = start(bundle, folder / "data")
         rows, faults = [], []
         try:
-            endless = different(photos)
-            warm = asyncio.run(load(server, endless, expected, clients=8, seconds=WARM_UP_SECONDS))
+            stream = unique_images(photos)
+            warm = asyncio.run(load(server, stream, expected, clients=8, seconds=WARM_UP_SECONDS))
             for clients in arguments.clients:
                 answers = asyncio.run(
-                    load(server, endless, expected, clients=clients, seconds=arguments.seconds)
+                    load(server, stream, expected, clients=clients, seconds=arguments.seconds)
                 )
                 gone = lost(folder / "data", answers)
                 growth = max(answers.memory_mib) - warm.memory_mib[-1]
@@ -223,8 +225,8 @@ def main() -> int:
     return 1 if faults else 0
 
 
-def made(folder: Path) -> tuple[Path, Path]:
-    """A bundle of six kinds of cloth, and the good and bad photographs that it has not seen."""
+def train_on_cloth(folder: Path) -> tuple[Path, Path]:
+    """Return a bundle for six subclasses of synthetic cloth, and a folder with the test images."""
     from normweave.config import Config
     from normweave.detector import Detector
     from normweave.settings import override

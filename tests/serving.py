@@ -1,4 +1,4 @@
-"""A server as its user starts it: a process of its own, spoken to over the loopback."""
+"""A server process started by the command line, and clients for it."""
 
 import contextlib
 import json
@@ -18,8 +18,8 @@ class Server:
     """`normweave serve` on a free port.
 
     Attributes:
-        url: where it listens.
-        tokens: secret by role, of its first start.
+        url: its address.
+        tokens: secret of each role, from its first start.
     """
 
     def __init__(self, bundle, data, *options, tokens=None):
@@ -46,10 +46,10 @@ class Server:
         self.data.mkdir(parents=True, exist_ok=True)
         self._log = (self.data / "server.log").open("ab")
         self._process = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=self._log, text=True)
-        said = self._process.stdout.readline()
-        if not said.startswith("{") or "url" not in (first := json.loads(said)):
+        output = self._process.stdout.readline()
+        if not output.startswith("{") or "url" not in (first := json.loads(output)):
             self._process.kill()
-            raise AssertionError(f"The server did not start: {said} {self.log()}")
+            raise AssertionError(f"The server did not start: {output} {self.log()}")
         self.url = first["url"]
         self.tokens |= {made["role"]: made["token"] for made in first["tokens"]}
 
@@ -61,12 +61,12 @@ class Server:
         return (self.data / "server.log").read_text("utf-8")
 
     def client(self, role="operator", **given):
-        """Of a program with a token."""
+        """Return a client with the token of this role."""
         headers = {"Authorization": f"Bearer {self.tokens[role]}"} if role else {}
         return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **given)
 
     def stop(self):
-        """As systemd does; the exit code."""
+        """Stop it with SIGTERM, as systemd does, and return the exit code."""
         self._process.send_signal(signal.SIGTERM)
         return self.ended()
 

@@ -110,12 +110,12 @@ def store(database_url):
 
 
 @pytest.fixture(scope="module")
-def runtime(bundle):  # noqa: F811 - it is the fixture
+def loaded(bundle):  # noqa: F811 - it is the fixture
     return Detector.load(bundle, threads=1, device="cpu")
 
 
 @pytest.fixture
-def start(runtime, tmp_path):
+def start(loaded, tmp_path):
     """Function that starts a service in a folder of its own; all services are stopped at the end."""
     started = []
 
@@ -123,7 +123,7 @@ def start(runtime, tmp_path):
         folder = tmp_path / f"service-{len(started)}"
         files = Files(folder / "files")
         store = Store.open(f"sqlite:///{folder}/store.sqlite")
-        service = InspectionService(runtime, store=store, files=files, config=ServeConfig(**limits))
+        service = InspectionService(loaded, store=store, files=files, config=ServeConfig(**limits))
         started.append(service)
         return service
 

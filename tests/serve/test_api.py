@@ -28,9 +28,9 @@ def encoded(path, name=""):
 # ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_content_type_gives_the_same_result(client, runtime, photos):
+def test_every_content_type_gives_the_same_result(client, loaded, photos):
     path = photos[0]
-    expected = runtime.score(path)
+    expected = loaded.score(path)
     answers = [
         client.post("/v1/inspect", files=form(path)),
         client.post("/v1/inspect", json={"images": [encoded(path, "part.png")]}),
@@ -202,7 +202,7 @@ def test_malformed_filters(client, query):
     assert query.partition("=")[0] in answer.json()["error"]
 
 
-def test_image_map_and_overlay(client, runtime, photos, inspected):
+def test_image_map_and_overlay(client, loaded, photos, inspected):
     one, path = inspected[0], photos[-1]
     image = client.get(one["image_url"])
     assert (image.content, image.headers["content-type"]) == (Path(path).read_bytes(), "image/png")
@@ -212,7 +212,7 @@ def test_image_map_and_overlay(client, runtime, photos, inspected):
     assert small.size == (32, 32)
     numbers = client.get(one["map_url"], params={"format": "npy"})
     anomaly_map = np.load(io.BytesIO(numbers.content), allow_pickle=False)
-    np.testing.assert_allclose(anomaly_map, runtime.score(path).anomaly_map, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(anomaly_map, loaded.score(path).anomaly_map, rtol=1e-4, atol=1e-5)
     colours = np.asarray(Image.open(io.BytesIO(client.get(one["map_url"]).content)))
     assert colours.shape == (64, 64, 4)
     # The middle colour of the scale lies at the threshold, so what is lighter is above it.
@@ -281,13 +281,13 @@ def test_not_found(client):
 # ── model, tokens, health ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_model(client, runtime):
+def test_the_model(client, loaded):
     model = client.get("/v1/model").json()
     assert model["model"] == "adapted_moe"
-    assert model["bundle_hash"] == runtime.bundle_hash
+    assert model["bundle_hash"] == loaded.bundle_hash
     assert model["false_alarm_rate"] == 0.1
-    assert model["operating_points"] == runtime.calibration.as_dict()["operating_points"]
-    assert model["fit_images"] == runtime.record["fit_images"]
+    assert model["operating_points"] == loaded.calibration.as_dict()["operating_points"]
+    assert model["fit_images"] == loaded.record["fit_images"]
 
 
 def test_change_of_the_false_alarm_rate(client, inspected):

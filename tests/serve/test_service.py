@@ -28,10 +28,10 @@ def held(service, monkeypatch):
     free.set()
 
 
-def test_outcomes_equal_those_of_the_detector_in_order(service, runtime, photos):
+def test_outcomes_equal_those_of_the_detector_in_order(service, loaded, photos):
     kept = inspect_files(service, *photos)
     assert sorted(one.id for one in kept) == list(range(1, len(photos) + 1))
-    for one, expected in zip(kept, runtime.score(photos), strict=True):
+    for one, expected in zip(kept, loaded.score(photos), strict=True):
         outcome = one.outcome
         assert (outcome.image_path, outcome.verdict) == (expected.image_path, expected.verdict)
         assert outcome.pred_score == pytest.approx(expected.pred_score, rel=1e-4)
@@ -43,9 +43,9 @@ def test_outcomes_equal_those_of_the_detector_in_order(service, runtime, photos)
         assert replace(stored, received_at=one.received_at) == one
 
 
-def test_image_and_map_of_an_inspection(service, runtime, photos):
+def test_image_and_map_of_an_inspection(service, loaded, photos):
     (one,) = inspect_files(service, photos[-1])
-    (expected,) = runtime.score([photos[-1]])
+    (expected,) = loaded.score([photos[-1]])
     assert asyncio.run(service.read_image(one.image)) == Path(photos[-1]).read_bytes()
     drawn = asyncio.run(service.render(one.image, lambda drawing: drawing.anomaly_map()))
     np.testing.assert_allclose(drawn, expected.anomaly_map, rtol=1e-4, atol=1e-5)
@@ -238,12 +238,12 @@ def test_a_changed_rate_gives_the_previewed_verdicts(service, photos):
     assert then[0].outcome.bundle_hash == now[0].outcome.bundle_hash
 
 
-def test_a_changed_rate_survives_a_restart(start, runtime, photos):
+def test_a_changed_rate_survives_a_restart(start, loaded, photos):
     first = start()
     asyncio.run(first.change_rate(0.3, actor="Eve"))
-    again = InspectionService(runtime, store=first.store, files=first.files, config=ServeConfig())
+    again = InspectionService(loaded, store=first.store, files=first.files, config=ServeConfig())
     assert again.detector.calibration.false_alarm_rate == 0.3
-    assert runtime.calibration.false_alarm_rate == 0.1  # the bundle is unchanged
+    assert loaded.calibration.false_alarm_rate == 0.1  # the bundle is unchanged
     again.stop()
 
 

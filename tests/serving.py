@@ -71,11 +71,12 @@ class Server:
         return self.ended()
 
     def kill(self):
-        """As a power cut does, for the process."""
+        """Stop it with SIGKILL."""
         os.kill(self.pid, signal.SIGKILL)
         self.ended()
 
     def ended(self):
+        """Wait for the end of the process and return the exit code."""
         try:
             return self._process.wait(STOP_SECONDS)
         finally:

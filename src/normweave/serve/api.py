@@ -209,6 +209,7 @@ def _routes(service: InspectionService) -> APIRouter:
 
     @router.get(
         "/v1/inspections/{id}/overlay",
+        operation_id="laid_over_v1_inspections__id__overlay_get",  # used by clients generated from the schema
         summary="Read the image in grey, with the regions above the threshold in colour",
         response_class=Response,
         responses=_problems(404, 422, 503) | _content("image/png"),

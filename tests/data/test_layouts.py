@@ -179,7 +179,7 @@ def test_magnetic_tiles_by_table(tree):
 
 
 def test_magnetic_tiles_with_another_name(tree):
-    with pytest.raises(DataError, match=r"photo\.jpg: a magnetic tile is named expN_num_NUMBER\.jpg"):
+    with pytest.raises(DataError, match=r"photo\.jpg: magnetic tiles are named expN_num_NUMBER\.jpg"):
         read(tree(*TILES, "MT_Free/photo.jpg"), DataConfig())
 
 
@@ -357,7 +357,7 @@ def test_folders_that_do_not_fit_are_refused(tree, names, settings, text):
 
 
 def test_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(DataError, match=r"no such file or folder. Give a folder of images, or a manifest"):
+    with pytest.raises(DataError, match=r"no such file or folder. Give a folder of images or a manifest"):
         read(tmp_path / "gone", DataConfig())
 
 

@@ -57,7 +57,7 @@ def read_magnetic_tiles(root: Path) -> list[Sample]:
             name = re.fullmatch(r"(exp\d+)_num_(\d+)", image.stem)
             if name is None:
                 raise DataError(
-                    f"{image}: a magnetic tile is named expN_num_NUMBER.jpg. Remove other images."
+                    f"{image}: magnetic tiles are named expN_num_NUMBER.jpg. Remove other images."
                 )
             shots.append((image, name[1], int(name[2])))
     table = root / "groups.csv"
@@ -188,9 +188,8 @@ def read_texture_ad(root: Path) -> list[Sample]:
     for image in _below(root):
         folders = list(image.relative_to(root).parts[:-1])
         splits = {SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
-        mask = any(name.lower() in MASK_FOLDERS for name in folders)
         names = [name for name in folders if name.lower() not in (*SPLITS, *MASK_FOLDERS)]
-        if mask:
+        if any(name.lower() in MASK_FOLDERS for name in folders):
             masks[*names, image.stem.removesuffix("_mask")] = image
             masked.add(tuple(names[:2]))
             continue
@@ -243,9 +242,8 @@ def read_folders(root: Path, *, masks: Sequence[str]) -> list[Sample]:
                 for image in _images(folder):
                     sample = Sample(image_path=image, category=category, subclass=subclass, split=split)
                     if not _is_good(folder.name):
-                        sample = _anomalous(
-                            sample, folder.name, _mask(home / MASKS, folder.name, image.stem, masks)
-                        )
+                        mask = _mask(home / MASKS, folder.name, image.stem, masks)
+                        sample = _anomalous(sample, folder.name, mask)
                     samples.append(sample)
     return samples
 
@@ -327,16 +325,14 @@ def read(root: str | os.PathLike[str], config: DataConfig, *, layout: str | None
     """
     root = Path(root)
     if layout is not None and layout not in LAYOUTS:
-        raise unknown(
-            "layout", layout, LAYOUTS, "Other data sets: write a manifest (normweave data manifest)."
-        )
+        raise unknown("layout", layout, LAYOUTS, "For others, write a manifest (normweave data manifest).")
     if root.is_file():
         samples = read_manifest(root)
     elif root.is_dir():
         samples = _read_folder(root, layout or recognise(root))
     else:
         raise DataError(
-            f"{root}: no such file or folder. Give a folder of images, or a manifest (.csv, .parquet)."
+            f"{root}: no such file or folder. Give a folder of images or a manifest (.csv, .parquet)."
         )
     samples = choose(_with_subclasses(samples, config, root), config)
     if config.subclass_from in ("auto", "none"):
@@ -402,17 +398,15 @@ def _with_subclasses(samples: list[Sample], config: DataConfig, root: Path) -> l
 
 def choose(samples: list[Sample], config: DataConfig) -> list[Sample]:
     """Return the samples of the categories and subclasses in `config`; raises ConfigError for unknown names."""
-    return _chosen(_chosen(samples, "category", config.category), "subclass", config.subclass)
-
-
-def _chosen(samples: list[Sample], field: str, names: Sequence[str]) -> list[Sample]:
-    if not names or "all" in names:
-        return samples
-    known = {value for sample in samples if (value := getattr(sample, field)) is not None}
-    for name in names:
-        if name not in known:
-            raise unknown(field, name, known, "Choose one of these, or omit it to use all.")
-    return [sample for sample in samples if getattr(sample, field) in names]
+    for field, names in (("category", config.category), ("subclass", config.subclass)):
+        if not names or "all" in names:
+            continue
+        known = {value for sample in samples if (value := getattr(sample, field)) is not None}
+        for name in names:
+            if name not in known:
+                raise unknown(field, name, known, "Choose one of these, or omit it to use all.")
+        samples = [sample for sample in samples if getattr(sample, field) in names]
+    return samples
 
 
 def _name(folder: Path) -> str:

@@ -72,43 +72,33 @@ def scan(
     Args:
         known: returns for each key whether its features are stored. Images with stored features are not decoded again.
     """
-    kept: list[Sample] = []
-    hashes: list[str] = []
-    sizes: list[tuple[int, int]] = []
-    owner: list[int] = []
-    tiles: list[Tile] = []
-    keys: list[str] = []
+    images: list[tuple[Sample, str, tuple[int, int]]] = []  # sample, content hash, size
+    rows: list[tuple[int, Tile, str]] = []  # index of the image, tile, key
     refused: list[Refusal] = []
     settings = json.dumps(preparation.as_dict(), sort_keys=True)
     for number, sample in enumerate(samples):
         try:
             content = content_hash(sample.image_path)
             height, width = size(sample.image_path)
-            own_tiles = preparation.tiles(height, width)
-            own_keys = [
-                hashlib.sha256(f"{content} {settings} {tuple(tile)}".encode()).hexdigest()
-                for tile in own_tiles
-            ]
-            if known is None or not all(known(own_keys)):
+            tiles = preparation.tiles(height, width)
+            texts = [f"{content} {settings} {tuple(tile)}" for tile in tiles]
+            keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
+            if known is None or not all(known(keys)):
                 height, width = decode(sample.image_path).shape[:2]
         except ImageError as error:
             refused.append(Refusal(str(sample.image_path), str(error)))
             continue
-        owner += [len(kept)] * len(own_tiles)
-        tiles += own_tiles
-        keys += own_keys
-        kept.append(sample)
-        hashes.append(content)
-        sizes.append((height, width))
+        rows += [(len(images), tile, key) for tile, key in zip(tiles, keys, strict=True)]
+        images.append((sample, content, (height, width)))
         if progress is not None:
             progress("reading images", number + 1, len(samples))
     return Rows(
-        samples=tuple(kept),
-        hashes=tuple(hashes),
-        sizes=tuple(sizes),
-        owner=np.array(owner, dtype=np.int64),
-        tiles=tuple(tiles),
-        keys=tuple(keys),
+        samples=tuple(sample for sample, _, _ in images),
+        hashes=tuple(content for _, content, _ in images),
+        sizes=tuple(shape for _, _, shape in images),
+        owner=np.array([owner for owner, _, _ in rows], dtype=np.int64),
+        tiles=tuple(tile for _, tile, _ in rows),
+        keys=tuple(key for _, _, key in rows),
         refused=tuple(refused),
         preparation=preparation,
     )

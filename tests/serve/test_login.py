@@ -1,6 +1,10 @@
 """The login form."""
 
+import pytest
+from starlette.datastructures import Headers
 from starlette.testclient import TestClient
+
+from normweave.serve import login
 
 
 def test_a_person_logs_in_and_out(browser, keys, log_in):
@@ -30,3 +34,37 @@ def test_cookies_over_tls_are_secure(app, keys, log_in):
 def test_a_form_that_is_too_long_is_refused(browser):
     assert browser.post("/login", data={"token": "x" * 100_000}).status_code == 401
     assert browser.delete("/login").status_code == 405
+
+
+def scope(method="GET", path="/", type_="http"):
+    return {"type": type_, "method": method, "path": path}
+
+
+BROWSER = Headers({"accept": "text/html,*/*;q=0.8"})
+
+
+def test_the_form_is_for_browsers_that_open_a_page():
+    assert login.is_page_request(scope(), BROWSER)
+    assert login.is_page_request(scope(path="/history"), BROWSER)
+
+
+@pytest.mark.parametrize(
+    ("request_", "headers"),
+    [
+        (scope(), Headers({"accept": "application/json"})),
+        (scope(), Headers({})),
+        (scope(method="POST"), BROWSER),
+        (scope(path="/v1/inspections"), BROWSER),
+        (scope(path="/_nicegui/static/x.js"), BROWSER),
+        (scope(type_="websocket"), BROWSER),
+    ],
+)
+def test_programs_get_an_error_instead_of_the_form(request_, headers):
+    assert not login.is_page_request(request_, headers)
+
+
+def test_the_form_is_not_cached_and_reports_a_wrong_token():
+    first, again = login.page(status=401), login.page(status=401, wrong=True)
+    assert first.headers["cache-control"] == "no-store"
+    assert b'role="alert"' not in first.body
+    assert b"unknown, expired or revoked" in again.body

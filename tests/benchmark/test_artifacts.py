@@ -110,7 +110,7 @@ def test_a_run_saves_scores_maps_and_embeddings(fold, tmp_path: Path):
         sum(sample.label == "anomalous" for sample in tests),
     ]
     # The distance to the nearest subclass, from which `unknown` is decided, follows from the embeddings.
-    whitened = detector.network.head.kinds.means.numpy()
+    whitened = detector.network.head.novelty.means.numpy()
     first = next(index for index, sample in enumerate(s for s in tests if s.label == "normal"))
     embedding = artifact.embeddings[len(fold.samples) + first]
     outcome = detector.score(str(next(s for s in tests if s.label == "normal").image_path))

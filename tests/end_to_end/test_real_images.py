@@ -43,7 +43,7 @@ def test_an_unseen_light_is_told_apart_better_than_by_memory_or_subspace(
 
 
 def test_tiles_are_taken_for_a_layout(tiles: Detector):
-    assert tiles.head.place > 0.04
+    assert tiles.head.position_variance > 0.04
 
 
 def test_a_board_is_unknown_to_a_detector_of_tiles(tiles: Detector, data_root: Path):

@@ -1,16 +1,16 @@
-"""What the edge of a grid is worth."""
+"""Treatment of the border of a grid of scores."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def replace_border(scores: Tensor, border: int, *, grid: tuple[int, int]) -> Tensor:
-    """Give the outermost cells of (B, h, w) the score of the nearest inner one.
+    """Replace the scores of the outermost cells of (B, h, w) by that of the nearest inner cell.
 
-    They see the convolutions' padding, which no two images fill alike. On a small grid at least one cell is inner.
+    The features of these cells depend on the padding of the convolutions. At least one cell is kept.
 
     Args:
-        grid: (h, w) as numbers: what is read off a tensor is not a constant in an exported graph.
+        grid: (h, w) as numbers, which are constants in an exported graph; the shape of a tensor is not.
     """
     height, width = grid
     above, beside = min(border, (height - 1) // 2), min(border, (width - 1) // 2)

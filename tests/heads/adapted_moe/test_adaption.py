@@ -1,6 +1,7 @@
 import numpy as np
 import torch
 
+from normweave.config import GuardedAdaptionConfig
 from normweave.heads.adapted_moe.adaption import (
     GuardedAdaption,
     NoAdaption,
@@ -56,7 +57,7 @@ def test_centres_and_deviations_are_those_of_all_patches_of_a_subclass():
             train[torch.from_numpy(experts == expert)].permute(1, 0, 2, 3).flatten(1).numpy()
         )  # (D, n*P)
         np.testing.assert_allclose(adaption.centres[expert], patches.mean(axis=1), rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(adaption.deviations[expert], patches.std(axis=1), rtol=1e-4)
+        np.testing.assert_allclose(adaption.stds[expert], patches.std(axis=1), rtol=1e-4)
 
 
 def test_agrees_with_equations_5_and_6():
@@ -73,7 +74,7 @@ def test_agrees_with_equations_5_and_6():
             by_hand = np.empty((D, 6, 7))
             for channel in range(D):
                 x = test[image, channel].double().numpy()
-                std_k = float(adaption.deviations[expert, channel])
+                std_k = float(adaption.stds[expert, channel])
                 by_hand[channel] = (x - x.mean()) * std_k / x.std() + float(adaption.centres[expert, channel])
             for row in range(6):
                 for column in range(7):
@@ -105,7 +106,9 @@ def test_papers_adaption_removes_any_change_of_light():
 
 
 def guarded_fitted(samples, kinds, *, directions=2, prior=4.0, shrinkage=0.1):
-    adaption = GuardedAdaption(width=D, directions=directions, prior=prior, shrinkage=shrinkage)
+    adaption = GuardedAdaption(
+        GuardedAdaptionConfig(directions=directions, prior=prior, shrinkage=shrinkage), width=D
+    )
     adaption.fit(samples, kinds, kinds)
     return adaption
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from builders import InMemory
-from normweave.heads.adapted_moe.discovery import agreement, discover, place_explains
+from normweave.heads.adapted_moe.discovery import agreement, discover, position_variance
 from normweave.types import FitData
 
 
@@ -25,7 +25,7 @@ def test_finds_clusters_that_are_there(method):
 
     found = discover(samples, method=method, most=16, seed=0)
 
-    result = agreement(found.kinds(samples), kinds)
+    result = agreement(found.predict(samples), kinds)
     assert result == (1.0, 1.0, 4, 4)
 
 
@@ -36,7 +36,7 @@ def test_finds_one_kind_where_there_is_one(method):
     found = discover(samples, method=method, most=16, seed=0)
 
     assert len(found.centres) == 1
-    assert set(found.kinds(samples)) == {0}
+    assert set(found.predict(samples)) == {0}
 
 
 @pytest.mark.parametrize("method", ["kmeans", "mixture"])
@@ -46,7 +46,7 @@ def test_a_few_odd_images_are_not_a_kind(method):
 
     found = discover(samples, method=method, most=16, seed=0)
 
-    assert np.bincount(found.kinds(samples), minlength=len(found.centres)).min() >= 5
+    assert np.bincount(found.predict(samples), minlength=len(found.centres)).min() >= 5
 
 
 def test_never_finds_more_than_allowed():
@@ -63,7 +63,7 @@ def test_a_mixture_tells_kinds_apart_by_their_spread():
 
     found = discover(samples, method="mixture", most=2, seed=0)
 
-    assert agreement(found.kinds(samples), kinds).purity > 0.9
+    assert agreement(found.predict(samples), kinds).purity > 0.9
 
 
 @pytest.mark.parametrize("method", ["kmeans", "mixture"])
@@ -83,14 +83,14 @@ def test_new_images_get_the_kind_of_their_like():
     found = discover(samples, method="kmeans", most=16, seed=0)
     fresh, fresh_kinds = clusters(FOUR, seed=1)
 
-    name = {kind: found.kinds(samples[kinds == kind])[0] for kind in range(4)}
-    assert [name[kind] for kind in fresh_kinds] == found.kinds(fresh).tolist()
+    name = {kind: found.predict(samples[kinds == kind])[0] for kind in range(4)}
+    assert [name[kind] for kind in fresh_kinds] == found.predict(fresh).tolist()
 
 
 def test_same_seed_same_kinds():
     samples, _ = clusters(np.random.default_rng(1).normal(size=(7, 12)), spread=0.5)
 
-    one, other = (discover(samples, method="kmeans", most=16, seed=3).kinds(samples) for _ in range(2))
+    one, other = (discover(samples, method="kmeans", most=16, seed=3).predict(samples) for _ in range(2))
 
     assert (one == other).all()
 
@@ -120,17 +120,17 @@ def noise(count, seed=0):
     return torch.randn(count, 6, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def test_place_explains_a_layout_and_not_a_texture():
+def test_position_variance_a_layout_and_not_a_texture():
     place = noise(1, seed=1)
 
-    assert place_explains(fit_data(noise(40)), channels=6) < 0.005
-    assert place_explains(fit_data(noise(40) + 0.5 * place), channels=6) > 0.1
+    assert position_variance(fit_data(noise(40)), channels=6) < 0.005
+    assert position_variance(fit_data(noise(40) + 0.5 * place), channels=6) > 0.1
 
 
-def test_what_place_explains_by_hand():
+def test_what_position_variance_by_hand():
     features, groups = noise(9) + 0.7 * noise(1, seed=1), np.array([0, 0, 1, 1, 2, 2, 3, 3, 3])
 
-    got = place_explains(fit_data(features, groups=groups), channels=4)
+    got = position_variance(fit_data(features, groups=groups), channels=4)
 
     inner = features[:, :4, 2:14, 2:14].double().numpy()
     inner = (inner - inner.mean(axis=(2, 3), keepdims=True)) / inner.std(axis=(2, 3), keepdims=True)
@@ -144,8 +144,8 @@ def test_padding_and_coarse_channels_do_not_count_as_a_place():
     features[:, :, :2], features[:, :, -2:] = 5.0, 5.0  # what a convolution's padding does to every image
     features[:, 3:] += noise(1, seed=1)[:, 3:]
 
-    assert place_explains(fit_data(features), channels=3) < 0.005
+    assert position_variance(fit_data(features), channels=3) < 0.005
 
 
 def test_images_of_one_group_say_nothing_of_place():
-    assert place_explains(fit_data(noise(5), groups=np.zeros(5, dtype=np.int64)), channels=6) == 0
+    assert position_variance(fit_data(noise(5), groups=np.zeros(5, dtype=np.int64)), channels=6) == 0

@@ -6,18 +6,20 @@ import torch
 import torch.nn.functional as F
 
 from builders import InMemory
-from normweave.config import DiscriminatorExpertConfig, TrainingConfig
-from normweave.heads.adapted_moe.experts import (
-    Discriminators,
-    DiscriminatorStage,
-    Gaussians,
-    Layouts,
-    Memories,
-    Normals,
-    Subspaces,
-    nearest,
-    products,
+from normweave.config import (
+    DiscriminatorExpertConfig,
+    GaussianExpertConfig,
+    LayoutExpertConfig,
+    MemoryExpertConfig,
+    SubspaceExpertConfig,
+    TrainingConfig,
 )
+from normweave.heads.adapted_moe.experts.base import Normals, products
+from normweave.heads.adapted_moe.experts.discriminator import DiscriminatorExperts, DiscriminatorStage
+from normweave.heads.adapted_moe.experts.gaussian import GaussianExperts
+from normweave.heads.adapted_moe.experts.layout import LayoutExperts
+from normweave.heads.adapted_moe.experts.memory import MemoryExperts, nearest
+from normweave.heads.adapted_moe.experts.subspace import SubspaceExperts
 
 D, H, W, K = 4, 6, 5, 3
 DISCRIMINATORS = DiscriminatorExpertConfig(
@@ -58,20 +60,30 @@ def own_patches(data, expert):
 def new(kind):
     match kind:
         case "discriminator":
-            experts = Discriminators(DISCRIMINATORS, width=D, unit=1.0)
+            experts = DiscriminatorExperts(DISCRIMINATORS, shape=(D, H, W))
             experts.start(experts=K, generator=torch.Generator().manual_seed(0))
             experts.running_mean = random(K, 7, seed=5)
             experts.running_variance = random(K, 7, seed=6).exp()
             return experts
         case "memory":
-            return fitted(Memories(width=D, max_patches=20, max_pool=60, projection=0, calibrated=True))
+            return fitted(
+                MemoryExperts(
+                    MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=True),
+                    shape=(D, H, W),
+                )
+            )
         case "gaussian":
-            return fitted(Gaussians(channels=3, pooled=0.25, shrinkage=0.1))
+            return fitted(GaussianExperts(GaussianExpertConfig(fine=0.75), shape=(D, H, W)))
         case "subspace":
-            return fitted(Subspaces(shape=(D, H, W), cells=3, variance=0.8, max_images=9))
+            return fitted(
+                SubspaceExperts(SubspaceExpertConfig(cells=3, variance=0.8, max_images=9), shape=(D, H, W))
+            )
         case "layout":
             return fitted(
-                Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=12)
+                LayoutExperts(
+                    LayoutExpertConfig(fine=0.5, cells=3, variance=0.8, components=3, own=0.5, max_images=12),
+                    shape=(D, H, W),
+                )
             )
 
 
@@ -150,7 +162,7 @@ def test_discriminators_score_without_noise():
 def stage(experts):
     return DiscriminatorStage(
         experts,
-        expert_of=lambda features, given: given,
+        assign=lambda features, given: given,
         adapt=lambda features, own: features,
     )
 
@@ -219,7 +231,7 @@ def test_gradient_reaches_the_discriminators_that_have_images():
 
 
 def test_nearest_agrees_with_brute_force_and_never_finds_an_absent_patch(monkeypatch):
-    monkeypatch.setattr("normweave.heads.adapted_moe.experts.CHUNK", 3)
+    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.CHUNK", 3)
     bank = random(K, 8, D, seed=1)
     offset = -0.5 * bank.square().sum(2)
     bank[1, 5:], offset[1, 5:] = 0.0, -torch.inf  # the second memory holds five
@@ -248,7 +260,12 @@ def test_nearest_is_exact_for_a_stored_patch():
 
 def test_memories_hold_patches_of_their_own_kind_and_no_more_than_allowed():
     data = normals()
-    experts = fitted(Memories(width=D, max_patches=20, max_pool=60, projection=2, calibrated=False), data)
+    experts = fitted(
+        MemoryExperts(
+            MemoryExpertConfig(max_patches=20, max_pool=60, projection=2, calibrated=False), shape=(D, H, W)
+        ),
+        data,
+    )
 
     assert experts.bank.shape == (K, 20, D)
     for expert in range(K):
@@ -259,7 +276,11 @@ def test_memories_hold_patches_of_their_own_kind_and_no_more_than_allowed():
 @pytest.mark.parametrize("max_pool", [2, 7])
 def test_memories_of_few_patches_of_many_images(max_pool):
     experts = fitted(
-        Memories(width=D, max_patches=20, max_pool=max_pool, projection=0, calibrated=True), normals(count=30)
+        MemoryExperts(
+            MemoryExpertConfig(max_patches=20, max_pool=max_pool, projection=0, calibrated=True),
+            shape=(D, H, W),
+        ),
+        normals(count=30),
     )
 
     assert experts.bank.shape[1] <= max_pool
@@ -269,7 +290,13 @@ def test_memories_of_few_patches_of_many_images(max_pool):
 def test_what_is_usual_around_a_stored_patch_by_hand():
     """mu(m): mean distance of patches of other groups that have m as nearest, 3 pseudo-counts, 10 neighbours."""
     data = normals(count=12, each_group=2)
-    experts = fitted(Memories(width=D, max_patches=25, max_pool=10_000, projection=0, calibrated=True), data)
+    experts = fitted(
+        MemoryExperts(
+            MemoryExpertConfig(max_patches=25, max_pool=10_000, projection=0, calibrated=True),
+            shape=(D, H, W),
+        ),
+        data,
+    )
 
     for expert in range(K):
         bank = experts.bank[expert].double().numpy()
@@ -294,7 +321,9 @@ def test_what_is_usual_around_a_stored_patch_by_hand():
 
 
 def test_calibration_divides_by_what_is_usual():
-    plain = Memories(width=D, max_patches=20, max_pool=60, projection=0, calibrated=False)
+    plain = MemoryExperts(
+        MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=False), shape=(D, H, W)
+    )
     experts = new("memory")
     plain.bank, plain.offset = experts.bank, experts.offset
     features = random(2, 1, D, H, W, seed=3)
@@ -308,14 +337,19 @@ def test_calibration_divides_by_what_is_usual():
 def test_one_group_only_leaves_memories_uncalibrated():
     data = normals()
     data = Normals(data.source, data.rows, data.experts, np.zeros(12, dtype=np.int64))
-    experts = fitted(Memories(width=D, max_patches=20, max_pool=60, projection=0, calibrated=True), data)
+    experts = fitted(
+        MemoryExperts(
+            MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=True), shape=(D, H, W)
+        ),
+        data,
+    )
 
     assert (experts.usual == 1).all()
 
 
 def test_mahalanobis_distance_by_hand():
     data = normals()
-    experts = fitted(Gaussians(channels=3, pooled=0.25, shrinkage=0.1), data)
+    experts = fitted(GaussianExperts(GaussianExpertConfig(fine=0.75), shape=(D, H, W)), data)
     features = random(2, 1, D, H, W, seed=3)
 
     scores = experts(features, ASKED)
@@ -338,7 +372,9 @@ def test_subspace_residual_by_hand():
     count, grid = 12, (2, 2)
     source = InMemory(random(count, D, *grid))
     data = Normals(source, np.arange(count), np.arange(count) % 2, np.arange(count))
-    experts = fitted(Subspaces(shape=(D, *grid), cells=8, variance=0.7, max_images=100), data)
+    experts = fitted(
+        SubspaceExperts(SubspaceExpertConfig(cells=8, variance=0.7, max_images=100), shape=(D, *grid)), data
+    )
     features = random(1, 1, D, *grid, seed=3)
 
     scores = experts(features, torch.tensor([[1, 0]]))
@@ -368,7 +404,11 @@ def layout_data(count=24):
 def test_layouts_measure_by_what_is_usual_for_the_expert_own():
     data, place = layout_data()
     experts = fitted(
-        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.5, most=3, own=1.0, max_images=100), data
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.5, cells=3, variance=0.5, components=3, own=1.0, max_images=100),
+            shape=(D, H, W),
+        ),
+        data,
     )
     fresh = place + 0.3 * random(30, D, H, W, seed=5)
 
@@ -384,7 +424,11 @@ def test_layouts_standardise_on_images_left_out():
     source = InMemory(place + 0.3 * random(40, D, H, W, seed=2))
     data = Normals(source, np.arange(40), np.zeros(40, dtype=np.int64), np.arange(40))
     experts = fitted(
-        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.97, most=200, own=0.5, max_images=100), data
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.5, cells=3, variance=0.97, components=200, own=0.5, max_images=100),
+            shape=(D, H, W),
+        ),
+        data,
     )
     fresh = place + 0.3 * random(200, D, H, W, seed=3)
 
@@ -400,7 +444,11 @@ def test_layouts_measure_the_detail_around_the_rebuilt_layout():
     """g = x - up(pool(x) - r), and sqrt(sum over channels of w (g - m)^2), channel by channel and cell by cell."""
     data, place = layout_data()
     detail = fitted(
-        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=100), data
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.5, cells=3, variance=0.8, components=3, own=0.5, max_images=100),
+            shape=(D, H, W),
+        ),
+        data,
     ).detail
     features, left = place + random(2, D, H, W, seed=5), random(2, D, 3, 3, seed=6)
     asked = torch.tensor([[2, 0], [1, 2]])
@@ -419,7 +467,7 @@ def test_layouts_measure_the_detail_around_the_rebuilt_layout():
                         * (rest[image, d, row, column] - detail.mean[d, row, column]) ** 2
                         for d in range(D)
                     )
-                    wanted = (total.sqrt() - detail.centre[expert]) / detail.deviation[expert]
+                    wanted = (total.sqrt() - detail.centre[expert]) / detail.std[expert]
                     assert got[image, place_asked, row, column].item() == pytest.approx(
                         wanted.item(), abs=1e-3
                     )
@@ -431,7 +479,11 @@ def test_layouts_see_what_is_smaller_than_their_cells():
     source = InMemory(place + 0.3 * random(60, D, 12, 12, seed=2))
     data = Normals(source, np.arange(60), np.zeros(60, dtype=np.int64), np.arange(60))
     experts = fitted(
-        Layouts(shape=(D, 12, 12), coarse=2, cells=3, variance=0.8, most=20, own=0.5, max_images=100), data
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.5, cells=3, variance=0.8, components=20, own=0.5, max_images=100),
+            shape=(D, 12, 12),
+        ),
+        data,
     )
     damaged = place + 0.3 * random(1, D, 12, 12, seed=3)
     damaged[0, :, 7, 2] += 3
@@ -446,7 +498,11 @@ def test_layouts_by_hand():
     """Both measures, on one grid cell, from the residuals of images left out one group at a time."""
     data = Normals(InMemory(random(8, D, 1, 1)), np.arange(8), np.arange(8) % 2, np.arange(8) % 4)
     experts = fitted(
-        Layouts(shape=(D, 1, 1), coarse=3, cells=1, variance=0.5, most=1, own=0.6, max_images=100), data
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.25, cells=1, variance=0.5, components=1, own=0.6, max_images=100),
+            shape=(D, 1, 1),
+        ),
+        data,
     )
     rows = data.source.features.flatten(1).double().numpy()
     x = random(1, 1, D, 1, 1, seed=3)
@@ -493,7 +549,10 @@ def test_layouts_by_hand():
 
 def test_layouts_have_an_image_of_every_expert_however_few_are_drawn():
     experts = fitted(
-        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=2),
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.5, cells=3, variance=0.8, components=3, own=0.5, max_images=2),
+            shape=(D, H, W),
+        ),
         layout_data()[0],
     )
 
@@ -505,7 +564,11 @@ def test_layouts_of_one_group_are_finite():
     data, _ = layout_data()
     data = Normals(data.source, data.rows, data.experts, np.zeros(24, dtype=np.int64))
     experts = fitted(
-        Layouts(shape=(D, H, W), coarse=2, cells=3, variance=0.8, most=3, own=0.5, max_images=100), data
+        LayoutExperts(
+            LayoutExpertConfig(fine=0.5, cells=3, variance=0.8, components=3, own=0.5, max_images=100),
+            shape=(D, H, W),
+        ),
+        data,
     )
 
     assert torch.isfinite(experts(random(2, 1, D, H, W), ASKED)).all()
@@ -517,7 +580,12 @@ def test_layouts_of_many_channels_in_the_coarsest_stage_can_be_fit():
     source = InMemory(random(12, width, 4, 4))
     data = Normals(source, np.arange(12), np.arange(12) % 3, np.arange(12))
     experts = fitted(
-        Layouts(shape=(width, 4, 4), coarse=432, cells=2, variance=0.9, most=10, own=0.5, max_images=100),
+        LayoutExperts(
+            LayoutExpertConfig(
+                fine=1 - 432 / width, cells=2, variance=0.9, components=10, own=0.5, max_images=100
+            ),
+            shape=(width, 4, 4),
+        ),
         data,
     )
 

@@ -16,13 +16,11 @@ from normweave.heads.adapted_moe.adaption import (
     PaperAdaption,
     statistics,
 )
-from normweave.heads.adapted_moe.experts import (
-    Discriminators,
-    Gaussians,
-    Layouts,
-    Memories,
-    Subspaces,
-)
+from normweave.heads.adapted_moe.experts.discriminator import DiscriminatorExperts
+from normweave.heads.adapted_moe.experts.gaussian import GaussianExperts
+from normweave.heads.adapted_moe.experts.layout import LayoutExperts
+from normweave.heads.adapted_moe.experts.memory import MemoryExperts
+from normweave.heads.adapted_moe.experts.subspace import SubspaceExperts
 from normweave.heads.adapted_moe.head import aggregate
 from normweave.heads.adapted_moe.router import choose
 from normweave.heads.grid import replace_border
@@ -95,7 +93,7 @@ def test_forward_is_route_adapt_ask_standardise_and_put_together():
 
     out = head(features)
 
-    way = head.way
+    way = head.branch
     for row in range(4):
         one = features[row : row + 1]
         cosines = head.router.similarity(one)[0].tolist()
@@ -107,7 +105,7 @@ def test_forward_is_route_adapt_ask_standardise_and_put_together():
             asked = torch.tensor([[int(expert)]])
             adapted = way.adaption(one, statistics(one), asked)
             score = way.experts(adapted, asked)[0, 0, 0]
-            score = (score - way.scale_mean[expert]) / way.scale_deviation[expert]
+            score = (score - way.scale_mean[expert]) / way.scale_std[expert]
             total = total + weights[expert] * score
             divisor += weights[expert]
         expected = replace_border((total / divisor)[None].float(), 1, grid=SHAPE[1:])[0]
@@ -117,7 +115,7 @@ def test_forward_is_route_adapt_ask_standardise_and_put_together():
         kept[best] = weights[best] / weights[best].sum()
         np.testing.assert_allclose(out.routing.weights[row], kept, rtol=1e-4)
         assert out.routing.distance[row] == pytest.approx(
-            head.kinds(block_statistics(one)).min().item(), rel=1e-4
+            head.novelty(block_statistics(one)).min().item(), rel=1e-4
         )
     assert out.routing.adapted.all()
 
@@ -149,7 +147,7 @@ def test_aggregation_is_a_setting(how):
     features, _ = images(3, seed=2)
     everyone = torch.arange(K).expand(3, -1)
 
-    scores = head.way(features, statistics(features), everyone)[:, :, 0]
+    scores = head.branch(features, statistics(features), everyone)[:, :, 0]
     expected = aggregate(scores, head(features).routing.weights, how=how)
 
     torch.testing.assert_close(head(features).scores, expected, rtol=1e-3, atol=1e-4)
@@ -177,7 +175,7 @@ def test_routes_new_images_to_their_subclass(routing):
 def test_routing_by_likelihood_asks_all_and_keeps_those_that_find_the_image_usual():
     head = fitted(expert="gaussian", routing="likelihood", top_k=2, border=0)
     features, _ = images(3, seed=2)
-    all_scores = head.way(features, statistics(features), torch.arange(K).expand(3, -1))[:, :, 0]
+    all_scores = head.branch(features, statistics(features), torch.arange(K).expand(3, -1))[:, :, 0]
 
     choice = choose(-all_scores.mean(dim=(2, 3)), temperature=0.25, top_k=2)
     expected = aggregate(all_scores[torch.arange(3)[:, None], choice.experts], choice.weights, how="paper")
@@ -199,19 +197,19 @@ def test_one_expert_for_all_without_moe():
     out = head(images(4, seed=2)[0])
 
     assert head.subclass_names == ("all",)
-    assert head.way.experts.offset.shape[0] == 1
-    assert len(head.kinds.means) == K  # the distance still knows the kinds
+    assert head.branch.experts.offset.shape[0] == 1
+    assert len(head.novelty.means) == K  # the distance still knows the kinds
     assert out.routing.weights.tolist() == [[1.0]] * 4
 
 
 @pytest.mark.parametrize(
     ("expert", "kind"),
     [
-        ("layout", Layouts),
-        ("gaussian", Gaussians),
-        ("subspace", Subspaces),
-        ("memory", Memories),
-        ("discriminator", Discriminators),
+        ("layout", LayoutExperts),
+        ("gaussian", GaussianExperts),
+        ("subspace", SubspaceExperts),
+        ("memory", MemoryExperts),
+        ("discriminator", DiscriminatorExperts),
     ],
 )
 @pytest.mark.parametrize("adaption", ["off", "full", "paper", "guarded"])
@@ -219,7 +217,7 @@ def test_every_expert_works_under_every_adaption(expert, kind, adaption):
     head = fitted(expert=expert, adaption=adaption)
     out = head(images(4, seed=2)[0])
 
-    assert type(head.way.experts) is kind
+    assert type(head.branch.experts) is kind
     assert out.scores.shape == (4, *SHAPE[1:])
     assert torch.isfinite(out.scores).all()
     assert (out.image_scores is not None) == (expert == "layout")
@@ -237,7 +235,7 @@ def test_every_expert_works_under_every_adaption(expert, kind, adaption):
     ],
 )
 def test_the_adaption_that_suits_an_expert(expert, adaption):
-    (way,) = build(config(expert=expert), shape=SHAPE).ways
+    (way,) = build(config(expert=expert), shape=SHAPE).branches
 
     assert type(way.adaption) is adaption
 
@@ -246,27 +244,27 @@ def test_adaption_paper_is_fitted_to_each_expert_own_images():
     data = fit_data()
     head = fitted(data, expert="gaussian", adaption="paper")
 
-    assert type(head.way.adaption) is PaperAdaption
+    assert type(head.branch.adaption) is PaperAdaption
     for expert in range(K):
         own = data.features.features[data.subclasses == expert]
         torch.testing.assert_close(
-            head.way.adaption.centres[expert], own.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5
+            head.branch.adaption.centres[expert], own.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5
         )
 
 
 def test_noise_of_discriminators_shrinks_with_patches_of_length_one():
-    (plain,) = build(config(expert="discriminator"), shape=SHAPE).ways
-    (unit,) = build(config(expert="discriminator", adaption="paper"), shape=SHAPE).ways
+    (plain,) = build(config(expert="discriminator"), shape=SHAPE).branches
+    (unit,) = build(config(expert="discriminator", adaption="paper"), shape=SHAPE).branches
 
     assert plain.experts.noise == 0.5
     assert unit.experts.noise == pytest.approx(0.5 / 6**0.5)
 
 
-@pytest.mark.parametrize(("layout", "kind"), [(True, Layouts), (False, Gaussians)])
+@pytest.mark.parametrize(("layout", "kind"), [(True, LayoutExperts), (False, GaussianExperts)])
 def test_auto_takes_the_experts_that_suit_the_images(layout, kind):
     head = fitted(fit_data(layout=layout))
 
-    assert type(head.way.experts) is kind
+    assert type(head.branch.experts) is kind
 
 
 @pytest.mark.parametrize("layout", [True, False])
@@ -277,7 +275,7 @@ def test_the_way_taken_survives_saving(layout):
 
     other.load_state(head.state())
 
-    assert type(other.way.experts) is type(head.way.experts)
+    assert type(other.branch.experts) is type(head.branch.experts)
     assert torch.equal(head(features).scores, other(features).scores)
 
 
@@ -297,9 +295,9 @@ def test_scale_is_that_of_held_out_images_of_the_expert_own_subclass(expert):
 
     for k in range(K):
         own = data.features.features[data.holdout & (data.subclasses == k)]
-        scores = head.way.experts(own[:, None], torch.full((len(own), 1), k))
-        assert head.way.scale_mean[k].item() == pytest.approx(scores.mean().item(), rel=1e-3, abs=1e-4)
-        assert head.way.scale_deviation[k].item() == pytest.approx(
+        scores = head.branch.experts(own[:, None], torch.full((len(own), 1), k))
+        assert head.branch.scale_mean[k].item() == pytest.approx(scores.mean().item(), rel=1e-3, abs=1e-4)
+        assert head.branch.scale_std[k].item() == pytest.approx(
             scores.std(correction=0).item(), rel=1e-3, abs=1e-4
         )
 
@@ -312,7 +310,7 @@ def test_experts_do_not_learn_from_held_out_images(expert):
     changed[data.holdout] = changed[data.holdout].flip(2)
     other = replace(data, features=InMemory(changed))
 
-    one, two = (fitted(each, expert=expert, adaption="off").way.experts for each in (data, other))
+    one, two = (fitted(each, expert=expert, adaption="off").branch.experts for each in (data, other))
 
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, two.state_dict()[name]), name
@@ -327,14 +325,14 @@ def test_a_subclass_with_few_held_out_images_takes_the_scale_of_all():
 
     scores = torch.cat(
         [
-            head.way.experts(
+            head.branch.experts(
                 data.features.features[holdout & (data.subclasses == k)][:, None],
                 torch.full((int((holdout & (data.subclasses == k)).sum()), 1), k),
             )
             for k in range(K)
         ]
     )
-    assert head.way.scale_mean[2].item() == pytest.approx(scores.mean().item(), rel=1e-3)
+    assert head.branch.scale_mean[2].item() == pytest.approx(scores.mean().item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("every", [True, False])
@@ -357,7 +355,7 @@ def test_strangers_are_scored_without_the_expert_of_their_own(routing):
 
     assert (out.routing.weights.gather(1, own[:, None]) == 0).all()
     everyone = torch.arange(K).expand(6, -1)
-    scores = head.way(features, statistics(features), everyone)[:, :, 0]
+    scores = head.branch(features, statistics(features), everyone)[:, :, 0]
     torch.testing.assert_close(
         out.scores, aggregate(scores, out.routing.weights, how="paper"), rtol=1e-3, atol=1e-4
     )
@@ -375,8 +373,8 @@ def test_the_only_expert_scores_strangers_too():
 
 def test_where_the_line_between_layout_and_texture_lies_is_a_setting():
     assert (
-        type(fitted(fit_data(layout=True), expert={"kind": "auto", "position_variance": 0.99}).way.experts)
-        is Gaussians
+        type(fitted(fit_data(layout=True), expert={"kind": "auto", "position_variance": 0.99}).branch.experts)
+        is GaussianExperts
     )
 
 
@@ -444,7 +442,7 @@ def test_lessons_are_those_that_need_gradients():
     assert names(routing="network", expert="memory") == ["router"]
     assert names(expert="discriminator") == ["experts"]
     assert names(routing="network", expert="discriminator") == ["router", "experts"]
-    assert names(routing="network", expert="discriminator", moe=False) == ["experts"]
+    assert names(expert="discriminator", moe=False) == ["experts"]
 
 
 @pytest.mark.parametrize("settings", [{"norm": False}, {"alpha": 0.0}, {"stride": 1}])

@@ -129,7 +129,7 @@ def test_choice_is_a_softmax_of_which_the_best_are_kept_and_renormalised(top_k, 
 
 
 def stage(net):
-    return RouterStage(net, subclass_of=lambda features, given: given)
+    return RouterStage(net, assign=lambda features, given: given)
 
 
 def one_loss(net, *, training):

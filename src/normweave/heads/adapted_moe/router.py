@@ -1,4 +1,4 @@
-"""Which experts look at an image, and how far it lies from everything that is known."""
+"""Routing: the experts that score an image, and their weights."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,17 +12,17 @@ from normweave.heads.base import TrainingStage
 
 
 class Choice(NamedTuple):
-    """The experts asked for each image."""
+    """The chosen experts of each image."""
 
-    weights: Tensor  # (B, T) every row adds up to 1
+    weights: Tensor  # (B, T), every row sums to 1
     experts: Tensor  # (B, T) int64, heaviest first
 
 
 def choose(similarity: Tensor, *, temperature: float, top_k: int) -> Choice:
-    """Softmax over the experts, of which the top k are kept and renormalised.
+    """Select the top k experts by softmax and renormalise their weights.
 
     Args:
-        similarity: (B, K), higher = more alike.
+        similarity: (B, K), higher = more similar.
     """
     top_k = min(top_k, similarity.shape[1])
     weights, experts = (similarity / temperature).softmax(dim=1).topk(top_k, dim=1)  # (B, T) each
@@ -54,7 +54,7 @@ class Router(nn.Module):
         self.register_buffer("centres", torch.zeros(1, embedding))
 
     def start(self, *, subclasses: int, generator: torch.Generator) -> None:
-        """Draw new weights for so many subclasses, as torch draws those of a convolution and a linear layer."""
+        """Draw the initial weights as torch draws those of a convolution and a linear layer."""
         embedding, width = self.kernel.shape[:2]
 
         def uniform(*shape: int, inputs: int) -> nn.Parameter:
@@ -68,14 +68,14 @@ class Router(nn.Module):
         self.centres = torch.zeros(subclasses, embedding)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Eq. 1: (B, D, h, w) -> (B, C)."""
+        """Return x of Eq. 1, (B, D, h, w) -> (B, C)."""
         pooled = (
             F.conv2d(features, self.kernel, self.bias, self.config.stride, padding=1).relu().mean(dim=(2, 3))
         )
         return F.normalize(pooled, dim=1) if self.config.norm else pooled
 
     def losses(self, embedded: Tensor, subclasses: Tensor) -> dict[str, Tensor]:
-        """Eq. 2 and its two parts, for (B, C) embeddings and (B,) subclasses."""
+        """Return the loss of Eq. 2 and its two parts, for (B, C) embeddings and (B,) subclasses."""
         centre = (embedded - self.centres[subclasses]).square().sum(dim=1).mean()
         softmax = F.cross_entropy(embedded @ self.classifier.T, subclasses)
         return {
@@ -86,14 +86,14 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def move_centres(self, embedded: Tensor, subclasses: Tensor) -> None:
-        """Wen et al. 2016: c_k -= rate * sum over own images of (c_k - x) / (1 + number of own images)."""
+        """Update the centres: c_k -= rate * sum over own images of (c_k - x) / (1 + number of own images)."""
         own = F.one_hot(subclasses, len(self.centres)).to(embedded.dtype)  # (B, K)
         number = own.sum(dim=0)[:, None]  # (K, 1)
         step = (number * self.centres - own.T @ embedded) / (1 + number)  # (K, C)
         self.centres -= self.config.centre_rate * step
 
     def similarity(self, features: Tensor) -> Tensor:
-        """Cosine of each image's embedding and each centre, (B, K)."""
+        """Return the cosine of each embedding and each centre, (B, K)."""
         return F.normalize(self(features), dim=1) @ F.normalize(self.centres, dim=1).T
 
 
@@ -101,18 +101,16 @@ class RouterStage(TrainingStage):
     """Train the routing network on Eq. 2.
 
     Args:
-        router: is changed.
-        subclass_of: (features (B, D, h, w), given subclasses (B,)) -> (B,) the subclasses to learn.
+        router: is trained.
+        assign: (features (B, D, h, w), given subclasses (B,)) to the targets (B,).
     """
 
     name = "router"
-    gradient_clip = 0.0
-    final_rate = 1.0
 
-    def __init__(self, router: Router, *, subclass_of: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.module: nn.Module = router
+    def __init__(self, router: Router, *, assign: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.module = router
         self.router = router
-        self.subclass_of = subclass_of
+        self.assign = assign
         training = router.config.training
         self.epochs, self.batch_images, self.patience = (
             training.epochs,
@@ -121,14 +119,14 @@ class RouterStage(TrainingStage):
         )
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Adam over the convolution and the classifier."""
+        """Return Adam over the convolution and the classifier."""
         return torch.optim.Adam(self.router.parameters(), lr=self.router.config.training.learning_rate)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
     ) -> dict[str, Tensor]:
-        """Eq. 2 on a batch; in training the centres then move."""
-        own = self.subclass_of(features, subclasses)
+        """Return the loss of Eq. 2 and its parts; in training the centres are then updated."""
+        own = self.assign(features, subclasses)
         embedded = self.router(features)
         losses = self.router.losses(embedded, own)
         if training:

@@ -1,0 +1,1 @@
+"""Experts of Adapted-MoE, one file for each type; `base.Experts` is their contract."""

@@ -1,0 +1,125 @@
+"""Contract of the experts, and the parts that several of them use.
+
+All experts of a head are one module and compute their scores in one batched product.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave.heads.base import BATCH_IMAGES, TrainingStage
+from normweave.types import FeatureSource
+
+Assign = Callable[[Tensor, Tensor], Tensor]
+"""(features (B, D, h, w), given subclasses (B,)) to the expert of each image (B,)."""
+Adapt = Callable[[Tensor, Tensor], Tensor]
+"""(features (B, D, h, w), experts (B,)) to the features adapted for these experts (B, D, h, w)."""
+
+
+@dataclass(frozen=True)
+class Normals:
+    """Normal images, each assigned to one expert."""
+
+    source: FeatureSource
+    """Each image is adapted for its own expert."""
+    rows: NDArray[np.int64]
+    """(n,) images of the source to fit on."""
+    experts: NDArray[np.int64]
+    """(n,) 0..K-1, each at least once."""
+    groups: NDArray[np.int64]
+    """(n,) physical part, lot or session."""
+
+    @property
+    def number(self) -> int:
+        """K."""
+        return int(self.experts.max()) + 1
+
+    def batches(self, chosen: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        """Yield indices into `rows` and the features (B, D, h, w) of a few images at a time; None = all images."""
+        chosen = np.arange(len(self.rows)) if chosen is None else chosen
+        for start in range(0, len(chosen), BATCH_IMAGES):
+            batch = chosen[start : start + BATCH_IMAGES]
+            yield batch, self.source.read(self.rows[batch])
+
+
+class Experts(nn.Module):
+    """K experts, one a subclass, that score patches by how much they differ from the normal patches of the subclass.
+
+    A new type of expert overrides `fit` and `forward`, or `start`, `stages` and `forward` if it is trained by gradient.
+    It is built as `Class(config, shape=(D, h, w), unit=unit)`, where unit is the std of a channel of its features.
+    """
+
+    standardised: bool = False
+    """Scores have mean 0 and std 1 on normal images that were not fitted on, so that none need be held out."""
+    default_adaption: Literal["off", "full", "guarded"] = "guarded"
+    """Test-time adaption with `head.adaption.method=auto`."""
+
+    def start(self, *, experts: int, generator: torch.Generator) -> None:
+        """Draw the initial weights of this many experts."""
+
+    def stages(self, *, assign: Assign, adapt: Adapt) -> Sequence[TrainingStage]:
+        """Return what is trained by gradient."""
+        return ()
+
+    def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
+        """Fit everything in closed form, after the stages."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Score patches by some of the experts.
+
+        Args:
+            features: (B, S, D, h, w); S = 1: the same features for all experts; S = T: adapted for each.
+            experts: (B, T) int64 indices of the experts.
+
+        Returns:
+            (B, T, V, h, w). V = 1 is the map. With V = 2 the maximum of the second map is the image score.
+        """
+
+
+def products(features: Tensor, weights: Tensor, offset: Tensor) -> Tensor:
+    """Return offset + weights . patch for every chosen expert and every patch, in one batched product.
+
+    Args:
+        features: (B, S, D, h, w), S = 1 or T.
+        weights: (B, T, N, D).
+        offset: (B, T, N).
+
+    Returns:
+        (B, T, N, P).
+    """
+    B, S, D, h, w = features.shape
+    T, N = weights.shape[1:3]
+    # With S = 1 the experts' rows are stacked, so the features need not be copied for each expert.
+    product = torch.baddbmm(
+        offset.reshape(B * S, T // S * N, 1),
+        weights.reshape(B * S, T // S * N, D),
+        features.reshape(B * S, D, h * w),
+    )  # (B*S, T/S*N, P)
+    return product.view(B, T, N, h * w)
+
+
+def to_cells(features: Tensor, cells: tuple[int, int], *, grid: tuple[int, int]) -> Tensor:
+    """Average (N, D, h, w) to (N, D, *cells). The grid (h, w) is an argument: a constant in the ONNX graph."""
+    if grid[0] % cells[0] == 0 and grid[1] % cells[1] == 0:
+        return F.avg_pool2d(features, (grid[0] // cells[0], grid[1] // cells[1]))
+    return F.adaptive_avg_pool2d(features, cells)
+
+
+def to_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Interpolate (B, T, cells, cells) to (B, T, h, w) bilinearly."""
+    return F.interpolate(cells, size=grid, mode="bilinear", align_corners=False)
+
+
+def fine_channels(share: float, width: int) -> int:
+    """Return the number of channels that this share of the D = `width` channels is, at least 1."""
+    return max(1, round(share * width))

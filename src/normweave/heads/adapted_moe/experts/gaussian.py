@@ -1,0 +1,70 @@
+"""Gaussians: Mahalanobis distance to normal patches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normweave.config import GaussianExpertConfig
+from normweave.heads.adapted_moe.experts.base import Experts, Normals, fine_channels, products
+
+
+class GaussianExperts(Experts):
+    """Mahalanobis distance to the patches of the subclass.
+
+    d(x) = |W (x - m)| with W' W the inverse of a covariance: that of the subclass mixed with that of all subclasses,
+    then shrunk towards its mean variance (PaDiM, arXiv 2011.08785, with one Gaussian for all positions). Only the first
+    D' channels of a patch are used; the finest stages come first.
+    """
+
+    whitener: Tensor  # (K, D', D') W
+    offset: Tensor  # (K, D') -W m
+
+    default_adaption = "full"
+
+    def __init__(
+        self, config: GaussianExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.config = config
+        channels = fine_channels(config.fine, shape[0])
+        self.register_buffer("whitener", torch.eye(channels)[None])
+        self.register_buffer("offset", torch.zeros(1, channels))
+
+    def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
+        """Fit means and covariances, summed in float64 in one pass."""
+        channels = self.offset.shape[1]
+        count = torch.zeros(normals.number, dtype=torch.float64)
+        total = torch.zeros(normals.number, channels, dtype=torch.float64)
+        square = torch.zeros(normals.number, channels, channels, dtype=torch.float64)
+        for batch, features in normals.batches():
+            for row, image in zip(batch, features[:, :channels].flatten(2).double(), strict=True):
+                expert = normals.experts[row]
+                count[expert] += image.shape[1]
+                total[expert] += image.sum(dim=1)
+                square[expert] += image @ image.T
+        mean = total / count[:, None]  # (K, D')
+        own = _covariance(square, total, count)  # (K, D', D')
+        together = _covariance(square.sum(dim=0)[None], total.sum(dim=0)[None], count.sum()[None])
+        mixed = (1 - self.config.pooled) * own + self.config.pooled * together
+        variance = mixed.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-6)  # (K,)
+        identity = torch.eye(channels, dtype=torch.float64)
+        shrunk = (1 - self.config.shrinkage) * mixed + self.config.shrinkage * variance[
+            :, None, None
+        ] * identity
+        factor = torch.linalg.cholesky(shrunk)
+        whitener = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
+        self.whitener = whitener.float()
+        self.offset = -(whitener @ mean[..., None]).squeeze(2).float()
+
+    def forward(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Return the distance of every patch, (B, T, 1, h, w)."""
+        used = features[:, :, : self.offset.shape[1]]  # (B, S, D', h, w)
+        whitened = products(used, self.whitener[experts], self.offset[experts])  # (B, T, D', P)
+        return (whitened * whitened).sum(dim=2).sqrt().view(*experts.shape, 1, *features.shape[3:])
+
+
+def _covariance(square: Tensor, total: Tensor, count: Tensor) -> Tensor:
+    """Return the covariances from the sums of x x' (K, D, D) and of x (K, D) and the number of x (K,)."""
+    mean = total / count[:, None]
+    return square / count[:, None, None] - mean[:, :, None] * mean[:, None]

@@ -1,0 +1,334 @@
+"""Layouts: residual of whole images of all subclasses, for products whose parts have fixed positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave.config import LayoutExpertConfig
+from normweave.heads.adapted_moe.experts.base import Experts, Normals, fine_channels, to_cells, to_grid
+from normweave.heads.dfm import principal_components
+
+
+class LayoutExperts(Experts):
+    """Residual of whole images after a projection on components of all subclasses, relative to its usual size.
+
+    Ours. Residuals r = (x - m) - C C' (x - m) as in `SubspaceExperts`, but of one subspace for all experts and at two
+    cell sizes. Their usual size is measured for each expert on normal images of groups that the subspace was not fitted
+    on. The first map uses all channels: it is the maximum over both cell sizes and over `Detail`, which is the residual
+    at full resolution. The second map uses the coarsest stage and gives the image score.
+    """
+
+    standardised = True
+    default_adaption = "off"
+
+    def __init__(self, config: LayoutExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:
+        super().__init__()
+        self.config = config
+        D, h, w = shape
+        coarse = max(1, D - fine_channels(config.fine, D))
+        self.views = nn.ModuleList(
+            View(config, grid=(h, w), channels=(first, D), side=side, by_cells=by_cells)
+            for first, by_cells in ((0, True), (D - coarse, False))
+            for side in (config.cells, max(1, config.cells // 2))
+        )
+        self.detail = Detail(shape=shape, cells=self._views[0].cells, own=config.own)
+
+    @property
+    def _views(self) -> list[View]:
+        return [view for view in self.views if isinstance(view, View)]
+
+    def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
+        """Fit each view on whole images, averaged to cells."""
+        count = len(normals.rows)
+        drawn = torch.randperm(count, generator=generator)[: self.config.max_images].sort().values.numpy()
+        # Every expert needs an image among those drawn.
+        missing = np.setdiff1d(normals.experts, normals.experts[drawn])
+        first = [int(np.flatnonzero(normals.experts == expert)[0]) for expert in missing]
+        drawn = np.concatenate([drawn, np.array(first, dtype=drawn.dtype)])
+        pooled: list[list[Tensor]] = [[] for _ in self._views]
+        for _, features in normals.batches(drawn):
+            for parts, view in zip(pooled, self._views, strict=True):
+                parts.append(view.pool(features))
+        left_out = [
+            view.fit(torch.cat(parts), normals.experts[drawn], normals.groups[drawn], generator=generator)
+            for parts, view in zip(pooled, self._views, strict=True)
+        ]
+        self.detail.fit(normals, drawn, left_out[0])
+
+    def forward(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Return the map and the map of the image score, (B, T, 2, h, w)."""
+        B, S, _, h, w = features.shape
+        images = features.flatten(0, 1)  # (B*S, D, h, w)
+        chosen = experts.reshape(B * S, experts.shape[1] // S)  # of each of these; S = 1 or T
+        residuals = [view.residual(images) for view in self._views]
+        fine, coarse, fine_last, coarse_last = (
+            to_grid(view(residual, chosen), (h, w))
+            for view, residual in zip(self._views, residuals, strict=True)
+        )
+        maps = torch.maximum(torch.maximum(fine, coarse), self.detail(images, residuals[0], chosen))
+        both = torch.stack([maps, 0.5 * (fine_last + coarse_last)], dim=2)  # (B*S, T/S, 2, h, w)
+        return both.view(*experts.shape, 2, h, w)
+
+
+class View(nn.Module):
+    """One cell size and range of channels of `LayoutExperts`.
+
+    With S the covariance between channels and s^2 the mean square, channel by channel and cell by cell, of the
+    residuals r of images left out of the fit, the score of a cell is
+
+        by_cells:  sqrt(sum over channels of r^2 / (half s^2 of channel and cell + half s^2 of the channel))
+        otherwise: sqrt(r' (half S + half its mean variance I)^-1 r) / root of its mean square at this cell
+
+    minus its mean and divided by its std on those images.
+
+    Args:
+        grid: (h, w).
+        channels: the first, and the last plus one.
+        side: the grid is averaged to at most side x side cells.
+    """
+
+    mean: Tensor  # (F,)
+    components: Tensor  # (F, r)
+    weights: Tensor  # by_cells: (K, D', cells, cells) 1 / mean squares
+    whitener: Tensor  # otherwise: (K, D', D')
+    usual: Tensor  # otherwise: (K, cells, cells) root mean square of |whitener r|
+    centre: Tensor  # (K,)
+    std: Tensor  # (K,)
+
+    folds = 4
+
+    def __init__(
+        self,
+        config: LayoutExpertConfig,
+        *,
+        grid: tuple[int, int],
+        channels: tuple[int, int],
+        side: int,
+        by_cells: bool,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.grid = grid
+        self.channels = channels
+        self.cells = (min(side, grid[0]), min(side, grid[1]))
+        self.by_cells = by_cells
+        width = channels[1] - channels[0]
+        numbers = width * self.cells[0] * self.cells[1]
+        self.register_buffer("mean", torch.zeros(numbers))
+        self.register_buffer("components", torch.zeros(numbers, 1))
+        if by_cells:
+            self.register_buffer("weights", torch.ones(1, width, *self.cells))
+        else:
+            self.register_buffer("whitener", torch.eye(width)[None])
+            self.register_buffer("usual", torch.ones(1, *self.cells))
+        self.register_buffer("centre", torch.zeros(1))
+        self.register_buffer("std", torch.ones(1))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Average (n, D, h, w) to cells and flatten to (n, F)."""
+        first, last = self.channels
+        return to_cells(features[:, first:last], self.cells, grid=self.grid).flatten(1)
+
+    def fit(
+        self,
+        pooled: Tensor,
+        experts: NDArray[np.int64],
+        groups: NDArray[np.int64],
+        *,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Fit on (n, F) pooled images with the expert (n,) and the group (n,) of each.
+
+        Returns:
+            (n, D', cells, cells) residuals of each image by a subspace that was not fitted on its group.
+        """
+        fold = _folds(groups, self.folds, generator=generator)
+        residual = torch.empty_like(pooled)
+        for part in range(int(fold.max()) + 1):
+            out = torch.from_numpy(fold == part)
+            # One group only: nothing can be left out, and the residuals come out too small.
+            mean, components = self._components(pooled if out.all() else pooled[~out])
+            residual[out] = _residual(pooled[out], mean, components)
+        self.mean, self.components = self._components(pooled)
+        left_out = residual.view(len(pooled), -1, *self.cells)
+        self._measure(left_out, torch.from_numpy(experts))
+        return left_out
+
+    def _components(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        mean, components = principal_components(rows, variance=self.config.variance)
+        return mean, components[:, : self.config.components].contiguous()
+
+    def _measure(self, residual: Tensor, experts: Tensor) -> None:
+        """Measure the usual size of residuals (n, D', cells, cells) of images left out, for each expert."""
+        owned = [residual[experts == expert] for expert in range(int(experts.max()) + 1)]
+
+        def mixed(measure: Callable[[Tensor, int], Tensor]) -> Tensor:
+            """Return own * measure(images of the expert) + (1 - own) * measure(all images), one expert a row."""
+            return torch.stack(
+                [
+                    self.config.own * measure(rows, expert)
+                    + (1 - self.config.own) * measure(residual, expert)
+                    for expert, rows in enumerate(owned)
+                ]
+            )
+
+        tiny = 1e-6
+        if self.by_cells:
+            square = mixed(lambda rows, _: rows.square().mean(dim=0))  # (K, D', cells, cells)
+            self.weights = 1 / (0.5 * square + 0.5 * square.mean(dim=(2, 3), keepdim=True) + tiny)
+        else:
+            covariance = mixed(lambda rows, _: _second_moment(rows))  # (K, D', D')
+            variance = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None] + tiny  # (K, 1, 1)
+            shrunk = 0.5 * covariance + 0.5 * variance * torch.eye(covariance.shape[1])
+            factor = torch.linalg.cholesky(shrunk.double())
+            # Not inv: batched, of 432 channels, MKL's LU fails or never ends.
+            identity = torch.eye(factor.shape[1], dtype=factor.dtype).expand_as(factor)
+            self.whitener = torch.linalg.solve_triangular(factor, identity, upper=False).float()
+            self.usual = torch.ones(len(owned), *self.cells)
+            self.usual = (
+                mixed(lambda rows, expert: self._by(rows, expert).square().mean(dim=0)).sqrt() + tiny
+            )  # (K, cells, cells)
+        scores = [self._by(rows, expert) for expert, rows in enumerate(owned)]
+        self.centre = torch.stack([each.mean() for each in scores])
+        self.std = torch.stack([each.std(correction=0) for each in scores]) + tiny
+
+    def _by(self, residual: Tensor, expert: int) -> Tensor:
+        """Return the distances (N, cells, cells) by one expert."""
+        return self._distance(residual, torch.full((len(residual), 1), expert))[:, 0]
+
+    def _distance(self, residual: Tensor, experts: Tensor) -> Tensor:
+        """Return the distances (N, T, cells, cells) of residuals (N, D', cells, cells) by experts (N, T)."""
+        if self.by_cells:
+            return _weighted(residual.square(), self.weights, experts).sqrt()
+        N, T = experts.shape
+        whitened = torch.bmm(self.whitener[experts].flatten(1, 2), residual.flatten(2))  # (N, T*D', P)
+        square = whitened.view(N, T, *residual.shape[1:]).square().sum(dim=2)
+        return square.sqrt() / self.usual[experts]
+
+    def residual(self, features: Tensor) -> Tensor:
+        """Return the residuals (N, D', cells, cells) of features (N, D, h, w)."""
+        pooled = self.pool(features)
+        width = self.channels[1] - self.channels[0]
+        return _residual(pooled, self.mean, self.components).view(pooled.shape[0], width, *self.cells)
+
+    def forward(self, residual: Tensor, experts: Tensor) -> Tensor:
+        """Return standardised scores (N, T, cells, cells) by the experts (N, T)."""
+        distance = self._distance(residual, experts)
+        return (distance - self.centre[experts][..., None, None]) / self.std[experts][..., None, None]
+
+
+class Detail(nn.Module):
+    """Residual at full resolution, after the whole-image subspace has explained the layout.
+
+    g = x - up(pool(x) - r) with r the residual of the finest view: the features minus the reconstructed layout, at the
+    size of the grid. The score of a cell is sqrt(sum over channels of (g - m)^2 / (half s^2 of channel and cell + half
+    s^2 of the channel)), standardised, as in `View` by cells. m and s^2 are measured on images left out of the fit.
+
+    Args:
+        cells: of the finest view.
+        own: weight of the expert's own s^2 against that of all images, in [0, 1].
+    """
+
+    mean: Tensor  # (D, h, w)
+    weights: Tensor  # (K, D, h, w)
+    centre: Tensor  # (K,)
+    std: Tensor  # (K,)
+    up: Tensor  # (cells^2, h*w) `to_grid` as a matrix, which is faster; not saved, since it follows from the sizes
+
+    def __init__(self, *, shape: tuple[int, int, int], cells: tuple[int, int], own: float) -> None:
+        super().__init__()
+        self.grid = shape[1:]
+        self.cells = cells
+        self.own = own
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("weights", torch.ones(1, *shape))
+        self.register_buffer("centre", torch.zeros(1))
+        self.register_buffer("std", torch.ones(1))
+        each = torch.eye(cells[0] * cells[1]).view(-1, 1, *cells)
+        self.register_buffer("up", to_grid(each, self.grid).flatten(1), persistent=False)
+
+    def fit(self, normals: Normals, chosen: NDArray[np.int64], left_out: Tensor) -> None:
+        """Fit on the chosen (n,) normals and their residuals (n, D, cells, cells) in the view, in two passes."""
+        tiny = 1e-6
+        K = normals.number
+        experts = torch.from_numpy(normals.experts)
+        counts = experts[chosen].bincount(minlength=K).double()  # (K,)
+        sums = torch.zeros(K, *self.mean.shape, dtype=torch.float64)
+        squares = torch.zeros_like(sums)
+        for batch, rest in self._rests(normals, chosen, left_out):
+            sums.index_add_(0, experts[batch], rest.double())
+            squares.index_add_(0, experts[batch], rest.double().square())
+        mean = sums.sum(dim=0) / counts.sum()
+        # Of each expert's own images, around the mean of all: E (g - m)^2 = E g^2 - 2 m E g + m^2.
+        each = (squares - 2 * mean * sums) / counts[:, None, None, None] + mean.square()
+        overall = squares.sum(dim=0) / counts.sum() - mean.square()
+        square = self.own * each + (1 - self.own) * overall
+        self.mean = mean.float()
+        self.weights = (1 / (0.5 * square + 0.5 * square.mean(dim=(2, 3), keepdim=True) + tiny)).float()
+        moments = torch.zeros(K, 2, dtype=torch.float64)  # of each expert's scores and their squares
+        for batch, rest in self._rests(normals, chosen, left_out):
+            own = self._distance(rest, experts[batch][:, None]).double().flatten(1)  # (B, P)
+            moments.index_add_(
+                0, experts[batch], torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1)
+            )
+        first, second = (moments / counts[:, None]).unbind(dim=1)
+        self.centre = first.float()
+        self.std = (second - first.square()).clamp_min(0).sqrt().float() + tiny
+
+    def _rests(
+        self, normals: Normals, chosen: NDArray[np.int64], left_out: Tensor
+    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+        done = 0
+        for batch, features in normals.batches(chosen):
+            yield batch, self._rest(features, left_out[done : done + len(batch)])
+            done += len(batch)
+
+    def _rest(self, features: Tensor, residual: Tensor) -> Tensor:
+        explained = to_cells(features, self.cells, grid=self.grid) - residual
+        rows = features.flatten(0, 1).flatten(1)  # (N*D, h*w)
+        return torch.addmm(rows, explained.flatten(0, 1).flatten(1), self.up, alpha=-1).view(features.shape)
+
+    def _distance(self, rest: Tensor, experts: Tensor) -> Tensor:
+        """Return the distances (N, T, h, w) of (N, D, h, w) by the experts (N, T)."""
+        centred = rest - self.mean
+        return _weighted(centred * centred, self.weights, experts).sqrt()
+
+    def forward(self, features: Tensor, residual: Tensor, experts: Tensor) -> Tensor:
+        """Return standardised scores (N, T, h, w) of features (N, D, h, w) with their residual in the view."""
+        distance = self._distance(self._rest(features, residual), experts)
+        return (distance - self.centre[experts][..., None, None]) / self.std[experts][..., None, None]
+
+
+def _weighted(squares: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """Sum squares (N, D, y, x) over D with the weights (K, D, y, x) of the experts (N, T); return (N, T, y, x).
+
+    One expert at a time: the gathered weights of all would be T times as large as the features.
+    """
+    N, D, y, x = squares.shape
+    ones = squares.new_ones(N, 1, D)  # ONNX Runtime sums the rows of an image five times as fast by a product
+    sums = [ones @ (squares * weights[each]).flatten(2) for each in experts.unbind(dim=1)]  # (N, 1, P) each
+    return torch.cat(sums, dim=1).view(*experts.shape, y, x)
+
+
+def _residual(rows: Tensor, mean: Tensor, components: Tensor) -> Tensor:
+    """Return the residual of (n, F) after its projection on orthonormal columns (F, r)."""
+    centred = rows - mean
+    return torch.addmm(centred, centred @ components, components.T, alpha=-1)
+
+
+def _second_moment(residual: Tensor) -> Tensor:
+    """Return the mean of r r' over the cells of (n, D, y, x), (D, D)."""
+    rows = residual.permute(0, 2, 3, 1).flatten(0, 2)  # (n*y*x, D)
+    return rows.T @ rows / len(rows)
+
+
+def _folds(groups: NDArray[np.int64], most: int, *, generator: torch.Generator) -> NDArray[np.int64]:
+    """Split whole groups into at most `most` folds at random; return the fold (n,) of each."""
+    names, members = np.unique(groups, return_inverse=True)
+    fold = torch.randperm(len(names), generator=generator).numpy() % most
+    return np.asarray(fold[members], dtype=np.int64)

@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 
 
 class TrainCommand(TyperCommand):
-    """Lists the models in the help of --model. Their names are read from the settings only when usage is printed."""
+    """Adds the names of the models to the help of --model. They are read from the settings only for this command."""
 
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Fill in the help of --model and return the usage. Help and command reference call this first."""
+    def get_params(self, ctx: Any) -> Any:
+        """Return the parameters of the command."""
         from normweave.config import Config, models
 
-        for option in self.params:
-            if isinstance(option, TyperOption) and option.name == "model":
-                option.help = f"{', '.join(models())}."
-                option.show_default = Config().head.model
-        return super().collect_usage_pieces(ctx)
+        params = super().get_params(ctx)
+        (model,) = (param for param in params if isinstance(param, TyperOption) and param.name == "model")
+        model.help, model.show_default = f"{', '.join(models())}.", Config().head.model
+        return params
 
 
 def train(

@@ -286,7 +286,7 @@ def test_a_tensor_of_another_file_is_not_opened(copy, tmp_path):
         entry.key, entry.value = "location", str(tmp_path / "secret.bin")
 
     regraphed(copy, change)
-    with pytest.raises(BundleError, match="a tensor that lies in another file"):
+    with pytest.raises(BundleError, match="a tensor that is stored in another file"):
         Detector.load(copy)
 
 

@@ -1,13 +1,13 @@
-"""A detector on disk: a folder of numbers, JSON and pages, in which nothing can execute.
+"""Read and write a detector on disk: a folder of tensors, a graph and JSON, in which nothing can execute.
 
     cloth.bundle/
     ├── bundle.json          format, the record, SHA-256 of every other file
-    ├── model.onnx           the same as a graph, to run without torch
+    ├── model.onnx           the network as a graph, to run without torch
     ├── weights.safetensors  everything fitted
-    └── report.html, …       other files that were handed in
+    └── report.html, …       other files
 
-Written beside its place and renamed, so that a bundle is whole or not there. Every byte
-is compared with its hash before it is used.
+It is written to a temporary folder and renamed, so that a bundle is complete or absent. Every file is compared with its
+hash before it is used.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ GRAPH = "model.onnx"
 OPERATING_POINTS = ("calibration", "map_threshold")
 """Keys of the record that `normweave calibrate` replaces."""
 MAX_RECORD_BYTES = 64 * 2**20
-"""A record is read whole into memory; with a hundred thousand calibration scores it has two million bytes."""
+"""The record is read into memory; with a hundred thousand calibration scores it has two million bytes."""
 
-# A plain file name: it cannot leave the folder on any system.
+# A plain file name, which cannot leave the folder on any system.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Listing(NamedTuple):
-    """bundle.json, taken apart."""
+    """The parts of bundle.json."""
 
     record: dict[str, Any]
     files: dict[str, str]  # name -> SHA-256 in hex
@@ -59,15 +59,15 @@ def write(
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Save a detector. With `overwrite` a bundle that lies there is replaced, as a whole and at the very end.
+    """Write a bundle. With `overwrite` an existing bundle is replaced at the end.
 
     Args:
-        tensors: every fitted number; goes to weights.safetensors, the same numbers to the same bytes.
+        tensors: everything fitted, written to weights.safetensors; the same tensors give the same bytes.
         record: settings, preparation, operating points, versions; JSON, without keys `format` and `files`.
         files: other files by name.
 
     Raises:
-        BundleError: the place is taken, or something cannot be saved so that it could be read again.
+        BundleError: the folder exists, or something cannot be saved so that it can be read back.
     """
     contents = dict(files or {}) | {WEIGHTS: _tensor_bytes(tensors)}
     if wrong := [name for name in contents if not _NAME.fullmatch(name) or name == RECORD]:
@@ -84,10 +84,10 @@ def write(
 
 
 def rewrite(source: Path, folder: Path, *, record: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Save a detector again with another record; its other files are copied as they are, and compared on the way.
+    """Write a bundle again with another record; its other files are copied and compared with their hashes.
 
     Args:
-        folder: where to; may be `source` itself.
+        folder: the target; may be `source` itself.
 
     Raises:
         BundleError: as in `write` and in `read`.
@@ -116,9 +116,9 @@ def _write(
     *,
     overwrite: bool,
 ) -> None:
-    """Write the record and what `fill` puts into a folder beside the place, then rename that folder."""
+    """Write the record and the files of `fill` to a temporary folder, then rename it."""
     folder = Path(os.path.realpath(folder))
-    check_place(folder, overwrite=overwrite)
+    check_target(folder, overwrite=overwrite)
     if taken := sorted({"format", "files"} & set(record)):
         raise BundleError(
             f"The record of a bundle may not have the keys {', '.join(taken)}: the bundle writes them."
@@ -131,30 +131,30 @@ def _write(
         ) from error
 
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process of the same number that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
     try:
         partial.mkdir(parents=True)
         fill(partial)
         _write_synced(partial / RECORD, text.encode())
         _sync_folder(partial)
-        _put_in_place(partial, folder)
+        _replace(partial, folder)
     except OSError as error:
         raise BundleError(f"Cannot write the bundle {folder}: {error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_place(folder: Path, *, overwrite: bool) -> None:
-    """Whether `write` may write here; ask before a long training, not after it.
+def check_target(folder: Path, *, overwrite: bool) -> None:
+    """Check that `write` may write here; call it before a long training.
 
     Raises:
-        BundleError: something lies there; even with `overwrite`, only a bundle is ever replaced.
+        BundleError: the folder exists; even with `overwrite`, only a bundle is replaced.
     """
     folder = Path(folder)
     try:
         taken = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     except OSError as error:
-        raise BundleError(f"Cannot look into {folder}: {error}.") from error
+        raise BundleError(f"Cannot read the folder {folder}: {error}.") from error
     if taken and not (folder / RECORD).is_file():
         raise BundleError(f"{folder} exists and is not a bundle, so it is not replaced. Choose another name.")
     if taken and not overwrite:
@@ -162,10 +162,10 @@ def check_place(folder: Path, *, overwrite: bool) -> None:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record that was written, after a look at the hash of every listed file; other files are ignored.
+    """Return the record after comparing the hash of every listed file; other files are ignored.
 
     Raises:
-        BundleError: not a bundle, of a newer format, damaged, or pointing out of its folder.
+        BundleError: not a bundle, of another format, damaged, or with a path outside its folder.
     """
     listing = _read_listing(folder)
     for name, expected in listing.files.items():
@@ -181,10 +181,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
-    """Every fitted number by name. The bytes that are parsed are the bytes that were compared with the hash.
+    """Return all tensors by name. The parsed bytes are the bytes that were compared with the hash.
 
     Raises:
-        BundleError: as in `read`, or numbers that are NaN or infinite.
+        BundleError: as in `read`, or a value is NaN or infinite.
         MissingError: safetensors is not installed.
     """
     name, content = WEIGHTS, read_file(folder, WEIGHTS)
@@ -202,7 +202,7 @@ def read_tensors(folder: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_file(folder: Path, name: str) -> bytes:
-    """A file of the bundle; the bytes that come back are the bytes that were compared with the hash.
+    """Return a file of the bundle; the bytes were compared with the hash.
 
     Raises:
         BundleError: as in `read`, or the bundle does not list it.
@@ -219,17 +219,17 @@ def read_file(folder: Path, name: str) -> bytes:
 
 
 def bundle_hash(folder: Path) -> str:
-    """What identifies this bundle: SHA-256 of bundle.json, which names the hashes of all other files."""
+    """Return the SHA-256 of bundle.json, which lists the hashes of all other files."""
     return _read_listing(folder).digest
 
 
 def weights_hash(folder: Path) -> str:
-    """What identifies the fitted numbers: the same for two trainings that agree, whatever the record says."""
+    """Return the SHA-256 of the weights: equal for two trainings with the same result, whatever their records."""
     return _read_listing(folder).files.get(WEIGHTS, "")
 
 
 def _read_listing(folder: Path) -> _Listing:
-    """bundle.json, checked in itself."""
+    """Read and check bundle.json."""
     folder = Path(folder)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -278,7 +278,7 @@ def _read_listing(folder: Path) -> _Listing:
     for name, digest in files.items():
         if not _NAME.fullmatch(name) or name == RECORD:
             raise BundleError(
-                f"{path} lists a file {name!r:.60}, which is no plain file name. Do not use this bundle."
+                f"{path} lists a file {name!r:.60}, which is not a plain file name. Do not use this bundle."
             )
         if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
             raise BundleError(f"{path} has no SHA-256 of {name}, got {digest!r:.80}. Copy the bundle again.")
@@ -286,11 +286,13 @@ def _read_listing(folder: Path) -> _Listing:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file of this name, if it lies in the folder and is a file."""
+    """Return the path of a file, checked to be inside the folder."""
     path = Path(folder) / name
-    real = Path(os.path.realpath(path))  # unlike Path.resolve it does not raise for links in a circle
+    real = Path(os.path.realpath(path))  # unlike Path.resolve it does not raise for circular links
     if real.parent != Path(os.path.realpath(folder)):
-        raise BundleError(f"{folder}: {name} points out of the bundle, to {real}. Do not use this bundle.")
+        raise BundleError(
+            f"{folder}: {name} is a link to {real}, outside the bundle. Do not use this bundle."
+        )
     if not path.is_file():
         raise BundleError(f"{folder}: {name} is missing. Copy the bundle again.")
     return path
@@ -349,8 +351,8 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _put_in_place(partial: Path, folder: Path) -> None:
-    """Rename the new bundle to its place; an old one is moved aside first, and back if that fails."""
+def _replace(partial: Path, folder: Path) -> None:
+    """Rename the new bundle to its target; an old one is moved aside first, and back if that fails."""
     if not folder.exists():
         partial.rename(folder)
         _sync_folder(folder.parent)

@@ -487,7 +487,7 @@ class Detector:
             CheckError: the exported graph does not give the scores of torch, or the network cannot be exported.
         """
         target = Path(folder)
-        bundle.check_place(target, overwrite=overwrite)
+        bundle.check_target(target, overwrite=overwrite)
         points = self.operating_points
         record = self.record | (
             {"calibration": None, "map_threshold": None} if points is None else points.as_dict()

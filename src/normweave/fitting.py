@@ -99,7 +99,7 @@ def fit(
     fit_data = replace(
         fit_data,
         mean=standard.mean,
-        deviation=standard.std,
+        std=standard.std,
         pair=feature_pair(config.features) if head.uses_text else None,
         synthetic=synthetic_anomalies(
             chosen,

@@ -1,4 +1,4 @@
-"""What passes between the stages: axes, directions, units. No torch at run time.
+"""The data that passes between the stages. No torch at run time.
 
 Axes: B images, D numbers a patch, (h, w) grid of patches, (H, W) pixels, P = h*w patches, K subclasses = experts.
 Sizes are (height, width). Scores have one direction everywhere: higher = more anomalous.
@@ -22,21 +22,21 @@ Label = Literal["normal", "anomalous"]
 Split = Literal["train", "calibration", "test"]
 Verdict = Literal["normal", "anomalous", "unknown"]
 Progress = Callable[[str, int, int], None]
-"""Told (what is being done, done, total) now and then."""
+"""Called with (name of the step, number done, total)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image of a data set: a row of the manifest, with its paths made whole."""
+    """One image of a data set: a row of the manifest with resolved paths."""
 
     image_path: Path
     category: str = "default"
     subclass: str | None = None
-    """None: not known, to be discovered or ignored."""
+    """None: unknown; it is discovered or ignored."""
     group: str | None = None
     """The physical part, lot or session; images of one group are never divided between splits."""
     split: Split | None = None
-    """None: not said, to be drawn (data.splits.complete)."""
+    """None: not given; it is drawn by `data.splits.complete`."""
     label: Label = "normal"
     defect: str | None = None
     mask_path: Path | None = None
@@ -57,7 +57,7 @@ class Tile(NamedTuple):
 
 
 class FeatureSource(Protocol):
-    """Frozen features of many images, read a few at a time from disk or computed anew."""
+    """Frozen features of many images, read from disk or computed in batches."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -65,16 +65,16 @@ class FeatureSource(Protocol):
         ...
 
     def __len__(self) -> int:
-        """How many images."""
+        """The number of images."""
         ...
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        """Features of these images, (len(rows), D, h, w) float32, in the order asked for."""
+        """Return the features (len(rows), D, h, w) float32 of these images, in the order of `rows`."""
         ...
 
 
 class JointMaps(NamedTuple):
-    """From the patch tokens of each level to a space that images share with text.
+    """Linear maps from the patch tokens of each level to the joint space of images and text.
 
     For a raw token e (D_l,) of level l: j = n(e) W_l + b_l, then j / |j|, with n(e) = (e - mean(e)) / std(e) over its
     numbers where `layer_norm`, else e. Gains and offsets of a layer norm are merged into W_l and b_l.
@@ -115,57 +115,56 @@ class Pair(Protocol):
     """A vision-language pair beside the extractor of its image side."""
 
     text: Text | None
-    """None: its text side is not on this machine."""
+    """None: the text encoder is not installed."""
 
     def joint_maps(self, normals: Iterable[Tensor]) -> JointMaps:
-        """The ways into the joint space; those that a pair does not bring itself are learnt from normal images.
+        """Return the maps into the joint space; those that the pair lacks are fitted on normal images.
 
         Args:
-            normals: raw features of all fit normals, (B, D, h, w) a time.
+            normals: raw features of all fit images, in batches (B, D, h, w).
         """
         ...
 
 
 class SyntheticAnomalies(NamedTuple):
-    """Fit normals with damage put into their pictures: row k * n + i is the k-th damage of image i."""
+    """Fit images with synthetic defects: row k * n + i is the k-th variant of image i."""
 
     features: FeatureSource  # standardised
-    coverage: Callable[
-        [NDArray[np.int64]], Tensor
-    ]  # rows to (len(rows), h, w) float32, share of each cell damaged
+    coverage: Callable[[NDArray[np.int64]], Tensor]
+    """Rows to (len(rows), h, w) float32, the share of each cell that is defective."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitData:
-    """Everything a head may learn from: fit normals only, neither calibration nor test images."""
+    """What a head is fitted on: fit images only, neither calibration nor test images."""
 
     features: FeatureSource
-    """Standardised per channel; n images."""
+    """Of n images, standardised per channel."""
     subclasses: NDArray[np.int64]
     """(n,) indices into `names`; all -1 when no labels were given."""
     names: tuple[str, ...]
     """`Sample.subclass_name` of each subclass; empty when no labels were given."""
     groups: NDArray[np.int64]
-    """(n,) physical part, lot or session; statistics "on other images" mean other groups."""
+    """(n,) physical part, lot or session; statistics on "other images" use other groups."""
     holdout: NDArray[np.bool_]
-    """(n,) fit normals that gradients must not see: they stop the training and set the experts' scale."""
+    """(n,) fit images not used for gradients, but for early stopping and the score scale of the experts."""
     seed: int = 0
     mean: Tensor | None = None
-    """(D,) of the raw features; raw = standardised * deviation + mean. None: the features are raw."""
-    deviation: Tensor | None = None
-    """(D,) likewise."""
+    """(D,) of the raw features; raw = standardised * std + mean. None: the features are raw."""
+    std: Tensor | None = None
+    """(D,) of the raw features."""
     pair: Pair | None = None
-    """The vision-language pair that the features come from, if they do."""
+    """The vision-language pair of the features; None if the head uses no text."""
     synthetic: SyntheticAnomalies | None = None
-    """None: the head did not ask for any."""
+    """None: the head uses none."""
 
     def __len__(self) -> int:
-        """n images."""
+        """The number of images n."""
         return len(self.features)
 
 
 class RawOutput(NamedTuple):
-    """What a network returns for n prepared images, off the device; None where its head has no such output."""
+    """The output of a network for n prepared images, on the CPU; None if its head has no such output."""
 
     scores: NDArray[np.float32]  # (n, h, w) patch scores
     image_scores: NDArray[np.float32] | None = None  # (n,); None: the maximum of the smoothed map
@@ -177,24 +176,22 @@ class RawOutput(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Which kind of normal each image is taken for."""
+    """The subclass that each image is routed to."""
 
-    weights: Tensor  # (B, K) float32 >= 0, rows add up to 1, zero for experts that were not asked
+    weights: Tensor  # (B, K) float32 >= 0, rows sum to 1, zero for experts that were not selected
     subclass: Tensor  # (B,) int64 nearest subclass, an index into the head's subclass_names
-    distance: (
-        Tensor  # (B,) float32 >= 0, how far from every known kind; comparable between images of one subclass
-    )
+    distance: Tensor  # (B,) float32 >= 0, to the nearest known subclass; comparable within a subclass
     adapted: Tensor  # (B,) bool, whether test-time adaption changed the features
 
 
 class PatchScores(NamedTuple):
-    """What a head says of a batch."""
+    """The output of a head for a batch."""
 
     scores: Tensor  # (B, h, w) float32
     image_scores: Tensor | None  # (B,) float32; None: the maximum of the smoothed map is the image's score
-    routing: Routing | None  # None: the head knows one kind of normal only
+    routing: Routing | None  # None: the head does not route
     reconstruction: Tensor | None = (
-        None  # (B, h, w) float32, distance to what was reconstructed; heads that decode
+        None  # (B, h, w) float32, distance to the reconstruction; heads that decode
     )
 
 

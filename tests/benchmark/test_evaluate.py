@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from normweave import settings
-from normweave.benchmark.evaluate import _Cell, _coverage, _tables, compare, evaluate, measure, read_metrics
+from normweave.benchmark.evaluate import Stratum, _coverage, _tables, compare, evaluate, measure, read_metrics
 from normweave.config import Config, DataConfig
 from normweave.data.images import read_mask
 from normweave.data.layouts import read
@@ -36,16 +36,16 @@ def row(
 
 
 @pytest.fixture
-def tables() -> tuple[dict, list[dict], list[_Cell]]:
+def tables() -> tuple[dict, list[dict], list[Stratum]]:
     rng = np.random.default_rng(0)
     cells, rows = [], []
     for category, subclass, seen in (("a", "x", True), ("a", "y", False), ("b", "x", True)):
         for defect in (None, None, None, "hole", "stain"):
-            cells.append(_Cell(category, subclass, seen, defect))
+            cells.append(Stratum(category, subclass, seen, defect))
             rows.append(
                 row("anomalous" if defect else "normal", float(rng.random()), category=category, routed="a")
             )
-    cells.append(_Cell("b", "x", True, None))
+    cells.append(Stratum("b", "x", True, None))
     rows.append(row("normal", 0.0, error="truncated", category="b"))
     pixels, decoded = {}, {}
     for cell in dict.fromkeys(cells):
@@ -90,7 +90,7 @@ def test_a_head_that_judges_whole_images_has_no_pixel_metrics(tmp_path: Path):
     for table in (metrics["pooled"], *metrics["by_defect"].values()):
         for name in ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro"):
             assert table[name] is None
-            assert table["reasons"][name] == "the model judges whole images and gives no map"
+            assert table["reasons"][name] == "the model scores whole images and has no map"
         assert 0 <= table["image_auroc"] <= 1
     assert metrics["mean"]["pixel_auroc"] is None
 
@@ -122,7 +122,7 @@ def test_means_are_over_categories(tables):
 
 
 def test_what_is_undefined_says_why():
-    cells = [_Cell("a", None, True, None)]
+    cells = [Stratum("a", None, True, None)]
     metrics = _tables(cells, [row("normal", 0.1)], {}, {}, {"a"})
     assert metrics["pooled"]["image_auroc"] is None
     assert "image_auroc" in metrics["pooled"]["reasons"]
@@ -147,7 +147,7 @@ def test_over_generalisation_stands_in_every_table(tables):
 
 def test_means_leave_out_categories_without_a_number(tables):
     metrics, rows, cells = tables
-    several = _tables(cells, rows, {}, {_Cell("a", "x", True, None): OverGeneralisation()}, set())
+    several = _tables(cells, rows, {}, {Stratum("a", "x", True, None): OverGeneralisation()}, set())
     assert several["mean"]["over_generalisation"] is None
     flat, bad = OverGeneralisation(), OverGeneralisation()
     flat.update(np.zeros((2, 2), np.float32), None)
@@ -155,10 +155,10 @@ def test_means_leave_out_categories_without_a_number(tables):
     usual = OverGeneralisation()
     usual.update(np.full((2, 2), 0.5, np.float32), None)
     decoded = {
-        _Cell("a", "x", True, None): flat,
-        _Cell("a", "x", True, "hole"): bad,
-        _Cell("b", "x", True, None): usual,
-        _Cell("b", "x", True, "hole"): bad,
+        Stratum("a", "x", True, None): flat,
+        Stratum("a", "x", True, "hole"): bad,
+        Stratum("b", "x", True, None): usual,
+        Stratum("b", "x", True, "hole"): bad,
     }
     metrics = _tables(cells, rows, {}, decoded, set())
     assert metrics["by_category"]["a"]["over_generalisation"]["ratio"] is None
@@ -182,7 +182,7 @@ def test_the_right_category_is_counted(tables):
     for known in (set(), {"a"}):
         metrics = _tables(cells, rows, {}, {}, known)
         assert metrics["pooled"]["category_accuracy"] is None
-        assert "does not tell categories apart" in metrics["pooled"]["reasons"]["category_accuracy"]
+        assert "does not distinguish categories" in metrics["pooled"]["reasons"]["category_accuracy"]
 
 
 def test_a_tile_is_covered_by_its_own_part_of_the_mask():

@@ -72,7 +72,7 @@ def test_the_centre_is_the_mean_direction_of_features_that_are_not_centred():
     raw = 3 + 2 * random(20, 3, 4, 4, seed=1)
     mean, deviation = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
     standard = (raw - mean[:, None, None]) / deviation[:, None, None]
-    head = begun(normals(standard, mean=mean, deviation=deviation))
+    head = begun(normals(standard, mean=mean, std=deviation))
     directions = torch.stack([unit(image.mean((1, 2)) / deviation) for image in raw])
     torch.testing.assert_close(head.centre, unit(directions.mean(0)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(begun(normals(standard)).offset, torch.zeros(3))

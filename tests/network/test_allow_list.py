@@ -41,10 +41,10 @@ def test_a_tensor_that_lies_elsewhere(place):
     tensor.ClearField("float_data")
     entry = tensor.external_data.add()
     entry.key, entry.value = "location", place
-    refused(model, "a tensor that lies in another file")
+    refused(model, "a tensor that is stored in another file")
     tensor.data_location = TensorProto.EXTERNAL
     tensor.ClearField("external_data")
-    refused(model, "a tensor that lies in another file")
+    refused(model, "a tensor that is stored in another file")
 
 
 def test_a_tensor_that_lies_elsewhere_inside_an_attribute():
@@ -52,7 +52,7 @@ def test_a_tensor_that_lies_elsewhere_inside_an_attribute():
     tensor = helper.make_tensor("value", TensorProto.FLOAT, [1], [1.0])
     tensor.data_location = TensorProto.EXTERNAL
     model.graph.node.append(helper.make_node("Constant", [], ["z"], value=tensor))
-    refused(model, "a tensor that lies in another file")
+    refused(model, "a tensor that is stored in another file")
 
 
 def test_a_tensor_that_says_that_it_lies_inside():

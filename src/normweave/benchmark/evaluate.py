@@ -1,4 +1,4 @@
-"""A detector against labelled test images: metrics.json, predictions.csv and the report."""
+"""Evaluate a detector on labelled test images: metrics.json, predictions.csv and the report."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ COLUMNS = (
 )
 
 COMPARED = ("ratio", "cell_auroc")
-"""Of over-generalisation, what `compare` takes the change of."""
+"""Keys of over-generalisation whose change `compare` computes."""
 
 
-class _Cell(NamedTuple):
-    """Test images are counted apart by these, and added up to every table."""
+class Stratum(NamedTuple):
+    """The test images with these properties are accumulated together; every table is a sum of strata."""
 
     category: str
     subclass: str | None
@@ -67,19 +67,16 @@ def evaluate(
     title: str = "Evaluation",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Judge every test image of `data` and write `metrics.json`, `predictions.csv` and `report.html` to `output`.
+    """Score every test image of `data` and write `metrics.json`, `predictions.csv` and `report.html` to `output`.
 
     Args:
-        against: metrics.json of another detector on the same images, from which the change in over-generalisation is
-            taken.
+        against: metrics.json of another detector on the same images, to compute the change in over-generalisation.
 
     Raises:
         DataError: there is no test image, or a test image was used in training; `against` has nothing to compare.
     """
     samples = test_samples(detector.config, data, layout)
-    other = (
-        None if against is None else read_metrics(against, samples)
-    )  # before minutes are spent on measuring
+    other = None if against is None else read_metrics(against, samples)
     metrics, predictions = measure(detector, samples, progress=progress)
     metrics["provenance"] = provenance(detector, data)
     if other is not None:
@@ -89,7 +86,6 @@ def evaluate(
         output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n")
     )
     write_atomically(output / "predictions.csv", lambda path: _write_rows(path, predictions))
-    # Rows stand in the order of the samples, but for those that could not be read, which have no picture.
     by_path = {str(sample.image_path): sample for sample in samples}
     write_atomically(
         output / "report.html",
@@ -108,7 +104,7 @@ def evaluate(
 def test_samples(
     config: Config, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None
 ) -> list[Sample]:
-    """The test rows of a data set, of all its kinds; missing splits are drawn with the seed of the training."""
+    """Return the test rows of all subclasses; missing splits are drawn with the seed of the training."""
     if isinstance(data, str | os.PathLike):
         chosen = config.data
         labels = "folder" if chosen.subclass_from == "auto" else chosen.subclass_from
@@ -132,31 +128,31 @@ def measure(
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Metrics (the keys of metrics.json but provenance) and one row an image.
+    """Return the metrics (metrics.json without provenance) and one row for each image.
 
-    A mask that cannot be used leaves its image out of the pixel metrics and is listed under `mask_faults`. A head that
-    judges whole images has no pixel metrics.
+    An image whose mask cannot be used is not in the pixel metrics and is listed under `mask_faults`. An image-level
+    head has no pixel metrics.
     """
     known = set(detector.subclasses.values())
-    told_apart = {detector.subclasses[name][0] for name in detector.subclass_names}
-    pixels: dict[_Cell, PixelMetrics] = {}
-    decoded: dict[_Cell, OverGeneralisation] = {}
+    categories = {detector.subclasses[name][0] for name in detector.subclass_names}
+    pixels: dict[Stratum, PixelMetrics] = {}
+    decoded: dict[Stratum, OverGeneralisation] = {}
     predictions: list[dict[str, Any]] = []
-    cells: list[_Cell] = []
+    strata: list[Stratum] = []
     mask_faults: list[dict[str, str]] = []
     for sample, outcome, tiles, reconstruction in detector.stream_samples(
         samples, cache=cache, progress=progress
     ):
-        cell = _Cell(
+        stratum = Stratum(
             sample.category,
             sample.subclass,
             (sample.category, sample.subclass) in known,
             (sample.defect or "defect") if sample.label == "anomalous" else None,
         )
-        predictions.append(_row(sample, outcome, cell))
-        cells.append(cell)
+        predictions.append(_row(sample, outcome, stratum))
+        strata.append(stratum)
         if outcome.anomaly_map is not None and not detector.image_level:
-            accumulated = pixels.setdefault(cell, PixelMetrics())
+            accumulated = pixels.setdefault(stratum, PixelMetrics())
             mask = None
             try:
                 mask = _mask(sample, outcome.anomaly_map.shape)
@@ -169,54 +165,57 @@ def measure(
                 for tile, distance in (
                     zip(tiles, reconstruction, strict=True) if reconstruction is not None else ()
                 ):
-                    decoded.setdefault(cell, OverGeneralisation()).update(
-                        distance, _coverage(mask, tile, distance.shape) if cell.defect else None
+                    decoded.setdefault(stratum, OverGeneralisation()).update(
+                        distance, _coverage(mask, tile, distance.shape) if stratum.defect else None
                     )
-    tables = _tables(cells, predictions, pixels, decoded, told_apart, detector.image_level)
+    tables = _tables(strata, predictions, pixels, decoded, categories, detector.image_level)
     return tables | {"mask_faults": mask_faults}, predictions
 
 
 def _coverage(mask: NDArray[np.bool_], tile: Tile, grid: tuple[int, ...]) -> NDArray[np.float32]:
-    """Which share of each of a tile's cells the mask covers, (h, w)."""
+    """Return the share of each cell of a tile that the mask covers, (h, w)."""
     rows, columns = slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width)
     return coverage(mask[rows, columns], (grid[0], grid[1]))
 
 
 def _tables(
-    cells: list[_Cell],
+    strata: list[Stratum],
     predictions: list[dict[str, Any]],
-    pixels: dict[_Cell, PixelMetrics],
-    decoded: dict[_Cell, OverGeneralisation],
-    told_apart: set[str],
-    whole_images: bool = False,
+    pixels: dict[Stratum, PixelMetrics],
+    decoded: dict[Stratum, OverGeneralisation],
+    known_categories: set[str],
+    image_level: bool = False,
 ) -> dict[str, Any]:
-    def table(keep: Callable[[_Cell], bool]) -> dict[str, Any]:
+    def table(keep: Callable[[Stratum], bool]) -> dict[str, Any]:
         return _summary(
-            [row for row, cell in zip(predictions, cells, strict=True) if keep(cell)],
-            [accumulated for cell, accumulated in pixels.items() if keep(cell)],
-            [accumulated for cell, accumulated in decoded.items() if keep(cell)],
-            told_apart,
-            whole_images,
+            [row for row, stratum in zip(predictions, strata, strict=True) if keep(stratum)],
+            [accumulated for stratum, accumulated in pixels.items() if keep(stratum)],
+            [accumulated for stratum, accumulated in decoded.items() if keep(stratum)],
+            known_categories,
+            image_level,
         )
 
-    def kind(cell: _Cell) -> str:
-        return cell.category if cell.subclass is None else f"{cell.category}/{cell.subclass}"
+    def subclass_name(stratum: Stratum) -> str:
+        return stratum.category if stratum.subclass is None else f"{stratum.category}/{stratum.subclass}"
 
-    categories = sorted({cell.category for cell in cells})
-    kinds = sorted({kind(cell) for cell in cells})
-    defects = sorted({cell.defect for cell in cells if cell.defect is not None})
-    by_category = {name: table(lambda cell, name=name: cell.category == name) for name in categories}  # type: ignore[misc]
-    by_subclass = {name: table(lambda cell, name=name: kind(cell) == name) for name in kinds}  # type: ignore[misc]
+    categories = sorted({stratum.category for stratum in strata})
+    subclasses = sorted({subclass_name(stratum) for stratum in strata})
+    defects = sorted({stratum.defect for stratum in strata if stratum.defect is not None})
+    by_category = {name: table(lambda stratum, name=name: stratum.category == name) for name in categories}  # type: ignore[misc]
+    by_subclass = {
+        name: table(lambda stratum, name=name: subclass_name(stratum) == name)  # type: ignore[misc]
+        for name in subclasses
+    }
     return {
-        "pooled": table(lambda cell: True),
+        "pooled": table(lambda stratum: True),
         "mean": _mean(by_category.values()),
         "mean_of_subclasses": _mean(by_subclass.values()),
-        "seen": table(lambda cell: cell.seen),
-        "unseen": table(lambda cell: not cell.seen),
+        "seen": table(lambda stratum: stratum.seen),
+        "unseen": table(lambda stratum: not stratum.seen),
         "by_category": by_category,
         "by_subclass": by_subclass,
         "by_defect": {
-            name: table(lambda cell, name=name: cell.defect in (None, name))  # type: ignore[misc]
+            name: table(lambda stratum, name=name: stratum.defect in (None, name))  # type: ignore[misc]
             for name in defects
         },
     }
@@ -226,14 +225,13 @@ def _summary(
     rows: list[dict[str, Any]],
     pixels: list[PixelMetrics],
     decoded: list[OverGeneralisation],
-    told_apart: set[str],
-    whole_images: bool,
+    known_categories: set[str],
+    image_level: bool,
 ) -> dict[str, Any]:
-    """One table.
+    """Return one table.
 
-    `category_accuracy` is the share of the test images, good or not, for which the right category was named; images of
-    categories that training has not seen do not count. None where the detector does not tell categories apart: it
-    knows only one, or its head does not route.
+    `category_accuracy` is the share of the test images of known categories that were routed to their category; None if
+    the detector knows only one category or does not route.
     """
     read = [row for row in rows if row["error"] is None]
     labels = np.array([row["label"] == "anomalous" for row in read], dtype=bool)
@@ -241,19 +239,21 @@ def _summary(
     values, reasons = image_metrics(labels, scores)
     total = sum(pixels, PixelMetrics())
     pixel_values, pixel_reasons = total.compute()
-    if whole_images:
-        pixel_reasons = dict.fromkeys(pixel_values, "the model judges whole images and gives no map")
+    if image_level:
+        pixel_reasons = dict.fromkeys(pixel_values, "the model scores whole images and has no map")
     normal = [row for row in read if row["label"] == "normal"]
     alarms = sum(row["pred_score"] > row["threshold"] for row in normal)
-    strangers = sum(row["verdict"] == "unknown" for row in normal)
+    unknown = sum(row["verdict"] == "unknown" for row in normal)
     low, high = binomial_interval(alarms, len(normal)) if normal else (None, None)
     if not normal:
         reasons["false_alarm_rate"] = "no normal test image"
-    named = [row["routed_category"] == row["category"] for row in read if row["category"] in told_apart]
-    if len(told_apart) < 2:
-        named = []
-        reasons["category_accuracy"] = "the detector does not tell categories apart"
-    elif not named:
+    correct = [
+        row["routed_category"] == row["category"] for row in read if row["category"] in known_categories
+    ]
+    if len(known_categories) < 2:
+        correct = []
+        reasons["category_accuracy"] = "the detector does not distinguish categories"
+    elif not correct:
         reasons["category_accuracy"] = "no test image of a known category"
     return {
         **values,
@@ -261,8 +261,8 @@ def _summary(
         "over_generalisation": sum(decoded, OverGeneralisation()).compute(),
         "false_alarm_rate": alarms / len(normal) if normal else None,
         "false_alarm_interval": [low, high],
-        "unknown_rate": strangers / len(normal) if normal else None,
-        "category_accuracy": sum(named) / len(named) if named else None,
+        "unknown_rate": unknown / len(normal) if normal else None,
+        "category_accuracy": sum(correct) / len(correct) if correct else None,
         "n_normal": len(normal),
         "n_anomalous": len(read) - len(normal),
         "n_refused": len(rows) - len(read),
@@ -272,7 +272,7 @@ def _summary(
 
 
 def _mean(tables: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Means of the shares over the tables in which they are defined, and sums of the counts."""
+    """Return the mean of each metric over the tables in which it is defined, and the sum of each count."""
     rows = list(tables)
     result: dict[str, Any] = {}
     reasons: dict[str, str] = {}
@@ -289,39 +289,39 @@ def _mean(tables: Iterable[dict[str, Any]]) -> dict[str, Any]:
         else:
             result[key] = float(np.mean(values)) if values else None
             if not values:
-                reasons[key] = "undefined in every part"
+                reasons[key] = "undefined in every table"
     return result | {"reasons": reasons}
 
 
 def read_metrics(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
-    """The metrics.json of another detector on these test images, to compare over-generalisation with.
+    """Read the metrics.json of another detector on the same test images, to compare over-generalisation.
 
     Raises:
-        DataError: it is none, that detector does not decode, or it was tested on other images.
+        DataError: the file is not one, that detector does not decode, or it was tested on other images.
     """
     try:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         found = metrics["pooled"].get("over_generalisation")
         counts = ("n_normal", "n_anomalous", "n_refused")
-        there = {
+        tested = {
             category: sum(table[key] for key in counts)
             for category, table in sorted(metrics["by_category"].items())
         }
         made_by = {key: metrics["provenance"][key] for key in ("model", "bundle_hash")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is no metrics.json of normweave: {type(error).__name__}: {error}. "
-            "Give the one that 'normweave evaluate BUNDLE DATA -o DIR' wrote into DIR."
+            f"{path} is not a metrics.json of normweave: {type(error).__name__}: {error}. "
+            "Give the file that 'normweave evaluate BUNDLE DATA -o DIR' wrote to DIR."
         ) from error
     if not found:
         raise DataError(
-            f"{path} holds no over-generalisation: its detector does not decode, no damaged or no good patch was "
+            f"{path} holds no over-generalisation: its detector does not decode, no anomalous or no normal patch was "
             "tested, or it is of an older version. Evaluate a bundle of --model cnc on data with masks."
         )
-    here = dict(sorted(Counter(sample.category for sample in samples).items()))
-    if here != there:
+    given = dict(sorted(Counter(sample.category for sample in samples).items()))
+    if given != tested:
         raise DataError(
-            f"{path} was measured on other test images: {_listed(there)} there, {_listed(here)} here. "
+            f"{path} was measured on other test images: {_listed(tested)} instead of {_listed(given)}. "
             "Evaluate both bundles on the same data."
         )
     return metrics | {"provenance": made_by}
@@ -332,14 +332,14 @@ def _listed(images: dict[str, int]) -> str:
 
 
 def compare(metrics: dict[str, Any], other: dict[str, Any]) -> None:
-    """Write how over-generalisation differs into each category, the mean and the pooled table: this minus other."""
+    """Add the change in over-generalisation (this minus other) to each category, the mean and the pooled table."""
     pairs = [(metrics[part], other[part]) for part in ("pooled", "mean")]
     pairs += [(table, other["by_category"][category]) for category, table in metrics["by_category"].items()]
     for own, base in pairs:
-        here, there = own["over_generalisation"], base["over_generalisation"]
-        if here is not None:
-            here["change"] = {
-                key: None if not there or None in (here[key], there[key]) else here[key] - there[key]
+        values, others = own["over_generalisation"], base["over_generalisation"]
+        if values is not None:
+            values["change"] = {
+                key: None if not others or None in (values[key], others[key]) else values[key] - others[key]
                 for key in COMPARED
             }
     metrics["provenance"]["against"] = other["provenance"]
@@ -350,14 +350,14 @@ def _mean_of(values: Iterable[float | None]) -> float | None:
     return float(np.mean(defined)) if defined else None
 
 
-def _row(sample: Sample, outcome: Outcome, cell: _Cell) -> dict[str, Any]:
+def _row(sample: Sample, outcome: Outcome, stratum: Stratum) -> dict[str, Any]:
     return {
         "image_path": str(sample.image_path),
         "category": sample.category,
         "subclass": sample.subclass,
-        "seen": cell.seen,
+        "seen": stratum.seen,
         "label": sample.label,
-        "defect": cell.defect,
+        "defect": stratum.defect,
         "verdict": outcome.verdict,
         "pred_score": outcome.pred_score,
         "p_value": outcome.p_value,
@@ -371,7 +371,7 @@ def _row(sample: Sample, outcome: Outcome, cell: _Cell) -> dict[str, Any]:
 
 
 def _mask(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
-    """True where defective; None for an anomalous image whose mask is missing or empty: nobody drew it."""
+    """Return True where defective; None for an anomalous image whose mask is missing or empty."""
     if sample.label == "normal":
         return np.zeros(shape, dtype=bool)
     if sample.mask_path is None:
@@ -393,7 +393,7 @@ def _render(detector: Detector, sample: Sample) -> dict[str, NDArray[np.uint8]]:
 
 
 def provenance(detector: Detector, data: object) -> dict[str, Any]:
-    """Where a table comes from."""
+    """Return what a table was made from."""
     record = detector.record
     return {
         "normweave": __version__,

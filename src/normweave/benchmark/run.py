@@ -1,4 +1,4 @@
-"""Run a plan: every method on every fold with every seed; each result goes to disk at once, the table comes last."""
+"""Run a plan: every method on every fold with every seed. Each result is written at once, the table at the end."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from normweave.textiles import make_textures
 from normweave.types import Progress, Sample
 
 TIMED = 16
-"""Test images on which the inference time is taken."""
+"""How many test images the inference time is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +53,16 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Names everything that decides the result, but for the code itself.
+        """A hash of everything that determines the result except the code.
 
-        Not what else the plan asks for: a further seed or protocol repeats nothing.
+        Other seeds and protocols of the plan are not part of it, so that adding one repeats no finished run.
         """
-        decides = replace(
+        relevant = replace(
             self,
             method=replace(self.method, baseline="", seeds=()),
             data=replace(self.data, protocols=()),
         )
-        parts = asdict(decides) | {"config": settings.as_dict(self.config)}
+        parts = asdict(relevant) | {"config": settings.as_dict(self.config)}
         if self.peer is not None:
             parts |= {"peer": dict(self.peer.values)}
         text = json.dumps(parts, sort_keys=True)
@@ -70,14 +70,14 @@ class Run:
 
     @property
     def peer(self) -> peers.PeerPlan | None:
-        """The peer with its settings; None of our own models."""
+        """The peer with its settings; None for our own models."""
         if not peers.is_peer(self.method.model):
             return None
         return peers.read(self.method.model, [*self.data.set, *self.method.set], seed=self.seed)
 
     @property
     def config(self) -> Config:
-        """Every setting of this run that our models have."""
+        """Every setting of this run that our models share."""
         if self.peer is not None:
             return self.peer.config
         config = settings.with_model(replace(Config(), seed=self.seed), self.method.model)
@@ -95,19 +95,19 @@ def run(
 ) -> list[dict[str, Any]]:
     """Make the table of a plan, `output/NAME` as `.md`, `.html`, `.csv` and `.parquet`, and its figures.
 
-    Finished runs (`output/NAME.runs/`) are not repeated, whatever ended the plan before.
+    Finished runs (`output/NAME.runs/`) are not repeated when an interrupted plan is run again.
 
     Args:
         root: the folder against which the plan's data paths are read; NORMWEAVE_DATA, or ../shared/data.
-        jobs: runs at a time; each gets its share of the cores.
+        jobs: runs in parallel; each gets its share of the cores.
 
     Returns:
-        One row a method, data set, protocol and side; of data of several categories one for all test images together,
-        one for the mean over the categories and one a category. A run that failed counts in no such row; each reason
+        One row for each method, data set, protocol and side; for several categories one for all test images together,
+        one for the mean over the categories and one for each category. Failed runs are not in these rows; each reason
         for which runs of a method failed is a row with `error`.
 
     Raises:
-        DataError: every run failed; their reasons stand in the tables.
+        DataError: every run failed; the reasons are in the tables.
     """
     plan = read_plan(plan_path)
     root = root or Path(os.environ.get("NORMWEAVE_DATA", "../shared/data"))
@@ -123,38 +123,38 @@ def run(
     results = [
         json.loads(file.read_text())
         if (file := done / f"{item.key}.json").exists()
-        else _start_of(item) | {"error": f"The process of the run ended with {ended[item.key]}."}
+        else _identity(item) | {"error": f"The process of the run ended with {ended[item.key]}."}
         for item in runs
     ]
     rows, failed = table.make_rows(plan, results), table.failures(results)
     provenance = _provenance(plan_path, plan, results)
-    place = output / plan_path.stem
-    table.write_csv(place.with_suffix(".csv"), rows + failed)
-    table.write_parquet(place.with_suffix(".parquet"), rows + failed, provenance)
+    target = output / plan_path.stem
+    table.write_csv(target.with_suffix(".csv"), rows + failed)
+    table.write_parquet(target.with_suffix(".parquet"), rows + failed, provenance)
     drawn = figures.draw(plan, results, rows, data, runs=done, folder=output / f"{plan_path.stem}.figures")
-    _replace(place.with_suffix(".md"), table.markdown(plan, rows, results, provenance, drawn))
-    _replace(place.with_suffix(".html"), table.html(plan, rows, results, provenance, drawn))
+    _replace(target.with_suffix(".md"), table.markdown(plan, rows, results, provenance, drawn))
+    _replace(target.with_suffix(".html"), table.html(plan, rows, results, provenance, drawn))
     if not rows:
-        raise DataError(f"Every run failed; their reasons stand in {place.with_suffix('.md')}.")
+        raise DataError(f"Every run failed; the reasons are in {target.with_suffix('.md')}.")
     return rows + failed
 
 
 def _in_processes(
     work: Sequence[tuple[Run, Sequence[Sample], Path, Path, int]], jobs: int, progress: Progress | None
 ) -> dict[str, str]:
-    """Every run in a process of its own, `jobs` at a time; how those ended that left no result, by key.
+    """Run each in a new process, `jobs` at a time; return the exit of those that failed by key.
 
-    A fresh process, so that the memory of a run is its own, and one that the system kills ends nothing else.
+    With one process for each run, memory is released after it, and a run that the system kills stops no other.
     """
     context = multiprocessing.get_context("spawn")
     ended: dict[str, str] = {}
     queue = list(reversed(work))
-    running: dict[Any, tuple[Any, Run]] = {}  # by what wakes us when the process ends
+    running: dict[Any, tuple[Any, Run]] = {}  # by the sentinel of the process
     try:
         while queue or running:
             while queue and len(running) < jobs:
                 arguments = queue.pop()
-                process = context.Process(target=_one, args=arguments, daemon=True)
+                process = context.Process(target=_run_one, args=arguments, daemon=True)
                 process.start()
                 running[process.sentinel] = (process, arguments[0])
             for sentinel in wait(list(running)):
@@ -172,26 +172,26 @@ def _in_processes(
 
 
 def _samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:
-    made = output / "data" / item.name
+    folder = output / "data" / item.name
     if not item.parts:
-        return _read(item, item.set, root, made)
+        return _read(item, item.set, root, folder)
     return join(
         [
             (
                 part.path or f"the textures of part {number}",
-                _read(part, item.set + part.set, root, made / str(number)),
+                _read(part, item.set + part.set, root, folder / str(number)),
             )
             for number, part in enumerate(item.parts, start=1)
         ]
     )
 
 
-def _read(item: PartPlan, chosen: tuple[str, ...], root: Path, made: Path) -> list[Sample]:
+def _read(item: PartPlan, chosen: tuple[str, ...], root: Path, folder: Path) -> list[Sample]:
     config = settings.override(Config(), list(chosen))
     if not item.textures:
         return layouts.read(root / item.path, config.data, layout=item.layout)
-    manifest = make_textures(  # a complete folder of the same settings is left alone
-        made,
+    manifest = make_textures(  # keeps a complete folder of the same settings
+        folder,
         seed=item.textures.get("seed", 0),
         train_images=item.textures["train_images"],
         test_images=item.textures["test_images"],
@@ -216,8 +216,8 @@ def _runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run
                         )
 
 
-def _start_of(item: Run) -> dict[str, Any]:
-    """What is known of a run before it starts."""
+def _identity(item: Run) -> dict[str, Any]:
+    """Return the fields of a result that identify its run."""
     return {
         "method": item.method.name,
         "data": item.data.name,
@@ -227,23 +227,23 @@ def _start_of(item: Run) -> dict[str, Any]:
     }
 
 
-def _one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads: int) -> None:
-    threading.Thread(target=_end_with_the_plan, daemon=True).start()
+def _run_one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads: int) -> None:
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    made = item.data.folds(samples, item.protocol, seed=item.seed)
-    (fold,) = (fold for fold in made if fold.name == item.fold)
-    row = _start_of(item)
+    folds = item.data.folds(samples, item.protocol, seed=item.seed)
+    (fold,) = (fold for fold in folds if fold.name == item.fold)
+    row = _identity(item)
     try:
         row |= _result(item, fold, cache, artifact=done / f"{item.key}.safetensors")
     except NormweaveError as error:
         row["error"] = f"{type(error).__name__}: {error}"
-    except Exception as error:  # of whatever kind: a peer is other people's code, and the plan goes on
+    except Exception as error:  # a peer may raise anything; the plan continues
         row |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     _replace(done / f"{item.key}.json", json.dumps(row, indent=1) + "\n")
 
 
-def _end_with_the_plan() -> None:
-    """Nobody waits for a run whose plan was killed."""
+def _exit_with_parent() -> None:
+    """End this process when the process of the plan has ended."""
     if (plan := multiprocessing.parent_process()) is not None:
         plan.join()
         os._exit(1)
@@ -297,7 +297,7 @@ def fit_peer(plan: peers.PeerPlan, samples: Sequence[Sample]) -> Detector:
 
 
 def _inference_ms(detector: Detector, paths: Sequence[Path]) -> float:
-    """From the file to the map, an image; the second time, when every file and kernel is warm."""
+    """Return the mean time of an image from file to map, of a second pass after a warm-up pass."""
     for _ in range(2):
         start = time.perf_counter()
         count = sum(1 for _ in detector.stream(paths))
@@ -306,7 +306,7 @@ def _inference_ms(detector: Detector, paths: Sequence[Path]) -> float:
 
 
 def _peak_mib() -> float | None:
-    """The most memory that this process has held; None where the system does not tell."""
+    """Return the peak memory of this process; None where the system does not report it."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -318,11 +318,11 @@ def _provenance(plan_path: Path, plan: Plan, results: Sequence[dict[str, Any]]) 
     done = [result for result in results if "error" not in result]
     fingerprints = " ".join(sorted({result["data_fingerprint"] for result in done}))
     minutes = sum(result["train_s"] + result["test_ms"] * _tested(result) / 1000 for result in done) / 60
-    guests = f", anomalib {version('anomalib')}" if any(result.get("differs") for result in done) else ""
+    packages = f", anomalib {version('anomalib')}" if any(result.get("differs") for result in done) else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return [
         f"Command: `normweave benchmark {plan_path.parent.name}/{plan_path.name}`; seeds {list(plan.seeds)}.",
-        f"normweave {__version__}{guests}, torch {version('torch')}, Python {platform.python_version()}, "
+        f"normweave {__version__}{packages}, torch {version('torch')}, Python {platform.python_version()}, "
         f"{platform.machine()}, {os.cpu_count()} cores, {gpu}; {date.today().isoformat()}; {len(results)} runs, "
         f"{minutes:.0f} minutes of training and testing in all, features cached.",
         f"Fingerprint of the training sets: {hashlib.sha256(fingerprints.encode()).hexdigest()[:16]}.",

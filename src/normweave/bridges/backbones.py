@@ -1,7 +1,7 @@
-"""Backbones under names of their own in timm, which anomalib's models ask for by name, with our weights behind them.
+"""Register our backbones in timm, so that anomalib's models find them by name with their weights.
 
-Some of anomalib's models insist on pretrained weights, which timm would download. A name registered here brings the
-weights of `features.backbone` and `features.weights`: carried by pip, or from a file.
+Some of anomalib's models require pretrained weights, which timm would download. A name registered here loads the
+weights of `features.backbone` and `features.weights`: from a package or from a file.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from normweave.features.timm import load_model
 
 
 class Backbone(NamedTuple):
-    """What a peer needs to know of it."""
+    """A backbone registered in timm."""
 
     name: str
-    """In timm: `timm.create_model(name, pretrained=True)` downloads nothing."""
+    """Its name in timm: `timm.create_model(name, pretrained=True)` downloads nothing."""
     layers: list[str]
-    """Modules of the stages in use, shallowest first."""
+    """Module names of the stages in use, shallowest first."""
     channels: list[int]
-    """Of these stages."""
+    """Channels of these stages."""
     indices: list[int]
-    """Of these stages, as timm counts them."""
+    """Indices of these stages in timm."""
     mean: Sequence[float]
     std: Sequence[float]
 
 
 def register(config: TimmConfig, *, strides: Sequence[int]) -> Backbone:
-    """Give a backbone with its weights a name in timm.
+    """Register a backbone with its weights in timm.
 
     Raises:
         ConfigError, MissingError, DataError: as `features.timm.load`.
     """
     with torch.random.fork_rng(devices=[]):
         loaded = load_model(config.backbone, replace(config, strides=tuple(strides)))
-        whole: Any = timm.create_model(config.backbone, pretrained=False)
-    infos = getattr(whole.feature_info, "info", whole.feature_info)
+        model: Any = timm.create_model(config.backbone, pretrained=False)
+    infos = getattr(model.feature_info, "info", model.feature_info)
     chosen = [infos[index] for index in loaded.indices]
     mark = hashlib.sha256(config.weights.encode()).hexdigest()[:8]
     name = f"normweave_{config.backbone.replace('.', '_')}_{mark}"
@@ -64,12 +64,12 @@ def _add(name: str, config: TimmConfig, *, deepest: int) -> None:
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Any = None,
         cache_dir: Any = None,
-        **arguments: Any,  # timm's own: features_only, out_indices and what else a caller of create_model may say
+        **arguments: Any,  # timm's own, such as features_only and out_indices
     ) -> Any:
         model = timm.create_model(config.backbone, pretrained=False, **arguments)
         if pretrained:
             state = load_model(config.backbone, replace(config, strides=(deepest,))).model.state_dict()
-            # Not there, and not needed: what lies behind the last stage.
+            # Layers after the last stage are missing and not needed.
             own = model.state_dict()
             model.load_state_dict(own | {key: state[key] for key in own if key in state})
         return model

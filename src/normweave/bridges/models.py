@@ -1,7 +1,7 @@
-"""anomalib's models made for our benchmark: our backbone, our input size, nothing downloaded, nothing rescaled.
+"""Build anomalib's models for our benchmark with our backbone and input size, without downloads or rescaling.
 
-Visualiser, evaluator and post-processor are off: what comes out are raw maps and raw scores. anomalib's own
-normalisation clips maps to 0..1, and its default validation set is the test set.
+Visualiser, evaluator and post-processor are off, so that maps and scores are raw: anomalib's normalisation clips maps
+to 0..1, and its default validation set is the test set.
 """
 
 from __future__ import annotations
@@ -59,19 +59,19 @@ DECODED = (
     "wide_resnet101_2",
 )
 """Backbones that anomalib has a decoder for."""
-PILOT = "resnet18"
-PILOT_CHANNELS = (64, 128, 256)
-"""Of resnet18 at strides 4, 8 and 16: what its decoder reconstructs."""
+STAND_IN = "resnet18"
+STAND_IN_CHANNELS = (64, 128, 256)
+"""Channels of resnet18 at strides 4, 8 and 16, which its decoder reconstructs."""
 RAW: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
 DINOV2 = "https://huggingface.co/timm/{encoder}.lvd142m/resolve/main/model.safetensors"
-LEAST_EFFICIENT_AD = 256
-"""Its autoencoder halves the side five times and then looks at 8 x 8."""
-LEAST_PERLIN = 32
-"""Cells of the coarsest noise that anomalib draws: it cannot be put on a smaller grid."""
-MADE = 4
-"""Made-up images of each textile, where textures are wanted and none are given."""
-TEACHING_RATE = 1e-3
-"""Of Adam while a teacher is distilled, with the paper's weight decay."""
+MIN_EFFICIENT_AD = 256
+"""Smallest side in pixels: its autoencoder halves the side five times and then uses 8 x 8 kernels."""
+MIN_PERLIN = 32
+"""Cells of the coarsest noise that anomalib draws; it does not fit a smaller grid."""
+TEXTILE_IMAGES = 4
+"""Synthetic images of each textile, if textures are needed and none are given."""
+DISTILLATION_RATE = 1e-3
+"""Learning rate of Adam while a teacher is distilled, with the paper's weight decay."""
 
 
 @contextlib.contextmanager
@@ -88,11 +88,11 @@ def build(plan: PeerPlan, *, work: Path) -> AnomalibModule:
     """The untrained peer.
 
     Args:
-        work: an empty folder, for textures that have to be made; they are needed until the training is over.
+        work: an empty folder for generated textures, which are needed until the end of the training.
 
     Raises:
-        MissingError: weights that the peer cannot do without are not here.
-        ConfigError: a setting that the peer cannot do.
+        MissingError: weights that the peer needs are not available.
+        ConfigError: the peer cannot use a setting.
     """
     config = plan.config
     size = (config.prepare.height, config.prepare.width)
@@ -132,8 +132,8 @@ def build(plan: PeerPlan, *, work: Path) -> AnomalibModule:
             return Stfpm(layers=backbone.layers, **named)
         case "supersimplenet":
             finest = min(plan.values["strides"])
-            if 2 * min(size) // finest < LEAST_PERLIN:
-                least = LEAST_PERLIN * finest // 2
+            if 2 * min(size) // finest < MIN_PERLIN:
+                least = MIN_PERLIN * finest // 2
                 raise ConfigError(
                     f"anomalib/supersimplenet with strides {list(plan.values['strides'])} needs {least} x {least} "
                     f"pixels or more, got {size[0]} x {size[1]}. Set prepare.height={least} and prepare.width={least}."
@@ -149,7 +149,7 @@ def build(plan: PeerPlan, *, work: Path) -> AnomalibModule:
 def pre_processor(
     size: tuple[int, int], mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> PreProcessor:
-    """Resize, from which anomalib reads its input size (images of that size stay as they are), and normalise."""
+    """Return a preprocessor that resizes, from which anomalib reads its input size, and normalises."""
     steps: list[v2.Transform] = [v2.Resize(size, antialias=True)]
     if mean is not None and std is not None:
         steps.append(v2.Normalize(mean=list(mean), std=list(std)))
@@ -159,8 +159,8 @@ def pre_processor(
 def _fastflow(
     backbone: Backbone, size: tuple[int, int], own: dict[str, Any], common: dict[str, Any]
 ) -> AnomalibModule:
-    """anomalib knows four backbones by name: its flows are put on ours in place of resnet18."""
-    model = Fastflow(backbone=PILOT, pre_trained=False, **own, **common)
+    """Build FastFlow on our backbone; anomalib supports only four by name, so it is built on resnet18 first."""
+    model = Fastflow(backbone=STAND_IN, pre_trained=False, **own, **common)
     inner: Any = model.model
     inner.feature_extractor = timm.create_model(
         backbone.name, pretrained=True, features_only=True, out_indices=backbone.indices
@@ -180,52 +180,54 @@ def _fastflow(
     return model
 
 
-class Parted(nn.Module):
-    """Features of a teacher as another's decoder can reconstruct them, which ends in a ReLU and has more channels.
+class SplitTeacher(nn.Module):
+    """Teacher features in the form that the decoder of another backbone reconstructs: not negative, more channels.
 
-    x' = [max(x, 0); max(−x, 0); 0 …]: nothing is lost, lengths stay, and no number is negative.
+    x' = [max(x, 0); max(−x, 0); 0 …] keeps all information and the norm.
     """
 
-    def __init__(self, teacher: nn.Module, *, channels: Sequence[int], wanted: Sequence[int]) -> None:
+    def __init__(
+        self, teacher: nn.Module, *, channels: Sequence[int], decoder_channels: Sequence[int]
+    ) -> None:
         super().__init__()
-        if any(2 * have > want for have, want in zip(channels, wanted, strict=True)):
+        if any(2 * have > want for have, want in zip(channels, decoder_channels, strict=True)):
             raise ConfigError(
                 f"anomalib/reverse_distillation: a backbone without a decoder of its own may have at most "
-                f"{[want // 2 for want in wanted]} channels at strides 4, 8 and 16, got {list(channels)}. Choose one "
-                f"of anomalib's: features.backbone={DECODED[0]}."
+                f"{[want // 2 for want in decoder_channels]} channels at strides 4, 8 and 16, got {list(channels)}. "
+                f"Choose one of anomalib's: features.backbone={DECODED[0]}."
             )
         self.teacher = teacher
-        self.wanted = tuple(wanted)
+        self.decoder_channels = tuple(decoder_channels)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) to (B, want, h, w) by layer."""
-        parted = {}
-        for (layer, grid), want in zip(self.teacher(images).items(), self.wanted, strict=True):
+        """Return the features (B, D', h, w) of (B, 3, H, W) images by layer."""
+        split = {}
+        for (layer, grid), want in zip(self.teacher(images).items(), self.decoder_channels, strict=True):
             both = torch.cat([grid.relu(), (-grid).relu()], dim=1)  # (B, 2D, h, w)
-            parted[layer] = functional.pad(both, (0, 0, 0, 0, 0, want - both.shape[1]))
-        return parted
+            split[layer] = functional.pad(both, (0, 0, 0, 0, 0, want - both.shape[1]))
+        return split
 
 
 def _reverse_distillation(architecture: str, backbone: Backbone, common: dict[str, Any]) -> AnomalibModule:
     teacher: nn.Module = TimmFeatureExtractor(backbone=backbone.name, layers=backbone.layers)
     known = architecture in DECODED
     if not known:
-        teacher = Parted(teacher, channels=backbone.channels, wanted=PILOT_CHANNELS)
-    model = ReverseDistillation(backbone=architecture if known else PILOT, pre_trained=False, **common)
+        teacher = SplitTeacher(teacher, channels=backbone.channels, decoder_channels=STAND_IN_CHANNELS)
+    model = ReverseDistillation(backbone=architecture if known else STAND_IN, pre_trained=False, **common)
     model.model.encoder = teacher.requires_grad_(False)
     return model
 
 
-# ── what would be downloaded ─────────────────────────────────────────────────────────────────────────────────────────
+# ── instead of downloads ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def textures(work: Path, size: tuple[int, int]) -> Path:
-    """Made-up textiles, a folder each: other weaves, dyes and lamps than most products."""
+    """Make images of synthetic textiles, one folder each, and return their folder."""
     make_textures(
         work / "textures",
-        seed=1,  # not the textiles of a plan, which start from 0
+        seed=1,  # other textiles than those of a plan, whose seed is 0
         size=size,
-        train_images=MADE,
+        train_images=TEXTILE_IMAGES,
         test_images=0,
         defect_images=0,
         seen=SEEN + UNSEEN,
@@ -234,16 +236,16 @@ def textures(work: Path, size: tuple[int, int]) -> Path:
     return work / "textures" / "cloth"
 
 
-def _given(folder: str, *, setting: str) -> Path:
+def _existing(folder: str, *, setting: str) -> Path:
     path = Path(folder)
     if not path.is_dir():
-        raise MissingError(f"There is no folder '{folder}'. Check {setting}, or leave it empty.")
+        raise MissingError(f"There is no folder {folder!r}. Correct {setting}, or leave it empty.")
     return path
 
 
 def _draem(plan: PeerPlan, size: tuple[int, int], work: Path) -> AnomalibModule:
     given = plan.values["anomaly_source"]
-    source = _given(given, setting="anomaly_source") if given else textures(work, size)
+    source = _existing(given, setting="anomaly_source") if given else textures(work, size)
     return Draem(dtd_dir=source, pre_processor=pre_processor(size), **RAW)
 
 
@@ -251,12 +253,12 @@ def _dinomaly(plan: PeerPlan, size: tuple[int, int]) -> AnomalibModule:
     encoder, weights = plan.values["encoder"], plan.values["weights"]
     if not weights:
         raise MissingError(
-            f"anomalib/dinomaly needs the weights of {encoder}, which no package carries. Copy the file from "
+            f"anomalib/dinomaly needs the weights of {encoder}, which no package contains. Copy the file from "
             f"{DINOV2.format(encoder=encoder)} here and name it in the plan's set: weights=PATH.safetensors"
         )
     if size[0] % 14 or size[1] % 14:
         raise ConfigError(
-            f"anomalib/dinomaly looks at patches of 14 pixels: height and width must be multiples of 14, got "
+            f"anomalib/dinomaly uses patches of 14 pixels: height and width must be multiples of 14, got "
             f"{size[0]} x {size[1]}. Set prepare.height=392 and prepare.width=392."
         )
     backbone = backbones.register(TimmConfig(backbone=encoder, weights=weights), strides=[14])
@@ -266,16 +268,16 @@ def _dinomaly(plan: PeerPlan, size: tuple[int, int]) -> AnomalibModule:
 
 
 class OfflineEfficientAd(EfficientAd):  # type: ignore[misc]
-    """With a teacher that is there before the training starts."""
+    """EfficientAD with a teacher that exists before the training starts."""
 
     def prepare_pretrained_model(self) -> None:
-        """anomalib downloads it here."""
+        """Do nothing, where anomalib downloads the teacher."""
 
 
 def _efficient_ad(plan: PeerPlan, size: tuple[int, int], work: Path) -> AnomalibModule:
-    if min(size) < LEAST_EFFICIENT_AD:
+    if min(size) < MIN_EFFICIENT_AD:
         raise ConfigError(
-            f"anomalib/efficient_ad needs {LEAST_EFFICIENT_AD} x {LEAST_EFFICIENT_AD} pixels or more, got {size[0]} x "
+            f"anomalib/efficient_ad needs {MIN_EFFICIENT_AD} x {MIN_EFFICIENT_AD} pixels or more, got {size[0]} x "
             f"{size[1]}. Set prepare.height=256 and prepare.width=256."
         )
     features = plan.config.features
@@ -288,7 +290,7 @@ def _efficient_ad(plan: PeerPlan, size: tuple[int, int], work: Path) -> Anomalib
     else:
         channels = sum(backbones.register(features, strides=(4, 8, 16)).channels)
     model = OfflineEfficientAd(
-        imagenet_dir=_given(penalty, setting="penalty_images") if penalty else textures(work, size),
+        imagenet_dir=_existing(penalty, setting="penalty_images") if penalty else textures(work, size),
         teacher_out_channels=channels,
         model_size=values["model_size"],
         pre_processor=pre_processor(size),
@@ -322,13 +324,13 @@ def distil(
     *,
     generator: torch.Generator,
 ) -> None:
-    """Teach EfficientAD's patch description network what the backbone says.
+    """Train EfficientAD's patch description network to predict the features of the backbone.
 
-    Batzner et al. 2024, algorithm 1: the mean squared distance to the backbone's features, standardised by channel.
-    There on ImageNet with WideResNet-101; here on the images at hand.
+    Batzner et al. 2024, algorithm 1: the mean squared distance to the backbone's features, standardised by channel. The
+    paper uses ImageNet and WideResNet-101.
 
     Args:
-        load: one of `count` images, (3, H, W) uint8.
+        load: returns one of `count` images, (3, H, W) uint8.
     """
     config = plan.config
     assert isinstance(config.features, TimmConfig)
@@ -347,7 +349,7 @@ def distil(
     seen = torch.stack([extractor(load(int(row))[None])[0] for row in some])  # (n, D, h, w)
     mean, std = seen.mean(dim=(0, 2, 3)).view(1, -1, 1, 1), seen.std(dim=(0, 2, 3)).view(1, -1, 1, 1) + 1e-6
     teacher.train().requires_grad_(True)
-    optimiser = torch.optim.Adam(teacher.parameters(), lr=TEACHING_RATE, weight_decay=1e-5)
+    optimiser = torch.optim.Adam(teacher.parameters(), lr=DISTILLATION_RATE, weight_decay=1e-5)
     for _ in range(plan.values["teacher_steps"]):
         pixels = load(int(torch.randint(count, (1,), generator=generator)))[None]
         said = teacher(pixels.float() / 255)  # (1, D, h', w'), smaller for want of padding

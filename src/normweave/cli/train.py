@@ -91,7 +91,7 @@ def train(
         seed=terminal.seed,
         assignments=set_ or [],
     )
-    bundle.check_place(output, overwrite=overwrite)
+    bundle.check_target(output, overwrite=overwrite)
     if int8_check is not None and not int8:
         raise ConfigError("--int8-check needs --int8. Add --int8, or leave out --int8-check.")
 

@@ -86,8 +86,8 @@ class MeanShift(Head):
         if len(data) == 0:
             raise DataError("Mean-Shifted has no normal image to learn from. Give it at least one.")
         self.adapter.start(torch.Generator().manual_seed(data.seed))
-        if data.mean is not None and data.deviation is not None:
-            self.offset = data.mean / data.deviation
+        if data.mean is not None and data.std is not None:
+            self.offset = data.mean / data.std
         total = torch.stack([phi.sum(dim=0) for phi in self._embedded(data, range(len(data)))]).sum(dim=0)
         self.centre = F.normalize(total, dim=0)
 

@@ -1,8 +1,8 @@
-"""What an ONNX file is made of, read without running it: nothing but plain operators and numbers that it holds itself.
+"""Check an ONNX file without running it: it may hold only ONNX's own operators and its own tensors.
 
-ONNX Runtime trusts a graph: tensors may lie in any file of the machine, or at an address in memory, and operators may
-come from libraries. A bundle may have been made by anyone, so its graph is read here first, field by field of the
-protocol buffer (onnx.proto3, https://protobuf.dev/programming-guides/encoding), and what is not known is refused.
+ONNX Runtime trusts a graph: its tensors may be in any file of the machine or at an address in memory, and its operators
+may come from libraries. Anyone can make a bundle, so this module reads the graph first, field by field of the protocol
+buffer (onnx.proto3, https://protobuf.dev/programming-guides/encoding), and refuses every field that is not listed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Literal
 from normweave.errors import BundleError
 
 MAX_BYTES = 2**31 - 1
-"""A protocol buffer cannot be larger."""
-DEEPEST = 16
-"""Messages inside messages; our graphs have five."""
+"""Largest size of a protocol buffer."""
+MAX_DEPTH = 16
+"""Of nested messages; our graphs have five levels."""
 
-Kind = Literal["value", "graph", "node", "attribute", "tensor", "domain", "opset", "inside"]
+Field = Literal["value", "graph", "node", "attribute", "tensor", "domain", "opset", "inside"]
 
-# Fields of each message by number, and what they hold; "value" is not looked into. Absent on purpose, so refused:
-# functions, training and device information of a model; sparse and quantized tensors; graphs in attributes (loops, and
-# branches); segments of tensors; data of tensors that lies elsewhere.
-MESSAGES: Mapping[str, Mapping[int, Kind]] = MappingProxyType(
+# The allowed fields of each message by number, and what they hold; "value" is not read further. Not listed, therefore
+# refused: functions, training and device information of a model; sparse and quantized tensors; graphs in attributes
+# (loops and branches); segments of tensors; tensor data outside the file.
+MESSAGES: Mapping[str, Mapping[int, Field]] = MappingProxyType(
     {
         "model": {1: "value", 2: "value", 3: "value", 5: "value", 7: "graph", 8: "opset"},
         "opset": {1: "domain", 2: "value"},
@@ -44,22 +44,24 @@ NAMES = {
     ("graph", 15): "sparse tensors",
     ("attribute", 6): "a graph inside an operator",
     ("attribute", 11): "a graph inside an operator",
-    ("tensor", 13): "a tensor that lies in another file",
-    ("tensor", 14): "a tensor that lies in another file",
+    ("tensor", 13): "a tensor that is stored in another file",
+    ("tensor", 14): "a tensor that is stored in another file",
 }
-"""What the fields are called that somebody might miss."""
-LONGEST_NAME = 60  # that is shown
+"""Names of the most common refused fields, for messages."""
+MAX_NAME = 60  # characters shown
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 
 
 def check(content: bytes, *, where: str) -> None:
-    """Refuse a graph that is not self-contained, or asks for more than ONNX's own operators.
+    """Check that a graph is self-contained and uses only ONNX's own operators.
 
     Raises:
-        BundleError: it does, or is no ONNX graph at all.
+        BundleError: it is not, or the file is not an ONNX graph.
     """
     if len(content) > MAX_BYTES:
-        raise BundleError(f"{where} has {len(content)} bytes; a graph can have {MAX_BYTES}.")
+        raise BundleError(
+            f"{where} has {len(content)} bytes; a graph has at most {MAX_BYTES}. Copy the bundle again."
+        )
     try:
         _check(memoryview(content), "model", 0)
     except _MalformedError as error:
@@ -78,20 +80,20 @@ class _RefusedError(ValueError):
     pass
 
 
-def _check(message: memoryview, kind: Kind | Literal["model"], depth: int) -> None:
-    if depth > DEEPEST:
-        raise _MalformedError(f"messages lie more than {DEEPEST} deep in each other")
+def _check(message: memoryview, message_type: Field | Literal["model"], depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _MalformedError(f"messages are nested more than {MAX_DEPTH} deep")
     for number, wire, content in _fields(message):
-        match MESSAGES[kind].get(number):
+        match MESSAGES[message_type].get(number):
             case None:
-                raise _RefusedError(NAMES.get((kind, number), f"field {number} of a {kind}"))
+                raise _RefusedError(NAMES.get((message_type, number), f"field {number} of a {message_type}"))
             case "value":
                 continue
             case "inside":
                 if content != 0:
-                    raise _RefusedError(NAMES[kind, number])
+                    raise _RefusedError(NAMES[message_type, number])
             case "domain":
-                if (name := bytes(_bytes(content, wire)[:LONGEST_NAME])) not in (b"", b"ai.onnx"):
+                if (name := bytes(_bytes(content, wire)[:MAX_NAME])) not in (b"", b"ai.onnx"):
                     raise _RefusedError(f"operators of {name.decode(errors='replace')!r}")
             case inner:
                 _check(_bytes(content, wire), inner, depth + 1)
@@ -104,36 +106,36 @@ def _bytes(content: memoryview | int, wire: int) -> memoryview:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, int, memoryview | int]]:
-    """(number, wire type, content) of each field of a message."""
-    place = 0
-    while place < len(message):
-        key, place = _varint(message, place)
+    """Yield number, wire type and content of each field of a message."""
+    position = 0
+    while position < len(message):
+        key, position = _varint(message, position)
         number, wire = key >> 3, key & 7
         content: memoryview | int
         if wire == VARINT:
-            content, place = _varint(message, place)
+            content, position = _varint(message, position)
         else:
             if wire == BYTES:
-                length, place = _varint(message, place)
+                length, position = _varint(message, position)
             elif wire in (FIXED64, FIXED32):
                 length = 8 if wire == FIXED64 else 4
             else:
                 raise _MalformedError(f"wire type {wire}")
-            if place + length > len(message):
+            if position + length > len(message):
                 raise _MalformedError("it is cut short")
-            content, place = message[place : place + length], place + length
+            content, position = message[position : position + length], position + length
         yield number, wire, content
 
 
-def _varint(message: memoryview, place: int) -> tuple[int, int]:
-    """A number of up to ten bytes, seven bits each, lowest first; and the place behind it."""
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """Return a number of up to ten bytes, seven bits each, lowest first, and the position after it."""
     number = 0
     for shift in range(0, 70, 7):
-        if place >= len(message):
+        if position >= len(message):
             raise _MalformedError("it is cut short")
-        byte = message[place]
-        place += 1
+        byte = message[position]
+        position += 1
         number |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return number, place
+            return number, position
     raise _MalformedError("a number of more than ten bytes")

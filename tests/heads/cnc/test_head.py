@@ -58,7 +58,7 @@ def fit_data(*, pair=None, pseudo=True, held_out=8, count=COUNT, names=("a", "b"
         holdout=np.arange(count) < held_out,
         seed=3,
         mean=MEAN,
-        deviation=DEVIATION,
+        std=DEVIATION,
         pair=pair,
         synthetic=SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
         if pseudo

@@ -147,7 +147,7 @@ class CNC(Head):
         self.kinds.fit(self._statistics(data), _kinds(data))
         if pair is not None and self.text_kind != "off":
             mean = torch.zeros(data.features.shape[0]) if data.mean is None else data.mean
-            deviation = torch.ones_like(mean) if data.deviation is None else data.deviation
+            deviation = torch.ones_like(mean) if data.std is None else data.std
             raw = (few * deviation[:, None, None] + mean[:, None, None] for _, few in _batches(data))
             self.joint.take(pair.joint_maps(raw), mean=mean, deviation=deviation)
         joint_dim = 0 if self.text_kind == "off" else self.joint.weight.shape[1]

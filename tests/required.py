@@ -1,4 +1,4 @@
-"""What a machine may lack: its tests are skipped there, but not where the gate says that it must not."""
+"""Tests that need a program are skipped where it is absent, unless NORMWEAVE_REQUIRE names it, as in `.ci/run`."""
 
 import os
 
@@ -6,7 +6,7 @@ import pytest
 
 
 def absent(what, reason):
-    """Skip, or fail where NORMWEAVE_REQUIRE names it."""
+    """Skip the test, or fail if NORMWEAVE_REQUIRE names the program."""
     if what in os.environ.get("NORMWEAVE_REQUIRE", "").split():
         pytest.fail(reason)
     pytest.skip(reason)

@@ -6,7 +6,7 @@ from serving import Server
 
 @pytest.fixture(scope="session")
 def served(bundle, tmp_path_factory):  # noqa: F811 - the fixture above
-    """What the how-tos call: a server, and its first two tokens."""
+    """Start the server of the how-tos; yield its address and its first two tokens as environment variables."""
     server = Server(bundle, tmp_path_factory.mktemp("line") / "inspections")
     yield {
         "NORMWEAVE_URL": server.url,

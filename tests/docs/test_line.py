@@ -1,4 +1,4 @@
-"""What is said of the line is true: the unit and the container start a server, and the requests are answered."""
+"""The pages on the line PC are correct: unit and container start a server, and the requests get a response."""
 
 import configparser
 import json
@@ -27,16 +27,16 @@ DEPLOY = (ROOT / "docs" / "how-to" / "deploy-on-a-line-pc.md").read_text("utf-8"
 CALLED = ["deploy-on-a-line-pc", "call-from-a-plc-or-a-script", "serve-and-review"]
 
 
-def options(words):
-    """Of a call of `normweave serve`, as the command line reads it."""
-    name, *words = words
+def options(arguments):
+    """Return the parameters of a `normweave serve` command."""
+    name, command, *rest = arguments
     assert Path(name).name == "normweave"
-    assert words[0] == "serve"
-    return get_command(app).commands["serve"].make_context("serve", list(words[1:])).params
+    assert command == "serve"
+    return get_command(app).commands["serve"].make_context("serve", rest).params
 
 
 def service():
-    """The unit's [Service], where a name that comes twice keeps its last value."""
+    """Return the section [Service] of the unit; of a repeated name, the last value."""
     unit = configparser.ConfigParser(strict=False, interpolation=None, delimiters=("=",))
     unit.optionxform = str
     unit.read(UNIT, "utf-8")
@@ -44,14 +44,14 @@ def service():
 
 
 def instruction(name):
-    """The words of the Dockerfile's ENTRYPOINT or CMD."""
+    """Return the arguments of the Dockerfile's ENTRYPOINT or CMD."""
     return json.loads(re.search(rf"^ *{name} (\[.*\])$", DOCKERFILE, flags=re.MULTILINE)[1])
 
 
 # ── the unit ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_unit_starts_a_server_where_it_may_write():
+def test_the_unit_starts_a_server_in_a_writable_folder():
     started = options(shlex.split(service()["ExecStart"]))
     assert started["data"] == Path("/var/lib") / service()["StateDirectory"]
     assert started["host"] == "127.0.0.1"
@@ -63,8 +63,8 @@ def test_the_unit_waits_longer_than_the_server():
     assert int(service()["LimitNOFILE"]) > 2 * ServeConfig().max_clients
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
-def test_systemd_understands_the_unit(tmp_path):
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_accepts_the_unit(tmp_path):
     unit = tmp_path / "normweave.service"
     text = UNIT.read_text("utf-8")
     unit.write_text(re.sub(r"(?<=ExecStart=)\S+", sys.executable, text), "utf-8")
@@ -72,7 +72,7 @@ def test_systemd_understands_the_unit(tmp_path):
     assert [line for line in done.stderr.splitlines() if "normweave" in line] == []
 
 
-def test_every_start_by_hand_is_a_call():
+def test_every_start_by_hand_is_a_valid_command():
     calls = re.findall(r"^.*\S/(normweave serve .*)$", DEPLOY, flags=re.MULTILINE)
     assert calls
     for call in calls:
@@ -82,12 +82,11 @@ def test_every_start_by_hand_is_a_call():
 # ── the container ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_container_starts_a_server_and_asks_it_for_its_health():
+def test_the_container_starts_a_server_and_checks_its_health():
     run = re.search(r"docker run .*?\n(?=docker|```)", DEPLOY, flags=re.DOTALL)[0]
-    words = shlex.split(run.replace("\\\n", " "))
-    started = options(
-        instruction("ENTRYPOINT") + words[words.index("normweave", words.index("--publish")) + 1 :]
-    )
+    arguments = shlex.split(run.replace("\\\n", " "))
+    image = arguments.index("normweave", arguments.index("--publish"))
+    started = options(instruction("ENTRYPOINT") + arguments[image + 1 :])
     assert started["data"] == Path("/data")
     assert (str(started["bundle"]), started["host"]) == ("/bundle", "0.0.0.0")
     assert started["keep_days"]
@@ -95,7 +94,7 @@ def test_the_container_starts_a_server_and_asks_it_for_its_health():
     assert f"127.0.0.1:{started['port']}/readyz" in instruction("CMD")[-1]
 
 
-def test_the_health_check_knows_good_from_bad(served):
+def test_the_health_check_fails_without_a_server(served):
     program, flag, code = instruction("CMD")
     assert program == "python"
     for url, code_of in ((served["NORMWEAVE_URL"], 0), ("http://127.0.0.1:9", 1)):
@@ -106,10 +105,10 @@ def test_the_health_check_knows_good_from_bad(served):
 # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("name", [*CALLED, "../threat-model"])
-def test_requests_are_answered(name, served, tmp_path):
-    """Every block that begins with a request, one after the other; in each `part.png` is an image."""
+def test_requests_get_a_response(name, served, tmp_path):
+    """Run the blocks that begin with a request in their order; `part.png` is an image."""
     text = (ROOT / "docs" / "how-to" / f"{name}.md").read_text("utf-8")
     blocks = [
         block
@@ -135,7 +134,7 @@ def test_requests_are_answered(name, served, tmp_path):
         assert done.stdout.strip() == "401"
 
 
-def test_what_prometheus_is_told_is_yaml():
+def test_the_prometheus_configuration_is_yaml():
     (job,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", DEPLOY, flags=re.DOTALL)[1])["scrape_configs"]
     assert job["static_configs"] == [{"targets": ["127.0.0.1:8080"]}]
 
@@ -144,10 +143,10 @@ def test_what_prometheus_is_told_is_yaml():
     "counter",
     sorted(set(re.findall(r"`(normweave_\w+)`", DEPLOY))),
 )
-def test_counters_are_there(counter, served):
+def test_named_counters_exist(counter, served):
     request = urllib.request.Request(
         f"{served['NORMWEAVE_URL']}/metrics",
         headers={"Authorization": f"Bearer {served['NORMWEAVE_TOKEN']}"},
     )
-    with urllib.request.urlopen(request) as answer:
-        assert f"# TYPE {counter} " in answer.read().decode()
+    with urllib.request.urlopen(request) as response:
+        assert f"# TYPE {counter} " in response.read().decode()

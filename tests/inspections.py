@@ -6,12 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from normweave.serve.records import (
-    Filter,
-    Inspection,
-    Review,
-    StoredImage,
-)
+from normweave.serve.records import Filter, Inspection, Review, StoredImage
 from normweave.serve.service import Upload
 from normweave.types import DefectBox, Outcome, Tile
 

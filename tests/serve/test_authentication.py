@@ -129,10 +129,7 @@ def test_pages_of_other_origins_are_refused(browser, keys, log_in):
 
 
 def test_a_websocket_needs_a_session(browser):
-    with (
-        pytest.raises(WebSocketDisconnect) as closed,
-        browser.websocket_connect("/_nicegui_ws/socket.io"),
-    ):
+    with pytest.raises(WebSocketDisconnect) as closed, browser.websocket_connect("/_nicegui_ws/socket.io"):
         pass
     assert closed.value.code == 4401
 

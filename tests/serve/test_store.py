@@ -19,13 +19,7 @@ from inspections import ALL, NOON, accept, inspection, many, stored_image, unrea
 from normweave.errors import DataError
 from normweave.serve import store as module
 from normweave.serve.files import Files
-from normweave.serve.records import (
-    Count,
-    Filter,
-    RateChange,
-    ScoredImage,
-    Token,
-)
+from normweave.serve.records import Count, Filter, RateChange, ScoredImage, Token
 from normweave.serve.store import Store
 
 
@@ -191,11 +185,7 @@ def test_counts_by_hand(store):
     }
     assert store.counts(ALL, bucket="week") == [
         Count(start=start, **some, accepted=0, rejected=0)
-        for start in (
-            datetime(1969, 12, 29, tzinfo=UTC),
-            datetime(2026, 3, 2, tzinfo=UTC),
-            monday,
-        )
+        for start in (datetime(1969, 12, 29, tzinfo=UTC), datetime(2026, 3, 2, tzinfo=UTC), monday)
     ]
 
 

@@ -7,10 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from inspections import inspection, unreadable
-from normweave.serve.records import (
-    Filter,
-    Review,
-)
+from normweave.serve.records import Filter, Review
 from normweave.types import DefectBox, Tile
 
 

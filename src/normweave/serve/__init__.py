@@ -23,11 +23,7 @@ DATABASE = "store.sqlite"
 
 
 def create_app(
-    service: InspectionService,
-    *,
-    access: Access | None,
-    watch: Watch | None = None,
-    pages: bool = True,
+    service: InspectionService, *, access: Access | None, watch: Watch | None = None, pages: bool = True
 ) -> FastAPI:
     """Return the ASGI application of a server. Its shutdown answers all accepted images.
 

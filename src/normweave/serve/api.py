@@ -224,9 +224,7 @@ def _routes(service: InspectionService) -> APIRouter:
         return await render(stored, draw)
 
     @router.post(
-        "/v1/inspections/{id}/review",
-        summary="Add a reviewer decision",
-        responses=_problems(404, 422, 503),
+        "/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=_problems(404, 422, 503)
     )
     async def review(id: Id, body: schemas.ReviewIn, token: AnyToken) -> schemas.InspectionOut:
         inspection = await service.review(

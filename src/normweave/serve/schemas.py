@@ -107,10 +107,12 @@ class Problem(BaseModel):
     error: str
 
 
-class ReviewOut(BaseModel):
-    """Reviewer decision."""
-
+class _FromRecord(BaseModel):
     model_config = ConfigDict(from_attributes=True)
+
+
+class ReviewOut(_FromRecord):
+    """Reviewer decision."""
 
     at: datetime
     decision: records.Decision
@@ -188,10 +190,8 @@ class ModelOut(BaseModel):
     waiting: Annotated[int, Field(description="Number of images accepted and not yet answered.")]
 
 
-class PreviewOut(BaseModel):
+class PreviewOut(_FromRecord):
     """Verdicts of the newest inspections at another false-alarm rate."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     false_alarm_rate: float
     n: int
@@ -200,10 +200,8 @@ class PreviewOut(BaseModel):
     changed: int
 
 
-class RateChangeOut(BaseModel):
+class RateChangeOut(_FromRecord):
     """A change of the false-alarm rate."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     at: datetime
     bundle_hash: str
@@ -211,10 +209,8 @@ class RateChangeOut(BaseModel):
     actor: str
 
 
-class TokenOut(BaseModel):
+class TokenOut(_FromRecord):
     """A token, without its secret."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     id: int
     name: str

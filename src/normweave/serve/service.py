@@ -456,10 +456,7 @@ class ImageReader:
         """Return the anomaly map, (H, W)."""
         grids = np.load(io.BytesIO(self._files.read(self._stored.grids_hash)), allow_pickle=False)
         tiles = self._stored.tiles
-        size = (
-            max(tile.top + tile.height for tile in tiles),
-            max(tile.left + tile.width for tile in tiles),
-        )
+        size = (max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles))
         return scoring.anomaly_map(grids, tiles, size, smoothing=self._stored.smoothing)
 
 

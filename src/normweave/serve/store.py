@@ -26,16 +26,7 @@ from sqlalchemy.exc import IntegrityError
 
 from normweave.errors import DataError
 from normweave.serve.database import Database
-from normweave.serve.records import (
-    Bucket,
-    Count,
-    Filter,
-    Inspection,
-    RateChange,
-    Review,
-    ScoredImage,
-    Token,
-)
+from normweave.serve.records import Bucket, Count, Filter, Inspection, RateChange, Review, ScoredImage, Token
 from normweave.serve.tables import (
     EPOCH,
     INSPECTIONS,

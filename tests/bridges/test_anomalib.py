@@ -263,8 +263,8 @@ class Two(nn.Module):
         return {"a": images[:, :2], "b": images}
 
 
-def test_parted_features_can_be_reconstructed_by_a_relu_and_lose_nothing():
-    parted = models.Parted(Two(), channels=(2, 3), wanted=(6, 7))
+def test_split_features_keep_all_information():
+    parted = models.SplitTeacher(Two(), channels=(2, 3), decoder_channels=(6, 7))
     images = torch.randn(2, 3, 6, 7)
     for layer, before in Two()(images).items():
         now = parted(images)[layer]
@@ -274,14 +274,14 @@ def test_parted_features_can_be_reconstructed_by_a_relu_and_lose_nothing():
         torch.testing.assert_close(now[:, :d] - now[:, d : 2 * d], before)
         torch.testing.assert_close(now.norm(dim=1), before.norm(dim=1))
     with pytest.raises(ConfigError, match=r"at most \[1, 5\] channels at strides 4, 8 and 16, got \[2, 3\]"):
-        models.Parted(Two(), channels=(2, 3), wanted=(3, 10))
+        models.SplitTeacher(Two(), channels=(2, 3), decoder_channels=(3, 10))
 
 
 @pytest.mark.slow
 def test_reverse_distillation_uses_a_decoder_that_fits_where_there_is_one(tmp_path):
     plan = planned("reverse_distillation", "features.backbone=resnet34", "features.weights=random")
     model = models.build(plan, work=tmp_path).model
-    assert not isinstance(model.encoder, models.Parted)
+    assert not isinstance(model.encoder, models.SplitTeacher)
     assert model.eval()(torch.rand(1, 3, 64, 64)).anomaly_map.shape == (1, 1, 64, 64)
 
 
@@ -324,14 +324,14 @@ def test_a_teacher_learns_what_the_backbone_says(textiles):
         ("dfm", "strides=[8, 16]", ConfigError, r"strides must name one stage, got \[8, 16\]"),
         ("supersimplenet", "prepare.height=64", ConfigError, "needs 128 x 128 pixels or more, got 64 x 128"),
         ("efficient_ad", "prepare.width=128", ConfigError, "needs 256 x 256 pixels or more, got 256 x 128"),
-        ("efficient_ad", "penalty_images=nowhere", MissingError, "no folder 'nowhere'. Check penalty_images"),
+        ("efficient_ad", "penalty_images=nowhere", MissingError, "no folder 'nowhere'. Correct penalty_images"),
         (
             "efficient_ad",
             "teacher=nowhere.safetensors",
             MissingError,
             "Convert anomalib's pretrained_teacher_small",
         ),
-        ("draem", "anomaly_source=nowhere", MissingError, "no folder 'nowhere'. Check anomaly_source"),
+        ("draem", "anomaly_source=nowhere", MissingError, "no folder 'nowhere'. Correct anomaly_source"),
         ("stfpm", "features.backbone=resnet", ConfigError, "Unknown backbone 'resnet'"),
         ("stfpm", "strides=[3]", ConfigError, "has no stage of stride 3"),
         (

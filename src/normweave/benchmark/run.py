@@ -287,13 +287,13 @@ def fit_peer(plan: peers.PeerPlan, samples: Sequence[Sample]) -> Detector:
         MissingError: anomalib is not installed.
     """
     try:
-        from normweave.bridges import peer_network
+        from normweave.bridges.peer_network import fit as fit_anomalib
     except ImportError as error:
         raise MissingError(
             f"{peers.PREFIX}{plan.name} needs anomalib and FrEIA, which are not installed ({error}). "
             "Install them with: pip install 'normweave[bench]'"
         ) from error
-    return peer_network.fit(plan, samples)
+    return fit_anomalib(plan, samples)
 
 
 def _inference_ms(detector: Detector, paths: Sequence[Path]) -> float:

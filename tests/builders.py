@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from normweave import settings
-from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
+from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig, TrainingConfig
 from normweave.detector import Detector
 from normweave.textiles import SEEN, UNSEEN, make_textures
 from normweave.training import train
@@ -45,6 +45,10 @@ def head_config(kind="adapted_moe", **values):
         if isinstance(values.get(section), str):
             values[section] = {discriminator: values[section]}
     return settings.from_dict({"head": {"kind": kind} | values}).head
+
+
+def quick_training(**fields):
+    return TrainingConfig(**{"epochs": 8, "batch_images": 4, "learning_rate": 1e-2} | fields)
 
 
 # ── features and fit data ────────────────────────────────────────────────────────────────────────────────────────────
@@ -104,6 +108,12 @@ def subclass_normals(*, count=24, subclasses=3, shape=SHAPE, labelled=True, hold
     return normals(
         features, groups=groups, holdout=(groups < subclasses) & holdout, **labels if labelled else {}
     )
+
+
+def begun(head, data):
+    """Fit what a head fits before its training stages."""
+    head.begin(data)
+    return head
 
 
 def fit(head, data):

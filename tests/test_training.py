@@ -1,4 +1,4 @@
-"""The loop, with a stage that is small enough to do by hand. As a program: trains, and kills itself on the way."""
+"""Training with stages small enough to compute by hand. As a program: trains, and kills itself in the third epoch."""
 
 import logging
 import os
@@ -14,28 +14,21 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from builders import InMemory
-from normweave import training
+from builders import normals, quick_training
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
+from normweave.heads.base import TrainingStage
 from normweave.training import read_checkpoint, train, write_checkpoint
-from normweave.types import FitData
 
 
 def fit_data(*, count=20, holdout=None, seed=0):
     features = torch.randn(count, 6, 3, 3, generator=torch.Generator().manual_seed(9))
-    features[:, 0, 0, 0] = torch.arange(count) / count  # tells images apart
-    return FitData(
-        features=InMemory(features),
-        subclasses=np.arange(count) % 3,
-        names=("a", "b", "c"),
-        groups=np.arange(count),
-        holdout=np.arange(count) % 5 == 0 if holdout is None else holdout,
-        seed=seed,
-    )
+    features[:, 0, 0, 0] = torch.arange(count) / count  # identifies the image
+    fields = {} if holdout is None else {"holdout": holdout}
+    return normals(features, subclasses=np.arange(count) % 3, names=("a", "b", "c"), seed=seed, **fields)
 
 
-class Denoise:
-    """Rebuild patches from noised ones: noise, batch norm and momentum, so that all of the state matters."""
+class Denoise(TrainingStage):
+    """Reconstruct patches from noised ones. Noise, batch norm and momentum make all of the state matter."""
 
     def __init__(
         self,
@@ -52,19 +45,19 @@ class Denoise:
         self.name = name
         self.gradient_clip = clip
         self.final_rate = final_rate
-        self.epochs = epochs
-        self.batch_images = batch_images
-        self.patience = patience
-        self.rate = rate
         self.noise = noise
-        self.module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+        module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+        training = quick_training(
+            epochs=epochs, batch_images=batch_images, patience=patience, learning_rate=rate
+        )
+        super().__init__(module, training)
         generator = torch.Generator().manual_seed(1)
         for parameter in self.module.parameters():
             nn.init.normal_(parameter, std=0.3, generator=generator)
         self.seen = []
 
     def optimiser(self):
-        return torch.optim.AdamW(self.module.parameters(), lr=self.rate)
+        return torch.optim.AdamW(self.module.parameters(), lr=self.learning_rate)
 
     def loss(self, features, subclasses, *, generator, training):
         noise = self.noise * torch.randn(features.shape, generator=generator)
@@ -77,17 +70,16 @@ class Denoise:
         return {"loss": (self.module(noised) - patches).square().mean()}
 
 
-class Scripted:
-    """A weight that counts steps, and a loss on the held-out images that is read from a list."""
+class Scripted(TrainingStage):
+    """A weight that counts steps, and a loss on the held-out images that is taken from a list."""
 
-    name, batch_images = "scripted", 100
-    gradient_clip, final_rate = 0.0, 1.0
+    name = "scripted"
 
-    def __init__(self, holdout_losses, *, patience, epochs=None):
+    def __init__(self, holdout_losses, *, patience, epochs=None, batch_images=100):
         self.holdout_losses = holdout_losses
-        self.epochs = len(holdout_losses) if epochs is None else epochs
-        self.patience = patience
-        self.module = nn.Linear(1, 1, bias=False)
+        epochs = len(holdout_losses) if epochs is None else epochs
+        module = nn.Linear(1, 1, bias=False)
+        super().__init__(module, quick_training(epochs=epochs, batch_images=batch_images, patience=patience))
         nn.init.zeros_(self.module.weight)
 
     def optimiser(self):
@@ -100,7 +92,7 @@ class Scripted:
 
 
 SHORTER_AND_SLOWER = {"clip": 0.5, "final_rate": 0.1}
-"""Gradients are cut, and the rate falls: state of the schedule matters too."""
+"""With clipped gradients and a decaying learning rate, so that the state of the scheduler matters too."""
 
 
 def weights(stage):
@@ -112,19 +104,19 @@ def equal(one, other):
 
 
 class KilledError(Exception):
-    """Stands for whatever ends a run."""
+    """Ends a run."""
 
 
 def test_every_epoch_visits_every_image_that_is_not_held_out_once_in_another_order():
     stage, data = Denoise(), fit_data()
     train(stage, data, device="cpu")
     trained = [images for training, _, images, _, _ in stage.seen if training]
-    judged = [images for training, _, images, _, _ in stage.seen if not training]
+    held_out = [images for training, _, images, _, _ in stage.seen if not training]
     epochs = [np.concatenate(trained[start : start + 4]).tolist() for start in range(0, 20, 4)]
     for images in epochs:
         assert sorted(images) == [row for row in range(20) if row % 5]
     assert len({tuple(images) for images in epochs}) == 5
-    assert judged == [[0, 5, 10, 15]] * 5
+    assert held_out == [[0, 5, 10, 15]] * 5
     assert all(labels == [row % 3 for row in images] for _, _, images, labels, _ in stage.seen)
 
 
@@ -144,10 +136,10 @@ def test_every_batch_has_its_own_random_numbers_and_the_held_out_images_always_t
             [number for training, *_, number in stage.seen if not training],
         )
 
-    trained, judged = draws(Denoise(), fit_data())
+    trained, held_out = draws(Denoise(), fit_data())
     assert len(set(trained)) == len(trained) == 20
-    assert len(set(judged)) == 1
-    assert draws(Denoise(), fit_data()) == (trained, judged)
+    assert len(set(held_out)) == 1
+    assert draws(Denoise(), fit_data()) == (trained, held_out)
     assert not set(draws(Denoise(), fit_data(seed=1))[0]) & set(trained)
     assert not set(draws(Denoise(name="other"), fit_data())[0]) & set(trained)
 
@@ -176,27 +168,27 @@ def trained_by_hand(*, clip, final_rate, rate, epochs=5):
     """Losses and last weights by plain descent on all images at once."""
     stage = Denoise(batch_images=100, noise=0)
     patches = fit_data().features.features.permute(0, 2, 3, 1).reshape(-1, 6)
-    losses, lengths = [], []
+    losses, norms = [], []
     for epoch in range(epochs):
         loss = (stage.module(patches) - patches).square().mean()
         parameters = list(stage.module.parameters())
         gradients = torch.autograd.grad(loss, parameters)
-        length = sum(gradient.square().sum().item() for gradient in gradients) ** 0.5
-        shorter = min(1.0, clip / length) if clip else 1.0
-        falling = final_rate + (1 - final_rate) * (1 + np.cos(np.pi * epoch / epochs)) / 2
+        norm = sum(gradient.square().sum().item() for gradient in gradients) ** 0.5
+        factor = min(1.0, clip / norm) if clip else 1.0
+        share = final_rate + (1 - final_rate) * (1 + np.cos(np.pi * epoch / epochs)) / 2
         with torch.no_grad():
             for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter -= rate * falling * shorter * gradient
+                parameter -= rate * share * factor * gradient
         losses.append(loss.item())
-        lengths.append(length)
-    return losses, weights(stage), lengths
+        norms.append(norm)
+    return losses, weights(stage), norms
 
 
 @pytest.mark.parametrize("final_rate", [1.0, 0.1])
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_gradients_are_cut_and_the_rate_falls_along_a_cosine(clip, final_rate):
-    losses, expected, lengths = trained_by_hand(clip=clip, final_rate=final_rate, rate=0.5)
-    assert max(lengths) > 0.5  # else nothing would be cut
+def test_gradients_are_clipped_and_the_learning_rate_follows_a_cosine(clip, final_rate):
+    losses, expected, norms = trained_by_hand(clip=clip, final_rate=final_rate, rate=0.5)
+    assert max(norms) > 0.5  # otherwise no gradient would be clipped
     stage = Denoise(batch_images=100, noise=0, clip=clip, final_rate=final_rate)
     stage.optimiser = lambda: torch.optim.SGD(stage.module.parameters(), lr=0.5)
 
@@ -217,7 +209,7 @@ def test_keeps_the_weights_of_the_best_epoch_and_stops_when_patience_runs_out():
     assert stage.module.weight.item() == 4
 
 
-def test_without_patience_goes_on_to_the_end():
+def test_without_patience_all_epochs_are_trained():
     stage = Scripted([1.0, 5.0, 5.0, 5.0, 5.0], patience=0)
     history = train(stage, fit_data(), device="cpu")
     assert (history.epochs, history.best_epoch, history.stopped_early) == (5, 1, False)
@@ -236,20 +228,20 @@ def test_the_loss_on_held_out_images_counts_every_image_the_same():
     """Six images in batches of four: the mean over images, not over batches."""
 
     class Mean(Scripted):
-        batch_images = 4
-
         def loss(self, features, subclasses, *, generator, training):
             return {"loss": features[:, 0, 0, 0].mean() + 0 * self.module.weight.sum()}
 
-    history = train(Mean([], patience=0, epochs=1), fit_data(holdout=np.arange(20) < 6), device="cpu")
+    history = train(
+        Mean([], patience=0, epochs=1, batch_images=4), fit_data(holdout=np.arange(20) < 6), device="cpu"
+    )
     assert history.best_loss == pytest.approx(np.mean(np.arange(6) / 20))
 
 
 @pytest.mark.parametrize("changed", [{}, SHORTER_AND_SLOWER], ids=["plain", "clip and cosine"])
 @pytest.mark.parametrize("epoch", [1, 2, 4, 5])
-def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, epoch, changed):
-    whole, data = Denoise(**changed), fit_data()
-    history = train(whole, data, device="cpu")
+def test_a_run_resumed_after_any_epoch_ends_with_the_same_weights(tmp_path, epoch, changed):
+    complete, data = Denoise(**changed), fit_data()
+    history = train(complete, data, device="cpu")
 
     def stop(what, done, total):
         if done == epoch:
@@ -259,21 +251,21 @@ def test_a_run_that_ended_after_any_epoch_goes_on_to_the_same_weights(tmp_path, 
         train(Denoise(**changed), data, folder=tmp_path, progress=stop, device="cpu")
     resumed = Denoise(**changed)
     assert train(resumed, data, folder=tmp_path, resume=True, device="cpu") == history
-    assert equal(weights(resumed), weights(whole))
+    assert equal(weights(resumed), weights(complete))
     assert sum(training for training, *_ in resumed.seen) == (5 - epoch) * 4  # batches an epoch
 
 
-def test_killed_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(tmp_path):
+def test_a_run_killed_within_an_epoch_is_resumed_to_the_same_weights(tmp_path):
     child = subprocess.run([sys.executable, __file__, str(tmp_path)])  # with as many threads as this process
     assert child.returncode == -signal.SIGKILL
-    whole, resumed = Denoise(**SHORTER_AND_SLOWER), Denoise(**SHORTER_AND_SLOWER)
-    history = train(whole, fit_data(), device="cpu")
+    complete, resumed = Denoise(**SHORTER_AND_SLOWER), Denoise(**SHORTER_AND_SLOWER)
+    history = train(complete, fit_data(), device="cpu")
     assert train(resumed, fit_data(), folder=tmp_path, resume=True, device="cpu") == history
-    assert equal(weights(resumed), weights(whole))
+    assert equal(weights(resumed), weights(complete))
     assert sum(training for training, *_ in resumed.seen) == 3 * 4
 
 
-def test_ended_while_the_state_was_being_written_goes_on_from_the_one_before(tmp_path, monkeypatch):
+def test_a_run_ended_while_writing_is_resumed_from_the_checkpoint_before(tmp_path, monkeypatch):
     calls = []
 
     def replace(source, target):
@@ -283,19 +275,19 @@ def test_ended_while_the_state_was_being_written_goes_on_from_the_one_before(tmp
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.os, "replace", replace)
+        patch.setattr(os, "replace", replace)
         with pytest.raises(KilledError):
             train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
-    whole, resumed = Denoise(), Denoise()
-    train(whole, fit_data(), device="cpu")
+    complete, resumed = Denoise(), Denoise()
+    train(complete, fit_data(), device="cpu")
     train(resumed, fit_data(), folder=tmp_path, resume=True, device="cpu")
-    assert equal(weights(resumed), weights(whole))
+    assert equal(weights(resumed), weights(complete))
     assert sum(training for training, *_ in resumed.seen) == 3 * 4
     assert [path.name for path in tmp_path.iterdir()] == ["denoise.safetensors"]
 
 
 @pytest.mark.parametrize("patience", [0, 2])
-def test_a_finished_lesson_is_taken_over_and_not_trained_again(tmp_path, patience):
+def test_a_finished_stage_is_loaded_and_not_trained_again(tmp_path, patience):
     losses = [5.0, 3.0, 4.0, 4.0, 4.0]
     history = train(Scripted(losses, patience=patience), fit_data(), folder=tmp_path, device="cpu")
     assert history.epochs == (5 if patience == 0 else 4)
@@ -306,15 +298,15 @@ def test_a_finished_lesson_is_taken_over_and_not_trained_again(tmp_path, patienc
     assert not again.module.training
 
 
-def test_without_resume_begins_anew(tmp_path):
+def test_without_resume_training_starts_again(tmp_path):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
     stage = Denoise()
     train(stage, fit_data(), folder=tmp_path, device="cpu")
     assert sum(training for training, *_ in stage.seen) == 5 * 4
 
 
-def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
-    """Else a run that was killed in its first epoch would be resumed from another run's weights."""
+def test_an_old_checkpoint_is_deleted_when_a_new_run_starts(tmp_path):
+    """Otherwise a run that was killed in its first epoch would be resumed from the weights of another run."""
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
     killed = Denoise()
     killed.loss = None
@@ -336,10 +328,10 @@ def test_a_state_from_before_is_gone_as_soon_as_a_new_run_begins(tmp_path):
     ],
     ids=["epochs", "learning rate", "gradient clip", "final rate", "seed", "images", "held out"],
 )
-def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path, stage, data):
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, stage, data):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
     with pytest.raises(
-        ConfigError, match=r"state of 'denoise' was written with other settings.*without --resume"
+        ConfigError, match=r"checkpoint of 'denoise' was written with other settings.*without --resume"
     ):
         train(stage, data, folder=tmp_path, resume=True, device="cpu")
 
@@ -347,47 +339,45 @@ def test_a_state_of_other_settings_is_not_gone_on_from(tmp_path, stage, data):
 @pytest.mark.parametrize(
     "content", [b"", b"\x80\x04K\x01.", b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "pickle", "bare"]
 )
-def test_a_damaged_state_is_refused(tmp_path, content):
+def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "denoise.safetensors").write_bytes(content)
-    with pytest.raises(
-        BundleError, match=r"not a state of training that can be read .*Delete it, or train without"
-    ):
+    with pytest.raises(BundleError, match=r"not a checkpoint that can be read .*Delete it, or train without"):
         train(Denoise(), fit_data(), folder=tmp_path, resume=True, device="cpu")
 
 
-def test_the_state_is_one_safetensors_file_and_comes_back_as_it_was(tmp_path):
-    said = {
+def test_a_checkpoint_is_one_safetensors_file_and_is_read_unchanged(tmp_path):
+    checkpoint = {
         "tree": {0: [1, 2.5, None], "flag": True, "pair": (0.9, float("inf"))},
         "tensors": [{"step": torch.tensor(3.0), "view": torch.arange(6).view(2, 3).T}],
-        "like a mark": ["tensor", "0"],
+        "like an encoded tensor": ["tensor", "0"],
         "empty": [{}, [], ()],
     }
     path = tmp_path / "deep" / "state.safetensors"
-    write_checkpoint(said, path)
+    write_checkpoint(checkpoint, path)
     with safe_open(path, framework="pt") as file:
         assert set(file.keys()) == {"0", "1"}
     back = read_checkpoint(path)
-    tensors = said.pop("tensors")[0], back.pop("tensors")[0]
-    assert back == said
+    tensors = checkpoint.pop("tensors")[0], back.pop("tensors")[0]
+    assert back == checkpoint
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_state_that_json_cannot_hold_is_refused(tmp_path):
+def test_a_checkpoint_with_other_types_is_refused(tmp_path):
     with pytest.raises(TypeError, match="A checkpoint cannot hold a set"):
         write_checkpoint({"names": {"a"}}, tmp_path / "state.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_with_what_to_do():
+def test_a_loss_that_is_not_finite_is_an_error_with_the_cure():
     data = fit_data()
     data.features.features[:] *= 1e30
     with pytest.raises(
-        ConfigError, match=r"'denoise' went astray: the loss is inf at epoch 1, batch 1.*lower the"
+        ConfigError, match=r"'denoise' diverged: the loss is inf at epoch 1, batch 1.*lower the"
     ):
         train(Denoise(), data, device="cpu")
-    with pytest.raises(ConfigError, match=r"the loss is nan at epoch 2, the held-out normals"):
+    with pytest.raises(ConfigError, match=r"the loss is nan at epoch 2, the held-out images"):
         train(Scripted([1.0, float("nan")], patience=0), fit_data(), device="cpu")
 
 
@@ -398,8 +388,8 @@ def test_features_that_are_not_finite_are_named():
         train(Denoise(), data, device="cpu")
 
 
-def test_nothing_to_train_on_says_so():
-    with pytest.raises(DataError, match=r"Nothing to train 'denoise' on: all 20 fit normals are held out"):
+def test_without_training_images_it_raises():
+    with pytest.raises(DataError, match=r"Nothing to train 'denoise' on: all 20 fit images are held out"):
         train(Denoise(), fit_data(holdout=np.ones(20, dtype=bool)), device="cpu")
 
 
@@ -411,17 +401,17 @@ def test_devices_that_are_unknown_or_missing_are_named():
             train(Denoise(), fit_data(), device="cuda")
 
 
-def test_tells_how_far_it_is():
-    told = []
-    train(Denoise(), fit_data(), progress=lambda *said: told.append(said), device="cpu")
-    assert told == [("train denoise", epoch, 5) for epoch in range(1, 6)]
+def test_reports_progress_after_each_epoch():
+    reports = []
+    train(Denoise(), fit_data(), progress=lambda *report: reports.append(report), device="cpu")
+    assert reports == [("train denoise", epoch, 5) for epoch in range(1, 6)]
 
 
-def test_is_silent_and_leaves_the_process_as_it_was(capfd, tmp_path, monkeypatch):
+def test_prints_nothing_and_leaves_global_state_unchanged(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    said = []
+    records = []
     handler = logging.Handler()
-    handler.emit = said.append
+    handler.emit = records.append
     logger = logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
@@ -430,7 +420,7 @@ def test_is_silent_and_leaves_the_process_as_it_was(capfd, tmp_path, monkeypatch
     random = torch.get_rng_state()
     train(stage, data, device="auto")
     assert capfd.readouterr() == ("", "")
-    assert said == []
+    assert records == []
     assert logger.level == logging.INFO
     assert torch.equal(torch.get_rng_state(), random)
     assert list(tmp_path.iterdir()) == []
@@ -466,12 +456,12 @@ def _die_in_the_third_epoch(folder: Path) -> None:
     stage = Denoise(**SHORTER_AND_SLOWER)
     loss = stage.loss
 
-    def deadly(*args, **kwargs):
+    def killing(*args, **kwargs):
         if sum(training for training, *_ in stage.seen) == 2 * 4 + 2:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss(*args, **kwargs)
 
-    stage.loss = deadly
+    stage.loss = killing
     train(stage, fit_data(), folder=folder, device="cpu")
 
 

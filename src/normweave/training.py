@@ -1,20 +1,17 @@
-"""The one loop in which gradients train a part of a head. Heads in closed form never come here.
+"""The training loop of all stages that are trained by gradient.
 
-Lightning turns the loop; what is ours is the order of the images, the random numbers, the stop rule and the
-file. Everything random is drawn from generators seeded by (seed, stage, epoch, batch), so a run that was
-killed and taken up again at an epoch's end comes to the same weights, to the bit, as one that was not.
+Lightning runs the loop. The order of the images, the random numbers, early stopping and the checkpoint file are ours.
+All random numbers come from generators seeded by (seed, stage, epoch, batch), so that a run that was killed and
+resumed from its last completed epoch ends with bit-equal weights.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import CheckpointIO
 from numpy.typing import NDArray
@@ -33,23 +29,24 @@ from torch import Tensor
 from normweave.atomic import write_atomically
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.heads.base import TrainingStage
+from normweave.logs import quiet
 from normweave.types import FitData, Progress
 
 
 @dataclass(kw_only=True)
 class History:
-    """How a stage went. Epochs count from 1."""
+    """Losses and best epoch of a stage. Epochs count from 1."""
 
     epochs: int = 0
     best_epoch: int = 0
-    """Whose weights the module holds: the lowest loss on the held-out normals; without any, the last."""
+    """Epoch whose weights are kept: the lowest loss on the held-out images; without any, the last epoch."""
     best_loss: float | None = None
-    """On the held-out normals; None when there are none."""
+    """Loss on the held-out images after the best epoch; None without held-out images."""
     stopped_early: bool = False
     losses: list[float] = field(default_factory=list)
-    """Mean loss of every epoch on the images that it trained on."""
+    """Mean training loss of every epoch."""
     holdout_losses: list[float] = field(default_factory=list)
-    """Loss on the held-out normals after every epoch; empty without any."""
+    """Loss on the held-out images after every epoch; empty without held-out images."""
 
 
 def train(
@@ -64,15 +61,16 @@ def train(
     """Train `stage.module` on all images but the held-out ones; leave it in eval mode with its best weights.
 
     Args:
-        folder: where the state after each epoch is kept, as `NAME.safetensors`; None: nowhere.
-        resume: go on from that file, or take over what it holds when the stage was finished.
+        folder: the state after each epoch is written to `NAME.safetensors` in it; None = not written.
+        resume: continue from that file. A finished stage is loaded and not trained again.
+        progress: called after each epoch.
         device: auto, cpu or cuda.
 
     Raises:
-        DataError: nothing to train on, or features that are not finite.
+        DataError: no images to train on, or features that are not finite.
         ConfigError: the loss is not finite, or the file to resume from was written with other settings.
         BundleError: the file to resume from is damaged.
-        MissingError: the device is not there.
+        MissingError: the device is not available.
     """
     loop = _Loop(stage, data, progress)
     path = folder / f"{stage.name}.safetensors" if folder else None
@@ -87,27 +85,31 @@ def train(
         loop.path = path
         accelerator = _accelerator(device)
         home = next((tensor.device for tensor in stage.module.state_dict().values()), torch.device("cpu"))
-        with _quiet():
-            trainer = Trainer(
-                accelerator=accelerator,
-                devices=1,
-                max_epochs=stage.epochs,
-                gradient_clip_val=stage.gradient_clip or None,
-                plugins=[SafetensorsCheckpoints(), LightningEnvironment()],
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(loop, train_dataloaders=loop.batches, ckpt_path=path if resumed else None)
-        stage.module.to(home).zero_grad()  # the last gradients are of no use to anyone
+        try:
+            with quiet("lightning.pytorch"):
+                trainer = Trainer(
+                    accelerator=accelerator,
+                    devices=1,
+                    max_epochs=stage.epochs,
+                    gradient_clip_val=stage.gradient_clip or None,
+                    plugins=[SafetensorsCheckpoints(), LightningEnvironment()],
+                    logger=False,
+                    enable_checkpointing=False,
+                    enable_progress_bar=False,
+                    enable_model_summary=False,
+                )
+                trainer.fit(loop, train_dataloaders=loop.batches, ckpt_path=path if resumed else None)
+        except SystemExit:
+            # Lightning turns Ctrl-C into exit code 1, which the command line uses for "anomalous".
+            raise KeyboardInterrupt from None
+        stage.module.to(home).zero_grad()
     stage.module.load_state_dict(loop.best)
     stage.module.eval()
     return loop.history
 
 
 class _Loop(LightningModule):
-    """Lightning's view of a stage."""
+    """Lightning module of a stage."""
 
     def __init__(self, stage: TrainingStage, data: FitData, progress: Progress | None) -> None:
         super().__init__()
@@ -115,7 +117,7 @@ class _Loop(LightningModule):
         self.module = stage.module
         self.data = data
         self.subclasses = torch.from_numpy(data.subclasses)
-        self.told = progress
+        self.report_progress = progress
         self.path: Path | None = None
         self.history = History()
         self.best: dict[str, Tensor] = {}
@@ -124,23 +126,23 @@ class _Loop(LightningModule):
         self.holdout_rows = np.flatnonzero(data.holdout)
         if len(self.train_rows) == 0:
             raise DataError(
-                f"Nothing to train {stage.name!r} on: all {len(data)} fit normals are held out. "
+                f"Nothing to train {stage.name!r} on: all {len(data)} fit images are held out. "
                 "Add images or lower data.holdout_share."
             )
         self.batches = _Batches(self)
 
     @property
     def finished(self) -> bool:
-        """Whether every epoch is done, or the stop rule has spoken."""
+        """Whether all epochs are done or training stopped early."""
         return self.history.stopped_early or self.history.epochs >= self.stage.epochs
 
-    def generator(self, *where: str | int) -> torch.Generator:
-        """Random numbers for one purpose, on the CPU: the same on every device."""
-        said = repr((self.data.seed, self.stage.name, *where)).encode()
-        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(said).digest()[:7], "big"))
+    def generator(self, *purpose: str | int) -> torch.Generator:
+        """Return a generator for one purpose. It is on the CPU, so that its numbers are equal on every device."""
+        key = repr((self.data.seed, self.stage.name, *purpose)).encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
     def read(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Features and subclasses of these images."""
+        """Return features and subclasses of these images."""
         features = self.data.features.read(rows)  # (B, D, h, w)
         if not bool(torch.isfinite(features).all()):
             bad = rows[~torch.isfinite(features).flatten(1).all(1).numpy()]
@@ -151,7 +153,7 @@ class _Loop(LightningModule):
         return features, self.subclasses[torch.from_numpy(rows)]
 
     def configure_optimizers(self) -> Any:
-        """The stage's own, and how its learning rate falls: cos, at the end of each epoch."""
+        """Return the optimiser and, if the learning rate is not constant, its cosine schedule over epochs."""
         optimiser, stage = self.stage.optimiser(), self.stage
         if stage.final_rate == 1:
             return optimiser
@@ -164,12 +166,12 @@ class _Loop(LightningModule):
         return [optimiser], [torch.optim.lr_scheduler.LambdaLR(optimiser, share)]
 
     def on_train_epoch_start(self) -> None:
-        """Batch statistics and dropout on."""
+        """Switch batch statistics and dropout on."""
         self.module.train()
         self.running = []
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """Return the loss of one batch."""
         loss = self.stage.loss(
             *batch, generator=self.generator("train", self.history.epochs, batch_idx), training=True
         )["loss"]
@@ -179,7 +181,7 @@ class _Loop(LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Judge the epoch on the held-out normals, remember the best, write the state down."""
+        """Compute the loss on the held-out images, keep the best weights, write the checkpoint."""
         history, weights = self.history, self.module.state_dict()
         loss = self._holdout_loss() if len(self.holdout_rows) else None
         history.epochs += 1
@@ -194,12 +196,12 @@ class _Loop(LightningModule):
         self.trainer.should_stop = history.stopped_early
         if self.path is not None:
             self.trainer.save_checkpoint(self.path, weights_only=False)
-        if self.told is not None:
-            self.told(f"train {self.stage.name}", history.epochs, self.stage.epochs)
+        if self.report_progress is not None:
+            self.report_progress(f"train {self.stage.name}", history.epochs, self.stage.epochs)
 
     @torch.no_grad()
     def _holdout_loss(self) -> float:
-        """Mean loss of a held-out image, with the same random numbers after every epoch."""
+        """Return the mean loss over the held-out images, with the same random numbers after every epoch."""
         self.module.eval()
         total = 0.0
         for batch, start in enumerate(range(0, len(self.holdout_rows), self.stage.batch_images)):
@@ -213,31 +215,31 @@ class _Loop(LightningModule):
             )["loss"]
             total += loss.item() * len(rows)
         if not math.isfinite(total):
-            self._not_finite(torch.tensor(total), "the held-out normals")
+            self._not_finite(torch.tensor(total), "the held-out images")
         return total / len(self.holdout_rows)
 
-    def _not_finite(self, loss: Tensor, where: str) -> None:
+    def _not_finite(self, loss: Tensor, batch: str) -> None:
         raise ConfigError(
-            f"Training {self.stage.name!r} went astray: the loss is {loss.item()} at epoch "
-            f"{self.history.epochs + 1}, {where}. It must be finite: lower the learning rate."
+            f"Training {self.stage.name!r} diverged: the loss is {loss.item()} at epoch "
+            f"{self.history.epochs + 1}, {batch}. It must be finite: lower the learning rate."
         )
 
     def settings(self) -> str:
-        """What a run must have in common with the one that it goes on from."""
+        """Return a hash of the settings that must be equal for a run to be resumed."""
         groups = [
             {name: value for name, value in group.items() if name != "params"}
             for group in self.stage.optimiser().param_groups
         ]
         shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        said = (
+        settings = (
             [self.stage.name, self.stage.epochs, self.stage.batch_images, self.stage.patience],
             [self.stage.gradient_clip, self.stage.final_rate],
             [self.data.seed, self.data.subclasses.tolist(), self.data.holdout.tolist(), groups, shapes],
         )
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+        return hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what Lightning does not know of."""
+        """Add the settings, the history and the best weights."""
         checkpoint["stage"] = {
             "settings": self.settings(),
             "history": asdict(self.history),
@@ -245,19 +247,19 @@ class _Loop(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it back."""
+        """Restore the history and the best weights; raise ConfigError if the settings differ."""
         saved = checkpoint["stage"]
         if saved["settings"] != self.settings():
             raise ConfigError(
-                f"The saved state of {self.stage.name!r} was written with other settings, another seed or other "
-                "images. Resume with the same ones, or train anew without --resume."
+                f"The checkpoint of {self.stage.name!r} was written with other settings, another seed or other "
+                "images. Resume with the same ones, or train without --resume."
             )
         self.history = History(**saved["history"])
         self.best = saved["best"]
 
 
 class _Batches:
-    """The images of one epoch, in an order of that epoch. No DataLoader: features are on disk or at hand."""
+    """Batches of the training images, shuffled anew in each epoch."""
 
     def __init__(self, loop: _Loop) -> None:
         self.loop = loop
@@ -274,30 +276,30 @@ class _Batches:
 
 
 class SafetensorsCheckpoints(CheckpointIO):
-    """Lightning's checkpoints as one safetensors file, so that reading one cannot run code."""
+    """Lightning checkpoints in safetensors files: reading one cannot execute code."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write all of it or nothing."""
+        """Write the checkpoint atomically."""
         write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read it to the CPU."""
+        """Read the checkpoint to the CPU."""
         return read_checkpoint(Path(path))
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Delete it."""
+        """Delete the file."""
         Path(path).unlink()
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write nested dicts, lists and tuples of numbers, texts and tensors: all but the tensors as JSON.
+    """Write nested dicts, lists and tuples of numbers, strings and tensors. All but the tensors is stored as JSON.
 
     Raises:
-        TypeError: something else is in it.
+        TypeError: the checkpoint holds a value of another type.
     """
     tensors: dict[str, Tensor] = {}
     tree = json.dumps(_encode(checkpoint, tensors))
@@ -306,10 +308,10 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What `write_checkpoint` wrote.
+    """Read what `write_checkpoint` wrote.
 
     Raises:
-        BundleError: it is damaged, or not ours.
+        BundleError: the file is damaged or not a checkpoint of `write_checkpoint`.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -317,14 +319,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             checkpoint: dict[str, Any] = _decode(json.loads(file.metadata()["tree"]), tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"{path} is not a state of training that can be read ({error}). "
-            "Delete it, or train without --resume."
+            f"{path} is not a checkpoint that can be read ({error}). Delete it, or train without --resume."
         ) from error
     return checkpoint
 
 
 def _encode(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A value as JSON can hold it, what has parts as [kind, *parts]; tensors move to `tensors`."""
+    """Return a value as JSON stores it, containers as [type, *items]; tensors are moved to `tensors`."""
     match value:
         case Tensor():
             name = str(len(tensors))
@@ -364,22 +365,3 @@ def _accelerator(device: str) -> str:
             "No CUDA device was found. Use device cpu or auto, or install a torch build with CUDA."
         )
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Lightning's news and advice to itself, and let Ctrl-C be a KeyboardInterrupt."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PossibleUserWarning)  # such as a GPU that device=cpu leaves idle
-            # Lightning 2.6 upon torch 2.14: its own call, nothing a user could change.
-            warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
-            yield
-    except SystemExit:
-        # Lightning turns Ctrl-C into exit code 1, which is the command line's word for "anomalous".
-        raise KeyboardInterrupt from None
-    finally:
-        logger.setLevel(level)

@@ -2,30 +2,19 @@ import numpy as np
 import pytest
 import torch
 
-from builders import InMemory, random
+from builders import begun, normals, random
+from normweave.config import DFMConfig
 from normweave.heads.dfm import DFM, principal_components
-from normweave.types import FitData
 
 
-def fitted(features, *, seed=0, cells=4, variance=0.9, max_images=1000):
-    count = len(features)
-    source = InMemory(features)
-    head = DFM(shape=source.shape, cells=cells, variance=variance, max_images=max_images)
-    head.begin(
-        FitData(
-            features=source,
-            subclasses=np.full(count, -1),
-            names=(),
-            groups=np.arange(count),
-            holdout=np.zeros(count, dtype=bool),
-            seed=seed,
-        )
-    )
-    return head, source
+def fitted(features, *, seed=0, **settings):
+    data = normals(features, seed=seed)
+    config = DFMConfig(**{"cells": 4, "variance": 0.9} | settings)
+    return begun(DFM(config, shape=data.features.shape), data), data.features
 
 
 def by_svd(rows, variance):
-    """Mean and components as a textbook has them: numpy's SVD of the centred rows, float64."""
+    """Mean and components by numpy's SVD of the centred rows in float64."""
     rows = rows.numpy().astype(np.float64)
     mean = rows.mean(0)
     _, singular, directions = np.linalg.svd(rows - mean, full_matrices=False)
@@ -39,12 +28,12 @@ def by_svd(rows, variance):
 def test_components_agree_with_the_singular_value_decomposition(size, variance):
     rows = random(size, seed=1) * torch.linspace(0.1, 3, size[1]) + 5
     mean, components = principal_components(rows, variance=variance)
-    wanted_mean, wanted = by_svd(rows, variance)
-    np.testing.assert_allclose(mean, wanted_mean, rtol=1e-5)
-    assert components.shape == wanted.shape
-    # The sign of a component is free, the projection onto all of them is not.
+    expected_mean, expected = by_svd(rows, variance)
+    np.testing.assert_allclose(mean, expected_mean, rtol=1e-5)
+    assert components.shape == expected.shape
+    # The sign of a component is arbitrary, the projection onto all of them is not.
     projected = rows.double() @ components.double() @ components.T.double()
-    np.testing.assert_allclose(projected, rows.numpy() @ wanted @ wanted.T, atol=2e-4)
+    np.testing.assert_allclose(projected, rows.numpy() @ expected @ expected.T, atol=2e-4)
     torch.testing.assert_close(components.T @ components, torch.eye(len(components.T)), rtol=0, atol=1e-5)
 
 
@@ -55,7 +44,7 @@ def test_equal_rows_have_no_components(size):
     assert components.shape == (size[1], 0)
 
 
-def test_scores_are_what_the_components_cannot_rebuild():
+def test_scores_are_the_residual_of_the_components():
     normal = random(10, 3, 8, 4, seed=2)
     head, _ = fitted(normal, cells=2)
     image = random(2, 3, 8, 4, seed=3)
@@ -72,7 +61,7 @@ def test_scores_are_what_the_components_cannot_rebuild():
         assert out.image_scores[b].item() == pytest.approx(np.linalg.norm(residual), rel=1e-4)
 
 
-def test_combinations_of_normal_images_are_rebuilt():
+def test_combinations_of_normal_images_are_reconstructed():
     normal = random(5, 3, 4, 4, seed=4)
     head, _ = fitted(normal, variance=0.999999)
     mixed = 0.7 * normal[:1] + 0.5 * normal[1:2] - 0.2 * normal[2:3]
@@ -84,18 +73,18 @@ def test_a_grid_that_cells_do_not_divide_is_averaged_over_overlapping_windows():
     head, _ = fitted(random(4, 1, 5, 3, seed=6), cells=4)
     ramp = torch.arange(5.0).view(1, 1, 5, 1).expand(1, 1, 5, 3)
     # Rows floor(i * 5 / 4) to ceil((i + 1) * 5 / 4) of 0..4: (0, 1), (1, 2), (2, 3), (3, 4); three columns stay three.
-    assert head._flat(ramp).view(4, 3).tolist() == [[0.5] * 3, [1.5] * 3, [2.5] * 3, [3.5] * 3]
-    assert head(ramp).scores.shape == (1, 4, 3)
+    head.load_state({"mean": torch.zeros(12), "components": torch.zeros(12, 0)})  # the residual is the input
+    assert head(ramp).scores[0].tolist() == [[0.5] * 3, [1.5] * 3, [2.5] * 3, [3.5] * 3]
 
 
-def test_no_more_images_are_read_than_allowed_and_a_few_at_a_time():
+def test_at_most_max_images_are_read_in_small_batches():
     _, source = fitted(torch.randn(90, 2, 4, 4), max_images=40)
     assert source.largest_read <= 16
     rows = np.concatenate(source.reads)
     assert len(np.unique(rows)) == len(rows) == 40
 
 
-def test_which_images_are_drawn_hangs_on_the_seed():
+def test_the_drawn_images_depend_on_the_seed():
     normal = random(90, 2, 4, 4, seed=7)
     one, same, other = (fitted(normal, max_images=40, seed=seed)[1].reads for seed in (0, 0, 1))
     assert np.array_equal(np.concatenate(one), np.concatenate(same))

@@ -4,28 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from builders import normals, random, seeded
+from builders import begun, normals, quick_training, random, seeded
+from normweave.config import MeanShiftConfig
 from normweave.errors import DataError
 from normweave.heads.mean_shift import MeanShift, contrast, view
 from normweave.training import train
 
 
-def begun(data, **settings):
-    given = {
-        "hidden": 5,
-        "temperature": 0.25,
-        "angular": True,
-        "smallest_view": 0.2,
-        "neighbours": 2,
-        "max_images": 100,
-        "epochs": 5,
-        "batch_images": 4,
-        "learning_rate": 1e-2,
-        "patience": 0,
-    }
-    head = MeanShift(shape=data.features.shape, **given | settings)
-    head.begin(data)
-    return head
+def new(data, **settings):
+    config = MeanShiftConfig(
+        **{"hidden": 5, "max_images": 100, "training": quick_training(epochs=5)} | settings
+    )
+    return begun(MeanShift(config, shape=data.features.shape), data)
 
 
 def unit(vector):
@@ -33,7 +23,7 @@ def unit(vector):
 
 
 def test_the_contrastive_loss_is_its_equation():
-    """-log of the share of the partner view among all other views, view by view."""
+    """-log of the softmax of the partner view over all other views, view by view."""
     one, other = random(3, 4, seed=1), random(3, 4, seed=2)
     views = [unit(row) for row in torch.cat([one, other])]
     total = 0.0
@@ -46,41 +36,41 @@ def test_the_contrastive_loss_is_its_equation():
 @pytest.mark.parametrize("angular", [True, False])
 def test_the_loss_is_contrastive_around_the_centre_and_angular_towards_it(angular):
     data = normals(random(4, 3, 4, 4, seed=1))
-    head = begun(data, angular=angular)
+    head = new(data, angular=angular)
     with torch.no_grad():
         head.adapter.second.weight += 0.5 * random(3, 5, seed=2)
     (stage,) = head.stages(data)
     with torch.no_grad():
         losses = stage.loss(data.features.features, None, generator=seeded(3), training=True)
-        draws = seeded(3)
+        generator = seeded(3)
         phis = []
         for _ in range(2):
-            means = view(data.features.features, smallest=0.2, generator=draws)
+            means = view(data.features.features, smallest=0.2, generator=generator)
             first, second = head.adapter.first, head.adapter.second
             phis.append(
                 [unit(g + second.weight @ (first.weight @ g + first.bias).clamp(min=0)) for g in means]
             )
         shifted = [torch.stack([phi - head.centre for phi in own]) for own in phis]
-        want = contrast(shifted[0], shifted[1], temperature=0.25).item()
+        expected = contrast(shifted[0], shifted[1], temperature=0.25).item()
         if angular:
-            want -= sum(float(phi @ head.centre) for own in phis for phi in own) / 8
-    assert losses["loss"].item() == pytest.approx(want, rel=1e-5)
+            expected -= sum(float(phi @ head.centre) for own in phis for phi in own) / 8
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-5)
     assert ("angular" in losses) == angular
 
 
 def test_the_centre_is_the_mean_direction_of_features_that_are_not_centred():
     raw = 3 + 2 * random(20, 3, 4, 4, seed=1)
-    mean, deviation = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
-    standard = (raw - mean[:, None, None]) / deviation[:, None, None]
-    head = begun(normals(standard, mean=mean, std=deviation))
-    directions = torch.stack([unit(image.mean((1, 2)) / deviation) for image in raw])
+    mean, std = raw.mean((0, 2, 3)), raw.std((0, 2, 3))
+    standard = (raw - mean[:, None, None]) / std[:, None, None]
+    head = new(normals(standard, mean=mean, std=std))
+    directions = torch.stack([unit(image.mean((1, 2)) / std) for image in raw])
     torch.testing.assert_close(head.centre, unit(directions.mean(0)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(begun(normals(standard)).offset, torch.zeros(3))
+    torch.testing.assert_close(new(normals(standard)).offset, torch.zeros(3))
 
 
 def test_the_score_is_the_distance_to_the_nearest_normal_images():
     data = normals(random(18, 3, 2, 2, seed=1))
-    head = begun(data, neighbours=3)
+    head = new(data, neighbours=3)
     head.finish(data)
     image = random(1, 3, 2, 2, seed=2)
     phi = unit(image[0].mean((1, 2)))
@@ -91,9 +81,9 @@ def test_the_score_is_the_distance_to_the_nearest_normal_images():
     assert data.features.largest_read <= 16
 
 
-def test_fewer_images_than_neighbours_and_no_more_than_asked_for():
+def test_fewer_images_than_neighbours_and_at_most_max_images():
     data = normals(random(9, 3, 2, 2, seed=1))
-    head = begun(data, neighbours=20, max_images=4)
+    head = new(data, neighbours=20, max_images=4)
     head.finish(data)
     assert head.bank.shape == (4, 3)
     assert head(random(2, 3, 2, 2, seed=2)).scores.isfinite().all()
@@ -101,46 +91,46 @@ def test_fewer_images_than_neighbours_and_no_more_than_asked_for():
 
 def test_no_normal_image_is_refused():
     with pytest.raises(DataError, match="Mean-Shifted has no normal image to learn from"):
-        begun(normals(torch.empty(0, 3, 2, 2)))
+        new(normals(torch.empty(0, 3, 2, 2)))
 
 
 def test_a_view_is_the_mean_over_a_rectangle():
-    """Which cells a view averages is found from features that are one-hot in the cell."""
+    """Features that are one-hot in the cell show which cells a view averages."""
     h, w = 6, 9
-    cells = torch.eye(h * w).view(1, h * w, h, w).expand(400, -1, -1, -1)
-    views = view(cells, smallest=0.25, generator=seeded(1)).view(400, h, w)
+    one_hot = torch.eye(h * w).view(1, h * w, h, w).expand(400, -1, -1, -1)
+    views = view(one_hot, smallest=0.25, generator=seeded(1)).view(400, h, w)
     areas = []
     for inside in views:
         rows, columns = (inside > 0).any(1), (inside > 0).any(0)
         rectangle = rows[:, None] & columns[None]
         assert torch.equal(inside > 0, rectangle)
         for axis in (rows, columns):
-            places = axis.nonzero().flatten()
-            assert len(places) == places[-1] - places[0] + 1  # in one piece
+            cells = axis.nonzero().flatten()
+            assert len(cells) == cells[-1] - cells[0] + 1  # contiguous
         torch.testing.assert_close(
             inside[rectangle], torch.full((int(rectangle.sum()),), 1 / rectangle.sum().item())
         )
         areas.append(rectangle.sum().item() / (h * w))
     assert 0.15 < min(areas) < 0.35
     assert max(areas) == 1
-    assert 0.5 < np.mean(areas) < 0.7  # evenly from [0.25, 1]: 0.625
+    assert 0.5 < np.mean(areas) < 0.7  # uniform in [0.25, 1]: 0.625
     covered = (views > 0).float().mean(0)
     assert covered.min() > 0.2
-    whole = view(random(2, 3, h, w, seed=2), smallest=1.0, generator=seeded(1))
-    assert whole.shape == (2, 3)
+    full = view(random(2, 3, h, w, seed=2), smallest=1.0, generator=seeded(1))
+    assert full.shape == (2, 3)
 
 
-def test_adaption_draws_the_views_of_an_image_together():
+def test_training_makes_the_views_of_an_image_more_similar():
     data = normals(2 + random(20, 6, 6, 6, seed=1) + random(20, 6, 1, 1, seed=2))
-    head = begun(data, epochs=20, learning_rate=0.1)
+    head = new(data, training=quick_training(epochs=20, learning_rate=0.1))
     (stage,) = head.stages(data)
     history = train(stage, data, device="cpu")
     assert history.best_loss < history.holdout_losses[0] - 0.02
     assert head.adapter.second.weight.abs().max() > 0
 
 
-def test_another_seed_begins_with_other_weights_and_the_same_one_with_the_same():
+def test_the_initial_weights_depend_on_the_seed():
     features = random(4, 3, 2, 2, seed=1)
-    one, same, other = (begun(normals(features, seed=seed)).state() for seed in (0, 0, 1))
+    one, same, other = (new(normals(features, seed=seed)).state() for seed in (0, 0, 1))
     assert torch.equal(one["adapter.first.weight"], same["adapter.first.weight"])
     assert not torch.equal(one["adapter.first.weight"], other["adapter.first.weight"])

@@ -5,32 +5,18 @@ import numpy as np
 import pytest
 import torch
 
-from builders import InMemory, random, seeded
+from builders import InMemory, begun, normals, random, seeded
+from normweave.config import MemoryBankConfig
 from normweave.heads.memory_bank import MemoryBank, coreset, draw_patches, nearest, project
-from normweave.types import FitData
 
 
 def fitted(features, *, seed=0, **settings):
-    count = len(features)
-    head = MemoryBank(
-        shape=tuple(features.shape[1:]),
-        **{"share": 0.5, "max_patches": 1000, "max_pool": 1000, "projection": 0, "border": 0} | settings,
-    )
-    head.begin(
-        FitData(
-            features=InMemory(features),
-            subclasses=np.full(count, -1),
-            names=(),
-            groups=np.arange(count),
-            holdout=np.zeros(count, dtype=bool),
-            seed=seed,
-        )
-    )
-    return head
+    config = MemoryBankConfig(**{"share": 0.5, "projection": 0, "border": 0} | settings)
+    return begun(MemoryBank(config, shape=tuple(features.shape[1:])), normals(features, seed=seed))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
-def test_nearest_agrees_with_trying_every_pair(chunk):
+def test_nearest_agrees_with_all_pairs(chunk):
     queries, bank = random(31, 5, seed=1), random(50, 5, seed=2)
 
     distance, index = nearest(queries, bank, chunk=chunk)
@@ -49,7 +35,7 @@ def test_a_stored_patch_is_at_distance_zero():
 
 
 def test_the_pool_takes_equally_from_every_image_and_no_patch_twice():
-    features = torch.arange(7 * 30, dtype=torch.float32).view(7, 1, 5, 6)  # each number names its patch
+    features = torch.arange(7 * 30, dtype=torch.float32).view(7, 1, 5, 6)  # each number identifies its patch
     pool = draw_patches(InMemory(features), np.arange(7), at_most=7 * 4 + 3, generator=seeded())
     numbers = pool[:, 0].long()
     assert len(numbers.unique()) == len(pool) == 31
@@ -69,10 +55,10 @@ def test_every_patch_of_an_image_is_as_likely_to_be_drawn():
 def test_the_pool_keeps_the_channels_of_a_patch_together():
     features = random(4, 3, 2, 5, seed=0)
     pool = draw_patches(InMemory(features), np.array([1, 3]), at_most=100, generator=seeded())
-    wanted = {
+    expected = {
         tuple(features[image, :, y, x].tolist()) for image in (1, 3) for y in range(2) for x in range(5)
     }
-    assert {tuple(patch.tolist()) for patch in pool} == wanted
+    assert {tuple(patch.tolist()) for patch in pool} == expected
 
 
 def test_a_pool_smaller_than_the_number_of_images_takes_one_patch_of_some():
@@ -80,7 +66,7 @@ def test_a_pool_smaller_than_the_number_of_images_takes_one_patch_of_some():
     assert pool.shape == (20, 2)
 
 
-def test_images_are_read_a_few_at_a_time():
+def test_images_are_read_in_small_batches():
     source = InMemory(torch.randn(50, 2, 3, 3))
     draw_patches(source, np.arange(50), at_most=1000, generator=seeded())
     assert source.largest_read <= 16
@@ -90,11 +76,11 @@ def test_the_coreset_is_gonzalez_farthest_point_first():
     points = random(60, 3, seed=3)
     chosen = coreset(points, 12, generator=seeded()).tolist()
     for step in range(1, 12):
-        farness = [min(math.dist(point, points[c]) for c in chosen[:step]) for point in points.tolist()]
-        assert chosen[step] == int(np.argmax(farness))
+        distances = [min(math.dist(point, points[c]) for c in chosen[:step]) for point in points.tolist()]
+        assert chosen[step] == int(np.argmax(distances))
 
 
-def test_the_coreset_leaves_no_point_more_than_twice_as_far_as_the_best_choice_could():
+def test_the_coreset_covers_the_points_within_twice_the_optimal_radius():
     points = random(12, 2, seed=4)
     distances = torch.cdist(points, points)
     best = min(distances[:, list(choice)].amin(1).max() for choice in itertools.combinations(range(12), 3))
@@ -103,15 +89,15 @@ def test_the_coreset_leaves_no_point_more_than_twice_as_far_as_the_best_choice_c
         assert distances[:, chosen].amin(1).max() <= 2 * best
 
 
-def test_the_coreset_never_takes_a_point_twice_even_among_twins():
+def test_the_coreset_never_takes_a_point_twice_even_among_duplicates():
     assert sorted(coreset(torch.ones(9, 4), 9, generator=seeded()).tolist()) == list(range(9))
 
 
-def test_the_projection_about_keeps_distances():
+def test_the_projection_approximately_preserves_distances():
     points = random(40, 300, seed=5)
-    near = project(points, 128, generator=seeded())
-    assert near.shape == (40, 128)
-    ratio = torch.pdist(near) / torch.pdist(points)
+    projected = project(points, 128, generator=seeded())
+    assert projected.shape == (40, 128)
+    ratio = torch.pdist(projected) / torch.pdist(points)
     assert ratio.mean().item() == pytest.approx(1, abs=0.02)
     assert 0.7 < ratio.min() <= ratio.max() < 1.3
     assert project(points, 0, generator=seeded()) is points
@@ -125,8 +111,8 @@ def test_a_patch_scores_its_distance_to_the_nearest_normal_patch():
     scores = head(image).scores
     stored = normal.permute(0, 2, 3, 1).reshape(-1, 4)
     for b, y, x in itertools.product(range(2), range(3), range(5)):
-        wanted = min(math.dist(image[b, :, y, x].tolist(), patch.tolist()) for patch in stored)
-        assert scores[b, y, x].item() == pytest.approx(wanted, rel=1e-5)
+        expected = min(math.dist(image[b, :, y, x].tolist(), patch.tolist()) for patch in stored)
+        assert scores[b, y, x].item() == pytest.approx(expected, rel=1e-5)
     assert (head(normal).scores == 0).all()
 
 
@@ -138,7 +124,7 @@ def test_the_bank_is_as_large_as_its_limits_allow(settings, size):
     assert fitted(torch.randn(6, 4, 3, 5), **settings).bank.shape == (size, 4)
 
 
-def test_the_bank_holds_patches_as_they_are_though_chosen_in_a_projection():
+def test_the_bank_holds_unprojected_patches_although_chosen_in_a_projection():
     normal = random(6, 4, 3, 5, seed=8)
     head = fitted(normal, projection=2)
     assert (nearest(head.bank, normal.permute(0, 2, 3, 1).reshape(-1, 4))[0] == 0).all()

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from builders import normals, perturb, random, seeded
+from builders import begun, normals, perturb, quick_training, random, seeded
+from normweave.config import PyramidFlowConfig
 from normweave.errors import ConfigError
 from normweave.heads.pyramidflow import (
     LatentPyramid,
@@ -17,25 +18,14 @@ from normweave.heads.pyramidflow import (
 from normweave.training import train
 
 
-def begun(data, **settings):
-    given = {
-        "dims": (data.features.shape[0],),
-        "levels": 3,
-        "blocks": 2,
-        "kernel": 3,
-        "volume": "channel",
-        "epochs": 8,
-        "batch_images": 4,
-        "learning_rate": 1e-2,
-        "patience": 0,
-        "border": 0,
-    }
-    head = PyramidFlow(shape=data.features.shape, **given | settings)
-    head.begin(data)
-    return head
+def new(data, *, dims=(), **settings):
+    config = PyramidFlowConfig(
+        **{"levels": 3, "blocks": 2, "training": quick_training(), "border": 0} | settings
+    )
+    return begun(PyramidFlow(config, shape=data.features.shape, dims=dims), data)
 
 
-def test_a_pyramid_is_composed_to_what_it_was_taken_from():
+def test_compose_inverts_decompose():
     features = random(2, 3, 7, 9, seed=1)
     pyramid = decompose(features, levels=4)
     assert [tuple(level.shape[2:]) for level in pyramid] == [(7, 9), (4, 5), (2, 3), (1, 2)]
@@ -74,18 +64,18 @@ def test_blurring_is_binomial_and_repeats_the_edge():
 @pytest.mark.parametrize("volume", ["channel", "space"])
 def test_a_coupling_is_its_equation(volume):
     """z = W (exp(s - mean s) x + t), with s clamped by an arctangent."""
-    coupling = NeighbourCoupling(width=3, neighbours=2, kernel=3, volume=volume)
+    coupling = NeighbourCoupling(PyramidFlowConfig(volume=volume), width=3, neighbours=2)
     coupling.start(seeded(1))
     perturb(coupling)
     x, finer, coarser = (random(1, 3, 2, 4, seed=seed) for seed in (2, 3, 4))
     with torch.no_grad():
         z = coupling(x, [finer, coarser])
-        said = coupling.second(
+        parameters = coupling.second(
             torch.nn.functional.leaky_relu(coupling.first(torch.cat([finer, coarser], dim=1)))
         )
-        s = 2 * 0.636 * np.arctan(said[0, :3].numpy() / 2)
+        s = 2 * 0.636 * np.arctan(parameters[0, :3].numpy() / 2)
         mean = s.mean(axis=0) if volume == "channel" else s.mean(axis=(1, 2), keepdims=True)
-        changed = np.exp(s - mean) * x[0].numpy() + said[0, 3:].numpy()
+        changed = np.exp(s - mean) * x[0].numpy() + parameters[0, 3:].numpy()
         lower = np.tril(coupling.lower.numpy(), -1) + np.eye(3)
         stretch = coupling.stretch.numpy()
         diagonal = coupling.sign.numpy() * np.exp(stretch - stretch.mean())
@@ -97,7 +87,7 @@ def test_a_coupling_is_its_equation(volume):
 
 
 def test_a_new_coupling_is_a_rotation():
-    coupling = NeighbourCoupling(width=4, neighbours=1, kernel=3, volume="channel")
+    coupling = NeighbourCoupling(PyramidFlowConfig(), width=4, neighbours=1)
     coupling.start(seeded(1))
     mixing = coupling.mixing().detach()
     torch.testing.assert_close(mixing @ mixing.T, torch.eye(4), rtol=1e-4, atol=1e-5)
@@ -107,9 +97,9 @@ def test_a_new_coupling_is_a_rotation():
 
 
 @pytest.mark.parametrize("volume", ["channel", "space"])
-def test_the_flow_keeps_the_volume(volume):
+def test_the_flow_preserves_volume(volume):
     """log |det| of the Jacobian of the couplings, by autograd, is 0 whatever the weights."""
-    flow = LatentPyramid(width=2, levels=3, blocks=2, kernel=3, volume=volume)
+    flow = LatentPyramid(PyramidFlowConfig(levels=3, blocks=2, volume=volume), width=2)
     flow.start(seeded(1))
     perturb(flow).double()
     pyramid = decompose(random(1, 2, 4, 4, seed=2).double(), levels=3)
@@ -127,14 +117,14 @@ def test_the_flow_keeps_the_volume(volume):
     assert (jacobian - torch.eye(len(jacobian))).abs().max() > 0.1
 
 
-def test_odd_levels_change_before_even_ones():
-    flow = LatentPyramid(width=2, levels=5, blocks=2, kernel=3, volume="channel")
+def test_odd_levels_are_coupled_before_even_ones():
+    flow = LatentPyramid(PyramidFlowConfig(levels=5, blocks=2), width=2)
     assert flow.steps == [1, 3, 0, 2, 4] * 2
 
 
 def test_the_loss_is_the_spectrum_of_the_differences():
     data = normals(random(3, 2, 4, 4, seed=1))
-    head = begun(data)
+    head = new(data)
     perturb(head.flow)
     (stage,) = head.stages(data)
     with torch.no_grad():
@@ -142,8 +132,8 @@ def test_the_loss_is_the_spectrum_of_the_differences():
         latents = [head.flow(image[None]) for image in data.features.features]
         sizes = []
         for one, other in ((0, 1), (0, 2), (1, 2)):
-            apart = [(a - b) ** 2 for a, b in zip(latents[one], latents[other], strict=True)]
-            difference = compose(apart)[0].mean(0).tolist()
+            differences = [(a - b) ** 2 for a, b in zip(latents[one], latents[other], strict=True)]
+            difference = compose(differences)[0].mean(0).tolist()
             for u in range(4):
                 for v in range(4):
                     turned = sum(
@@ -156,9 +146,9 @@ def test_the_loss_is_the_spectrum_of_the_differences():
     assert loss == pytest.approx(sum(sizes) / len(sizes), rel=1e-4)
 
 
-def test_a_lone_image_is_paired_with_its_mirror_image():
+def test_a_single_image_is_paired_with_its_mirror_image():
     data = normals(random(1, 2, 4, 4, seed=1))
-    head = begun(data)
+    head = new(data)
     (stage,) = head.stages(data)
     image = data.features.features
     with torch.no_grad():
@@ -171,39 +161,39 @@ def test_a_lone_image_is_paired_with_its_mirror_image():
 
 def test_the_template_is_the_mean_latent_and_the_score_the_distance_from_it():
     data = normals(random(20, 2, 5, 6, seed=1))
-    head = begun(data)
+    head = new(data)
     perturb(head.flow)
     head.finish(data)
     image = random(1, 2, 5, 6, seed=2)
     with torch.no_grad():
         latents = [head.flow(one[None]) for one in data.features.features]
-        apart = [
+        differences = [
             (found - torch.stack([of[level] for of in latents]).mean(0)).abs()
             for level, found in enumerate(head.flow(image))
         ]
-        want = compose(apart).mean(1)
+        want = compose(differences).mean(1)
     torch.testing.assert_close(head(image).scores, want, rtol=1e-4, atol=1e-5)
     assert data.features.largest_read <= 16
 
 
-def test_only_the_finest_level_of_the_features_is_looked_at():
+def test_only_the_finest_level_of_the_features_is_used():
     data = normals(random(6, 5, 4, 4, seed=1))
-    head = begun(data, dims=(2, 3))
+    head = new(data, dims=(2, 3))
     head.finish(data)
     image = random(1, 5, 4, 4, seed=2)
     other = image.clone()
     other[:, 2:] += 1
     assert torch.equal(head(image).scores, head(other).scores)
     with pytest.raises(ConfigError, match=r"widths \[2, 2\] must add up to 5 channels"):
-        begun(data, dims=(2, 2))
+        new(data, dims=(2, 2))
 
 
-def test_it_makes_normal_images_alike():
-    """Normal images share a pattern in one channel, the other is noise; a break of the pattern stands out."""
+def test_training_makes_the_latents_of_normal_images_similar():
+    """Normal images share a pattern in one channel, the other is noise; the anomaly breaks the pattern."""
     pattern = random(1, 1, 8, 8, seed=5)
     images = torch.cat([pattern.expand(20, -1, -1, -1), random(20, 1, 8, 8, seed=6)], dim=1)
     data = normals(images + 0.05 * random(20, 2, 8, 8, seed=7))
-    head = begun(data, epochs=15)
+    head = new(data, training=quick_training(epochs=15))
     (stage,) = head.stages(data)
     history = train(stage, data, device="cpu")
     head.finish(data)

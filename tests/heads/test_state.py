@@ -8,17 +8,17 @@ from normweave.heads.state import load_state, state
 
 
 class Part(nn.Module):
-    """A bank whose size is known late, a frozen parameter, and a layer inside."""
+    """A buffer whose size is known after fitting, a frozen parameter, and layers."""
 
     def __init__(self, stored):
         super().__init__()
         self.register_buffer("bank", torch.arange(stored * 3.0).view(stored, 3))
-        self.register_buffer("passing", torch.zeros(7), persistent=False)
+        self.register_buffer("temporary", torch.zeros(7), persistent=False)
         self.frozen = nn.Parameter(torch.full((2,), float(stored)), requires_grad=False)
         self.inside = nn.ModuleDict({"linear": nn.Linear(3, stored + 1), "norm": nn.BatchNorm1d(3)})
 
 
-def test_takes_over_tensors_of_other_sizes_wherever_they_are():
+def test_loads_tensors_of_other_sizes():
     fitted, fresh = Part(5), Part(0)
     load_state(fresh, load(save(state(fitted))))
     assert sorted(state(fresh)) == sorted(fitted.state_dict())
@@ -29,7 +29,7 @@ def test_takes_over_tensors_of_other_sizes_wherever_they_are():
     }
 
 
-def test_what_was_taken_is_a_copy():
+def test_state_and_loaded_tensors_are_copies():
     fitted = Part(5)
     taken = state(fitted)
     fresh = Part(0)
@@ -45,18 +45,18 @@ def test_views_can_be_saved():
     assert torch.equal(load(save(state(part)))["bank"], part.bank)
 
 
-def test_all_that_is_wrong_is_said_at_once_and_nothing_is_changed():
+def test_all_mistakes_are_reported_together_and_nothing_is_changed():
     fresh = Part(0)
     before = state(fresh)
     broken = state(Part(5))
-    broken["stranger"] = broken.pop("frozen")
+    broken["extra"] = broken.pop("frozen")
     broken["bank"] = broken["bank"].double()
     broken["inside.linear.bias"] = broken["inside.linear.bias"][None]
     broken["inside.norm.running_mean"][1] = torch.nan
     with pytest.raises(BundleError) as error:
         load_state(fresh, broken)
     assert str(error.value) == (
-        "The saved weights do not fit this Part: missing frozen; unknown stranger; "
+        "The saved weights do not fit this Part: missing frozen; unknown extra; "
         "bank is float64 with 2 axes, should be float32 with 2 axes; "
         "inside.linear.bias is float32 with 2 axes, should be float32 with 1 axes; "
         "inside.norm.running_mean holds NaN. "

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from normweave.config import DISCRIMINATOR, HeadConfig
+from normweave.config import HeadConfig
 
 if TYPE_CHECKING:
     from normweave.heads.base import Head
@@ -22,14 +20,6 @@ def build(config: HeadConfig, *, shape: tuple[int, int, int], dims: Sequence[int
         dims: D_l of each level that the D channels consist of; empty = one level.
     """
     head = locate(f"normweave.heads.{config.implementation}")
-    if "config" not in inspect.signature(head).parameters:
-        values: dict[str, Any] = asdict(config)
-        del values[DISCRIMINATOR]
-        values |= values.pop("training", {})
-        if "dims" in inspect.signature(head).parameters:
-            values["dims"] = dims or shape[:1]
-        legacy: Head = head(shape=shape, **values)
-        return legacy
     built: Head = head(config, shape=shape, dims=dims or shape[:1])
     return built
 

@@ -15,6 +15,7 @@ from normweave.heads import state
 if TYPE_CHECKING:
     import torch
 
+    from normweave.config import TrainingConfig
     from normweave.types import FeatureSource, FitData, PatchScores
 
 BATCH_IMAGES = 16
@@ -37,20 +38,22 @@ class TrainingStage(ABC):
     Attributes:
         name: names the checkpoint file and seeds the random numbers of the stage; unique within a head.
         module: holds every parameter and buffer that the stage changes.
-        epochs: at most this many.
-        batch_images: images in one step.
-        patience: stop after this many epochs without a lower loss on the held-out normal images; 0 = never.
+        epochs, batch_images, learning_rate, patience: as in `config.TrainingConfig`.
         gradient_clip: the gradient norm over all parameters is clipped to this value; 0 = no clipping.
         final_rate: the learning rate follows half a cosine down to this share of its start; 1 = constant.
     """
 
     name: str
     module: nn.Module
-    epochs: int
-    batch_images: int
-    patience: int = 0
     gradient_clip: float = 0.0
     final_rate: float = 1.0
+
+    def __init__(self, module: nn.Module, training: TrainingConfig) -> None:
+        self.module = module
+        self.epochs = training.epochs
+        self.batch_images = training.batch_images
+        self.learning_rate = training.learning_rate
+        self.patience = training.patience
 
     @abstractmethod
     def optimiser(self) -> torch.optim.Optimizer:

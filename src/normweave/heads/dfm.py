@@ -1,4 +1,4 @@
-"""How badly principal components of whole normal images rebuild an image (DFM)."""
+"""DFM: reconstruction error under the principal components of whole normal images."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normweave.heads import state
-from normweave.heads.base import Head, TrainingStage
+from normweave.config import DFMConfig
+from normweave.heads.base import Head, batches
 from normweave.types import FitData, PatchScores
 
-BATCH_IMAGES = 16
-PIECE = 1024  # numbers of an image that are turned to float64 at once
+PIECE = 1024  # numbers of an image that are converted to float64 at once
 
 
 class DFM(Head):
-    """Subspace of the whole feature map, averaged to a few cells; what it cannot rebuild is anomalous.
+    """Principal subspace of the whole feature map, averaged to a few cells; the score is the residual.
 
     Ahuja et al. 2019 (arXiv 1909.11786), scored by the feature reconstruction error of anomalib's DFM:
 
@@ -26,51 +25,34 @@ class DFM(Head):
     (anomalib gives the squares of both and keeps one component less.)
 
     Args:
-        shape: (D, h, w) of the features.
-        cells: the grid is averaged to at most cells x cells, F = D * cells * cells numbers an image.
-        variance: share of the variance that the components keep, in (0, 1).
-        max_images: drawn at random for the components; bounds memory.
+        shape: (D, h, w) of the features; averaged to F = D * cells * cells numbers an image.
     """
 
     mean: Tensor  # (F,)
     components: Tensor  # (F, C), orthonormal columns
 
-    def __init__(self, *, shape: tuple[int, int, int], cells: int, variance: float, max_images: int) -> None:
+    def __init__(self, config: DFMConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
-        self.subclass_names: tuple[str, ...] = ()
+        self.config = config
         D, h, w = shape
         self.channels = D
-        self.grid = (min(cells, h), min(cells, w))
-        self.variance = variance
-        self.max_images = max_images
+        self.grid = (min(config.cells, h), min(config.cells, w))
         numbers = D * self.grid[0] * self.grid[1]
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("components", torch.empty(numbers, 0))
 
     @torch.no_grad()
     def begin(self, data: FitData) -> None:
-        """Find mean and components."""
+        """Compute mean and components."""
         generator = torch.Generator().manual_seed(data.seed)
-        rows = torch.randperm(len(data), generator=generator)[: self.max_images].sort().values.numpy()
-        flat = torch.cat(
-            [
-                self._flat(data.features.read(rows[start : start + BATCH_IMAGES]))
-                for start in range(0, len(rows), BATCH_IMAGES)
-            ]
-        )  # (n, F)
-        mean, components = principal_components(flat, variance=self.variance)
+        rows = torch.randperm(len(data), generator=generator)[: self.config.max_images].sort().values.numpy()
+        flat = torch.cat([self._flat(features) for _, features in batches(data.features, rows)])  # (n, F)
+        mean, components = principal_components(flat, variance=self.config.variance)
         self.mean, self.components = mean.to(self.mean.device), components.to(self.mean.device)
-
-    def stages(self, data: FitData) -> Sequence[TrainingStage]:
-        """None: nothing is trained by gradient."""
-        return ()
-
-    def finish(self, data: FitData) -> None:
-        """Nothing is left to do."""
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
-        """Score (B, D, h, w); the scores have the coarser grid of the cells."""
+        """Score (B, D, h, w) on the coarser grid of the cells."""
         centred = self._flat(features) - self.mean  # (B, F)
         residual = centred - (centred @ self.components) @ self.components.T  # (B, F)
         squared = residual.square().view(-1, self.channels, *self.grid).sum(1)  # (B, cells, cells)
@@ -79,19 +61,11 @@ class DFM(Head):
     def _flat(self, features: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(features, self.grid).flatten(1)  # (B, F)
 
-    def state(self) -> dict[str, Tensor]:
-        """Mean and components."""
-        return state.state(self)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over any number of components."""
-        state.load_state(self, tensors)
-
 
 def principal_components(rows: Tensor, *, variance: float) -> tuple[Tensor, Tensor]:
-    """Mean and the fewest principal components that hold this share of the variance, exactly, in float64.
+    """Return the mean and the fewest principal components that explain this share of the variance.
 
-    By the smaller of X^T X and X X^T (whose eigenvectors u give the components X^T u / |X^T u|).
+    Computed in float64 by the smaller of X^T X and X X^T (whose eigenvectors u give the components X^T u / |X^T u|).
 
     Args:
         rows: (n, F) float32, n >= 1.
@@ -116,7 +90,7 @@ def principal_components(rows: Tensor, *, variance: float) -> tuple[Tensor, Tens
     values, vectors = torch.linalg.eigh(gram)  # ascending
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     held = values.cumsum(0)
-    # Equal rows leave a variance of rounding errors only, or none.
+    # The variance of equal rows is 0, or consists of rounding errors.
     count = int((held < variance * held[-1]).sum()) + 1 if held[-1] > 0 else 0
     if n > width:
         return mean.float(), vectors[:, :count].float()

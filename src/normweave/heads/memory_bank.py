@@ -1,4 +1,4 @@
-"""Distance to the nearest stored normal patch (PatchCore)."""
+"""PatchCore: distance to the nearest stored normal patch."""
 
 from __future__ import annotations
 
@@ -10,67 +10,44 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normweave.heads import state
-from normweave.heads.base import Head, TrainingStage
+from normweave.config import MemoryBankConfig
+from normweave.heads.base import Head, batches
 from normweave.heads.grid import replace_border
 from normweave.types import FeatureSource, FitData, PatchScores
 
 CHUNK = 1024  # stored patches compared at once: as fast as more, and (queries, CHUNK) numbers are small
-BATCH_IMAGES = 16
 
 
 class MemoryBank(Head):
-    """Keep a coreset of normal patches; a patch scores its distance to the nearest of them.
+    """Keep a coreset of normal patches. The score of a patch is its distance to the nearest of them.
 
     Roth et al. 2022 (arXiv 2106.08265), equations 5 and 6: s(x) = min over m in the bank of |x - m|. Without
-    equation 7, the re-weighting of the image score; the pool is bounded, the paper's is not.
+    equation 7, the re-weighting of the image score. The pool is bounded, the paper's is not. Replacing the scores
+    of the border cells is ours.
 
     Args:
         shape: (D, h, w) of the features.
-        share: of the pool, kept by the coreset; in (0, 1].
-        max_patches: the coreset never holds more.
-        max_pool: patches drawn at random from which the coreset is chosen.
-        projection: numbers a patch in the random projection in which the coreset is chosen; 0 = all.
-        border: outermost cells that take the score of their inner neighbours (ours).
     """
 
     bank: Tensor  # (M, D)
 
     def __init__(
-        self,
-        *,
-        shape: tuple[int, int, int],
-        share: float,
-        max_patches: int,
-        max_pool: int,
-        projection: int,
-        border: int,
+        self, config: MemoryBankConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
     ) -> None:
         super().__init__()
-        self.subclass_names: tuple[str, ...] = ()
-        self.share = share
-        self.max_patches = max_patches
-        self.max_pool = max_pool
-        self.projection = projection
-        self.border = border
+        self.config = config
         self.grid = shape[1:]
         self.register_buffer("bank", torch.empty(0, shape[0]))
 
     @torch.no_grad()
     def begin(self, data: FitData) -> None:
-        """Fill the bank."""
+        """Choose the bank from the patches of all fit images."""
+        config = self.config
         generator = torch.Generator().manual_seed(data.seed)
-        pool = draw_patches(data.features, np.arange(len(data)), at_most=self.max_pool, generator=generator)
-        keep = min(self.max_patches, max(1, round(self.share * len(pool))))
-        near = project(pool, self.projection, generator=generator)
-        self.bank = pool[coreset(near, keep, generator=generator)].to(self.bank.device)
-
-    def stages(self, data: FitData) -> Sequence[TrainingStage]:
-        """None: nothing is trained by gradient."""
-        return ()
-
-    def finish(self, data: FitData) -> None:
-        """Nothing is left to do."""
+        pool = draw_patches(data.features, np.arange(len(data)), at_most=config.max_pool, generator=generator)
+        keep = min(config.max_patches, max(1, round(config.share * len(pool))))
+        projected = project(pool, config.projection, generator=generator)
+        self.bank = pool[coreset(projected, keep, generator=generator)].to(self.bank.device)
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
@@ -78,23 +55,15 @@ class MemoryBank(Head):
         B, D, h, w = features.shape
         patches = features.permute(0, 2, 3, 1).reshape(-1, D)  # (B*P, D)
         distance, _ = nearest(patches, self.bank)
-        scores = replace_border(distance.view(B, h, w), self.border, grid=self.grid)
+        scores = replace_border(distance.view(B, h, w), self.config.border, grid=self.grid)
         return PatchScores(scores=scores, image_scores=None, routing=None)
-
-    def state(self) -> dict[str, Tensor]:
-        """The bank."""
-        return state.state(self)
-
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take over a bank of any size."""
-        state.load_state(self, tensors)
 
 
 def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest row of the bank, and which row it is.
+    """Return the distance to the nearest row of the bank, and the index of that row.
 
     Found by |x - m|^2 = |x|^2 - 2 x.m + |m|^2, the bank taken `chunk` rows at a time. The distance itself is
-    then computed from the difference: the expansion loses the small ones to rounding.
+    then computed from the difference: the expansion loses small distances to rounding.
 
     Args:
         queries: (N, D).
@@ -119,7 +88,7 @@ def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tenso
 def draw_patches(
     source: FeatureSource, rows: NDArray[np.int64], *, at_most: int, generator: torch.Generator
 ) -> Tensor:
-    """Draw patches of these (n,) images at random, none twice, as many from each (give or take one).
+    """Draw patches of these (n,) images at random without replacement, equally many from each (up to one).
 
     Returns:
         (N, D), N <= at_most; in the order of `rows`.
@@ -131,17 +100,16 @@ def draw_patches(
     quota.clamp_(max=h * w)
     pool = torch.empty(int(quota.sum()), D)
     filled = 0
-    for start in range(0, len(rows), BATCH_IMAGES):
-        batch = source.read(rows[start : start + BATCH_IMAGES])  # (B, D, h, w)
-        for image, count in zip(batch, quota[start : start + BATCH_IMAGES].tolist(), strict=True):
-            chosen = torch.randperm(h * w, generator=generator)[:count]
-            pool[filled : filled + count] = image.flatten(1)[:, chosen].T
-            filled += count
+    images = (image for _, features in batches(source, rows) for image in features)  # (D, h, w) each
+    for image, count in zip(images, quota.tolist(), strict=True):
+        chosen = torch.randperm(h * w, generator=generator)[:count]
+        pool[filled : filled + count] = image.flatten(1)[:, chosen].T
+        filled += count
     return pool
 
 
 def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> Tensor:
-    """(N, D) to (N, dimensions) by a random matrix that about keeps distances; 0 = all.
+    """Project (N, D) to (N, dimensions) by a random matrix that approximately preserves distances; 0 = no projection.
 
     Johnson and Lindenstrauss 1984: x R / sqrt(dimensions), entries of R from N(0, 1).
     """
@@ -153,10 +121,10 @@ def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> 
 
 
 def coreset(points: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
-    """Rows of (N, d) points that leave no point far from a chosen one: greedy k-centre, a 2-approximation.
+    """Choose rows of (N, d) points such that every point is near a chosen one: greedy k-centre, a 2-approximation.
 
     Gonzalez 1985; algorithm 1 of arXiv 2106.08265: from a first point drawn at random, always add the point
-    that is farthest from those chosen.
+    that is farthest from the chosen ones.
 
     Returns:
         (keep,) int64, all different, in the order in which they were chosen.
@@ -171,6 +139,6 @@ def coreset(points: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
         torch.addmv(squares, points, points[latest], alpha=-2, out=distance)
         distance += squares[latest]
         torch.minimum(farness, distance, out=farness)
-        farness[latest] = -torch.inf  # never twice, even where rounding or twins leave nothing farther
+        farness[latest] = -torch.inf  # never twice, even if rounding or duplicates leave no farther point
         latest = int(farness.argmax())
     return chosen

@@ -1,4 +1,4 @@
-"""What a fitted head knows, as tensors by name: what goes into a bundle and comes back out of it."""
+"""The fitted state of a head as tensors by name, as it is written to and read from a bundle."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from normweave.errors import BundleError
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and persistent buffers, on the CPU and as safetensors wants them."""
+    """Return copies of all parameters and persistent buffers on the CPU, as safetensors stores them."""
     return {
         name: tensor.detach().cpu().contiguous().clone()  # safetensors refuses views and shared memory
         for name, tensor in module.state_dict().items()
@@ -17,35 +17,35 @@ def state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a freshly built module what `state` took from a fitted one.
+    """Load what `state` returned for a fitted module into a new one.
 
-    Sizes may differ from the fresh module's (how many patches a bank holds is known after fitting only);
-    names, types and numbers of axes may not.
+    Sizes may differ from those of the new module (how many patches a bank holds is known only after fitting).
+    Names, types and numbers of axes may not.
 
     Raises:
-        BundleError: a tensor is missing, unknown, of another type or number of axes, or holds NaN. Then the
-            module is as it was.
+        BundleError: a tensor is missing, unknown, of another type or number of axes, or holds NaN. The module is
+            then unchanged.
     """
-    fresh = module.state_dict()
-    wrong = []
-    if missing := sorted(fresh.keys() - tensors.keys()):
-        wrong.append(f"missing {', '.join(missing)}")
-    if strange := sorted(tensors.keys() - fresh.keys()):
-        wrong.append(f"unknown {', '.join(strange)}")
-    for name in sorted(fresh.keys() & tensors.keys()):
-        new, old = tensors[name], fresh[name]
+    current = module.state_dict()
+    problems = []
+    if missing := sorted(current.keys() - tensors.keys()):
+        problems.append(f"missing {', '.join(missing)}")
+    if unknown := sorted(tensors.keys() - current.keys()):
+        problems.append(f"unknown {', '.join(unknown)}")
+    for name in sorted(current.keys() & tensors.keys()):
+        new, old = tensors[name], current[name]
         if new.dtype != old.dtype or new.ndim != old.ndim:
-            wrong.append(f"{name} is {_kind(new)}, should be {_kind(old)}")
+            problems.append(f"{name} is {_describe(new)}, should be {_describe(old)}")
         elif new.is_floating_point() and bool(torch.isnan(new).any()):
-            wrong.append(f"{name} holds NaN")
-    if wrong:
+            problems.append(f"{name} holds NaN")
+    if problems:
         raise BundleError(
-            f"The saved weights do not fit this {type(module).__name__}: {'; '.join(wrong)}. "
+            f"The saved weights do not fit this {type(module).__name__}: {'; '.join(problems)}. "
             "Load them with the settings they were saved with, or train again."
         )
-    for name, old in fresh.items():
-        place, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(place)
+    for name, old in current.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
         new = tensors[name].to(old.device, copy=True)
         if (parameter := owner._parameters.get(leaf)) is not None:
             setattr(owner, leaf, nn.Parameter(new, requires_grad=parameter.requires_grad))
@@ -53,5 +53,5 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             setattr(owner, leaf, new)
 
 
-def _kind(tensor: Tensor) -> str:
+def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} with {tensor.ndim} axes"

@@ -3,17 +3,15 @@ import math
 import pytest
 import torch
 
+from builders import random, seeded
+from normweave.config import GatingConfig
 from normweave.heads.cnc.gating import Gate, GatedExperts, balance
 
 D, E = 4, 5
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def gate(*, top_k=2, seed=0):
-    fresh = Gate(width=D, experts=E, top_k=top_k)
+    fresh = Gate(GatingConfig(experts=E, top_k=top_k), width=D)
     with torch.no_grad():
         fresh.gate.normal_(generator=seeded(seed))
         fresh.noise.normal_(generator=seeded(seed + 1))
@@ -22,7 +20,7 @@ def gate(*, top_k=2, seed=0):
 
 def experts(*, top_k=2, seed=0):
     """All weights random, biases too."""
-    fresh = GatedExperts(width=D, experts=E, top_k=top_k)
+    fresh = GatedExperts(GatingConfig(experts=E, top_k=top_k), width=D)
     generator = seeded(seed)
     with torch.no_grad():
         for parameter in fresh.parameters():
@@ -31,7 +29,7 @@ def experts(*, top_k=2, seed=0):
 
 
 def tokens(*shape, seed=2):
-    return torch.randn(*shape, D, generator=seeded(seed))
+    return random(*shape, D, seed=seed)
 
 
 def softplus(x):
@@ -42,13 +40,13 @@ def softplus(x):
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_agrees_with_equations_3_to_5(top_k, noisy):
     """H = t W_g + eps softplus(t W_noise); all but the k highest become -inf; then a softmax."""
-    net, few = gate(top_k=top_k), tokens(6)
-    eps = torch.randn(6, E, generator=seeded(3))
+    net, inputs = gate(top_k=top_k), tokens(6)
+    eps = random(6, E, seed=3)
 
-    weights, logits = net(few, generator=seeded(3) if noisy else None)
+    weights, logits = net(inputs, generator=seeded(3) if noisy else None)
 
     Wg, Wn = net.gate.tolist(), net.noise.tolist()
-    for row, t in enumerate(few.tolist()):
+    for row, t in enumerate(inputs.tolist()):
         H = []
         for e in range(E):
             clean = sum(t[d] * Wg[d][e] for d in range(D))
@@ -61,7 +59,7 @@ def test_agrees_with_equations_3_to_5(top_k, noisy):
         assert weights[row].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_the_noise_is_normal_and_as_large_as_softplus_says():
+def test_the_noise_is_normal_with_the_std_of_the_softplus():
     net, one = gate(), tokens(1)
     _, clean = net(one)
 
@@ -73,46 +71,46 @@ def test_the_noise_is_normal_and_as_large_as_softplus_says():
 
 
 def test_without_a_generator_there_is_no_noise():
-    net, few = gate(), tokens(7)
-    first = net(few)
+    net, inputs = gate(), tokens(7)
+    first = net(inputs)
     with torch.no_grad():
         net.noise.fill_(100.0)
-    for one, other in zip(first, net(few), strict=True):
+    for one, other in zip(first, net(inputs), strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, E])
-def test_weights_of_a_token_add_up_to_1_and_k_are_not_0(top_k):
+def test_weights_of_a_token_add_up_to_1_and_k_are_nonzero(top_k):
     weights, _ = gate(top_k=top_k)(tokens(50), generator=seeded())
     torch.testing.assert_close(weights.sum(1), torch.ones(50))
     assert (weights >= 0).all()
     assert ((weights > 0).sum(1) == top_k).all()
 
 
-def test_logits_are_of_32_bits_under_autocast_too():
-    net, few = gate(), tokens(9)
-    exact = net(few, generator=seeded())
+def test_logits_have_32_bits_under_autocast():
+    net, inputs = gate(), tokens(9)
+    exact = net(inputs, generator=seeded())
     with torch.autocast("cpu", torch.bfloat16):
-        cast = net(few, generator=seeded())
+        cast = net(inputs, generator=seeded())
     for one, other in zip(exact, cast, strict=True):
         assert torch.equal(one, other)
 
 
 def test_balance_agrees_with_equations_4_to_6():
-    """E sum_e f_e p_e - 1: f_e counted, p_e averaged, one token after the other."""
+    """E sum_e f_e p_e - 1: f_e counted, p_e averaged, token by token."""
     weights, logits = gate(top_k=2)(tokens(7))
 
-    asked, likely = [0] * E, [0.0] * E
+    used, probability = [0] * E, [0.0] * E
     for row in range(7):
         exponentials = [math.exp(x) for x in logits[row].tolist()]
         for e in range(E):
-            asked[e] += weights[row, e].item() > 0
-            likely[e] += exponentials[e] / sum(exponentials) / 7
-    expected = E * sum(asked[e] / (7 * 2) * likely[e] for e in range(E)) - 1
+            used[e] += weights[row, e].item() > 0
+            probability[e] += exponentials[e] / sum(exponentials) / 7
+    expected = E * sum(used[e] / (7 * 2) * probability[e] for e in range(E)) - 1
     assert balance(weights, logits).item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_balance_is_0_where_all_are_asked_alike_and_highest_where_one_is():
+def test_balance_is_0_for_equal_use_and_highest_for_a_single_expert():
     even = 20.0 * torch.eye(E).repeat(3, 1)
     assert balance(even.softmax(1) * (even > 0), even).item() == pytest.approx(0, abs=1e-6)
     one = torch.zeros(6, E)
@@ -120,26 +118,26 @@ def test_balance_is_0_where_all_are_asked_alike_and_highest_where_one_is():
     assert balance((one > 0).float(), one).item() == pytest.approx(E - 1)
 
 
-def test_the_gradient_of_balance_takes_tokens_from_who_is_asked_most():
-    net = Gate(width=D, experts=E, top_k=1)
-    few = torch.ones(8, D)
+def test_the_gradient_of_balance_lowers_the_logits_of_the_most_used_expert():
+    net = Gate(GatingConfig(experts=E, top_k=1), width=D)
+    inputs = torch.ones(8, D)
     with torch.no_grad():
         net.gate[:, 3] = 0.1
-    balance(*net(few)).backward()
+    balance(*net(inputs)).backward()
     assert (net.gate.grad[:, 3] > 0).all()  # a step goes down
     assert (net.gate.grad[:, [0, 1, 2, 4]] < 0).all()
 
 
 @pytest.mark.parametrize("top_k", [1, 2, E])
 def test_the_batched_product_equals_a_loop_over_tokens_and_experts(top_k):
-    net, few = experts(top_k=top_k), tokens(2, 3)
+    net, inputs = experts(top_k=top_k), tokens(2, 3)
 
-    mixed, _ = net(few)
+    mixed, _ = net(inputs)
 
     gain, offset = net.norm.weight, net.norm.bias
     for b in range(2):
         for n in range(3):
-            z = few[b, n]
+            z = inputs[b, n]
             t = (z - z.mean()) / (z.var(unbiased=False) + net.norm.eps).sqrt() * gain + offset
             H = t @ net.gate.gate
             kept = H.argsort(descending=True)[:top_k]
@@ -152,11 +150,11 @@ def test_the_batched_product_equals_a_loop_over_tokens_and_experts(top_k):
             torch.testing.assert_close(mixed[b, n], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_becomes_of_a_token_does_not_depend_on_the_others():
-    net, few = experts(), tokens(5, 4)
-    together = net(few).tokens
+def test_a_token_does_not_depend_on_the_other_images():
+    net, inputs = experts(), tokens(5, 4)
+    together = net(inputs).tokens
     for row in range(5):
-        torch.testing.assert_close(net(few[row : row + 1]).tokens[0], together[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(net(inputs[row : row + 1]).tokens[0], together[row], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_reaches_gate_noise_and_experts_in_training():
@@ -167,7 +165,7 @@ def test_gradient_reaches_gate_noise_and_experts_in_training():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_at_test_the_noise_takes_no_part():
+def test_without_a_generator_the_noise_has_no_gradient():
     net = experts()
     net(tokens(4, 9)).tokens.sum().backward()
     assert net.gate.noise.grad is None
@@ -183,5 +181,5 @@ def test_new_weights_come_from_the_generator_and_experts_differ():
     assert torch.equal(first.weight_in, again.weight_in)
     assert not torch.equal(first.weight_in, other.weight_in)
     assert not torch.equal(first.weight_in[0], first.weight_in[1])
-    assert not first.gate.noise.any()  # as in the paper: as much noise for each
+    assert not first.gate.noise.any()  # as in the paper: equal noise for all experts
     assert first.gate.gate.std().item() == pytest.approx(0.02, rel=0.5)

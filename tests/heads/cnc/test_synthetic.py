@@ -2,78 +2,71 @@ import numpy as np
 import pytest
 import torch
 
-from builders import InMemory
-from normweave.heads.cnc.synthetic import Damaged
-from normweave.types import FitData, SyntheticAnomalies
+from builders import InMemory, normals, seeded
+from normweave.heads.cnc.synthetic import SyntheticSampler
+from normweave.types import SyntheticAnomalies
 
 COUNT, VARIANTS, GRID = 7, 3, (2, 3)
 HELD_OUT = np.array([False, True, False, False, True, False, False])
 
 
-def damaged(*, covered=0.25):
-    """Images that say who they are: channel 0 the image, channel 1 which of its damages, 0 for none."""
+def sampler(*, covered=0.25):
+    """Channel 0 is the number of the image, channel 1 the number of its synthetic anomaly, 0 for none."""
     clean = torch.zeros(COUNT, 2, *GRID)
     clean[:, 0] = torch.arange(COUNT)[:, None, None]
-    broken = clean.repeat(VARIANTS, 1, 1, 1)
-    broken[:, 1] = 1 + torch.arange(COUNT * VARIANTS)[:, None, None] // COUNT
-    shares = torch.rand(COUNT * VARIANTS, *GRID, generator=torch.Generator().manual_seed(0))
+    anomalies = clean.repeat(VARIANTS, 1, 1, 1)
+    anomalies[:, 1] = 1 + torch.arange(COUNT * VARIANTS)[:, None, None] // COUNT
+    shares = torch.rand(COUNT * VARIANTS, *GRID, generator=seeded())
     shares[0] = covered
-    data = FitData(
-        features=InMemory(clean),
-        subclasses=np.zeros(COUNT, dtype=np.int64),
-        names=("a",),
-        groups=np.arange(COUNT),
-        holdout=HELD_OUT,
-    )
-    pseudo = SyntheticAnomalies(InMemory(broken), lambda rows: shares[torch.from_numpy(rows)])
-    return Damaged(data, pseudo, covered=covered), shares
+    synthetic = SyntheticAnomalies(InMemory(anomalies), lambda rows: shares[torch.from_numpy(rows)])
+    return SyntheticSampler(normals(clean, holdout=HELD_OUT), synthetic, covered=covered), shares
 
 
 def draw(source, count=400, *, held_out=False, seed=0):
-    return source.draw(count, held_out=held_out, generator=torch.Generator().manual_seed(seed))
+    return source.draw(count, held_out=held_out, generator=seeded(seed))
 
 
-def who(features):
+def image_number(features):
     return features[:, 0, 0, 0].long()
 
 
-def test_each_damaged_image_comes_with_itself_undamaged():
-    source, _ = damaged()
-    drawn = draw(source)
-    assert torch.equal(who(drawn.features), who(drawn.clean))
-    assert (drawn.features[:, 1] > 0).all()
-    assert (drawn.clean[:, 1] == 0).all()
+def test_each_synthetic_anomaly_comes_with_its_clean_image():
+    source, _ = sampler()
+    batch = draw(source)
+    assert torch.equal(image_number(batch.features), image_number(batch.clean))
+    assert (batch.features[:, 1] > 0).all()
+    assert (batch.clean[:, 1] == 0).all()
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_draws_every_damage_of_its_own_images_and_none_of_the_others(held_out):
-    source, _ = damaged()
-    drawn = draw(source, held_out=held_out)
-    found = {tuple(pair) for pair in drawn.features[:, :, 0, 0].long().tolist()}
-    own = np.flatnonzero(held_out == HELD_OUT).tolist()
-    assert found == {(image, variant) for image in own for variant in (1, 2, 3)}
-    for read in (source.data.features, source.synthetic.features):  # nor are they so much as read
-        assert {row % COUNT for rows in read.reads for row in rows.tolist()} == set(own)
+def test_draws_all_synthetic_anomalies_of_the_selected_images_only(held_out):
+    source, _ = sampler()
+    batch = draw(source, held_out=held_out)
+    found = {tuple(pair) for pair in batch.features[:, :, 0, 0].long().tolist()}
+    selected = np.flatnonzero(held_out == HELD_OUT).tolist()
+    assert found == {(image, variant) for image in selected for variant in (1, 2, 3)}
+    for read in (source.data.features, source.synthetic.features):  # the others are not even read
+        assert {row % COUNT for rows in read.reads for row in rows.tolist()} == set(selected)
 
 
-def test_shows_where_more_than_enough_of_a_cell_is_damaged():
-    source, shares = damaged(covered=0.25)
-    drawn = draw(source)
+def test_a_cell_is_anomalous_above_the_covered_share():
+    source, shares = sampler(covered=0.25)
+    batch = draw(source)
     for row in range(400):
-        number, variant = drawn.features[row, :, 0, 0].long().tolist()
+        number, variant = batch.features[row, :, 0, 0].long().tolist()
         share = shares[(variant - 1) * COUNT + number].flatten().tolist()
-        assert drawn.shows[row].tolist() == [x > 0.25 for x in share]  # exactly that much is not enough
+        assert batch.anomalous[row].tolist() == [x > 0.25 for x in share]  # not at exactly that share
 
 
 def test_the_same_generator_draws_the_same():
-    source, _ = damaged()
+    source, _ = sampler()
     for one, other in zip(draw(source), draw(source), strict=True):
         assert torch.equal(one, other)
     assert not torch.equal(draw(source, seed=1).features, draw(source).features)
 
 
-def test_none_may_be_asked_for():
-    source, _ = damaged()
-    drawn = draw(source, 0)
-    assert drawn.features.shape == drawn.clean.shape == (0, 2, *GRID)
-    assert drawn.shows.shape == (0, 6)
+def test_an_empty_batch():
+    source, _ = sampler()
+    batch = draw(source, 0)
+    assert batch.features.shape == batch.clean.shape == (0, 2, *GRID)
+    assert batch.anomalous.shape == (0, 6)

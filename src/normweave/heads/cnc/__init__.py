@@ -1,1 +1,1 @@
-"""Cross-modal Normality Constraint: one decoder for all categories, held to what text says of the normal."""
+"""Cross-modal Normality Constraint: one decoder for all categories, constrained by text prompts."""

@@ -1,4 +1,4 @@
-"""From the tokens of all levels through a narrow way back to the tokens of each level."""
+"""Decoder that reconstructs the tokens of each level from the fused tokens of all levels."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normweave.config import CNCConfig
 from normweave.heads.cnc.gating import GatedExperts
 
 
 class Decoded(NamedTuple):
-    """What the decoder made of an image."""
+    """Output of the decoder."""
 
     levels: tuple[Tensor, ...]  # each (B, N, D_l), in the order of the features' levels
-    balance: Tensor  # scalar, of the gate; 0 without one
+    balance: Tensor  # scalar load-balance loss; 0 without experts
 
 
 class Attention(nn.Module):
-    """Attention of many heads: Wo softmax((Wq q)(Wk m)' / sqrt(d / heads)) Wv m.
+    """Multi-head attention: Wo softmax((Wq q)(Wk m)' / sqrt(d / heads)) Wv m.
 
     Args:
-        width: d of the queries and of the result.
-        memory: width of what is attended to.
-        heads: they share d.
+        width: d of the queries and of the output, split between the heads.
+        memory: width of the keys' and values' input m.
     """
 
     def __init__(self, *, width: int, memory: int, heads: int) -> None:
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, queries: Tensor, memory: Tensor) -> Tensor:
-        """(B, N, d) and (B or 1, M, memory) to (B, N, d)."""
+        """Attend from queries (B, N, d) to (B or 1, M, memory); return (B, N, d)."""
         mixed = F.scaled_dot_product_attention(
             self._split(self.query(queries)), self._split(self.key(memory)), self._split(self.value(memory))
         )  # (B, heads, N, d / heads)
@@ -60,95 +60,77 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, d) to the same."""
-        read = self.before_attention(tokens)
-        tokens = tokens + self.attention(read, read)
-        changed: Tensor = tokens + self.mlp(self.before_mlp(tokens))
-        return changed
+        """Transform (B, N, d)."""
+        normed = self.before_attention(tokens)
+        tokens = tokens + self.attention(normed, normed)
+        outputs: Tensor = tokens + self.mlp(self.before_mlp(tokens))
+        return outputs
 
 
 class NormalityGuide(nn.Module):
-    """Patches may be decoded only as mixtures of what is normal: they attend to M tokens of the normal text.
+    """Replace patches by mixtures of normal tokens: they attend to M tokens of the normal state.
 
         z <- residual z + Wo Attention(Wq LN(z), Wk T, Wv T),    T = LN(centred W LN(centred tokens))
 
-    The tokens of one prompt are nearly parallel: centred over the M they tell something.
+    The tokens of one prompt are nearly parallel, so they are centred over the M tokens.
 
     Args:
-        width: d.
-        tokens: U, numbers of a text token.
-        residual: share of the patch itself that passes by; 0 = none, 1 = a usual shortcut.
+        tokens: U, size of a token.
     """
 
-    def __init__(self, *, width: int, tokens: int, heads: int, residual: float) -> None:
+    def __init__(self, config: CNCConfig, *, tokens: int) -> None:
         super().__init__()
-        self.residual = residual
+        width = config.width
+        self.residual = config.guide.residual
         self.project = nn.Linear(tokens, width)
         self.after = nn.LayerNorm(width)
         self.norm = nn.LayerNorm(width)
-        self.attention = Attention(width=width, memory=width, heads=heads)
+        self.attention = Attention(width=width, memory=width, heads=config.heads)
 
     def memory(self, tokens: Tensor) -> Tensor:
-        """(M, U) to the keys and values' (1, M, d)."""
+        """Return the input of keys and values, (1, M, d), for tokens (M, U)."""
         centred = tokens - tokens.mean(dim=0)
-        read: Tensor = self.project(F.layer_norm(centred, centred.shape[-1:]))  # (M, d)
-        memory: Tensor = self.after(read - read.mean(dim=0))
+        projected: Tensor = self.project(F.layer_norm(centred, centred.shape[-1:]))  # (M, d)
+        memory: Tensor = self.after(projected - projected.mean(dim=0))
         return memory[None]
 
     def forward(self, patches: Tensor, tokens: Tensor) -> Tensor:
-        """(B, N, d) patches and (M, U) tokens to (B, N, d)."""
+        """Return guided patches (B, N, d) from patches (B, N, d) and tokens (M, U)."""
         guided: Tensor = self.attention(self.norm(patches), self.memory(tokens))
         return guided + self.residual * patches if self.residual else guided
 
 
 class Decoder(nn.Module):
-    """Fuse the levels, pass the bottleneck, reconstruct each level, deepest first.
+    """Fuse the levels, apply the bottleneck, reconstruct each level, deepest first.
 
     Without experts, bottleneck, dropout and guide this is plain reverse distillation (Deng and Li 2022, arXiv
     2201.10703) with transformer blocks.
 
     Args:
         dims: D_l of each level.
-        places: N = h w.
-        width: d.
-        blocks: transformer blocks a level.
-        heads: of every attention.
-        dropout: share of the fused numbers that are zero in training.
-        bottleneck: width of a linear bottleneck; 0 = none.
-        experts: the gated mixture; None = none.
-        guide: the normality guide; None = none.
+        cells: N = h w.
     """
 
-    def __init__(
-        self,
-        *,
-        dims: Sequence[int],
-        places: int,
-        width: int,
-        blocks: int,
-        heads: int,
-        dropout: float,
-        bottleneck: int,
-        experts: GatedExperts | None,
-        guide: NormalityGuide | None,
-    ) -> None:
+    def __init__(self, config: CNCConfig, *, dims: Sequence[int], cells: int) -> None:
         super().__init__()
+        width, bottleneck = config.width, config.bottleneck
         self.dims = list(dims)
-        self.dropout = dropout
+        self.dropout = config.dropout
         self.read = nn.ModuleList(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, width)) for D in dims)
-        self.experts = experts
+        self.experts = GatedExperts(config.gating, width=width) if config.moe else None
         self.narrow = (
             nn.Sequential(nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)) if bottleneck else None
         )
-        self.guide = guide
-        self.position = nn.Parameter(torch.zeros(places, width))
+        self.guide = NormalityGuide(config, tokens=width) if config.guide.tokens != "off" else None
+        self.position = nn.Parameter(torch.zeros(cells, width))
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(Block(width=width, heads=heads) for _ in range(blocks))) for _ in dims
+            nn.Sequential(*(Block(width=width, heads=config.heads) for _ in range(config.blocks)))
+            for _ in dims
         )
         self.write = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, D)) for D in dims)
 
     def start(self, generator: torch.Generator) -> None:
-        """Draw new weights, each linear layer's as torch does by itself: uniform within 1 / sqrt(inputs)."""
+        """Draw initial weights; linear layers as torch's default: uniform within 1 / sqrt(inputs)."""
         with torch.no_grad():
             for module in self.modules():
                 if isinstance(module, nn.Linear):
@@ -162,11 +144,11 @@ class Decoder(nn.Module):
     def forward(
         self, tokens: Tensor, guidance: Tensor | None, *, generator: torch.Generator | None = None
     ) -> Decoded:
-        """Decode (B, N, D) tokens of all levels one behind the other.
+        """Decode (B, N, D) concatenated tokens of all levels.
 
         Args:
-            guidance: (M, U) tokens of the normal text, for the guide.
-            generator: draws dropout and the gate's noise; None = at test, without either.
+            guidance: (M, U) tokens of the normal state, for the guide.
+            generator: draws dropout and the noise of the gate in training; None = neither.
         """
         levels = torch.split(tokens, self.dims, dim=2)
         z = torch.stack([read(level) for read, level in zip(self.read, levels, strict=True)]).sum(dim=0)

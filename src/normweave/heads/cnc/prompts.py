@@ -1,80 +1,76 @@
-"""Prompts of no category: what is normal, and what is not, in words that are learnt."""
+"""Learnable prompts of the normal and abnormal state, shared by all categories."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normweave.config import PromptsConfig
 from normweave.heads.base import TrainingStage
 from normweave.heads.cnc.constraint import prompt_loss
-from normweave.heads.cnc.synthetic import Damaged
+from normweave.heads.cnc.synthetic import SyntheticSampler
 from normweave.types import Text
 
 
 class Prompts(nn.Module):
-    """Normal and abnormal states behind one learnable context, the same for every category.
+    """Embeddings of prompts: a learnable context, shared by all categories, followed by the words of a state.
 
         t_p = TextEncoder([V_1 … V_m, words of state p]),    |t_p| = 1
 
-    Without a text encoder the vectors t_p themselves are learnt, or left as they were drawn.
-
-    Args:
-        words: m, learnable words before each state.
-        normal_states, abnormal_states: what is said of a surface, the normal ones first.
+    Without a text encoder the vectors t_p themselves are learnable, or random and fixed.
     """
 
-    anchors: Tensor  # (P, J) what the prompts came to; J = 0 where there are none
+    embeddings: Tensor  # (P, J) for scoring, the normal states first; J = 0 without prompts
 
-    def __init__(self, *, words: int, normal_states: Sequence[str], abnormal_states: Sequence[str]) -> None:
+    def __init__(self, config: PromptsConfig) -> None:
         super().__init__()
-        self.words = words
-        self.states = [*normal_states, *abnormal_states]
-        self.normal = len(normal_states)
+        self.words = config.context_words
+        self.states = [*config.normal_states, *config.abnormal_states]
+        self.normal = len(config.normal_states)
         self.learnt = nn.Parameter(torch.zeros(1, 1))  # (m, V) context, or (P, J) vectors
-        self.register_buffer("anchors", torch.zeros(len(self.states), 0))
+        self.register_buffer("embeddings", torch.zeros(len(self.states), 0))
 
     def start(self, text: Text | None, *, joint_dim: int, random: bool, generator: torch.Generator) -> None:
-        """Draw new ones: a context as large as words are, or vectors in any direction.
+        """Draw the initial context at the scale of word embeddings or, without a text encoder, random unit vectors.
 
         Args:
             joint_dim: J; 0 = no prompts.
-            random: nothing is to be learnt.
+            random: the vectors are not learnable.
         """
         if text is not None:
-            usual = text.embed_tokens("a photo of a").std()
-            start = torch.randn(self.words, text.embedding_dim, generator=generator) * usual
+            initial = _word_scale(text) * torch.randn(self.words, text.embedding_dim, generator=generator)
         else:
-            start = F.normalize(torch.randn(len(self.states), joint_dim, generator=generator), dim=1)
-        self.learnt = nn.Parameter(start, requires_grad=not random)
-        self.anchors = torch.zeros(len(self.states), joint_dim)
+            initial = F.normalize(torch.randn(len(self.states), joint_dim, generator=generator), dim=1)
+        self.learnt = nn.Parameter(initial, requires_grad=not random)
+        self.embeddings = torch.zeros(len(self.states), joint_dim)
 
     def forward(self, text: Text | None) -> Tensor:
-        """The prompts in the joint space, (P, J) of length one; gradient reaches what is learnt."""
+        """Return the prompts in the joint space, (P, J) of length one, with gradients."""
         if text is not None:
-            return beside(text, self.learnt).encode_prompts(self.learnt, self.states)
+            return _on_device(text, self.learnt).encode_prompts(self.learnt, self.states)
         return F.normalize(self.learnt, dim=1)
 
     @torch.no_grad()
-    def settle(self, text: Text | None) -> None:
-        """Keep what they came to, so that no text encoder is needed any more."""
-        if self.anchors.shape[1]:
-            self.anchors = self(text).clone()
+    def store(self, text: Text | None) -> None:
+        """Compute `embeddings`, so that scoring needs no text encoder."""
+        if self.embeddings.shape[1]:
+            self.embeddings = self(text).clone()
 
 
 class Guidance(nn.Module):
-    """M tokens that say what is normal: what the text encoder says at M learnable words beside a normal state.
+    """M tokens of the normal state: outputs of the text encoder at M learnable words in a prompt of that state.
 
-    Without a text encoder they are free tokens.
+    Without a text encoder the tokens themselves are learnable.
 
     Args:
         words: M.
-        state: the normal state that the words stand beside.
+        state: words of the normal state.
     """
 
-    tokens: Tensor  # (M, U) what they came to
+    tokens: Tensor  # (M, U) for scoring
 
     def __init__(self, *, words: int, state: str) -> None:
         super().__init__()
@@ -84,43 +80,42 @@ class Guidance(nn.Module):
         self.register_buffer("tokens", torch.zeros(1, 1))
 
     def start(self, text: Text | None, *, width: int, generator: torch.Generator) -> int:
-        """Draw new ones, free tokens of this width; returns U."""
-        size, usual = (
-            (width, 0.5)
-            if text is None
-            else (text.embedding_dim, float(text.embed_tokens("a photo of a").std()))
-        )
-        self.learnt = nn.Parameter(torch.randn(self.words, size, generator=generator) * usual)
+        """Draw initial words, or tokens of size `width` without a text encoder; return U."""
+        size, scale = (width, 0.5) if text is None else (text.embedding_dim, float(_word_scale(text)))
+        self.learnt = nn.Parameter(torch.randn(self.words, size, generator=generator) * scale)
         return width if text is None else text.output_dim
 
     def forward(self, text: Text | None) -> Tensor:
-        """(M, U); gradient reaches what is learnt."""
+        """Return the tokens, (M, U), with gradients."""
         if text is None:
             return self.learnt
-        return beside(text, self.learnt).encode_context(self.learnt, self.state)
+        return _on_device(text, self.learnt).encode_context(self.learnt, self.state)
 
     @torch.no_grad()
-    def settle(self, text: Text | None) -> None:
-        """Keep what they came to, so that no text encoder is needed any more."""
+    def store(self, text: Text | None) -> None:
+        """Compute `tokens`, so that scoring needs no text encoder."""
         self.tokens = self(text).clone()
 
 
-def beside(text: Text, learnt: Tensor) -> Text:
-    """The encoder on the device of what it is to read: no stage trains it, so that none moves it."""
+def _word_scale(text: Text) -> Tensor:
+    return text.embed_tokens("a photo of a").std()
+
+
+def _on_device(text: Text, tensor: Tensor) -> Text:
+    """Move the encoder to the device of a tensor. It is not part of a stage's module, so the trainer does not."""
     if isinstance(text, nn.Module):
-        text.to(learnt.device)
+        text.to(tensor.device)
     return text
 
 
 class PromptStage(TrainingStage):
-    """Teach the prompts to tell normal patches from damaged ones; nothing else learns from this.
+    """Train the prompts to separate normal patches from patches of synthetic anomalies.
 
     Args:
-        prompts: are changed.
-        joint: the space in which they are looked at; goes where they go.
+        joint: the joint space that `similarity` uses; moved to the same device.
         text: the frozen encoder; None for prompts without text.
         similarity: (features (B, D, h, w), prompts (P, J)) to (B, L, N, P).
-        damaged: draws damaged images; None = there are none.
+        synthetic: None if there are no synthetic anomalies.
     """
 
     name = "prompts"
@@ -131,45 +126,38 @@ class PromptStage(TrainingStage):
         self,
         prompts: Prompts,
         joint: nn.Module,
+        config: PromptsConfig,
         *,
         text: Text | None,
         similarity: Callable[[Tensor, Tensor], Tensor],
-        damaged: Damaged | None,
-        temperature: float,
-        epochs: int,
-        batch_images: int,
-        learning_rate: float,
+        synthetic: SyntheticSampler | None,
     ) -> None:
+        super().__init__(nn.ModuleList([prompts, joint]), config.training)
         self.prompts = prompts
-        self.module: nn.Module = nn.ModuleList([prompts, joint])
+        self.config = config
         self.text = text
         self.similarity = similarity
-        self.damaged = damaged
-        self.temperature = temperature
-        self.epochs = epochs
-        self.batch_images = batch_images
-        self.learning_rate = learning_rate
-        self.patience = 0  # a handful of words has little to overfit with
+        self.synthetic = synthetic
 
     def optimiser(self) -> torch.optim.Optimizer:
-        """Adam over the context, or over the vectors."""
+        """Return Adam over the context, or over the vectors."""
         return torch.optim.Adam(self.prompts.parameters(), lr=self.learning_rate)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
     ) -> dict[str, Tensor]:
-        """The prompt loss on a batch and on as many damaged images."""
+        """Return the prompt loss of a batch and of as many synthetic anomalies."""
         prompts = self.prompts(self.text)
         abnormal = None
-        if self.damaged is not None:
-            drawn = self.damaged.draw(len(features), held_out=not training, generator=generator)
-            if bool(drawn.shows.any()):
-                similarity = self.similarity(drawn.features.to(features.device), prompts)  # (B, L, N, P)
-                abnormal = similarity.transpose(1, 2)[drawn.shows.to(features.device)]  # (places, L, P)
+        if self.synthetic is not None:
+            batch = self.synthetic.draw(len(features), held_out=not training, generator=generator)
+            if bool(batch.anomalous.any()):
+                similarity = self.similarity(batch.features.to(features.device), prompts)  # (B, L, N, P)
+                abnormal = similarity.transpose(1, 2)[batch.anomalous.to(features.device)]  # (cells, L, P)
         loss = prompt_loss(
             self.similarity(features, prompts),
             abnormal,
             normal=self.prompts.normal,
-            temperature=self.temperature,
+            temperature=self.config.temperature,
         )
         return {"loss": loss}

@@ -1,4 +1,4 @@
-"""Fit normals with damage in them, and the same images without."""
+"""Random batches of synthetic anomalies together with the normal images that they were made from."""
 
 from __future__ import annotations
 
@@ -12,37 +12,35 @@ from torch import Tensor
 from normweave.types import FitData, SyntheticAnomalies
 
 
-class Drawn(NamedTuple):
-    """Damaged images."""
+class SyntheticBatch(NamedTuple):
+    """Images with synthetic anomalies."""
 
     features: Tensor  # (B, D, h, w)
-    clean: Tensor  # (B, D, h, w) the same images undamaged
-    shows: Tensor  # (B, N) bool, places of which more than `covered` is damaged
+    clean: Tensor  # (B, D, h, w) of the same images without anomalies
+    anomalous: Tensor  # (B, N) bool, cells of which more than `covered` is anomalous
 
 
-class Damaged:
-    """Draws from the pseudo-abnormal images of the fit normals.
+class SyntheticSampler:
+    """Draws from the synthetic anomalies of the fit images.
 
     Args:
-        data: the fit normals.
-        pseudo: their damages.
-        covered: share of a cell that must be damaged to count as abnormal.
+        covered: share of a cell above which it counts as anomalous.
     """
 
-    def __init__(self, data: FitData, pseudo: SyntheticAnomalies, *, covered: float) -> None:
+    def __init__(self, data: FitData, synthetic: SyntheticAnomalies, *, covered: float) -> None:
         self.data = data
-        self.synthetic = pseudo
+        self.synthetic = synthetic
         self.covered = covered
 
-    def draw(self, count: int, *, held_out: bool, generator: torch.Generator) -> Drawn:
-        """As many images, with any of their damages, from those that gradients see or from the held-out ones."""
+    def draw(self, count: int, *, held_out: bool, generator: torch.Generator) -> SyntheticBatch:
+        """Draw `count` images with replacement from the held-out images or from the others, one anomaly each."""
         images = np.flatnonzero(self.data.holdout == held_out)
-        own = images[_integers(len(images), count, generator)]
+        clean_rows = images[_integers(len(images), count, generator)]
         variants = len(self.synthetic.features) // len(self.data)
-        rows = own + len(self.data) * _integers(variants, count, generator)
-        return Drawn(
+        rows = clean_rows + len(self.data) * _integers(variants, count, generator)
+        return SyntheticBatch(
             self.synthetic.features.read(rows),
-            self.data.features.read(own),
+            self.data.features.read(clean_rows),
             self.synthetic.coverage(rows).flatten(1) > self.covered,
         )
 

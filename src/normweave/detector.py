@@ -90,10 +90,21 @@ class Detector:
         self.refused = refused
 
     @classmethod
-    def fit(cls, data: Data, **options: Any) -> Detector:
-        """Learn from good images; see `normweave.fitting.fit` for the options. Needs torch."""
+    def fit(
+        cls,
+        data: Data,
+        *,
+        model: str | None = None,
+        subclass_from: str | None = None,
+        config: Config | None = None,
+        **options: Any,
+    ) -> Detector:
+        """Learn from good images; `normweave.fitting.fit` documents all options. Needs torch."""
         # By name: fitting builds on this module, which runs without torch.
-        detector: Detector = importlib.import_module("normweave.fitting").fit(data, **options)
+        fitting = importlib.import_module("normweave.fitting")
+        detector: Detector = fitting.fit(
+            data, model=model, subclass_from=subclass_from, config=config, **options
+        )
         return detector
 
     @classmethod

@@ -99,12 +99,12 @@ def test_own_options_are_checked_by_their_type():
 
 def test_remarks_go_to_stderr_and_quiet_stops_them():
     def work(terminal):
-        terminal.remark("by the way [x]")
+        terminal.remark("a remark [x]")
         terminal.show("a result [x]")
         return 0
 
     result = invoke(work)
-    assert (result.stdout, result.stderr) == ("a result [x]\n", "by the way [x]\n")
+    assert (result.stdout, result.stderr) == ("a result [x]\n", "a remark [x]\n")
     assert invoke(work, "-q").stderr == ""
 
 

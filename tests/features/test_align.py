@@ -41,7 +41,7 @@ def test_directions_solve_the_canonical_problem():
 
 
 def test_signs_are_always_the_same():
-    """A singular vector may point either way; in ours the largest number is positive."""
+    """The sign of a singular vector is arbitrary. Here the largest entry is positive."""
     for seed in range(5):
         text, rows = synthetic(seed)
         fitted = align.align(text, rows, k=5)

@@ -1,11 +1,13 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,11 +275,13 @@ def test_a_cache_that_is_too_small_is_refused_with_the_size_it_needs(tmp_path, e
     )
 
 
-def test_a_disk_that_is_too_small_is_refused_before_the_first_image(tmp_path):
+def test_a_disk_that_is_too_small_is_refused_before_the_first_image(tmp_path, extractor, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     with pytest.raises(
-        DataError, match=r"take 9.31e\+11 GiB, and the disk of .* GiB left. Free some, .*--no-cache"
+        DataError,
+        match=r"take 2.29e-05 GiB, and the disk of .* has 9.31e-07 GiB left. Free some, .*--no-cache",
     ):
-        cache._make_room(tmp_path, tmp_path, [], rows=10**15, row_bytes=10**6, max_bytes=10**30)
+        cache.cached(extractor, keys(0), refuse, folder=tmp_path, max_gib=1)
 
 
 def test_features_beyond_float16_are_refused(tmp_path, extractor):
@@ -289,22 +293,28 @@ def test_features_beyond_float16_are_refused(tmp_path, extractor):
         cache.streamed(loud, image, 1).read([0])
 
 
-def test_images_are_prepared_ahead_by_two_but_not_without_end(extractor):
-    running, most, lock = set(), [], threading.Lock()
+def test_images_are_loaded_by_two_threads_at_most_16_ahead(extractor):
+    running, largest, ahead, lock = set(), 0, [], threading.Lock()
+    loaded = passes = 0
 
     def load(row):
+        nonlocal largest, loaded
         with lock:
             running.add(row)
-            most.append(len(running))
-        time.sleep(0.005)
+            largest, loaded = max(largest, len(running)), loaded + 1
+        time.sleep(0.002)
         with lock:
             running.remove(row)
         return image(row)
 
-    images = cache._loaded(load, range(100))
-    np.testing.assert_array_equal(next(images), image(0))
-    time.sleep(0.3)
-    assert len(most) <= cache.AHEAD + 1
-    np.testing.assert_array_equal(next(images), image(1))
-    images.close()
-    assert max(most) == 2
+    def before_pass(module, inputs):
+        nonlocal passes
+        passes += 1
+        time.sleep(0.05)  # long enough to load all that is allowed
+        ahead.append(loaded - passes * SETTINGS["batch_images"])
+
+    hook = extractor.register_forward_pre_hook(before_pass)
+    cache.streamed(extractor, load, 40).read(range(40))
+    hook.remove()
+    assert largest == 2
+    assert 0 < max(ahead) <= cache.AHEAD

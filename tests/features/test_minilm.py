@@ -44,7 +44,7 @@ def none(model):
         ("a_b $5 ~`", "a _ b $ 5 ~ `"),  # signs that are no punctuation in Unicode, but are in BERT
         ("北京 brick", "北 京 brick"),
         ("한국", "ᄒ ##ᅡ ##ᆫ ##ᄀ ##ᅮ ##ᆨ"),  # letter by letter once it has no accents
-        ("zzqxj☃ brick", "[UNK] brick"),  # one unknown sign makes the whole word unknown
+        ("zzqxj☃ brick", "[UNK] brick"),  # one unknown character makes the word unknown
         ("a\u200bb\tc\x00d\r\ne\u00a0f", "ab cd e f"),  # control characters go, all white space is one
         ("  ", ""),
         ("", ""),
@@ -72,8 +72,8 @@ def test_the_longest_piece_comes_first_without_backtracking():
     assert split("ab") == [2]
     assert split("abcd") == [2, 5]  # and not a ##bcd
     assert split("abb") == [2, 3]
-    assert split("abcde a") == [0, 1]  # nothing is left for the e: the word as a whole is unknown
-    assert split("b") == [0]  # ##b stands within words only
+    assert split("abcde a") == [0, 1]  # no piece for the e: the word is unknown
+    assert split("b") == [0]  # ##b is only for pieces within a word
 
 
 # ── sentences ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -28,7 +28,7 @@ def tokens(raw, level, dims):
 
 
 def network(*, random):
-    """timm's whole network, made here: what the pair uses of it has to be found in this one."""
+    """Return the complete network of timm."""
     if not random:
         return offline_pair.vision(random=False)
     with torch.random.fork_rng(devices=[]):
@@ -38,12 +38,12 @@ def network(*, random):
 
 @torch.no_grad()
 def joint(pixels, *, random):
-    """What the whole network sees at each place of its last grid, in the joint space but not centred: (n, J)."""
+    """Return the features of the last grid in the joint space, not centred: (n, J)."""
     model = network(random=random)
     scaled = pixels / 127.5 - 1
-    seen = model.forward_features(scaled)  # (B, 1280, h, w)
+    outputs = model.forward_features(scaled)  # (B, 1280, h, w)
     projection = load_file(offline_pair.FILE)["image_projection"]
-    return (seen.movedim(1, -1).flatten(0, -2) @ projection).double().numpy()
+    return (outputs.movedim(1, -1).flatten(0, -2) @ projection).double().numpy()
 
 
 # ── from the levels to the joint space ────────────────────────────────────────────────────────────────────────────
@@ -57,7 +57,7 @@ def pixels():
 
 @pytest.fixture(scope="module")
 def raw(pixels):
-    """Tokens on the last level's own grid, on which nothing is interpolated for it."""
+    """Features on the grid of the last level, which is therefore not interpolated."""
     config = OfflinePairConfig(weights="random", strides=STRIDES, grid_stride=32)
     return features.build(config, height=HEIGHT, width=WIDTH).extract(pixels)
 
@@ -67,14 +67,14 @@ def pair():
     return OfflinePair(strides=STRIDES, random=True)
 
 
-def test_each_level_is_read_by_a_ridge_regression(pixels, raw, pair):
-    """Against least squares with sqrt(10) I as further rows, on what the whole network of timm sees."""
+def test_each_level_is_mapped_by_ridge_regression(pixels, raw, pair):
+    """Against least squares with sqrt(10) I as further rows, on the outputs of timm's network."""
     maps = pair.joint_maps(part for part in raw.split(2))
     targets = joint(pixels, random=True)
     centred = targets - targets.mean(0)
 
     assert not maps.layer_norm
-    assert [way.shape[0] for way in maps.weights] == [40, 112, 320]
+    assert [weight.shape[0] for weight in maps.weights] == [40, 112, 320]
     for level, (weight, bias) in enumerate(zip(maps.weights, maps.biases, strict=True)):
         seen = tokens(raw, level, pair.dims)
         standard = (seen - seen.mean(0)) / seen.std(0)
@@ -86,27 +86,27 @@ def test_each_level_is_read_by_a_ridge_regression(pixels, raw, pair):
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_how_the_images_are_dealt_out_does_not_matter(raw, pair):
+def test_the_batches_of_the_images_do_not_matter(raw, pair):
     one, other = pair.joint_maps([raw]), pair.joint_maps(image[None] for image in raw)
     for a, b in zip((*one.weights, *one.biases), (*other.weights, *other.biases), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5 * a.abs().max().item(), rtol=0)
 
 
-def test_a_level_that_never_changes_says_nothing(pair):
-    """So many places that sums are rounded: a variance of nothing but that must not be divided by."""
+def test_a_constant_level_has_zero_weights(pair):
+    """With so many cells that sums are rounded: the variance is only rounding error."""
     random = np.random.default_rng(1)
-    still = torch.from_numpy(random.normal(size=(4, 472, 48, 48)).astype(np.float32))
+    constant_level = torch.from_numpy(random.normal(size=(4, 472, 48, 48)).astype(np.float32))
     constant = torch.from_numpy(random.uniform(-1000, 1000, 40).astype(np.float32))
     constant[0] = 0
-    still[:, :40] = constant[:, None, None]
-    maps = pair.joint_maps(still.split(2))
+    constant_level[:, :40] = constant[:, None, None]
+    maps = pair.joint_maps(constant_level.split(2))
 
     assert maps.weights[0].abs().max() < 1e-6 * maps.weights[1].abs().max()
     assert maps.biases[0].abs().max() < 1e-3 * maps.weights[1].abs().max()
 
 
 def test_levels_come_in_the_order_of_the_channels(pixels):
-    """Whatever order the setting names them in."""
+    """Independent of the order in the setting."""
     extractor = features.build(
         OfflinePairConfig(weights="random", strides=(32, 8)), height=HEIGHT, width=WIDTH
     )

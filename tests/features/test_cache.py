@@ -157,6 +157,7 @@ from normweave.config import TimmConfig
 from normweave.features import cache
 torch.set_num_threads(1)
 settings, folder, rows, pause = json.loads(sys.argv[1])
+settings["strides"] = tuple(settings["strides"])
 extractor = features.build(TimmConfig(**settings), height=64, width=64)
 def load(row):
     time.sleep(pause)

@@ -103,11 +103,12 @@ def test_a_score_that_is_not_finite_is_an_error_of_that_image_only(service, phot
 
 
 def test_waiting_images_are_scored_in_batches(service, photos, held, monkeypatch):
-    sizes = []
-    scores = service.detector.scores
+    sizes, decoded = [], []
+    scores, read = service.detector.scores, service.detector.open
     monkeypatch.setattr(
         service.detector, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1]
     )
+    monkeypatch.setattr(service.detector, "open", lambda image: (read(image), decoded.append(image))[0])
 
     async def all_at_once():
         content = Path(photos[0]).read_bytes()
@@ -115,7 +116,9 @@ def test_waiting_images_are_scored_in_batches(service, photos, held, monkeypatch
             asyncio.ensure_future(service.inspect([Upload(str(n), content)], source="api", actor="test"))
             for n in range(9)
         ]
-        await asyncio.sleep(0.5)  # until all nine are decoded
+        while len(decoded) < 9:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # until the last is in the queue
         held.set()
         return await asyncio.gather(*waiting)
 

@@ -7,42 +7,37 @@ from YAML and from `a.b=c`.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
-from normweave.validation import checked
+from normweave.validation import (
+    DISCRIMINATOR,
+    InnerShare,
+    NaturalFloat,
+    NaturalInt,
+    OddInt,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Share,
+    check,
+    checked,
+    unused,
+)
 
-DISCRIMINATOR = "kind"
-"""Field that names the variant of `features`, `head` and `head.expert`."""
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NaturalInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NaturalFloat = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-PositiveShare = Annotated[float, Field(gt=0, le=1)]
-InnerShare = Annotated[float, Field(gt=0, lt=1)]
-Side = Annotated[int, Field(ge=32, le=4096)]
-Words = Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-def _check(*rules: tuple[bool, str]) -> None:
-    if wrong := [text for holds, text in rules if not holds]:
-        raise ValueError(*wrong)
-
-
-def _unused(settings: Any, names: str, *, why: str) -> list[tuple[bool, str]]:
-    """Return a rule for each of these settings that is not at its default, since it would have no effect."""
-    changed = []
-    for each in fields(settings):
-        default = each.default if each.default_factory is MISSING else each.default_factory()
-        if each.name in names.split() and getattr(settings, each.name) != default:
-            changed.append(
-                (False, f"{each.name} has no effect with {why}. Leave {each.name} out, or change that")
-            )
-    return changed
+Border = NaturalInt
+"""Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+PassImages = PositiveInt
+"""Images in one pass; every pass is padded to it, so that results do not depend on the number of images."""
+Cells = PositiveInt
+"""The grid is averaged to at most cells x cells before it is flattened."""
+Variance = InnerShare
+"""Share of the variance that the principal components keep."""
+MaxImages = Annotated[int, Field(ge=2)]
+"""Images drawn at random to fit on, at most; bounds memory."""
+Projection = NaturalInt
+"""Dimensions of the random projection in which the coreset is chosen; 0 = no projection."""
 
 
 @checked
@@ -63,41 +58,30 @@ class DataConfig:
     """Share of the fit normals held out from gradients, by whole groups: for early stopping and score scales."""
 
     def __post_init__(self) -> None:
-        _check(
-            (
-                self.subclass_from != "filename-regex" or bool(self.subclass_regex),
-                "subclass_regex must be given with subclass_from=filename-regex, for example '^(exp[0-9])_'",
-            )
-        )
+        given = self.subclass_from != "filename-regex" or bool(self.subclass_regex)
+        example = "for example '^(exp[0-9])_'"
+        check((given, f"subclass_regex must be given with subclass_from=filename-regex, {example}"))
 
 
 @checked
 class PrepareConfig:
     """From an image of any size to the network's input; saved with the detector."""
 
-    height: Side = 256
-    width: Side = 256
+    height: Annotated[int, Field(ge=32, le=4096)] = 256
+    width: Annotated[int, Field(ge=32, le=4096)] = 256
     tile_beyond: float = 4.0
     """An image more than this many times as high or wide as the input is cut into tiles; 0 = never."""
     tile_overlap: Annotated[float, Field(ge=0, le=0.5)] = 0.125
     """Share of a tile's side that it has in common with its neighbour."""
 
     def __post_init__(self) -> None:
-        _check(
-            (
-                self.tile_beyond == 0 or self.tile_beyond >= 1,
-                f"tile_beyond must be 0 or at least 1, got {self.tile_beyond}",
-            )
-        )
+        allowed = self.tile_beyond == 0 or self.tile_beyond >= 1
+        check((allowed, f"tile_beyond must be 0 or at least 1, got {self.tile_beyond}"))
 
 
 class _Features:
     side: ClassVar[int | None] = None
     """Height and width of the input that these features were trained for; None = any."""
-
-
-def _odd(neighbourhood: int) -> tuple[bool, str]:
-    return neighbourhood % 2 == 1, f"neighbourhood must be odd, got {neighbourhood}"
 
 
 @checked
@@ -113,13 +97,9 @@ class TimmConfig(_Features):
     """Stages to use, by their stride to the input."""
     grid_stride: PositiveInt = 8
     """Pixels of the input per grid cell."""
-    neighbourhood: PositiveInt = 3
+    neighbourhood: OddInt = 3
     """Side of the local average, in cells of each stage; 1 = none."""
-    batch_images: PositiveInt = 8
-    """Images in one pass; every pass is padded to it, so that results do not depend on the number of images."""
-
-    def __post_init__(self) -> None:
-        _check(_odd(self.neighbourhood))
+    batch_images: PassImages = 8
 
 
 @checked
@@ -133,15 +113,12 @@ class OfflinePairConfig(_Features):
     """Levels to use, by their stride to the input; must hold 32, which is projected to the joint space."""
     grid_stride: PositiveInt = 16
     """Pixels of the input per grid cell."""
-    neighbourhood: PositiveInt = 1
+    neighbourhood: OddInt = 1
     """Side of the local average, in cells of each level; 1 = none."""
-    batch_images: PositiveInt = 8
-    """Images in one pass; every pass is padded to it, so that results do not depend on the number of images."""
+    batch_images: PassImages = 8
 
     def __post_init__(self) -> None:
-        _check(
-            (32 in self.strides, f"strides must hold 32, got {list(self.strides)}"), _odd(self.neighbourhood)
-        )
+        check((32 in self.strides, f"strides must hold 32, got {list(self.strides)}"))
 
 
 @checked
@@ -156,9 +133,8 @@ class OpenClipConfig(_Features):
     """A tag of open_clip (from its hub), a file (safetensors or a state dict), or `random`: untrained, for tests."""
     layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (6, 12, 18, 24)
     """Blocks whose patch tokens are used, counted from 1."""
-    batch_images: PositiveInt = 1
-    """Images in one pass; every pass is padded to it, so that results do not depend on the number of images. A
-    large transformer gains little from more on a CPU, and a single image would pay for all of them."""
+    batch_images: PassImages = 1
+    """A large transformer gains little from more on a CPU, and a single image would pay for all of them."""
 
 
 FeaturesConfig = TimmConfig | OfflinePairConfig | OpenClipConfig
@@ -198,10 +174,8 @@ class MemoryBankConfig(_Head):
     """Upper bound of the size of the coreset."""
     max_pool: PositiveInt = 50_000
     """Patches drawn at random before the coreset; bounds memory and time."""
-    projection: NaturalInt = 64
-    """Dimensions of the random projection in which the coreset is chosen; 0 = no projection."""
-    border: NaturalInt = 2
-    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+    projection: Projection = 64
+    border: Border = 2
 
 
 @checked
@@ -216,8 +190,7 @@ class SimpleNetConfig(_Head):
     """Standard deviation of the noise on standardised features (the paper's 0.015 is for unscaled features)."""
     margin: float = 0.5
     training: TrainingConfig = TrainingConfig(epochs=20, batch_images=8, learning_rate=2e-4, patience=5)
-    border: NaturalInt = 2
-    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+    border: Border = 2
 
 
 @checked
@@ -238,8 +211,7 @@ class MSFlowConfig(_Head):
     top: PositiveShare = 0.1
     """The image's score is the mean of this share of its cells."""
     training: TrainingConfig = TrainingConfig(epochs=20, batch_images=8, learning_rate=1e-3)
-    border: NaturalInt = 2
-    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+    border: Border = 2
 
 
 @checked
@@ -253,16 +225,12 @@ class PyramidFlowConfig(_Head):
     """Levels of the Laplacian pyramid."""
     blocks: PositiveInt = 4
     """Each couples every level with its neighbours once."""
-    kernel: PositiveInt = 3
+    kernel: OddInt = 3
     """Side of the convolutions, odd; the paper has 7 on a grid eight times as fine."""
     volume: Literal["channel", "space"] = "channel"
     """How volume is preserved: scales are centred over the channels of a cell, or over the cells of a channel."""
     training: TrainingConfig = TrainingConfig(epochs=15, batch_images=4, learning_rate=1e-3)
-    border: NaturalInt = 2
-    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
-
-    def __post_init__(self) -> None:
-        _check((self.kernel % 2 == 1, f"kernel must be odd, got {self.kernel}"))
+    border: Border = 2
 
 
 @checked
@@ -294,12 +262,9 @@ class DFMConfig(_Head):
     implementation = "dfm:DFM"
     model = "dfm"
     kind: Literal["dfm"] = "dfm"
-    cells: PositiveInt = 8
-    """The grid is averaged to at most cells x cells before it is flattened."""
-    variance: InnerShare = 0.97
-    """Share of the variance that the components keep."""
-    max_images: Annotated[int, Field(ge=2)] = 2_000
-    """Images drawn at random for the components; bounds memory."""
+    cells: Cells = 8
+    variance: Variance = 0.97
+    max_images: MaxImages = 2_000
 
 
 class _Expert:
@@ -329,14 +294,12 @@ class LayoutExpertConfig(_Expert):
     """Share of the channels, finest stages first, that the image score leaves out."""
     cells: PositiveInt = 8
     """The grid is averaged to at most cells x cells, and to half as many."""
-    variance: InnerShare = 0.97
-    """Share of the variance that the components keep."""
+    variance: Variance = 0.97
     components: PositiveInt = 200
     """Upper bound of the number of components."""
     own: Share = 0.5
     """Weight of an expert's own scale against that of all images."""
-    max_images: Annotated[int, Field(ge=2)] = 1_000
-    """Images of all experts, drawn at random; bounds memory."""
+    max_images: MaxImages = 1_000
 
 
 @checked
@@ -359,12 +322,9 @@ class SubspaceExpertConfig(_Expert):
 
     implementation = "subspace:SubspaceExperts"
     kind: Literal["subspace"] = "subspace"
-    cells: PositiveInt = 8
-    """The grid is averaged to at most cells x cells before it is flattened."""
-    variance: InnerShare = 0.97
-    """Share of the variance that the components keep."""
-    max_images: Annotated[int, Field(ge=2)] = 1_000
-    """Images of each expert, drawn at random; bounds memory."""
+    cells: Cells = 8
+    variance: Variance = 0.97
+    max_images: MaxImages = 1_000
 
 
 @checked
@@ -379,8 +339,7 @@ class MemoryExpertConfig(_Expert):
     """Patches stored for each expert, at most."""
     max_pool: PositiveInt = 20_000
     """Patches of each expert drawn at random before the coreset."""
-    projection: NaturalInt = 64
-    """Dimensions of the random projection in which the coreset is chosen; 0 = no projection."""
+    projection: Projection = 64
 
 
 @checked
@@ -492,8 +451,7 @@ class AdaptedMoEConfig(_Head):
     """Of the softmax over the similarity to each subclass; lower = the nearest subclass has more weight."""
     aggregation: Literal["paper", "min", "mean"] = "paper"
     """How expert scores are combined: Eq. 4 (routing weights), the minimum, or the mean."""
-    border: NaturalInt = 2
-    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none."""
+    border: Border = 2
     discover: Literal["missing", "always"] = "missing"
     """Find subclasses in the images: if none are given, or always."""
     discovery: Literal["kmeans", "mixture"] = "kmeans"
@@ -507,15 +465,15 @@ class AdaptedMoEConfig(_Head):
     def __post_init__(self) -> None:
         rules: list[tuple[bool, str]] = []
         if not self.moe:
-            rules += _unused(self, "top_k temperature aggregation routing", why="moe=false")
+            rules += unused(self, "top_k temperature aggregation routing", why="moe=false")
         elif self.top_k == 1:
-            rules += _unused(self, "temperature aggregation", why="top_k=1")
+            rules += unused(self, "temperature aggregation", why="top_k=1")
         if not self.expert.border:
             expert = getattr(self.expert, DISCRIMINATOR)
-            rules += _unused(self, "border", why=f"expert.{DISCRIMINATOR}={expert}")
+            rules += unused(self, "border", why=f"expert.{DISCRIMINATOR}={expert}")
         if self.max_subclasses == 1:
-            rules += _unused(self, "discovery", why="max_subclasses=1")
-        _check(*rules)
+            rules += unused(self, "discovery", why="max_subclasses=1")
+        check(*rules)
 
 
 @checked
@@ -529,7 +487,7 @@ class GatingConfig:
     """Weight of the load-balance loss."""
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             (self.top_k <= self.experts, f"top_k must be at most experts ({self.experts}), got {self.top_k}")
         )
 
@@ -543,9 +501,13 @@ class PromptsConfig:
     random vectors; `off`: none; `auto`: learned where the features have a text side, else free."""
     context_words: PositiveInt = 8
     """Learnable words before each state."""
-    normal_states: Words = ("normal flawless surface", "perfect texture", "clean unbroken material")
+    normal_states: Annotated[tuple[str, ...], Field(min_length=1)] = (
+        "normal flawless surface",
+        "perfect texture",
+        "clean unbroken material",
+    )
     """Descriptions of a normal patch, of whichever category; the guide uses the first."""
-    abnormal_states: Words = (
+    abnormal_states: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "damaged surface with a defect",
         "a scratch",
         "a hole",
@@ -579,7 +541,7 @@ class GuideConfig:
 
     def __post_init__(self) -> None:
         if self.tokens == "off":
-            _check(*_unused(self, "words residual", why="tokens=off"))
+            check(*unused(self, "words residual", why="tokens=off"))
 
 
 @checked
@@ -595,7 +557,7 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         if self.variants == 0:
-            _check(*_unused(self, "share covered", why="variants=0"))
+            check(*unused(self, "share covered", why="variants=0"))
 
 
 @checked
@@ -624,8 +586,7 @@ class CNCConfig(_Head):
     synthetic: SyntheticConfig = SyntheticConfig()
     per_subclass: bool = True
     """Bring each level's map to mean 0 and std 1 over the held-out normals of the nearest subclass."""
-    border: NaturalInt = 1
-    """Outermost cells of the grid that take the score of their inner neighbours; 0 = none."""
+    border: Border = 1
     precision: Literal["32", "bf16"] = "32"
     """Of the decoder in training; losses and gate logits are in 32 bits in both."""
     training: TrainingConfig = TrainingConfig(epochs=20, batch_images=8, learning_rate=1e-3)
@@ -638,8 +599,8 @@ class CNCConfig(_Head):
             )
         ]
         if not self.moe:
-            rules += _unused(self, "gating", why="moe=false")
-        _check(*rules)
+            rules += unused(self, "gating", why="moe=false")
+        check(*rules)
 
 
 HeadConfig = (

@@ -5,13 +5,33 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import field as dataclass_field
-from typing import Any, TypeVar, cast, dataclass_transform, get_args
+from dataclasses import is_dataclass
+from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_args
 
-from pydantic import ConfigDict, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 from normweave.errors import ConfigError, unknown
+
+DISCRIMINATOR = "kind"
+"""Field that names the variant of `features`, `head` and `head.expert`."""
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NaturalInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NaturalFloat = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+InnerShare = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _odd(value: int) -> int:
+    check((value % 2 == 1, f"must be odd, got {value}"))
+    return value
+
+
+OddInt = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 
 HOWTO = "Every setting is explained in normweave/config.py."
 
@@ -34,6 +54,21 @@ def checked(cls: type[_Class]) -> type[_Class]:
 
     made.__init__ = __init__  # type: ignore[method-assign]
     return cast("type[_Class]", made)
+
+
+def check(*rules: tuple[bool, str]) -> None:
+    """Raise one error for all rules that do not hold; each is a condition and what is wrong without it."""
+    if wrong := [text for holds, text in rules if not holds]:
+        raise ValueError(*wrong)
+
+
+def unused(settings: Any, names: str, *, why: str) -> list[tuple[bool, str]]:
+    """Return a rule for each of these settings that is not at its default, since it would have no effect."""
+    changed = []
+    for name, field in fields_of(type(settings)).items():
+        if name in names.split() and getattr(settings, name) != field.get_default(call_default_factory=True):
+            changed.append((False, f"{name} has no effect with {why}. Leave {name} out, or change that"))
+    return changed
 
 
 def fields_of(cls: Any) -> dict[str, FieldInfo]:
@@ -82,7 +117,14 @@ def mistakes(error: ValidationError, settings: Any) -> list[str]:
             case "too_short" if given:
                 pass  # its items are wrong, and have their own lines
             case "value_error":
-                dot = f"{key}." if key else ""
+                # Of a class, each message begins with the name of a setting; of a value, it follows its key.
+                dot = (
+                    ""
+                    if not key
+                    else f"{key}."
+                    if isinstance(given, dict) or is_dataclass(given)
+                    else f"{key} "
+                )
                 found += [f"{dot}{message}" for message in context["error"].args]
             case "dataclass_type" | "dataclass_exact_type" | "dict_type" | "model_attributes_type":
                 found.append(f"{key} must hold `key: value` lines, got {given!r:.80}")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.config import DISCRIMINATOR, AdaptedMoEConfig, AutoExpertConfig, NetworkRoutingConfig
+from normweave.config import AdaptedMoEConfig, AutoExpertConfig, NetworkRoutingConfig
 from normweave.errors import DataError
 from normweave.heads.adapted_moe.adaption import statistics
 from normweave.heads.adapted_moe.branch import ExpertBranch
@@ -27,6 +27,7 @@ from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
 from normweave.types import FeatureSource, FitData, PatchScores, Routing
+from normweave.validation import DISCRIMINATOR
 
 
 class AdaptedMoE(Head):

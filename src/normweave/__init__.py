@@ -1,4 +1,4 @@
-"""One model for many kinds of normal: visual inspection that learns from good parts only."""
+"""Visual inspection that learns from good parts only: one model for many categories and subclasses."""
 
 from typing import TYPE_CHECKING
 

@@ -268,7 +268,7 @@ class Detector:
             category = next(iter(self.subclasses.values()))[0]
         experts: tuple[ExpertWeight, ...] = ()
         if scored.weights is not None:
-            order = np.argsort(-scored.weights, kind="stable")
+            order = np.lexsort((-scored.weights,))  # stable
             experts = tuple(
                 ExpertWeight(names[k], float(scored.weights[k])) for k in order if scored.weights[k] > 0
             )

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from normweave.config import Config, HeadConfig, PrepareConfig, models
+from normweave.config import DISCRIMINATOR, Config, HeadConfig, PrepareConfig, models
 from normweave.errors import ConfigError, unknown
 from normweave.validation import fields_of, joined, mistakes, variants
 
@@ -77,7 +77,7 @@ def with_model(config: Config, name: str) -> Config:
 
 def with_clip(config: Config, weights: str) -> Config:
     """Return the same settings with features of CLIP, and their input size unless `prepare` was changed."""
-    config = override(config, ["features.kind=open_clip", f"features.weights={weights}"])
+    config = override(config, [f"features.{DISCRIMINATOR}=open_clip", f"features.weights={weights}"])
     if config.prepare == PrepareConfig() and (side := config.features.side):
         config = replace(config, prepare=replace(config.prepare, height=side, width=side))
     return config
@@ -120,7 +120,7 @@ def read(path: Path) -> Config:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """Return the same settings with some changed: `head.top_k=2`, `features.strides=[4, 8]`, `seed=1`.
 
-    Another variant, as `head.kind=cnc`, starts from its own defaults. Values are YAML, except where a setting is text:
+    Another variant of a section starts from its own defaults. Values are YAML, except where a setting is text:
     there everything after `=` is the value.
 
     Raises:

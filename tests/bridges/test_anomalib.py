@@ -324,7 +324,12 @@ def test_a_teacher_learns_what_the_backbone_says(textiles):
         ("dfm", "strides=[8, 16]", ConfigError, r"strides must name one stage, got \[8, 16\]"),
         ("supersimplenet", "prepare.height=64", ConfigError, "needs 128 x 128 pixels or more, got 64 x 128"),
         ("efficient_ad", "prepare.width=128", ConfigError, "needs 256 x 256 pixels or more, got 256 x 128"),
-        ("efficient_ad", "penalty_images=nowhere", MissingError, "no folder 'nowhere'. Correct penalty_images"),
+        (
+            "efficient_ad",
+            "penalty_images=nowhere",
+            MissingError,
+            "no folder 'nowhere'. Correct penalty_images",
+        ),
         (
             "efficient_ad",
             "teacher=nowhere.safetensors",

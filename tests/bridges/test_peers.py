@@ -58,7 +58,7 @@ def test_a_whole_number_will_do_for_a_share():
             r"perlin_threshold must lie in \(0, 1\), got 2.0",
         ),
         ("anomalib/efficient_ad", "model_size=large", "model_size must be small or medium, got large"),
-        ("anomalib/padim", "features.kind=offline_pair", "features.kind must be timm, got offline_pair"),
+        ("anomalib/padim", "features.kind=offline_pair", "the features must be timm, got offline_pair"),
         ("anomalib/padim", "prepare.hight=3", "Did you mean 'prepare.height'"),
     ],
 )

@@ -352,11 +352,11 @@ def distil(
     optimiser = torch.optim.Adam(teacher.parameters(), lr=DISTILLATION_RATE, weight_decay=1e-5)
     for _ in range(plan.values["teacher_steps"]):
         pixels = load(int(torch.randint(count, (1,), generator=generator)))[None]
-        said = teacher(pixels.float() / 255)  # (1, D, h', w'), smaller for want of padding
+        predicted = teacher(pixels.float() / 255)  # (1, D, h', w'), smaller because it has no padding
         target = (extractor(pixels) - mean) / std
-        top, left = ((target.shape[axis] - said.shape[axis]) // 2 for axis in (2, 3))
-        target = target[:, :, top : top + said.shape[2], left : left + said.shape[3]]
-        loss = functional.mse_loss(said, target)
+        top, left = ((target.shape[axis] - predicted.shape[axis]) // 2 for axis in (2, 3))
+        target = target[:, :, top : top + predicted.shape[2], left : left + predicted.shape[3]]
+        loss = functional.mse_loss(predicted, target)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from normweave import settings
-from normweave.config import Config, MapsConfig, TimmConfig
+from normweave.config import DISCRIMINATOR, Config, MapsConfig, TimmConfig
 from normweave.errors import ConfigError, unknown
 
 PREFIX = "anomalib/"
@@ -191,7 +191,9 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
         raise ConfigError(f"{model}: " + "; ".join(mistakes))
     config = settings.override(replace(Config(), seed=seed), shared)
     if not isinstance(config.features, TimmConfig):
-        raise ConfigError(f"{model}: features.kind must be timm, got {config.features.kind}.")
+        raise ConfigError(
+            f"{model}: the features must be timm, got {getattr(config.features, DISCRIMINATOR)}."
+        )
     # A peer's maps are not smoothed again.
     return PeerPlan(name=name, values=own, config=replace(config, maps=MapsConfig(smoothing=0)))
 

@@ -133,7 +133,7 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
         )
     values = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)
     highest = values.max()
-    if values.dtype.kind == "u" and highest <= MAX_DEFECT_TYPES:
+    if np.issubdtype(values.dtype, np.unsignedinteger) and highest <= MAX_DEFECT_TYPES:
         return np.asarray(values > 0)
     mask = _eight_bits(values, name) > 127
     if highest > 0 and not mask.any():
@@ -311,9 +311,9 @@ def _eight_bits(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     """Return the array in 0..255, scaled by a factor that depends on its dtype only."""
     if array.dtype == np.uint8:
         return array
-    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # either byte order
+    if np.issubdtype(array.dtype, np.unsignedinteger) and array.dtype.itemsize == 2:  # either byte order
         return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if array.dtype.kind != "f":
+    if not np.issubdtype(array.dtype, np.floating):
         raise ImageError(
             f"{name}: values of type {array.dtype}. Allowed: uint8, uint16, or float in 0..1. Convert it, for example "
             "with array.astype('uint8')."

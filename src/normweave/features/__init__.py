@@ -1,6 +1,6 @@
 """Prepared images to the features of a network that is never trained.
 
-Each extractor is one module of this package, named like the `kind` of its config class. It has two functions:
+Each extractor is one module of this package, named like the discriminator of its config class. It has two functions:
 
     load(config, height=, width=) -> Backbone     the network with its weights
     pair(config) -> Pair | None                   its text side, if it has one
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from normweave.config import DISCRIMINATOR
 
 if TYPE_CHECKING:
     from normweave.config import FeaturesConfig
@@ -45,4 +47,4 @@ def pair(config: FeaturesConfig) -> Pair | None:
 
 
 def _module(config: FeaturesConfig) -> Any:
-    return import_module(f"normweave.features.{config.kind}")
+    return import_module(f"normweave.features.{getattr(config, DISCRIMINATOR)}")

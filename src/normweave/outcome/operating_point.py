@@ -154,7 +154,7 @@ class Calibration:
                 raise DataError(
                     f"Held-out normal images have {n} scores but {len(np.asarray(values))} {name}."
                 )
-        order = np.argsort(given, kind="stable")
+        order = np.lexsort((given,))  # stable
         self.scores = given[order]  # (n,) ascending
         self.distances: NDArray[np.float64] | None = None  # (n,) in the order of scores
         self.subclasses: NDArray[np.int64] | None = None  # (n,) in the order of scores

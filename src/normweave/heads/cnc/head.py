@@ -29,7 +29,7 @@ MIN_HELD_OUT = 3
 
 _NO_TEXT = (
     "{} needs a text encoder, and these features have none here. Install one with: pip install 'normweave[clip]', "
-    "choose features.kind=open_clip or offline_pair, or set {}."
+    "choose other features (open_clip or offline_pair), or set {}."
 )
 
 
@@ -135,7 +135,7 @@ class CNC(Head):
         if setting in ("free", "random") and pair is None:
             raise ConfigError(
                 f"head.prompts.text={setting} needs features that share a space with text, and these do not. "
-                "Choose features.kind=open_clip or offline_pair, or set head.prompts.text=off."
+                "Choose other features (open_clip or offline_pair), or set head.prompts.text=off."
             )
         return text if setting in ("auto", "learned") else None
 

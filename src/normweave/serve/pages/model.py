@@ -11,6 +11,7 @@ import numpy as np
 from nicegui import ui
 from numpy.typing import NDArray
 
+from normweave.config import DISCRIMINATOR
 from normweave.errors import NormweaveError
 from normweave.outcome.operating_point import Calibration
 from normweave.serve.pages import charts
@@ -226,7 +227,7 @@ def training(record: Mapping[str, Any], bundle_hash: str | None) -> str:
     features, preparation = record["config"]["features"], record["preparation"]
     facts = {
         "Model": record["model"],
-        "Backbone": features.get("backbone", features.get("kind", "–")),
+        "Backbone": features.get("backbone", features.get(DISCRIMINATOR, "–")),
         "Good parts in training": record["fit_images"],
         "Good parts held out for the limits": record["calibration_images"],
         "Input": f"{preparation['width']} × {preparation['height']} pixels",

@@ -137,7 +137,7 @@ def test_another_file_than_metrics_json_is_refused_with_exit_code_2(trained, clo
     other.write_text("image_path")
     result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--against", other)
     assert result.exit_code == 2, result.output
-    assert "is no metrics.json of normweave" in result.stderr
+    assert "is not a metrics.json of normweave" in result.stderr
     assert not (tmp_path / "results").exists()
 
 

@@ -271,7 +271,7 @@ class _Expert:
     implementation: ClassVar[str]
     """Module and class below `normweave.heads.adapted_moe.experts`."""
     border: ClassVar[bool] = True
-    """Whether the outermost cells take the score of their inner neighbours, as `head.border` says."""
+    """Whether the outermost cells take the score of their inner neighbours; the number is `head.border`."""
 
     @property
     def candidates(self) -> tuple[ExpertConfig, ...]:

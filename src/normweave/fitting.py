@@ -58,6 +58,7 @@ def fit(
     layout: str | None = None,
     cache: Path | None = None,
     use_cache: bool = True,
+    cache_gib: float = CACHE_GIB,
     work: Path | None = None,
     resume: bool = False,
     device: str = "auto",
@@ -71,6 +72,7 @@ def fit(
         subclass_from: overrides `config.data.subclass_from`.
         cache: folder of the feature cache; default: the user's cache folder.
         use_cache: if False, features are computed anew at every pass over the images.
+        cache_gib: what the feature cache may hold, in GiB.
         work: folder for the checkpoints of the training, from which `resume` continues.
         device: auto, cpu, cuda or cuda:N.
 
@@ -89,7 +91,7 @@ def fit(
     if folder is not None:
         known = lambda keys: feature_cache.contains(folder, extractor.fingerprint, keys)  # noqa: E731
     images, division = divide(samples, config, known=known, progress=progress)
-    source = feature_source(extractor, images, cache=folder, progress=progress)
+    source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
 
     chosen = FittedRows(images, rows_of(images, division.fit), rows_of(images, division.calibration))
     standard = ChannelStandardizer(channels=source.shape[0])
@@ -108,6 +110,7 @@ def fit(
             fit_data,
             variants=head.synthetic_variants,
             cache=folder,
+            max_gib=cache_gib,
             progress=progress,
         ),
     )
@@ -120,7 +123,9 @@ def fit(
     head.to("cpu")
     head.finish(fit_data)
 
-    network = TorchNetwork(extractor, standard, head, config=config, device=device, rows=chosen)
+    network = TorchNetwork(
+        extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen
+    )
     detector = Detector(
         network,
         config=config,
@@ -329,6 +334,7 @@ def synthetic_anomalies(
     *,
     variants: int,
     cache: Path | None,
+    max_gib: float = CACHE_GIB,
     progress: Progress | None = None,
 ) -> SyntheticAnomalies | None:
     """Add synthetic defects to the fit images, `variants` times to each; None for 0.
@@ -368,9 +374,7 @@ def synthetic_anomalies(
         source = feature_cache.streamed(extractor, load, count)
     else:
         keys = [key(row) for row in range(count)]
-        source = feature_cache.cached(
-            extractor, keys, load, folder=cache, max_gib=CACHE_GIB, progress=progress
-        )
+        source = feature_cache.cached(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
     return SyntheticAnomalies(
         StandardizedFeatures(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
     )

@@ -85,6 +85,7 @@ class TorchNetwork(Network):
     """A fitted network in torch.
 
     Args:
+        cache_gib: what the feature cache may hold.
         rows: the images of the fit, from which the parity check takes some; None for a network read from a bundle.
         graph: the exported graph, if there is one already.
     """
@@ -100,6 +101,7 @@ class TorchNetwork(Network):
         *,
         config: Config,
         device: str = "cpu",
+        cache_gib: float = CACHE_GIB,
         rows: FittedRows | None = None,
         graph: bytes | None = None,
     ) -> None:
@@ -109,6 +111,7 @@ class TorchNetwork(Network):
         self.config = config
         self.rows = rows
         self.device = device
+        self.cache_gib = cache_gib
         self._graph = graph
         self.can_exclude = head.can_exclude
         self.parameters = sum(each.numel() for each in self.tensors().values() if each.is_floating_point())
@@ -129,7 +132,9 @@ class TorchNetwork(Network):
 
     def reader(self, images: Rows, *, cache: Path | None = None, progress: Progress | None = None) -> Reader:
         """Return a reader that takes features from the cache, and adds those that it lacks."""
-        source = feature_source(self.extractor, images, cache=cache, progress=progress)
+        source = feature_source(
+            self.extractor, images, cache=cache, max_gib=self.cache_gib, progress=progress
+        )
         return FeatureReader(self, images, source)
 
     def stored(self, cache: Path, keys: Sequence[str]) -> Sequence[bool]:
@@ -207,11 +212,16 @@ class FeatureReader(Reader):
 
 
 def feature_source(
-    extractor: FrozenFeatures, images: Rows, *, cache: Path | None, progress: Progress | None
+    extractor: FrozenFeatures,
+    images: Rows,
+    *,
+    cache: Path | None,
+    max_gib: float,
+    progress: Progress | None,
 ) -> FeatureSource:
     """Return the features of all rows: from the cache folder, or computed at each reading where there is none."""
     if cache is None:
         return feature_cache.streamed(extractor, images.load, len(images))
     return feature_cache.cached(
-        extractor, images.keys, images.load, folder=cache, max_gib=CACHE_GIB, progress=progress
+        extractor, images.keys, images.load, folder=cache, max_gib=max_gib, progress=progress
     )

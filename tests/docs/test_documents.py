@@ -161,7 +161,7 @@ def test_the_command_reference_is_up_to_date(tmp_path, monkeypatch):
 def test_python_blocks_run(path, tmp_path, monkeypatch, request):
     """Run the blocks of each document in their order; `cloth` is a data set and `part.png` an image."""
     blocks = re.findall(r"```python\n(.*?)```", path.read_text("utf-8"), flags=re.DOTALL)
-    if not blocks:
+    if not blocks or path.name in ("add-a-head.md", "add-an-expert.md"):  # run by test_add_a_part.py
         return
     if "NORMWEAVE_URL" in blocks[0]:
         for name, value in request.getfixturevalue("served").items():

@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from normweave.config import DISCRIMINATOR, Config, HeadConfig, PrepareConfig, models
+from normweave.config import Config, HeadConfig, PrepareConfig, models
 from normweave.errors import ConfigError, unknown
-from normweave.validation import fields_of, joined, mistakes, variants
+from normweave.validation import DISCRIMINATOR, fields_of, joined, mistakes, variants
 
 
 class _Loader(yaml.SafeLoader):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from normweave import settings
-from normweave.config import DISCRIMINATOR, Config, MapsConfig, TimmConfig
+from normweave.config import Config, MapsConfig, TimmConfig
 from normweave.errors import ConfigError, unknown
+from normweave.validation import DISCRIMINATOR
 
 PREFIX = "anomalib/"
 SECTIONS = ("data", "prepare", "features", "outcome", "seed")

@@ -13,7 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from normweave.config import DISCRIMINATOR
+from normweave.validation import DISCRIMINATOR
 
 if TYPE_CHECKING:
     from normweave.config import FeaturesConfig

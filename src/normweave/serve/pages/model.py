@@ -11,7 +11,6 @@ import numpy as np
 from nicegui import ui
 from numpy.typing import NDArray
 
-from normweave.config import DISCRIMINATOR
 from normweave.errors import NormweaveError
 from normweave.outcome.operating_point import Calibration
 from normweave.serve.pages import charts
@@ -21,6 +20,7 @@ from normweave.serve.records import Token
 from normweave.serve.service import PREVIEW_IMAGES, InspectionService
 from normweave.serve.templating import percent, render_macro
 from normweave.serve.watch import Watch
+from normweave.validation import DISCRIMINATOR
 
 TEMPLATE = "model.html"
 LOWEST, HIGHEST = 1e-4, 0.5

@@ -11,8 +11,8 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from normweave.validation import DISCRIMINATOR as DISCRIMINATOR
 from normweave.validation import (
-    DISCRIMINATOR,
     InnerShare,
     NaturalFloat,
     NaturalInt,

@@ -89,13 +89,13 @@ def main() -> None:
         groups=np.arange(IMAGES),
         holdout=np.arange(IMAGES) < BATCH,
         pair=pair,
-        pseudo=SyntheticAnomalies(anomalous, lambda rows: torch.ones(len(rows), GRID, GRID)),
+        synthetic=SyntheticAnomalies(anomalous, lambda rows: torch.ones(len(rows), GRID, GRID)),
     )
     batch, subclasses = normals.read(range(BATCH)), torch.zeros(BATCH, dtype=torch.int64)
     rows = []
     for name, config in variants().items():
-        head = fitted(config, data if config.synthetic_variants else replace(data, pseudo=None))
-        stage = head.stages(data if config.synthetic_variants else replace(data, pseudo=None))[-1]
+        head = fitted(config, data if config.synthetic.variants else replace(data, synthetic=None))
+        stage = head.stages(data if config.synthetic.variants else replace(data, synthetic=None))[-1]
         optimiser = stage.optimiser()
 
         def step(stage=stage, optimiser=optimiser) -> None:

@@ -84,7 +84,7 @@ def bundle(weights: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
 def test_the_text_side_is_folded_into_the_bundle(bundle: Path, weights: Path):
     with safe_open(bundle / "weights.safetensors", framework="pt") as file:
         names = set(file.keys())
-        prompts = file.get_tensor("head.prompts.anchors")
+        prompts = file.get_tensor("head.prompts.embeddings")
         guidance = file.get_tensor("head.guidance.tokens")
     assert prompts.shape == (8, SMALL["embed_dim"])
     torch.testing.assert_close(prompts.norm(dim=1), torch.ones(8))

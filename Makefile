@@ -25,8 +25,9 @@ help:
 demo: .venv/.train
 	$(BIN)/normweave demo
 
+# One process a core, each with one thread; lists the slowest twenty tests.
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --durations=20
 
 check: .venv/.dev
 	$(BIN)/ruff check

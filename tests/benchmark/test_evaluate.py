@@ -10,7 +10,15 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from normweave import settings
-from normweave.benchmark.evaluate import Stratum, _coverage, _tables, compare, evaluate, measure, read_metrics
+from normweave.benchmark.evaluate import (
+    Stratum,
+    compare,
+    evaluate,
+    make_tables,
+    measure,
+    read_metrics,
+    tile_coverage,
+)
 from normweave.config import Config, DataConfig
 from normweave.data.images import read_mask
 from normweave.data.layouts import read
@@ -56,7 +64,7 @@ def tables() -> tuple[dict, list[dict], list[Stratum]]:
         distance = rng.random((4, 4)).astype(np.float32)
         share = mask.reshape(4, 2, 4, 2).mean(axis=(1, 3), dtype=np.float32)
         decoded.setdefault(cell, OverGeneralisation()).update(distance, share if cell.defect else None)
-    return _tables(cells, rows, pixels, decoded, {"a", "b"}), rows, cells
+    return make_tables(cells, rows, pixels, decoded, {"a", "b"}), rows, cells
 
 
 def test_every_image_counts_once(tables):
@@ -123,7 +131,7 @@ def test_means_are_over_categories(tables):
 
 def test_what_is_undefined_says_why():
     cells = [Stratum("a", None, True, None)]
-    metrics = _tables(cells, [row("normal", 0.1)], {}, {}, {"a"})
+    metrics = make_tables(cells, [row("normal", 0.1)], {}, {}, {"a"})
     assert metrics["pooled"]["image_auroc"] is None
     assert "image_auroc" in metrics["pooled"]["reasons"]
     assert metrics["mean"]["image_auroc"] is None
@@ -147,7 +155,7 @@ def test_over_generalisation_stands_in_every_table(tables):
 
 def test_means_leave_out_categories_without_a_number(tables):
     metrics, rows, cells = tables
-    several = _tables(cells, rows, {}, {Stratum("a", "x", True, None): OverGeneralisation()}, set())
+    several = make_tables(cells, rows, {}, {Stratum("a", "x", True, None): OverGeneralisation()}, set())
     assert several["mean"]["over_generalisation"] is None
     flat, bad = OverGeneralisation(), OverGeneralisation()
     flat.update(np.zeros((2, 2), np.float32), None)
@@ -160,7 +168,7 @@ def test_means_leave_out_categories_without_a_number(tables):
         Stratum("b", "x", True, None): usual,
         Stratum("b", "x", True, "hole"): bad,
     }
-    metrics = _tables(cells, rows, {}, decoded, set())
+    metrics = make_tables(cells, rows, {}, decoded, set())
     assert metrics["by_category"]["a"]["over_generalisation"]["ratio"] is None
     assert metrics["mean"]["over_generalisation"] == {
         "d_normal": 0.25,
@@ -175,12 +183,12 @@ def test_the_right_category_is_counted(tables):
     assert [metrics["by_category"][name]["category_accuracy"] for name in "ab"] == [1, 0]
     assert metrics["pooled"]["category_accuracy"] == 10 / 15
     assert metrics["mean"]["category_accuracy"] == 0.5
-    foreign = _tables(cells, rows, {}, {}, {"a", "c"})  # "b" is not known: there is no right answer
+    foreign = make_tables(cells, rows, {}, {}, {"a", "c"})  # "b" is not known: there is no right answer
     assert foreign["pooled"]["category_accuracy"] == 1
     assert foreign["by_category"]["b"]["category_accuracy"] is None
     assert foreign["by_category"]["b"]["reasons"]["category_accuracy"] == "no test image of a known category"
     for known in (set(), {"a"}):
-        metrics = _tables(cells, rows, {}, {}, known)
+        metrics = make_tables(cells, rows, {}, {}, known)
         assert metrics["pooled"]["category_accuracy"] is None
         assert "does not distinguish categories" in metrics["pooled"]["reasons"]["category_accuracy"]
 
@@ -189,10 +197,10 @@ def test_a_tile_is_covered_by_its_own_part_of_the_mask():
     mask = np.zeros((8, 20), dtype=bool)
     mask[2:4, 12:14] = True
     left, right = Tile(0, 0, 8, 12), Tile(0, 8, 8, 12)
-    assert not _coverage(mask, left, (4, 6)).any()
+    assert not tile_coverage(mask, left, (4, 6)).any()
     expected = np.zeros((4, 6))
     expected[1, 2] = 1  # rows 2..3 and, 8 to the left, columns 4..5
-    np.testing.assert_array_equal(_coverage(mask, right, (4, 6)), expected)
+    np.testing.assert_array_equal(tile_coverage(mask, right, (4, 6)), expected)
 
 
 # ── of a detector that decodes, on two categories ────────────────────────────────────────────────────────────────────
@@ -340,10 +348,13 @@ FOUND = {
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "is no metrics.json of normweave: FileNotFoundError"),
-        ("image_path,category", "is no metrics.json of normweave: JSONDecodeError"),
-        ("[]", "is no metrics.json of normweave: TypeError"),
-        ("{}", "is no metrics.json of normweave: KeyError: 'pooled'. Give the one that 'normweave evaluate"),
+        (None, "is not a metrics.json of normweave: FileNotFoundError"),
+        ("image_path,category", "is not a metrics.json of normweave: JSONDecodeError"),
+        ("[]", "is not a metrics.json of normweave: TypeError"),
+        (
+            "{}",
+            "is not a metrics.json of normweave: KeyError: 'pooled'. Give the file that 'normweave evaluate",
+        ),
         (json.dumps(FOUND | {"provenance": {}}), "KeyError: 'model'"),
         (json.dumps(FOUND | {"pooled": {"over_generalisation": None}}), "holds no over-generalisation"),
         (
@@ -352,7 +363,7 @@ FOUND = {
         ),
         (
             json.dumps(FOUND),
-            "on other test images: 3 of a there, 2 of a, 1 of b here. Evaluate both bundles on the",
+            "on other test images: 3 of a instead of 2 of a, 1 of b. Evaluate both bundles on the",
         ),
     ],
 )
@@ -368,7 +379,7 @@ def test_what_cannot_be_compared_says_why(text, complaint, tmp_path):
 
 
 def test_what_cannot_be_compared_is_refused_before_the_first_image(decoder, data, tmp_path):
-    with pytest.raises(DataError, match="is no metrics"):
+    with pytest.raises(DataError, match="is not a metrics"):
         evaluate(decoder, data, output=tmp_path / "results", against=tmp_path / "gone.json")
     assert not (tmp_path / "results").exists()
 

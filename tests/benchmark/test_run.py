@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from normweave.benchmark.plan import read_plan
-from normweave.benchmark.run import Run, _runs, _samples, fit_peer, run
+from normweave.benchmark.run import Run, fit_peer, list_runs, read_samples, run
 from normweave.bridges import peers
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.textiles import SEEN, make_textures
@@ -96,7 +96,7 @@ def test_parts_are_read_each_in_its_layout_with_its_settings(tmp_path):
       - textures: {train_images: 1, test_images: 0, defect_images: 1, seed: 3}""",
         )
     )
-    samples = _samples(read_plan(plan).data[0], tmp_path / "data", tmp_path / "results")
+    samples = read_samples(read_plan(plan).data[0], tmp_path / "data", tmp_path / "results")
 
     kinds = {sample.subclass_name for sample in samples}
     assert {"tile/exp1", "tile/exp2"} <= kinds
@@ -116,7 +116,7 @@ def test_parts_of_one_category_say_where_it_stands_twice(tmp_path):
     plan = tmp_path / "plan.yaml"
     plan.write_text(MANY.replace("{path: tile}, {path: board}", "{path: a}, {path: b}"))
     with pytest.raises(DataError, match="Category 'tile' is in a and in b"):
-        _samples(read_plan(plan).data[0], tmp_path, tmp_path / "results")
+        read_samples(read_plan(plan).data[0], tmp_path, tmp_path / "results")
 
 
 @pytest.mark.slow
@@ -216,8 +216,8 @@ def test_a_further_seed_or_protocol_repeats_nothing(tmp_path: Path):
         plan = tmp_path / "small.yaml"
         plan.write_text(text)
         read = read_plan(plan)
-        samples = {"cloth": _samples(read.data[0], tmp_path, tmp_path / "results")}
-        return {item.key for item in _runs(read, samples, tmp_path)}
+        samples = {"cloth": read_samples(read.data[0], tmp_path, tmp_path / "results")}
+        return {item.key for item in list_runs(read, samples, tmp_path)}
 
     first = keys(PLAN)
     assert len(first) == 2

@@ -156,11 +156,8 @@ def test_a_closed_pipe_is_not_a_verdict(part):
 
 
 def test_progress_bars_are_drawn_on_a_terminal(monkeypatch, capsys):
-    from rich.console import Console
-
-    monkeypatch.setattr(
-        shared, "_console", lambda *, stderr: Console(stderr=stderr, force_terminal=True, width=120)
-    )
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich then treats stderr as a terminal
+    monkeypatch.setenv("COLUMNS", "120")
     with Terminal().progress() as progress:
         progress("reading images", 1, 2)
         progress("training", 5, 10)

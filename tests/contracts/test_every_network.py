@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import normweave.network
+from normweave import fitting
 from normweave.data import layouts, rows
 from normweave.detector import Detector
 from normweave.errors import BundleError
@@ -248,6 +249,8 @@ def test_a_written_bundle_gives_the_same_scores(name, fitted, pixels, outputs, t
     write(overwrite=False)
     loaded = Detector.load(target, threads=1, device="cpu")
     same(outputs, loaded.network(pixels), rtol=1e-3, atol=1e-3)
+    from_tensors = fitting.load(target, device="cpu")
+    same(outputs, from_tensors.network(pixels), rtol=1e-3, atol=1e-3)
     assert loaded.calibration.as_dict() == fitted.calibration.as_dict()
     assert loaded.model == fitted.model
     with pytest.raises(BundleError, match="exists"):

@@ -11,6 +11,7 @@ from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, ConfigError, MissingError
 from normweave.network import open_graph
 from normweave.network.openvino import OpenVinoNetwork
+from normweave.network.torch import TorchNetwork
 from test_detector import same
 
 from .test_onnx import SIZE, graph
@@ -126,13 +127,15 @@ def test_fitting_does_not_run_there(bundle):
 
 
 def test_the_parity_check_includes_it(detector, monkeypatch):
-    plain = OpenVinoNetwork._run
+    plain = OpenVinoNetwork.__call__
 
-    def altered(self, inputs):
-        outputs = plain(self, inputs)
-        return outputs | {"scores": 1.01 * outputs["scores"]}
+    def altered(self, *inputs):
+        outputs = plain(self, *inputs)
+        return outputs._replace(scores=1.01 * outputs.scores)
 
-    monkeypatch.setattr(OpenVinoNetwork, "_run", altered)
-    monkeypatch.setattr(detector.network, "_graph", None)
+    monkeypatch.setattr(OpenVinoNetwork, "__call__", altered)
+    fitted = detector.network
+    parts = (fitted.extractor, fitted.standard, fitted.head)
+    unexported = TorchNetwork(*parts, config=fitted.config, rows=fitted.rows)
     with pytest.raises(CheckError, match="OpenVINO returns other scores than torch"):
-        detector.network.exported(detector.calibration)
+        unexported.exported(detector.calibration)

@@ -166,19 +166,19 @@ def measure(
                     zip(tiles, reconstruction, strict=True) if reconstruction is not None else ()
                 ):
                     decoded.setdefault(stratum, OverGeneralisation()).update(
-                        distance, _coverage(mask, tile, distance.shape) if stratum.defect else None
+                        distance, tile_coverage(mask, tile, distance.shape) if stratum.defect else None
                     )
-    tables = _tables(strata, predictions, pixels, decoded, categories, detector.image_level)
-    return tables | {"mask_faults": mask_faults}, predictions
+    metrics = make_tables(strata, predictions, pixels, decoded, categories, detector.image_level)
+    return metrics | {"mask_faults": mask_faults}, predictions
 
 
-def _coverage(mask: NDArray[np.bool_], tile: Tile, grid: tuple[int, ...]) -> NDArray[np.float32]:
+def tile_coverage(mask: NDArray[np.bool_], tile: Tile, grid: tuple[int, ...]) -> NDArray[np.float32]:
     """Return the share of each cell of a tile that the mask covers, (h, w)."""
     rows, columns = slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width)
     return coverage(mask[rows, columns], (grid[0], grid[1]))
 
 
-def _tables(
+def make_tables(
     strata: list[Stratum],
     predictions: list[dict[str, Any]],
     pixels: dict[Stratum, PixelMetrics],
@@ -186,6 +186,14 @@ def _tables(
     known_categories: set[str],
     image_level: bool = False,
 ) -> dict[str, Any]:
+    """Return the metrics of all test images, of each category, subclass and defect, and of seen and unseen ones.
+
+    Args:
+        strata: the stratum of each prediction.
+        known_categories: those that the detector was trained on.
+        image_level: whether maps have one cell, so that no pixel metrics are computed.
+    """
+
     def table(keep: Callable[[Stratum], bool]) -> dict[str, Any]:
         return _summary(
             [row for row, stratum in zip(predictions, strata, strict=True) if keep(stratum)],

@@ -113,8 +113,8 @@ def run(
     root = root or Path(os.environ.get("NORMWEAVE_DATA", "../shared/data"))
     done = output / f"{plan_path.stem}.runs"
     done.mkdir(parents=True, exist_ok=True)
-    data = {item.name: _samples(item, root, output) for item in plan.data}
-    runs = list(_runs(plan, data, root))
+    data = {item.name: read_samples(item, root, output) for item in plan.data}
+    runs = list(list_runs(plan, data, root))
     cache = cache or cache_folder()
     waiting = [item for item in runs if not (done / f"{item.key}.json").exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
@@ -171,7 +171,12 @@ def _in_processes(
     return ended
 
 
-def _samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:
+def read_samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:
+    """Return the samples of a data set of the plan; textiles are rendered into `output/data`.
+
+    Args:
+        root: the folder against which paths are read.
+    """
     folder = output / "data" / item.name
     if not item.parts:
         return _read(item, item.set, root, folder)
@@ -200,7 +205,8 @@ def _read(item: PartPlan, chosen: tuple[str, ...], root: Path, folder: Path) -> 
     return layouts.read(manifest, config.data)
 
 
-def _runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run]:
+def list_runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run]:
+    """Yield every run of a plan, in its order; `data` holds the samples of each data set by name."""
     for item in plan.data:
         for protocol in item.protocols:
             for method in plan.methods:

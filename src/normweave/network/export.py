@@ -132,10 +132,10 @@ def check_parity(
             return RawOutput(**{name: value.numpy() for name, value in outputs.items()})
 
     ours, theirs = scored(by_torch, None), scored(network, None)
-    _check_equal(ours, theirs, "", network.library)
+    check_equal(ours, theirs, "", network.library)
     if module.can_exclude:
         own = ours.raw.subclass
-        _check_equal(scored(by_torch, own), scored(network, own), " for unseen subclasses", network.library)
+        check_equal(scored(by_torch, own), scored(network, own), " for unseen subclasses", network.library)
     if calibration is None:
         return
     done = 0
@@ -160,7 +160,7 @@ _CURE = (
 )
 
 
-def _check_equal(ours: TileScores, theirs: TileScores, what: str, library: str) -> None:
+def check_equal(ours: TileScores, theirs: TileScores, what: str, library: str) -> None:
     """Raise CheckError where scores, distances, weights or maps differ by more than the tolerance."""
     for name in RawOutput._fields:
         mine, other = getattr(ours.raw, name), getattr(theirs.raw, name)

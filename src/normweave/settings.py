@@ -56,7 +56,9 @@ def model_config(name: str) -> HeadConfig:
         ConfigError: no such model.
     """
     if name not in models():
-        raise unknown("model", name, models(), "A new one is added to HeadConfig in normweave/config.py.")
+        raise unknown(
+            "model", name, models(), "A new one is added to HeadConfig in normweave/config/heads.py."
+        )
     return models()[name]()
 
 

@@ -33,7 +33,7 @@ def _odd(value: int) -> int:
 
 OddInt = Annotated[int, Field(ge=1), AfterValidator(_odd)]
 
-HOWTO = "Every setting is explained in normweave/config.py."
+HOWTO = "Every setting is explained in normweave/config/."
 
 _Class = TypeVar("_Class")
 

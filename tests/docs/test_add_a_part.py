@@ -23,12 +23,11 @@ class Copy:
 
     def __init__(self, folder):
         self.folder = folder
-        package = folder / "src" / "normweave"
-        shutil.copytree(ROOT / "src" / "normweave", package, ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "src" / "normweave", folder / "src" / "normweave", ignore=ignored)
         shutil.copytree(ROOT / "tests" / "contracts", folder / "contracts")
         shutil.copy(ROOT / "tests" / "builders.py", folder)
         shutil.copy(ROOT / "pyproject.toml", folder)
-        self.config = package / "config.py"
 
     def replace(self, file, pattern, text):
         """Replace the only match of a pattern in a file."""
@@ -71,20 +70,20 @@ class Copy:
 )
 def test_a_head_or_an_expert_is_added_as_the_page_shows(tmp_path, name, union, tests, part, setting):
     text, (module, settings, members) = page(name)
-    (file,) = re.findall(r"^## 1\. .*`(src/normweave/\S+\.py)`$", text, flags=re.MULTILINE)
+    file, config = re.findall(r"^## [12]\. .*`(src/normweave/\S+\.py)`$", text, flags=re.MULTILINE)
     copy = Copy(tmp_path)
     (tmp_path / file).write_text(module, "utf-8")
-    copy.replace(copy.config, rf"^{union} = \(\n    \w+\n", f"{settings}\n\n{members}")
+    copy.replace(tmp_path / config, rf"^{union} = \(\n    \w+\n", f"{settings}\n\n{members}")
     copy.check(file=file, tests=tests, name=part, setting=setting)
 
 
 @pytest.mark.slow
 def test_a_backbone_is_added_as_the_page_shows(tmp_path):
     text, (module, settings, contract) = page("add-a-backbone.md")
-    (file,) = re.findall(r"^\*\*1\. `(src/normweave/\S+\.py)`\*\*", text, flags=re.MULTILINE)
+    file, config = re.findall(r"^\*\*[12]\. `(src/normweave/\S+\.py)`\*\*", text, flags=re.MULTILINE)
     copy = Copy(tmp_path)
     (tmp_path / file).write_text(module, "utf-8")
-    copy.replace(copy.config, "^FeaturesConfig = .*$", settings)
+    copy.replace(tmp_path / config, "^FeaturesConfig = .*$", settings)
     tests = tmp_path / "contracts" / "test_every_extractor.py"
     copy.replace(tests, "import OpenClipConfig", "import SmallNetConfig, OpenClipConfig")
     copy.replace(tests, "^HEIGHT, WIDTH", f"{contract}\nHEIGHT, WIDTH")

@@ -5,7 +5,7 @@ Each extractor is one module of this package, named like the discriminator of it
     load(config, height=, width=) -> Backbone     the network with its weights
     pair(config) -> Pair | None                   its text side, if it has one
 
-A new extractor is such a module and a config class in `config.py`.
+A new extractor is such a module and a config class in `config/features.py`.
 """
 
 from __future__ import annotations

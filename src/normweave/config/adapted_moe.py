@@ -1,0 +1,236 @@
+"""Settings of Adapted-MoE: its experts, its routing and its test-time adaption."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from normweave.config.base import (
+    BaseHeadConfig,
+    Border,
+    Cells,
+    MaxImages,
+    Projection,
+    TrainingConfig,
+    Variance,
+)
+from normweave.validation import (
+    DISCRIMINATOR,
+    PositiveFloat,
+    PositiveInt,
+    PositiveShare,
+    Share,
+    check,
+    checked,
+    unused,
+)
+
+
+class _Expert:
+    implementation: ClassVar[str]
+    """Module and class below `normweave.heads.adapted_moe.experts`."""
+    border: ClassVar[bool] = True
+    """Whether the outermost cells take the score of their inner neighbours; the number is `head.border`."""
+
+    @property
+    def candidates(self) -> tuple[ExpertConfig, ...]:
+        """The experts to choose from: this one."""
+        return (self,)  # type: ignore[return-value]
+
+
+FINE = 0.364
+"""The channels of strides 4 and 8 of EfficientNet-Lite."""
+
+
+@checked
+class LayoutExpertConfig(_Expert):
+    """Residual of a subspace of whole images, for products whose parts have fixed positions."""
+
+    implementation = "layout:LayoutExperts"
+    border = False
+    kind: Literal["layout"] = "layout"
+    fine: PositiveShare = FINE
+    """Share of the channels, finest stages first, that the image score leaves out."""
+    cells: PositiveInt = 8
+    """The grid is averaged to at most cells x cells, and to half as many."""
+    variance: Variance = 0.97
+    components: PositiveInt = 200
+    """Upper bound of the number of components."""
+    own: Share = 0.5
+    """Weight of an expert's own scale against that of all images."""
+    max_images: MaxImages = 1_000
+
+
+@checked
+class GaussianExpertConfig(_Expert):
+    """Mahalanobis distance to the patches of a subclass, for textures."""
+
+    implementation = "gaussian:GaussianExperts"
+    kind: Literal["gaussian"] = "gaussian"
+    fine: PositiveShare = FINE
+    """Share of the channels, finest stages first, that are used."""
+    pooled: Share = 0.25
+    """Weight of the covariance of all subclasses in that of each expert."""
+    shrinkage: PositiveShare = 0.1
+    """Shrinkage of the covariance towards its mean variance."""
+
+
+@checked
+class SubspaceExpertConfig(_Expert):
+    """Residual of a subspace of the whole images of a subclass (DFM, arXiv 1909.11786)."""
+
+    implementation = "subspace:SubspaceExperts"
+    kind: Literal["subspace"] = "subspace"
+    cells: Cells = 8
+    variance: Variance = 0.97
+    max_images: MaxImages = 1_000
+
+
+@checked
+class MemoryExpertConfig(_Expert):
+    """Distance to the nearest stored normal patch of a subclass (PatchCore, arXiv 2106.08265)."""
+
+    implementation = "memory:MemoryExperts"
+    kind: Literal["memory"] = "memory"
+    calibrated: bool = True
+    """Divide a distance by the usual distance around the stored patch."""
+    max_patches: PositiveInt = 1_000
+    """Patches stored for each expert, at most."""
+    max_pool: PositiveInt = 20_000
+    """Patches of each expert drawn at random before the coreset."""
+    projection: Projection = 64
+
+
+@checked
+class DiscriminatorExpertConfig(_Expert):
+    """The paper's expert: SimpleNet's discriminator (arXiv 2303.15140, section 3.4)."""
+
+    implementation = "discriminator:DiscriminatorExperts"
+    kind: Literal["discriminator"] = "discriminator"
+    hidden: PositiveInt = 128
+    noise: PositiveFloat = 0.5
+    """Standard deviation of the noise of the synthetic anomalies, in standard deviations of a feature."""
+    margin: PositiveFloat = 0.5
+    patches: PositiveInt = 1024
+    """Patches drawn of each expert's images in a step."""
+    training: TrainingConfig = TrainingConfig(epochs=20, batch_images=8, learning_rate=1e-3, patience=5)
+
+
+@checked
+class AutoExpertConfig(_Expert):
+    """Layout experts where the position in the image explains the features, Gaussian experts elsewhere."""
+
+    kind: Literal["auto"] = "auto"
+    fine: PositiveShare = FINE
+    """Share of the channels, finest stages first, in which this is measured; `fine` of the expert that is chosen."""
+    position_variance: Share = 0.02
+    """Layout experts are chosen above this share of variance explained (0.055 on magnetic tiles, -0.013 on cloth)."""
+
+    @property
+    def candidates(self) -> tuple[ExpertConfig, ...]:
+        """The expert for images in which position matters, and the other."""
+        return LayoutExpertConfig(fine=self.fine), GaussianExpertConfig(fine=self.fine)
+
+
+ExpertConfig = (
+    AutoExpertConfig
+    | LayoutExpertConfig
+    | GaussianExpertConfig
+    | SubspaceExpertConfig
+    | MemoryExpertConfig
+    | DiscriminatorExpertConfig
+)
+
+
+@checked
+class ClosedFormRoutingConfig:
+    """Routing without a network."""
+
+    method: Literal["statistics", "likelihood"] = "statistics"
+    """By the distance of image statistics, or by the mean score of every expert."""
+
+
+@checked
+class NetworkRoutingConfig:
+    """The paper's routing network (Eq. 1 and 2)."""
+
+    method: Literal["network"] = "network"
+    norm: bool = True
+    """L2-normalise the routing features."""
+    alpha: Share = 0.5
+    """Eq. 2: weight of the centre loss against the softmax loss; 0 = softmax loss alone."""
+    embedding: PositiveInt = 64
+    """C, size of a routing feature."""
+    stride: PositiveInt = 2
+    """Stride of the routing convolution; the paper has 1, which uses every cell."""
+    centre_rate: PositiveShare = 0.5
+    """Rate at which the centres follow the routing features of their subclass."""
+    training: TrainingConfig = TrainingConfig(epochs=10, batch_images=16, learning_rate=1e-3, patience=3)
+
+
+RoutingConfig = ClosedFormRoutingConfig | NetworkRoutingConfig
+
+
+@checked
+class PlainAdaptionConfig:
+    """Test-time adaption without settings."""
+
+    method: Literal["auto", "off", "full", "paper"] = "auto"
+    """`paper`: Eq. 5-6; `full`: Eq. 5 without the subclass; `auto`: the default of the expert."""
+
+
+@checked
+class GuardedAdaptionConfig:
+    """Test-time adaption along the directions in which subclasses differ."""
+
+    method: Literal["guarded"] = "guarded"
+    directions: PositiveInt = 2
+    """r, number of directions."""
+    prior: PositiveFloat = 4.0
+    """tau, prior variance of an image along these directions; larger = adapts further beyond the known subclasses."""
+    shrinkage: Share = 0.1
+    """Shrinkage of the covariance of image statistics towards its diagonal."""
+
+
+AdaptionConfig = PlainAdaptionConfig | GuardedAdaptionConfig
+
+
+@checked
+class AdaptedMoEConfig(BaseHeadConfig):
+    """Adapted-MoE (arXiv 2409.05611): route to experts of subclasses, adapt unseen subclasses."""
+
+    implementation = "adapted_moe.head:AdaptedMoE"
+    model = "adapted-moe"
+    kind: Literal["adapted_moe"] = "adapted_moe"
+    moe: bool = True
+    """One expert for each subclass; false = one expert for all."""
+    top_k: PositiveInt = 2
+    """Experts used for an image; the paper's best is 4."""
+    temperature: PositiveFloat = 0.25
+    """Of the softmax over the similarity to each subclass; lower = the nearest subclass has more weight."""
+    aggregation: Literal["paper", "min", "mean"] = "paper"
+    """How expert scores are combined: Eq. 4 (routing weights), the minimum, or the mean."""
+    border: Border = 2
+    discover: Literal["missing", "always"] = "missing"
+    """Find subclasses in the images: if none are given, or always."""
+    discovery: Literal["kmeans", "mixture"] = "kmeans"
+    """How subclasses are found: k-means and silhouette, or a Gaussian mixture and BIC."""
+    max_subclasses: PositiveInt = 16
+    """Largest number of subclasses that discovery finds."""
+    expert: Annotated[ExpertConfig, Field(discriminator=DISCRIMINATOR)] = AutoExpertConfig()
+    routing: Annotated[RoutingConfig, Field(discriminator="method")] = ClosedFormRoutingConfig()
+    adaption: Annotated[AdaptionConfig, Field(discriminator="method")] = PlainAdaptionConfig()
+
+    def __post_init__(self) -> None:
+        rules: list[tuple[bool, str]] = []
+        if not self.moe:
+            rules += unused(self, "top_k temperature aggregation routing", why="moe=false")
+        elif self.top_k == 1:
+            rules += unused(self, "temperature aggregation", why="top_k=1")
+        if not self.expert.border:
+            expert = getattr(self.expert, DISCRIMINATOR)
+            rules += unused(self, "border", why=f"expert.{DISCRIMINATOR}={expert}")
+        if self.max_subclasses == 1:
+            rules += unused(self, "discovery", why="max_subclasses=1")
+        check(*rules)

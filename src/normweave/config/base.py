@@ -1,0 +1,44 @@
+"""The base class of the settings of a head, and the settings that several heads have."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from normweave.config.features import FeaturesConfig, TimmConfig
+from normweave.validation import InnerShare, NaturalInt, PositiveFloat, PositiveInt, checked
+
+Border = NaturalInt
+"""Outermost cells of the grid that take the score of their inner neighbours; 0 = none, as published."""
+Cells = PositiveInt
+"""The grid is averaged to at most cells x cells before it is flattened."""
+Variance = InnerShare
+"""Share of the variance that the principal components keep."""
+MaxImages = Annotated[int, Field(ge=2)]
+"""Images drawn at random to fit on, at most; bounds memory."""
+Projection = NaturalInt
+"""Dimensions of the random projection in which the coreset is chosen; 0 = no projection."""
+
+
+@checked
+class TrainingConfig:
+    """How long and how fast a part is trained by gradient."""
+
+    epochs: PositiveInt
+    batch_images: PositiveInt
+    """Images in one step."""
+    learning_rate: PositiveFloat
+    patience: NaturalInt = 0
+    """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
+
+
+class BaseHeadConfig:
+    """Class attributes of the settings of every head."""
+
+    implementation: ClassVar[str]
+    """Module and class below `normweave.heads`; the class is built as `Class(config, shape=shape, dims=dims)`."""
+    model: ClassVar[str]
+    """Name on the command line."""
+    features: ClassVar[type[FeaturesConfig]] = TimmConfig
+    """Features that the head is trained on by default."""

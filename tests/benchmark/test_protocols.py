@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from normweave.benchmark import protocols
 from normweave.benchmark.plan import read_plan
-from normweave.benchmark.protocols import PROTOCOLS, Fold, ProtocolSettings, Split, folds
+from normweave.benchmark.protocols import PROTOCOLS, DrawnSplits, Fold, ProtocolSettings, folds
 from normweave.data import splits
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
@@ -186,7 +186,7 @@ def test_a_protocol_is_added_by_registering_a_function(tmp_path: Path, monkeypat
     monkeypatch.setattr(protocols, "PROTOCOLS", dict(PROTOCOLS))
 
     @protocols.register("first-subclass")
-    def first_subclass(split: Split) -> list[Fold]:
+    def first_subclass(split: DrawnSplits) -> list[Fold]:
         return [split.fold("first", leave_out=split.subclasses[1:])]
 
     path = tmp_path / "plan.yaml"

@@ -48,7 +48,7 @@ def test_finds_the_backbones_that_timm_downloaded(monkeypatch, tmp_path):
     (tmp_path / "hub" / "models--someone--else").mkdir()
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    assert doctor.cached() == ["resnet18.a1_in1k"]
+    assert doctor.cached_weights() == ["resnet18.a1_in1k"]
 
 
 def without_torch(*arguments):

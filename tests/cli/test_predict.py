@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.cli.predict import check_outputs, find, parse_shard, summary
+from normweave.cli.predict import check_outputs, find_images, parse_shard, summary
 from normweave.errors import ConfigError, DataError
 from normweave.types import DefectBox, Outcome
 
@@ -46,7 +46,8 @@ def photos(tmp_path):
 
 def found(photos, *arguments):
     return [
-        path.removeprefix(f"{photos}/") for path in find([f"{photos}/{argument}" for argument in arguments])
+        path.removeprefix(f"{photos}/")
+        for path in find_images([f"{photos}/{argument}" for argument in arguments])
     ]
 
 
@@ -75,7 +76,9 @@ def test_a_missing_file_is_returned_to_be_reported_in_its_position(photos):
 
 def test_a_list_comes_last_without_empty_lines(photos):
     (photos / "list.txt").write_text(f"{photos}/b/1.png\n\n{photos}/gone.png\r\n{photos}/é.png")
-    assert [path.removeprefix(f"{photos}/") for path in find([str(photos / "a")], photos / "list.txt")] == [
+    assert [
+        path.removeprefix(f"{photos}/") for path in find_images([str(photos / "a")], photos / "list.txt")
+    ] == [
         "a/1.JPG",
         "a/2.png",
         "b/1.png",
@@ -93,7 +96,7 @@ def test_paths_from_stdin_are_read_one_by_one(monkeypatch):
             yield text
 
     monkeypatch.setattr("sys.stdin", lines())
-    paths = find(["-"])
+    paths = find_images(["-"])
     assert next(paths) == "one.png"
     assert read == ["one.png\n"]
 
@@ -114,13 +117,13 @@ def test_shards():
 def test_arguments_without_an_image_are_refused_at_once(photos):
     (photos / "empty").mkdir()
     with pytest.raises(DataError, match="empty contains no image"):
-        find([str(photos / "a"), str(photos / "empty")])
+        find_images([str(photos / "a"), str(photos / "empty")])
     with pytest.raises(DataError, match=r"No file matches '.*\*\.bmp'"):
-        find([f"{photos}/*.bmp"])
+        find_images([f"{photos}/*.bmp"])
     with pytest.raises(DataError, match="No image is given"):
-        find([])
+        find_images([])
     with pytest.raises(DataError, match=r"The list .*gone\.txt does not exist"):
-        find([], photos / "gone.txt")
+        find_images([], photos / "gone.txt")
 
 
 # ── the text of an outcome ───────────────────────────────────────────────────────────────────────────────────────────

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from normweave import bundle
-from normweave.cli.train import compose, int8_summary, point_row
+from normweave.cli.train import compose_settings, int8_summary, point_row
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.errors import ConfigError
 from normweave.textiles import Textile, render
@@ -28,7 +28,7 @@ NOTHING = {
 
 
 def composed(**given):
-    return compose(**NOTHING | given)
+    return compose_settings(**NOTHING | given)
 
 
 @pytest.fixture

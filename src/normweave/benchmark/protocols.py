@@ -1,7 +1,7 @@
 """Benchmark protocols: each divides a data set into folds of training and test images.
 
-To add a protocol, write a function from `Split` to folds and register it with `@register("name")`. A setting of its
-own is a field of `ProtocolSettings`. Plans read and check both from here.
+To add a protocol, write a function from `DrawnSplits` to folds and register it with `@register("name")`. A setting
+of its own is a field of `ProtocolSettings`. Plans read and check both from here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Fold:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
+class DrawnSplits:
     """A data set whose missing splits were drawn with the seed."""
 
     train: tuple[Sample, ...]
@@ -72,7 +72,7 @@ class Split:
         return Fold(name=name, samples=kept, tests={side: rows for side, rows in tests.items() if rows})
 
 
-Protocol = Callable[[Split], list[Fold]]
+Protocol = Callable[[DrawnSplits], list[Fold]]
 PROTOCOLS: dict[str, Protocol] = {}
 """By name, as in a plan."""
 
@@ -101,7 +101,7 @@ def folds(
     """
     check_protocol(protocol)
     complete = splits.complete(samples, seed=seed)
-    split = Split(
+    split = DrawnSplits(
         train=tuple(sample for sample in complete if sample.split != "test"),
         test=tuple(sample for sample in complete if sample.split == "test"),
         seed=seed,
@@ -117,20 +117,20 @@ def check_protocol(name: str) -> None:
 
 
 @register("seen")
-def _seen(split: Split) -> list[Fold]:
+def _seen(split: DrawnSplits) -> list[Fold]:
     """Train and test on every subclass; test images of other subclasses are left out."""
     fold = split.fold("all")
     return [Fold(name="all", samples=fold.samples, tests={"seen": fold.tests.get("seen", ())})]
 
 
 @register("given")
-def _given(split: Split) -> list[Fold]:
+def _given(split: DrawnSplits) -> list[Fold]:
     """Use the splits of the data set; subclasses without training images are tested as unseen."""
     return [split.fold("all")]
 
 
 @register("unseen-subclass")
-def _unseen_subclass(split: Split) -> list[Fold]:
+def _unseen_subclass(split: DrawnSplits) -> list[Fold]:
     """Test the subclasses `unseen` without training on them."""
     unseen = split.settings.unseen
     known = {sample.subclass_name: sample.subclass for sample in (*split.train, *split.test)}
@@ -149,7 +149,7 @@ def _unseen_subclass(split: Split) -> list[Fold]:
 
 
 @register("leave-one-subclass-out")
-def _leave_one_subclass_out(split: Split) -> list[Fold]:
+def _leave_one_subclass_out(split: DrawnSplits) -> list[Fold]:
     """For each subclass, train on the others and test on it alone."""
     if len(split.subclasses) < 2:
         raise DataError(
@@ -167,7 +167,7 @@ def _leave_one_subclass_out(split: Split) -> list[Fold]:
 
 
 @register("leave-k-out")
-def _leave_k_out(split: Split) -> list[Fold]:
+def _leave_k_out(split: DrawnSplits) -> list[Fold]:
     """Divide the subclasses of each category at random into sets of `leave_out`; leave each set out once."""
     size = split.settings.leave_out
     if size < 1:
@@ -191,7 +191,7 @@ def _leave_k_out(split: Split) -> list[Fold]:
 
 
 @register("multi-category")
-def _multi_category(split: Split) -> list[Fold]:
+def _multi_category(split: DrawnSplits) -> list[Fold]:
     """Train one model for all categories."""
     if len(split.categories) < 2:
         raise DataError(
@@ -202,7 +202,7 @@ def _multi_category(split: Split) -> list[Fold]:
 
 
 @register("one-per-category")
-def _one_per_category(split: Split) -> list[Fold]:
+def _one_per_category(split: DrawnSplits) -> list[Fold]:
     """Train one model for each category; test it on the subclasses of that category with training images."""
     made = (split.fold(category, category=category) for category in split.categories)
     return [

@@ -18,7 +18,7 @@ from normweave.config import TimmConfig
 from normweave.features.timm import load_model
 
 
-class Backbone(NamedTuple):
+class RegisteredBackbone(NamedTuple):
     """A backbone registered in timm."""
 
     name: str
@@ -33,7 +33,7 @@ class Backbone(NamedTuple):
     std: Sequence[float]
 
 
-def register(config: TimmConfig, *, strides: Sequence[int]) -> Backbone:
+def register(config: TimmConfig, *, strides: Sequence[int]) -> RegisteredBackbone:
     """Register a backbone with its weights in timm.
 
     Raises:
@@ -48,7 +48,7 @@ def register(config: TimmConfig, *, strides: Sequence[int]) -> Backbone:
     name = f"normweave_{config.backbone.replace('.', '_')}_{mark}"
     if not timm.is_model(name):
         _add(name, config, deepest=max(info["reduction"] for info in infos))
-    return Backbone(
+    return RegisteredBackbone(
         name=name,
         layers=[info["module"] for info in chosen],
         channels=[info["num_chs"] for info in chosen],

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torchvision.transforms import v2
 
 from normweave.bridges import backbones
-from normweave.bridges.backbones import Backbone
+from normweave.bridges.backbones import RegisteredBackbone
 from normweave.bridges.peers import PeerPlan
 from normweave.config import TimmConfig
 from normweave.errors import ConfigError, MissingError
@@ -157,7 +157,7 @@ def pre_processor(
 
 
 def _fastflow(
-    backbone: Backbone, size: tuple[int, int], own: dict[str, Any], common: dict[str, Any]
+    backbone: RegisteredBackbone, size: tuple[int, int], own: dict[str, Any], common: dict[str, Any]
 ) -> AnomalibModule:
     """Build FastFlow on our backbone; anomalib supports only four by name, so it is built on resnet18 first."""
     model = Fastflow(backbone=STAND_IN, pre_trained=False, **own, **common)
@@ -208,7 +208,9 @@ class SplitTeacher(nn.Module):
         return split
 
 
-def _reverse_distillation(architecture: str, backbone: Backbone, common: dict[str, Any]) -> AnomalibModule:
+def _reverse_distillation(
+    architecture: str, backbone: RegisteredBackbone, common: dict[str, Any]
+) -> AnomalibModule:
     teacher: nn.Module = TimmFeatureExtractor(backbone=backbone.name, layers=backbone.layers)
     known = architecture in DECODED
     if not known:

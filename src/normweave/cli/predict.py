@@ -66,7 +66,7 @@ def predict(
     """
     check_outputs(output, maps, resume=resume)
     first, step = (0, 1) if shard is None else parse_shard(shard)
-    paths: Iterator[str] = islice(find(images or [], list_), first, None, step)
+    paths: Iterator[str] = islice(find_images(images or [], list_), first, None, step)
 
     from normweave.detector import Detector
 
@@ -113,7 +113,7 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
-def find(arguments: list[str], listed: Path | None = None) -> Iterator[str]:
+def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[str]:
     """Return the paths of the images in the order of the arguments, then those of a list. Folders are sorted by path.
 
     A file may have any suffix. A path that does not exist is returned too, so that it is reported in its position.

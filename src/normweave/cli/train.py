@@ -80,7 +80,7 @@ def train(
     """Train on good images, compute the operating points and write a bundle."""
     from normweave import bundle
 
-    settings = compose(
+    settings = compose_settings(
         config=config,
         model=model,
         clip_weights=clip_weights,
@@ -124,7 +124,7 @@ def train(
     return report(terminal, detector, output)
 
 
-def compose(
+def compose_settings(
     *,
     config: Path | None,
     model: str | None,

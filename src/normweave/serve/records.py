@@ -13,7 +13,7 @@ Role = Literal["operator", "engineer"]
 """An operator inspects, reviews and reads. An engineer also changes the false-alarm rate and manages tokens."""
 Source = Literal["api", "page", "folder"]
 """How an image came in."""
-Decision = Literal["accept", "reject", "undo"]
+ReviewDecision = Literal["accept", "reject", "undo"]
 """Reviewer decision on a part: good, defective, or an earlier decision withdrawn."""
 Bucket = Literal["hour", "day", "week"]
 
@@ -28,7 +28,7 @@ class Review:
 
     at: datetime
     """UTC."""
-    decision: Decision
+    decision: ReviewDecision
     reviewer: str
     comment: str = ""
 

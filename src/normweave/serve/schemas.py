@@ -43,7 +43,7 @@ class ReviewIn(RequestBody):
     """Reviewer decision on a part."""
 
     decision: Annotated[
-        records.Decision,
+        records.ReviewDecision,
         Field(description="accept: the part is good; reject: it is defective; undo: no decision."),
     ]
     reviewer: Annotated[Name, Field(description="If empty, the name of the token.")] = ""
@@ -115,7 +115,7 @@ class ReviewOut(_FromRecord):
     """Reviewer decision."""
 
     at: datetime
-    decision: records.Decision
+    decision: records.ReviewDecision
     reviewer: str
     comment: str
 

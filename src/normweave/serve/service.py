@@ -38,11 +38,11 @@ from normweave.serve.database import StoreError
 from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
 from normweave.serve.records import (
-    Decision,
     Inspection,
     NotFoundError,
     RateChange,
     Review,
+    ReviewDecision,
     Source,
     StoredImage,
 )
@@ -336,7 +336,9 @@ class InspectionService:
             raise _not_found(id)
         return found
 
-    async def review(self, id: int, *, decision: Decision, reviewer: str, comment: str = "") -> Inspection:
+    async def review(
+        self, id: int, *, decision: ReviewDecision, reviewer: str, comment: str = ""
+    ) -> Inspection:
         """Add a reviewer decision.
 
         Raises:

@@ -22,7 +22,7 @@ from normweave.heads.adapted_moe.experts.layout import LayoutExperts
 from normweave.heads.adapted_moe.experts.memory import MemoryExperts
 from normweave.heads.adapted_moe.experts.subspace import SubspaceExperts
 from normweave.heads.adapted_moe.head import aggregate
-from normweave.heads.adapted_moe.router import choose
+from normweave.heads.adapted_moe.router import select_experts
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import block_statistics
 from normweave.training import train
@@ -177,7 +177,7 @@ def test_routing_by_likelihood_asks_all_and_keeps_those_that_find_the_image_usua
     features, _ = images(3, seed=2)
     all_scores = head.branch(features, statistics(features), torch.arange(K).expand(3, -1))[:, :, 0]
 
-    choice = choose(-all_scores.mean(dim=(2, 3)), temperature=0.25, top_k=2)
+    choice = select_experts(-all_scores.mean(dim=(2, 3)), temperature=0.25, top_k=2)
     expected = aggregate(all_scores[torch.arange(3)[:, None], choice.experts], choice.weights, how="paper")
 
     torch.testing.assert_close(head(features).scores, expected, rtol=1e-4, atol=1e-4)

@@ -6,7 +6,7 @@ import torch
 
 from builders import InMemory
 from normweave.config import NetworkRoutingConfig, TrainingConfig
-from normweave.heads.adapted_moe.router import Router, RouterStage, choose
+from normweave.heads.adapted_moe.router import Router, RouterStage, select_experts
 from normweave.training import train
 from normweave.types import FitData
 
@@ -116,7 +116,7 @@ def test_routes_by_the_cosine_to_the_centres():
 def test_choice_is_a_softmax_of_which_the_best_are_kept_and_renormalised(top_k, temperature):
     similarity = torch.tensor([[0.2, 0.9, 0.5], [0.4, -0.3, 0.1]])
 
-    choice = choose(similarity, temperature=temperature, top_k=top_k)
+    choice = select_experts(similarity, temperature=temperature, top_k=top_k)
 
     for row, (weights, experts) in enumerate(zip(*choice, strict=True)):
         exponentials = [math.exp(value / temperature) for value in similarity[row].tolist()]

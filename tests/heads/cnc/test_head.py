@@ -240,7 +240,7 @@ def test_learned_prompts_need_a_text_encoder(given):
     with pytest.raises(
         MissingError,
         match=r"head\.prompts\.text=learned needs a text encoder, and these features have none here\. "
-        r"Install one with: pip install 'normweave\[clip\]', choose features\.kind=open_clip or offline_pair, "
+        r"Install one with: pip install 'normweave\[clip\]', choose other features \(open_clip or offline_pair\), "
         r"or set head\.prompts\.text=auto\.",
     ):
         start(fit_data(pair=given), prompts={"text": "learned"})

@@ -22,7 +22,7 @@ from normweave.heads.adapted_moe.discovery import (
     position_variance,
 )
 from normweave.heads.adapted_moe.experts.base import Normals, fine_channels
-from normweave.heads.adapted_moe.router import Router, RouterStage, choose
+from normweave.heads.adapted_moe.router import Router, RouterStage, select_experts
 from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
@@ -209,7 +209,7 @@ class AdaptedMoE(Head):
         similarity = similarity[:, : branch.number]  # there may be one expert for several subclasses
         if allowed is not None:
             similarity = similarity.masked_fill(~allowed, -torch.inf)  # weight 0
-        choice = choose(similarity, temperature=config.temperature, top_k=config.top_k)
+        choice = select_experts(similarity, temperature=config.temperature, top_k=config.top_k)
         if scores is None:
             scores = branch(features, samples, choice.experts)  # (B, T, V, h, w)
         else:

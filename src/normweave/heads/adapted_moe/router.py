@@ -18,7 +18,7 @@ class Choice(NamedTuple):
     experts: Tensor  # (B, T) int64, heaviest first
 
 
-def choose(similarity: Tensor, *, temperature: float, top_k: int) -> Choice:
+def select_experts(similarity: Tensor, *, temperature: float, top_k: int) -> Choice:
     """Select the top k experts by softmax and renormalise their weights.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a plan says of a peer is read, and what cannot be is named."""
+"""The settings of a peer in a plan are read, and mistakes are named."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_a_whole_number_will_do_for_a_share():
 
 
 @pytest.mark.parametrize(
-    ("model", "assignment", "says"),
+    ("model", "assignment", "message"),
     [
         ("anomalib/pdim", "epochs=1", "Unknown peer 'anomalib/pdim'. Did you mean 'anomalib/padim'"),
         ("anomalib/stfpm", "epoch=1", "Unknown setting of anomalib/stfpm 'epoch'. Did you mean 'epochs'"),
@@ -62,8 +62,8 @@ def test_a_whole_number_will_do_for_a_share():
         ("anomalib/padim", "prepare.hight=3", "Did you mean 'prepare.height'"),
     ],
 )
-def test_what_is_wrong_is_named(model: str, assignment: str, says: str):
-    with pytest.raises(ConfigError, match=says):
+def test_what_is_wrong_is_named(model: str, assignment: str, message: str):
+    with pytest.raises(ConfigError, match=message):
         peers.read(model, [assignment], seed=0)
 
 

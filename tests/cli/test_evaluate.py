@@ -1,17 +1,13 @@
-"""The table, the files and the exit code of an evaluation; new operating points."""
+"""The table, the files and the exit code of an evaluation."""
 
 import json
-import shutil
 
 import pytest
 
-from normweave import bundle
 from normweave.cli.evaluate import report
 from normweave.cli.terminal import Terminal
 
 from .conftest import run
-
-SMALL_SET = ("--size=64", "--test-images=0", "--defect-images=0", "--seed=9")
 
 
 def values(**given):
@@ -178,24 +174,3 @@ def test_chosen_subclasses(trained, cloth, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)["by_subclass"]) == ["cloth/satin-navy-diffuse"]
-
-
-def test_calibrating_replaces_the_operating_points_only(trained, cloth, tmp_path):
-    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=2")
-    own = tmp_path / "own.bundle"
-    shutil.copytree(trained.bundle, own)
-    result = run("calibrate", own, tmp_path / "more", "--false-alarm-rate", "0.25", "--json")
-    assert result.exit_code == 0, result.output
-    output = json.loads(result.stdout)
-    assert output["false_alarm_rate"] == 0.25
-    assert output["calibration_images"] == 12
-    assert output["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
-    assert bundle.weights_hash(own) == bundle.weights_hash(trained.bundle)
-
-
-def test_calibrating_with_too_few_keeps_the_bundle(trained, tmp_path):
-    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=1")
-    before = bundle.bundle_hash(trained.bundle)
-    result = run("calibrate", trained.bundle, tmp_path / "more", "--false-alarm-rate", "0.01")
-    assert result.exit_code == 3, result.output
-    assert bundle.bundle_hash(trained.bundle) == before

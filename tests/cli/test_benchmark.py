@@ -1,0 +1,62 @@
+"""The command passes its options to the benchmark and prints the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from normweave.benchmark import run as benchmark
+from normweave.errors import DataError
+
+from .conftest import run
+
+ROWS = [{"method": "DFM", "image_auroc": 0.5}]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the benchmark, which writes a table and measures nothing."""
+    calls = []
+
+    def fake(plan, *, output, **options):
+        calls.append((plan, output, options))
+        output.mkdir()
+        (output / "small.md").write_text("| method | AUROC |\n")
+        return ROWS
+
+    monkeypatch.setattr(benchmark, "run", fake)
+    return calls
+
+
+def test_options_are_passed_on(calls, tmp_path):
+    folders = {"root": tmp_path / "data", "cache": tmp_path / "cache"}
+    result = run(
+        *("benchmark", "plans/small.yaml", "-o", tmp_path / "results", "--jobs", 3),
+        *("--root", folders["root"], "--cache", folders["cache"]),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "| method | AUROC |\n\n"
+    assert calls == [
+        (Path("plans/small.yaml"), tmp_path / "results", folders | {"jobs": 3, "progress": None})
+    ]
+
+
+def test_json_holds_the_rows_and_the_path_of_the_table(calls, tmp_path):
+    result = run("benchmark", "small.yaml", "-o", tmp_path / "results", "--json")
+    assert json.loads(result.stdout) == {"table": str(tmp_path / "results" / "small.md"), "rows": ROWS}
+    assert calls[0][2] == {"root": None, "jobs": 1, "cache": None, "progress": None}
+
+
+def test_a_failed_benchmark_has_exit_code_2(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise DataError("Every run failed.")
+
+    monkeypatch.setattr(benchmark, "run", fail)
+    result = run("benchmark", "small.yaml", "-o", tmp_path / "results")
+    assert (result.exit_code, "Every run failed." in result.output) == (2, True)
+
+
+def test_a_missing_plan_is_named(tmp_path):
+    result = run("benchmark", tmp_path / "gone.yaml", "-o", tmp_path / "results")
+    assert result.exit_code == 2
+    assert "gone.yaml" in result.output

@@ -1,0 +1,61 @@
+"""New operating points: the bundle changes in nothing else, and only if there are enough images."""
+
+import json
+import shutil
+
+import pytest
+
+from normweave import bundle
+
+from .conftest import run
+
+SMALL_SET = ("--size=64", "--test-images=0", "--defect-images=0", "--seed=9")
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    """A copy of the bundle."""
+    return shutil.copytree(trained.bundle, tmp_path / "own.bundle")
+
+
+def test_calibrating_replaces_the_operating_points_only(trained, own, tmp_path):
+    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=2")
+    result = run("calibrate", own, tmp_path / "more", "--false-alarm-rate", "0.25", "--json")
+    assert result.exit_code == 0, result.output
+    output = json.loads(result.stdout)
+    assert output["false_alarm_rate"] == 0.25
+    assert output["calibration_images"] == 12
+    assert output["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
+    assert bundle.weights_hash(own) == bundle.weights_hash(trained.bundle)
+
+
+def test_calibrating_with_too_few_keeps_the_bundle(trained, tmp_path):
+    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=1")
+    before = bundle.bundle_hash(trained.bundle)
+    result = run("calibrate", trained.bundle, tmp_path / "more", "--false-alarm-rate", "0.01")
+    assert result.exit_code == 3, result.output
+    assert bundle.bundle_hash(trained.bundle) == before
+
+
+def test_unreadable_images_are_listed_and_change_the_exit_code(own, tmp_path):
+    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=2")
+    broken = min((tmp_path / "more").rglob("*.png"))
+    broken.write_bytes(b"no image")
+    arguments = ("calibrate", own, tmp_path / "more", "--false-alarm-rate", "0.25")
+    result = run(*arguments, "--json")
+    assert result.exit_code == 4, result.output
+    output = json.loads(result.stdout)
+    assert [refusal["image_path"] for refusal in output["refused"]] == [str(broken)]
+    assert output["calibration_images"] == 11
+    result = run(*arguments)
+    assert result.exit_code == 4
+    assert f"unreadable  {broken}" in result.stdout
+    assert "calibrated on 11 others for a false-alarm rate of 0.25" in result.stdout
+
+
+def test_images_of_the_fit_are_refused(own, cloth):
+    before = bundle.bundle_hash(own)
+    result = run("calibrate", own, cloth)
+    assert result.exit_code == 2
+    assert "was used in training, so it cannot be used for calibration" in result.output
+    assert bundle.bundle_hash(own) == before

@@ -1,0 +1,92 @@
+"""The command turns its options into a configured server; what a running server does is tested in tests/serve."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from .conftest import run
+
+process = pytest.importorskip("normweave.serve.process", reason="needs pip install 'normweave[serve]'")
+
+MIB = 2**20
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The servers that would run: their address, limits and certificate."""
+    runs = []
+
+    def fake(app, listening, *, config, certificate):
+        runs.append((listening.getsockname(), config, certificate))
+
+    monkeypatch.setattr(process, "run", fake)
+    return runs
+
+
+def serve(bundle, *options):
+    return run("serve", bundle, "--port", 0, *options)
+
+
+def test_limits_are_those_of_the_options(trained, runs, tmp_path):
+    result = serve(
+        *(trained.bundle, "--data", tmp_path / "data", "--max-waiting", 5, "--max-images", 9),
+        *("--max-image-mib", 100, "--max-megapixels", 3, "--keep-days", 7, "--keep-gib", 2),
+    )
+    assert result.exit_code == 0, result.output
+    ((address, config, certificate),) = runs
+    assert address[0] == "127.0.0.1"
+    assert (config.max_waiting, config.max_images) == (5, 5)  # a request never holds more than may wait
+    assert (config.max_image_bytes, config.max_request_bytes) == (100 * MIB, 200 * MIB)
+    assert (config.max_pixels, config.keep_days, config.keep_gib) == (3_000_000, 7, 2)
+    assert certificate is None
+
+
+def test_a_request_may_have_128_mib_even_if_images_are_small(trained, runs, tmp_path):
+    serve(trained.bundle, "--data", tmp_path / "data", "--max-image-mib", 2)
+    assert runs[0][1].max_request_bytes == 128 * MIB
+
+
+def test_tokens_are_printed_by_the_first_start_only(trained, runs, tmp_path):
+    def start(*options):
+        result = serve(trained.bundle, "--data", tmp_path / "data", "--json", *options)
+        assert result.exit_code == 0, result.output
+        output = json.loads(result.stdout)
+        assert output["url"] == f"http://127.0.0.1:{runs[-1][0][1]}"
+        assert output["data"] == str(tmp_path / "data")
+        return [token["role"] for token in output["tokens"]]
+
+    assert sorted(start()) == ["engineer", "operator"]
+    assert start() == []
+    assert start("--new-token", "operator") == ["operator"]
+    assert start("--no-token") == []
+
+
+def test_inspections_are_stored_next_to_the_bundle_by_default(trained, runs, tmp_path):
+    own = shutil.copytree(trained.bundle, tmp_path / "own.bundle")
+    result = serve(own)
+    assert result.stdout.count("printed only once") == 2
+    assert f"Results are stored in {tmp_path / 'inspections'}" in result.stdout
+    assert any((tmp_path / "inspections").iterdir())
+
+
+@pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
+def test_other_machines_without_tls_are_remarked(trained, runs, tmp_path, host, warned):
+    result = serve(trained.bundle, "--data", tmp_path / "data", "--host", host)
+    assert result.exit_code == 0, result.output
+    assert ("sent unencrypted" in result.stderr) == warned
+
+
+def test_nothing_is_written_if_an_option_is_wrong(trained, runs, tmp_path):
+    result = serve(trained.bundle, "--data", tmp_path / "data", "--new-token", "boss")
+    assert (result.exit_code, runs) == (2, [])
+    assert "Unknown role 'boss'" in result.output
+    assert not (tmp_path / "data").exists()
+
+
+def test_without_its_libraries_the_installation_is_named(trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "normweave.serve.store", None)
+    result = serve(trained.bundle)
+    assert result.exit_code == 2
+    assert 'pip install "normweave[serve]"' in result.output

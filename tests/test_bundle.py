@@ -287,7 +287,7 @@ def test_a_newer_format_says_how_to_upgrade(saved):
 @pytest.mark.parametrize("version", [None, 0, -1, True, "1", 1.0, []])
 def test_a_format_that_is_none(saved, version):
     change(saved, format=version)
-    refused(lambda: bundle.read(saved), "must say its format, a whole number from 1")
+    refused(lambda: bundle.read(saved), "must contain its format, a whole number from 1")
 
 
 @pytest.mark.parametrize("files", [None, [], "a", {"report.html": 3}, {"report.html": "abc"}])

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
-    """Import the detector, and torch with it, when it is asked for."""
+    """Import `Detector` on its first use, so that `import normweave` is fast."""
     if name == "Detector":
         from normweave.detector import Detector
 

@@ -259,7 +259,7 @@ def _read_listing(folder: Path) -> _Listing:
 
     version = record.pop("format", None)
     if type(version) is not int or version < 1:
-        raise BundleError(f"{path} must say its format, a whole number from 1, got {version!r:.60}.")
+        raise BundleError(f"{path} must contain its format, a whole number from 1, got {version!r:.60}.")
     if version < FORMAT:
         raise BundleError(
             f"{folder} is in format {version}, of normweave 0.1, and this normweave reads format {FORMAT}. "

@@ -61,8 +61,8 @@ class Detector:
         config: every setting.
         subclass_names: what images are routed to; empty without routing.
         subclasses: category and subclass of each name, and of the training data.
-        record: what it was trained on, as JSON holds it.
-        operating_points: the thresholds; None: not drawn yet, so that no verdict can be given.
+        record: what it was trained on, as JSON values.
+        operating_points: the thresholds; None: not computed yet, so that no verdict can be given.
         bundle_hash: identifies the bundle on disk.
         refused: images that could not be read while fitting or calibrating.
     """
@@ -99,7 +99,7 @@ class Detector:
         config: Config | None = None,
         **options: Any,
     ) -> Detector:
-        """Learn from good images; `normweave.fitting.fit` documents all options. Needs torch."""
+        """Fit a detector to good images; `normweave.fitting.fit` documents all options. Needs torch."""
         # By name: fitting builds on this module, which runs without torch.
         fitting = importlib.import_module("normweave.fitting")
         detector: Detector = fitting.fit(
@@ -111,10 +111,10 @@ class Detector:
     def load(
         cls, folder: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto"
     ) -> Detector:
-        """Read a bundle; every hash is checked, and that its graph is self-contained.
+        """Read a bundle, and check the hash of every file and that the graph is self-contained.
 
         Args:
-            threads: of the network; None: as many as there are processors.
+            threads: number of threads of the network; None: as many as there are processors.
             device: auto, cpu, cuda or cuda:N; openvino or openvino:GPU.
 
         Raises:
@@ -157,7 +157,7 @@ class Detector:
 
     @property
     def calibration(self) -> Calibration | None:
-        """The held-out normal images and the thresholds drawn from them."""
+        """The scores of the held-out normal images and the thresholds computed from them."""
         return self.operating_points and self.operating_points.calibration
 
     @property
@@ -242,7 +242,7 @@ class Detector:
         """Return the outcome of an image from the scores of its tiles.
 
         Raises:
-            BundleError: no operating point has been drawn.
+            BundleError: no operating point has been computed.
             DataError: a score is not finite.
         """
         if tiles is None:
@@ -328,9 +328,9 @@ class Detector:
     def stream_embeddings(
         self, samples: Sequence[Sample], *, cache: Path | None = None, progress: Progress | None = None
     ) -> Iterator[tuple[Sample, NDArray[np.float32]]]:
-        """Return the embedding (C,) of each image by which subclasses are told apart, the mean over its tiles.
+        """Yield each image with its embedding (C,), the mean over its tiles. Embeddings separate the subclasses.
 
-        Nothing is returned where the network has no embedding, or for images that cannot be read.
+        Yields nothing if the network has no embedding, and skips images that cannot be read.
         """
         if not self.network.embeds:
             return
@@ -409,7 +409,7 @@ class Detector:
         layout: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Draw the operating points from other normal images, none of which the fit used.
+        """Compute the operating points from other normal images, none of which the fit used.
 
         Raises:
             DataError: an image was used for fitting, or none can be read.
@@ -448,7 +448,7 @@ class Detector:
         cache: Path | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Draw the operating points from the chosen rows, held-out normal images.
+        """Compute the operating points from the chosen rows, held-out normal images.
 
         Raises:
             CheckError: there are too few images for the rate.
@@ -475,7 +475,7 @@ class Detector:
 
         Raises:
             CheckError: there are too few held-out images for this rate.
-            BundleError: no operating point has been drawn.
+            BundleError: no operating point has been computed.
         """
         if self.operating_points is None:
             raise BundleError("This detector has no operating point. Calibrate it with normal images first.")
@@ -491,7 +491,7 @@ class Detector:
     # ---------------------------------------------------------------- on disk
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the bundle: to a temporary name, then renamed.
+        """Write the bundle under a temporary name, then rename it.
 
         Raises:
             BundleError: the folder exists and `overwrite` is not set.

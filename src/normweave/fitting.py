@@ -1,7 +1,7 @@
 """Fit a detector: good images and settings to a `Detector` whose network runs in torch.
 
 The fit images pass through the stages (images, features, head). The calibration images, which the fit does not use, are
-scored, and the operating points are drawn from their scores. Test images are dropped before any file is opened.
+scored, and the operating points are computed from their scores. Test images are dropped before any file is opened.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def fit(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Detector:
-    """Learn from good images.
+    """Fit a detector to good images.
 
     Args:
         data: a manifest, a folder in a known layout, or samples or paths of good images.
@@ -185,8 +185,8 @@ def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
 def quantize(detector: Detector, *, progress: Progress | None = None) -> Detector:
     """Return the detector with its backbone in int8: smaller and faster, with slightly different scores.
 
-    The operating points are drawn anew from its own scores of the same held-out images. The ranges are measured on fit
-    images, so that the held-out ones stay unused.
+    The operating points are computed again, from the int8 scores of the same held-out images. The ranges are measured
+    on fit images, so that the held-out ones stay unused.
 
     Raises:
         ConfigError: the detector was not just fitted, or its backbone has no convolution.

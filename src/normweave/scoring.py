@@ -101,7 +101,7 @@ def anomaly_map(
 
 
 class OperatingPoints(NamedTuple):
-    """The thresholds of a detector, drawn from held-out normal images."""
+    """The thresholds of a detector, computed from held-out normal images."""
 
     calibration: Calibration
     map_threshold: float | None  # of boxes; None: the threshold of the image score is used
@@ -116,7 +116,7 @@ class OperatingPoints(NamedTuple):
         subclasses: Mapping[str, tuple[str, str | None]],
         outcome: OutcomeConfig,
     ) -> OperatingPoints:
-        """Draw the thresholds for a false-alarm rate.
+        """Compute the thresholds for a false-alarm rate.
 
         Args:
             scores: of held-out normal images.

@@ -1,7 +1,8 @@
 """Settings from YAML files and from `a.b=c`. One error names all mistakes by their dotted key.
 
 YAML is read by the rules of YAML 1.2: `off` and `no` are text (PyYAML's 1.1 makes them `false`), `2e-4` is a number
-(1.1 makes it text), dates are text. Types are strict: text never becomes a number, nor a number a truth value.
+(1.1 makes it text), dates are text. Types are strict: text is not converted to numbers, and numbers
+are not converted to booleans.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from normweave.validation import DISCRIMINATOR, fields_of, joined, mistakes, var
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the truth values and numbers of YAML 1.2, and no key twice."""
+    """Loader of safe YAML with the booleans and numbers of YAML 1.2. Duplicate keys are an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the name that PyYAML reads
         first: [
@@ -86,7 +87,7 @@ def with_clip(config: Config, weights: str) -> Config:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Return the settings as JSON and YAML hold them, for `from_dict`."""
+    """Return the settings as JSON values; `from_dict` reads them back."""
     return dict(json.loads(json.dumps(asdict(config))))
 
 
@@ -191,7 +192,7 @@ def _plain(value: Any) -> Any:
 
 
 def _texts(cls: Any, prefix: str = "") -> set[str]:
-    """Return the dotted keys of all settings that are text."""
+    """Return the dotted keys of all settings of type `str`."""
     keys = set()
     for name, field in fields_of(cls).items():
         if field.annotation is str:

@@ -1,6 +1,6 @@
 """The data that passes between the stages. No torch at run time.
 
-Axes: B images, D numbers a patch, (h, w) grid of patches, (H, W) pixels, P = h*w patches, K subclasses = experts.
+Axes: B images, D channels, (h, w) grid of patches, (H, W) pixels, P = h*w patches, K subclasses = experts.
 Sizes are (height, width). Scores have one direction everywhere: higher = more anomalous.
 """
 
@@ -136,7 +136,7 @@ class SyntheticAnomalies(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FitData:
-    """What a head is fitted on: fit images only, neither calibration nor test images."""
+    """The training data of a head: fit images only, neither calibration nor test images."""
 
     features: FeatureSource
     """Of n images, standardised per channel."""
@@ -224,7 +224,7 @@ class OutcomeColumn(NamedTuple):
     in_file: bool  # an array that is kept in a file of its own; tables hold its path
 
     def as_json(self, value: Any) -> Any:
-        """Return the value as JSON can hold it; None for an array."""
+        """Return the value as a JSON value; None for an array."""
         if self.is_list:
             return [self.type._make(item)._asdict() for item in value]
         return None if self.in_file else value
@@ -274,7 +274,7 @@ class Outcome:
         return _columns(cls)  # type: ignore[arg-type] # mypy: the hash of a dataclass is that of its instances
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON can hold them, without the pixels of the map."""
+        """Return all fields as JSON values, without the pixels of the map."""
         return {column.name: column.as_json(getattr(self, column.name)) for column in self.columns()}
 
 

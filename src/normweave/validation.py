@@ -95,7 +95,7 @@ def joined(found: Sequence[str], *, source: str) -> ConfigError:
 
 
 def mistakes(error: ValidationError, settings: Any) -> list[str]:
-    """Return what is wrong, one line a mistake: the dotted key, what is allowed, what was given."""
+    """Return one line for each mistake: the dotted key, what is allowed, what was given."""
     found: list[str] = []
     for each in error.errors(include_url=False):
         section, key, owner, choices, discriminator = _locate(settings, each["loc"])

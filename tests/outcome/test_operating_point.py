@@ -237,7 +237,7 @@ def test_a_record_with_something_missing_is_refused():
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(DataError, match="must be finite, got 1 that are not"):
         draw_threshold([1.0, math.inf, 2.0], false_alarm_rate=0.3)
-    with pytest.raises(DataError, match=r"one number an image, got shape \(2, 2\)"):
+    with pytest.raises(DataError, match=r"one number per image, got shape \(2, 2\)"):
         draw_threshold(np.zeros((2, 2)), false_alarm_rate=0.3)
     with pytest.raises(DataError, match="must be finite, got nan"):
         calibration().decide(score=math.nan)

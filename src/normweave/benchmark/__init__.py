@@ -1,1 +1,1 @@
-"""How well a detector detects: data sets x protocols x seeds, one command a table."""
+"""Benchmark: evaluate detectors over data sets, protocols and seeds, and write results tables."""

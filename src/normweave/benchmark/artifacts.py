@@ -34,7 +34,7 @@ class RunArtifacts:
     Args:
         scores: by test set, (n, 3) of the readable test images: whether anomalous, pred_score, threshold.
         maps: by test set, those of `shown`, (h, w) each; None where the image could not be read.
-        embeddings: (n, C) by which the head tells subclasses apart; None: it has none.
+        embeddings: (n, C) embeddings of images, in which the subclasses are separated; None if the head has none.
         subclass_names: `Sample.subclass_name` of each of the embeddings.
         roles: (n,) indices into `ROLES`.
     """

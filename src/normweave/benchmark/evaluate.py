@@ -305,7 +305,8 @@ def read_metrics(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
     """Read the metrics.json of another detector on the same test images, to compare over-generalisation.
 
     Raises:
-        DataError: the file is not one, that detector does not decode, or it was tested on other images.
+        DataError: the file is not a metrics.json, has no over-generalisation (for example because the detector has no
+            decoder), or was measured on other images.
     """
     try:
         metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

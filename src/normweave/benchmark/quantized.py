@@ -1,4 +1,4 @@
-"""Quantize a detector and check what int8 costs on labelled images."""
+"""Quantize a detector and check on labelled images how much accuracy int8 loses."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from normweave.errors import CheckError, DataError
 from normweave.types import Progress, Sample
 
 LARGEST_LOSS = 0.005
-"""Of an AUROC, as a share."""
+"""Largest difference by which an AUROC in [0, 1] may fall."""
 COMPARED = ("image_auroc", "pixel_auroc")
 
 
 def quantize_and_check(
     detector: Detector, labelled: Sequence[Sample] | None, *, progress: Progress | None = None
 ) -> Detector:
-    """Return a detector that was just fitted with its backbone in int8, if that does not cost too much.
+    """Return a newly fitted detector with its backbone in int8; raise CheckError if its AUROCs fall too far.
 
-    The AUROCs of both are in its record under `int8_check`; None if nothing was compared.
+    The record has the AUROCs in float and in int8 under `int8_check`; None if they were not compared.
 
     Args:
         labelled: normal and anomalous images that training has not seen, with or without masks; None: no check.

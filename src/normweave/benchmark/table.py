@@ -27,13 +27,13 @@ METRICS = (
 )
 OVER_GENERALISATION = ("d_normal", "d_abnormal", "ratio", "cell_auroc")
 CHANGES = ("ratio", "cell_auroc")
-"""Of these, the change against the baseline of a method is shown."""
+"""Metrics whose change against the baseline of the method is shown."""
 COMPARED = ("image_auroc", "pixel_auroc")
-"""Of these, the difference to the baseline is tested for significance."""
+"""Metrics whose difference to the baseline is tested for significance."""
 COSTS = ("train_s", "test_ms", "inference_ms", "peak_mib", "parameters")
-"""Of a run. Results of older versions lack some."""
+"""Costs of a run. Results of older versions do not have all of them."""
 POOLED, MEAN = "(pooled)", "(mean)"
-"""Rows beside those of the categories: their test images together, and the mean over the categories."""
+"""Names of two further rows: all test images together, and the mean over the categories."""
 
 
 class Column(NamedTuple):
@@ -178,7 +178,7 @@ def _by_subclass(
 
 
 def _by_seed(results: Sequence[Result], side: str, category: str, name: str) -> dict[int, float]:
-    """Return the mean over the folds in which the metric is defined, by seed."""
+    """Return a metric for each seed: its mean over the folds in which it is defined."""
     if category == MEAN:
         parts = [_by_seed(results, side, one, name) for one in _categories(results, side)]
         return {

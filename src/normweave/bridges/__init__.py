@@ -1,1 +1,1 @@
-"""Other people's shapes: their models in our benchmark, our detectors in their engines; imported when asked for."""
+"""Adapters: anomalib's models in our benchmark, and our detectors in anomalib. Imported only when used."""

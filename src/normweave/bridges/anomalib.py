@@ -33,8 +33,8 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
     """Any of our detectors as a model of anomalib, for `Engine.fit`, `test`, `predict` and `export`.
 
     One epoch collects the paths of the training images. Then `fitting.fit` reads the files themselves, holds out
-    calibration images and draws the threshold from them; anomalib's validation images are not used. The Engine passes
-    the whole image, resized by anomalib: on images of the prepared size, scores and maps are those of
+    calibration images and computes the threshold from them; anomalib's validation images are not used. The Engine
+    passes the whole image, resized by anomalib: on images of the prepared size, scores and maps are those of
     `detector.score`; large images are not tiled. `pred_label` is whether the score is above the threshold of the
     subclass that the image is routed to; anomalib has no label for `unknown`.
 
@@ -65,7 +65,7 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
             config = settings.from_dict(config or {})
         super().__init__(
             pre_processor=pre_processor((config.prepare.height, config.prepare.width)),
-            post_processor=False,  # it would draw its threshold from labelled test images
+            post_processor=False,  # it would compute its threshold from labelled test images
             evaluator=evaluator,
             visualizer=visualizer,
         )
@@ -125,7 +125,7 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         input_size: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> Path:
-        """Export as anomalib does, with the operator set of our own export."""
+        """Export as anomalib does, but with the ONNX opset version of our own export."""
         arguments = {"opset_version": OPSET} | kwargs
         written: Path = super().to_onnx(export_root, model_file_name, input_size, **arguments)
         return written
@@ -136,7 +136,7 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         checkpoint["hyper_parameters"] = {"config": settings.as_dict(self.config)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise: a checkpoint has neither the thresholds nor the record of the training.
+        """Raise an error, because a checkpoint has neither the thresholds nor the record of the training.
 
         Raises:
             BundleError: always.
@@ -162,7 +162,7 @@ class InferenceModule(nn.Module):
         config = detector.config
         network = detector.network
         assert isinstance(network, TorchNetwork)
-        assert detector.calibration is not None  # drawn by the fit
+        assert detector.calibration is not None  # computed by the fit
         self.module = TorchModule(extractor=network.extractor, standard=network.standard, head=network.head)
         _, h, w = network.extractor.shape
         smooth = config.maps.smoothing

@@ -85,14 +85,14 @@ def quiet_anomalib() -> Iterator[None]:
 
 
 def build(plan: PeerPlan, *, work: Path) -> AnomalibModule:
-    """The untrained peer.
+    """Return an untrained model of anomalib.
 
     Args:
         work: an empty folder for generated textures, which are needed until the end of the training.
 
     Raises:
-        MissingError: weights that the peer needs are not available.
-        ConfigError: the peer cannot use a setting.
+        MissingError: weights that the model needs are not available.
+        ConfigError: the model cannot use a setting.
     """
     config = plan.config
     size = (config.prepare.height, config.prepare.width)

@@ -39,7 +39,7 @@ with warnings.catch_warnings():
 
 
 def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Detector:
-    """Train a model of anomalib on the fit images; the operating points are drawn from the calibration images.
+    """Train a model of anomalib on the fit images; compute the operating points from the calibration images.
 
     Raises:
         MissingError, ConfigError: as `models.build`.
@@ -104,7 +104,7 @@ class AnomalibNetwork(Network):
     def write(
         self, folder: Path, *, record: Mapping[str, Any], calibration: Calibration | None, overwrite: bool
     ) -> None:
-        """Raise: a model of anomalib cannot be saved as a bundle.
+        """Raise an error, because a model of anomalib cannot be saved as a bundle.
 
         Raises:
             BundleError: always.
@@ -168,7 +168,7 @@ def _train(
     held: NDArray[np.int64] | None = None
     if plan.name == "efficient_ad":
         # Its maps are scaled by images that it is not trained on. These are fit images, since the threshold must be
-        # drawn from images that it has not seen at all.
+        # computed from images that it has not seen at all.
         owners = scanned.owner[chosen]
         groups = [scanned.samples[owner].group or str(scanned.samples[owner].image_path) for owner in owners]
         out = splits.holdout(

@@ -53,7 +53,7 @@ def manifest(
     subclass: options.Subclass = None,
     layout: options.Layout = None,
 ) -> int:
-    """Write one manifest of all images in folders: a table with one row an image, to check, correct and train on.
+    """Write one manifest of all images in folders: a table with one row per image, to check, correct and train on.
 
     The layout of each folder is recognized, unless --layout names one for all folders.
     """

@@ -35,7 +35,7 @@ def predict(
     ] = None,
     list_: Annotated[
         Path | None,
-        typer.Option("--list", help="File with paths of more images, one a line.", show_default=False),
+        typer.Option("--list", help="File with paths of more images, one per line.", show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -155,7 +155,7 @@ def _listed(path: Path) -> Iterator[str]:
 
 
 def _lines(file: Iterable[str]) -> Iterator[str]:
-    """Yield one path a line, without empty lines."""
+    """Yield the path on each line that is not empty."""
     for text in file:
         if path := text.rstrip("\r\n"):
             yield path

@@ -1,8 +1,8 @@
 """Every setting, in the order in which an image passes through the detector. No torch.
 
-Bounds are annotations that pydantic checks. A section with variants (`features`, `head`, `head.expert`, ...) is a union
-told apart by its discriminator field. The string under a field is its help text. `settings.py` reads these classes
-from YAML and from `a.b=c`. Every class of the modules of this package can be imported from `normweave.config`.
+Bounds are annotations that pydantic checks. A section with variants (`features`, `head`, `head.expert`, ...) is a
+union, and its discriminator field selects the variant. The string under a field is its help text. `settings.py` reads
+these classes from YAML and from `a.b=c`. Every class of the modules of this package can be imported from `normweave.config`.
 """
 
 from __future__ import annotations

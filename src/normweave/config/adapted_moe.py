@@ -35,7 +35,7 @@ class _Expert:
 
     @property
     def candidates(self) -> tuple[ExpertConfig, ...]:
-        """The experts to choose from: this one."""
+        """The candidates for the expert: this one only."""
         return (self,)  # type: ignore[return-value]
 
 
@@ -58,7 +58,7 @@ class LayoutExpertConfig(_Expert):
     components: PositiveInt = 200
     """Upper bound of the number of components."""
     own: Share = 0.5
-    """Weight of an expert's own scale against that of all images."""
+    """Weight of the variances of an expert's own images; those of all images have the weight 1 - own."""
     max_images: MaxImages = 1_000
 
 
@@ -71,7 +71,7 @@ class GaussianExpertConfig(_Expert):
     fine: PositiveShare = FINE
     """Share of the channels, finest stages first, that are used."""
     pooled: Share = 0.25
-    """Weight of the covariance of all subclasses in that of each expert."""
+    """Weight of the covariance of all subclasses; that of the expert's own images has the weight 1 - pooled."""
     shrinkage: PositiveShare = 0.1
     """Shrinkage of the covariance towards its mean variance."""
 
@@ -94,7 +94,7 @@ class MemoryExpertConfig(_Expert):
     implementation = "memory:MemoryExperts"
     kind: Literal["memory"] = "memory"
     calibrated: bool = True
-    """Divide a distance by the usual distance around the stored patch."""
+    """Divide a distance by the mean distance of normal patches to the stored patch."""
     max_patches: PositiveInt = 1_000
     """Patches stored for each expert, at most."""
     max_pool: PositiveInt = 20_000
@@ -208,7 +208,7 @@ class AdaptedMoEConfig(BaseHeadConfig):
     top_k: PositiveInt = 2
     """Experts used for an image; the paper's best is 4."""
     temperature: PositiveFloat = 0.25
-    """Of the softmax over the similarity to each subclass; lower = the nearest subclass has more weight."""
+    """Temperature of the softmax over similarities to subclasses; lower = more weight for the nearest subclass."""
     aggregation: Literal["paper", "min", "mean"] = "paper"
     """How expert scores are combined: Eq. 4 (routing weights), the minimum, or the mean."""
     border: Border = 2

@@ -16,14 +16,14 @@ Cells = PositiveInt
 Variance = InnerShare
 """Share of the variance that the principal components keep."""
 MaxImages = Annotated[int, Field(ge=2)]
-"""Images drawn at random to fit on, at most; bounds memory."""
+"""Largest number of images for the fit, drawn at random; bounds memory."""
 Projection = NaturalInt
 """Dimensions of the random projection in which the coreset is chosen; 0 = no projection."""
 
 
 @checked
 class TrainingConfig:
-    """How long and how fast a part is trained by gradient."""
+    """Epochs, batch size, learning rate and early stopping of a training stage."""
 
     epochs: PositiveInt
     batch_images: PositiveInt
@@ -41,4 +41,4 @@ class BaseHeadConfig:
     model: ClassVar[str]
     """Name on the command line."""
     features: ClassVar[type[FeaturesConfig]] = TimmConfig
-    """Features that the head is trained on by default."""
+    """Default features of the head."""

@@ -60,7 +60,7 @@ class PromptsConfig:
     )
     """Descriptions of an anomalous patch."""
     temperature: PositiveFloat = 0.07
-    """Of the softmax over prompts; the paper's 0.001 is for CLIP's own scale."""
+    """Temperature of the softmax over prompts; the paper's 0.001 is for CLIP's own scale."""
     joint_levels: tuple[int, ...] = ()
     """Levels that the text losses use, from 0; empty = all."""
     distillation: NaturalFloat = 0.1
@@ -68,20 +68,21 @@ class PromptsConfig:
     promotion: NaturalFloat = 0.03
     """Weight of the normality promotion."""
     weight: NaturalFloat = 0.25
-    """beta: weight of the text score beside the reconstruction, both in standard deviations of held-out normals."""
+    """beta: weight of the text score, added to the reconstruction score; both are standardised on held-out normals."""
     training: TrainingConfig = TrainingConfig(epochs=15, batch_images=8, learning_rate=5e-3)
 
 
 @checked
 class GuideConfig:
-    """The normality guide of CNC: patches are decoded as mixtures of tokens of the normal."""
+    """The normality guide of CNC: patches are decoded as mixtures of tokens of the normal state."""
 
     tokens: Literal["text", "free", "off"] = "off"
-    """Words before the first normal state, or free tokens."""
+    """`text`: outputs of the text encoder at learnable words, in a prompt of the first normal state; `free`: learnable
+    tokens without text; `off`: no guide."""
     words: Annotated[int, Field(ge=2)] = 16
     """M, number of tokens."""
     residual: Share = 0.0
-    """Share of the patch itself that bypasses the guide; 0 = none."""
+    """Weight of the residual connection around the guide; 0 = none."""
 
     def __post_init__(self) -> None:
         if self.tokens == "off":
@@ -106,7 +107,7 @@ class SyntheticConfig:
 
 @checked
 class CNCConfig(BaseHeadConfig):
-    """CNC (arXiv 2501.00346): one decoder for all categories, constrained by prompts of the normal."""
+    """CNC (arXiv 2501.00346): one decoder for all categories, constrained by prompts of the normal state."""
 
     implementation = "cnc.head:CNC"
     model = "cnc"
@@ -115,9 +116,9 @@ class CNCConfig(BaseHeadConfig):
     width: PositiveInt = 96
     """d, size of a token in the decoder."""
     blocks: PositiveInt = 1
-    """Transformer blocks a level."""
+    """Number of transformer blocks per level."""
     heads: PositiveInt = 4
-    """Of every attention; they share d."""
+    """Number of attention heads; each has d / heads channels."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout of the fused tokens in training."""
     bottleneck: NaturalInt = 0
@@ -132,7 +133,7 @@ class CNCConfig(BaseHeadConfig):
     """Bring each level's map to mean 0 and std 1 over the held-out normals of the nearest subclass."""
     border: Border = 1
     precision: Literal["32", "bf16"] = "32"
-    """Of the decoder in training; losses and gate logits are in 32 bits in both."""
+    """Precision of the decoder in training. With bf16, losses and gating logits still have 32 bits."""
     training: TrainingConfig = TrainingConfig(epochs=20, batch_images=8, learning_rate=1e-3)
 
     def __post_init__(self) -> None:

@@ -41,7 +41,7 @@ class OfflinePairConfig(_Features):
 
     kind: Literal["offline_pair"] = "offline_pair"
     weights: Literal["auto", "random"] = "auto"
-    """Of the vision side: those that pip carries, with which the text side is aligned; or untrained, for tests."""
+    """Weights of the vision side. `auto`: from pip, aligned with the text side; `random`: untrained, for tests."""
     strides: tuple[int, ...] = (4, 8, 16, 32)
     """Levels to use, by their stride to the input; must hold 32, which is projected to the joint space."""
     grid_stride: PositiveInt = 16
@@ -67,7 +67,7 @@ class OpenClipConfig(_Features):
     layers: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (6, 12, 18, 24)
     """Blocks whose patch tokens are used, counted from 1."""
     batch_images: PassImages = 1
-    """A large transformer gains little from more on a CPU, and a single image would pay for all of them."""
+    """Images in one pass; every pass is padded to it. On a CPU a large transformer gains little from more than 1."""
 
 
 FeaturesConfig = TimmConfig | OfflinePairConfig | OpenClipConfig

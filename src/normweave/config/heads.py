@@ -32,7 +32,7 @@ class MemoryBankConfig(BaseHeadConfig):
     max_patches: PositiveInt = 5_000
     """Upper bound of the size of the coreset."""
     max_pool: PositiveInt = 50_000
-    """Patches drawn at random before the coreset; bounds memory and time."""
+    """Largest number of patches, drawn at random, from which the coreset is chosen; bounds memory and time."""
     projection: Projection = 64
     border: Border = 2
 
@@ -62,7 +62,7 @@ class MSFlowConfig(BaseHeadConfig):
     blocks: PositiveInt = 2
     """Coupling blocks of the finest level."""
     further_blocks: NaturalInt = 3
-    """Blocks that each coarser level has more: 2, 5 and 8 are the paper's."""
+    """Number of blocks that each coarser level has in addition; the paper has 2, 5 and 8 blocks, as the default."""
     position: Annotated[int, Field(ge=4, multiple_of=4)] = 32
     """Size of the position encoding of each block; the paper has 64."""
     clamp: PositiveFloat = 1.9
@@ -83,7 +83,7 @@ class PyramidFlowConfig(BaseHeadConfig):
     levels: PositiveInt = 4
     """Levels of the Laplacian pyramid."""
     blocks: PositiveInt = 4
-    """Each couples every level with its neighbours once."""
+    """Number of blocks, each of which couples every level with its neighbours once."""
     kernel: OddInt = 3
     """Side of the convolutions, odd; the paper has 7 on a grid eight times as fine."""
     volume: Literal["channel", "space"] = "channel"
@@ -109,9 +109,9 @@ class MeanShiftConfig(BaseHeadConfig):
     neighbours: PositiveInt = 2
     """k: the score is the mean distance to the k nearest normal images."""
     max_images: PositiveInt = 5_000
-    """Normal images to be compared with, drawn at random; bounds memory."""
+    """Largest number of normal images to compare with, drawn at random; bounds memory."""
     training: TrainingConfig = TrainingConfig(epochs=20, batch_images=32, learning_rate=0.1)
-    """By SGD, for an adapter with random initial weights; the paper's rate of 1e-5 is for a trained backbone."""
+    """The learning rate is for SGD on an adapter with random weights; the paper's 1e-5 is for a trained backbone."""
 
 
 @checked

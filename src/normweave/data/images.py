@@ -112,9 +112,9 @@ def content_hash(source: ImageInput) -> str:
 def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArray[np.bool_]:
     """Return the defect pixels (H, W) from an image, or from a text file of boxes.
 
-    Image: a pixel is defect if its brightest channel is above 127 (of 255). If no value is above 15, every value above
-    0 is defect: such masks number the types of defect (VisA) or mark defects with 1. Masks with higher values, but none
-    above 127, are refused, because they would be empty.
+    Image: a pixel is defective if its brightest channel is above 127 (of 255). If no value is above 15, every pixel
+    above 0 is defective: such masks number the types of defect (VisA) or mark defects with 1. Masks with higher values,
+    but none above 127, are refused, because they would be empty.
     Text (`.txt`): one box per line, `x1 y1 x2 y2` and anything after, in pixels; rows y1..y2-1, columns x1..x2-1.
 
     Raises:

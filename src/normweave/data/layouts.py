@@ -22,7 +22,7 @@ SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
 MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
 VISA_TABLE = Path("split_csv") / "1cls.csv"
 TILE_SPAN = 90
-"""Magnetic tiles: images of one tile have numbers at most this far from the next."""
+"""Magnetic tiles: the numbers of consecutive images of one tile differ by at most this."""
 
 
 @dataclass(frozen=True)

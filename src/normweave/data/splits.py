@@ -228,7 +228,7 @@ def _check_splits(samples: Sequence[Sample], contents: Mapping[Path, Hashable]) 
 
 
 def _keys(sample: Sample, content: Hashable) -> Iterator[tuple[str, Hashable]]:
-    """Yield what an image may share with others."""
+    """Yield the file and the group of an image; images with one of these in common belong to one unit."""
     yield "file", content
     if sample.group is not None:
         yield "group", sample.group

@@ -3,7 +3,7 @@
 Layout of the folder:
 
     FINGERPRINT/SEGMENT.f16   rows of D*h*w float16 (the machine's byte order), one after another
-    FINGERPRINT/SEGMENT.keys  the key of each row, one a line
+    FINGERPRINT/SEGMENT.keys  the key of each row, one per line
 
 One process writes a segment once, so processes need no locks: they read each other's segments and at worst compute a
 row twice. A row is synced to the disk before its key is written. After a kill or a power failure, the complete lines

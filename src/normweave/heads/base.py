@@ -76,8 +76,8 @@ class TrainingStage(ABC):
 class Head(nn.Module):
     """Turns features into patch scores.
 
-    Fit in this order: `begin`, every stage of `stages` trained, `finish`. What is fitted lives in parameters and
-    buffers, so that `state_dict` holds all of it. A head must override `forward`; everything else has a default.
+    Fit in this order: `begin`, every stage of `stages` trained, `finish`. Everything fitted is a parameter or a
+    buffer, so that `state_dict` contains all of it. A head must override `forward`; everything else has a default.
     """
 
     subclass_names: tuple[str, ...] = ()
@@ -95,7 +95,7 @@ class Head(nn.Module):
         """Fit everything in closed form that the training stages need."""
 
     def stages(self, data: FitData) -> Sequence[TrainingStage]:
-        """Return what is trained by gradient, in order."""
+        """Return the training stages in order; none if nothing is trained by gradient."""
         return ()
 
     def finish(self, data: FitData) -> None:
@@ -116,11 +116,11 @@ class Head(nn.Module):
         return scores
 
     def embed(self, features: Tensor) -> Tensor | None:
-        """Return the embedding (B, C) by which subclasses are told apart; None where the head has none."""
+        """Return the embeddings (B, C) of the images, which separate the subclasses; None if the head has none."""
         return None
 
     def notes(self) -> dict[str, Any]:
-        """Return what was decided while fitting, as JSON holds it."""
+        """Return the choices that were made while fitting, as JSON values."""
         return {}
 
     def train(self, mode: bool = True) -> Self:

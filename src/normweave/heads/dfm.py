@@ -20,12 +20,12 @@ class DFM(Head):
 
     Ahuja et al. 2019 (arXiv 1909.11786), scored by the feature reconstruction error of anomalib's DFM:
 
-        r = (x - m) - C C^T (x - m),  image score |r|,  cell score = root of r^2 summed over the channels
+        r = (x - m) - C C^T (x - m),  image score |r|,  cell score = norm of r over the channels
 
     (anomalib gives the squares of both and keeps one component less.)
 
     Args:
-        shape: (D, h, w) of the features; averaged to F = D * cells * cells numbers an image.
+        shape: (D, h, w) of the features; averaged to F = D * cells * cells values per image.
     """
 
     mean: Tensor  # (F,)

@@ -75,7 +75,7 @@ class MeanShift(Head):
         self.bank = torch.cat(self._adapted(data, rows.numpy()))
 
     def _adapted(self, data: FitData, rows: NDArray[np.int64] | None = None) -> list[Tensor]:
-        """Return phi of these images in batches, (n, D) each."""
+        """Return the adapted image features phi of the chosen rows (None = all images), a tensor (n, D) per batch."""
         return [
             self.adapter(features.mean(dim=(2, 3)) + self.offset)
             for _, features in batches(data.features, rows)
@@ -104,7 +104,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return phi of (B, D) features, (B, D) of length one."""
+        """Return phi, unit vectors (B, D), from mean features (B, D)."""
         return F.normalize(features + self.second(self.first(features).relu()), dim=1)
 
 

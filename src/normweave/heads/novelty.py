@@ -30,7 +30,7 @@ def covariance_within(
     """Return the means of the subclasses (K, N) and the shrunk covariance within them (N, N), plus 1e-4 I.
 
     Args:
-        samples: (n, N), one row an image.
+        samples: (n, N), one row per image.
         subclasses: (n,) in 0..K-1, each at least once.
         shrinkage: of the covariance towards its diagonal, in [0, 1].
     """
@@ -48,8 +48,9 @@ def covariance_within(
 class SubclassNovelty(nn.Module):
     """Distance of the statistics of an image to each known subclass, by which unknown products are detected.
 
-    Ours: the Mahalanobis distance of s to the mean t_k of each subclass under the covariance within subclasses, shrunk
-    halfway to its diagonal and divided by the number of statistics, so that about 1 is usual for any D.
+    Not from a paper. The Mahalanobis distance of s to the mean t_k of each subclass, with the covariance within
+    subclasses, shrunk halfway to its diagonal. The square is divided by the number of statistics, so that normal images
+    have distances of about 1 for any D.
 
     Args:
         statistics: N numbers of an image.

@@ -16,9 +16,9 @@ from normweave.errors import DataError
 from normweave.types import Tile
 
 REFERENCE = 256
-"""Side in pixels of an image for which `smoothing` is the standard std of the Gaussian in pixels."""
+"""Side in pixels of an image for which `smoothing` is the std of the Gaussian in pixels."""
 TRUNCATE = 4.0
-"""Radius of the Gaussian in standard stds."""
+"""Radius of the Gaussian in multiples of its std."""
 
 
 @lru_cache(maxsize=64)
@@ -26,7 +26,7 @@ def map_matrix(cells: int, pixels: int, *, smoothing: float) -> NDArray[np.float
     """Return the matrix (pixels, cells) that upsamples and smooths one axis; every row adds up to 1.
 
     Bilinear interpolation with cell c at pixel (c + ½) · pixels / cells − ½ (torch's align_corners=False), then a
-    Gaussian with standard std `smoothing * pixels / 256` and replicate padding. Padding with zeros would lower
+    Gaussian with std `smoothing * pixels / 256` and replicate padding. Padding with zeros would lower
     the scores at the border. The result is cached and read-only.
     """
     at = np.clip((np.arange(pixels) + 0.5) * cells / pixels - 0.5, 0, cells - 1)

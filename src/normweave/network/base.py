@@ -99,7 +99,7 @@ class Reader:
         return self.network(inputs, excluded)
 
     def embed(self, inputs: Any) -> NDArray[np.float32] | None:
-        """Return the embeddings (n, C) by which subclasses are told apart; None if the network has none."""
+        """Return the embeddings (n, C) of the images, which separate the subclasses; None if the network has none."""
         return None
 
 

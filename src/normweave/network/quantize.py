@@ -99,7 +99,10 @@ def quantize_backbone(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> byte
 
 
 def backbone(model: ModelProto) -> list[str]:
-    """Return the names of the backbone's convolutions except the first, and of the activations and sums after them."""
+    """Return the names of the operators to compute in int8.
+
+    These are the convolutions of the backbone without its first `FLOAT_FIRST`, and the activations and sums after them.
+    """
     own = [
         node.name
         for node in model.graph.node

@@ -206,7 +206,7 @@ class FeatureReader(Reader):
 
     @torch.inference_mode()
     def embed(self, inputs: Tensor) -> NDArray[np.float32] | None:
-        """Return the embeddings (n, C) by which subclasses are told apart; None if the head has none."""
+        """Return the embeddings (n, C) of the images, which separate the subclasses; None if the head has none."""
         embedding = self.torch.head.embed(self.torch.standard(inputs.to(self.torch.device)))
         return None if embedding is None else embedding.cpu().numpy()
 

@@ -37,7 +37,7 @@ class OperatingPoint:
     false_alarm_rate: float
     """The highest expected share of new normal images above the threshold, in (0, 1)."""
     drawn_from: int
-    """The number of held-out normal images from which the threshold was drawn."""
+    """The number of held-out normal images from which the threshold was computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def p_value(score: float, normal_scores: ArrayLike) -> float:
 
 
 class Calibration:
-    """The scores of a detector's held-out normal images, and the operating points drawn from them.
+    """The scores of a detector's held-out normal images, and the operating points computed from them.
 
     If the head routes, each subclass with enough held-out normal images has its own operating point, and its
     false-alarm rate holds for new normal images of that subclass. A subclass with too few uses the operating point of
@@ -115,9 +115,9 @@ class Calibration:
     together, not for each subclass; `Decision.pooled_over` reports it. Categories are used only if there are several
     and only where a category has several subclasses.
 
-    An image is `unknown` if its routing distance exceeds the threshold for `unknown_rate`, drawn by the same rule. If
-    there are too few images for that rate, the threshold is the largest distance of all, with the lowest rate that n
-    images allow, 1/(n + 1). `as_dict` contains the rate that holds.
+    An image is `unknown` if its routing distance exceeds the threshold for `unknown_rate`, computed by the same rule.
+    If there are too few images for that rate, the threshold is the largest distance of all, with the lowest rate that
+    n images allow, 1/(n + 1). `as_dict` contains the rate that holds.
 
     With `unseen`, an image beyond that threshold is first compared with the leave-one-subclass-out scores of its
     category. The only subclass of a category has none: without it, the head knows nothing of the category.
@@ -351,7 +351,7 @@ def _pooled_over(pool: _Group) -> Literal["subclass", "category", "all"]:
 def _finite(values: ArrayLike, what: str) -> NDArray[np.float64]:
     numbers = np.asarray(values, dtype=np.float64)
     if numbers.ndim != 1:
-        raise DataError(f"The {what} must be one number an image, got shape {numbers.shape}.")
+        raise DataError(f"The {what} must be one number per image, got shape {numbers.shape}.")
     if not np.isfinite(numbers).all():
         raise DataError(f"The {what} must be finite, got {int((~np.isfinite(numbers)).sum())} that are not.")
     return numbers

@@ -71,7 +71,7 @@ def write_page(
 
     Args:
         metrics: the content of metrics.json; tables that are missing or empty are left out.
-        predictions: one row an image, as in predictions.csv.
+        predictions: one row per image, as in predictions.csv.
         render_images: returns the thumbnails (h, w, 3) of prediction i by caption; called for at most 24 predictions.
             A NormweaveError is shown instead of the thumbnails.
         provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target.

@@ -25,7 +25,7 @@ DATABASE = "store.sqlite"
 def create_app(
     service: InspectionService, *, access: Access | None, watch: Watch | None = None, pages: bool = True
 ) -> FastAPI:
-    """Return the ASGI application of a server. Its shutdown answers all accepted images.
+    """Return the ASGI application of a server. On shutdown it first finishes all accepted images.
 
     Args:
         access: None: requests need no token.

@@ -120,7 +120,7 @@ class LimitsMiddleware:
 
 
 def _length(scope: Scope) -> int | None:
-    """Return the content length in the head of the request; None if it is missing or malformed."""
+    """Return the value of the Content-Length header; None if it is missing or malformed."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and len(value) < 20:
             return int(value)

@@ -1,4 +1,4 @@
-"""The login form: plain HTML that loads nothing from behind the authentication."""
+"""The login form: plain HTML that loads nothing, since everything else needs a login."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def run(
 
 
 def protocol_with_timeout(seconds: float) -> type[asyncio.Protocol]:
-    """Return the HTTP protocol of uvicorn with a time limit for the head of a request, which uvicorn lacks.
+    """Return the HTTP protocol of uvicorn with a time limit for the headers of a request, which uvicorn lacks.
 
     Args:
         seconds: limit for the first request of a connection; later requests have up to twice this time.

@@ -35,7 +35,7 @@ class Review:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredImage:
-    """Files of an inspection, named by the SHA-256 of their content, and what it takes to compute its anomaly map."""
+    """Files of an inspection, named by the SHA-256 of their content, and values to compute its anomaly map from."""
 
     image_hash: str
     image_type: str

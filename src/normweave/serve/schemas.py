@@ -75,7 +75,7 @@ _MODEL_NAMES = {"DefectBox": "Box", "ExpertWeight": "Expert"}
 
 
 def outcome_names(outcome: type[Outcome]) -> list[str]:
-    """Return the names of the fields of an outcome that an answer has."""
+    """Return the names of the fields of an outcome that are part of a response."""
     return [
         column.name
         for column in outcome.columns()
@@ -84,7 +84,7 @@ def outcome_names(outcome: type[Outcome]) -> list[str]:
 
 
 def outcome_model(outcome: type[Outcome], *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
-    """Return `base` with the fields of an outcome; items of lists are objects."""
+    """Return a subclass of `base` with the fields of an outcome. Items of its lists are pydantic models, not tuples."""
     names = outcome_names(outcome)
     fields: dict[str, Any] = {}
     for column in outcome.columns():

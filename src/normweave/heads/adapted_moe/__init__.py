@@ -1,1 +1,1 @@
-"""Adapted-MoE (arXiv 2409.05611): one expert a subclass of normal, a router, and adaption to what was never seen."""
+"""Adapted-MoE (arXiv 2409.05611): one expert per subclass, a router, and test-time adaption."""

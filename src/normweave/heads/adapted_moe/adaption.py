@@ -1,4 +1,4 @@
-"""Test-time adaption: normalise an image of an unseen subclass to the features that the experts were fitted on.
+"""Test-time adaption: normalise the features of unseen subclasses to those of the training images.
 
 arXiv 2409.05611, Eq. 5-6, and a guarded form of our own (docs/equations.md).
 """
@@ -91,8 +91,8 @@ class PaperAdaption(Adaption):
 
         x' = (x - mean(x)) * std_k / std(x) + c_k,    x'' = x' / |x'|
 
-    c_k and std_k are mean and std over all training patches of subclass k. Training images are adapted in the same
-    way, so that the experts are fitted on patches of length one.
+    c_k and std_k are mean and std over all training patches of subclass k. Training images are adapted likewise, so
+    that the experts are fitted to patches of length one.
 
     Args:
         width: D.

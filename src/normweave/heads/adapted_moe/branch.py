@@ -45,11 +45,11 @@ class ExpertBranch(nn.Module):
 
     @property
     def number(self) -> int:
-        """K experts; 0 if another branch was selected."""
+        """Return K, the number of experts; 0 if `select` has deleted them."""
         return len(self.scale_mean)
 
     def select(self, selected: bool) -> None:
-        """Use this branch, or delete its experts. The sizes of the buffers tell which, also after loading."""
+        """Keep the experts of this branch, or delete them. Buffers of size 0 mark this, also after loading."""
         self.scale_mean, self.scale_std = torch.zeros(int(selected)), torch.ones(int(selected))
         if not selected:
             for name, tensor in list(self.experts.state_dict().items()):
@@ -71,7 +71,7 @@ class ExpertBranch(nn.Module):
         if len(rows) == 0:
             return
         images = np.zeros(number)
-        sums = np.zeros((number, 2))  # of scores and of their squares, a patch
+        sums = np.zeros((number, 2))  # of the mean score of an image, and of its mean squared score
         for batch, features in batches(source, rows):
             own = experts[batch]
             scores = self.experts(features[:, None], torch.from_numpy(own)[:, None])

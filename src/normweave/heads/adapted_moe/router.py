@@ -32,14 +32,14 @@ def select_experts(similarity: Tensor, *, temperature: float, top_k: int) -> Cho
 class Router(nn.Module):
     """The routing network of arXiv 2409.05611.
 
-    Eq. 1: x = GAP(relu(W * X + b)), with W a 3x3 convolution, and with `norm` then x / |x|.
-    Eq. 2: L = mean over images of alpha |x - c_y|^2 - (1 - alpha) log softmax_j(w_j . x)[y]; the paper sums.
+    Eq. 1: x = GAP(relu(W * X + b)), with W a 3x3 convolution; x is L2-normalised if `config.norm` is set.
+    Eq. 2: L = alpha |x - c_y|^2 - (1 - alpha) log softmax_j(w_j . x)[y], averaged over images (summed in the paper).
 
     The centres c_k follow the embeddings of their subclass (Wen et al. 2016, Eq. 4 and Algorithm 1); no gradient
     reaches them. Images are routed by the cosine of x and c_k.
 
     Args:
-        width: D.
+        width: D, number of channels of the features.
     """
 
     centres: Tensor  # (K, C)

@@ -1,7 +1,7 @@
 """The joint space of image patches and text prompts, and the losses in it.
 
 The paper (arXiv 2501.00346) names cross-modal feature distillation and normality promotion. We had no access to its
-formulas, so these are ours. Axes: B images, L levels, N positions, J dimensions of the joint space, P prompts, the
+formulas, so these are our own. Axes: B images, L levels, N positions, J dimensions of the joint space, P prompts, the
 normal ones first.
 """
 
@@ -82,7 +82,7 @@ def margin(similarity: Tensor, *, normal: int, temperature: float) -> Tensor:
 
 
 def distances(levels: Sequence[Tensor], decoded: Sequence[Tensor]) -> Tensor:
-    """Return 1 - cos(E_l, D_l) at each position, (B, L, N), for (B, N, D_l) each."""
+    """Return 1 - cos(E_l, D_l) at each position, (B, L, N), of encoded and decoded tokens (B, N, D_l) per level."""
     return torch.stack(
         [1 - F.cosine_similarity(E, D, dim=-1) for E, D in zip(levels, decoded, strict=True)], dim=1
     )
@@ -106,14 +106,18 @@ def prompt_loss(
 
 
 def distillation(encoded: Tensor, decoded: Tensor) -> Tensor:
-    """Return the cross-modal feature distillation loss: mean |s(D) - s(E)| over cosines (B, L, N, P).
+    """Return the cross-modal feature distillation loss: mean |s(D) - s(E)| of cosines (B, L, N, P) to the prompts.
 
-    Decoded patches shall be as similar to each prompt as the encoded ones. The prompts have no gradient.
+    It trains decoded patches to be as similar to each prompt as the encoded ones. The prompts get no gradient.
     """
     return (decoded - encoded).abs().mean()
 
 
 def promotion(decoded: Tensor, *, normal: int, temperature: float) -> Tensor:
-    """Return the normality promotion loss: cross entropy of decoded patches to the normal state; (B, L, N, P)."""
+    """Return the normality promotion loss: the mean cross-entropy of decoded patches to the normal state.
+
+    Args:
+        decoded: (B, L, N, P) cosines of decoded patches to the prompts.
+    """
     logits = state_logits(decoded, normal=normal, temperature=temperature)
     return -logits.log_softmax(-1)[..., 0].mean()

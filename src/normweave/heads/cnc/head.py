@@ -38,7 +38,7 @@ class CNC(Head):
 
     The levels' tokens E_l (frozen, standardised) are fused, pass a gated mixture of experts and optionally attend to
     tokens of the normal state; a decoder reconstructs each level, D_l. It is trained on normal images and on synthetic
-    anomalies, which shall be decoded as the image without the anomaly, and constrained by prompts of the normal state
+    anomalies, whose target is the image without the anomaly, and constrained by prompts of the normal state
     in the space that images share with text.
 
         a = mean_l (1 - cos(E_l, D_l) - mu_lk) / sd_lk + beta (margin(E) - mu_k) / sd_k

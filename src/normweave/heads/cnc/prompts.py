@@ -16,7 +16,7 @@ from normweave.types import Text
 
 
 class Prompts(nn.Module):
-    """Embeddings of prompts: a learnable context, shared by all categories, followed by the words of a state.
+    """Embeddings of prompts. A prompt is a learnable context, shared by all categories, and the words of a state.
 
         t_p = TextEncoder([V_1 … V_m, words of state p]),    |t_p| = 1
 
@@ -48,7 +48,7 @@ class Prompts(nn.Module):
         self.embeddings = torch.zeros(len(self.states), joint_dim)
 
     def forward(self, text: Text | None) -> Tensor:
-        """Return the prompts in the joint space, (P, J) of length one, with gradients."""
+        """Return the prompt embeddings, unit vectors (P, J) in the joint space, with gradients."""
         if text is not None:
             return _on_device(text, self.learnt).encode_prompts(self.learnt, self.states)
         return F.normalize(self.learnt, dim=1)
@@ -61,7 +61,7 @@ class Prompts(nn.Module):
 
 
 class Guidance(nn.Module):
-    """M tokens of the normal state: outputs of the text encoder at M learnable words in a prompt of that state.
+    """M tokens of the normal state: the outputs of the text encoder at M learnable words, in a prompt of that state.
 
     Without a text encoder the tokens themselves are learnable.
 

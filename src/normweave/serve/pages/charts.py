@@ -49,7 +49,7 @@ def histogram(normals: ArrayLike, stored: ArrayLike, *, limit: float, moved: flo
 
 
 def over_time(counts: Sequence[Count], *, bucket: Bucket, shares: bool) -> str:
-    """Draw the number of inspections of each result, one column an hour, day or week; at most the newest 200 columns.
+    """Draw the number of inspections of each result, one column per hour, day or week; at most the newest 200 columns.
 
     Args:
         shares: draw all columns equally tall, to compare rates instead of numbers.

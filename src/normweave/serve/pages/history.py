@@ -60,7 +60,7 @@ CHOICES: dict[str, Mapping[str, str] | None] = {
     "review": REVIEWS,
     "name": None,
 }
-"""What can be chosen, with the allowed values; None: any text."""
+"""The fields of the filter with their allowed values; None: any text."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -254,7 +254,7 @@ class HistoryPage(Page):
 
 
 def table(inspections: list[Inspection]) -> str:
-    """Return a table of inspections; `data-id` names the inspection that a click opens."""
+    """Return an HTML table of inspections; `data-id` is the id of the inspection that a click opens."""
     rows = [
         (
             inspection,
@@ -281,7 +281,7 @@ COLUMNS = (
 
 
 def csv_lines(store: Store, chosen: Filter) -> Iterator[str]:
-    """Yield a table for a spreadsheet, oldest inspection first, a few rows at a time."""
+    """Yield the text of a CSV file of the chosen inspections, oldest first, in blocks of `CSV_ROWS` rows."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS)
     writer.writeheader()
@@ -307,5 +307,5 @@ def _csv_row(inspection: Inspection) -> dict[str, object]:
 
 
 def _without_formula(value: object) -> object:
-    """Mark a text that a spreadsheet would read as a formula as text."""
+    """Put an apostrophe before text that a spreadsheet would execute as a formula."""
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -120,7 +120,7 @@ def _fill(score: float, threshold: float) -> float:
 
 
 def row(inspection: Inspection, *, shown: bool) -> str:
-    """Return a row of a list; `data-id` names the inspection that a click selects."""
+    """Return a row of a list; `data-id` is the id of the inspection that a click selects."""
     outcome = inspection.outcome
     return render_macro(
         TEMPLATE,

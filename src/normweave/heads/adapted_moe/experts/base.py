@@ -52,14 +52,14 @@ class Normals:
 
 
 class Experts(nn.Module):
-    """K experts, one a subclass, that score patches by how much they differ from the normal patches of the subclass.
+    """K experts, one for each subclass, that score how much patches differ from the normal patches of the subclass.
 
     A new type of expert overrides `fit` and `forward`, or `start`, `stages` and `forward` if it is trained by gradient.
     It is built as `Class(config, shape=(D, h, w), unit=unit)`, where unit is the std of a channel of its features.
     """
 
     standardised: bool = False
-    """Scores have mean 0 and std 1 on normal images that were not fitted on, so that none need be held out."""
+    """Scores already have mean 0 and std 1 on normal images outside of the fit, so that none are held out for this."""
     default_adaption: Literal["off", "full", "guarded"] = "guarded"
     """Test-time adaption with `head.adaption.method=auto`."""
 
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         """Draw the initial weights of this many experts."""
 
     def stages(self, *, assign: Assign, adapt: Adapt) -> Sequence[TrainingStage]:
-        """Return what is trained by gradient."""
+        """Return the training stages; none if nothing is trained by gradient."""
         return ()
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
@@ -121,5 +121,5 @@ def to_grid(cells: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def fine_channels(share: float, width: int) -> int:
-    """Return the number of channels that this share of the D = `width` channels is, at least 1."""
+    """Return the number of channels in this share of `width` channels, at least 1."""
     return max(1, round(share * width))

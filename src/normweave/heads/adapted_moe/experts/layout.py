@@ -1,4 +1,4 @@
-"""Layouts: residual of whole images of all subclasses, for products whose parts have fixed positions."""
+"""Layout experts: PCA residual of whole feature maps, for products whose parts have fixed positions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from normweave.heads.dfm import principal_components
 
 
 class LayoutExperts(Experts):
-    """Residual of whole images after a projection on components of all subclasses, relative to its usual size.
+    """PCA residual of the whole feature map, standardised for each expert.
 
-    Ours. Residuals r = (x - m) - C C' (x - m) as in `SubspaceExperts`, but of one subspace for all experts and at two
-    cell sizes. Their usual size is measured for each expert on normal images of groups that the subspace was not fitted
-    on. The first map uses all channels: it is the maximum over both cell sizes and over `Detail`, which is the residual
-    at full resolution. The second map uses the coarsest stage and gives the image score.
+    Not from a paper. As in `SubspaceExperts`, x is the feature map of an image, averaged to cells and flattened, and
+    r = (x - m) - C C' (x - m). Here all experts use one subspace, fitted to the images of all subclasses, at two cell
+    sizes. Each expert has its own variances of r, and its own mean and std of the scores (see `View`). They are
+    measured on normal images of groups that were left out when the subspace was fitted.
+
+    The first map uses all channels. It is the maximum over both cell sizes and over `Detail`, the residual at the full
+    resolution of the features. The second map uses the channels of the coarsest stage and gives the image score.
     """
 
     standardised = True
@@ -78,13 +81,14 @@ class LayoutExperts(Experts):
 class View(nn.Module):
     """One cell size and range of channels of `LayoutExperts`.
 
-    With S the covariance between channels and s^2 the mean square, channel by channel and cell by cell, of the
-    residuals r of images left out of the fit, the score of a cell is
+    The distance d of a cell with the residual r (D',) is
 
-        by_cells:  sqrt(sum over channels of r^2 / (half s^2 of channel and cell + half s^2 of the channel))
-        otherwise: sqrt(r' (half S + half its mean variance I)^-1 r) / root of its mean square at this cell
+        by_cells:  d^2 = sum over channels of r^2 / (0.5 s_cell^2 + 0.5 s^2)
+        otherwise: d^2 = r' (0.5 S + 0.5 v I)^-1 r / q
 
-    minus its mean and divided by its std on those images.
+    where s_cell^2 is the mean square of a channel at this cell, s^2 that over all cells, S the second moment of the
+    channels over all cells, v the mean of its diagonal, and q the mean of the numerator at this cell. The score is
+    (d - mean(d)) / std(d). All of these are measured on images left out of the fit.
 
     Args:
         grid: (h, w).
@@ -164,11 +168,11 @@ class View(nn.Module):
         return mean, components[:, : self.config.components].contiguous()
 
     def _measure(self, residual: Tensor, experts: Tensor) -> None:
-        """Measure the usual size of residuals (n, D', cells, cells) of images left out, for each expert."""
+        """Measure the scales of each expert on residuals (n, D', cells, cells) of images left out of the fit."""
         owned = [residual[experts == expert] for expert in range(int(experts.max()) + 1)]
 
         def mixed(measure: Callable[[Tensor, int], Tensor]) -> Tensor:
-            """Return own * measure(images of the expert) + (1 - own) * measure(all images), one expert a row."""
+            """Return own * measure(images of the expert) + (1 - own) * measure(all images), a row for each expert."""
             return torch.stack(
                 [
                     self.config.own * measure(rows, expert)
@@ -223,11 +227,11 @@ class View(nn.Module):
 
 
 class Detail(nn.Module):
-    """Residual at full resolution, after the whole-image subspace has explained the layout.
+    """Residual at the full resolution of the features, after the reconstructed layout is subtracted.
 
     g = x - up(pool(x) - r) with r the residual of the finest view: the features minus the reconstructed layout, at the
-    size of the grid. The score of a cell is sqrt(sum over channels of (g - m)^2 / (half s^2 of channel and cell + half
-    s^2 of the channel)), standardised, as in `View` by cells. m and s^2 are measured on images left out of the fit.
+    size of the grid. The score of a cell is that of `View` with `by_cells`, with g - m instead of r. m is the mean of
+    g. It and the variances are measured on images left out of the fit.
 
     Args:
         cells: of the finest view.

@@ -15,12 +15,13 @@ CHUNK = 256  # stored patches compared at once; bounds memory to B * T * CHUNK *
 
 
 class MemoryExperts(Experts):
-    """Distance to the nearest normal patch in the memory bank of the expert, divided by the usual distance there.
+    """Distance to the nearest normal patch in the memory bank, divided by the mean distance of normal patches to it.
 
-    d(x) = |x - m|, m the nearest stored patch (arXiv 2106.08265). With `calibrated` the score is d / mu(m) (ours):
-    mu(m) is the mean distance of those normal patches of *other* groups whose nearest is m, shrunk towards the mean
-    over all by 3 pseudo-counts, then averaged over the 10 stored patches nearest to m, itself among them. The patch's
-    own group is left out of the search, as no test image has its own group in the memory bank.
+    d(x) = |x - m|, m the nearest stored patch (arXiv 2106.08265). With `calibrated` the score is d / mu(m), which is
+    not from a paper. mu(m) is the mean distance of the normal patches whose nearest stored patch is m. It is shrunk
+    towards the mean over all stored patches by 3 pseudo-counts, then averaged over the 10 stored patches nearest to m,
+    including m. The search for mu leaves out the group of each patch, since the group of a test image is not in the
+    memory bank either.
     """
 
     bank: Tensor  # (K, M, D); rows beyond an expert's own number are zero
@@ -38,7 +39,7 @@ class MemoryExperts(Experts):
         self.register_buffer("usual", torch.ones(1, 1))
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
-        """Fill the memory banks, and measure the usual distance around every stored patch."""
+        """Fill the memory banks, and measure the mean distance of normal patches to every stored patch."""
         stored = [self._store(normals, expert, generator) for expert in range(normals.number)]
         most = max(len(patches) for patches, _ in stored)
         shape = (normals.number, most)

@@ -1,4 +1,4 @@
-"""Subspaces: residual of whole images after a projection on principal components."""
+"""Subspace experts: PCA residual of whole feature maps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from normweave.heads.dfm import principal_components
 
 
 class SubspaceExperts(Experts):
-    """Residual of whole images after a projection on the principal components of the subclass.
+    """PCA residual of the whole feature map, with the principal components of the subclass.
 
     r = (x - m) - C C' (x - m) with x the whole feature map, averaged to cells and flattened (DFM, arXiv 1909.11786, one
-    for each expert). The score of a cell is the root of r^2 summed over channels, with bilinear interpolation between
+    for each expert). The score of a cell is the norm of r over its channels, with bilinear interpolation between
     cells. F = D * cells * cells.
     """
 

@@ -2,7 +2,8 @@
 
 Bounds are annotations that pydantic checks. A section with variants (`features`, `head`, `head.expert`, ...) is a
 union, and its discriminator field selects the variant. The string under a field is its help text. `settings.py` reads
-these classes from YAML and from `a.b=c`. Every class of the modules of this package can be imported from `normweave.config`.
+these classes from YAML and from `a.b=c`. Every class of the modules of this package can be imported from
+`normweave.config`.
 """
 
 from __future__ import annotations

@@ -3,9 +3,13 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,7 @@
-"""Contract of every expert of Adapted-MoE. The experts are those of `ExpertConfig`."""
+"""Contract of every expert of Adapted-MoE, which covers the modules of `normweave.heads.adapted_moe.experts`.
+
+The experts are those of `ExpertConfig`. Their equations are tested in tests/heads/adapted_moe/test_experts.py.
+"""
 
 from typing import get_args
 

@@ -1,4 +1,4 @@
-"""Contract of every head. The heads are those of `HeadConfig`."""
+"""Contract of every head, which covers `normweave.heads.base`. The heads are those of `HeadConfig`."""
 
 import re
 from typing import get_args

@@ -1,4 +1,4 @@
-"""Every source module has a test module of its name, or a contract that names it in its docstring."""
+"""Every source module has a test module of its name or a contract that names it; tests use public names only."""
 
 import ast
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / "normweave"
 SKIPPED = {"__init__", "__main__"}
+OTHERS = ("open_clip.", "factory")
+"""Libraries whose private names a test must replace."""
 
 
 def modules():
@@ -36,3 +38,43 @@ def test_every_module_has_a_test_of_its_name_or_a_contract():
         if not any(place.exists() for place in places) and not any(f"`{name}`" in named for name in names):
             missing.append(str(module))
     assert not missing, f"No test module and no contract of {missing}"
+
+
+def private(name):
+    return (
+        name.startswith("_") and not name.startswith("__") and name not in {"_asdict", "_replace", "_fields"}
+    )
+
+
+def private_names(tree):
+    """Yield the private names of the package that a test imports, reads or replaces."""
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("normweave"):
+            imported |= {name.asname or name.name for name in node.names}
+            yield from (name.name for name in node.names if private(name.name))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in imported and private(name):
+                yield f"{owner}.{name}"
+            case ast.Call(
+                func=ast.Attribute(attr="setattr"), args=[owner, ast.Constant(value=str(name)), *_]
+            ):
+                if private(name) and not ast.unparse(owner).startswith(OTHERS):
+                    yield name
+
+
+def test_tests_use_public_names_only():
+    found = {
+        str(path.relative_to(TESTS)): names
+        for path in sorted(TESTS.rglob("*.py"))
+        if (names := list(private_names(ast.parse(path.read_text("utf-8")))))
+    }
+    assert not found
+
+
+def test_private_names_are_found():
+    text = (
+        "from normweave import a, _b\na._c\nmonkeypatch.setattr(a, '_d', 1)\na.e._replace\nself._f\na.__doc__"
+    )
+    assert sorted(private_names(ast.parse(text))) == ["_b", "_d", "a._c"]

@@ -114,7 +114,7 @@ class Detector:
         """Read a bundle, and check the hash of every file and that the graph is self-contained.
 
         Args:
-            threads: number of threads of the network; None: as many as there are processors.
+            threads: number of threads of the network; None: the number of processors.
             device: auto, cpu, cuda or cuda:N; openvino or openvino:GPU.
 
         Raises:

@@ -72,7 +72,7 @@ def fit(
         subclass_from: overrides `config.data.subclass_from`.
         cache: folder of the feature cache; default: the user's cache folder.
         use_cache: if False, features are computed anew at every pass over the images.
-        cache_gib: what the feature cache may hold, in GiB.
+        cache_gib: largest size of the feature cache in GiB.
         work: folder for the checkpoints of the training, from which `resume` continues.
         device: auto, cpu, cuda or cuda:N.
 

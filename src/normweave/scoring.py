@@ -1,4 +1,4 @@
-"""From raw outputs of a network to image scores and operating points. No torch."""
+"""Compute image scores and operating points from the raw outputs of a network. No torch."""
 
 from __future__ import annotations
 

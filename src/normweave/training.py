@@ -1,6 +1,6 @@
 """The training loop of all stages that are trained by gradient.
 
-Lightning runs the loop. The order of the images, the random numbers, early stopping and the checkpoint file are ours.
+Lightning runs the loop. This module adds the order of the images, the random numbers, early stopping and checkpoints.
 All random numbers come from generators seeded by (seed, stage, epoch, batch), so that a run that was killed and
 resumed from its last completed epoch ends with bit-equal weights.
 """

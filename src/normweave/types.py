@@ -139,7 +139,7 @@ class FitData:
     """The training data of a head: fit images only, neither calibration nor test images."""
 
     features: FeatureSource
-    """Of n images, standardised per channel."""
+    """Features of n images, standardised per channel."""
     subclasses: NDArray[np.int64]
     """(n,) indices into `names`; all -1 when no labels were given."""
     names: tuple[str, ...]

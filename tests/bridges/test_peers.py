@@ -48,14 +48,14 @@ def test_a_whole_number_will_do_for_a_share():
         (
             "anomalib/patchcore",
             "coreset_sampling_ratio=0",
-            r"coreset_sampling_ratio must lie in \(0, 1\], got 0.0",
+            r"coreset_sampling_ratio must be in \(0, 1\], got 0.0",
         ),
-        ("anomalib/dfm", "pca_level=1.0", r"pca_level must lie in \(0, 1\), got 1.0"),
+        ("anomalib/dfm", "pca_level=1.0", r"pca_level must be in \(0, 1\), got 1.0"),
         ("anomalib/fastflow", "hidden_ratio=-1.0", "hidden_ratio must be positive, got -1.0"),
         (
             "anomalib/supersimplenet",
             "perlin_threshold=2.0",
-            r"perlin_threshold must lie in \(0, 1\), got 2.0",
+            r"perlin_threshold must be in \(0, 1\), got 2.0",
         ),
         ("anomalib/efficient_ad", "model_size=large", "model_size must be small or medium, got large"),
         ("anomalib/padim", "features.kind=offline_pair", "the features must be timm, got offline_pair"),

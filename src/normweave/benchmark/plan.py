@@ -19,7 +19,7 @@ class PartPlan:
     """A source of images: a folder, a manifest, or synthetic textiles."""
 
     path: str = ""
-    """Relative to the root folder of the data; empty with `textures`."""
+    """Path relative to the root folder of the data; empty with `textures`."""
     layout: str | None = None
     textures: dict[str, int] = field(default_factory=dict)
     """Generate textile images: `train_images`, `test_images` and `defect_images` of each subclass, and `seed`."""

@@ -74,7 +74,7 @@ class DrawnSplits:
 
 Protocol = Callable[[DrawnSplits], list[Fold]]
 PROTOCOLS: dict[str, Protocol] = {}
-"""By name, as in a plan."""
+"""The protocols by their name in a plan."""
 
 
 def register(name: str) -> Callable[[Protocol], Protocol]:
@@ -150,7 +150,7 @@ def _unseen_subclass(split: DrawnSplits) -> list[Fold]:
 
 @register("leave-one-subclass-out")
 def _leave_one_subclass_out(split: DrawnSplits) -> list[Fold]:
-    """For each subclass, train on the others and test on it alone."""
+    """Leave out each subclass in turn: train on the others, and test on it alone."""
     if len(split.subclasses) < 2:
         raise DataError(
             "leave-one-subclass-out needs at least two subclasses with training images, "

@@ -65,7 +65,7 @@ STAND_IN_CHANNELS = (64, 128, 256)
 RAW: dict[str, Any] = {"post_processor": False, "evaluator": False, "visualizer": False}
 DINOV2 = "https://huggingface.co/timm/{encoder}.lvd142m/resolve/main/model.safetensors"
 MIN_EFFICIENT_AD = 256
-"""Smallest side in pixels: its autoencoder halves the side five times and then uses 8 x 8 kernels."""
+"""Smallest side in pixels for EfficientAD: its autoencoder halves the side five times, then uses 8 x 8 kernels."""
 MIN_PERLIN = 32
 """Cells of the coarsest noise that anomalib draws; it does not fit a smaller grid."""
 TEXTILE_IMAGES = 4

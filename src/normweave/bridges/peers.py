@@ -1,7 +1,7 @@
-"""The models of anomalib that a benchmark plan can name, their settings, and how they differ from the papers.
+"""Peers: the models of anomalib for comparison in a benchmark, their settings and differences from the papers.
 
-Such a peer is written `anomalib/NAME` as the `model` of a plan; `bridges/peer_network.py` trains it. This file needs
-neither anomalib nor torch.
+The `model` of a plan is then `anomalib/NAME`, and `bridges/peer_network.py` trains it. This file needs neither anomalib
+nor torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from normweave.validation import DISCRIMINATOR
 
 PREFIX = "anomalib/"
 SECTIONS = ("data", "prepare", "features", "outcome", "seed")
-"""Sections of our settings that apply to a peer; of `features` the backbone, its weights and `batch_images`."""
+"""Sections of `Config` that apply to a peer; of `features` only the backbone, its weights and `batch_images`."""
 
 
 class PeerModel(NamedTuple):
@@ -120,10 +120,10 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: len(value) > 0 and all(type(one) is int for one in value),
         "name stages, as [8, 16]",
     ),
-    "coreset_sampling_ratio": (lambda value: 0 < value <= 1, "lie in (0, 1]"),
-    "pca_level": (lambda value: 0 < value < 1, "lie in (0, 1)"),
+    "coreset_sampling_ratio": (lambda value: 0 < value <= 1, "be in (0, 1]"),
+    "pca_level": (lambda value: 0 < value < 1, "be in (0, 1)"),
     "hidden_ratio": (lambda value: value > 0, "be positive"),
-    "perlin_threshold": (lambda value: 0 < value < 1, "lie in (0, 1)"),
+    "perlin_threshold": (lambda value: 0 < value < 1, "be in (0, 1)"),
     "max_steps": (lambda value: value >= 0, "be 0 or more"),
     "model_size": (lambda value: value in ("small", "medium"), "be small or medium"),
 }
@@ -151,7 +151,7 @@ def is_peer(model: str) -> bool:
 
 
 def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
-    """Read a peer of a plan: `epochs=5` is a setting of the peer, `prepare.height=128` one of ours.
+    """Read a peer of a plan: `epochs=5` is a setting of the peer, `prepare.height=128` is a setting of `Config`.
 
     Raises:
         ConfigError: no such peer, no such setting, or a value out of range; all mistakes in one message.

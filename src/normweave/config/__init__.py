@@ -35,7 +35,7 @@ class DataConfig:
     subclass_from: Literal["folder", "column", "filename-regex", "auto", "none"] = "folder"
     """Source of the subclass of an image; `auto` discovers subclasses, `none` has one for all."""
     subclass_regex: str = ""
-    """For filename-regex: its first group is the subclass, matched against the file's stem."""
+    """Regular expression for `filename-regex`, searched in the file's stem; its first group is the subclass."""
     calibration_share: InnerShare = 0.33
     """Share of the train normals that is held out for the operating points, by whole groups."""
     holdout_share: InnerShare = 0.15
@@ -49,7 +49,7 @@ class DataConfig:
 
 @checked
 class PrepareConfig:
-    """From an image of any size to the network's input; saved with the detector."""
+    """Preparation of images of any size as the network's input; saved with the detector."""
 
     height: Annotated[int, Field(ge=32, le=4096)] = 256
     width: Annotated[int, Field(ge=32, le=4096)] = 256
@@ -65,7 +65,7 @@ class PrepareConfig:
 
 @checked
 class MapsConfig:
-    """From the grid of patch scores to the anomaly map."""
+    """Computation of the anomaly map from the grid of patch scores."""
 
     smoothing: NaturalFloat = 4.0
     """Std of the Gaussian in pixels of an input 256 pixels high; it is scaled with the input."""

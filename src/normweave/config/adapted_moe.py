@@ -148,7 +148,7 @@ class ClosedFormRoutingConfig:
     """Routing without a network."""
 
     method: Literal["statistics", "likelihood"] = "statistics"
-    """By the distance of image statistics, or by the mean score of every expert."""
+    """Route by the distance of image statistics, or by the mean score of every expert."""
 
 
 @checked

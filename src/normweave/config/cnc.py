@@ -50,7 +50,7 @@ class PromptsConfig:
         "perfect texture",
         "clean unbroken material",
     )
-    """Descriptions of a normal patch, of whichever category; the guide uses the first."""
+    """Descriptions of a normal patch of any category; the guide uses the first."""
     abnormal_states: Annotated[tuple[str, ...], Field(min_length=1)] = (
         "damaged surface with a defect",
         "a scratch",

@@ -25,7 +25,7 @@ class TimmConfig(_Features):
     backbone: str = "tf_efficientnet_lite0"
     """Any timm model that offers forward_intermediates; tf_efficientnet_lite0/1/2 need no download."""
     weights: str = "auto"
-    """`auto`: carried by pip, else from timm's hub; a path: a safetensors file; `random`: untrained, for tests."""
+    """`auto`: from a pip package, else from timm's hub; a path: a safetensors file; `random`: untrained, for tests."""
     strides: Annotated[tuple[int, ...], Field(min_length=1)] = (4, 8, 16)
     """Stages to use, by their stride to the input."""
     grid_stride: PositiveInt = 8
@@ -37,7 +37,7 @@ class TimmConfig(_Features):
 
 @checked
 class OfflinePairConfig(_Features):
-    """A vision-language pair that pip carries: EfficientNet-Lite0 and MiniLM, aligned on ImageNet's class names."""
+    """A vision-language pair from pip packages: EfficientNet-Lite0 and MiniLM, aligned on ImageNet's class names."""
 
     kind: Literal["offline_pair"] = "offline_pair"
     weights: Literal["auto", "random"] = "auto"

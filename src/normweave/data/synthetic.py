@@ -3,7 +3,7 @@
     mask -> fill (another image, the shifted image, its colours changed, noise) -> blend -> visible change
 
 The masks of thresholded noise follow DRAEM (Zavrtanik et al. 2021, arXiv:2108.07610, section 3.2); the scratches and
-the choice of fills are ours. Images are channels first, (3, H, W); H and W are at least 32 pixels.
+the choice of fills are our own. Images are channels first, (3, H, W); H and W are at least 32 pixels.
 """
 
 from __future__ import annotations

@@ -27,13 +27,13 @@ class Backbone(NamedTuple):
     model: Any
     """A module with `forward_intermediates` as timm's models have it."""
     name: str
-    """For messages and the fingerprint."""
+    """Name of the network in error messages and in the fingerprint."""
     indices: list[int]
     """The intermediates to use, numbered as in timm, shallowest first."""
     mean: Sequence[float]
     """Pixel mean that the weights expect, R G B, white = 1."""
     std: Sequence[float]
-    """Pixel standard deviation that the weights expect, likewise."""
+    """Pixel standard deviation that the weights expect, R G B, white = 1."""
     grid_stride: int
     """Side of a grid cell in pixels of the input."""
     neighbourhood: int

@@ -26,7 +26,7 @@ SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
-"""Of version 0.1.0."""
+"""SHA-256 of the files of version 0.1.0."""
 LAYERS, WIDTH, HEADS, INNER, MAX_TOKENS = 6, 384, 12, 1536, 512
 EPSILON = 1e-12
 MAX_WORD = 100

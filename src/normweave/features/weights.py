@@ -28,7 +28,7 @@ class Package(NamedTuple):
     locator: str
     """Name of the class in `module` that returns the path of the weights file."""
     sha256: str
-    """Of the weights file."""
+    """SHA-256 of the weights file."""
 
     @property
     def pip_name(self) -> str:
@@ -53,7 +53,7 @@ PACKAGES = {
         "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
     ),
 }
-"""By timm's name of the model. Version 0.1.0 of each package, docs/decisions/0002-carried-weights.md."""
+"""The packages by timm's name of their model. Version 0.1.0 of each package, docs/decisions/0002-carried-weights.md."""
 
 
 def read_packaged(name: str, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:

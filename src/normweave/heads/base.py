@@ -110,7 +110,7 @@ class Head(nn.Module):
 
         Args:
             features: (B, D, h, w) standardised features.
-            subclasses: (B,) int64 indices into `subclass_names`; -1 leaves an image all experts.
+            subclasses: (B,) int64 indices into `subclass_names`; -1: no expert is left out.
         """
         scores: PatchScores = self(features)
         return scores

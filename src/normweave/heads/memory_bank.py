@@ -22,8 +22,8 @@ class MemoryBank(Head):
     """Keep a coreset of normal patches. The score of a patch is its distance to the nearest of them.
 
     Roth et al. 2022 (arXiv 2106.08265), equations 5 and 6: s(x) = min over m in the bank of |x - m|. Without
-    equation 7, the re-weighting of the image score. The pool is bounded, the paper's is not. Replacing the scores
-    of the border cells is ours.
+    equation 7, the re-weighting of the image score. The pool is bounded, the paper's is not. The paper does
+    not replace the scores of the border cells.
 
     Args:
         shape: (D, h, w) of the features.

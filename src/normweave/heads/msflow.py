@@ -35,8 +35,8 @@ class MSFlow(Head):
         map = max(A) - A,  A = sum_l up(P(log p_l));     score = mean of the top of 1 - P(sum_l up(log p_l))
 
     Our levels come on one grid: average pooling restores the paper's strides and sizes, at half the resolution. The
-    loss is divided by the number of features of an image, so that the learning rate does not depend on it. Replacing
-    the scores of the border cells is ours.
+    loss is divided by the number of features of an image, so that the learning rate does not depend on it. The paper
+    does not replace the scores of the border cells.
 
     Args:
         shape: (D, h, w) of the features.

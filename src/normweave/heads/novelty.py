@@ -32,7 +32,7 @@ def covariance_within(
     Args:
         samples: (n, N), one row per image.
         subclasses: (n,) in 0..K-1, each at least once.
-        shrinkage: of the covariance towards its diagonal, in [0, 1].
+        shrinkage: weight of the diagonal in the covariance, in [0, 1].
     """
     rows = samples.astype(np.float64)
     means = np.stack(

@@ -32,10 +32,10 @@ class PyramidFlow(Head):
 
         L = mean |FFT2(mean_c compose(|z^i - z^j|^2))|,     map = mean_c compose(|z - template|)
 
-    The paper's input is the first layer of a ResNet18 at 1024 pixels, or the image; ours is the finest level of the
-    features. It normalises the volume by running means over batches; we by each image's own mean, over the channels of
-    a position or the positions of a channel, so that the volume is exactly 1. Padding repeats the edge instead of
-    zeros. Replacing the scores of the border cells is ours.
+    The paper's input is the first layer of a ResNet18 at 1024 pixels, or the image. Our input is the finest level of
+    the features. The paper normalises the volume by running means over batches. We use each image's own mean, over the
+    channels of a position or the positions of a channel, so that the volume is exactly 1. Padding repeats the edge
+    instead of zeros. The paper does not replace the scores of the border cells.
 
     Args:
         shape: (D, h, w) of the features.

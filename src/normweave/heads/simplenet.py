@@ -18,7 +18,7 @@ class SimpleNet(Head):
 
     Liu et al. 2023 (arXiv 2303.15140), section 3: an adaptor q = W x + b, q- = q + N(0, noise^2), a
     discriminator D = linear, batch norm, LeakyReLU 0.2, linear, the truncated L1 loss with th+ = -th- =
-    margin (see `NoiseStage.loss`), and the score -D(q). Replacing the scores of the border cells is ours.
+    margin (see `NoiseStage.loss`), and the score -D(q). The paper does not replace the scores of the border cells.
 
     Args:
         shape: (D, h, w) of the features.

@@ -33,12 +33,12 @@ _INFERNO = np.array(
 THUMBNAIL = 320
 """Longest side of a thumbnail in pixels."""
 OPACITY = 0.65
-"""Of the heat map over a grey thumbnail."""
+"""Opacity of the heat map over a grey thumbnail."""
 HIDDEN = 0.25
 """Heat at and below which `heat` is transparent; the threshold is at 0.5."""
 WHITE, CYAN = (255, 255, 255), (0, 229, 255)
 SMALLEST_SPAN = 1e-12
-"""Keeps the division defined where a map has a single value."""
+"""Smallest divisor, for maps with a single value."""
 
 
 def heat(anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.uint8]:
@@ -81,7 +81,7 @@ def thumbnails(
         image: (H, W, 3).
         anomaly_map: (H, W).
         mask: (H, W), True where defective. The marked defect is left out if it is None or empty.
-        threshold: of the image.
+        threshold: the threshold of the image.
     """
     height, width = image.shape[:2]
     scale = min(1.0, THUMBNAIL / max(height, width))

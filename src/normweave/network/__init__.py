@@ -19,11 +19,11 @@ def open_graph(
         content: the ONNX file.
         where: its name in messages.
         size: (height, width) of the prepared pixels.
-        threads: of one pass; None: as many as there are processors.
+        threads: number of threads of one pass; None: the number of processors.
         device: auto, cpu, cuda or cuda:N of ONNX Runtime; openvino (on the processor) or openvino:GPU.
 
     Raises:
-        BundleError: the graph is not self-contained, not one of ours, or has an operator that the library lacks.
+        BundleError: the graph is not self-contained, is not from normweave, or has an operator that the library lacks.
         ConfigError, MissingError: there is no such device, or it is not available.
     """
     library, _, plugin = device.partition(":")

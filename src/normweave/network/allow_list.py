@@ -16,7 +16,7 @@ from normweave.errors import BundleError
 MAX_BYTES = 2**31 - 1
 """Largest size of a protocol buffer."""
 MAX_DEPTH = 16
-"""Of nested messages; our graphs have five levels."""
+"""Maximum number of levels of nested messages; our graphs have five."""
 
 Field = Literal["value", "graph", "node", "attribute", "tensor", "domain", "opset", "inside"]
 

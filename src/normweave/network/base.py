@@ -110,14 +110,14 @@ class GraphNetwork(Network):
         content: the ONNX file.
         where: its name in messages.
         size: (height, width) of the prepared pixels.
-        threads: of one pass; None: as many as there are processors.
+        threads: number of threads of one pass; None: the number of processors.
 
     Attributes:
         bundle: the folder that the graph was loaded from or saved to; None if it has not been saved.
         weights: tensors by name that a bundle needs beside the graph; only where `bundle` is None.
 
     Raises:
-        BundleError: the graph is not self-contained, not one of ours, or has an operator that the library lacks.
+        BundleError: the graph is not self-contained, is not from normweave, or has an operator that the library lacks.
         MissingError: the library or the device is not available.
     """
 

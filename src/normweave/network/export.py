@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from normweave.network.torch import TorchModule
 
 OPSET = 20
-"""Of ONNX 1.15 (2023); ONNX Runtime 1.17 and later support it."""
+"""Opset version of ONNX 1.15 (2023); ONNX Runtime 1.17 and later support it."""
 TOLERANCE = 1e-3
 """Largest relative difference of scores between torch and the library that runs the graph."""
 CELLS = 0.99

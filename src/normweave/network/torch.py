@@ -85,7 +85,7 @@ class TorchNetwork(Network):
     """A fitted network in torch.
 
     Args:
-        cache_gib: what the feature cache may hold.
+        cache_gib: largest size of the feature cache in GiB.
         rows: the images of the fit, from which the parity check takes some; None for a network read from a bundle.
         graph: the exported graph, if there is one already.
     """

@@ -120,7 +120,8 @@ class Calibration:
     n images allow, 1/(n + 1). `as_dict` contains the rate that holds.
 
     With `unseen`, an image beyond that threshold is first compared with the leave-one-subclass-out scores of its
-    category. The only subclass of a category has none: without it, the head knows nothing of the category.
+    category. A category with a single subclass has no such scores, because without that subclass the
+    head has no expert for the category.
 
     Args:
         scores: (n,) anomaly scores of held-out normal images.

@@ -66,7 +66,7 @@ def run(
     """Serve until SIGINT or SIGTERM; then answer the open requests, and return.
 
     Args:
-        certificate: for TLS, with its key.
+        certificate: the certificate for TLS and its key; None: no TLS.
     """
     server = uvicorn.Server(
         uvicorn.Config(

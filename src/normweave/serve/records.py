@@ -42,7 +42,7 @@ class StoredImage:
     """MIME type."""
     image_bytes: int
     grids_hash: str
-    """Of an .npy file: (n, h, w) float32, the patch scores of each tile."""
+    """SHA-256 of an .npy file: the patch scores of each tile, (n, h, w) float32."""
     grids_bytes: int
     tiles: tuple[Tile, ...]
     smoothing: float
@@ -117,7 +117,7 @@ class Count:
     unknown: int
     unreadable: int
     accepted: int
-    """By a reviewer."""
+    """Number of inspections that a reviewer accepted."""
     rejected: int
 
 

@@ -479,7 +479,7 @@ def test_without_names_there_is_one_subclass():
 def test_impossible_settings_and_data_are_errors():
     with pytest.raises(ConfigError, match=r"levels' widths \[4, 3\] must add up to 12 channels"):
         build(CNCConfig(), shape=SHAPE, dims=(4, 3))
-    with pytest.raises(ConfigError, match=r"head\.prompts\.joint_levels must lie in -3\.\.2, got \[3, -4\]"):
+    with pytest.raises(ConfigError, match=r"head\.prompts\.joint_levels must be in -3\.\.2, got \[3, -4\]"):
         new(prompts={"joint_levels": (0, 3, -4)})
     with pytest.raises(DataError, match="CNC has no normal image to learn from"):
         start(fit_data(count=0))

@@ -136,9 +136,10 @@ class PaperAdaption(Adaption):
 class GuardedAdaption(Adaption):
     """Adaption along the directions in which the known subclasses differ.
 
-    Ours. With s the statistics of an image, t_k their mean in subclass k, t the mean of the t_k, S their covariance
-    within subclasses (shrunk) and B the leading r directions of the t_k - t, scaled by singular value / sqrt(K - 1),
-    the posterior mean of the coordinates of an image under z ~ N(0, tau I), and the statistics that follow from it, are
+    Not from a paper. Let s be the statistics of an image, t_k their mean in subclass k, t the mean of the t_k, S their
+    covariance within subclasses (shrunk), and B the leading r directions of the t_k - t, scaled by singular value /
+    sqrt(K - 1). The posterior mean of the coordinates of an image under z ~ N(0, tau I), and the statistics that follow
+    from it, are
 
         z = (B' S^-1 B + I / tau)^-1 B' S^-1 (s - t),    s^ = t + B z,
         x' = (x - s^_mean) / exp(s^_log_std)

@@ -12,11 +12,11 @@ from normweave.heads.base import batches
 from normweave.types import FitData
 
 COORDINATES = 5
-"""Principal components of the statistics in which subclasses are sought; the others vary between single parts."""
+"""Number of principal components of the statistics that are clustered; the others vary between single parts."""
 FEWEST_IMAGES = 5
-"""Smallest cluster that is a subclass; an expert needs images to fit."""
+"""Smallest number of images of a discovered subclass, since its expert is fitted to them."""
 CLEAR_SILHOUETTE = 0.25
-"""Below it there is no substantial structure (Kaufman and Rousseeuw 1990), so that k-means finds one subclass."""
+"""Below this silhouette the clusters are not clear (Kaufman and Rousseeuw 1990), and k-means returns one subclass."""
 
 
 class Agreement(NamedTuple):
@@ -58,7 +58,7 @@ def discover(
         method: `kmeans` selects the number of subclasses with the best silhouette, `mixture` (Gaussian, diagonal) the
             one with the lowest BIC.
         most: largest number of subclasses to try.
-        seed: of the restarts.
+        seed: seed of the random restarts.
     """
     rows = samples.astype(np.float64)
     mean = rows.mean(axis=0)

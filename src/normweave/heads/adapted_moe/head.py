@@ -34,7 +34,7 @@ class AdaptedMoE(Head):
     """Mixture of experts with test-time adaption, for seen and unseen subclasses.
 
     arXiv 2409.05611. An image is routed (Eq. 1-2), adapted (Eq. 5-6 and others) and scored by the top k experts. Eq. 4
-    combines their patch scores, each brought to mean 0 and std 1 on held-out normals (ours).
+    combines their patch scores, each standardised to mean 0 and std 1 on held-out normals (not in the paper).
 
     Routing `network` is the paper's. `statistics` uses the distance of image statistics to those of each subclass.
     `likelihood` scores the image by all experts; those with the lowest mean scores are chosen.
@@ -47,9 +47,9 @@ class AdaptedMoE(Head):
         self.config = config
         self.grid = shape[1:]
         self.agreement: Agreement | None = None
-        """Of discovered with given subclasses, where both are known."""
+        """Agreement of the discovered with the given subclasses; None unless both are known."""
         self.position_variance: float | None = None
-        """Share of the variance that position explains, where the experts were selected by it."""
+        """Share of the variance that position explains; None unless the type of the experts was selected by it."""
         self.router = (
             Router(config.routing, width=shape[0])
             if config.moe and isinstance(config.routing, NetworkRoutingConfig)
@@ -176,7 +176,7 @@ class AdaptedMoE(Head):
 
         Args:
             features: (B, D, h, w).
-            subclasses: (B,) indices into `subclass_names`; -1 leaves an image all experts.
+            subclasses: (B,) indices into `subclass_names`; -1: no expert is left out.
         """
         K = self.branch.number
         if K == 1:

@@ -43,7 +43,8 @@ class CNC(Head):
 
         a = mean_l (1 - cos(E_l, D_l) - mu_lk) / sd_lk + beta (margin(E) - mu_k) / sd_k
 
-    with mu and sd of the held-out images of the nearest subclass k (ours; of all of them if `per_subclass` is off).
+    with mu and sd of the held-out images of the nearest subclass k, or of all subclasses if `per_subclass` is off. This
+    formula is our own.
 
     Args:
         shape: (D, h, w) of the features.
@@ -61,7 +62,7 @@ class CNC(Head):
             raise ConfigError(f"The levels' widths {dims} must add up to {shape[0]} channels.")
         if absent := [level for level in chosen if not -len(dims) <= level < len(dims)]:
             raise ConfigError(
-                f"head.prompts.joint_levels must lie in {-len(dims)}..{len(dims) - 1}, got {absent}."
+                f"head.prompts.joint_levels must be in {-len(dims)}..{len(dims) - 1}, got {absent}."
             )
         self.config = config
         self.uses_text = config.prompts.text != "off" or config.guide.tokens == "text"

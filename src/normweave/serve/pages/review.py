@@ -85,7 +85,7 @@ class ReviewPage(Page):
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
 
     def _button(self, action: Action, key: str, word: str, effect: str) -> ui.element:
-        """Add a button that sends the id of the inspection in the browser; the server may be one ahead already."""
+        """Add a button that sends the id of the inspection shown in the browser; the server may have a newer one."""
         button = ui.element("button").classes(f"decision {action}")
         button.props(f'type=button data-decision={action} aria-keyshortcuts="{key}"')
 

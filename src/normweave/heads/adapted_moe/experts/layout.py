@@ -234,7 +234,7 @@ class Detail(nn.Module):
     g. It and the variances are measured on images left out of the fit.
 
     Args:
-        cells: of the finest view.
+        cells: the cells of the finest view, (rows, columns).
         own: weight of the expert's own s^2 against that of all images, in [0, 1].
     """
 

@@ -99,13 +99,13 @@ def test_commands_parse(line, with_settings):
 
 def compose_settings(parameters):
     """Read the settings of a `normweave train` command, as the command does."""
-    names = inspect.signature(train.compose).parameters
+    names = inspect.signature(train.compose_settings).parameters
     given = {"assignments": parameters["set_"] or []} | {
         name: parameters[name] for name in names if name in parameters
     }
     if given["config"] is not None:
         given["config"] = ROOT / given["config"]
-    return train.compose(**given)
+    return train.compose_settings(**given)
 
 
 def test_a_wrong_command_is_detected():

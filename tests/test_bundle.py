@@ -323,7 +323,7 @@ def test_safetensors_not_installed(saved, monkeypatch):
     assert bundle.read(saved) == RECORD
 
 
-# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── damaged bundles ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -142,7 +142,7 @@ def test_calibration_gives_the_operating_points_of_torch(bundle, more, photos, t
         (ours.calibration, theirs.calibration),
         (ours.calibration.unseen, theirs.calibration.unseen),
     ):
-        # The detector keeps features in half precision on the way.
+        # The detector stores features in half precision in between.
         np.testing.assert_allclose(other.scores, mine.scores, rtol=1e-2, atol=1e-2)
         np.testing.assert_allclose(np.sort(other.distances), np.sort(mine.distances), rtol=1e-2)
         np.testing.assert_array_equal(np.sort(other.subclasses), np.sort(mine.subclasses))

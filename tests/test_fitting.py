@@ -20,7 +20,7 @@ HOLDOUT = np.arange(IMAGES) % 4 == 0
 
 @pytest.fixture
 def scanned(tmp_path):
-    """Images of one grey each, twenty levels apart, so that a pixel tells which image it is from."""
+    """Images of one grey each, twenty levels apart, so that a pixel shows which image it is from."""
     samples = []
     for number in range(IMAGES):
         path = tmp_path / f"{number}.png"

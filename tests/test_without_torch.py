@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# Runs `normweave ...` where nothing of [train] can be imported, and says what was tried.
+# Runs `normweave ...` where nothing of [train] can be imported, and prints which imports were tried.
 WITHOUT = """
 import sys
 sys.modules.update(dict.fromkeys({absent}))  # None: not to be had

@@ -1,4 +1,4 @@
-"""What a run keeps is what it has judged, of images that nothing measured has chosen."""
+"""A run saves the scores that it evaluated, of images whose choice does not depend on results."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_of_each_kind_of_defect_one_is_shown_whatever_the_order():
     assert [sample.defect for sample in chosen] == [None, "crack", "fray", "hole"]
     assert artifacts.shown(tests[::-1]) == chosen
     places = [int(sample.image_path.stem) / count for sample, count in zip(chosen, (5, 3, 9, 1), strict=True)]
-    assert max(places) - min(places) > 0.3  # not all from the same place of their lists
+    assert max(places) - min(places) > 0.3  # not all from the same position of their lists
 
 
 def test_no_category_crowds_out_another():

@@ -83,7 +83,7 @@ def test_every_image_counts_once(tables):
 
 
 def test_a_head_that_judges_whole_images_has_no_pixel_metrics(tmp_path: Path):
-    """Its map is one cell: the score everywhere, which would pass for a map of a kind."""
+    """Its map has one cell. Upsampled, it has the score everywhere, and could be mistaken for an anomaly map."""
     data = tmp_path / "cloth"
     textile = Textile("plain", "ecru", "diffuse")
     make_textures(
@@ -219,7 +219,7 @@ DECODER = ("head.training.epochs=1", "head.prompts.text=off", "head.synthetic.va
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[Sample]:
-    """Two kinds of cloth as two categories; one damaged image is twice as wide, so that it has two tiles."""
+    """Two subclasses of cloth as two categories; one defective image is twice as wide, so that it has two tiles."""
     folder = tmp_path_factory.mktemp("two") / "data"
     made = make_textures(
         folder,

@@ -44,7 +44,7 @@ def cloth(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tests(tmp_path_factory):
-    """Good cloth, and cloth of which half is bright green: nothing that rounding could hide."""
+    """Good cloth, and cloth that is half bright green, so that rounding does not change the verdicts."""
     folder = tmp_path_factory.mktemp("labelled")
     samples = []
     for number in range(10):

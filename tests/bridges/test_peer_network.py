@@ -131,7 +131,7 @@ def test_an_image_that_cannot_be_read_is_a_row_with_its_reason(textiles, tmp_pat
 
 @pytest.mark.slow
 def test_dinomaly_runs_on_weights_from_a_file(textiles, tmp_path):
-    """Untrained ones here: what is tested is the way by which the real ones come in."""
+    """The file has untrained weights: the test checks only that weights are read from a file."""
     from safetensors.torch import save_file
 
     encoder = timm.create_model("vit_small_patch14_reg4_dinov2", pretrained=False)

@@ -115,7 +115,7 @@ def test_textures_are_made_from_the_seed(tmp_path):
     first = made("a", 1)
     assert (
         len(first) == 6 + 10 + 10
-    )  # good ones of six seen subclasses, a damaged one of all ten, and its mask
+    )  # good images of six seen subclasses, a defective one of all ten, and its mask
     assert made("b", 1) == first
     assert made("c", 2) != first
 

@@ -11,7 +11,7 @@ from normweave.textiles import SEEN, UNSEEN, make_textures
 
 @pytest.fixture(scope="session")
 def cloth(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A manifest of three seen kinds of cloth and an unseen one."""
+    """A manifest of three seen subclasses of cloth and an unseen one."""
     folder = tmp_path_factory.mktemp("cloth") / "data"
     return make_textures(
         folder, seed=3, train_images=24, test_images=6, defect_images=7, seen=SEEN[:3], unseen=UNSEEN[:1]

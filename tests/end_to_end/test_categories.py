@@ -1,4 +1,4 @@
-"""One model for tiles and cloth: it names what it sees, and does not pretend to know boards."""
+"""One model for tiles and cloth: it returns the category of their images, and `unknown` for boards."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def call(*words: object) -> list[dict]:
 def bundle(
     data_root: Path, cloth: Path, feature_cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """CNC on some tiles of two lights and three kinds of cloth, joined by the command; no board among them."""
+    """CNC on some tiles of two lights and three subclasses of cloth, joined by the command; without boards."""
     folder = tmp_path_factory.mktemp("categories")
     tiles = read(data_root / "magnetic-tiles", DataConfig(subclass=("exp1", "exp3")), layout="magnetic_tiles")
     few = {sample.group for sample in tiles if sample.label == "normal"}

@@ -1,4 +1,4 @@
-"""The whole way: fit, judge, save, load."""
+"""A detector from end to end: fit, score, save, load."""
 
 import json
 from dataclasses import replace
@@ -106,7 +106,7 @@ def test_the_line_is_drawn_from_normals_that_no_fit_has_seen(detector: Detector,
     assert not fit & calibration
     samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
     assert len(fit) + len(calibration) == len(samples)
-    # The scores behind the line are those of the calibration images, to the half precision of the feature cache.
+    # The threshold is computed from the scores of the calibration images, to the half precision of the feature cache.
     from normweave.data.images import content_hash
 
     held_out = [
@@ -194,7 +194,7 @@ def test_calibrate_draws_the_line_anew(detector: Detector, cloth: Path, tmp_path
         list(loaded.stream_samples([Sample(image_path=folder / "0.png")]))
     with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 30"):
         loaded.calibrate(folder, false_alarm_rate=0.001)
-    assert loaded.config.outcome.false_alarm_rate == 0.1  # what failed left nothing behind
+    assert loaded.config.outcome.false_alarm_rate == 0.1  # the failed call changed nothing
     with pytest.raises(DataError, match="cannot be used for calibration"):
         loaded.calibrate(cloth)
 

@@ -39,7 +39,7 @@ def run(*command: str) -> int:
 
 
 def rows(path: Path) -> list[dict[str, object]]:
-    """A table without what a clock says, and with the maps' own names."""
+    """Return a table without its times, and with the file names of the maps instead of their paths."""
     match path.suffix:
         case ".parquet":
             from pyarrow import parquet

@@ -1,4 +1,4 @@
-"""Real tiles and boards, read in place: what the tables in results/ say, on the smallest part that can show it."""
+"""Real tiles and boards, read where they are: the results of the tables in results/, on as few images as possible."""
 
 from pathlib import Path
 

@@ -189,7 +189,7 @@ def test_position_embeddings_are_resized_as_open_clip_does_it(weights, height, w
 
 
 def test_position_embeddings_are_resized_to_as_many_patches_in_another_order(states, weights):
-    """4 x 4 and 2 x 8 patches are sixteen both; counting them does not tell."""
+    """Grids of 4 x 4 and 2 x 8 patches both have sixteen patches; their number does not give the shape."""
     got = load(weights=weights / "small.safetensors", height=16, width=64).model.tower.positional_embedding
     old = states["small"]["visual.positional_embedding"]
     grid = old[1:].unflatten(0, (4, 4)).permute(2, 0, 1)[None]  # (1, D, 4, 4)

@@ -1,4 +1,4 @@
-"""Damaged and forged graphs, with their hash put right: each is refused or runs, and none ends the process."""
+"""Corrupt and forged graphs with a correct hash: each is refused or runs, and none ends the process."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ content = Path(sys.argv[1]).read_bytes()
 
 
 def bytes_changed(draw):
-    """Mostly near both ends, since what lies between is weights."""
+    """Draw positions mostly near both ends, since the weights are between them."""
     changed = bytearray(content)
     for _ in range(draw.randint(1, 6)):
         near = draw.randrange(4000)

@@ -215,7 +215,7 @@ def test_image_map_and_overlay(client, loaded, photos, inspected):
     np.testing.assert_allclose(anomaly_map, loaded.score(path).anomaly_map, rtol=1e-4, atol=1e-5)
     colours = np.asarray(Image.open(io.BytesIO(client.get(one["map_url"]).content)))
     assert colours.shape == (64, 64, 4)
-    # The middle colour of the scale lies at the threshold, so what is lighter is above it.
+    # The threshold has the middle colour of the scale, so lighter pixels are above it.
     assert (
         (colours[..., 1] > 55) & (colours[..., 3] == 255) == (anomaly_map > one["threshold"])
     ).mean() > 0.99

@@ -12,8 +12,8 @@ from normweave.types import Sample
 def join(sets: Sequence[tuple[str, Sequence[Sample]]]) -> list[Sample]:
     """Return the samples of all data sets, one set after the other.
 
-    The first category of the set is put before the names of groups, so that a `part1` of two sets is two parts. A
-    single set is returned unchanged.
+    Group names get the first category of their set as a prefix, so that the groups `part1` of two sets stay two groups.
+    A single set is returned unchanged.
 
     Args:
         sets: (name of the set for errors, its samples).

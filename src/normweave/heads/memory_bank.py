@@ -109,9 +109,10 @@ def draw_patches(
 
 
 def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> Tensor:
-    """Project (N, D) to (N, dimensions) by a random matrix that approximately preserves distances; 0 = no projection.
+    """Project (N, D) to (N, dimensions) by a random matrix that approximately preserves distances.
 
-    Johnson and Lindenstrauss 1984: x R / sqrt(dimensions), entries of R from N(0, 1).
+    Johnson and Lindenstrauss 1984: x R / sqrt(dimensions), entries of R from N(0, 1). Patches are returned unchanged if
+    dimensions is 0 or at least D.
     """
     width = patches.shape[1]
     if dimensions == 0 or dimensions >= width:

@@ -20,7 +20,7 @@ def images(count, *, seed=0, grid=(6, 7)):
 
 
 def stats_by_hand(image):
-    """[mean; log of the population deviation] of one (D, h, w) image, channel by channel."""
+    """[mean; log of the population std] of one (D, h, w) image, channel by channel."""
     patches = image.flatten(1).double().numpy()  # (D, P)
     mean = [row.sum() / len(row) for row in patches]
     deviation = [np.sqrt(((row - m) ** 2).sum() / len(row)) for row, m in zip(patches, mean, strict=True)]
@@ -114,7 +114,7 @@ def guarded_fitted(samples, kinds, *, directions=2, prior=4.0, shrinkage=0.1):
 
 
 def three_kinds():
-    """Statistics of images of three kinds on a line, and that line."""
+    """Statistics of images of three subclasses on a straight line, and the direction of the line."""
     generator = np.random.default_rng(0)
     line = generator.normal(size=2 * D)
     line /= np.linalg.norm(line)
@@ -158,8 +158,12 @@ def test_guarded_adaption_extrapolates_along_the_known_line_only():
         z = adaption.coordinates(torch.from_numpy(place[None].astype(np.float32)))
         return (adaption.centre + z @ adaption.directions.T)[0].numpy()
 
-    np.testing.assert_allclose(estimate(2.5 * line), 2.5 * line, atol=0.25)  # "brighter" than any known kind
-    assert np.linalg.norm(estimate(2.5 * aside) - estimate(0 * aside)) < 0.5  # a defect is not explained away
+    np.testing.assert_allclose(
+        estimate(2.5 * line), 2.5 * line, atol=0.25
+    )  # "brighter" than any known subclass
+    assert (
+        np.linalg.norm(estimate(2.5 * aside) - estimate(0 * aside)) < 0.5
+    )  # the adaption does not remove a defect
 
 
 def test_guarded_adaption_brings_kinds_together():

@@ -56,7 +56,7 @@ def test_never_finds_more_than_allowed():
 
 
 def test_a_mixture_tells_kinds_apart_by_their_spread():
-    """Two kinds at one place, one tight and one wide: the nearest centre knows nothing, the likelihood does."""
+    """Two clusters with one centre, one narrow and one wide: only the likelihood separates them."""
     generator = np.random.default_rng(0)
     kinds = np.arange(200) % 2
     samples = (np.where(kinds, 5.0, 0.2)[:, None] * generator.normal(size=(200, 4))).astype(np.float32)
@@ -96,7 +96,7 @@ def test_same_seed_same_kinds():
 
 
 def test_agreement_by_hand():
-    """Kinds 0, 1 hold subclasses a a b and b b: 4 of 5 images are of their kind's most frequent subclass."""
+    """Clusters 0, 1 contain subclasses a a b and b b: 4 of 5 images have the main subclass of their cluster."""
     result = agreement(np.array([0, 0, 0, 1, 1]), np.array([0, 0, 1, 1, 1]))
 
     # Pairs: 2 agree within both; expected 4 * 4 / 10; mean of both numbers of pairs is 4.
@@ -141,7 +141,7 @@ def test_what_position_variance_by_hand():
 
 def test_padding_and_coarse_channels_do_not_count_as_a_place():
     features = noise(40)
-    features[:, :, :2], features[:, :, -2:] = 5.0, 5.0  # what a convolution's padding does to every image
+    features[:, :, :2], features[:, :, -2:] = 5.0, 5.0  # the effect of a convolution's padding on every image
     features[:, 3:] += noise(1, seed=1)[:, 3:]
 
     assert position_variance(fit_data(features), channels=3) < 0.005

@@ -33,7 +33,7 @@ def random(*shape, seed=0):
 
 
 def normals(*, count=12, seed=0, each_group=1):
-    """Images of K kinds that differ in mean and spread."""
+    """Images of K subclasses that differ in mean and std."""
     experts = np.arange(count) % K
     kind = random(K, D, 1, 1, seed=1)
     features = (
@@ -105,7 +105,7 @@ def test_one_product_for_all_experts_is_that_of_each(shared):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_expert_answers_for_itself(kind):
-    """Asked together, in any order, on shared or own features, an expert says what it says alone."""
+    """The scores of an expert do not depend on the other experts of the call, their order, or shared features."""
     experts = new(kind)
     features = random(2, 2, D, H, W, seed=3)
 
@@ -234,7 +234,7 @@ def test_nearest_agrees_with_brute_force_and_never_finds_an_absent_patch(monkeyp
     monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.CHUNK", 3)
     bank = random(K, 8, D, seed=1)
     offset = -0.5 * bank.square().sum(2)
-    bank[1, 5:], offset[1, 5:] = 0.0, -torch.inf  # the second memory holds five
+    bank[1, 5:], offset[1, 5:] = 0.0, -torch.inf  # the second bank has five patches
     features = random(2, 1, D, H, W, seed=2)
 
     distance, index = nearest(features, bank, offset, ASKED)
@@ -368,7 +368,7 @@ def test_mahalanobis_distance_by_hand():
 
 
 def test_subspace_residual_by_hand():
-    """On a grid that is not averaged: the cells are the patches, and nothing lies between them."""
+    """On a grid that is not averaged: the cells are the patches, and no cell is interpolated."""
     count, grid = 12, (2, 2)
     source = InMemory(random(count, D, *grid))
     data = Normals(source, np.arange(count), np.arange(count) % 2, np.arange(count))
@@ -414,8 +414,8 @@ def test_layouts_measure_by_what_is_usual_for_the_expert_own():
 
     scores = experts(fresh[:, None], torch.arange(K).expand(30, K)).mean(dim=(0, 2, 3, 4))  # (K,)
 
-    assert abs(scores[0]) < 1  # as usual
-    assert scores[2] < scores[0] - 0.5  # less than the third is used to
+    assert abs(scores[0]) < 1  # about the mean of the training images
+    assert scores[2] < scores[0] - 0.5  # the third expert was fitted on images with twice the std
 
 
 def test_layouts_standardise_on_images_left_out():
@@ -475,7 +475,7 @@ def test_layouts_measure_the_detail_around_the_rebuilt_layout():
 
 
 def test_layouts_see_what_is_smaller_than_their_cells():
-    """A single cell of the grid, of which the subspace's own cells average many, peaks at its very place."""
+    """A change of one cell of the grid gives the maximum at this cell, though the subspace averages many cells."""
     place = random(D, 12, 12, seed=1)
     source = InMemory(place + 0.3 * random(60, D, 12, 12, seed=2))
     data = Normals(source, np.arange(60), np.zeros(60, dtype=np.int64), np.arange(60))

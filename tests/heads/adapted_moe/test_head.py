@@ -53,7 +53,7 @@ def random(*shape, seed=0):
 
 
 def images(count, *, seed, layout=False):
-    """Kinds that differ in the mean of the channels; with `layout` also a pattern that has its place."""
+    """Subclasses that differ in the mean of the channels; with `layout` also a pattern at a fixed position."""
     kinds = np.arange(count) % K
     features = 0.5 * random(count, *SHAPE, seed=seed) + random(K, SHAPE[0], 1, 1, seed=101)[kinds]
     if layout:
@@ -198,7 +198,7 @@ def test_one_expert_for_all_without_moe():
 
     assert head.subclass_names == ("all",)
     assert head.branch.experts.offset.shape[0] == 1
-    assert len(head.novelty.means) == K  # the distance still knows the kinds
+    assert len(head.novelty.means) == K  # the distance still uses all subclasses
     assert out.routing.weights.tolist() == [[1.0]] * 4
 
 
@@ -427,7 +427,7 @@ def test_one_subclass_needs_no_router():
     out = head(images(2, seed=2)[0])
     assert head.subclass_names == ("cloth",)
     assert out.routing.weights.tolist() == [[1.0], [1.0]]
-    assert not out.routing.adapted.any()  # one kind shows no direction
+    assert not out.routing.adapted.any()  # one subclass gives no direction
 
 
 def test_lessons_are_those_that_need_gradients():

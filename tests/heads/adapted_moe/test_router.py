@@ -38,7 +38,7 @@ def random_centres(seed=1):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("norm", [True, False])
 def test_agrees_with_equation_1(stride, norm):
-    """x = GAP(relu(W * X + b)), zeros beyond the edge, one place after the other; then x / |x|."""
+    """x = GAP(relu(W * X + b)), zeros beyond the edge, one position after the other; then x / |x|."""
     net = router(stride=stride, norm=norm)
     few = images(2)
     kernel, bias = net.kernel.detach().double().numpy(), net.bias.detach().double().numpy()
@@ -165,7 +165,7 @@ def test_centres_move_in_training_only():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
 def test_learns_to_route_kinds_that_differ(alpha):
-    """Kinds that differ in where a channel is high, not in its mean: only a convolution sees it."""
+    """Subclasses that differ in where a channel is high, not in its mean: only a convolution separates them."""
     kinds = np.arange(30) % K
     pattern = torch.zeros(K, D, 4, 5)
     pattern[0, :, ::2], pattern[1, :, :, ::2], pattern[2] = 2.0, 2.0, 1.0

@@ -88,7 +88,7 @@ class NormalityGuide(nn.Module):
         self.attention = Attention(width=width, memory=width, heads=config.heads)
 
     def memory(self, tokens: Tensor) -> Tensor:
-        """Return the input of keys and values, (1, M, d), for tokens (M, U)."""
+        """Return the projected and centred tokens that keys and values are computed from: (M, U) -> (1, M, d)."""
         centred = tokens - tokens.mean(dim=0)
         projected: Tensor = self.project(F.layer_norm(centred, centred.shape[-1:]))  # (M, d)
         memory: Tensor = self.after(projected - projected.mean(dim=0))

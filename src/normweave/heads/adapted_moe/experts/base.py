@@ -44,7 +44,7 @@ class Normals:
         return int(self.experts.max()) + 1
 
     def batches(self, chosen: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        """Yield indices into `rows` and the features (B, D, h, w) of a few images at a time; None = all images."""
+        """Yield indices into `rows` and the features (B, D, h, w) of the chosen images, a few at a time; None = all."""
         chosen = np.arange(len(self.rows)) if chosen is None else chosen
         for start in range(0, len(chosen), BATCH_IMAGES):
             batch = chosen[start : start + BATCH_IMAGES]

@@ -105,7 +105,7 @@ def test_files_that_are_not_listed_are_ignored(saved):
 # ── writing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_taken_place_is_refused(saved):
+def test_an_existing_folder_is_refused(saved):
     before = bundle.bundle_hash(saved)
     refused(
         lambda: bundle.write(saved, tensors=tensors(), record={"new": 1}),
@@ -276,7 +276,7 @@ def test_listed_files_stay_in_the_folder(saved, name):
     refused(lambda: bundle.read(saved), "which is not a plain file name")
 
 
-def test_a_newer_format_says_how_to_upgrade(saved):
+def test_the_error_of_a_newer_format_states_how_to_upgrade(saved):
     change(saved, format=3)
     refused(
         lambda: bundle.read(saved),
@@ -296,7 +296,7 @@ def test_a_list_of_files_that_is_none(saved, files):
     refused(lambda: bundle.read(saved), "bundle.json")
 
 
-def test_a_place_without_a_bundle(tmp_path):
+def test_a_folder_without_a_bundle(tmp_path):
     refused(
         lambda: bundle.read(tmp_path / "b"),
         "does not exist; a bundle is a folder written by 'normweave train'",

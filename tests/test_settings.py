@@ -63,14 +63,14 @@ def test_comes_back_from_yaml(config, tmp_path):
 
 
 @pytest.mark.parametrize("kind", get_args(FeaturesConfig), ids=lambda kind: kind.kind)
-def test_features_of_every_kind_come_back(kind):
+def test_features_of_every_variant_come_back(kind):
     config = Config(features=kind(batch_images=3))
     values = json.loads(json.dumps(settings.as_dict(config)))
     assert values["features"]["kind"] == kind.kind
     assert settings.from_dict(values) == config
 
 
-def test_features_without_a_kind_are_timms():
+def test_features_without_a_variant_are_timms():
     """As in all settings that were written before there were others."""
     old = settings.as_dict(Config(features=TimmConfig(strides=(8,))))
     del old["features"]["kind"]
@@ -183,7 +183,7 @@ def test_mistakes_are_named(tmp_path, text, words):
     refused(lambda: settings.read(path), "config.yaml", *words)
 
 
-def test_all_mistakes_are_said_together(tmp_path):
+def test_all_mistakes_are_reported_together(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("sead: 1\nprepare: {height: 3, width: 4}\nhead: {kind: dfm, cells: a, variance: 2}\n")
     message = refused(
@@ -226,12 +226,12 @@ def test_text_is_taken_as_it_stands(text):
     assert settings.override(Config(), [f"data.subclass_regex={text}"]).data.subclass_regex == text
 
 
-def test_another_kind_starts_from_its_own_defaults():
+def test_another_variant_starts_from_its_own_defaults():
     changed = settings.override(Config(), ["head.share=0.2", "head.kind=memory_bank"])
     assert changed.head == MemoryBankConfig(share=0.2)
 
 
-def test_another_kind_of_features_starts_from_its_own_defaults():
+def test_another_variant_of_features_starts_from_its_own_defaults():
     config = Config(features=TimmConfig(strides=(4, 8), batch_images=2), head=MemoryBankConfig(share=0.2))
     changed = settings.override(config, ["features.layers=[2, 4]", "features.kind=open_clip"])
     assert changed == replace(config, features=OpenClipConfig(layers=(2, 4)))
@@ -259,7 +259,7 @@ def test_the_same_model_keeps_what_was_set():
     assert settings.with_model(config, "cnc") == config  # and its features, which someone has chosen
 
 
-def test_the_same_kind_keeps_what_was_set():
+def test_the_same_variant_keeps_what_was_set():
     config = Config(head=AdaptedMoEConfig(top_k=2))
     assert settings.override(config, ["head.kind=adapted_moe", "seed=1"]) == replace(config, seed=1)
 
@@ -288,7 +288,7 @@ def test_every_model_of_the_command_line_is_a_head_and_every_head_a_model():
     assert settings.model_config("patchcore") == MemoryBankConfig()
 
 
-def test_an_unknown_model_says_which_there_are():
+def test_an_unknown_model_lists_the_known_ones():
     refused(
         lambda: settings.model_config("patch-core"), "Unknown model 'patch-core'. Did you mean 'patchcore'?"
     )

@@ -71,13 +71,13 @@ def test_calibrate(bundle, photos, tmp_path):
     assert said["calibration_images"] == len(good)
 
 
-def test_doctor_says_what_is_missing():
+def test_doctor_lists_what_is_missing():
     result = run("doctor", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["devices"] == ["cpu"]
 
 
-def test_training_says_what_to_install(photos, tmp_path):
+def test_training_without_torch_states_what_to_install(photos, tmp_path):
     result = run("train", tmp_path, "-o", tmp_path / "b", "--json")
     assert result.returncode == 2
     assert 'pip install "normweave[train]"' in json.loads(result.stdout)["error"]

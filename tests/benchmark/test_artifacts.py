@@ -36,7 +36,7 @@ def listed(category: str, defects: dict[str, int], good: int = 5) -> list[Sample
     return rows
 
 
-def test_of_each_kind_of_defect_one_is_shown_whatever_the_order():
+def test_one_image_of_each_defect_is_shown_in_any_order():
     tests = listed("tile", {"crack": 3, "fray": 9, "hole": 1})
     chosen = artifacts.shown(tests)
     assert [sample.defect for sample in chosen] == [None, "crack", "fray", "hole"]
@@ -58,7 +58,7 @@ def test_no_category_crowds_out_another():
     )
 
 
-def test_a_defect_that_nobody_marked_is_not_shown():
+def test_a_defect_without_a_mask_is_not_shown():
     tests = [replace(sample, mask_path=None) for sample in listed("tile", {"crack": 2})]
     assert [sample.label for sample in artifacts.shown(tests)] == ["normal"]
     assert artifacts.shown([]) == []

@@ -82,7 +82,7 @@ def test_every_image_counts_once(tables):
     assert len(rows) == 16
 
 
-def test_a_head_that_judges_whole_images_has_no_pixel_metrics(tmp_path: Path):
+def test_an_image_level_head_has_no_pixel_metrics(tmp_path: Path):
     """Its map has one cell. Upsampled, it has the score everywhere, and could be mistaken for an anomaly map."""
     data = tmp_path / "cloth"
     textile = Textile("plain", "ecru", "diffuse")
@@ -129,7 +129,7 @@ def test_means_are_over_categories(tables):
         assert metrics["mean"][name] == pytest.approx(np.mean(values))
 
 
-def test_what_is_undefined_says_why():
+def test_undefined_metrics_have_a_reason():
     cells = [Stratum("a", None, True, None)]
     metrics = make_tables(cells, [row("normal", 0.1)], {}, {}, {"a"})
     assert metrics["pooled"]["image_auroc"] is None
@@ -367,7 +367,7 @@ FOUND = {
         ),
     ],
 )
-def test_what_cannot_be_compared_says_why(text, complaint, tmp_path):
+def test_metrics_that_cannot_be_compared_raise_with_a_reason(text, complaint, tmp_path):
     path = tmp_path / "other.json"
     if text is not None:
         path.write_text(text)

@@ -98,9 +98,9 @@ def test_parts_are_read_each_in_its_layout_with_its_settings(tmp_path):
     )
     samples = read_samples(read_plan(plan).data[0], tmp_path / "data", tmp_path / "results")
 
-    kinds = {sample.subclass_name for sample in samples}
-    assert {"tile/exp1", "tile/exp2"} <= kinds
-    assert {f"cloth/{textile.name}" for textile in SEEN} <= kinds
+    names = {sample.subclass_name for sample in samples}
+    assert {"tile/exp1", "tile/exp2"} <= names
+    assert {f"cloth/{textile.name}" for textile in SEEN} <= names
     assert {sample.group.split("/")[0] for sample in samples if sample.group} == {"cloth"}
     made = [sample for sample in samples if sample.category == "cloth"]
     wanted = make_textures(

@@ -150,7 +150,7 @@ def predicted(trained, cloth, tmp_path_factory):
     return images, result, folder
 
 
-def test_json_is_a_line_an_image_in_their_order(predicted):
+def test_json_is_one_line_per_image_in_their_order(predicted):
     images, result, folder = predicted
     rows = [json.loads(text) for text in result.stdout.splitlines()]
     assert [row["image_path"] for row in rows] == images

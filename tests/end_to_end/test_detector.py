@@ -53,7 +53,7 @@ def test_a_planted_defect_is_found_where_it_is(model: str, cloth: Path, feature_
     assert np.abs(np.mean(offsets, axis=0)).max() < 4, offsets
 
 
-def test_good_cloth_is_told_from_damaged(detector: Detector, cloth: Path, tmp_path: Path):
+def test_defective_cloth_scores_higher_than_good_cloth(detector: Detector, cloth: Path, tmp_path: Path):
     metrics = evaluate(detector, cloth, output=tmp_path / "evaluation")
     assert metrics["seen"]["image_auroc"] > 0.8
     assert metrics["seen"]["pixel_auroc"] > 0.85
@@ -100,7 +100,7 @@ def test_a_bundle_read_into_torch_gives_the_scores_of_training(
     assert loaded.config == detector.config
 
 
-def test_the_line_is_drawn_from_normals_that_no_fit_has_seen(detector: Detector, cloth: Path):
+def test_the_threshold_is_computed_from_normals_outside_of_the_fit(detector: Detector, cloth: Path):
     fit, calibration = set(detector.record["fit_hashes"]), set(detector.record["calibration_hashes"])
     assert fit
     assert not fit & calibration
@@ -181,7 +181,7 @@ def test_a_large_image_is_cut_into_tiles(detector: Detector):
     assert (outcome.height, outcome.width) == (1280, 2304)
 
 
-def test_calibrate_draws_the_line_anew(detector: Detector, cloth: Path, tmp_path: Path):
+def test_calibrate_computes_the_threshold_again(detector: Detector, cloth: Path, tmp_path: Path):
     loaded = Detector.load(detector.save(tmp_path / "bundle"))
     folder = tmp_path / "more"
     folder.mkdir()

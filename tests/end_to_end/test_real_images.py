@@ -25,7 +25,7 @@ def tiles(fold: Fold, feature_cache: Path) -> Detector:
     return Detector.fit(fold.samples, config=Config(), cache=feature_cache)
 
 
-def test_an_unseen_light_is_told_apart_better_than_by_memory_or_subspace(
+def test_defects_in_unseen_light_are_detected_better_than_by_memory_or_subspace(
     fold: Fold, tiles: Detector, feature_cache: Path
 ):
     assert fold.name == "without exp4"

@@ -49,7 +49,7 @@ def cached_bytes(folder):
     return sum(file.stat().st_size for file in folder.rglob("*.f16"))
 
 
-def test_gives_what_the_extractor_gives_in_the_order_asked_for(tmp_path, extractor):
+def test_returns_the_features_of_the_extractor_in_the_given_order(tmp_path, extractor):
     progress = []
     source = cache.cached(
         extractor,

@@ -35,7 +35,7 @@ def test_a_plain_graph_passes():
 
 
 @pytest.mark.parametrize("place", ["../../etc/passwd", "weights.bin", "*/_ORT_MEM_ADDR_/*"])
-def test_a_tensor_that_lies_elsewhere(place):
+def test_a_tensor_in_another_file(place):
     model = plain()
     tensor = model.graph.initializer[0]
     tensor.ClearField("float_data")
@@ -55,7 +55,7 @@ def test_a_tensor_that_lies_elsewhere_inside_an_attribute():
     refused(model, "a tensor that is stored in another file")
 
 
-def test_a_tensor_that_says_that_it_lies_inside():
+def test_a_tensor_that_claims_to_be_inside():
     model = plain()
     model.graph.initializer[0].data_location = TensorProto.DEFAULT
     check(model.SerializeToString(), where="b")
@@ -92,7 +92,7 @@ def test_functions_metadata_sparse_tensors_and_training():
     refused(model, "training information")
 
 
-def test_a_field_that_nobody_knows():
+def test_an_unknown_field():
     with pytest.raises(BundleError, match="holds field 99 of a model"):
         check(plain().SerializeToString() + b"\x98\x06\x01", where="b")
 

@@ -27,7 +27,7 @@ def stats_by_hand(image):
     return np.array(mean + list(np.log(deviation)))
 
 
-def test_statistics_are_mean_and_log_of_the_population_deviation():
+def test_statistics_are_mean_and_log_of_the_population_std():
     few = images(3)
 
     torch.testing.assert_close(
@@ -48,7 +48,7 @@ def paper_fitted(train, experts):
     return adaption
 
 
-def test_centres_and_deviations_are_those_of_all_patches_of_a_subclass():
+def test_centres_and_stds_are_those_of_all_patches_of_a_subclass():
     train, experts = images(6), np.array([0, 1, 0, 1, 1, 0])
     adaption = paper_fitted(train, experts)
 
@@ -105,32 +105,32 @@ def test_papers_adaption_removes_any_change_of_light():
     )
 
 
-def guarded_fitted(samples, kinds, *, directions=2, prior=4.0, shrinkage=0.1):
+def guarded_fitted(samples, subclasses, *, directions=2, prior=4.0, shrinkage=0.1):
     adaption = GuardedAdaption(
         GuardedAdaptionConfig(directions=directions, prior=prior, shrinkage=shrinkage), width=D
     )
-    adaption.fit(samples, kinds, kinds)
+    adaption.fit(samples, subclasses, subclasses)
     return adaption
 
 
-def three_kinds():
+def three_subclasses():
     """Statistics of images of three subclasses on a straight line, and the direction of the line."""
     generator = np.random.default_rng(0)
     line = generator.normal(size=2 * D)
     line /= np.linalg.norm(line)
-    kinds = np.arange(60) % 3
-    samples = (kinds[:, None] - 1) * line + 0.1 * generator.normal(size=(60, 2 * D))
-    return samples.astype(np.float32), kinds, line
+    subclasses = np.arange(60) % 3
+    samples = (subclasses[:, None] - 1) * line + 0.1 * generator.normal(size=(60, 2 * D))
+    return samples.astype(np.float32), subclasses, line
 
 
 def test_guarded_adaption_agrees_with_its_equations():
-    samples, kinds, _ = three_kinds()
-    adaption = guarded_fitted(samples, kinds)
+    samples, subclasses, _ = three_subclasses()
+    adaption = guarded_fitted(samples, subclasses)
     image = images(1, seed=2)[0]
 
-    t_k = np.stack([samples[kinds == kind].astype(float).mean(axis=0) for kind in range(3)])
+    t_k = np.stack([samples[subclasses == each].astype(float).mean(axis=0) for each in range(3)])
     t = t_k.sum(axis=0) / 3
-    _, S = covariance_within(samples, kinds, shrinkage=0.1)
+    _, S = covariance_within(samples, subclasses, shrinkage=0.1)
     # Leading directions of the t_k - t as eigenvectors of their scatter, without svd.
     values, vectors = np.linalg.eigh((t_k - t).T @ (t_k - t))
     B = vectors[:, [-1, -2]] * np.sqrt(values[[-1, -2]] / (3 - 1))
@@ -148,8 +148,8 @@ def test_guarded_adaption_agrees_with_its_equations():
 
 
 def test_guarded_adaption_extrapolates_along_the_known_line_only():
-    samples, kinds, line = three_kinds()
-    adaption = guarded_fitted(samples, kinds, directions=1)
+    samples, subclasses, line = three_subclasses()
+    adaption = guarded_fitted(samples, subclasses, directions=1)
     aside = np.random.default_rng(1).normal(size=2 * D)
     aside -= (aside @ line) * line
     aside /= np.linalg.norm(aside)
@@ -166,9 +166,9 @@ def test_guarded_adaption_extrapolates_along_the_known_line_only():
     )  # the adaption does not remove a defect
 
 
-def test_guarded_adaption_brings_kinds_together():
-    samples, kinds, _ = three_kinds()
-    adaption = guarded_fitted(samples, kinds)
+def test_guarded_adaption_brings_subclasses_together():
+    samples, subclasses, _ = three_subclasses()
+    adaption = guarded_fitted(samples, subclasses)
     pattern = torch.randn(1, D, 16, 16, generator=torch.Generator().manual_seed(0))
     pattern = (pattern - pattern.mean((2, 3), keepdim=True)) / pattern.std((2, 3), keepdim=True, correction=0)
     mean, log_deviation = adaption.centre.chunk(2)
@@ -182,8 +182,8 @@ def test_guarded_adaption_brings_kinds_together():
     assert (seen[0] - seen[1]).abs().mean() > 5 * (bright - dark).abs().mean()
 
 
-def test_guarded_adaption_with_one_kind_is_off():
-    samples, _, _ = three_kinds()
+def test_guarded_adaption_with_one_subclass_is_off():
+    samples, _, _ = three_subclasses()
     adaption = guarded_fitted(samples, np.zeros(60, dtype=np.int64))
     few = images(2)
 
@@ -191,7 +191,7 @@ def test_guarded_adaption_with_one_kind_is_off():
     assert adaption.changes(statistics(few)).tolist() == [False, False]
 
 
-def test_no_adaption_changes_nothing_and_says_so():
+def test_no_adaption_changes_nothing_and_reports_it():
     few = images(2)
 
     assert torch.equal(NoAdaption()(few, statistics(few), torch.tensor([[0], [0]]))[:, 0], few)
@@ -199,8 +199,8 @@ def test_no_adaption_changes_nothing_and_says_so():
 
 
 def test_adapted_images_are_marked():
-    samples, kinds, _ = three_kinds()
+    samples, subclasses, _ = three_subclasses()
     few = statistics(images(2))
 
-    assert guarded_fitted(samples, kinds).changes(few).tolist() == [True, True]
+    assert guarded_fitted(samples, subclasses).changes(few).tolist() == [True, True]
     assert PaperAdaption(width=D).changes(few).tolist() == [True, True]

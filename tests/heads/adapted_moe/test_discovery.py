@@ -10,10 +10,12 @@ from normweave.types import FitData
 def clusters(centres, *, each=20, spread=0.2, seed=0):
     """Statistics of images around these centres, and the cluster of each."""
     generator = np.random.default_rng(seed)
-    kinds = np.repeat(np.arange(len(centres)), each)
-    generator.shuffle(kinds)
-    samples = np.asarray(centres)[kinds] + spread * generator.normal(size=(len(kinds), len(centres[0])))
-    return samples.astype(np.float32), kinds
+    subclasses = np.repeat(np.arange(len(centres)), each)
+    generator.shuffle(subclasses)
+    samples = np.asarray(centres)[subclasses] + spread * generator.normal(
+        size=(len(subclasses), len(centres[0]))
+    )
+    return samples.astype(np.float32), subclasses
 
 
 FOUR = 3 * np.eye(4, 12)
@@ -21,16 +23,16 @@ FOUR = 3 * np.eye(4, 12)
 
 @pytest.mark.parametrize("method", ["kmeans", "mixture"])
 def test_finds_clusters_that_are_there(method):
-    samples, kinds = clusters(FOUR)
+    samples, subclasses = clusters(FOUR)
 
     found = discover(samples, method=method, most=16, seed=0)
 
-    result = agreement(found.predict(samples), kinds)
+    result = agreement(found.predict(samples), subclasses)
     assert result == (1.0, 1.0, 4, 4)
 
 
 @pytest.mark.parametrize("method", ["kmeans", "mixture"])
-def test_finds_one_kind_where_there_is_one(method):
+def test_finds_one_subclass_where_there_is_one(method):
     samples, _ = clusters(FOUR[:1], each=80)
 
     found = discover(samples, method=method, most=16, seed=0)
@@ -40,7 +42,7 @@ def test_finds_one_kind_where_there_is_one(method):
 
 
 @pytest.mark.parametrize("method", ["kmeans", "mixture"])
-def test_a_few_odd_images_are_not_a_kind(method):
+def test_a_few_odd_images_are_not_a_subclass(method):
     samples, _ = clusters(FOUR[:1], each=60)
     samples[:2] += 100
 
@@ -55,39 +57,39 @@ def test_never_finds_more_than_allowed():
     assert len(discover(samples, method="kmeans", most=3, seed=0).centres) <= 3
 
 
-def test_a_mixture_tells_kinds_apart_by_their_spread():
+def test_a_mixture_separates_subclasses_by_their_variance():
     """Two clusters with one centre, one narrow and one wide: only the likelihood separates them."""
     generator = np.random.default_rng(0)
-    kinds = np.arange(200) % 2
-    samples = (np.where(kinds, 5.0, 0.2)[:, None] * generator.normal(size=(200, 4))).astype(np.float32)
+    subclasses = np.arange(200) % 2
+    samples = (np.where(subclasses, 5.0, 0.2)[:, None] * generator.normal(size=(200, 4))).astype(np.float32)
 
     found = discover(samples, method="mixture", most=2, seed=0)
 
-    assert agreement(found.predict(samples), kinds).purity > 0.9
+    assert agreement(found.predict(samples), subclasses).purity > 0.9
 
 
 @pytest.mark.parametrize("method", ["kmeans", "mixture"])
 @pytest.mark.parametrize("count", [1, 2, 7])
-def test_few_images_are_one_kind(method, count):
+def test_few_images_are_one_subclass(method, count):
     samples, _ = clusters(FOUR, each=2)
 
     assert len(discover(samples[:count], method=method, most=16, seed=0).centres) == 1
 
 
-def test_images_that_are_all_the_same_are_one_kind():
+def test_equal_images_are_one_subclass():
     assert len(discover(np.ones((20, 6), dtype=np.float32), method="kmeans", most=16, seed=0).centres) == 1
 
 
-def test_new_images_get_the_kind_of_their_like():
-    samples, kinds = clusters(FOUR)
+def test_new_images_get_the_subclass_of_similar_images():
+    samples, subclasses = clusters(FOUR)
     found = discover(samples, method="kmeans", most=16, seed=0)
     fresh, fresh_kinds = clusters(FOUR, seed=1)
 
-    name = {kind: found.predict(samples[kinds == kind])[0] for kind in range(4)}
+    name = {each: found.predict(samples[subclasses == each])[0] for each in range(4)}
     assert [name[kind] for kind in fresh_kinds] == found.predict(fresh).tolist()
 
 
-def test_same_seed_same_kinds():
+def test_same_seed_same_subclasses():
     samples, _ = clusters(np.random.default_rng(1).normal(size=(7, 12)), spread=0.5)
 
     one, other = (discover(samples, method="kmeans", most=16, seed=3).predict(samples) for _ in range(2))
@@ -139,7 +141,7 @@ def test_what_position_variance_by_hand():
     assert got == pytest.approx(1 - gap / (pooled**2).sum(), rel=1e-5)
 
 
-def test_padding_and_coarse_channels_do_not_count_as_a_place():
+def test_padding_and_coarse_channels_do_not_count_as_position():
     features = noise(40)
     features[:, :, :2], features[:, :, -2:] = 5.0, 5.0  # the effect of a convolution's padding on every image
     features[:, 3:] += noise(1, seed=1)[:, 3:]
@@ -147,5 +149,5 @@ def test_padding_and_coarse_channels_do_not_count_as_a_place():
     assert position_variance(fit_data(features), channels=3) < 0.005
 
 
-def test_images_of_one_group_say_nothing_of_place():
+def test_images_of_one_group_give_no_position_variance():
     assert position_variance(fit_data(noise(5), groups=np.zeros(5, dtype=np.int64)), channels=6) == 0

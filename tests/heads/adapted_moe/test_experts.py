@@ -104,7 +104,7 @@ def test_one_product_for_all_experts_is_that_of_each(shared):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_expert_answers_for_itself(kind):
+def test_scores_of_an_expert_do_not_depend_on_other_experts(kind):
     """The scores of an expert do not depend on the other experts of the call, their order, or shared features."""
     experts = new(kind)
     features = random(2, 2, D, H, W, seed=3)
@@ -258,7 +258,7 @@ def test_nearest_is_exact_for_a_stored_patch():
     assert index.flatten().tolist() == list(range(6))
 
 
-def test_memories_hold_patches_of_their_own_kind_and_no_more_than_allowed():
+def test_memory_banks_hold_patches_of_their_own_subclass_up_to_the_limit():
     data = normals()
     experts = fitted(
         MemoryExperts(

@@ -54,19 +54,19 @@ def random(*shape, seed=0):
 
 def images(count, *, seed, layout=False):
     """Subclasses that differ in the mean of the channels; with `layout` also a pattern at a fixed position."""
-    kinds = np.arange(count) % K
-    features = 0.5 * random(count, *SHAPE, seed=seed) + random(K, SHAPE[0], 1, 1, seed=101)[kinds]
+    subclasses = np.arange(count) % K
+    features = 0.5 * random(count, *SHAPE, seed=seed) + random(K, SHAPE[0], 1, 1, seed=101)[subclasses]
     if layout:
         features = features + random(*SHAPE, seed=102)
-    return features, kinds
+    return features, subclasses
 
 
 def fit_data(*, count=36, layout=False, labelled=True, holdout=True):
-    features, kinds = images(count, seed=1, layout=layout)
-    groups = np.arange(count) // (2 * K) * K + kinds
+    features, subclasses = images(count, seed=1, layout=layout)
+    groups = np.arange(count) // (2 * K) * K + subclasses
     return FitData(
         features=InMemory(features),
-        subclasses=kinds if labelled else np.full(count, -1),
+        subclasses=subclasses if labelled else np.full(count, -1),
         names=("cloth/a", "cloth/b", "cloth/c") if labelled else (),
         groups=groups,
         holdout=(groups < 2 * K) & holdout,
@@ -167,9 +167,9 @@ ROUTINGS = ["statistics", "likelihood", "network"]
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_routes_new_images_to_their_subclass(routing):
     head = fitted(expert={"kind": "gaussian", "pooled": 0.0}, adaption="off", routing=routing)
-    features, kinds = images(12, seed=2)
+    features, subclasses = images(12, seed=2)
 
-    assert (head(features).routing.subclass.numpy() == kinds).all()
+    assert (head(features).routing.subclass.numpy() == subclasses).all()
 
 
 def test_routing_by_likelihood_asks_all_and_keeps_those_that_find_the_image_usual():
@@ -268,7 +268,7 @@ def test_auto_takes_the_experts_that_suit_the_images(layout, kind):
 
 
 @pytest.mark.parametrize("layout", [True, False])
-def test_the_way_taken_survives_saving(layout):
+def test_the_selected_branch_survives_saving(layout):
     head = fitted(fit_data(layout=layout))
     other = build(config(), shape=SHAPE)
     features, _ = images(3, seed=2, layout=layout)
@@ -346,10 +346,10 @@ def test_fits_where_nothing_or_all_of_a_subclass_is_held_out(every):
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_strangers_are_scored_without_the_expert_of_their_own(routing):
+def test_score_excluding_leaves_out_the_expert_of_the_own_subclass(routing):
     head = fitted(expert="gaussian", routing=routing, border=0)
-    features, kinds = images(6, seed=2)
-    own = torch.from_numpy(kinds)
+    features, subclasses = images(6, seed=2)
+    own = torch.from_numpy(subclasses)
 
     out = head.score_excluding(features, own)
 
@@ -362,7 +362,7 @@ def test_strangers_are_scored_without_the_expert_of_their_own(routing):
     assert (out.routing.distance > head(features).routing.distance).all()
 
 
-def test_the_only_expert_scores_strangers_too():
+def test_score_excluding_with_one_expert_uses_it():
     head = fitted(expert="gaussian", moe=False)
     features, _ = images(3, seed=2)
 
@@ -371,14 +371,14 @@ def test_the_only_expert_scores_strangers_too():
     )
 
 
-def test_where_the_line_between_layout_and_texture_lies_is_a_setting():
+def test_the_threshold_between_layout_and_texture_is_a_setting():
     assert (
         type(fitted(fit_data(layout=True), expert={"kind": "auto", "position_variance": 0.99}).branch.experts)
         is GaussianExperts
     )
 
 
-def test_an_unseen_kind_lies_further_than_new_images_of_known_kinds():
+def test_an_unseen_subclass_is_farther_than_new_images_of_known_subclasses():
     head = fitted()
     known, _ = images(12, seed=2)
     strange = known + 4 * random(1, SHAPE[0], 1, 1, seed=9)
@@ -396,12 +396,12 @@ def test_finds_subclasses_where_none_are_given(discovery, routing):
         discovery=discovery,
         routing=routing,
     )
-    features, kinds = images(12, seed=2)
+    features, subclasses = images(12, seed=2)
 
     assert head.subclass_names == ("found-1", "found-2", "found-3")
     assert head.agreement is None  # nothing to compare with
     found = head(features).routing.subclass.numpy()
-    assert len(set(zip(found, kinds, strict=True))) == K  # one to one
+    assert len(set(zip(found, subclasses, strict=True))) == K  # one to one
 
 
 def test_discovered_subclasses_are_compared_with_given_ones():
@@ -430,7 +430,7 @@ def test_one_subclass_needs_no_router():
     assert not out.routing.adapted.any()  # one subclass gives no direction
 
 
-def test_lessons_are_those_that_need_gradients():
+def test_stages_are_the_parts_that_need_gradients():
     data = fit_data()
 
     def names(**settings):

@@ -164,15 +164,15 @@ def test_centres_move_in_training_only():
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
-def test_learns_to_route_kinds_that_differ(alpha):
+def test_learns_to_route_subclasses_that_differ(alpha):
     """Subclasses that differ in where a channel is high, not in its mean: only a convolution separates them."""
-    kinds = np.arange(30) % K
+    subclasses = np.arange(30) % K
     pattern = torch.zeros(K, D, 4, 5)
     pattern[0, :, ::2], pattern[1, :, :, ::2], pattern[2] = 2.0, 2.0, 1.0
-    features = pattern[kinds] + 0.3 * images(30)
+    features = pattern[subclasses] + 0.3 * images(30)
     data = FitData(
         features=InMemory(features),
-        subclasses=kinds,
+        subclasses=subclasses,
         names=("a", "b", "c"),
         groups=np.arange(30),
         holdout=np.arange(30) >= 24,
@@ -181,4 +181,4 @@ def test_learns_to_route_kinds_that_differ(alpha):
 
     train(stage(net), data, device="cpu")
 
-    assert (net.similarity(features[24:]).argmax(1).numpy() == kinds[24:]).all()
+    assert (net.similarity(features[24:]).argmax(1).numpy() == subclasses[24:]).all()

@@ -250,7 +250,7 @@ def test_unreadable_training_images_are_listed(
 
 
 def test_record_is_what_json_holds(detector: Detector):
-    assert detector.record["notes"]["experts"] == "gaussians"  # cloth has no layout
+    assert detector.record["notes"]["experts"] == "gaussian"  # the position explains nothing on cloth
     assert detector.record["notes"]["position_variance"] < 0.02
     assert json.loads(json.dumps(detector.record)) == detector.record
     assert settings.from_dict(detector.record["config"]) == detector.config

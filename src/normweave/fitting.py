@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave import __version__, bundle, settings, training
-from normweave.config import Config, OpenClipConfig
+from normweave.config import Config
 from normweave.data import rows, splits, synthetic
 from normweave.data.prepare import Preparation
 from normweave.detector import HASH_LETTERS, Data, Detector, parse_record, samples_of
@@ -402,9 +402,7 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
     content = dict(zip(images.samples, images.hashes, strict=True))
     fitted = sorted(content[sample] for sample in division.fit)
     calibration = sorted(content[sample] for sample in division.calibration)
-    packages = ["torch", "timm", "numpy", "pillow"]
-    if isinstance(config.features, OpenClipConfig):
-        packages.append("open_clip_torch")
+    packages = ("torch", "timm", "numpy", "pillow", *config.features.packages)
     return {
         "model": config.model,
         "config": settings.as_dict(config),

@@ -13,6 +13,8 @@ PassImages = PositiveInt
 
 
 class _Features:
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Further packages whose versions a bundle records."""
     side: ClassVar[int | None] = None
     """Height and width of the input that these features were trained for; None = any."""
 
@@ -58,6 +60,7 @@ class OfflinePairConfig(_Features):
 class OpenClipConfig(_Features):
     """A CLIP model of open_clip, the patch tokens of several of its blocks."""
 
+    packages = ("open_clip_torch",)
     side = 336  # a multiple of the patch of 14 pixels
     kind: Literal["open_clip"] = "open_clip"
     model: str = "ViT-L-14-336-quickgelu"

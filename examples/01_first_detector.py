@@ -19,9 +19,7 @@ def main() -> None:
     config = replace(Config(), prepare=PrepareConfig(height=128, width=128))
     with TemporaryDirectory() as folder:
         cloth = Path(folder) / "cloth"
-        make_textures(
-            cloth, size=(128, 128), train_images=60, test_images=0, defect_images=0, seen=[CLOTH], unseen=[]
-        )
+        make_textures(cloth, size=(128, 128), train_images=60, test_images=0, defect_images=0, seen=[CLOTH], unseen=[])
         detector = Detector.fit(cloth, config=config, use_cache=False)
         detector.save(Path(folder) / "cloth.bundle")
         detector = Detector.load(Path(folder) / "cloth.bundle")
@@ -29,9 +27,7 @@ def main() -> None:
     for defect in (None, "knot"):
         sample = render(CLOTH, seed=12345, size=(128, 128), defect=defect)
         outcome = detector.score(sample.image)
-        print(
-            f"{defect or 'good'}: {outcome.verdict}, score {outcome.pred_score:.3f}, p-value {outcome.p_value:.3f}"
-        )
+        print(f"{defect or 'good'}: {outcome.verdict}, score {outcome.pred_score:.3f}, p-value {outcome.p_value:.3f}")
 
 
 if __name__ == "__main__":

@@ -125,9 +125,7 @@ def main() -> None:
                 bare_graph = to_onnx(Bare(detector.network.extractor), height=256, width=256)
                 backbone = session(bare_graph, arguments.threads)
                 # Check the results before measuring the time.
-                for mine, other in zip(
-                    detector.score(paths[:batch]), loaded.score(paths[:batch]), strict=True
-                ):
+                for mine, other in zip(detector.score(paths[:batch]), loaded.score(paths[:batch]), strict=True):
                     assert mine.verdict == other.verdict
                     np.testing.assert_allclose(other.pred_score, mine.pred_score, rtol=1e-3, atol=1e-3)
 
@@ -160,10 +158,7 @@ def main() -> None:
                     sides.append(("int8", "backbone", full(int8), on_onnx))
                     sides.append(("int8", "float bundle", full(int8), full(loaded)))
                     mib.update(
-                        {
-                            name: (at / GRAPH).stat().st_size / 2**20
-                            for name, at in (("float", bundle), ("int8", small))
-                        }
+                        {name: (at / GRAPH).stat().st_size / 2**20 for name, at in (("float", bundle), ("int8", small))}
                     )
                 for peer in [name for name in arguments.also if name in ("patchcore", "padim")]:
                     peer_side = peer_work(peer, folder, paths, batch, arguments.threads)

@@ -63,16 +63,12 @@ def main() -> None:
         folder = Path(name)
         for times in (1, 4, 16):
             count = arguments.base * times
-            manifest = make_textures(
-                folder / str(times), train_images=count, test_images=0, defect_images=0, unseen=()
-            )
+            manifest = make_textures(folder / str(times), train_images=count, test_images=0, defect_images=0, unseen=())
             for model in arguments.models:
                 cache = folder / f"cache-{model}-{times}"
                 peak = peak_mib([sys.executable, "-c", WORK, str(manifest), str(cache), model])
                 rows.append({"model": model, "times": times, "images": count * 6, "peak_mib": peak})
-                print(
-                    "{model:<12} {times:>2}x  {images:>4} images  peak {peak_mib:7.0f} MiB".format(**rows[-1])
-                )
+                print("{model:<12} {times:>2}x  {images:>4} images  peak {peak_mib:7.0f} MiB".format(**rows[-1]))
     print(json.dumps({"machine": platform.platform(), "rows": rows}))
 
 

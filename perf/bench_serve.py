@@ -112,9 +112,7 @@ async def client(
             or one["verdict"] != should["verdict"]
             or abs(one["pred_score"] - should["pred_score"]) > 1e-3 * abs(should["pred_score"])
         ):
-            answers.wrong.append(
-                f"{one['id']}: {one['verdict']} {one['pred_score']} is the result of another image"
-            )
+            answers.wrong.append(f"{one['id']}: {one['verdict']} {one['pred_score']} is the result of another image")
         answers.kept[one["id"]] = digest
 
 
@@ -177,23 +175,17 @@ def main() -> int:
             bundle, images = train_on_cloth(folder)
         paths = sorted(images.rglob("*.png"))
         photos = [path.read_bytes() for path in paths]
-        expected = [
-            outcome.as_dict() for outcome in Detector.load(bundle, threads=1).stream(paths, maps=False)
-        ]
+        expected = [outcome.as_dict() for outcome in Detector.load(bundle, threads=1).stream(paths, maps=False)]
         server = start(bundle, folder / "data")
         rows, faults = [], []
         try:
             stream = unique_images(photos)
             warm = asyncio.run(load(server, stream, expected, clients=8, seconds=WARM_UP_SECONDS))
             for clients in arguments.clients:
-                answers = asyncio.run(
-                    load(server, stream, expected, clients=clients, seconds=arguments.seconds)
-                )
+                answers = asyncio.run(load(server, stream, expected, clients=clients, seconds=arguments.seconds))
                 gone = lost(folder / "data", answers)
                 growth = max(answers.memory_mib) - warm.memory_mib[-1]
-                faults += (
-                    answers.wrong + gone + ([f"grew by {growth:.0f} MiB"] if growth > GROWTH_MIB else [])
-                )
+                faults += answers.wrong + gone + ([f"grew by {growth:.0f} MiB"] if growth > GROWTH_MIB else [])
                 times = sorted(answers.seconds)
                 rows.append(
                     {
@@ -233,9 +225,7 @@ def train_on_cloth(folder: Path) -> tuple[Path, Path]:
     from normweave.textiles import make_textures
 
     manifest = make_textures(folder / "cloth", train_images=20, test_images=4, defect_images=7)
-    detector = Detector.fit(
-        manifest, config=override(Config(), ["data.subclass_from=column"]), cache=folder / "cache"
-    )
+    detector = Detector.fit(manifest, config=override(Config(), ["data.subclass_from=column"]), cache=folder / "cache")
     test = folder / "test"
     test.mkdir()
     for number, path in enumerate(sorted((folder / "cloth").glob("cloth/*/test/*/*.png"))):

@@ -49,9 +49,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = make_textures(
-            folder / "data", train_images=IMAGES, test_images=0, defect_images=0, unseen=()
-        )
+        manifest = make_textures(folder / "data", train_images=IMAGES, test_images=0, defect_images=0, unseen=())
         for model in arguments.models:
             config = Config(head=settings.model_config(model))
             config = settings.override(config, arguments.set)

@@ -110,9 +110,7 @@ def visit(chromium, server):
         page.fill("#token", server.tokens[role])
         page.get_by_role("button", name="Log in").click()
         page.wait_for_url(f"{server.url}/")
-        page.on(
-            "console", lambda message: message.type == "error" and wrong.append(f"console: {message.text}")
-        )
+        page.on("console", lambda message: message.type == "error" and wrong.append(f"console: {message.text}"))
         if path != "/":
             page.goto(server.url + path)
         page.wait_for_selector(".page")

@@ -105,9 +105,7 @@ def subclass_normals(*, count=24, subclasses=3, shape=SHAPE, labelled=True, hold
     features, subclass = subclass_images(count, subclasses=subclasses, shape=shape, seed=2)
     groups = np.arange(count) // (2 * subclasses) * subclasses + subclass
     labels = {"subclasses": subclass, "names": tuple(f"cloth/{name}" for name in "abc"[:subclasses])}
-    return normals(
-        features, groups=groups, holdout=(groups < subclasses) & holdout, **labels if labelled else {}
-    )
+    return normals(features, groups=groups, holdout=(groups < subclasses) & holdout, **labels if labelled else {})
 
 
 def begun(head, data):

@@ -17,7 +17,5 @@ def data_root() -> Path:
     """The real images: NORMWEAVE_DATA, or ../shared/data beside the checkout."""
     root = Path(os.environ.get("NORMWEAVE_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not (root / "magnetic-tiles").is_dir():
-        pytest.skip(
-            f"real images not found at {root}: set NORMWEAVE_DATA to the folder that holds magnetic-tiles"
-        )
+        pytest.skip(f"real images not found at {root}: set NORMWEAVE_DATA to the folder that holds magnetic-tiles")
     return root

@@ -77,8 +77,7 @@ def test_lists_the_hash_of_every_other_file(saved):
     written = json.loads((saved / "bundle.json").read_text())
     assert written["format"] == bundle.FORMAT
     assert written["files"] == {
-        name: hashlib.sha256((saved / name).read_bytes()).hexdigest()
-        for name in ("report.html", "weights.safetensors")
+        name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in ("report.html", "weights.safetensors")
     }
 
 
@@ -134,9 +133,7 @@ def test_overwrite_never_replaces_what_is_not_a_bundle(tmp_path):
     photos.mkdir()
     (photos / "only-copy.jpg").write_bytes(b"x")
     for place in (photos, photos / "only-copy.jpg"):
-        refused(
-            lambda place=place: bundle.write(place, tensors={}, record={}, overwrite=True), "is not a bundle"
-        )
+        refused(lambda place=place: bundle.write(place, tensors={}, record={}, overwrite=True), "is not a bundle")
     assert (photos / "only-copy.jpg").read_bytes() == b"x"
 
 
@@ -176,9 +173,7 @@ def test_what_a_killed_process_left_does_not_hinder(tmp_path):
     assert bundle.read(tmp_path / "b") == RECORD
 
 
-@pytest.mark.parametrize(
-    "name", ["../out", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "C:x", "bundle.json"]
-)
+@pytest.mark.parametrize("name", ["../out", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "C:x", "bundle.json"])
 def test_files_cannot_be_written_elsewhere(tmp_path, name):
     refused(
         lambda: bundle.write(tmp_path / "b", tensors={}, record={}, files={name: b""}),

@@ -235,17 +235,13 @@ def test_a_link_out_of_the_bundle(copy, tmp_path):
 
 def test_a_newer_format(copy):
     rewritten(copy, lambda record: record.update(format=FORMAT + 1))
-    with pytest.raises(
-        BundleError, match=f"is in format {FORMAT + 1}, and this normweave reads up to {FORMAT}"
-    ):
+    with pytest.raises(BundleError, match=f"is in format {FORMAT + 1}, and this normweave reads up to {FORMAT}"):
         Detector.load(copy)
 
 
 def test_a_bundle_of_release_0_1(copy):
     rewritten(copy, lambda record: record.update(format=1))
-    with pytest.raises(
-        BundleError, match=r"is in format 1, of normweave 0\.1.*Train it again with this version"
-    ):
+    with pytest.raises(BundleError, match=r"is in format 1, of normweave 0\.1.*Train it again with this version"):
         Detector.load(copy)
 
 

@@ -61,9 +61,7 @@ def test_joined_batches_are_divided_again():
 
 def test_an_image_has_the_largest_score_the_most_frequent_subclass_and_the_median_distance():
     image = ImageScore.of(
-        TileScores.of(
-            raw([1, 5, 2], subclasses=[2, 0, 2], distances=[1, 9, 3], adapted=[False, True, False]), CONFIG
-        )
+        TileScores.of(raw([1, 5, 2], subclasses=[2, 0, 2], distances=[1, 9, 3], adapted=[False, True, False]), CONFIG)
     )
     assert (image.score, image.peak, image.subclass, image.distance) == pytest.approx((5, 5, 2, 3))
     assert image.adapted is True
@@ -98,9 +96,7 @@ SUBCLASSES = {"cloth/a": ("cloth", "a"), "cloth/b": ("cloth", "b"), "board": ("b
 
 def images(scores, subclass, *, peak=None):
     return [
-        ImageScore(
-            float(score), float(score if peak is None else peak), np.eye(3)[subclass], subclass, 1.0, False
-        )
+        ImageScore(float(score), float(score if peak is None else peak), np.eye(3)[subclass], subclass, 1.0, False)
         for score in scores
     ]
 

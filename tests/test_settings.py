@@ -43,9 +43,7 @@ def refused(call, *words):
 @pytest.fixture(params=get_args(HeadConfig), ids=lambda head: head.kind)
 def config(request):
     return Config(
-        data=DataConfig(
-            category=("bottle", "01"), subclass_from="filename-regex", subclass_regex="^(a[0-9])"
-        ),
+        data=DataConfig(category=("bottle", "01"), subclass_from="filename-regex", subclass_regex="^(a[0-9])"),
         features=TimmConfig(strides=(8, 16)),
         head=request.param(),
         seed=7,
@@ -81,9 +79,7 @@ def test_features_without_a_variant_are_timms():
 def test_what_is_not_named_keeps_its_default(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("# a comment\nhead:\n  kind: memory_bank\n  share: 0.2\nmaps.smoothing: 0\n")
-    assert settings.read(path) == Config(
-        head=MemoryBankConfig(share=0.2), maps=replace(Config().maps, smoothing=0)
-    )
+    assert settings.read(path) == Config(head=MemoryBankConfig(share=0.2), maps=replace(Config().maps, smoothing=0))
 
 
 @pytest.mark.parametrize(
@@ -240,15 +236,11 @@ def test_another_variant_of_features_starts_from_its_own_defaults():
 def test_another_model_brings_its_head_and_only_cnc_its_features():
     config = Config(head=AdaptedMoEConfig(top_k=3), seed=4)
     assert settings.with_model(config, "dfm") == replace(config, head=settings.model_config("dfm"))
-    assert settings.with_model(config, "cnc") == replace(
-        config, head=CNCConfig(), features=OfflinePairConfig()
-    )
+    assert settings.with_model(config, "cnc") == replace(config, head=CNCConfig(), features=OfflinePairConfig())
     refused(lambda: settings.with_model(config, "cnn"), "Unknown model 'cnn'", "'cnc'")
 
 
-@pytest.mark.parametrize(
-    "features", [TimmConfig(strides=(8,)), OpenClipConfig(), OfflinePairConfig(batch_images=2)]
-)
+@pytest.mark.parametrize("features", [TimmConfig(strides=(8,)), OpenClipConfig(), OfflinePairConfig(batch_images=2)])
 def test_features_that_were_chosen_stay(features):
     config = Config(features=features)
     assert settings.with_model(config, "cnc").features == features
@@ -289,9 +281,7 @@ def test_every_model_of_the_command_line_is_a_head_and_every_head_a_model():
 
 
 def test_an_unknown_model_lists_the_known_ones():
-    refused(
-        lambda: settings.model_config("patch-core"), "Unknown model 'patch-core'. Did you mean 'patchcore'?"
-    )
+    refused(lambda: settings.model_config("patch-core"), "Unknown model 'patch-core'. Did you mean 'patchcore'?")
 
 
 def test_importing_settings_loads_no_torch():
@@ -336,9 +326,7 @@ def test_a_class_checks_its_values_too():
         lambda: AdaptedMoEConfig(top_k=0, temperature=-1.0),
         "AdaptedMoEConfig: 2 mistakes:\n- top_k must be greater than or equal to 1, got 0\n- temperature must be",
     )
-    refused(
-        lambda: AdaptedMoEConfig(topk=2), "AdaptedMoEConfig: Unknown setting 'topk'. Did you mean 'top_k'?"
-    )
+    refused(lambda: AdaptedMoEConfig(topk=2), "AdaptedMoEConfig: Unknown setting 'topk'. Did you mean 'top_k'?")
     refused(lambda: replace(Config(), seed="1"), "Config: seed must be a valid integer, got '1'")
 
 

@@ -32,18 +32,14 @@ def test_every_module_has_a_test_of_its_name_or_a_contract():
         places = [TESTS / module.parent / test]
         if module.parts[:2] == ("serve", "pages"):
             places.append(TESTS / "browser" / test)
-        names = [
-            ".".join(("normweave", *parts)) for parts in (module.with_suffix("").parts, module.parent.parts)
-        ]
+        names = [".".join(("normweave", *parts)) for parts in (module.with_suffix("").parts, module.parent.parts)]
         if not any(place.exists() for place in places) and not any(f"`{name}`" in named for name in names):
             missing.append(str(module))
     assert not missing, f"No test module and no contract of {missing}"
 
 
 def private(name):
-    return (
-        name.startswith("_") and not name.startswith("__") and name not in {"_asdict", "_replace", "_fields"}
-    )
+    return name.startswith("_") and not name.startswith("__") and name not in {"_asdict", "_replace", "_fields"}
 
 
 def private_names(tree):
@@ -57,9 +53,7 @@ def private_names(tree):
         match node:
             case ast.Attribute(value=ast.Name(id=owner), attr=name) if owner in imported and private(name):
                 yield f"{owner}.{name}"
-            case ast.Call(
-                func=ast.Attribute(attr="setattr"), args=[owner, ast.Constant(value=str(name)), *_]
-            ):
+            case ast.Call(func=ast.Attribute(attr="setattr"), args=[owner, ast.Constant(value=str(name)), *_]):
                 if private(name) and not ast.unparse(owner).startswith(OTHERS):
                     yield name
 
@@ -74,7 +68,5 @@ def test_tests_use_public_names_only():
 
 
 def test_private_names_are_found():
-    text = (
-        "from normweave import a, _b\na._c\nmonkeypatch.setattr(a, '_d', 1)\na.e._replace\nself._f\na.__doc__"
-    )
+    text = "from normweave import a, _b\na._c\nmonkeypatch.setattr(a, '_d', 1)\na.e._replace\nself._f\na.__doc__"
     assert sorted(private_names(ast.parse(text))) == ["_b", "_d", "a._c"]

@@ -47,9 +47,7 @@ class Denoise(TrainingStage):
         self.final_rate = final_rate
         self.noise = noise
         module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
-        training = quick_training(
-            epochs=epochs, batch_images=batch_images, patience=patience, learning_rate=rate
-        )
+        training = quick_training(epochs=epochs, batch_images=batch_images, patience=patience, learning_rate=rate)
         super().__init__(module, training)
         generator = torch.Generator().manual_seed(1)
         for parameter in self.module.parameters():
@@ -62,9 +60,7 @@ class Denoise(TrainingStage):
     def loss(self, features, subclasses, *, generator, training):
         noise = self.noise * torch.randn(features.shape, generator=generator)
         images = (features[:, 0, 0, 0] * 20).round().long().tolist()
-        self.seen.append(
-            (training, self.module.training, images, subclasses.tolist(), noise[0, 0, 0, 0].item())
-        )
+        self.seen.append((training, self.module.training, images, subclasses.tolist(), noise[0, 0, 0, 0].item()))
         patches = features.flatten(2).transpose(1, 2).flatten(0, 1)  # (B*P, 6)
         noised = patches + noise.flatten(2).transpose(1, 2).flatten(0, 1)
         return {"loss": (self.module(noised) - patches).square().mean()}
@@ -231,9 +227,7 @@ def test_the_loss_on_held_out_images_counts_every_image_the_same():
         def loss(self, features, subclasses, *, generator, training):
             return {"loss": features[:, 0, 0, 0].mean() + 0 * self.module.weight.sum()}
 
-    history = train(
-        Mean([], patience=0, epochs=1, batch_images=4), fit_data(holdout=np.arange(20) < 6), device="cpu"
-    )
+    history = train(Mean([], patience=0, epochs=1, batch_images=4), fit_data(holdout=np.arange(20) < 6), device="cpu")
     assert history.best_loss == pytest.approx(np.mean(np.arange(6) / 20))
 
 
@@ -330,15 +324,11 @@ def test_an_old_checkpoint_is_deleted_when_a_new_run_starts(tmp_path):
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, stage, data):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")
-    with pytest.raises(
-        ConfigError, match=r"checkpoint of 'denoise' was written with other settings.*without --resume"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpoint of 'denoise' was written with other settings.*without --resume"):
         train(stage, data, folder=tmp_path, resume=True, device="cpu")
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\x80\x04K\x01.", b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "pickle", "bare"]
-)
+@pytest.mark.parametrize("content", [b"", b"\x80\x04K\x01.", b"\x02\0\0\0\0\0\0\0{}"], ids=["empty", "pickle", "bare"])
 def test_a_damaged_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "denoise.safetensors").write_bytes(content)
     with pytest.raises(BundleError, match=r"not a checkpoint that can be read .*Delete it, or train without"):
@@ -373,9 +363,7 @@ def test_a_checkpoint_with_other_types_is_refused(tmp_path):
 def test_a_loss_that_is_not_finite_is_an_error_with_the_cure():
     data = fit_data()
     data.features.features[:] *= 1e30
-    with pytest.raises(
-        ConfigError, match=r"'denoise' diverged: the loss is inf at epoch 1, batch 1.*lower the"
-    ):
+    with pytest.raises(ConfigError, match=r"'denoise' diverged: the loss is inf at epoch 1, batch 1.*lower the"):
         train(Denoise(), data, device="cpu")
     with pytest.raises(ConfigError, match=r"the loss is nan at epoch 2, the held-out images"):
         train(Scripted([1.0, float("nan")], patience=0), fit_data(), device="cpu")

@@ -66,9 +66,7 @@ def read(text):
 
 
 def test_a_mistake_names_the_class_the_key_and_the_value():
-    assert message(lambda: Near(neighbours=0)) == (
-        "Near: neighbours must be greater than or equal to 1, got 0"
-    )
+    assert message(lambda: Near(neighbours=0)) == ("Near: neighbours must be greater than or equal to 1, got 0")
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,7 @@ def test_predict_gives_the_scores_of_training(detector, bundle, photos):
     rows = [json.loads(text) for text in result.stdout.splitlines()]
     expected = detector.score(photos)
     assert [row["verdict"] for row in rows] == [outcome.verdict for outcome in expected]
-    assert [row["pred_score"] for row in rows] == pytest.approx(
-        [outcome.pred_score for outcome in expected], rel=1e-3
-    )
+    assert [row["pred_score"] for row in rows] == pytest.approx([outcome.pred_score for outcome in expected], rel=1e-3)
 
 
 def test_calibrate(bundle, photos, tmp_path):

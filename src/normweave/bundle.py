@@ -71,9 +71,7 @@ def write(
     """
     contents = dict(files or {}) | {WEIGHTS: _tensor_bytes(tensors)}
     if wrong := [name for name in contents if not _NAME.fullmatch(name) or name == RECORD]:
-        raise BundleError(
-            f"A bundle cannot hold a file called {wrong[0]!r}; use letters, digits, '.', '-' and '_'."
-        )
+        raise BundleError(f"A bundle cannot hold a file called {wrong[0]!r}; use letters, digits, '.', '-' and '_'.")
     hashes = {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())}
 
     def fill(partial: Path) -> None:
@@ -120,15 +118,11 @@ def _write(
     folder = Path(os.path.realpath(folder))
     check_target(folder, overwrite=overwrite)
     if taken := sorted({"format", "files"} & set(record)):
-        raise BundleError(
-            f"The record of a bundle may not have the keys {', '.join(taken)}: the bundle writes them."
-        )
+        raise BundleError(f"The record of a bundle may not have the keys {', '.join(taken)}: the bundle writes them.")
     try:
         text = json.dumps({"format": FORMAT, **record, "files": hashes}, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
-        raise BundleError(
-            f"The record of a bundle must be JSON without NaN and infinity: {error}."
-        ) from error
+        raise BundleError(f"The record of a bundle must be JSON without NaN and infinity: {error}.") from error
 
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process with the same id
@@ -237,25 +231,19 @@ def _read_listing(folder: Path) -> _Listing:
     path = folder / RECORD
     try:
         if not path.is_file():
-            raise BundleError(
-                f"{folder} holds no {RECORD}; a bundle is a folder written by 'normweave train'."
-            )
+            raise BundleError(f"{folder} holds no {RECORD}; a bundle is a folder written by 'normweave train'.")
         with path.open("rb") as file:
             content = file.read(MAX_RECORD_BYTES + 1)
     except OSError as error:
         raise BundleError(f"Cannot read {path}: {error}. Copy the bundle again.") from error
     if len(content) > MAX_RECORD_BYTES:
-        raise BundleError(
-            f"{path} has more than {MAX_RECORD_BYTES} bytes, so it is not a record of normweave."
-        )
+        raise BundleError(f"{path} has more than {MAX_RECORD_BYTES} bytes, so it is not a record of normweave.")
     try:
         record = json.loads(content.decode(), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}. Copy the bundle again, or train it again.") from error
     if not isinstance(record, dict):
-        raise BundleError(
-            f"{path} must hold a JSON object, got {type(record).__name__}. Copy the bundle again."
-        )
+        raise BundleError(f"{path} must hold a JSON object, got {type(record).__name__}. Copy the bundle again.")
 
     version = record.pop("format", None)
     if type(version) is not int or version < 1:
@@ -272,9 +260,7 @@ def _read_listing(folder: Path) -> _Listing:
         )
     files = record.pop("files", None)
     if not isinstance(files, dict):
-        raise BundleError(
-            f"{path} must list its `files` with their SHA-256, got {files!r:.60}. Copy the bundle again."
-        )
+        raise BundleError(f"{path} must list its `files` with their SHA-256, got {files!r:.60}. Copy the bundle again.")
     for name, digest in files.items():
         if not _NAME.fullmatch(name) or name == RECORD:
             raise BundleError(
@@ -290,9 +276,7 @@ def _inside(folder: Path, name: str) -> Path:
     path = Path(folder) / name
     real = Path(os.path.realpath(path))  # unlike Path.resolve it does not raise for circular links
     if real.parent != Path(os.path.realpath(folder)):
-        raise BundleError(
-            f"{folder}: {name} is a link to {real}, outside the bundle. Do not use this bundle."
-        )
+        raise BundleError(f"{folder}: {name} is a link to {real}, outside the bundle. Do not use this bundle.")
     if not path.is_file():
         raise BundleError(f"{folder}: {name} is missing. Copy the bundle again.")
     return path
@@ -330,9 +314,7 @@ def _check_finite(tensors: Mapping[str, NDArray[Any]], *, where: str) -> None:
 
 
 def _no_safetensors() -> MissingError:
-    return MissingError(
-        'Weights are kept in safetensors, which is not installed: pip install "normweave[train]"'
-    )
+    return MissingError('Weights are kept in safetensors, which is not installed: pip install "normweave[train]"')
 
 
 def _write_synced(path: Path, content: bytes) -> None:

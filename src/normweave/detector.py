@@ -48,9 +48,7 @@ class SampleOutcome(NamedTuple):
     sample: Sample
     outcome: Outcome
     tiles: tuple[Tile, ...] = ()
-    reconstruction: NDArray[np.float32] | None = (
-        None  # (n, h, w) of each tile; None: the head does not decode
-    )
+    reconstruction: NDArray[np.float32] | None = None  # (n, h, w) of each tile; None: the head does not decode
 
 
 class Detector:
@@ -102,15 +100,11 @@ class Detector:
         """Fit a detector to good images; `normweave.fitting.fit` documents all options. Needs torch."""
         # By name: fitting builds on this module, which runs without torch.
         fitting = importlib.import_module("normweave.fitting")
-        detector: Detector = fitting.fit(
-            data, model=model, subclass_from=subclass_from, config=config, **options
-        )
+        detector: Detector = fitting.fit(data, model=model, subclass_from=subclass_from, config=config, **options)
         return detector
 
     @classmethod
-    def load(
-        cls, folder: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto"
-    ) -> Detector:
+    def load(cls, folder: str | os.PathLike[str], *, threads: int | None = None, device: str = "auto") -> Detector:
         """Read a bundle, and check the hash of every file and that the graph is self-contained.
 
         Args:
@@ -229,9 +223,7 @@ class Detector:
         if not readable:
             return [None] * len(batch)
         pixels = np.concatenate(readable)
-        scored = self._in_batches(
-            len(pixels), lambda part: self.network(pixels[part]), size or self.batch_images
-        )
+        scored = self._in_batches(len(pixels), lambda part: self.network(pixels[part]), size or self.batch_images)
         ends = np.cumsum([len(image.tiles) for image in batch])
         return [
             None if image.pixels is None else scored.part(int(end) - len(image.tiles), int(end))
@@ -269,9 +261,7 @@ class Detector:
         experts: tuple[ExpertWeight, ...] = ()
         if scored.weights is not None:
             order = np.lexsort((-scored.weights,))  # stable
-            experts = tuple(
-                ExpertWeight(names[k], float(scored.weights[k])) for k in order if scored.weights[k] > 0
-            )
+            experts = tuple(ExpertWeight(names[k], float(scored.weights[k])) for k in order if scored.weights[k] > 0)
         return Outcome(
             image_path=image.path,
             verdict=decision.verdict,
@@ -321,9 +311,7 @@ class Detector:
         refused = {refusal.image_path: refusal.reason for refusal in scanned.refused}
         for sample in samples:
             if (reason := refused.get(str(sample.image_path))) is not None:
-                yield SampleOutcome(
-                    sample, Outcome(image_path=str(sample.image_path), error=reason, model=self.model)
-                )
+                yield SampleOutcome(sample, Outcome(image_path=str(sample.image_path), error=reason, model=self.model))
 
     def stream_embeddings(
         self, samples: Sequence[Sample], *, cache: Path | None = None, progress: Progress | None = None
@@ -461,11 +449,7 @@ class Detector:
             if excluding is not None:
                 unseen.append(ImageScore.of(excluding))
         self.operating_points = OperatingPoints.draw(
-            scores,
-            unseen,
-            subclass_names=self.subclass_names,
-            subclasses=self.subclasses,
-            outcome=outcome,
+            scores, unseen, subclass_names=self.subclass_names, subclasses=self.subclasses, outcome=outcome
         )
 
     def with_rate(self, false_alarm_rate: float) -> Detector:
@@ -500,9 +484,7 @@ class Detector:
         target = Path(folder)
         bundle.check_target(target, overwrite=overwrite)
         points = self.operating_points
-        record = self.record | (
-            {"calibration": None, "map_threshold": None} if points is None else points.as_dict()
-        )
+        record = self.record | ({"calibration": None, "map_threshold": None} if points is None else points.as_dict())
         self.network.write(target, record=record, calibration=self.calibration, overwrite=overwrite)
         self.bundle_hash = bundle.bundle_hash(target)
         return target
@@ -561,10 +543,7 @@ def refuse_used(scanned: rows.Rows, record: Mapping[str, Any], purpose: str) -> 
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor,
-    work: Callable[[Any], PreparedImage],
-    items: Iterable[Any],
-    count: int,
+    pool: ThreadPoolExecutor, work: Callable[[Any], PreparedImage], items: Iterable[Any], count: int
 ) -> Iterator[PreparedImage]:
     """Return the results of `work` in order, computed at most `count` items ahead."""
     running: deque[Future[PreparedImage]] = deque()

@@ -123,9 +123,7 @@ def fit(
     head.to("cpu")
     head.finish(fit_data)
 
-    network = TorchNetwork(
-        extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen
-    )
+    network = TorchNetwork(extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen)
     detector = Detector(
         network,
         config=config,
@@ -151,9 +149,7 @@ def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
     parts = parse_record(record, where=path)
     config: Config = parts["config"]
     if record.get("precision") == "int8":
-        raise BundleError(
-            f"{path} is quantized, and its int8 backbone runs without torch only. Use Detector.load."
-        )
+        raise BundleError(f"{path} is quantized, and its int8 backbone runs without torch only. Use Detector.load.")
     tensors = {name: torch.from_numpy(array) for name, array in bundle.read_tensors(path).items()}
     try:
         shape: tuple[int, int, int] = tuple(record["feature_shape"])
@@ -199,9 +195,7 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
             "again with --int8."
         )
     images = network.rows
-    graph = quantize_backbone(
-        network.exported(detector.calibration), images.tiles(images.fit, at_most=INT8_IMAGES)
-    )
+    graph = quantize_backbone(network.exported(detector.calibration), images.tiles(images.fit, at_most=INT8_IMAGES))
     config = detector.config
     size = (config.prepare.height, config.prepare.width)
     int8 = open_graph(graph, where="The quantized graph", size=size, device="cpu")
@@ -219,11 +213,7 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
 
 
 def divide(
-    samples: Sequence[Sample],
-    config: Config,
-    *,
-    known: Any = None,
-    progress: Progress | None = None,
+    samples: Sequence[Sample], config: Config, *, known: Any = None, progress: Progress | None = None
 ) -> tuple[rows.Rows, splits.Division]:
     """Read the training images and divide them into fit and calibration; test images are dropped unopened.
 
@@ -233,9 +223,7 @@ def divide(
     complete = splits.complete(samples, seed=config.seed)
     train = [sample for sample in complete if sample.split != "test"]
     images = rows.scan(train, Preparation(config.prepare), known=known, progress=progress)
-    hashes = {
-        sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)
-    }
+    hashes = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
     division = splits.divide(
         images.samples,
         calibration_share=config.data.calibration_share,
@@ -309,9 +297,7 @@ def _fit_data(chosen: FittedRows, features: FeatureSource, config: Config) -> Fi
     group_of: dict[str, int] = {}
     groups = np.array(
         [
-            group_of.setdefault(
-                f"group {sample.group}" if sample.group else f"file {sample.image_path}", len(group_of)
-            )
+            group_of.setdefault(f"group {sample.group}" if sample.group else f"file {sample.image_path}", len(group_of))
             for sample in samples
         ],
         dtype=np.int64,

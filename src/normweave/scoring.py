@@ -35,9 +35,7 @@ class TileScores(NamedTuple):
     @classmethod
     def of(cls, raw: RawOutput, config: Config) -> TileScores:
         """Compute the image score of each tile from the raw outputs."""
-        smooth = maps.upsample(
-            raw.scores, config.prepare.height, config.prepare.width, smoothing=config.maps.smoothing
-        )
+        smooth = maps.upsample(raw.scores, config.prepare.height, config.prepare.width, smoothing=config.maps.smoothing)
         peaks = image_score.from_maps(smooth).astype(np.float64)
         scores = peaks if raw.image_scores is None else raw.image_scores.astype(np.float64)
         return cls(raw, scores, peaks)
@@ -147,9 +145,7 @@ class OperatingPoints(NamedTuple):
 
         # Without its own expert, an image that is routed to another category is a foreign material there.
         same_category = [
-            other
-            for own, other in zip(scores, unseen, strict=bool(unseen))
-            if category(own) == category(other)
+            other for own, other in zip(scores, unseen, strict=bool(unseen)) if category(own) == category(other)
         ]
         enough = len(same_category) >= images_needed(outcome.false_alarm_rate)
         drawn = calibration(scores, calibration(same_category, None) if enough else None)
@@ -158,10 +154,7 @@ class OperatingPoints(NamedTuple):
         # If the head has an image score of its own, its units differ from the map's: boxes need another threshold.
         own_scores = bool((image_scores != peaks).any())
         return cls(
-            drawn,
-            draw_threshold(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold
-            if own_scores
-            else None,
+            drawn, draw_threshold(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,6 +165,4 @@ class OperatingPoints(NamedTuple):
     def from_dict(cls, record: Mapping[str, Any]) -> OperatingPoints:
         """Read what `as_dict` returned; a missing key or a wrong type raises KeyError, TypeError or ValueError."""
         threshold = record["map_threshold"]
-        return cls(
-            Calibration.from_dict(record["calibration"]), None if threshold is None else float(threshold)
-        )
+        return cls(Calibration.from_dict(record["calibration"]), None if threshold is None else float(threshold))

@@ -26,9 +26,7 @@ class _Loader(yaml.SafeLoader):
     """Loader of safe YAML with the booleans and numbers of YAML 1.2. Duplicate keys are an error."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - the name that PyYAML reads
-        first: [
-            (tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("bool", "timestamp")
-        ]
+        first: [(tag, pattern) for tag, pattern in pairs if tag.rpartition(":")[2] not in ("bool", "timestamp")]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -43,9 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _BOOL = r"(true|True|TRUE|false|False|FALSE)$"
-_FLOAT = (
-    r"[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF|nan|NaN|NAN))$"
-)
+_FLOAT = r"[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF|nan|NaN|NAN))$"
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+.0123456789"))
 
@@ -57,9 +53,7 @@ def model_config(name: str) -> HeadConfig:
         ConfigError: no such model.
     """
     if name not in models():
-        raise unknown(
-            "model", name, models(), "A new one is added to HeadConfig in normweave/config/heads.py."
-        )
+        raise unknown("model", name, models(), "A new one is added to HeadConfig in normweave/config/heads.py.")
     return models()[name]()
 
 

@@ -159,9 +159,7 @@ class _Loop(LightningModule):
             return optimiser
 
         def share(epoch: int) -> float:
-            return (
-                stage.final_rate + (1 - stage.final_rate) * (1 + math.cos(math.pi * epoch / stage.epochs)) / 2
-            )
+            return stage.final_rate + (1 - stage.final_rate) * (1 + math.cos(math.pi * epoch / stage.epochs)) / 2
 
         return [optimiser], [torch.optim.lr_scheduler.LambdaLR(optimiser, share)]
 
@@ -361,7 +359,5 @@ def _accelerator(device: str) -> str:
     if device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu or cuda, got {device!r}.")
     if device == "cuda" and not torch.cuda.is_available():
-        raise MissingError(
-            "No CUDA device was found. Use device cpu or auto, or install a torch build with CUDA."
-        )
+        raise MissingError("No CUDA device was found. Use device cpu or auto, or install a torch build with CUDA.")
     return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"

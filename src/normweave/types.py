@@ -190,9 +190,7 @@ class PatchScores(NamedTuple):
     scores: Tensor  # (B, h, w) float32
     image_scores: Tensor | None  # (B,) float32; None: the maximum of the smoothed map is the image's score
     routing: Routing | None  # None: the head does not route
-    reconstruction: Tensor | None = (
-        None  # (B, h, w) float32, distance to the reconstruction; heads that decode
-    )
+    reconstruction: Tensor | None = None  # (B, h, w) float32, distance to the reconstruction; heads that decode
 
 
 class ExpertWeight(NamedTuple):
@@ -257,9 +255,7 @@ class Outcome:
     adapted: bool = False
     """Whether test-time adaption changed the features."""
     boxes: tuple[DefectBox, ...] = ()
-    anomaly_map: NDArray[np.float32] | None = field(
-        default=None, repr=False, compare=False, metadata={"in_file": True}
-    )
+    anomaly_map: NDArray[np.float32] | None = field(default=None, repr=False, compare=False, metadata={"in_file": True})
     """(H, W) at the size of the image on disk."""
     height: int | None = None
     width: int | None = None
@@ -294,8 +290,6 @@ def _columns(outcome: type[Outcome]) -> tuple[OutcomeColumn, ...]:
         elif in_file or get_origin(base) is Literal:
             base = str
         columns.append(
-            OutcomeColumn(
-                one.name, annotation, base, is_list, optional, one.metadata.get("max_length"), in_file
-            )
+            OutcomeColumn(one.name, annotation, base, is_list, optional, one.metadata.get("max_length"), in_file)
         )
     return tuple(columns)

@@ -118,20 +118,12 @@ def mistakes(error: ValidationError, settings: Any) -> list[str]:
                 pass  # its items are wrong, and have their own lines
             case "value_error":
                 # Of a class, each message begins with the name of a setting; of a value, it follows its key.
-                dot = (
-                    ""
-                    if not key
-                    else f"{key}."
-                    if isinstance(given, dict) or is_dataclass(given)
-                    else f"{key} "
-                )
+                dot = "" if not key else f"{key}." if isinstance(given, dict) or is_dataclass(given) else f"{key} "
                 found += [f"{dot}{message}" for message in context["error"].args]
             case "dataclass_type" | "dataclass_exact_type" | "dict_type" | "model_attributes_type":
                 found.append(f"{key} must hold `key: value` lines, got {given!r:.80}")
             case _:
-                allowed = (
-                    each["msg"].replace("Input should be", "must be").replace("valid array", "valid list")
-                )
+                allowed = each["msg"].replace("Input should be", "must be").replace("valid array", "valid list")
                 found.append(f"{key} {allowed}, got {given!r:.80}")
     return found
 

@@ -114,9 +114,7 @@ def test_a_run_saves_scores_maps_and_embeddings(fold, tmp_path: Path):
     first = next(index for index, sample in enumerate(s for s in tests if s.label == "normal"))
     embedding = artifact.embeddings[len(fold.samples) + first]
     outcome = detector.score(str(next(s for s in tests if s.label == "normal").image_path))
-    assert np.linalg.norm(embedding - whitened, axis=1).min() == pytest.approx(
-        outcome.subclass_distance, rel=1e-3
-    )
+    assert np.linalg.norm(embedding - whitened, axis=1).min() == pytest.approx(outcome.subclass_distance, rel=1e-3)
 
 
 def test_embeddings_of_a_routing_network(fold, tmp_path: Path):
@@ -128,9 +126,7 @@ def test_embeddings_of_a_routing_network(fold, tmp_path: Path):
 
 def test_cnc_has_embeddings_too(fold, tmp_path: Path):
     artifact, _ = saved(fitted(fold, "cnc", "head.training.epochs=1"), fold, tmp_path / "run.safetensors")
-    assert set(artifact.subclass_names) == {
-        sample.subclass_name for side in fold.tests.values() for sample in side
-    }
+    assert set(artifact.subclass_names) == {sample.subclass_name for side in fold.tests.values() for sample in side}
     assert np.isfinite(artifact.embeddings).all()
 
 
@@ -148,9 +144,7 @@ def test_an_image_that_cannot_be_read_leaves_a_gap(fold, tmp_path: Path):
     broken = artifacts.shown(tests)[1]
     path = tmp_path / "broken.png"
     path.write_bytes(broken.image_path.read_bytes()[:60])
-    spoilt = replace(
-        fold, tests={"unseen": tuple(replace(s, image_path=path) if s == broken else s for s in tests)}
-    )
+    spoilt = replace(fold, tests={"unseen": tuple(replace(s, image_path=path) if s == broken else s for s in tests)})
     artifact, _ = saved(detector, spoilt, tmp_path / "run.safetensors")
     assert len(artifact.scores["unseen"]) == len(tests) - 1
     gone = [sample.image_path == path for sample in artifacts.shown(spoilt.tests["unseen"])]

@@ -29,9 +29,7 @@ from normweave.textiles import Textile, make_textures
 from normweave.types import Sample, Tile
 
 
-def row(
-    label: str, score: float, *, error: str | None = None, category: str = "a", routed: str | None = None
-) -> dict:
+def row(label: str, score: float, *, error: str | None = None, category: str = "a", routed: str | None = None) -> dict:
     return {
         "category": category,
         "routed_category": routed,
@@ -50,9 +48,7 @@ def tables() -> tuple[dict, list[dict], list[Stratum]]:
     for category, subclass, seen in (("a", "x", True), ("a", "y", False), ("b", "x", True)):
         for defect in (None, None, None, "hole", "stain"):
             cells.append(Stratum(category, subclass, seen, defect))
-            rows.append(
-                row("anomalous" if defect else "normal", float(rng.random()), category=category, routed="a")
-            )
+            rows.append(row("anomalous" if defect else "normal", float(rng.random()), category=category, routed="a"))
     cells.append(Stratum("b", "x", True, None))
     rows.append(row("normal", 0.0, error="truncated", category="b"))
     pixels, decoded = {}, {}
@@ -71,11 +67,7 @@ def test_every_image_counts_once(tables):
     metrics, rows, _ = tables
     for split in ("by_category", "by_subclass"):
         assert sum(part["n_normal"] for part in metrics[split].values()) == metrics["pooled"]["n_normal"] == 9
-        assert (
-            sum(part["n_anomalous"] for part in metrics[split].values())
-            == metrics["pooled"]["n_anomalous"]
-            == 6
-        )
+        assert sum(part["n_anomalous"] for part in metrics[split].values()) == metrics["pooled"]["n_anomalous"] == 6
     assert metrics["seen"]["n_normal"] + metrics["unseen"]["n_normal"] == 9
     assert metrics["pooled"]["n_refused"] == 1
     assert set(metrics["by_subclass"]) == {"a/x", "a/y", "b/x"}
@@ -86,9 +78,7 @@ def test_an_image_level_head_has_no_pixel_metrics(tmp_path: Path):
     """Its map has one cell. Upsampled, it has the score everywhere, and could be mistaken for an anomaly map."""
     data = tmp_path / "cloth"
     textile = Textile("plain", "ecru", "diffuse")
-    make_textures(
-        data, size=(64, 64), train_images=40, test_images=4, defect_images=3, seen=[textile], unseen=[]
-    )
+    make_textures(data, size=(64, 64), train_images=40, test_images=4, defect_images=3, seen=[textile], unseen=[])
     config = settings.override(Config(), ["prepare.height=64", "prepare.width=64"])
     detector = Detector.fit(data, config=config, model="mean-shift")
     outcome = detector.score(next(data.rglob("*.png")))
@@ -231,8 +221,7 @@ def data(tmp_path_factory) -> list[Sample]:
         unseen=[],
     )
     samples = [
-        replace(sample, category=sample.subclass.split("-")[0], subclass=None)
-        for sample in read(made, DataConfig())
+        replace(sample, category=sample.subclass.split("-")[0], subclass=None) for sample in read(made, DataConfig())
     ]
     place = next(k for k, sample in enumerate(samples) if sample.label == "anomalous")
     damaged = samples[place]
@@ -269,9 +258,7 @@ def test_cells_of_every_tile_are_those_of_the_detector(decoder, data):
                 top, left = tile.top + i * tile.height / 8, tile.left + j * tile.width / 8
                 fine = np.arange(0.005, 1, 0.01)
                 under = mask[
-                    np.ix_(
-                        (top + fine * tile.height / 8).astype(int), (left + fine * tile.width / 8).astype(int)
-                    )
+                    np.ix_((top + fine * tile.height / 8).astype(int), (left + fine * tile.width / 8).astype(int))
                 ].mean()
                 if sample.label == "normal":
                     cells[sample.category][0].append(grid[i, j])
@@ -387,9 +374,7 @@ def test_what_cannot_be_compared_is_refused_before_the_first_image(decoder, data
 def test_thresholds_know_the_categories_of_their_subclasses(data, decoder):
     """Halves of each cloth as subclasses: without its own half, an image is nearest to the other one."""
     assert decoder.calibration.subclass_categories == ("plain", "twill")
-    halves = [
-        replace(sample, subclass="ab"[k % 2]) for k, sample in enumerate(data) if sample.split == "train"
-    ]
+    halves = [replace(sample, subclass="ab"[k % 2]) for k, sample in enumerate(data) if sample.split == "train"]
     alone = [replace(sample, subclass=None) for sample in halves]
     closed = ("head.expert.kind=gaussian", "head.adaption.method=off", "data.subclass_from=column")
     config = settings.override(replace(Config(), seed=1), [*SMALL, *closed])

@@ -70,9 +70,7 @@ def made(tmp_path: Path):
             counts = {"n_normal": 2, "n_anomalous": 2, "over_generalisation": None}
             side = shares | counts | {"by_category": {"cloth": shares | counts}, "by_subclass": subclasses}
             name = f"{method}{seed}.safetensors"
-            tensors = {
-                "scores/seen": np.array([[0, 1, 2], [0, 1.5, 2], [1, 3, 2], [1, 1, 2]], dtype=np.float64)
-            }
+            tensors = {"scores/seen": np.array([[0, 1, 2], [0, 1.5, 2], [1, 3, 2], [1, 1, 2]], dtype=np.float64)}
             if not image_level:
                 tensors |= {f"maps/seen/{n}": rng.random((20, 40), dtype=np.float32) for n in range(3)}
                 tensors |= {

@@ -32,9 +32,7 @@ PATIENCE_S = 240
 def table(path: Path) -> list[dict[str, str]]:
     """Every number but what a run cost, which differs from time to time."""
     with path.open(newline="") as file:
-        return [
-            {name: value for name, value in row.items() if name not in COSTS} for row in csv.DictReader(file)
-        ]
+        return [{name: value for name, value in row.items() if name not in COSTS} for row in csv.DictReader(file)]
 
 
 @pytest.mark.slow

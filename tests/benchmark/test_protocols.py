@@ -91,9 +91,7 @@ def tiles_and_boards(parts: int = 20) -> list[Sample]:
 
 def test_folds_of_several_categories_have_different_names():
     names = [fold.name for fold in folds(tiles_and_boards(), "leave-one-subclass-out", seed=0)]
-    assert names == [
-        f"without {category}/exp{number}" for category in ("board", "tile") for number in range(3)
-    ]
+    assert names == [f"without {category}/exp{number}" for category in ("board", "tile") for number in range(3)]
 
 
 def test_seen_trains_on_all_categories():
@@ -121,9 +119,7 @@ def test_one_subclass_cannot_be_left_out():
 
 
 def test_the_unseen_subclasses_of_a_plan_are_only_tested():
-    (fold,) = folds(
-        tiles_and_boards(), "unseen-subclass", ProtocolSettings(unseen=("exp1", "board/exp2")), seed=0
-    )
+    (fold,) = folds(tiles_and_boards(), "unseen-subclass", ProtocolSettings(unseen=("exp1", "board/exp2")), seed=0)
     unseen = {"tile/exp1", "board/exp1", "board/exp2"}
     assert {sample.subclass_name for sample in fold.tests["unseen"]} == unseen
     assert {sample.subclass_name for sample in fold.samples} == {"tile/exp0", "tile/exp2", "board/exp0"}
@@ -143,22 +139,17 @@ def test_the_unseen_subclasses_of_a_plan_are_only_tested():
 @given(conditions=st.integers(3, 7), leave_out=st.integers(1, 2), seed=st.integers(0, 3))
 def test_every_subclass_is_left_out_once_with_k_at_a_time(conditions: int, leave_out: int, seed: int):
     made, again = (
-        folds(tiles(20, conditions), "leave-k-out", ProtocolSettings(leave_out=leave_out), seed=seed)
-        for _ in range(2)
+        folds(tiles(20, conditions), "leave-k-out", ProtocolSettings(leave_out=leave_out), seed=seed) for _ in range(2)
     )
     left = [sorted({sample.subclass for sample in fold.tests["unseen"]}) for fold in made]
     assert sorted(name for names in left for name in names) == [f"exp{n}" for n in range(conditions)]
     assert {len(names) for names in left[:-1]} <= {leave_out}
-    assert [fold.name for fold in made] == [
-        "without " + ", ".join(f"tile/{name}" for name in names) for names in left
-    ]
+    assert [fold.name for fold in made] == ["without " + ", ".join(f"tile/{name}" for name in names) for names in left]
     assert [fold.name for fold in again] == [fold.name for fold in made]
 
 
 def test_leaving_out_k_needs_more_than_k():
-    samples = [
-        sample for sample in tiles_and_boards() if sample.subclass_name not in ("board/exp1", "board/exp2")
-    ]
+    samples = [sample for sample in tiles_and_boards() if sample.subclass_name not in ("board/exp1", "board/exp2")]
     made = folds(samples, "leave-k-out", seed=0)
     assert {sample.category for fold in made for sample in fold.tests["unseen"]} == {"tile"}
     with pytest.raises(DataError, match=r"needs a category with more than 3 subclasses.*Set leave_out lower"):

@@ -53,9 +53,7 @@ def tests(tmp_path_factory):
             image[:, :32] = (40, 250, 40)
         Image.fromarray(image).save(folder / f"{number}.png")
         label = "normal" if number < 5 else "anomalous"
-        samples.append(
-            Sample(image_path=folder / f"{number}.png", category="cloth", split="test", label=label)
-        )
+        samples.append(Sample(image_path=folder / f"{number}.png", category="cloth", split="test", label=label))
     return samples
 
 
@@ -78,9 +76,7 @@ def test_the_operating_points_are_drawn_from_the_scores_of_int8(detector, tests,
     ):
         assert not np.array_equal(ours.scores, theirs.scores)
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=0.5)
-    np.testing.assert_allclose(
-        [one.pred_score for one in after], [one.pred_score for one in before], atol=0.5
-    )
+    np.testing.assert_allclose([one.pred_score for one in after], [one.pred_score for one in before], atol=0.5)
     # A detector that is loaded from the bundle gives the scores from which its thresholds were drawn.
     bundle = quantized.save(tmp_path / "int8")
     assert read(bundle)["precision"] == "int8"
@@ -122,15 +118,11 @@ def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
         model = onnx.load_from_string(unspoiled(graph, images))
         for tensor in model.graph.initializer:
             if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4:
-                tensor.CopyFrom(
-                    numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name)
-                )
+                tensor.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(tensor)), tensor.name))
         return model.SerializeToString()
 
     monkeypatch.setattr(fitting, "quantize_backbone", spoiled)
-    with pytest.raises(
-        CheckError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"
-    ):
+    with pytest.raises(CheckError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"):
         quantize_and_check(detector, tests)
 
 
@@ -150,7 +142,5 @@ def test_images_of_the_training_cannot_be_used_for_the_check(detector, cloth):
 def test_a_loaded_detector_cannot_be_quantized(detector, tmp_path):
     detector.save(tmp_path / "b")
     for load in (Detector.load, fitting.load):
-        with pytest.raises(
-            ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"
-        ):
+        with pytest.raises(ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"):
             fitting.quantize(load(tmp_path / "b", device="cpu"))

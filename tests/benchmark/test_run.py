@@ -103,9 +103,9 @@ def test_parts_are_read_each_in_its_layout_with_its_settings(tmp_path):
     assert {f"cloth/{textile.name}" for textile in SEEN} <= names
     assert {sample.group.split("/")[0] for sample in samples if sample.group} == {"cloth"}
     made = [sample for sample in samples if sample.category == "cloth"]
-    wanted = make_textures(
-        tmp_path / "wanted", seed=3, train_images=1, test_images=0, defect_images=1
-    ).parent / made[0].image_path.relative_to(tmp_path / "results" / "data" / "both" / "2")
+    wanted = make_textures(tmp_path / "wanted", seed=3, train_images=1, test_images=0, defect_images=1).parent / made[
+        0
+    ].image_path.relative_to(tmp_path / "results" / "data" / "both" / "2")
     assert made[0].image_path.read_bytes() == wanted.read_bytes()
 
 
@@ -127,9 +127,7 @@ def test_a_run_that_the_system_ends_is_a_row_and_is_tried_again(tmp_path: Path):
     output = tmp_path / "results"
 
     def kill_the_next() -> None:
-        while not (
-            found := [child for child in psutil.Process().children() if "spawn_main" in str(child.cmdline())]
-        ):
+        while not (found := [child for child in psutil.Process().children() if "spawn_main" in str(child.cmdline())]):
             time.sleep(0.01)
         found[0].kill()
 
@@ -183,13 +181,9 @@ def test_peers_stand_in_the_table_and_what_they_cannot_do_too(tmp_path: Path):
 def test_wrong_settings_of_a_peer_are_named_before_anything_runs(tmp_path: Path):
     plan = tmp_path / "small.yaml"
     plan.write_text(
-        PLAN.replace(
-            "model: dfm, set: [outcome.false_alarm_rate=0.001]", "model: anomalib/stfpm, set: [epoch=1]"
-        )
+        PLAN.replace("model: dfm, set: [outcome.false_alarm_rate=0.001]", "model: anomalib/stfpm, set: [epoch=1]")
     )
-    with pytest.raises(
-        ConfigError, match=r"Unknown setting of anomalib/stfpm 'epoch'\. Did you mean 'epochs'"
-    ):
+    with pytest.raises(ConfigError, match=r"Unknown setting of anomalib/stfpm 'epoch'\. Did you mean 'epochs'"):
         run(plan, output=tmp_path / "results", cache=tmp_path / "cache")
     assert not list((tmp_path / "results").glob("small.*s/*"))
 
@@ -204,9 +198,7 @@ def test_a_peers_settings_decide_its_run(tmp_path: Path):
             )
         )
         read = read_plan(plan)
-        return Run(
-            method=read.methods[1], data=read.data[0], root="data", protocol="given", fold="all", seed=0
-        ).key
+        return Run(method=read.methods[1], data=read.data[0], root="data", protocol="given", fold="all", seed=0).key
 
     assert len({key("epochs=1"), key("epochs=2"), key("prepare.height=64")}) == 3
 
@@ -234,9 +226,7 @@ def test_a_further_seed_or_protocol_repeats_nothing(tmp_path: Path):
 @pytest.mark.slow
 def test_one_model_of_two_categories_from_a_plan(tmp_path):
     """Through training and test: what `measure` gives is what the tables need."""
-    table = make_textures(
-        tmp_path / "rugs", train_images=8, test_images=2, defect_images=2, seen=SEEN[:2], unseen=()
-    )
+    table = make_textures(tmp_path / "rugs", train_images=8, test_images=2, defect_images=2, seen=SEEN[:2], unseen=())
     table.write_text(table.read_text().replace(",cloth,", ",rug,"))
     plan = tmp_path / "small.yaml"
     plan.write_text(

@@ -168,17 +168,13 @@ def with_subclasses(results: list[dict], aurocs: dict[str, list[float]]) -> list
 
 def test_differences_are_paired_over_seeds_and_subclasses(many):
     plan, results = many
-    results = with_subclasses(
-        results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
-    )
+    results = with_subclasses(results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]})
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
 
     plain, held = rows["Plain", "(pooled)"], rows["Held", "(pooled)"]
     assert plain["image_auroc_difference"] == pytest.approx(0.1)  # to the first method of the plan
     assert plain["image_auroc_pairs"] == 6
-    assert plain["image_auroc_p"] == pytest.approx(
-        2 / 2**6
-    )  # no other combination of signs has a larger mean
+    assert plain["image_auroc_p"] == pytest.approx(2 / 2**6)  # no other combination of signs has a larger mean
     assert held["image_auroc_difference"] == pytest.approx((0.2 - 0.1 + 0.1) / 3)  # to its own baseline
     assert rows["Held", "board"]["image_auroc_pairs"] == 4
     assert rows["Held", "tile"]["image_auroc_difference"] == pytest.approx(0.2)
@@ -194,9 +190,7 @@ def test_differences_are_paired_over_seeds_and_subclasses(many):
 
 def test_pairs_need_a_result_of_both_methods(many):
     plan, results = many
-    results = with_subclasses(
-        results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
-    )
+    results = with_subclasses(results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]})
     results[3]["sides"]["seen"]["by_subclass"]["tile"]["image_auroc"] = None  # Plain, seed 1
     results = [result for result in results if (result["method"], result["seed"]) != ("Bank", 0)]
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
@@ -208,9 +202,7 @@ def test_the_plan_can_name_the_baseline(many, tmp_path):
     path = tmp_path / "other.yaml"
     path.write_text(MANY + "baseline: Plain\n")
     plan = read_plan(path)
-    results = with_subclasses(
-        results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]}
-    )
+    results = with_subclasses(results, {"Bank": [0.5, 0.6, 0.7], "Plain": [0.6, 0.7, 0.8], "Held": [0.8, 0.6, 0.9]})
     rows = {(row["method"], row["category"]): row for row in make_rows(plan, results)}
     assert rows["Bank", "(pooled)"]["image_auroc_difference"] == pytest.approx(-0.1)
     assert (
@@ -249,9 +241,7 @@ def test_failed_runs_are_rows_with_a_reason(many):
             "failed_runs": 2,
         }
     ]
-    assert "| Plain | both | all | 1 | RuntimeError: no \\| memory left |" in markdown(
-        plan, rows, results, []
-    )
+    assert "| Plain | both | all | 1 | RuntimeError: no \\| memory left |" in markdown(plan, rows, results, [])
     assert "RuntimeError: no | memory" in html(plan, rows, results, [])
 
 
@@ -320,9 +310,7 @@ def test_parquet_and_csv_hold_the_same_rows(many, tmp_path):
         assert line == {name: "" if value is None else str(value) for name, value in row.items()}
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "results").glob("*.csv")), ids=lambda p: p.stem
-)
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "results").glob("*.csv")), ids=lambda p: p.stem)
 def test_tables_of_older_versions_have_the_same_columns(path: Path):
     """They may lack newer columns; none was renamed."""
     with path.open(newline="") as file:

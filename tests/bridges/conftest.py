@@ -70,9 +70,7 @@ def to_test(samples):
 def quiet_engine(folder: Path):
     from anomalib.engine import Engine
 
-    return Engine(
-        default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
-    )
+    return Engine(default_root_dir=folder, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
 
 
 def predicted(engine, model, paths: list[Path]):

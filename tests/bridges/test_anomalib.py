@@ -43,9 +43,7 @@ def folder_of(samples) -> Folder:
         ("dfm", ()),
         ("patchcore", ("maps.smoothing=0",)),
         ("simplenet", ("head.training.epochs=1",)),
-        pytest.param(
-            "adapted-moe", ("data.subclass_from=auto", "head.max_subclasses=2"), marks=pytest.mark.slow
-        ),
+        pytest.param("adapted-moe", ("data.subclass_from=auto", "head.max_subclasses=2"), marks=pytest.mark.slow),
     ],
 )
 def test_our_model_gives_the_scores_of_our_detector_in_the_engine(name, further, textiles, tmp_path):
@@ -113,9 +111,7 @@ def test_our_model_is_loaded_from_a_bundle_and_not_from_a_checkpoint(textiles, t
     model.detector.save(tmp_path / "part.bundle")
     again = NormweaveModel(bundle=str(tmp_path / "part.bundle"))
     paths = [sample.image_path for sample in to_test(textiles(64))[:2]]
-    first, second = (
-        predicted(quiet_engine(tmp_path / name), one, paths) for name, one in (("a", model), ("b", again))
-    )
+    first, second = (predicted(quiet_engine(tmp_path / name), one, paths) for name, one in (("a", model), ("b", again)))
     for path in paths:
         assert second[path][0] == pytest.approx(first[path][0], rel=1e-5)
     assert not again.train().model.training

@@ -28,9 +28,7 @@ def test_a_peer_normalises_as_its_backbone_needs(tmp_path):
 
 def test_stfpms_student_does_not_begin_as_its_teacher(tmp_path):
     model = models.build(planned("stfpm"), work=tmp_path).model
-    teacher, student = (
-        part.feature_extractor.conv_stem.weight for part in (model.teacher_model, model.student_model)
-    )
+    teacher, student = (part.feature_extractor.conv_stem.weight for part in (model.teacher_model, model.student_model))
     assert not torch.equal(teacher, student)
     assert not teacher.requires_grad
     assert student.requires_grad
@@ -69,9 +67,7 @@ def test_a_teacher_learns_the_features_of_the_backbone(textiles):
     """EfficientAD's, at a size at which the rest of it would not run."""
     from anomalib.models.image.efficient_ad.torch_model import SmallPatchDescriptionNetwork
 
-    images = [
-        torch.from_numpy(decode(s.image_path).transpose(2, 0, 1).copy()) for s in to_test(textiles(64))[:4]
-    ]
+    images = [torch.from_numpy(decode(s.image_path).transpose(2, 0, 1).copy()) for s in to_test(textiles(64))[:4]]
     side = ["prepare.height=64", "prepare.width=64"]
 
     def distance(steps: int) -> float:

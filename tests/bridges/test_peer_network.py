@@ -59,9 +59,9 @@ def test_training_here_is_training_there(name, textiles, tmp_path):
     model = models.build(plan, work=tmp_path)
     fit_images = tmp_path / "fit"
     fit_images.mkdir()
-    content = Detector.fit(
-        samples, model="patchcore", config=config_for("patchcore"), use_cache=False
-    ).record["fit_hashes"]
+    content = Detector.fit(samples, model="patchcore", config=config_for("patchcore"), use_cache=False).record[
+        "fit_hashes"
+    ]
     for number, sample in enumerate(s for s in samples if s.split == "train"):
         if content_hash(sample.image_path)[:16] in content:
             (fit_images / f"{number}.png").write_bytes(sample.image_path.read_bytes())

@@ -54,6 +54,4 @@ def test_a_revoked_token_closes_its_pages(login_form, server):
     expect(page.locator(".drop")).to_be_visible()
     httpx2.delete(f"{server.url}/v1/tokens/{made['id']}", headers=engineer).raise_for_status()
     expect(page.locator("#token")).to_be_visible(timeout=50_000)
-    time.sleep(
-        12
-    )  # NiceGUI removes the page ten seconds after the browser left; the log must not have an error
+    time.sleep(12)  # NiceGUI removes the page ten seconds after the browser left; the log must not have an error

@@ -70,9 +70,7 @@ def test_a_second_press_before_the_next_part_arrives_does_not_decide_it(visit, p
         inspect(page, name, parts.anomalous)
     page.goto(f"{server.url}/review")
     expect(page.locator("h2.name")).to_have_text("pressed-2.png")
-    page.evaluate(
-        "() => { const accept = document.querySelector('.accept'); accept.click(); accept.click(); }"
-    )
+    page.evaluate("() => { const accept = document.querySelector('.accept'); accept.click(); accept.click(); }")
     expect(page.locator("h2.name")).to_have_text("pressed-1.png")
     (first,) = stored(page, server, name="pressed-1.png")
     assert first["review"] is None

@@ -38,9 +38,7 @@ def test_the_image_zooms_by_buttons_wheel_keys_and_double_click(visit, parts):
     page.get_by_label("Whole image").click()
     page.locator(".viewer-stage").hover()
     page.mouse.wheel(0, -100)
-    page.wait_for_function(
-        "new DOMMatrix(getComputedStyle(document.querySelector('.viewer-plane')).transform).a > 1.1"
-    )
+    page.wait_for_function("new DOMMatrix(getComputedStyle(document.querySelector('.viewer-plane')).transform).a > 1.1")
     page.locator(".viewer-stage").press("0")
     assert scale() == 1
     page.locator(".viewer-stage").dblclick()

@@ -26,9 +26,7 @@ class Trained(NamedTuple):
 
 
 def run(*arguments, stdin=None):
-    return CliRunner().invoke(
-        app, [str(argument) for argument in arguments], input=stdin, env={"COLUMNS": "200"}
-    )
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin, env={"COLUMNS": "200"})
 
 
 @pytest.fixture(scope="session")
@@ -50,8 +48,6 @@ def cloth(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(cloth, tmp_path_factory):
     bundle = tmp_path_factory.mktemp("trained") / "cloth.bundle"
-    result = run(
-        "train", cloth, "-o", bundle, "--model", "dfm", "--no-cache", "--json", "--seed", "1", *SMALL
-    )
+    result = run("train", cloth, "-o", bundle, "--model", "dfm", "--no-cache", "--json", "--seed", "1", *SMALL)
     assert result.exit_code == 0, result.output
     return Trained(bundle, result.stdout)

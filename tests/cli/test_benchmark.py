@@ -36,9 +36,7 @@ def test_options_are_passed_on(calls, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert result.stdout == "| method | AUROC |\n\n"
-    assert calls == [
-        (Path("plans/small.yaml"), tmp_path / "results", folders | {"jobs": 3, "progress": None})
-    ]
+    assert calls == [(Path("plans/small.yaml"), tmp_path / "results", folders | {"jobs": 3, "progress": None})]
 
 
 def test_json_holds_the_rows_and_the_path_of_the_table(calls, tmp_path):

@@ -95,9 +95,7 @@ def test_a_category_in_two_folders_is_refused(cloth, tmp_path):
 def test_a_named_layout_is_that_of_every_folder(cloth, tmp_path):
     (tmp_path / "bare").mkdir()
     shutil.copy(next(cloth.glob("cloth/*/train/good/*.png")), tmp_path / "bare")
-    result = run(
-        "data", "manifest", cloth, tmp_path / "bare", "-o", tmp_path / "a.csv", "--layout", "manifest"
-    )
+    result = run("data", "manifest", cloth, tmp_path / "bare", "-o", tmp_path / "a.csv", "--layout", "manifest")
     assert result.exit_code == 2
     assert "no manifest.csv" in result.stderr
 
@@ -108,14 +106,10 @@ def test_textures_are_made_from_the_seed(tmp_path):
         result = run("data", "make-textures", tmp_path / name, *options, "--seed", seed)
         assert result.exit_code == 0, result.output
         assert result.stdout == f"{tmp_path / name / 'manifest.csv'}\n"
-        return {
-            path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.png")
-        }
+        return {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
 
     first = made("a", 1)
-    assert (
-        len(first) == 6 + 10 + 10
-    )  # good images of six seen subclasses, a defective one of all ten, and its mask
+    assert len(first) == 6 + 10 + 10  # good images of six seen subclasses, a defective one of all ten, and its mask
     assert made("b", 1) == first
     assert made("c", 2) != first
 

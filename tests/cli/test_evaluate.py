@@ -38,9 +38,7 @@ def metrics():
 @pytest.fixture
 def several(metrics):
     """Two subclasses of cloth, and a board."""
-    one, two, both = (
-        {"d_normal": 0.1, "d_abnormal": a, "ratio": 10 * a, "cell_auroc": a} for a in (0.2, 0.4, 0.3)
-    )
+    one, two, both = ({"d_normal": 0.1, "d_abnormal": a, "ratio": 10 * a, "cell_auroc": a} for a in (0.2, 0.4, 0.3))
     return metrics | {
         "pooled": values(category_accuracy=0.75, over_generalisation=both),
         "mean": values(category_accuracy=0.5, over_generalisation=both | {"ratio": 3.25}),
@@ -169,8 +167,6 @@ def test_writes_its_files_with_seen_and_unseen_subclasses(trained, cloth, tmp_pa
 
 
 def test_chosen_subclasses(trained, cloth, tmp_path):
-    result = run(
-        "evaluate", trained.bundle, cloth, "-o", tmp_path, "--subclass", "satin-navy-diffuse", "--json"
-    )
+    result = run("evaluate", trained.bundle, cloth, "-o", tmp_path, "--subclass", "satin-navy-diffuse", "--json")
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)["by_subclass"]) == ["cloth/satin-navy-diffuse"]

@@ -45,10 +45,7 @@ def photos(tmp_path):
 
 
 def found(photos, *arguments):
-    return [
-        path.removeprefix(f"{photos}/")
-        for path in find_images([f"{photos}/{argument}" for argument in arguments])
-    ]
+    return [path.removeprefix(f"{photos}/") for path in find_images([f"{photos}/{argument}" for argument in arguments])]
 
 
 def test_folders_files_and_patterns_in_the_order_of_the_call(photos):
@@ -76,9 +73,7 @@ def test_a_missing_file_is_returned_to_be_reported_in_its_position(photos):
 
 def test_a_list_comes_last_without_empty_lines(photos):
     (photos / "list.txt").write_text(f"{photos}/b/1.png\n\n{photos}/gone.png\r\n{photos}/é.png")
-    assert [
-        path.removeprefix(f"{photos}/") for path in find_images([str(photos / "a")], photos / "list.txt")
-    ] == [
+    assert [path.removeprefix(f"{photos}/") for path in find_images([str(photos / "a")], photos / "list.txt")] == [
         "a/1.JPG",
         "a/2.png",
         "b/1.png",
@@ -108,9 +103,7 @@ def test_shards():
         [2, 5, 8],
     ]
     for wrong in ("0/3", "4/3", "3", "1/0", "a/b", "-1/2"):
-        with pytest.raises(
-            ConfigError, match=f"--shard must be i/n with 1 <= i <= n, such as 2/4, got '{wrong}'"
-        ):
+        with pytest.raises(ConfigError, match=f"--shard must be i/n with 1 <= i <= n, such as 2/4, got '{wrong}'"):
             parse_shard(wrong)
 
 
@@ -144,9 +137,7 @@ def predicted(trained, cloth, tmp_path_factory):
     """Every test image, as JSON, table and maps."""
     folder = tmp_path_factory.mktemp("predicted")
     images = sorted(str(path) for path in cloth.glob("cloth/*/test/*/*.png"))
-    result = run(
-        "predict", trained.bundle, *images, "--json", "-o", folder / "r.jsonl", "--maps", folder / "maps"
-    )
+    result = run("predict", trained.bundle, *images, "--json", "-o", folder / "r.jsonl", "--maps", folder / "maps")
     return images, result, folder
 
 
@@ -190,9 +181,7 @@ def test_the_exit_code_is_the_verdict(predicted, trained, tmp_path):
 def test_an_unreadable_image_is_reported_in_its_position(predicted, trained, tmp_path):
     images, _, _ = predicted
     (tmp_path / "bad.png").write_text("no image")
-    result = run(
-        "predict", trained.bundle, images[0], tmp_path / "bad.png", tmp_path / "gone.png", *images[1:4]
-    )
+    result = run("predict", trained.bundle, images[0], tmp_path / "bad.png", tmp_path / "gone.png", *images[1:4])
     assert result.exit_code == 4
     lines = result.stdout.splitlines()
     assert len(lines) == 6

@@ -68,9 +68,7 @@ def test_parquet_comes_back_in_groups(tmp_path, count):
     assert [file.name for file in tmp_path.iterdir()] == ["r.parquet"]
     back = parquet.ParquetFile(tmp_path / "r.parquet")
     assert back.metadata.num_rows == count
-    assert all(
-        back.metadata.row_group(n).num_rows <= ROWS_A_GROUP for n in range(back.metadata.num_row_groups)
-    )
+    assert all(back.metadata.row_group(n).num_rows <= ROWS_A_GROUP for n in range(back.metadata.num_row_groups))
     if count:
         assert back.read().to_pylist()[-1] == OUTCOME.as_dict()
     assert back.schema_arrow.names == list(OUTCOME.as_dict())
@@ -139,9 +137,7 @@ def test_resuming_without_an_interrupted_run(tmp_path):
 
 
 def test_rows_of_an_interrupted_run_are_not_overwritten(interrupted):
-    with pytest.raises(
-        DataError, match=r"r\.jsonl\.partial contains results of an interrupted run\. Resume it"
-    ):
+    with pytest.raises(DataError, match=r"r\.jsonl\.partial contains results of an interrupted run\. Resume it"):
         opened(interrupted)
 
 

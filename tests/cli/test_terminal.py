@@ -86,9 +86,7 @@ def test_the_return_value_of_a_command_is_the_exit_code():
 
 def test_the_common_options_arrive():
     seen = []
-    invoke(
-        lambda terminal: seen.append(terminal) or 0, "--json", "-q", "-v", "--seed", "5", "--device", "cuda:1"
-    )
+    invoke(lambda terminal: seen.append(terminal) or 0, "--json", "-q", "-v", "--seed", "5", "--device", "cuda:1")
     assert seen == [Terminal(json=True, quiet=True, verbose=True, seed=5, device="cuda:1")]
 
 
@@ -125,9 +123,7 @@ def test_threads_are_limited_before_anything_is_loaded():
         "main()"
     )
     environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment
-    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=environment)
     assert json.loads(result.stdout)["devices"] == ["1"]
 
 

@@ -43,9 +43,7 @@ def test_nothing_named_is_all_defaults():
 
 
 def test_options_come_after_the_file_and_set_comes_last(settings_file):
-    config = composed(
-        config=settings_file, false_alarm_rate=0.2, seed=5, assignments=["seed=6", "head.share=0.3"]
-    )
+    config = composed(config=settings_file, false_alarm_rate=0.2, seed=5, assignments=["seed=6", "head.share=0.3"])
     assert config.head == MemoryBankConfig(share=0.3)
     assert config.outcome.false_alarm_rate == 0.2
     assert config.seed == 6

@@ -30,8 +30,7 @@ def sections(config):
 
 SECTIONS = sections(Config())
 MODULES = [
-    importlib.import_module(each.name)
-    for each in pkgutil.iter_modules(normweave.config.__path__, "normweave.config.")
+    importlib.import_module(each.name) for each in pkgutil.iter_modules(normweave.config.__path__, "normweave.config.")
 ]
 
 
@@ -72,9 +71,7 @@ def test_numbers_are_finite(section):
     for name, field in fields_of(type(section)).items():
         if field.annotation is float:
             for value in (float("nan"), float("inf")):
-                assert f": {name} must be" in message(
-                    lambda name=name, value=value: replace(section, **{name: value})
-                )
+                assert f": {name} must be" in message(lambda name=name, value=value: replace(section, **{name: value}))
 
 
 def test_a_misspelt_setting_is_refused_with_the_correct_name(section):

@@ -39,9 +39,7 @@ def mvtec_ad(root):
     """bottle/{train/good,test/good,test/DEFECT}/NNN.png, bottle/ground_truth/DEFECT/NNN_mask.png."""
     write_images(root, "bottle/train/good/000.png", "bottle/train/good/001.png", "bottle/test/good/000.png")
     write_images(root, "bottle/test/broken_large/000.png", "bottle/test/contamination/000.png")
-    write_masks(
-        root, *(f"bottle/ground_truth/{name}/000_mask.png" for name in ("broken_large", "contamination"))
-    )
+    write_masks(root, *(f"bottle/ground_truth/{name}/000_mask.png" for name in ("broken_large", "contamination")))
     (root / "bottle/license.txt").write_text("CC BY-NC-SA 4.0")
 
 
@@ -128,9 +126,7 @@ def manifest(root):
     samples = [Sample(image_path=root / f"photos/{number}.png", category="cloth") for number in range(3)]
     for name, mask in (("3", "3.gif.png"), ("4", "4.png")):
         path = root / f"photos/{name}.png"
-        samples.append(
-            Sample(image_path=path, category="cloth", label="anomalous", mask_path=root / "masks" / mask)
-        )
+        samples.append(Sample(image_path=path, category="cloth", label="anomalous", mask_path=root / "masks" / mask))
     write_manifest(samples, root / "manifest.csv")
 
 
@@ -162,9 +158,7 @@ def faults(samples):
 
 
 def test_every_layout_has_a_folder():
-    assert {layout for layout, _ in FOLDERS.values()} == set(LAYOUTS), (
-        "Write one builder per layout in FOLDERS."
-    )
+    assert {layout for layout, _ in FOLDERS.values()} == set(LAYOUTS), "Write one builder per layout in FOLDERS."
 
 
 def test_all_images_are_read_once_and_without_faults(built):
@@ -218,9 +212,7 @@ def test_a_folder_is_recognised_by_the_first_layout_that_matches(built):
     recognised = next((name for name, one in LAYOUTS.items() if one.matches and one.matches(root)), None)
 
     if LAYOUTS[layout].matches is None:
-        assert recognised is None or len(read(root, DataConfig())) == len(
-            read(root, DataConfig(), layout=layout)
-        )
+        assert recognised is None or len(read(root, DataConfig())) == len(read(root, DataConfig(), layout=layout))
     elif "1cls" not in {path.name for path in root.iterdir()}:  # the prepared form of VisA is used by name
         assert recognised == recognise(root) == layout
         assert read(root, DataConfig()) == read(root, DataConfig(), layout=layout)
@@ -231,9 +223,7 @@ def test_an_empty_folder_is_refused(layout, tmp_path):
     with pytest.raises(DataError, match=re.escape(f"{tmp_path}: no ")) as refused:
         read(tmp_path, DataConfig(), layout=layout)
 
-    assert re.search(
-        r"Allowed endings: \.bmp|Give the path of the table, or another layout\.$", str(refused.value)
-    )
+    assert re.search(r"Allowed endings: \.bmp|Give the path of the table, or another layout\.$", str(refused.value))
 
 
 def test_a_folder_of_no_layout_is_refused_with_all_layouts(tmp_path):

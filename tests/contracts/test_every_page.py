@@ -120,8 +120,6 @@ def test_it_fits_every_screen_and_every_finger(filled):
     page = filled()
     for width in (360, 390, 768, 1024, 1280, 1920):
         page.set_viewport_size({"width": width, "height": 800})
-        beyond = page.evaluate(
-            "() => document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        )
+        beyond = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert beyond <= 0, f"{beyond} pixels beyond {width}"
         assert page.evaluate(SMALL) == [], f"at {width} pixels"

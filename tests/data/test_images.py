@@ -295,9 +295,7 @@ def _reason(source):
     try:
         decode(source)
     except ImageError as error:
-        return (
-            "truncated" if "truncated or corrupt" in str(error) and "bomb" not in str(error) else str(error)
-        )
+        return "truncated" if "truncated or corrupt" in str(error) and "bomb" not in str(error) else str(error)
     return "decoded"
 
 
@@ -306,11 +304,7 @@ def test_content_hash(tmp_path, pixels):
     (tmp_path / "abc.png").write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert content_hash(tmp_path / "abc.png") == content_hash(b"abc") == known
-    assert (
-        content_hash(pixels)
-        == content_hash(Image.fromarray(pixels))
-        == content_hash(pixels[:, ::-1][:, ::-1])
-    )
+    assert content_hash(pixels) == content_hash(Image.fromarray(pixels)) == content_hash(pixels[:, ::-1][:, ::-1])
     assert content_hash(pixels) != content_hash(pixels.reshape(20, 12, 3))
     assert content_hash(pixels) != content_hash(pixels.view(np.int8))
     with pytest.raises(ImageError, match="no such file"):

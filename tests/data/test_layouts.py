@@ -128,9 +128,7 @@ def test_a_folder_of_folders_of_good_images(tree):
 
 def test_a_manifest_in_the_folder_takes_precedence(tree):
     root = tree("cloth/red/train/good/1.png")
-    row = Sample(
-        image_path=root / "cloth/red/train/good/1.png", category="cloth", subclass="rouge", group="roll"
-    )
+    row = Sample(image_path=root / "cloth/red/train/good/1.png", category="cloth", subclass="rouge", group="roll")
     write_manifest([row], root / "manifest.csv")
     assert recognise(root) == "manifest"
     assert read(root, DataConfig()) == read(root / "manifest.csv", DataConfig()) == [row]
@@ -168,9 +166,7 @@ def test_magnetic_tiles_by_number(tree):
 
 def test_magnetic_tiles_by_table(tree):
     root = tree(*TILES)
-    table = (
-        "image,group\nMT_Free/exp1_num_100.jpg,x\nMT_Free/exp2_num_190.jpg,y\nMT_Fray/exp1_num_281.jpg,x\n"
-    )
+    table = "image,group\nMT_Free/exp1_num_100.jpg,x\nMT_Free/exp2_num_190.jpg,y\nMT_Fray/exp1_num_281.jpg,x\n"
     (root / "groups.csv").write_text(table)
     assert [sample.group for sample in read(root, DataConfig())] == ["x", "x", "y"]
     (root / "groups.csv").write_text(table.rsplit("MT_", 1)[0])
@@ -247,9 +243,7 @@ def test_an_invalid_table_of_visa_is_refused(tree, old, new, text):
 def test_texture_ad_has_split_and_mask_folders_at_any_level(tree, good, bad, mask):
     root = tree(good, bad, mask)
     category = "Cloth" if good.count("c1") and "Cloth" in good else "parts"
-    splits = [
-        next((part for part in name.split("/") if part in ("train", "test")), None) for name in (good, bad)
-    ]
+    splits = [next((part for part in name.split("/") if part in ("train", "test")), None) for name in (good, bad)]
     assert sorted(summaries(root, layout="texture_ad"), key=lambda row: row[0][-5:]) == [
         (good, category, "c1", splits[0], "good", None),
         (bad, category, "c1", splits[1], "hole", mask),
@@ -281,9 +275,7 @@ def test_subclass_from_the_file_name(tree):
     root = tree("good/exp1_a.png", "good/exp2_b.png", "hole/exp2_c.png")
     config = DataConfig(subclass_from="filename-regex", subclass_regex="^(exp[0-9])_")
     assert [sample.subclass for sample in read(root, config)] == ["exp1", "exp2", "exp2"]
-    with pytest.raises(
-        DataError, match=r"d\.png: subclass_regex '\^\(exp\[0-9\]\)_' finds no subclass in 'd'"
-    ):
+    with pytest.raises(DataError, match=r"d\.png: subclass_regex '\^\(exp\[0-9\]\)_' finds no subclass in 'd'"):
         read(tree("good/d.png"), config)
     for regex, text in (
         ("exp", "has no group. Put the part"),
@@ -295,9 +287,7 @@ def test_subclass_from_the_file_name(tree):
 
 def test_subclass_from_the_column(tree, tmp_path):
     root = tree("1.png", "2.png")
-    write_manifest(
-        [Sample(image_path=root / f"{n}.png", subclass=f"s{n}") for n in (1, 2)], tmp_path / "m.csv"
-    )
+    write_manifest([Sample(image_path=root / f"{n}.png", subclass=f"s{n}") for n in (1, 2)], tmp_path / "m.csv")
     config = DataConfig(subclass_from="column")
     assert [sample.subclass for sample in read(tmp_path / "m.csv", config)] == ["s1", "s2"]
     with pytest.raises(DataError, match="subclass_from=column, but no row names a subclass"):
@@ -317,16 +307,10 @@ def test_choosing(tree):
     def subclasses(**settings):
         return [sample.subclass_name for sample in read(root, DataConfig(**settings))]
 
-    assert (
-        subclasses()
-        == subclasses(category=("all",), subclass=("all",))
-        == ["cloth/blue", "cloth/red", "wood/oak"]
-    )
+    assert subclasses() == subclasses(category=("all",), subclass=("all",)) == ["cloth/blue", "cloth/red", "wood/oak"]
     assert subclasses(category=("cloth",)) == ["cloth/blue", "cloth/red"]
     assert subclasses(subclass=("red", "oak")) == ["cloth/red", "wood/oak"]
-    with pytest.raises(
-        ConfigError, match=r"Unknown category 'cloht'. Did you mean 'cloth'. Known: cloth, wood"
-    ):
+    with pytest.raises(ConfigError, match=r"Unknown category 'cloht'. Did you mean 'cloth'. Known: cloth, wood"):
         subclasses(category=("cloht",))
     with pytest.raises(ConfigError, match=r"Unknown subclass 'oak'.*Known: blue, red"):
         subclasses(category=("cloth",), subclass=("oak",))

@@ -192,9 +192,7 @@ def test_what_is_written_is_read_back(tmp_path, ending):
 
 def test_csv_is_plain(tmp_path):
     write_manifest([Sample(image_path=tmp_path / "a" / "1.png", subclass="s")], tmp_path / "m.csv")
-    assert (tmp_path / "m.csv").read_bytes() == (
-        ",".join(COLUMNS) + "\na/1.png,default,s,,,normal,,\n"
-    ).encode()
+    assert (tmp_path / "m.csv").read_bytes() == (",".join(COLUMNS) + "\na/1.png,default,s,,,normal,,\n").encode()
 
 
 def test_an_interrupted_write_leaves_the_old_table(tmp_path, monkeypatch):
@@ -286,8 +284,7 @@ def test_faults_of_the_real_sets(data_root):
     """Magnetic tiles: four masks are empty although the images are labelled uneven."""
     faults = check(layouts.read(data_root / "magnetic-tiles", DataConfig()))
     assert sorted((fault.type, fault.path.name) for fault in faults) == [
-        ("empty mask", f"exp{name}.jpg")
-        for name in ("3_num_45042", "4_num_124690", "4_num_352527", "4_num_45057")
+        ("empty mask", f"exp{name}.jpg") for name in ("3_num_45042", "4_num_124690", "4_num_352527", "4_num_45057")
     ]
     boards = layouts.read(data_root / "deep-pcb", DataConfig())
     tested = [board for board in boards if board.split == "test"][:40]

@@ -70,8 +70,7 @@ def test_complete_never_divides_a_group_or_a_file(rows, seed):
 @settings(deadline=None)
 def test_divide_never_divides_a_group_or_a_file(rows, seed, share, at_least):
     samples = [
-        sample(n, group=group, subclass=subclass, split="train")
-        for n, (group, subclass, _, _) in enumerate(rows)
+        sample(n, group=group, subclass=subclass, split="train") for n, (group, subclass, _, _) in enumerate(rows)
     ]
     contents = {one.image_path: row[2] for one, row in zip(samples, rows, strict=True)}
 
@@ -79,9 +78,7 @@ def test_divide_never_divides_a_group_or_a_file(rows, seed, share, at_least):
         return contents[one.image_path]
 
     try:
-        fit, calibration = divide(
-            samples, calibration_share=share, at_least=at_least, seed=seed, content=content
-        )
+        fit, calibration = divide(samples, calibration_share=share, at_least=at_least, seed=seed, content=content)
     except (DataError, CheckError):  # too few; the refusals are tested below
         return
     assert sorted(fit + calibration, key=samples.index) == samples
@@ -128,8 +125,7 @@ def test_half_of_the_groups_train():
         for light in ("dark", "mid", "bright")
     ]
     samples += [
-        sample(f"bad-{tile}", group=f"tile{tile}", label="anomalous", subclass="mid")
-        for tile in (0, 1, 2, 3, 19)
+        sample(f"bad-{tile}", group=f"tile{tile}", label="anomalous", subclass="mid") for tile in (0, 1, 2, 3, 19)
     ]
     got = complete(samples, seed=3, content=itself)
     train = {one.group for one in got if one.split == "train"}
@@ -168,9 +164,7 @@ def test_given_splits_are_kept_and_others_follow_their_group():
 
 def test_an_anomalous_image_does_not_follow_its_group_into_train():
     samples = [sample(0, split="train", group="a"), sample(1, label="anomalous", group="a")]
-    with pytest.raises(
-        DataError, match=r"1\.png is anomalous and has no split, but images of its group.*are in train"
-    ):
+    with pytest.raises(DataError, match=r"1\.png is anomalous and has no split, but images of its group.*are in train"):
         complete(samples, seed=0, content=itself)
 
 
@@ -189,16 +183,12 @@ def test_calibration_rows_are_used_as_marked():
     fit, calibration = divide(samples, calibration_share=0.5, at_least=3, seed=0, content=itself)
     assert fit == samples[:5]
     assert calibration == samples[5:8]
-    with pytest.raises(
-        CheckError, match=r"5 train and 3 calibration images are marked. At least 2 and 4 are needed"
-    ):
+    with pytest.raises(CheckError, match=r"5 train and 3 calibration images are marked. At least 2 and 4 are needed"):
         divide(samples, calibration_share=0.5, at_least=4, seed=0, content=itself)
 
 
 def test_calibration_is_balanced_and_keeps_to_its_share():
-    samples = [
-        sample(n, split="train", subclass="red" if n < 90 else "blue", group=str(n // 3)) for n in range(120)
-    ]
+    samples = [sample(n, split="train", subclass="red" if n < 90 else "blue", group=str(n // 3)) for n in range(120)]
     fit, calibration = divide(samples, calibration_share=0.33, at_least=19, seed=0, content=itself)
     counts = Counter(one.subclass for one in calibration)
     assert 36 <= len(calibration) <= 40
@@ -220,8 +210,7 @@ def test_one_large_group_is_not_held_out_when_small_ones_do():
 def test_at_least_counts_when_it_is_more_than_the_share():
     samples = [sample(n, split="train", subclass="red" if n < 20 else "blue") for n in range(40)]
     counts = Counter(
-        one.subclass
-        for one in divide(samples, calibration_share=0.1, at_least=20, seed=0, content=itself).calibration
+        one.subclass for one in divide(samples, calibration_share=0.1, at_least=20, seed=0, content=itself).calibration
     )
     assert counts == {"red": 10, "blue": 10}
 
@@ -311,11 +300,7 @@ def test_magnetic_tiles_are_divided_by_tile(data_root):
     sets["test"] = [one for one in samples if one.split == "test"]
     sets["fit"], sets["calibration"] = division
     tiles = {name: {one.group for one in members} for name, members in sets.items()}
-    assert (
-        not tiles["fit"] & tiles["calibration"]
-        | tiles["fit"] & tiles["test"]
-        | tiles["calibration"] & tiles["test"]
-    )
+    assert not tiles["fit"] & tiles["calibration"] | tiles["fit"] & tiles["test"] | tiles["calibration"] & tiles["test"]
     assert len(tiles["fit"] | tiles["calibration"]) == 77  # of the 153 tiles with good images
     assert sum(one.label == "anomalous" for one in sets["test"]) == 258
     for members in division:

@@ -89,9 +89,7 @@ def test_edge_is_soft_for_one_pixel() -> None:
     region = np.zeros((64, 64), dtype=np.bool_)
     region[:, 32:] = True
 
-    defective, visible = synthetic.blend(
-        pixels, np.full_like(pixels, 200, dtype=np.float32), region, opacity=0.5
-    )
+    defective, visible = synthetic.blend(pixels, np.full_like(pixels, 200, dtype=np.float32), region, opacity=0.5)
 
     profile = defective[0, 30]
     assert (profile[32:] == 100).all()

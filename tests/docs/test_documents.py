@@ -41,9 +41,7 @@ def tracked():
     """Return every text file of the repository; without git, every file of the source folders."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False).stdout
     names = [name for name in listed.decode().split("\0") if name]
-    paths = [ROOT / name for name in names] or [
-        p for f in ("src", "tests", "docs") for p in (ROOT / f).rglob("*")
-    ]
+    paths = [ROOT / name for name in names] or [p for f in ("src", "tests", "docs") for p in (ROOT / f).rglob("*")]
     return [path for path in paths if path.is_file()]
 
 
@@ -61,9 +59,7 @@ def commands_in(text):
 COMMANDS = [
     pytest.param(line, path.name not in ADDS_A_PART, id=f"{relative(path)}: {line}")
     for path in [*WRITTEN, *CONFIGS]
-    for line in dict.fromkeys(
-        commands_in(path.read_text("utf-8")) + re.findall(r"# Command: (.*)", path.read_text())
-    )
+    for line in dict.fromkeys(commands_in(path.read_text("utf-8")) + re.findall(r"# Command: (.*)", path.read_text()))
     if "…" not in line
 ]
 
@@ -75,9 +71,7 @@ def parse(words):
         with command.make_context(name, list(words), resilient_parsing=False) as context:
             if not hasattr(command, "resolve_command"):
                 return context.params
-            name, command, words = command.resolve_command(
-                context, list(context._protected_args + context.args)
-            )
+            name, command, words = command.resolve_command(context, list(context._protected_args + context.args))
 
 
 @pytest.mark.parametrize(("line", "with_settings"), COMMANDS)
@@ -100,9 +94,7 @@ def test_commands_parse(line, with_settings):
 def compose_settings(parameters):
     """Read the settings of a `normweave train` command, as the command does."""
     names = inspect.signature(train.compose_settings).parameters
-    given = {"assignments": parameters["set_"] or []} | {
-        name: parameters[name] for name in names if name in parameters
-    }
+    given = {"assignments": parameters["set_"] or []} | {name: parameters[name] for name in names if name in parameters}
     if given["config"] is not None:
         given["config"] = ROOT / given["config"]
     return train.compose_settings(**given)
@@ -145,9 +137,9 @@ def test_commands_are_found():
 
 def test_the_command_reference_is_up_to_date(tmp_path, monkeypatch):
     """Run the command of `make commands`, in a terminal of another width."""
-    recipe = re.search(
-        r"^commands:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
-    )[1]
+    recipe = re.search(r"^commands:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[
+        1
+    ]
     words = shlex.split(recipe)
     assert ROOT / words[-1] == REFERENCE
     words[-1] = str(tmp_path / "commands.md")
@@ -262,14 +254,11 @@ def test_every_dependency_has_a_reason():
 
 def test_no_path_of_a_machine():
     """The pattern is built from parts, so that this file does not match it."""
-    machine = re.compile(
-        "|".join(f"/{word}/" for word in ("wo" + "rk", "ro" + "ot", "ho" + "me", "tmp/pro" + "to"))
-    )
+    machine = re.compile("|".join(f"/{word}/" for word in ("wo" + "rk", "ro" + "ot", "ho" + "me", "tmp/pro" + "to")))
     found = [
         f"{relative(path)}: {match[0]}"
         for path in tracked()
-        if path.suffix
-        in {".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".json", ".csv", ".html", ".ipynb", ""}
+        if path.suffix in {".py", ".md", ".toml", ".yaml", ".yml", ".cff", ".json", ".csv", ".html", ".ipynb", ""}
         for match in [machine.search(path.read_text("utf-8", errors="ignore"))]
         if match
     ]
@@ -282,9 +271,7 @@ def test_ci_runs_the_documented_targets():
     assert "make check test" in script.read_text()
     makefile = (ROOT / "Makefile").read_text()
     for document in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(
-            r"make ([a-z]+)", "".join(re.findall(r"`+[^`]*`+", (ROOT / document).read_text()))
-        ):
+        for target in re.findall(r"make ([a-z]+)", "".join(re.findall(r"`+[^`]*`+", (ROOT / document).read_text()))):
             assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 

@@ -111,9 +111,7 @@ def test_requests_get_a_response(name, served, tmp_path):
     """Run the blocks that begin with a request in their order; `part.png` is an image."""
     text = (ROOT / "docs" / "how-to" / f"{name}.md").read_text("utf-8")
     blocks = [
-        block
-        for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-        if block.startswith(("curl", "printf"))
+        block for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL) if block.startswith(("curl", "printf"))
     ]
     assert blocks
     Image.fromarray(render(Textile("plain", "ecru", "diffuse"), seed=7, size=(64, 64)).image).save(

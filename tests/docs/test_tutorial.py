@@ -26,10 +26,7 @@ def outputs(cell):
     """Return the text that a cell prints, and the bytes of its images in base64."""
     text = "".join(output.get("text", "") for output in cell.outputs)
     images = "".join(
-        data
-        for output in cell.outputs
-        for name, data in output.get("data", {}).items()
-        if name.startswith("image/")
+        data for output in cell.outputs for name, data in output.get("data", {}).items() if name.startswith("image/")
     )
     return text, images
 

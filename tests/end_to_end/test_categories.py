@@ -21,9 +21,7 @@ def call(*words: object) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def bundle(
-    data_root: Path, cloth: Path, feature_cache: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def bundle(data_root: Path, cloth: Path, feature_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CNC on some tiles of two lights and three subclasses of cloth, joined by the command; without boards."""
     folder = tmp_path_factory.mktemp("categories")
     tiles = read(data_root / "magnetic-tiles", DataConfig(subclass=("exp1", "exp3")), layout="magnetic_tiles")

@@ -46,9 +46,7 @@ def test_a_planted_defect_is_found_where_it_is(model: str, cloth: Path, feature_
         assert box.y <= y < box.y + box.height
         weight = np.clip(outcome.anomaly_map - np.quantile(outcome.anomaly_map, 0.98), 0, None)
         rows, columns = np.mgrid[:256, :256] + 0.5
-        offsets.append(
-            ((rows * weight).sum() / weight.sum() - y, (columns * weight).sum() / weight.sum() - x)
-        )
+        offsets.append(((rows * weight).sum() / weight.sum() - y, (columns * weight).sum() / weight.sum() - x))
     # One cell is 8 pixels (32 for the whole-image subspace, whose blur is symmetrical all the same).
     assert np.abs(np.mean(offsets, axis=0)).max() < 4, offsets
 
@@ -79,18 +77,14 @@ def test_a_bad_mask_is_listed_and_stops_nothing(detector: Detector, cloth: Path,
         damaged[2],
     ]
     metrics = evaluate(detector, samples, output=tmp_path / "evaluation")
-    assert [fault["image_path"] for fault in metrics["mask_faults"]] == [
-        str(s.image_path) for s in damaged[:2]
-    ]
+    assert [fault["image_path"] for fault in metrics["mask_faults"]] == [str(s.image_path) for s in damaged[:2]]
     assert "9" in metrics["mask_faults"][0]["reason"]
     assert "gone.png" in metrics["mask_faults"][1]["reason"]
     assert metrics["pooled"]["n_without_mask"] == 2
     assert metrics["pooled"]["n_anomalous"] == 3
 
 
-def test_a_bundle_read_into_torch_gives_the_scores_of_training(
-    detector: Detector, cloth: Path, tmp_path: Path
-):
+def test_a_bundle_read_into_torch_gives_the_scores_of_training(detector: Detector, cloth: Path, tmp_path: Path):
     bundle = detector.save(tmp_path / "cloth.bundle")
     loaded = fitting.load(bundle)
     paths = [sample.image_path for sample in read(cloth, DataConfig()) if sample.split == "test"][:9]
@@ -109,9 +103,7 @@ def test_the_threshold_is_computed_from_normals_outside_of_the_fit(detector: Det
     # The threshold is computed from the scores of the calibration images, to the half precision of the feature cache.
     from normweave.data.images import content_hash
 
-    held_out = [
-        sample.image_path for sample in samples if content_hash(sample.image_path)[:16] in calibration
-    ]
+    held_out = [sample.image_path for sample in samples if content_hash(sample.image_path)[:16] in calibration]
     scores = sorted(outcome.pred_score for outcome in detector.score(held_out))
     np.testing.assert_allclose(scores, detector.calibration.scores, rtol=5e-3)
 
@@ -162,9 +154,7 @@ def test_an_outcome_does_not_depend_on_its_company(detector: Detector):
         assert alone.verdict == outcome.verdict
 
 
-def test_the_same_seed_gives_the_same_weights(
-    detector: Detector, cloth: Path, config: Config, tmp_path: Path
-):
+def test_the_same_seed_gives_the_same_weights(detector: Detector, cloth: Path, config: Config, tmp_path: Path):
     again = Detector.fit(cloth, config=config, use_cache=False)
     first, second = detector.save(tmp_path / "first"), again.save(tmp_path / "second")
     assert (first / "weights.safetensors").read_bytes() == (second / "weights.safetensors").read_bytes()
@@ -235,9 +225,7 @@ def test_the_same_file_in_two_splits_is_refused(cloth: Path, feature_cache: Path
         Detector.fit(twice, config=config, cache=feature_cache)
 
 
-def test_unreadable_training_images_are_listed(
-    cloth: Path, feature_cache: Path, config: Config, tmp_path: Path
-):
+def test_unreadable_training_images_are_listed(cloth: Path, feature_cache: Path, config: Config, tmp_path: Path):
     samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
     broken = tmp_path / "broken.png"
     broken.write_bytes(samples[0].image_path.read_bytes()[:500])

@@ -47,9 +47,7 @@ TRAIN = (
 
 def run(*command: str) -> int:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(f"exit {done.returncode}: {done.stderr[-2000:]}")
     return done.returncode

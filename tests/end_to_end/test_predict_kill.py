@@ -30,9 +30,7 @@ main()
 
 
 def run(*command: str) -> int:
-    done = subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, timeout=600, check=False
-    )
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600, check=False)
     if done.returncode not in (0, 1, 4, -signal.SIGKILL):
         raise AssertionError(f"exit {done.returncode}: {done.stderr[-2000:]}")
     return done.returncode
@@ -60,9 +58,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_resume_gives_the_table_of_an_undisturbed_run(
-    ending: str, bundle: Path, photos: list[str], tmp_path: Path
-):
+def test_resume_gives_the_table_of_an_undisturbed_run(ending: str, bundle: Path, photos: list[str], tmp_path: Path):
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
     images = [*photos[:6], str(broken), *photos[6:]]
@@ -76,10 +72,7 @@ def test_resume_gives_the_table_of_an_undisturbed_run(
     undisturbed = run("-m", "normweave", *call("whole"))
     assert undisturbed == 4
     for count in (1, 4, 6):  # before the first row, inside the second batch, and once more
-        assert (
-            run("-c", KILLED, str(count), *call("killed"), *(["--resume"] if count > 1 else []))
-            == -signal.SIGKILL
-        )
+        assert run("-c", KILLED, str(count), *call("killed"), *(["--resume"] if count > 1 else [])) == -signal.SIGKILL
     assert not (tmp_path / f"killed.{ending}").exists()
     assert run("-m", "normweave", *call("killed"), "--resume") == undisturbed
 

@@ -31,9 +31,7 @@ def test_defects_in_unseen_light_are_detected_better_than_by_memory_or_subspace(
     assert fold.name == "without exp4"
     measured = {}
     for model in ("adapted-moe", "patchcore", "dfm"):
-        detector = (
-            tiles if model == "adapted-moe" else Detector.fit(fold.samples, model=model, cache=feature_cache)
-        )
+        detector = tiles if model == "adapted-moe" else Detector.fit(fold.samples, model=model, cache=feature_cache)
         measured[model] = measure(detector, fold.tests["unseen"], cache=feature_cache)[0]["pooled"]
     ours = measured["adapted-moe"]
     assert ours["image_auroc"] > 0.9
@@ -47,9 +45,7 @@ def test_tiles_are_taken_for_a_layout(tiles: Detector):
 
 
 def test_a_board_is_unknown_to_a_detector_of_tiles(tiles: Detector, data_root: Path):
-    boards = [
-        sample.image_path for sample in read(data_root / "deep-pcb", DataConfig()) if sample.label == "normal"
-    ]
+    boards = [sample.image_path for sample in read(data_root / "deep-pcb", DataConfig()) if sample.label == "normal"]
     verdicts = [outcome.verdict for outcome in tiles.stream(boards[:10], maps=False)]
     assert verdicts == ["unknown"] * 10
 

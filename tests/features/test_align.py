@@ -113,8 +113,7 @@ def test_the_script_reproduces_the_file(monkeypatch, tmp_path, capsys):
         # Other processors round differently, and of nearly equal directions this can be seen.
         np.testing.assert_allclose(again, shipped, atol=1e-4 * shipped.abs().max().item())
     definitions, control = (
-        [float(value) for value in re.findall(r"\d\.\d+", line)]
-        for line in capsys.readouterr().out.splitlines()
+        [float(value) for value in re.findall(r"\d\.\d+", line)] for line in capsys.readouterr().out.splitlines()
     )
     # top1 and top5 of the hundred left out, of all thousand; docs/decisions/0005-offline-pair.md
     np.testing.assert_allclose(definitions, [0.715, 0.959, 0.212, 0.644], atol=0.01)

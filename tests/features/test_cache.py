@@ -59,9 +59,7 @@ def test_returns_the_features_of_the_extractor_in_the_given_order(tmp_path, extr
         max_gib=1,
         progress=lambda *now: progress.append(now),
     )
-    expected = (
-        extractor.extract(torch.from_numpy(np.stack([image(row) for row in (4, 0, 4, 2)]))).half().float()
-    )
+    expected = extractor.extract(torch.from_numpy(np.stack([image(row) for row in (4, 0, 4, 2)]))).half().float()
 
     assert len(source) == 5
     assert source.shape == (192, 8, 8)
@@ -98,9 +96,7 @@ def test_nothing_is_computed_twice(tmp_path, extractor):
 
 
 def test_rows_of_one_key_are_stored_once(tmp_path, extractor):
-    source = cache.cached(
-        extractor, keys(5, 6, 5, 5), lambda i: image((5, 6, 5, 5)[i]), folder=tmp_path, max_gib=1
-    )
+    source = cache.cached(extractor, keys(5, 6, 5, 5), lambda i: image((5, 6, 5, 5)[i]), folder=tmp_path, max_gib=1)
     assert len(source) == 4
     assert torch.equal(source.read([0, 2, 3]), source.read([0, 0, 0]))
     assert cached_bytes(tmp_path) == 2 * ROW_BYTES
@@ -141,9 +137,7 @@ def test_an_incomplete_row_or_line_is_ignored(tmp_path, extractor):
     os.truncate(data, ROW_BYTES + 10)  # and the second row is incomplete though its line was written
 
     loaded = []
-    again = cache.cached(
-        extractor, keys(0, 1, 2), lambda i: loaded.append(i) or image(i), folder=tmp_path, max_gib=1
-    )
+    again = cache.cached(extractor, keys(0, 1, 2), lambda i: loaded.append(i) or image(i), folder=tmp_path, max_gib=1)
     assert sorted(loaded) == [1, 2]
     assert torch.equal(again.read([0, 1, 2]), whole)
 
@@ -288,9 +282,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_first_image(tmp_path, ex
 def test_features_beyond_float16_are_refused(tmp_path, extractor):
     loud = features.build(TimmConfig(**SETTINGS), height=64, width=64)
     loud.scale *= 1e7
-    with pytest.raises(
-        DataError, match=r"features reach .*e\+\d+, but they are stored as float16, at most 65504"
-    ):
+    with pytest.raises(DataError, match=r"features reach .*e\+\d+, but they are stored as float16, at most 65504"):
         cache.streamed(loud, image, 1).read([0])
 
 

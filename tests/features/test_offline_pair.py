@@ -107,9 +107,7 @@ def test_a_constant_level_has_zero_weights(pair):
 
 def test_levels_come_in_the_order_of_the_channels(pixels):
     """Independent of the order in the setting."""
-    extractor = features.build(
-        OfflinePairConfig(weights="random", strides=(32, 8)), height=HEIGHT, width=WIDTH
-    )
+    extractor = features.build(OfflinePairConfig(weights="random", strides=(32, 8)), height=HEIGHT, width=WIDTH)
     other = OfflinePair(strides=(32, 8), random=True)
     maps = other.joint_maps([extractor.extract(pixels)])
 
@@ -128,9 +126,7 @@ def test_making_it_draws_no_random_numbers():
 
 def test_the_linear_maps_approximate_the_network_on_new_images():
     """Share of the joint features' variance on new images; the deeper the level, the more of it."""
-    images = np.stack(
-        [render(cloth, seed=seed, size=(128, 128)).image for seed in range(6) for cloth in SEEN[:3]]
-    )
+    images = np.stack([render(cloth, seed=seed, size=(128, 128)).image for seed in range(6) for cloth in SEEN[:3]])
     pixels = torch.from_numpy(images).movedim(-1, 1).contiguous()
     config = OfflinePairConfig(strides=STRIDES, grid_stride=32)
     raw = features.build(config, height=128, width=128).extract(pixels)
@@ -160,9 +156,7 @@ def test_a_palace_and_a_flower_are_recognized_by_their_names():
     ]
     names = [Path(filename).stem for filename in samples.filenames for _ in range(3)]
     config = OfflinePairConfig()
-    raw = features.build(config, height=256, width=256).extract(
-        torch.from_numpy(np.stack(crops)).movedim(-1, 1)
-    )
+    raw = features.build(config, height=256, width=256).extract(torch.from_numpy(np.stack(crops)).movedim(-1, 1))
     pair = features.pair(config)
     maps = pair.joint_maps([raw])
     palace, flower = pair.text.encode_prompts(
@@ -207,9 +201,7 @@ def test_token_embeddings_act_as_their_text(text):
 def test_only_the_context_gets_gradients(text):
     before = copy.deepcopy(text.state_dict())
     context = text.embed_tokens("a photo of").clone().requires_grad_()
-    normal, abnormal = text.encode_prompts(
-        context, ["normal flawless surface", "damaged surface with a defect"]
-    )
+    normal, abnormal = text.encode_prompts(context, ["normal flawless surface", "damaged surface with a defect"])
     (normal @ abnormal + text.encode_context(context, "normal flawless surface").sum()).backward()
 
     assert (context.grad.abs().amax(1) > 0).all()
@@ -248,7 +240,5 @@ def test_a_damaged_alignment_is_refused(tmp_path):
     save_file({"something": torch.zeros(3)}, foreign)
 
     for path in (cut, foreign, tmp_path / "absent.safetensors"):
-        with pytest.raises(
-            DataError, match=rf"alignment {path.name} cannot be read .*Install normweave again"
-        ):
+        with pytest.raises(DataError, match=rf"alignment {path.name} cannot be read .*Install normweave again"):
             offline_pair.alignment(path)

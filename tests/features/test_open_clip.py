@@ -82,16 +82,12 @@ def weights(states, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels():
-    return torch.randint(
-        0, 256, (3, 3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    return torch.randint(0, 256, (3, 3, HEIGHT, WIDTH), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
 def reference(weights, name="small", **changes):
     """The model as open_clip itself loads it."""
-    return open_clip.create_model(
-        name, pretrained=os.fspath(weights / f"{name}.safetensors"), **changes
-    ).eval()
+    return open_clip.create_model(name, pretrained=os.fspath(weights / f"{name}.safetensors"), **changes).eval()
 
 
 def normalised(pixels):
@@ -223,9 +219,7 @@ def test_sizes_that_patches_do_not_fill_name_the_nearest():
 
 @pytest.mark.parametrize("make", [load, lambda layers: pair(layers=layers)])
 def test_an_unknown_layer_is_refused_with_the_known_layers(make):
-    with pytest.raises(
-        ConfigError, match=r"small has no layer 5, 24. It has 1..4: .* --set features.layers=\[4\]"
-    ):
+    with pytest.raises(ConfigError, match=r"small has no layer 5, 24. It has 1..4: .* --set features.layers=\[4\]"):
         make(layers=(2, 5, 24))
 
 
@@ -291,9 +285,7 @@ def test_a_prompt_does_not_depend_on_those_beside_it(weights):
 def test_tokens_are_rows_of_the_embedding(states, weights):
     text = pair(weights / "small.safetensors").text
     ids = open_clip.SimpleTokenizer().encode("a scratched bottle-neck")
-    assert torch.equal(
-        text.embed_tokens("a scratched bottle-neck"), states["small"]["token_embedding.weight"][ids]
-    )
+    assert torch.equal(text.embed_tokens("a scratched bottle-neck"), states["small"]["token_embedding.weight"][ids])
     assert text.embed_tokens("").shape == (0, text.embedding_dim)
 
 
@@ -375,9 +367,7 @@ def test_random_weights_are_the_same_for_both_towers_and_each_time():
 
 
 def test_weights_of_another_model_are_refused(states, weights, tmp_path):
-    save_file(
-        {f"module.{key}": tensor for key, tensor in states["small"].items()}, tmp_path / "own.safetensors"
-    )
+    save_file({f"module.{key}": tensor for key, tensor in states["small"].items()}, tmp_path / "own.safetensors")
     with pytest.raises(
         DataError,
         match=r"lack 53 of the 53 tensors that small needs, first 'visual.class_embedding'. Give open_clip's",
@@ -412,9 +402,7 @@ def test_a_damaged_or_absent_file_is_named(tmp_path):
         match=r"own.safetensors' is neither safetensors \(.*\) nor a state dict .* Download or convert it",
     ):
         load(weights=tmp_path / "own.safetensors")
-    with pytest.raises(
-        MissingError, match=r"The weights file .*gone.pt' does not exist. Check --clip-weights"
-    ):
+    with pytest.raises(MissingError, match=r"The weights file .*gone.pt' does not exist. Check --clip-weights"):
         load(weights=tmp_path / "gone.pt")
 
 
@@ -457,16 +445,12 @@ def archive(states, tmp_path_factory):
 
 
 def test_openais_archive_is_refused_with_a_command_that_converts_it(archive, weights, pixels):
-    with pytest.raises(
-        DataError, match=r"small.pt' is a TorchScript archive, as OpenAI .* does not execute"
-    ) as error:
+    with pytest.raises(DataError, match=r"small.pt' is a TorchScript archive, as OpenAI .* does not execute") as error:
         load(weights=archive)
     _, _, command = str(error.value).partition("if you trust it: ")
     arguments = shlex.split(command)
     assert arguments[0] == "python"
-    subprocess.run(
-        [sys.executable, *arguments[1:]], cwd=archive.parent, check=True, stderr=subprocess.DEVNULL
-    )
+    subprocess.run([sys.executable, *arguments[1:]], cwd=archive.parent, check=True, stderr=subprocess.DEVNULL)
 
     got = build(archive.with_suffix(".safetensors")).extract(pixels)
 

@@ -64,9 +64,7 @@ def test_a_source_is_standardized_as_it_is_read(features):
     assert len(standardized) == 37
     assert standardized.shape == (4, 5, 3)
     rows = [30, 2, 2]
-    expected = (features[rows] - standardizer.mean.numpy()[:, None, None]) / standardizer.std.numpy()[
-        :, None, None
-    ]
+    expected = (features[rows] - standardizer.mean.numpy()[:, None, None]) / standardizer.std.numpy()[:, None, None]
     np.testing.assert_allclose(standardized.read(rows), expected, rtol=1e-6)
 
 

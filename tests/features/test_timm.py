@@ -64,9 +64,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, state, number):
 
 @pytest.mark.parametrize("name", ["own.pth", "own.pt", "own.bin", "own"])
 def test_formats_that_can_execute_code_are_not_opened(tmp_path, name):
-    with pytest.raises(
-        ConfigError, match=r"a .safetensors file, got .* can execute code .* Convert .* save_file"
-    ):
+    with pytest.raises(ConfigError, match=r"a .safetensors file, got .* can execute code .* Convert .* save_file"):
         load(weights=tmp_path / name)
 
 
@@ -103,9 +101,7 @@ def test_an_unknown_tag_is_refused_with_the_known_tags():
 
 
 def test_an_unknown_stride_is_refused_with_the_known_strides():
-    with pytest.raises(
-        ConfigError, match=r"no stage of stride 4, 8. It has \[16\]: .* --set features.strides=\[16\]"
-    ):
+    with pytest.raises(ConfigError, match=r"no stage of stride 4, 8. It has \[16\]: .* --set features.strides=\[16\]"):
         load("vit_tiny_patch16_224", strides=(4, 8))
 
 
@@ -118,9 +114,7 @@ def test_the_order_of_the_strides_does_not_matter():
 
 
 def test_a_network_without_intermediates_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"'gernet' has no forward_intermediates, .* docs.how-to.add-a-backbone.md"
-    ):
+    with pytest.raises(ConfigError, match=r"'gernet' has no forward_intermediates, .* docs.how-to.add-a-backbone.md"):
         stages(torch.nn.Linear(1, 1), name="gernet", strides=(4,))
 
 
@@ -134,9 +128,7 @@ def test_missing_weights_are_reported_within_seconds(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", os.fspath(tmp_path))
         with pytest.raises(MissingError) as error:
             load(weights="auto")
-    assert "The weights of backbone 'resnet18' are not on this machine and cannot be downloaded" in str(
-        error.value
-    )
+    assert "The weights of backbone 'resnet18' are not on this machine and cannot be downloaded" in str(error.value)
     assert "--set features.weights=PATH" in str(error.value)
     assert "needs no download: tf_efficientnet_lite0" in str(error.value)
     assert "timm/resnet18.a1_in1k" in str(error.value)

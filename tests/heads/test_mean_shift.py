@@ -12,9 +12,7 @@ from normweave.training import train
 
 
 def new(data, **settings):
-    config = MeanShiftConfig(
-        **{"hidden": 5, "max_images": 100, "training": quick_training(epochs=5)} | settings
-    )
+    config = MeanShiftConfig(**{"hidden": 5, "max_images": 100, "training": quick_training(epochs=5)} | settings)
     return begun(MeanShift(config, shape=data.features.shape), data)
 
 
@@ -47,9 +45,7 @@ def test_the_loss_is_contrastive_around_the_centre_and_angular_towards_it(angula
         for _ in range(2):
             means = view(data.features.features, smallest=0.2, generator=generator)
             first, second = head.adapter.first, head.adapter.second
-            phis.append(
-                [unit(g + second.weight @ (first.weight @ g + first.bias).clamp(min=0)) for g in means]
-            )
+            phis.append([unit(g + second.weight @ (first.weight @ g + first.bias).clamp(min=0)) for g in means])
         shifted = [torch.stack([phi - head.centre for phi in own]) for own in phis]
         expected = contrast(shifted[0], shifted[1], temperature=0.25).item()
         if angular:
@@ -107,9 +103,7 @@ def test_a_view_is_the_mean_over_a_rectangle():
         for axis in (rows, columns):
             cells = axis.nonzero().flatten()
             assert len(cells) == cells[-1] - cells[0] + 1  # contiguous
-        torch.testing.assert_close(
-            inside[rectangle], torch.full((int(rectangle.sum()),), 1 / rectangle.sum().item())
-        )
+        torch.testing.assert_close(inside[rectangle], torch.full((int(rectangle.sum()),), 1 / rectangle.sum().item()))
         areas.append(rectangle.sum().item() / (h * w))
     assert 0.15 < min(areas) < 0.35
     assert max(areas) == 1

@@ -44,10 +44,7 @@ def test_the_pool_takes_equally_from_every_image_and_no_patch_twice():
 
 def test_every_patch_of_an_image_is_as_likely_to_be_drawn():
     features = torch.arange(12, dtype=torch.float32).view(1, 1, 3, 4)
-    draws = [
-        draw_patches(InMemory(features), np.arange(1), at_most=3, generator=seeded(seed))
-        for seed in range(2000)
-    ]
+    draws = [draw_patches(InMemory(features), np.arange(1), at_most=3, generator=seeded(seed)) for seed in range(2000)]
     counts = torch.bincount(torch.cat(draws)[:, 0].long(), minlength=12)
     assert ((counts - 500).abs() < 5 * math.sqrt(500)).all(), counts
 
@@ -55,9 +52,7 @@ def test_every_patch_of_an_image_is_as_likely_to_be_drawn():
 def test_the_pool_keeps_the_channels_of_a_patch_together():
     features = random(4, 3, 2, 5, seed=0)
     pool = draw_patches(InMemory(features), np.array([1, 3]), at_most=100, generator=seeded())
-    expected = {
-        tuple(features[image, :, y, x].tolist()) for image in (1, 3) for y in range(2) for x in range(5)
-    }
+    expected = {tuple(features[image, :, y, x].tolist()) for image in (1, 3) for y in range(2) for x in range(5)}
     assert {tuple(patch.tolist()) for patch in pool} == expected
 
 

@@ -13,8 +13,7 @@ from normweave.training import train
 
 def new(data, *, dims=(), **settings):
     config = MSFlowConfig(
-        **{"blocks": 1, "further_blocks": 1, "position": 4, "training": quick_training(), "border": 0}
-        | settings
+        **{"blocks": 1, "further_blocks": 1, "position": 4, "training": quick_training(), "border": 0} | settings
     )
     return begun(MSFlow(config, shape=data.features.shape, dims=dims), data)
 
@@ -126,9 +125,7 @@ def test_the_log_determinant_of_the_whole_flow_is_that_of_its_jacobian():
 
 
 def test_coarser_levels_have_more_blocks_and_smaller_grids():
-    head = new(
-        normals(random(5, 9, 8, 12, seed=1)), dims=(2, 3, 4), blocks=2, further_blocks=3
-    )  # the paper's 2, 5, 8
+    head = new(normals(random(5, 9, 8, 12, seed=1)), dims=(2, 3, 4), blocks=2, further_blocks=3)  # the paper's 2, 5, 8
     assert [len(blocks) for blocks in head.flow.parallel] == [2, 5, 8]
     features = random(1, 9, 8, 12, seed=2)
     levels = head.levels(features)
@@ -222,6 +219,4 @@ def test_the_initial_weights_depend_on_the_seed():
     features = random(4, 4, 4, 4, seed=1)
     one, same, other = (new(normals(features, seed=seed), dims=(2, 2)).state() for seed in (0, 0, 1))
     assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not torch.equal(
-        one["flow.parallel.0.0.subnet.first.weight"], other["flow.parallel.0.0.subnet.first.weight"]
-    )
+    assert not torch.equal(one["flow.parallel.0.0.subnet.first.weight"], other["flow.parallel.0.0.subnet.first.weight"])

@@ -36,9 +36,7 @@ def test_block_statistics_are_the_lower_median_of_those_of_4_x_4_parts():
 def test_block_statistics_of_alike_parts_are_those_of_the_image():
     part = images(2, grid=(4, 4))
     expected = [stats_by_hand(image.double().numpy().reshape(D, -1)) for image in part]
-    np.testing.assert_allclose(
-        block_statistics(part.repeat(1, 1, 4, 4)), np.stack(expected), atol=1e-4, rtol=1e-4
-    )
+    np.testing.assert_allclose(block_statistics(part.repeat(1, 1, 4, 4)), np.stack(expected), atol=1e-4, rtol=1e-4)
 
 
 def test_block_statistics_are_robust_to_a_local_defect():
@@ -109,9 +107,7 @@ def test_distance_is_mahalanobis_under_the_shrunk_covariance_within_subclasses()
 def test_the_distance_of_normal_images_is_about_one_and_that_of_others_large():
     novelty, samples, subclasses = fitted()
 
-    own = novelty(torch.from_numpy(samples.astype(np.float32)))[
-        torch.arange(200), torch.from_numpy(subclasses)
-    ]
+    own = novelty(torch.from_numpy(samples.astype(np.float32)))[torch.arange(200), torch.from_numpy(subclasses)]
     unseen = novelty(torch.full((1, 4), 1000.0))
 
     assert 0.5 < own.median() < 1.5

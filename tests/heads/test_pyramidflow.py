@@ -19,9 +19,7 @@ from normweave.training import train
 
 
 def new(data, *, dims=(), **settings):
-    config = PyramidFlowConfig(
-        **{"levels": 3, "blocks": 2, "training": quick_training(), "border": 0} | settings
-    )
+    config = PyramidFlowConfig(**{"levels": 3, "blocks": 2, "training": quick_training(), "border": 0} | settings)
     return begun(PyramidFlow(config, shape=data.features.shape, dims=dims), data)
 
 
@@ -52,9 +50,7 @@ def test_blurring_is_binomial_and_repeats_the_edge():
         for i in range(5):
             for j in range(6):
                 want = sum(
-                    weights[a]
-                    * weights[b]
-                    * grid[0, c, min(max(i + a - 2, 0), 4), min(max(j + b - 2, 0), 5)].item()
+                    weights[a] * weights[b] * grid[0, c, min(max(i + a - 2, 0), 4), min(max(j + b - 2, 0), 5)].item()
                     for a in range(5)
                     for b in range(5)
                 )
@@ -70,9 +66,7 @@ def test_a_coupling_is_its_equation(volume):
     x, finer, coarser = (random(1, 3, 2, 4, seed=seed) for seed in (2, 3, 4))
     with torch.no_grad():
         z = coupling(x, [finer, coarser])
-        parameters = coupling.second(
-            torch.nn.functional.leaky_relu(coupling.first(torch.cat([finer, coarser], dim=1)))
-        )
+        parameters = coupling.second(torch.nn.functional.leaky_relu(coupling.first(torch.cat([finer, coarser], dim=1))))
         s = 2 * 0.636 * np.arctan(parameters[0, :3].numpy() / 2)
         mean = s.mean(axis=0) if volume == "channel" else s.mean(axis=(1, 2), keepdims=True)
         changed = np.exp(s - mean) * x[0].numpy() + parameters[0, 3:].numpy()
@@ -107,9 +101,7 @@ def test_the_flow_preserves_volume(volume):
 
     def coupled(flat):
         parts = zip(flat.split(sizes), pyramid, strict=True)
-        return torch.cat(
-            [level.flatten() for level in flow.couple([p.view(like.shape) for p, like in parts])]
-        )
+        return torch.cat([level.flatten() for level in flow.couple([p.view(like.shape) for p, like in parts])])
 
     flat = torch.cat([level.flatten() for level in pyramid])
     jacobian = torch.autograd.functional.jacobian(coupled, flat)

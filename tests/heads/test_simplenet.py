@@ -18,9 +18,7 @@ def new(data, **settings):
 def by_hand(discriminator, patch, *, mean, variance):
     """D of an adapted patch, one number at a time, for given statistics of the batch norm's input."""
     hidden = []
-    for row, bias in zip(
-        discriminator.hidden.weight.tolist(), discriminator.hidden.bias.tolist(), strict=True
-    ):
+    for row, bias in zip(discriminator.hidden.weight.tolist(), discriminator.hidden.bias.tolist(), strict=True):
         hidden.append(sum(w * x for w, x in zip(row, patch, strict=True)) + bias)
     norm = discriminator.norm
     total = 0.0

@@ -14,9 +14,7 @@ def test_heat_has_the_threshold_in_the_middle_of_the_colours_and_is_transparent_
     assert colours[0, 3] == 0
     assert colours[1, 3] == 0  # at a quarter of the colours
     assert colours[2].tolist() == [186, 55, 84, 255]  # between the two colours in the middle
-    assert (
-        colours[3].tolist() == colours[4].tolist() == [252, 255, 164, 255]
-    )  # as far above as the lowest is below
+    assert colours[3].tolist() == colours[4].tolist() == [252, 255, 164, 255]  # as far above as the lowest is below
 
 
 def test_heat_does_not_depend_on_the_unit_of_the_scores():
@@ -90,9 +88,7 @@ def test_only_pixels_above_the_threshold_are_outlined():
 
 def test_the_heat_map_grows_lighter_with_the_score():
     ramp = np.linspace(0, 1, 200, dtype=np.float32)
-    made = thumbnails(
-        np.full((20, 200, 3), 128, np.uint8), ramp[None].repeat(20, axis=0), None, threshold=1.0
-    )
+    made = thumbnails(np.full((20, 200, 3), 128, np.uint8), ramp[None].repeat(20, axis=0), None, threshold=1.0)
     assert (np.diff(lightness(made["heat map"][10])[::10]) > 0).all()
     np.testing.assert_array_equal(inferno(ramp)[[0, -1]], [[0, 0, 4], [252, 255, 164]])
 

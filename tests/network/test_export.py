@@ -90,9 +90,7 @@ ROUTINGS = ("statistics", "likelihood", "network")
 
 def moe(*, expert, fast=False, routing="statistics", calibrated=None, **values):
     name = " ".join(str(value) for value in (expert, *values.values(), routing))
-    parts = (
-        {"kind": expert} | SMALL.get(expert, {}) | ({} if calibrated is None else {"calibrated": calibrated})
-    )
+    parts = {"kind": expert} | SMALL.get(expert, {}) | ({} if calibrated is None else {"calibrated": calibrated})
     config = head_config(expert=parts, routing={"method": routing} | SMALL.get(routing, {}), **values)
     return pytest.param(config, id=name, marks=[] if fast else [pytest.mark.slow])
 
@@ -269,9 +267,7 @@ def test_verdicts_are_equal_except_where_rounding_decides(module, content, apart
     raw_output = raw(module, torch.from_numpy(np.concatenate(pixels)))
     threshold = float(TileScores.of(raw_output, CONFIG).scores[0]) * (1 + apart / 2)
     normals = np.append(np.full(30, threshold - 10), np.full(30, threshold))
-    calibration = Calibration(
-        scores=normals, subclass_names=("a", "b", "c"), false_alarm_rate=0.5, unknown_rate=0.5
-    )
+    calibration = Calibration(scores=normals, subclass_names=("a", "b", "c"), false_alarm_rate=0.5, unknown_rate=0.5)
     theirs = altered(content, lambda array: (1 + apart) * array)
     if passes:
         check_parity(module, theirs, pixels, CONFIG, calibration)

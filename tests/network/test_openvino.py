@@ -16,9 +16,7 @@ from test_detector import same
 
 from .test_onnx import SIZE, graph
 
-openvino = pytest.importorskip(
-    "openvino", reason='OpenVINO is not installed: pip install "normweave[openvino]"'
-)
+openvino = pytest.importorskip("openvino", reason='OpenVINO is not installed: pip install "normweave[openvino]"')
 
 
 def network(content, device="openvino"):
@@ -50,9 +48,7 @@ def test_answers_have_the_same_types_and_the_experts_are_left_out(bundle, there)
             if mine is None:
                 continue
             assert (other.dtype, other.shape) == (mine.dtype, mine.shape)
-            np.testing.assert_allclose(
-                other.astype(float), mine.astype(float), rtol=1e-3, atol=1e-3, err_msg=name
-            )
+            np.testing.assert_allclose(other.astype(float), mine.astype(float), rtol=1e-3, atol=1e-3, err_msg=name)
     assert (outputs.subclass.dtype, outputs.adapted.dtype) == (np.int64, np.bool_)
     assert (theirs(pixels, own).subclass != own).all()
 
@@ -99,9 +95,7 @@ def test_a_graph_that_asks_or_answers_something_else(other):
 
 
 def test_an_unknown_operator():
-    with pytest.raises(
-        BundleError, match=r"(?s)OpenVINO .* cannot load b/model\.onnx: .*Frobnicate.*Update openvino"
-    ):
+    with pytest.raises(BundleError, match=r"(?s)OpenVINO .* cannot load b/model\.onnx: .*Frobnicate.*Update openvino"):
         network(graph(operator="Frobnicate"))
 
 

@@ -26,9 +26,7 @@ def calibration(seed=0, *, each=(60, 40, 5), false_alarm_rate=0.05, unknown_rate
     )
 
 
-@pytest.mark.parametrize(
-    ("n", "rate", "rank"), [(19, 0.05, 19), (99, 0.05, 95), (99, 0.29, 71), (104, 0.01, 104)]
-)
+@pytest.mark.parametrize(("n", "rate", "rank"), [(19, 0.05, 19), (99, 0.05, 95), (99, 0.29, 71), (104, 0.01, 104)])
 def test_the_threshold_is_the_quantile_of_the_paper(n, rate, rank):
     """The ceil((n + 1)(1 - a))-th smallest, also where 100 * 0.29 is 28.999999999999996."""
     scores = np.random.default_rng(0).permutation(n)
@@ -69,9 +67,7 @@ def test_a_rate_below_the_lowest_is_refused(rate):
 
 
 def test_too_few_normal_images_are_refused_with_the_number_needed():
-    with pytest.raises(
-        CheckError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98"
-    ) as caught:
+    with pytest.raises(CheckError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98") as caught:
         draw_threshold(np.zeros(98), false_alarm_rate=0.01)
     assert caught.value.exit_code == 3
     assert [images_needed(rate) for rate in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9)] == [99, 19, 9, 3, 1, 1]
@@ -331,9 +327,7 @@ def test_a_subclass_with_too_few_uses_the_threshold_of_its_category_before_that_
     ):
         assert held_out.decide(score=0.0, distance=distance, subclass=k).verdict == verdict
     points = held_out.as_dict()["operating_points"]
-    assert [
-        (point["category"], point["subclass"], point["normals"], point["pooled_over"]) for point in points
-    ] == [
+    assert [(point["category"], point["subclass"], point["normals"], point["pooled_over"]) for point in points] == [
         (None, None, 8, "all"),
         ("cloth", None, 3, "category"),
         ("tile", None, 4, "category"),
@@ -379,9 +373,7 @@ def test_one_category_changes_nothing():
     assert alone.as_dict() == without.as_dict()
     assert "subclass_categories" not in alone.as_dict()
     for k in (None, *range(5)):
-        assert alone.decide(score=9.0, distance=1.0, subclass=k) == without.decide(
-            score=9.0, distance=1.0, subclass=k
-        )
+        assert alone.decide(score=9.0, distance=1.0, subclass=k) == without.decide(score=9.0, distance=1.0, subclass=k)
     assert without.decide(score=9.0, distance=1.0, subclass=0).pooled_over == "all"
 
 
@@ -399,9 +391,7 @@ def test_categories_go_through_json():
     held_out = of_categories()
     again = Calibration.from_dict(json.loads(json.dumps(held_out.as_dict())))
     assert again.as_dict() == held_out.as_dict()
-    assert again.decide(score=1.0, distance=0.5, subclass=0) == held_out.decide(
-        score=1.0, distance=0.5, subclass=0
-    )
+    assert again.decide(score=1.0, distance=0.5, subclass=0) == held_out.decide(score=1.0, distance=0.5, subclass=0)
     assert again.decide(score=1.0, distance=0.5, subclass=0).pooled_over == "category"
     assert held_out.with_rate(0.1).decide(score=1.0, distance=0.5, subclass=0).pooled_over == "subclass"
     assert held_out.with_rate(0.04).decide(score=1.0, distance=0.5, subclass=0).pooled_over == "category"
@@ -459,9 +449,7 @@ def test_an_unseen_subclass_is_compared_within_its_category():
 def test_too_few_leave_one_subclass_out_scores_for_a_rate_are_dropped():
     numbers = np.arange(1.0, 100.0)
     few = Calibration(scores=numbers[:9], distances=numbers[:9], false_alarm_rate=0.1, unknown_rate=0.1)
-    held_out = Calibration(
-        scores=numbers, distances=numbers, unseen=few, false_alarm_rate=0.1, unknown_rate=0.1
-    )
+    held_out = Calibration(scores=numbers, distances=numbers, unseen=few, false_alarm_rate=0.1, unknown_rate=0.1)
     assert held_out.decide(score=1.0, distance=100.0).verdict == "unknown"
     assert held_out.decide(score=1.0, distance=100.0).unseen
     assert held_out.with_rate(0.2).unseen is not None

@@ -219,11 +219,7 @@ def test_the_interval_has_the_tail_probabilities_of_its_definition(successes, tr
     low, high = binomial_interval(successes, trials, level)
     tail = (1 - level) / 2
     assert low == 0.0 if successes == 0 else stats.binom.sf(successes - 1, trials, low) == pytest.approx(tail)
-    assert (
-        high == 1.0
-        if successes == trials
-        else stats.binom.cdf(successes, trials, high) == pytest.approx(tail)
-    )
+    assert high == 1.0 if successes == trials else stats.binom.cdf(successes, trials, high) == pytest.approx(tail)
 
 
 def test_an_interval_without_trials_is_an_error():
@@ -237,11 +233,7 @@ def decoded(seed, *, images=6):
     """Yield distances (5, 7) of good and defective images, with the coverage (5, 7) of each cell or None."""
     random = np.random.default_rng(seed)
     for number in range(images):
-        share = (
-            None
-            if number % 2
-            else random.choice([0, 0.1, 0.29, 0.3, 0.31, 1], size=(5, 7)).astype(np.float32)
-        )
+        share = None if number % 2 else random.choice([0, 0.1, 0.29, 0.3, 0.31, 1], size=(5, 7)).astype(np.float32)
         raised = 0 if share is None else 0.5 * share
         yield (random.random((5, 7)) + raised).astype(np.float32), share
 
@@ -282,9 +274,7 @@ def test_a_decoder_that_reconstructs_everything_over_generalises():
         total.update(good, None)
         total.update(defective, mask)
     assert sharp.compute() == pytest.approx({"d_normal": 0.2, "d_abnormal": 0.6, "ratio": 3, "cell_auroc": 1})
-    assert blind.compute() == pytest.approx(
-        {"d_normal": 0.2, "d_abnormal": 0.2, "ratio": 1, "cell_auroc": 0.5}
-    )
+    assert blind.compute() == pytest.approx({"d_normal": 0.2, "d_abnormal": 0.2, "ratio": 1, "cell_auroc": 0.5})
 
 
 def test_over_generalisation_is_undefined_without_normal_or_abnormal_cells():
@@ -292,9 +282,7 @@ def test_over_generalisation_is_undefined_without_normal_or_abnormal_cells():
     assert total.compute() is None
     total.update(np.ones((2, 2), np.float32), None)
     assert total.compute() is None
-    total.update(
-        np.ones((2, 2), np.float32), np.full((2, 2), 0.29, np.float32)
-    )  # below the threshold of coverage
+    total.update(np.ones((2, 2), np.float32), np.full((2, 2), 0.29, np.float32))  # below the threshold of coverage
     assert total.compute() is None
     only = OverGeneralisation()
     only.update(np.ones((2, 2), np.float32), np.ones((2, 2), np.float32))
@@ -381,9 +369,7 @@ def test_aupro_agrees_with_anomalib(scores):
     assert total.compute()[0]["aupro"] == pytest.approx(float(expected.compute()), abs=5e-3)
 
 
-@pytest.mark.parametrize(
-    "distribution", ["random", "informed", "ties", "constant", "perfect", "reversed", "large"]
-)
+@pytest.mark.parametrize("distribution", ["random", "informed", "ties", "constant", "perfect", "reversed", "large"])
 def test_images_agree_with_torchmetrics(distribution):
     torchmetrics = pytest.importorskip("torchmetrics")
     from torch import from_numpy as tensor

@@ -42,9 +42,7 @@ class Checked(HTMLParser):
 
 def table(**given):
     empty = {key: 0.875 for key, _ in COLUMNS}
-    return (
-        empty | {"n_normal": 12, "n_anomalous": 8, "false_alarm_interval": [0.01, 0.2], "reasons": {}} | given
-    )
+    return empty | {"n_normal": 12, "n_anomalous": 8, "false_alarm_interval": [0.01, 0.2], "reasons": {}} | given
 
 
 def row(number, *, label="normal", verdict="normal", score=0.5, subclass="red", **given):
@@ -95,9 +93,7 @@ PROVENANCE = {
 
 def images(number):
     random = np.random.default_rng(number)
-    return {
-        caption: random.integers(0, 255, (40, 60, 3)).astype(np.uint8) for caption in ("image", "heat map")
-    }
+    return {caption: random.integers(0, 255, (40, 60, 3)).astype(np.uint8) for caption in ("image", "heat map")}
 
 
 def page(
@@ -246,21 +242,15 @@ def test_a_head_without_routing_has_no_routing_table(tmp_path):
     assert "routed to" not in text
 
 
-@pytest.mark.parametrize(
-    "field", ["image_path", "category", "subclass", "defect", "routed_subclass", "error"]
-)
+@pytest.mark.parametrize("field", ["image_path", "category", "subclass", "defect", "routed_subclass", "error"])
 def test_names_are_escaped(tmp_path, field):
     evil = '"><script>alert(1)</script>&'
-    predictions = [
-        row(i, label="anomalous", verdict="anomalous", score=2.0) | {field: evil} for i in range(2)
-    ]
+    predictions = [row(i, label="anomalous", verdict="anomalous", score=2.0) | {field: evil} for i in range(2)]
     metrics = METRICS | {
         name: {evil: table(), "other": table()} for name in ("by_category", "by_subclass", "by_defect")
     }
     provenance = PROVENANCE | {"data": evil, "trained_on": [evil], evil: {evil: evil}}
-    checked = Checked(
-        page(tmp_path, predictions=predictions, metrics=metrics, provenance=provenance, title=evil)
-    )
+    checked = Checked(page(tmp_path, predictions=predictions, metrics=metrics, provenance=provenance, title=evil))
     assert "script" not in checked.tags
     assert evil in checked.text
 

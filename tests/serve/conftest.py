@@ -50,9 +50,7 @@ class Postgres:
 
     def sql(self, text, *, database="postgres"):
         """Run a statement as the administrator."""
-        with psycopg.connect(
-            f"host={self._folder} user=tests dbname={database}", autocommit=True
-        ) as connection:
+        with psycopg.connect(f"host={self._folder} user=tests dbname={database}", autocommit=True) as connection:
             connection.execute(text)
 
     def database(self, *, encoding="UTF8"):

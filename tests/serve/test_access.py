@@ -40,9 +40,7 @@ def test_expired_revoked_and_unknown_tokens_are_refused(access):
         access.revoke(99)
 
 
-def test_a_token_revoked_by_another_process_is_refused_after_the_cache_expires(
-    service, access, tmp_path, monkeypatch
-):
+def test_a_token_revoked_by_another_process_is_refused_after_the_cache_expires(service, access, tmp_path, monkeypatch):
     made = access.create(name="guest", role="operator")
     assert access.authenticate(made.secret) is not None
     service.store.revoke(made.token.id, datetime.now(UTC))

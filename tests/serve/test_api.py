@@ -67,9 +67,7 @@ def test_inspections_are_in_the_order_of_the_images(client, photos):
     assert (bad["verdict"], bad["image_url"]) == (None, None)
 
 
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "C:\\x.png", "/etc/x", "a\x00b", "<img src=x>", "x" * 900]
-)
+@pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\x.png", "/etc/x", "a\x00b", "<img src=x>", "x" * 900])
 def test_a_name_is_never_a_path(client, service, photos, name):
     content = Path(photos[0]).read_bytes()
     (one,) = client.post("/v1/inspect", files=[("images", (name, content))]).json()["inspections"]
@@ -206,9 +204,7 @@ def test_image_map_and_overlay(client, loaded, photos, inspected):
     one, path = inspected[0], photos[-1]
     image = client.get(one["image_url"])
     assert (image.content, image.headers["content-type"]) == (Path(path).read_bytes(), "image/png")
-    small = Image.open(
-        io.BytesIO(client.get(one["image_url"], params={"format": "png", "max_side": 32}).content)
-    )
+    small = Image.open(io.BytesIO(client.get(one["image_url"], params={"format": "png", "max_side": 32}).content))
     assert small.size == (32, 32)
     numbers = client.get(one["map_url"], params={"format": "npy"})
     anomaly_map = np.load(io.BytesIO(numbers.content), allow_pickle=False)
@@ -216,9 +212,7 @@ def test_image_map_and_overlay(client, loaded, photos, inspected):
     colours = np.asarray(Image.open(io.BytesIO(client.get(one["map_url"]).content)))
     assert colours.shape == (64, 64, 4)
     # The threshold has the middle colour of the scale, so lighter pixels are above it.
-    assert (
-        (colours[..., 1] > 55) & (colours[..., 3] == 255) == (anomaly_map > one["threshold"])
-    ).mean() > 0.99
+    assert ((colours[..., 1] > 55) & (colours[..., 3] == 255) == (anomaly_map > one["threshold"])).mean() > 0.99
     assert Image.open(io.BytesIO(client.get(one["overlay_url"]).content)).size == (64, 64)
 
 
@@ -253,9 +247,9 @@ def test_reviews(client, inspected):
     given = {"decision": "reject", "reviewer": "Ada", "comment": "a scratch"}
     answer = client.post("/v1/inspections/1/review", json=given).json()
     assert {key: answer["review"][key] for key in given} == given
-    assert client.post("/v1/inspections/1/review", json={"decision": "accept"}).json()["review"][
-        "reviewer"
-    ] == ("engineer")
+    assert client.post("/v1/inspections/1/review", json={"decision": "accept"}).json()["review"]["reviewer"] == (
+        "engineer"
+    )
     detail = client.get("/v1/inspections/1").json()
     assert [review["decision"] for review in detail["reviews"]] == ["reject", "accept"]
     assert detail["review"]["decision"] == "accept"
@@ -345,9 +339,7 @@ def test_health_and_metrics(client, service, monkeypatch, photos):
         (ValueError("a secret"), 500, "Internal error of the server: ValueError"),
     ],
 )
-def test_internal_errors_are_answered_without_details(
-    client, service, photos, monkeypatch, error, status, words
-):
+def test_internal_errors_are_answered_without_details(client, service, photos, monkeypatch, error, status, words):
     def fail(batch):
         raise error
 

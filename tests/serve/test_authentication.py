@@ -83,9 +83,7 @@ def test_routes_for_engineers(app, browser, keys):
 
 
 def test_without_tokens_everyone_is_an_engineer(service):
-    with TestClient(
-        create_app(service, access=None, pages=False), base_url="http://localhost:8080"
-    ) as client:
+    with TestClient(create_app(service, access=None, pages=False), base_url="http://localhost:8080") as client:
         assert client.get("/v1/model/rates").status_code == 200
         assert client.get("/v1/tokens").status_code == 404
         evil = {"Origin": "http://evil.example"}

@@ -80,9 +80,7 @@ def test_it_has_no_torch(server, bundle, tmp_path):
         f"sys.argv = ['normweave', 'serve', {str(bundle)!r}, '--port', '0', '--data', {str(tmp_path / 'd')!r}]\n"
         "main()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip().endswith("False False"), done.stderr
 
 

@@ -62,13 +62,8 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
         with closing(Store.open(database_url)) as store:
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
-                assert (
-                    connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar()
-                    == 80
-                )
-    with pytest.raises(
-        DataError, match=r"is at revision 0099, and this normweave knows up to 0001. Upgrade with"
-    ):
+                assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0001. Upgrade with"):
         Store.open(database_url)
 
 
@@ -84,9 +79,7 @@ def test_a_failed_migration_is_rolled_back(database_url, tmp_path, monkeypatch):
     with closing(Store.open(database_url)) as store:
         assert store.add([inspection()])[0].id == 1
         with store.database.reading() as connection:
-            assert "lamp" not in {
-                column["name"] for column in sa.inspect(connection).get_columns("inspections")
-            }
+            assert "lamp" not in {column["name"] for column in sa.inspect(connection).get_columns("inspections")}
 
 
 OPENS_AFTER_INPUT = """
@@ -157,9 +150,7 @@ def test_concurrent_migrations_in_one_process(tmp_path):
     ],
 )
 def test_the_error_of_an_unreachable_database_has_no_password(url):
-    with pytest.raises(
-        StoreError, match=r"postgresql\+psycopg://ada.* failed: .*Check that it runs"
-    ) as caught:
+    with pytest.raises(StoreError, match=r"postgresql\+psycopg://ada.* failed: .*Check that it runs") as caught:
         Store.open(url)
     message = str(caught.value)
     assert "127.0.0.1:1/parts" in message
@@ -194,9 +185,7 @@ def test_without_psycopg_the_error_has_the_command_that_installs_it(monkeypatch)
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(
-        StoreError, match=r"nowhere/store.db failed: unable to open.*Check that its folder exists"
-    ):
+    with pytest.raises(StoreError, match=r"nowhere/store.db failed: unable to open.*Check that its folder exists"):
         Store.open(f"sqlite:///{tmp_path}/nowhere/store.db")
 
 
@@ -258,7 +247,5 @@ def test_file_names_with_special_characters(tmp_path):
 
 def test_an_encoding_other_than_utf8_is_refused(postgres):
     url = postgres.database(encoding="LATIN1")
-    with pytest.raises(
-        DataError, match=r"is in LATIN1, which cannot hold every name. Make one in UTF-8: createdb"
-    ):
+    with pytest.raises(DataError, match=r"is in LATIN1, which cannot hold every name. Make one in UTF-8: createdb"):
         Store.open(url)

@@ -133,10 +133,7 @@ def test_partial_files_of_a_killed_server_are_removed(tmp_path, monkeypatch):
     digest = hashlib.sha256(b"x" * 100_000).hexdigest()
     folder.mkdir()
     (folder / digest[:2]).mkdir()  # so that the first fsync is that of the content
-    assert (
-        subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, folder, "fsync"], check=False).returncode
-        == -9
-    )
+    assert subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, folder, "fsync"], check=False).returncode == -9
     files = Files(folder)  # the lock went with the process
     try:
         (left,) = on_disk(files)
@@ -155,9 +152,7 @@ def test_a_file_is_synced_before_it_gets_its_name(files, monkeypatch):
     """The order is content, name, folder of the name; any other order can lose the file in a power failure."""
     done = []
     sync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(
-        os, "fsync", lambda file: (done.append(Path(f"/proc/self/fd/{file}").readlink()), sync(file))
-    )
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(Path(f"/proc/self/fd/{file}").readlink()), sync(file)))
     monkeypatch.setattr(Path, "replace", lambda path, to: (done.append(("name", to)), replace(path, to))[1])
     path = files.folder / (digest := files.put(b"part"))[:2] / digest
     assert done[0] == files.folder

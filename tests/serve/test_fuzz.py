@@ -74,8 +74,7 @@ def seeds(photos):
         b"GIF89a" + bytes(10),
         b"RIFF\xff\xff\xff\xffWEBPVP8X" + bytes(30),
         b"II*\x00\x08\x00\x00\x00" + b"\xff" * 200,  # a TIFF whose directory is all ones
-        b"BM"
-        + struct.pack("<IHHIIiiHHIIiiII", 2**32 - 1, 0, 0, 54, 40, 2**30, -(2**30), 1, 24, 0, 0, 0, 0, 0, 0),
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 2**32 - 1, 0, 0, 54, 40, 2**30, -(2**30), 1, 24, 0, 0, 0, 0, 0, 0),
     ]
     return whole, traps
 
@@ -99,9 +98,7 @@ recipes = st.builds(
     second=st.integers(0, 99),
     position=st.integers(0, 10**6),
     changes=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8),
-    name=st.sampled_from(
-        ["part.png", "../../../etc/passwd", "/etc/shadow", "C:\\Windows\\x", "a\x00b.png", "con", "."]
-    )
+    name=st.sampled_from(["part.png", "../../../etc/passwd", "/etc/shadow", "C:\\Windows\\x", "a\x00b.png", "con", "."])
     | st.text(min_size=1, max_size=12),
     content_type=st.sampled_from(["image/png", "image/jpeg", "text/html", "application/x-sh", ""]),
 )

@@ -55,8 +55,7 @@ def test_no_answered_inspection_is_lost_in_twenty_kills(bundle, photos, tmp_path
         before = len(answered)
         stop = threading.Event()
         clients = [
-            threading.Thread(target=send, args=(server, contents, numbers, answered, stop))
-            for _ in range(CLIENTS)
+            threading.Thread(target=send, args=(server, contents, numbers, answered, stop)) for _ in range(CLIENTS)
         ]
         for client in clients:
             client.start()

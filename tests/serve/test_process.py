@@ -22,9 +22,7 @@ async def answers(scope, receive, send):
 def port():
     """Port of a server with a timeout of 0.3 s for the request head."""
     with listen("127.0.0.1", 0) as listening:
-        settings = uvicorn.Config(
-            answers, http=protocol_with_timeout(0.3), log_level="error", timeout_keep_alive=60
-        )
+        settings = uvicorn.Config(answers, http=protocol_with_timeout(0.3), log_level="error", timeout_keep_alive=60)
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -58,9 +56,7 @@ def test_a_connection_with_an_incomplete_second_request_is_closed(port):
 
 
 def test_a_port_in_use(port):
-    with pytest.raises(
-        ConfigError, match=f"Cannot listen on 127.0.0.1, port {port}: .*Choose another --port"
-    ):
+    with pytest.raises(ConfigError, match=f"Cannot listen on 127.0.0.1, port {port}: .*Choose another --port"):
         listen("127.0.0.1", port)
 
 

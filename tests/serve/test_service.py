@@ -35,9 +35,7 @@ def test_outcomes_equal_those_of_the_detector_in_order(service, loaded, photos):
         outcome = one.outcome
         assert (outcome.image_path, outcome.verdict) == (expected.image_path, expected.verdict)
         assert outcome.pred_score == pytest.approx(expected.pred_score, rel=1e-4)
-        assert outcome.boxes == tuple(
-            box._replace(peak=pytest.approx(box.peak, rel=1e-4)) for box in expected.boxes
-        )
+        assert outcome.boxes == tuple(box._replace(peak=pytest.approx(box.peak, rel=1e-4)) for box in expected.boxes)
         assert outcome.latency_ms > 0
         stored = service.store.inspection(one.id)
         assert replace(stored, received_at=one.received_at) == one
@@ -54,9 +52,7 @@ def test_image_and_map_of_an_inspection(service, loaded, photos):
 
 def test_the_map_of_a_tiled_image(service, photos, tmp_path):
     large = tmp_path / "large.png"
-    Image.open(photos[0]).resize((300, 280)).save(
-        large
-    )  # 64 pixels a side are scored, four times that in tiles
+    Image.open(photos[0]).resize((300, 280)).save(large)  # 64 pixels a side are scored, four times that in tiles
     (one,) = inspect_files(service, large)
     assert len(one.image.tiles) == 4
     drawn = asyncio.run(service.render(one.image, lambda drawing: drawing.anomaly_map()))
@@ -79,9 +75,7 @@ def test_limits_of_an_image(start, photos):
     (bytes_,) = inspect_files(start(max_image_bytes=100), photos[0])
     assert "more than 100 bytes" in bytes_.outcome.error
     (pixels,) = inspect_files(start(max_pixels=1000), photos[0])
-    assert (
-        "64 x 64 pixels (height x width). The maximum of this server is 1,000 pixels" in pixels.outcome.error
-    )
+    assert "64 x 64 pixels (height x width). The maximum of this server is 1,000 pixels" in pixels.outcome.error
 
 
 def test_a_score_that_is_not_finite_is_an_error_of_that_image_only(service, photos, monkeypatch):
@@ -105,9 +99,7 @@ def test_a_score_that_is_not_finite_is_an_error_of_that_image_only(service, phot
 def test_waiting_images_are_scored_in_batches(service, photos, held, monkeypatch):
     sizes, decoded = [], []
     scores, read = service.detector.scores, service.detector.open
-    monkeypatch.setattr(
-        service.detector, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1]
-    )
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (sizes.append(len(batch)), scores(batch))[1])
     monkeypatch.setattr(service.detector, "open", lambda image: (read(image), decoded.append(image))[0])
 
     async def all_at_once():
@@ -139,9 +131,7 @@ def test_a_full_queue_refuses_further_images(start, photos, monkeypatch):
         three = asyncio.ensure_future(service.inspect([Upload("a", content)] * 3, source="api", actor="test"))
         await asyncio.sleep(0.1)
         assert service.waiting == 3
-        with pytest.raises(
-            BusyError, match="3 images are waiting and 1 more were sent, but at most 3 may wait"
-        ):
+        with pytest.raises(BusyError, match="3 images are waiting and 1 more were sent, but at most 3 may wait"):
             await service.inspect([Upload("b", content)], source="api", actor="test")
         free.set()
         assert len(await three) == 3
@@ -191,9 +181,7 @@ def test_stopping_finishes_accepted_images_and_refuses_further_ones(start, photo
 
 def test_after_a_failure_of_the_bundle_or_store_the_service_works(service, photos, monkeypatch):
     with monkeypatch.context() as broken:
-        broken.setattr(
-            service.detector, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph"))
-        )
+        broken.setattr(service.detector, "scores", lambda batch: (_ for _ in ()).throw(BundleError("broken graph")))
         with pytest.raises(BundleError, match="broken graph"):
             inspect_files(service, photos[0])
     with monkeypatch.context() as broken:

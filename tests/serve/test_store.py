@@ -30,9 +30,7 @@ def test_scored_images(store):
             inspection(pred_score=scores[0]),
             inspection(pred_score=9.0, bundle_hash="d" * 64),
             unreadable(),
-            inspection(
-                pred_score=scores[1], verdict="normal", unseen=False, subclass_distance=None, routed=None
-            ),
+            inspection(pred_score=scores[1], verdict="normal", unseen=False, subclass_distance=None, routed=None),
             inspection(pred_score=scores[2]),
         ]
     )
@@ -68,9 +66,7 @@ def test_not_found_is_not_found(store):
         assert store.inspection(number) is None
         assert store.reviews(number) == []
         assert store.revoke(number, NOON) is None
-        with pytest.raises(
-            LookupError, match=f"There is no inspection {number}, or retention has removed it"
-        ):
+        with pytest.raises(LookupError, match=f"There is no inspection {number}, or retention has removed it"):
             store.review(number, accept())
 
 

@@ -33,9 +33,7 @@ def test_light_comes_from_the_lamp(monkeypatch):
         grey = render(Textile("rib", "ecru", "raking"), seed=4).image.mean(axis=2)
         centred[side] = grey - grey.mean()
     # Both images show the same yarns, so one is the other shifted by less than half a yarn towards the lamp.
-    agreement = [
-        np.mean(centred["left"] * np.roll(centred["right"], shift, axis=1)) for shift in range(-3, 4)
-    ]
+    agreement = [np.mean(centred["left"] * np.roll(centred["right"], shift, axis=1)) for shift in range(-3, 4)]
     assert int(np.argmax(agreement)) - 3 < 0, agreement
 
 

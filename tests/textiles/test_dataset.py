@@ -50,9 +50,7 @@ def test_the_seed_decides_the_image():
     assert np.abs(first.image.astype(int) - other.image).mean() > 2
 
 
-@pytest.mark.parametrize(
-    "names", [("twil", "navy", "raking"), ("twill", "navi", "raking"), ("twill", "navy", "rakin")]
-)
+@pytest.mark.parametrize("names", [("twil", "navy", "raking"), ("twill", "navi", "raking"), ("twill", "navy", "rakin")])
 def test_an_unknown_textile_is_refused_with_the_most_similar_name(names):
     with pytest.raises(ConfigError, match=r"Did you mean '(twill|navy|raking)'\?"):
         Textile(*names)
@@ -141,12 +139,8 @@ def test_no_two_pieces_share_a_seed():
 
 
 def test_same_seed_same_bytes_and_an_image_does_not_depend_on_how_many_are_made(folder, tmp_path):
-    more = make_textures(
-        tmp_path / "more", seed=3, size=SMALL, train_images=7, test_images=6, defect_images=11, **TWO
-    )
-    other = make_textures(
-        tmp_path / "other", seed=4, size=SMALL, train_images=1, test_images=0, defect_images=0, **TWO
-    )
+    more = make_textures(tmp_path / "more", seed=3, size=SMALL, train_images=7, test_images=6, defect_images=11, **TWO)
+    other = make_textures(tmp_path / "other", seed=4, size=SMALL, train_images=1, test_images=0, defect_images=0, **TWO)
 
     for row in rows_of(folder):
         for path in filter(None, (row["image_path"], row["mask_path"])):
@@ -174,14 +168,10 @@ def test_a_folder_made_with_other_settings_is_refused(folder):
 
 
 def test_a_folder_with_an_image_missing_is_refused(tmp_path):
-    manifest = make_textures(
-        tmp_path / "a", size=(64, 64), train_images=2, test_images=0, defect_images=0, **TWO
-    )
+    manifest = make_textures(tmp_path / "a", size=(64, 64), train_images=2, test_images=0, defect_images=0, **TWO)
     (manifest.parent / rows_of(manifest.parent)[1]["image_path"]).unlink()
 
-    with pytest.raises(
-        DataError, match=r"misses 1 of its 2 images, first cloth/.*001\.png\. Delete the folder"
-    ):
+    with pytest.raises(DataError, match=r"misses 1 of its 2 images, first cloth/.*001\.png\. Delete the folder"):
         make_textures(tmp_path / "a", size=(64, 64), train_images=2, test_images=0, defect_images=0, **TWO)
 
 

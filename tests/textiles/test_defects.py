@@ -62,9 +62,7 @@ def test_rendering_the_changed_window_equals_rendering_the_whole_image(add_defec
 
 
 def test_defects_are_at_random_positions():
-    centres = [
-        np.argwhere(render(UNSEEN[0], seed=seed, defect="knot").mask).mean(axis=0) for seed in range(8)
-    ]
+    centres = [np.argwhere(render(UNSEEN[0], seed=seed, defect="knot").mask).mean(axis=0) for seed in range(8)]
 
     assert np.std(centres, axis=0).min() > 20  # pixels
 

@@ -74,12 +74,7 @@ def _in_turn(queues: Sequence[Sequence[Sample]]) -> Iterator[Sample]:
 
 
 def save(
-    path: Path,
-    detector: Detector,
-    fold: Fold,
-    predictions: dict[str, list[dict[str, Any]]],
-    *,
-    cache: Path | None,
+    path: Path, detector: Detector, fold: Fold, predictions: dict[str, list[dict[str, Any]]], *, cache: Path | None
 ) -> None:
     """Write what the figures need to `path`.
 
@@ -132,8 +127,7 @@ def read(path: Path, fold: Fold) -> RunArtifacts:
 def _scores(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
     readable = [row for row in rows if row["error"] is None]
     return np.array(
-        [(row["label"] == "anomalous", row["pred_score"], row["threshold"]) for row in readable],
-        dtype=np.float64,
+        [(row["label"] == "anomalous", row["pred_score"], row["threshold"]) for row in readable], dtype=np.float64
     ).reshape(-1, 3)
 
 
@@ -154,9 +148,6 @@ def _of_each_role(fold: Fold) -> list[list[Sample]]:
         [sample for sample in tests if sample.label == "anomalous"],
     ]
     return [
-        [
-            samples[index]
-            for index in np.linspace(0, len(samples) - 1, min(EMBEDDED, len(samples))).astype(int)
-        ]
+        [samples[index] for index in np.linspace(0, len(samples) - 1, min(EMBEDDED, len(samples))).astype(int)]
         for samples in roles
     ]

@@ -82,9 +82,7 @@ def evaluate(
     if other is not None:
         compare(metrics, other)
     output.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n")
-    )
+    write_atomically(output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
     write_atomically(output / "predictions.csv", lambda path: _write_rows(path, predictions))
     by_path = {str(sample.image_path): sample for sample in samples}
     write_atomically(
@@ -101,9 +99,7 @@ def evaluate(
     return metrics
 
 
-def test_samples(
-    config: Config, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None
-) -> list[Sample]:
+def test_samples(config: Config, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None) -> list[Sample]:
     """Return the test rows of all subclasses; missing splits are drawn with the seed of the training."""
     if isinstance(data, str | os.PathLike):
         chosen = config.data
@@ -122,11 +118,7 @@ def test_samples(
 
 
 def measure(
-    detector: Detector,
-    samples: Sequence[Sample],
-    *,
-    cache: Path | None = None,
-    progress: Progress | None = None,
+    detector: Detector, samples: Sequence[Sample], *, cache: Path | None = None, progress: Progress | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the metrics (metrics.json without provenance) and one row for each image.
 
@@ -140,9 +132,7 @@ def measure(
     predictions: list[dict[str, Any]] = []
     strata: list[Stratum] = []
     mask_faults: list[dict[str, str]] = []
-    for sample, outcome, tiles, reconstruction in detector.stream_samples(
-        samples, cache=cache, progress=progress
-    ):
+    for sample, outcome, tiles, reconstruction in detector.stream_samples(samples, cache=cache, progress=progress):
         stratum = Stratum(
             sample.category,
             sample.subclass,
@@ -162,9 +152,7 @@ def measure(
                 accumulated.skip()
             else:
                 accumulated.update(outcome.anomaly_map, mask)
-                for tile, distance in (
-                    zip(tiles, reconstruction, strict=True) if reconstruction is not None else ()
-                ):
+                for tile, distance in zip(tiles, reconstruction, strict=True) if reconstruction is not None else ():
                     decoded.setdefault(stratum, OverGeneralisation()).update(
                         distance, tile_coverage(mask, tile, distance.shape) if stratum.defect else None
                     )
@@ -255,9 +243,7 @@ def _summary(
     low, high = binomial_interval(alarms, len(normal)) if normal else (None, None)
     if not normal:
         reasons["false_alarm_rate"] = "no normal test image"
-    correct = [
-        row["routed_category"] == row["category"] for row in read if row["category"] in known_categories
-    ]
+    correct = [row["routed_category"] == row["category"] for row in read if row["category"] in known_categories]
     if len(known_categories) < 2:
         correct = []
         reasons["category_accuracy"] = "the detector does not distinguish categories"
@@ -289,9 +275,7 @@ def _mean(tables: Iterable[dict[str, Any]]) -> dict[str, Any]:
             continue
         values = [row[key] for row in rows if row[key] is not None]
         if key == "over_generalisation":
-            result[key] = (
-                {name: _mean_of(value[name] for value in values) for name in values[0]} if values else None
-            )
+            result[key] = {name: _mean_of(value[name] for value in values) for name in values[0]} if values else None
         elif key.startswith("n_"):
             result[key] = sum(values)
         else:
@@ -313,8 +297,7 @@ def read_metrics(path: Path, samples: Sequence[Sample]) -> dict[str, Any]:
         found = metrics["pooled"].get("over_generalisation")
         counts = ("n_normal", "n_anomalous", "n_refused")
         tested = {
-            category: sum(table[key] for key in counts)
-            for category, table in sorted(metrics["by_category"].items())
+            category: sum(table[key] for key in counts) for category, table in sorted(metrics["by_category"].items())
         }
         made_by = {key: metrics["provenance"][key] for key in ("model", "bundle_hash")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

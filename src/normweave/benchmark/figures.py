@@ -99,14 +99,10 @@ def draw(
         if drawing is None:
             return
         options: dict[str, Any] = (
-            {"format": "svg", "metadata": {"Date": None}}
-            if suffix == ".svg"
-            else {"format": "jpeg", "dpi": 110}
+            {"format": "svg", "metadata": {"Date": None}} if suffix == ".svg" else {"format": "jpeg", "dpi": 110}
         )
         path = folder / f"{name}{suffix}"
-        write_atomically(
-            path, lambda to: drawing.savefig(to, facecolor="white", bbox_inches="tight", **options)
-        )
+        write_atomically(path, lambda to: drawing.savefig(to, facecolor="white", bbox_inches="tight", **options))
         figures.append(Figure(path, caption))
 
     with rc_context(STYLE):
@@ -177,9 +173,7 @@ def _parts(plan: Plan, results: Sequence[Result]) -> Iterator[_Part]:
                     method.name: [r for r in own if r["method"] == method.name and side in r["sides"]]
                     for method in plan.methods
                 }
-                yield _Part(
-                    item.name, protocol, side, {name: runs for name, runs in by_method.items() if runs}
-                )
+                yield _Part(item.name, protocol, side, {name: runs for name, runs in by_method.items() if runs})
 
 
 def _first_fold(
@@ -250,9 +244,7 @@ def _file_name(text: str) -> str:
 # ── drawings ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _panels(
-    count: int, width: float, height: float, *, columns: int, **options: Any
-) -> tuple[Drawing, list[Axes]]:
+def _panels(count: int, width: float, height: float, *, columns: int, **options: Any) -> tuple[Drawing, list[Axes]]:
     """Return a drawing and `count` axes of width x height inches, at most `columns` in a row."""
     columns = min(count, columns)
     drawing, grid = _grid(math.ceil(count / columns), columns, width, height, **options)
@@ -262,9 +254,7 @@ def _panels(
     return drawing, axes[:count]
 
 
-def _grid(
-    rows: int, columns: int, width: float, height: float, **options: Any
-) -> tuple[Drawing, list[list[Axes]]]:
+def _grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Drawing, list[list[Axes]]]:
     from matplotlib.figure import Figure as Drawing
 
     drawing = Drawing(figsize=(width * columns, height * rows), layout="constrained")

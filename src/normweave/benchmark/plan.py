@@ -81,14 +81,10 @@ def read_plan(path: Path) -> Plan:
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"Could not read the plan {path}: {error}. See plans/quick.yaml for an example."
-        ) from error
+        raise ConfigError(f"Could not read the plan {path}: {error}. See plans/quick.yaml for an example.") from error
     top = _checked(tree, Plan, str(path))
     data = tuple(_data(item, f"{path}: data") for item in top.pop("data"))
-    methods = tuple(
-        MethodPlan(**_checked(item, MethodPlan, f"{path}: methods")) for item in top.pop("methods")
-    )
+    methods = tuple(MethodPlan(**_checked(item, MethodPlan, f"{path}: methods")) for item in top.pop("methods"))
     for item in data:
         for protocol in item.protocols:
             check_protocol(protocol)
@@ -96,9 +92,7 @@ def read_plan(path: Path) -> Plan:
     for method in methods:
         others = set(names) - {method.name}
         if method.baseline and method.baseline not in others:
-            raise unknown(
-                f"baseline of {method.name!r}", method.baseline, others, "Name another method of the plan."
-            )
+            raise unknown(f"baseline of {method.name!r}", method.baseline, others, "Name another method of the plan.")
     if top.get("baseline") and top["baseline"] not in names:
         raise unknown(f"baseline of {path}", top["baseline"], names, "Name a method of the plan.")
     return Plan(data=data, methods=methods, **top)
@@ -127,16 +121,12 @@ def _check_source(item: PartPlan, sources: Sequence[str], where: str) -> None:
 def _checked(tree: Any, plan: type[Plan | PartPlan | MethodPlan], where: str) -> dict[str, Any]:
     """Return the keyword arguments of a plan class, with lists made tuples."""
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{where}: expected keys and values, got {type(tree).__name__}. See plans/quick.yaml."
-        )
+        raise ConfigError(f"{where}: expected keys and values, got {type(tree).__name__}. See plans/quick.yaml.")
     known = {entry.name: entry for entry in fields(plan)}
     for key in tree:
         if key not in known:
             raise unknown(f"key of {where}", str(key), known, "See plans/quick.yaml.")
-    required = {
-        name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING
-    }
+    required = {name for name, entry in known.items() if entry.default is MISSING and entry.default_factory is MISSING}
     if missing := sorted(required - set(tree)):
         raise ConfigError(f"{where}: {', '.join(missing)} missing. See plans/quick.yaml.")
     return {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}

@@ -60,8 +60,7 @@ class DrawnSplits:
     def fold(self, name: str, *, leave_out: Sequence[str] = (), category: str | None = None) -> Fold:
         """Return a fold that trains without the subclasses `leave_out`; None selects every category."""
         train, test = (
-            [sample for sample in samples if category in (None, sample.category)]
-            for samples in (self.train, self.test)
+            [sample for sample in samples if category in (None, sample.category)] for samples in (self.train, self.test)
         )
         kept = tuple(sample for sample in train if sample.subclass_name not in leave_out)
         seen = {sample.subclass_name for sample in kept}
@@ -205,7 +204,4 @@ def _multi_category(split: DrawnSplits) -> list[Fold]:
 def _one_per_category(split: DrawnSplits) -> list[Fold]:
     """Train one model for each category; test it on the subclasses of that category with training images."""
     made = (split.fold(category, category=category) for category in split.categories)
-    return [
-        Fold(name=fold.name, samples=fold.samples, tests={"seen": fold.tests.get("seen", ())})
-        for fold in made
-    ]
+    return [Fold(name=fold.name, samples=fold.samples, tests={"seen": fold.tests.get("seen", ())}) for fold in made]

@@ -58,9 +58,7 @@ class Run:
         Other seeds and protocols of the plan are not part of it, so that adding one repeats no finished run.
         """
         relevant = replace(
-            self,
-            method=replace(self.method, baseline="", seeds=()),
-            data=replace(self.data, protocols=()),
+            self, method=replace(self.method, baseline="", seeds=()), data=replace(self.data, protocols=())
         )
         parts = asdict(relevant) | {"config": settings.as_dict(self.config)}
         if self.peer is not None:
@@ -213,12 +211,7 @@ def list_runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator
                 for seed in method.seeds or plan.seeds:
                     for fold in item.folds(data[item.name], protocol, seed=seed):
                         yield Run(
-                            method=method,
-                            data=item,
-                            root=root.name,
-                            protocol=protocol,
-                            fold=fold.name,
-                            seed=seed,
+                            method=method, data=item, root=root.name, protocol=protocol, fold=fold.name, seed=seed
                         )
 
 

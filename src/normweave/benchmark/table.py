@@ -90,8 +90,7 @@ def make_rows(plan: Plan, results: Sequence[Result]) -> list[dict[str, Any]]:
                 method.name: [
                     result
                     for result in results
-                    if (result["data"], result["protocol"], result["method"])
-                    == (item.name, protocol, method.name)
+                    if (result["data"], result["protocol"], result["method"]) == (item.name, protocol, method.name)
                     and "error" not in result
                 ]
                 for method in plan.methods
@@ -118,8 +117,7 @@ def failures(results: Sequence[Result]) -> list[dict[str, Any]]:
     keys = ("data", "protocol", "method", "error")
     counted = Counter(tuple(result[key] for key in keys) for result in results if "error" in result)
     return [
-        dict(zip(keys, reason, strict=True)) | {"side": None, "failed_runs": count}
-        for reason, count in counted.items()
+        dict(zip(keys, reason, strict=True)) | {"side": None, "failed_runs": count} for reason, count in counted.items()
     ]
 
 
@@ -164,9 +162,7 @@ def _significance(
     return row
 
 
-def _by_subclass(
-    results: Sequence[Result], side: str, category: str, name: str
-) -> dict[tuple[int, str, str], float]:
+def _by_subclass(results: Sequence[Result], side: str, category: str, name: str) -> dict[tuple[int, str, str], float]:
     """Return the defined values by seed, fold and subclass."""
     return {
         (result["seed"], result["fold"], subclass): table[name]
@@ -337,8 +333,7 @@ def _legend(plan: Plan, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield (
             "(pooled): the test images of all categories together, ranked under one threshold. (mean): mean over the "
             "categories. d normal, d abnormal: mean distance of good and of defective patches to their "
-            "reconstruction; ratio: d abnormal / d normal; cell AUROC: AUROC of this distance over patches."
-            + changes
+            "reconstruction; ratio: d abnormal / d normal; cell AUROC: AUROC of this distance over patches." + changes
         )
 
 

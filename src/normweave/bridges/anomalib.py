@@ -23,9 +23,7 @@ from normweave.network.export import OPSET
 from normweave.network.torch import TorchModule, TorchNetwork
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # anomalib imports deprecated modules of timm and of its own
+    warnings.simplefilter("ignore", FutureWarning)  # anomalib imports deprecated modules of timm and of its own
     from anomalib.models.components import AnomalibModule, MemoryBankMixin
 
 
@@ -88,10 +86,7 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
             DataError, CheckError: as `fitting.fit`.
         """
         paths = sorted(self._paths)  # independent of the order of the epoch
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # Lightning may call it during a validation
+        with torch.inference_mode(False), torch.enable_grad():  # Lightning may call it during a validation
             self._use(fitting.fit(paths, config=self.config, use_cache=False, device=self.device.type))
 
     def _use(self, detector: Detector) -> None:
@@ -167,9 +162,7 @@ class InferenceModule(nn.Module):
         _, h, w = network.extractor.shape
         smooth = config.maps.smoothing
         for name, cells, pixels in (("rows", h, config.prepare.height), ("columns", w, config.prepare.width)):
-            self.register_buffer(
-                name, torch.from_numpy(maps.map_matrix(cells, pixels, smoothing=smooth).copy())
-            )
+            self.register_buffer(name, torch.from_numpy(maps.map_matrix(cells, pixels, smoothing=smooth).copy()))
         points = [detector.calibration.point(k) for k in range(len(detector.subclass_names))]
         thresholds = [point.threshold for point in points or [detector.calibration.point()]]
         self.register_buffer("thresholds", torch.tensor(thresholds))  # (K,), or (1,) without routing

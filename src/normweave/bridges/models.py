@@ -77,10 +77,7 @@ DISTILLATION_RATE = 1e-3
 @contextlib.contextmanager
 def quiet_anomalib() -> Iterator[None]:
     """Suppress the progress bars, warnings and messages of anomalib and Lightning."""
-    with (
-        quiet("anomalib", "lightning.pytorch", "lightning.fabric"),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    with quiet("anomalib", "lightning.pytorch", "lightning.fabric"), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
@@ -124,9 +121,7 @@ def build(plan: PeerPlan, *, work: Path) -> AnomalibModule:
             return Padim(layers=backbone.layers, **own, **named)
         case "dfm":
             if len(backbone.layers) != 1:
-                raise ConfigError(
-                    f"anomalib/dfm: strides must name one stage, got {list(plan.values['strides'])}."
-                )
+                raise ConfigError(f"anomalib/dfm: strides must name one stage, got {list(plan.values['strides'])}.")
             return Dfm(layer=backbone.layers[0], **own, **named)
         case "stfpm":
             return Stfpm(layers=backbone.layers, **named)
@@ -186,9 +181,7 @@ class SplitTeacher(nn.Module):
     x' = [max(x, 0); max(−x, 0); 0 …] keeps all information and the norm.
     """
 
-    def __init__(
-        self, teacher: nn.Module, *, channels: Sequence[int], decoder_channels: Sequence[int]
-    ) -> None:
+    def __init__(self, teacher: nn.Module, *, channels: Sequence[int], decoder_channels: Sequence[int]) -> None:
         super().__init__()
         if any(2 * have > want for have, want in zip(channels, decoder_channels, strict=True)):
             raise ConfigError(
@@ -208,9 +201,7 @@ class SplitTeacher(nn.Module):
         return split
 
 
-def _reverse_distillation(
-    architecture: str, backbone: RegisteredBackbone, common: dict[str, Any]
-) -> AnomalibModule:
+def _reverse_distillation(architecture: str, backbone: RegisteredBackbone, common: dict[str, Any]) -> AnomalibModule:
     teacher: nn.Module = TimmFeatureExtractor(backbone=backbone.name, layers=backbone.layers)
     known = architecture in DECODED
     if not known:
@@ -264,9 +255,7 @@ def _dinomaly(plan: PeerPlan, size: tuple[int, int]) -> AnomalibModule:
             f"{size[0]} x {size[1]}. Set prepare.height=392 and prepare.width=392."
         )
     backbone = backbones.register(TimmConfig(backbone=encoder, weights=weights), strides=[14])
-    return Dinomaly(
-        encoder_name=backbone.name, pre_processor=pre_processor(size, backbone.mean, backbone.std), **RAW
-    )
+    return Dinomaly(encoder_name=backbone.name, pre_processor=pre_processor(size, backbone.mean, backbone.std), **RAW)
 
 
 class OfflineEfficientAd(EfficientAd):  # type: ignore[misc]
@@ -319,12 +308,7 @@ def _teacher_state(path: Path) -> dict[str, Tensor]:
 
 
 def distil(
-    teacher: nn.Module,
-    plan: PeerPlan,
-    load: Callable[[int], Tensor],
-    count: int,
-    *,
-    generator: torch.Generator,
+    teacher: nn.Module, plan: PeerPlan, load: Callable[[int], Tensor], count: int, *, generator: torch.Generator
 ) -> None:
     """Train EfficientAD's patch description network to predict the features of the backbone.
 

@@ -32,9 +32,7 @@ from normweave.outcome.operating_point import Calibration
 from normweave.types import RawOutput, Sample, Tile
 
 with warnings.catch_warnings():
-    warnings.simplefilter(
-        "ignore", FutureWarning
-    )  # anomalib imports deprecated modules of timm and of its own
+    warnings.simplefilter("ignore", FutureWarning)  # anomalib imports deprecated modules of timm and of its own
     from anomalib.models.components import AnomalibModule
 
 
@@ -56,9 +54,7 @@ def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Detector:
         np.random.seed(config.seed)  # noqa: NPY002 - anomalib's coreset draws from it
         model = build(plan, work=Path(work))
         _train(model, plan, images, rows_of(images, division.fit), Path(work), device)
-    contents = {
-        sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)
-    }
+    contents = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
     detector = Detector(
         AnomalibNetwork(model, device=device),
         config=config,
@@ -85,9 +81,7 @@ class AnomalibNetwork(Network):
 
     def __init__(self, model: AnomalibModule, *, device: str) -> None:
         self.model = model.to(device).eval()
-        self.parameters = sum(
-            each.numel() for each in model.state_dict().values() if each.is_floating_point()
-        )
+        self.parameters = sum(each.numel() for each in model.state_dict().values() if each.is_floating_point())
         self._device = device
 
     @torch.no_grad()
@@ -109,9 +103,7 @@ class AnomalibNetwork(Network):
         Raises:
             BundleError: always.
         """
-        raise BundleError(
-            "A model of anomalib cannot be saved as a bundle. Export it with anomalib's Engine."
-        )
+        raise BundleError("A model of anomalib cannot be saved as a bundle. Export it with anomalib's Engine.")
 
 
 class _Images(Dataset[ImageItem]):
@@ -136,9 +128,7 @@ class _Images(Dataset[ImageItem]):
 class FitNormals(LightningDataModule):
     """The fit images as an anomalib data module, which some of its models use directly."""
 
-    def __init__(
-        self, scanned: rows.Rows, chosen: NDArray[np.int64], *, batch_images: int, seed: int
-    ) -> None:
+    def __init__(self, scanned: rows.Rows, chosen: NDArray[np.int64], *, batch_images: int, seed: int) -> None:
         super().__init__()
         self.images = _Images(scanned, chosen)
         self.train_batch_size = batch_images
@@ -156,12 +146,7 @@ class FitNormals(LightningDataModule):
 
 
 def _train(
-    model: AnomalibModule,
-    plan: PeerPlan,
-    scanned: rows.Rows,
-    chosen: NDArray[np.int64],
-    work: Path,
-    device: str,
+    model: AnomalibModule, plan: PeerPlan, scanned: rows.Rows, chosen: NDArray[np.int64], work: Path, device: str
 ) -> None:
     """Train with Lightning's trainer as anomalib's Engine does, but write no checkpoint."""
     config, values = plan.config, plan.values
@@ -201,9 +186,7 @@ def _train(
         model.model.quantiles.update(model.map_norm_quantiles(loader))
 
 
-def _distil(
-    model: AnomalibModule, plan: PeerPlan, scanned: rows.Rows, chosen: NDArray[np.int64], work: Path
-) -> None:
+def _distil(model: AnomalibModule, plan: PeerPlan, scanned: rows.Rows, chosen: NDArray[np.int64], work: Path) -> None:
     """Distil the teacher of EfficientAD from fit images and synthetic textiles."""
     preparation = Preparation(plan.config.prepare)
     made = sorted(work.rglob("*.png"))

@@ -62,25 +62,12 @@ PEERS: dict[str, PeerModel] = {
     ),
     "fastflow": PeerModel(
         "Yu et al. 2021, arXiv 2111.07677",
-        {
-            "strides": (4, 8, 16),
-            "flow_steps": 8,
-            "hidden_ratio": 1.0,
-            "epochs": 500,
-            "max_steps": 0,
-            "batch_images": 8,
-        },
+        {"strides": (4, 8, 16), "flow_steps": 8, "hidden_ratio": 1.0, "epochs": 500, "max_steps": 0, "batch_images": 8},
         "{backbone} for resnet18",
     ),
     "supersimplenet": PeerModel(
         "Rolih et al. 2024, arXiv 2408.03143",
-        {
-            "strides": (8, 16),
-            "perlin_threshold": 0.2,
-            "epochs": 300,
-            "max_steps": 0,
-            "batch_images": 8,
-        },
+        {"strides": (8, 16), "perlin_threshold": 0.2, "epochs": 300, "max_steps": 0, "batch_images": 8},
         "{backbone} for wide_resnet50_2",
     ),
     "draem": PeerModel(
@@ -116,10 +103,7 @@ PEERS: dict[str, PeerModel] = {
 }
 
 RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "strides": (
-        lambda value: len(value) > 0 and all(type(one) is int for one in value),
-        "name stages, as [8, 16]",
-    ),
+    "strides": (lambda value: len(value) > 0 and all(type(one) is int for one in value), "name stages, as [8, 16]"),
     "coreset_sampling_ratio": (lambda value: 0 < value <= 1, "be in (0, 1]"),
     "pca_level": (lambda value: 0 < value < 1, "be in (0, 1)"),
     "hidden_ratio": (lambda value: value > 0, "be positive"),
@@ -159,10 +143,7 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
     name = model.removeprefix(PREFIX)
     if name not in PEERS:
         raise unknown(
-            "peer",
-            model,
-            [PREFIX + known for known in PEERS],
-            "All are listed in normweave/bridges/peers.py.",
+            "peer", model, [PREFIX + known for known in PEERS], "All are listed in normweave/bridges/peers.py."
         )
     allowed = PEERS[name].settings
     shared, own, mistakes = [], dict(allowed), []
@@ -192,9 +173,7 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
         raise ConfigError(f"{model}: " + "; ".join(mistakes))
     config = settings.override(replace(Config(), seed=seed), shared)
     if not isinstance(config.features, TimmConfig):
-        raise ConfigError(
-            f"{model}: the features must be timm, got {getattr(config.features, DISCRIMINATOR)}."
-        )
+        raise ConfigError(f"{model}: the features must be timm, got {getattr(config.features, DISCRIMINATOR)}.")
     # A peer's maps are not smoothed again.
     return PeerPlan(name=name, values=own, config=replace(config, maps=MapsConfig(smoothing=0)))
 

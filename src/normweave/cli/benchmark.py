@@ -17,9 +17,7 @@ def benchmark(
         Path | None,
         typer.Option(help="Folder of the data sets.", show_default="NORMWEAVE_DATA, else ../shared/data"),
     ] = None,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="The number of runs at the same time. They share the cores.")
-    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="The number of runs at the same time. They share the cores.")] = 1,
     cache: options.Cache = None,
 ) -> int:
     """Run a benchmark plan and write its table. Finished runs are not repeated."""

@@ -46,9 +46,7 @@ def manifest(
         list[Path],
         typer.Argument(help="Manifests (.csv, .parquet) or folders of images.", show_default=False),
     ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The manifest, .csv or .parquet.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The manifest, .csv or .parquet.", show_default=False)],
     category: options.Category = None,
     subclass: options.Subclass = None,
     layout: options.Layout = None,
@@ -76,9 +74,7 @@ def manifest(
 def make_textures(
     terminal: Terminal,
     folder: Annotated[Path, typer.Argument(help="New folder for the images.", show_default=False)],
-    train_images: Annotated[
-        int, typer.Option(min=0, help="Good training images of each seen subclass.")
-    ] = 60,
+    train_images: Annotated[int, typer.Option(min=0, help="Good training images of each seen subclass.")] = 60,
     test_images: Annotated[int, typer.Option(min=0, help="Good test images of each subclass.")] = 20,
     defect_images: Annotated[int, typer.Option(min=0, help="Defective test images of each subclass.")] = 21,
     size: Annotated[int, typer.Option(min=64, help="Height and width in pixels.")] = 256,

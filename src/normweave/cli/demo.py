@@ -12,9 +12,9 @@ from normweave.cli.terminal import Terminal
 
 def demo(
     terminal: Terminal,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for data, bundle and report.")
-    ] = Path("runs/demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for data, bundle and report.")] = Path(
+        "runs/demo"
+    ),
     images: Annotated[int, typer.Option(min=8, help="Good training images of each of six subclasses.")] = 60,
 ) -> int:
     """Make synthetic textile images, train on six subclasses, test on these and on four unseen subclasses.
@@ -49,9 +49,7 @@ def demo(
         )
         detector.save(bundle, overwrite=True)
         terminal.remark(f"3/3  Testing on seen and unseen subclasses: {output / 'report.html'}")
-        metrics = evaluate(
-            detector, manifest, output=output, title="Textiles, seen and unseen", progress=progress
-        )
+        metrics = evaluate(detector, manifest, output=output, title="Textiles, seen and unseen", progress=progress)
     exit_code = report(terminal, metrics, output)
     terminal.remark(
         f"Open {output / 'report.html'} in a browser. Predict images: "

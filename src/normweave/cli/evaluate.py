@@ -26,9 +26,7 @@ def evaluate(
     terminal: Terminal,
     bundle: options.Bundle,
     data: options.Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the results.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.", show_default=False)],
     category: options.Category = None,
     subclass: options.Subclass = None,
     layout: options.Layout = None,
@@ -48,9 +46,7 @@ def evaluate(
     detector = Detector.load(bundle, device=terminal.device)
     images: Any = data
     if category or subclass:
-        selection = replace(
-            detector.config.data, category=options.chosen(category), subclass=options.chosen(subclass)
-        )
+        selection = replace(detector.config.data, category=options.chosen(category), subclass=options.chosen(subclass))
         images = layouts.read(data, selection, layout=layout)
     title = f"{bundle.name} on {data.name}"
     with terminal.progress() as progress:
@@ -73,13 +69,9 @@ def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
             terminal.show("Nothing to compare: this model has no decoder, or no defective patch was tested.")
         terminal.show(f"Report: {output / 'report.html'}")
         if refused:
-            terminal.show(
-                f"{refused} images could not be read. The reasons are in {output / 'predictions.csv'}."
-            )
+            terminal.show(f"{refused} images could not be read. The reasons are in {output / 'predictions.csv'}.")
         if faults := metrics["mask_faults"]:
-            terminal.show(
-                f"{len(faults)} masks could not be used. The reasons are in {output / 'metrics.json'}."
-            )
+            terminal.show(f"{len(faults)} masks could not be used. The reasons are in {output / 'metrics.json'}.")
     return UNREADABLE if refused else ALL_NORMAL
 
 

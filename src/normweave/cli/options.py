@@ -5,9 +5,7 @@ from typing import Annotated
 
 import typer
 
-Data = Annotated[
-    Path, typer.Argument(help="A manifest (.csv, .parquet) or a folder of images.", show_default=False)
-]
+Data = Annotated[Path, typer.Argument(help="A manifest (.csv, .parquet) or a folder of images.", show_default=False)]
 Bundle = Annotated[Path, typer.Argument(help="Folder written by 'normweave train'.", show_default=False)]
 Category = Annotated[
     list[str] | None,
@@ -24,9 +22,7 @@ Layout = Annotated[
 FalseAlarmRate = Annotated[
     float | None, typer.Option(help="Highest share of new normal images with the verdict anomalous, 0 to 1.")
 ]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder of the feature cache.", show_default="in the user's cache")
-]
+Cache = Annotated[Path | None, typer.Option(help="Folder of the feature cache.", show_default="in the user's cache")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not cache features on disk.")]
 
 

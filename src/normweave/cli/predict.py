@@ -39,9 +39,7 @@ def predict(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output", "-o", help="Table of the results: .jsonl, .csv or .parquet.", show_default=False
-        ),
+        typer.Option("--output", "-o", help="Table of the results: .jsonl, .csv or .parquet.", show_default=False),
     ] = None,
     maps: Annotated[
         Path | None,
@@ -50,14 +48,10 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Resume an interrupted run on the same images.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run on the same images.")] = False,
     shard: Annotated[
         str | None,
-        typer.Option(
-            help="i/n: predict every n-th image from the i-th on, for n processes.", show_default=False
-        ),
+        typer.Option(help="i/n: predict every n-th image from the i-th on, for n processes.", show_default=False),
     ] = None,
 ) -> int:
     """Predict images in order. Exit code 1 if an image is not normal, 4 if an image could not be read.
@@ -77,9 +71,7 @@ def predict(
     with ExitStack() as stack:
         writer, done, repeated = None, 0, 0
         if output is not None:
-            writer = stack.enter_context(
-                ResultWriter(output, resume=resume, bundle_hash=detector.bundle_hash)
-            )
+            writer = stack.enter_context(ResultWriter(output, resume=resume, bundle_hash=detector.bundle_hash))
             done, not_normal, unreadable = writer.done, writer.not_normal, writer.unreadable
             # Repeat an unfinished batch, so that every image is in the same batch as without the interruption.
             repeated = done % batch
@@ -127,9 +119,7 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
             sources.append(_lines(sys.stdin))
         elif os.path.isdir(argument):
             if next(in_folder(argument), None) is None:
-                raise DataError(
-                    f"The folder {argument} contains no image. Give a folder with images, or image files."
-                )
+                raise DataError(f"The folder {argument} contains no image. Give a folder with images, or image files.")
             sources.append(in_folder(argument))
         elif glob.has_magic(argument) and not os.path.exists(argument):
             matches = sorted(glob.glob(argument, recursive=True))
@@ -140,9 +130,7 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
             sources.append([argument])
     if listed is not None:
         if not listed.is_file():
-            raise DataError(
-                f"The list {listed} does not exist. Give a file with the path of an image on each line."
-            )
+            raise DataError(f"The list {listed} does not exist. Give a file with the path of an image on each line.")
         sources.append(_listed(listed))
     if not sources:
         raise DataError("No image is given. Give files, folders, patterns, - for stdin, or --list FILE.")
@@ -191,9 +179,7 @@ def check_outputs(output: Path | None, maps: Path | None, *, resume: bool = Fals
     if resume and output is None:
         raise ConfigError("--resume needs a table of an interrupted run. Give its path with --output.")
     if maps is not None and maps.exists() and (not maps.is_dir() or (any(maps.iterdir()) and not resume)):
-        raise DataError(
-            f"{maps} is not empty: the maps of two runs would mix. Give a new folder with --maps."
-        )
+        raise DataError(f"{maps} is not empty: the maps of two runs would mix. Give a new folder with --maps.")
 
 
 def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:

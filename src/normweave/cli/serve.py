@@ -17,9 +17,7 @@ _LIMITS = "Limits"
 def serve(
     terminal: Terminal,
     bundle: options.Bundle,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on. 0.0.0.0 allows other machines.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 allows other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 = any free port.")] = 8080,
     data: Annotated[
         Path | None,
@@ -27,9 +25,7 @@ def serve(
     ] = None,
     database: Annotated[
         str | None,
-        typer.Option(
-            help="postgresql://… instead of SQLite in the folder of the inspections.", show_default=False
-        ),
+        typer.Option(help="postgresql://… instead of SQLite in the folder of the inspections.", show_default=False),
     ] = None,
     watch: Annotated[
         Path | None,
@@ -60,16 +56,12 @@ def serve(
     ] = 0,
     max_waiting: Annotated[
         int,
-        typer.Option(
-            min=1, help="The most waiting images. Further requests get status 429.", rich_help_panel=_LIMITS
-        ),
+        typer.Option(min=1, help="The most waiting images. Further requests get status 429.", rich_help_panel=_LIMITS),
     ] = 64,
     max_images: Annotated[
         int, typer.Option(min=1, help="The most images of one request.", rich_help_panel=_LIMITS)
     ] = 32,
-    max_image_mib: Annotated[
-        float, typer.Option(help="Largest file size of an image.", rich_help_panel=_LIMITS)
-    ] = 32,
+    max_image_mib: Annotated[float, typer.Option(help="Largest file size of an image.", rich_help_panel=_LIMITS)] = 32,
     max_megapixels: Annotated[
         float, typer.Option(help="Largest number of pixels of an image.", rich_help_panel=_LIMITS)
     ] = 50,
@@ -133,9 +125,7 @@ def serve(
         access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
         tokens = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
-            tokens.append(
-                access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator")
-            )
+            tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
         service = InspectionService(detector, store=store, files=files, config=config)
         stack.callback(service.stop)
         app = server.create_app(
@@ -152,10 +142,7 @@ def serve(
                     "url": url,
                     "bundle_hash": detector.bundle_hash,
                     "data": str(folder),
-                    "tokens": [
-                        {"name": new.token.name, "role": new.token.role, "token": new.secret}
-                        for new in tokens
-                    ],
+                    "tokens": [{"name": new.token.name, "role": new.token.role, "token": new.secret} for new in tokens],
                 }
             )
         else:

@@ -46,9 +46,7 @@ class Terminal:
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log more, and print tracebacks.", rich_help_panel=_PANEL)
     ] = False
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of all random numbers.", rich_help_panel=_PANEL)
-    ] = None
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all random numbers.", rich_help_panel=_PANEL)] = None
     device: Annotated[
         str,
         typer.Option(
@@ -56,9 +54,9 @@ class Terminal:
             rich_help_panel=_PANEL,
         ),
     ] = "auto"
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="The number of CPU threads.", rich_help_panel=_PANEL)
-    ] = None
+    threads: Annotated[int | None, typer.Option(min=1, help="The number of CPU threads.", rich_help_panel=_PANEL)] = (
+        None
+    )
 
     def record(self, values: dict[str, Any]) -> None:
         """Print one JSON object on one line of stdout."""
@@ -120,8 +118,7 @@ def command(
     _, *own = inspect.signature(function, eval_str=True).parameters.values()
     parameters = [parameter.replace(kind=keyword) for parameter in own]
     parameters += [
-        inspect.Parameter(option.name, keyword, annotation=option.type, default=option.default)
-        for option in common
+        inspect.Parameter(option.name, keyword, annotation=option.type, default=option.default) for option in common
     ]
     # Typer reads the signature and the annotations.
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -33,9 +33,7 @@ class TrainCommand(TyperCommand):
 def train(
     terminal: Terminal,
     data: options.Data,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the new bundle.", show_default=False)
-    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.", show_default=False)],
     model: Annotated[str | None, typer.Option(help="Model to train.", show_default=False)] = None,
     clip_weights: Annotated[
         str | None,
@@ -49,9 +47,7 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="A setting, such as seed=3 or prepare.height=320. Repeatable.", show_default=False
-        ),
+        typer.Option("--set", help="A setting, such as seed=3 or prepare.height=320. Repeatable.", show_default=False),
     ] = None,
     category: options.Category = None,
     subclass: options.Subclass = None,
@@ -61,9 +57,7 @@ def train(
     ] = None,
     layout: options.Layout = None,
     false_alarm_rate: options.FalseAlarmRate = None,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Quantize the backbone to int8: smaller and faster.")
-    ] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Quantize the backbone to int8: smaller and faster.")] = False,
     int8_check: Annotated[
         Path | None,
         typer.Option(

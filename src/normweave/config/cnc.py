@@ -31,9 +31,7 @@ class GatingConfig:
     """Weight of the load-balance loss."""
 
     def __post_init__(self) -> None:
-        check(
-            (self.top_k <= self.experts, f"top_k must be at most experts ({self.experts}), got {self.top_k}")
-        )
+        check((self.top_k <= self.experts, f"top_k must be at most experts ({self.experts}), got {self.top_k}"))
 
 
 @checked

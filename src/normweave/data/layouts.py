@@ -56,9 +56,7 @@ def read_magnetic_tiles(root: Path) -> list[Sample]:
         if image.suffix.lower() == ".jpg":
             name = re.fullmatch(r"(exp\d+)_num_(\d+)", image.stem)
             if name is None:
-                raise DataError(
-                    f"{image}: magnetic tiles are named expN_num_NUMBER.jpg. Remove other images."
-                )
+                raise DataError(f"{image}: magnetic tiles are named expN_num_NUMBER.jpg. Remove other images.")
             shots.append((image, name[1], int(name[2])))
     table = root / "groups.csv"
     tiles: dict[Path, str] = {}
@@ -225,9 +223,7 @@ def read_folders(root: Path, *, masks: Sequence[str]) -> list[Sample]:
     samples = []
     for home, category, subclass in _subclass_folders(root):
         parts: list[tuple[Split | None, Path]] = [
-            (SPLITS[folder.name.lower()], folder)
-            for folder in _folders(home)
-            if folder.name.lower() in SPLITS
+            (SPLITS[folder.name.lower()], folder) for folder in _folders(home) if folder.name.lower() in SPLITS
         ]
         for split, part in parts or [(None, home)]:
             if stray := _images(part):
@@ -331,9 +327,7 @@ def read(root: str | os.PathLike[str], config: DataConfig, *, layout: str | None
     elif root.is_dir():
         samples = _read_folder(root, layout or recognise(root))
     else:
-        raise DataError(
-            f"{root}: no such file or folder. Give a folder of images or a manifest (.csv, .parquet)."
-        )
+        raise DataError(f"{root}: no such file or folder. Give a folder of images or a manifest (.csv, .parquet).")
     samples = choose(_with_subclasses(samples, config, root), config)
     if config.subclass_from in ("auto", "none"):
         samples = [replace(sample, subclass=None) for sample in samples]

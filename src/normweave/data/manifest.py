@@ -60,9 +60,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(
-            f"{path}: no such manifest. Write one with: normweave data manifest DATA -o {path.name}"
-        )
+        raise DataError(f"{path}: no such manifest. Write one with: normweave data manifest DATA -o {path.name}")
     readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Save the table as one of them.")
@@ -72,9 +70,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
             cure = "Rename it, or remove it; CSV is separated by commas."
             raise unknown(f"column in {path}", column, COLUMNS, cure)
     if "image_path" not in columns:
-        raise DataError(
-            f"{path}: no column image_path. Columns: {', '.join(COLUMNS)}; only image_path is required."
-        )
+        raise DataError(f"{path}: no column image_path. Columns: {', '.join(COLUMNS)}; only image_path is required.")
     samples = [_sample(row, path.parent, f"{path}, row {number}") for number, row in rows]
     if not samples:
         raise DataError(f"{path}: no rows. Add one row per image below the header.")
@@ -158,9 +154,7 @@ def _image_faults(sample: Sample) -> Iterator[Fault]:
     if sample.mask_path is None:
         return
     if not sample.mask_path.exists():
-        yield Fault(
-            "missing mask", path, f"{path}: its mask {sample.mask_path} does not exist. Correct the path."
-        )
+        yield Fault("missing mask", path, f"{path}: its mask {sample.mask_path} does not exist. Correct the path.")
         return
     try:
         mask = read_mask(sample.mask_path, height=height, width=width)
@@ -168,9 +162,7 @@ def _image_faults(sample: Sample) -> Iterator[Fault]:
         yield Fault("unreadable mask" if isinstance(error, ImageError) else "wrong mask", path, str(error))
         return
     if sample.label == "anomalous" and not mask.any():
-        text = (
-            f"{path} is anomalous, but no pixel of its mask {sample.mask_path} is marked. Correct the mask."
-        )
+        text = f"{path} is anomalous, but no pixel of its mask {sample.mask_path} is marked. Correct the mask."
         yield Fault("empty mask", path, text)
     if sample.label == "normal" and mask.any():
         text = f"{path} is normal, but pixels of its mask {sample.mask_path} are marked. Correct the label or the mask."
@@ -187,9 +179,7 @@ def _csv_rows(path: Path) -> tuple[list[str], NumberedRows]:
             rows: NumberedRows = [(reader.line_num, row) for row in reader]
             columns = list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{path}: cannot be read as CSV ({error}). Save it as UTF-8, separated by commas."
-        ) from error
+        raise DataError(f"{path}: cannot be read as CSV ({error}). Save it as UTF-8, separated by commas.") from error
     for number, row in rows:
         if None in row:
             raise DataError(

@@ -140,9 +140,7 @@ def divide(
             )
         return Division(train, marked)
     if len(train) < FEWEST_FIT:
-        raise DataError(
-            f"{len(train)} normal train images. At least {FEWEST_FIT} are needed. Add good images."
-        )
+        raise DataError(f"{len(train)} normal train images. At least {FEWEST_FIT} are needed. Add good images.")
     if len(train) < at_least + FEWEST_FIT:
         raise CheckError(
             f"{len(train)} normal train images. At least {at_least + FEWEST_FIT} are needed: {FEWEST_FIT} to fit on, "
@@ -172,9 +170,7 @@ def divide(
     )
 
 
-def holdout(
-    groups: NDArray[np.int64], subclasses: NDArray[np.int64], *, share: float, seed: int
-) -> NDArray[np.bool_]:
+def holdout(groups: NDArray[np.int64], subclasses: NDArray[np.int64], *, share: float, seed: int) -> NDArray[np.bool_]:
     """Return which of n images are held out of gradient training, (n,): complete groups, about `share` of the images.
 
     Balanced over the subclasses. At least one group is held out, but never the last group of a subclass; all False if

@@ -132,9 +132,7 @@ def _sums(numbers: NDArray[np.int32]) -> NDArray[np.int32]:
     height, width = numbers.shape
     padded = np.pad(numbers, 2)
     rows = np.stack([padded[k : k + height] for k in range(5)]).sum(axis=0, dtype=np.int32)
-    total: NDArray[np.int32] = np.stack([rows[:, k : k + width] for k in range(5)]).sum(
-        axis=0, dtype=np.int32
-    )
+    total: NDArray[np.int32] = np.stack([rows[:, k : k + width] for k in range(5)]).sum(axis=0, dtype=np.int32)
     return total
 
 

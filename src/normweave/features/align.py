@@ -91,9 +91,7 @@ def align(
     images = directions(rows, rows.mean(0))  # W
     text_root = _inverse_root(centred.T @ centred, text_ridge)
     image_root = _inverse_root(images.T @ images, image_ridge)
-    left, correlations, right = np.linalg.svd(
-        text_root @ centred.T @ images @ image_root, full_matrices=False
-    )
+    left, correlations, right = np.linalg.svd(text_root @ centred.T @ images @ image_root, full_matrices=False)
     text_projection = text_root @ (left[:, :k] * correlations[:k])
     image_projection = image_root @ (right[:k].T * correlations[:k])
     sign = np.sign(text_projection[np.abs(text_projection).argmax(0), np.arange(k)])
@@ -134,9 +132,7 @@ def cross_validate(text: Matrix, rows: Matrix, *, k: int, text_ridge: float, ima
         own = similarity[np.arange(len(held_out)), held_out][:, None]
         rank = (similarity[:, held_out] > own).sum(1)
         rank_of_all = (similarity > own).sum(1)
-        hits.append(
-            [(rank < 1).mean(), (rank < 5).mean(), (rank_of_all < 1).mean(), (rank_of_all < 5).mean()]
-        )
+        hits.append([(rank < 1).mean(), (rank < 5).mean(), (rank_of_all < 1).mean(), (rank_of_all < 5).mean()])
     return Accuracy(*np.mean(hits, axis=0).tolist())
 
 
@@ -171,9 +167,7 @@ def main() -> None:
     control = np.random.default_rng(1).permutation(CLASSES)
     for name, texts in (("definitions", text), ("control: shuffled", text[control])):
         accuracy = cross_validate(texts, rows, k=JOINT, text_ridge=TEXT_RIDGE, image_ridge=IMAGE_RIDGE)
-        sys.stdout.write(
-            f"{name:>20}: " + ", ".join(f"{key} {value:.3f}" for key, value in accuracy._asdict().items())
-        )
+        sys.stdout.write(f"{name:>20}: " + ", ".join(f"{key} {value:.3f}" for key, value in accuracy._asdict().items()))
         sys.stdout.write("\n")
 
 

@@ -177,9 +177,7 @@ def _segments(home: Path, *, row_bytes: int) -> Iterator[Segment]:
         yield Segment(data, [line.decode(errors="replace") for line in lines[:rows]])
 
 
-def _make_room(
-    folder: Path, home: Path, needed: list[Path], *, rows: int, row_bytes: int, max_bytes: int
-) -> None:
+def _make_room(folder: Path, home: Path, needed: list[Path], *, rows: int, row_bytes: int, max_bytes: int) -> None:
     """Remove segments until `rows` more rows fit.
 
     Raises:

@@ -89,9 +89,7 @@ class FrozenFeatures(nn.Module):
                 f"Backbone {name!r} cannot read {height} x {width} pixels ({error}). Choose another prepare.height "
                 "and prepare.width: transformers need multiples of their patch or window."
             ) from error
-        self.dims = tuple(
-            stage.shape[1] for stage in stages
-        )  # D_l of each level, in the order of the channels
+        self.dims = tuple(stage.shape[1] for stage in stages)  # D_l of each level, in the order of the channels
         self.shape = (sum(self.dims), *self.grid)
         self.fingerprint = _fingerprint(
             model.state_dict(),
@@ -168,9 +166,7 @@ class FrozenFeatures(nn.Module):
         side = self.neighbourhood
         # At the borders the average is over the cells inside the image: zero padding would show as a frame.
         mean = functional.avg_pool2d(stage, side, stride=1, padding=side // 2, count_include_pad=False)
-        return functional.interpolate(
-            mean, size=self.grid, mode="bilinear", align_corners=False
-        )  # (B, D_s, h, w)
+        return functional.interpolate(mean, size=self.grid, mode="bilinear", align_corners=False)  # (B, D_s, h, w)
 
 
 def _folded(model: nn.Module) -> nn.Module:

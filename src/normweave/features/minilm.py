@@ -97,8 +97,7 @@ def _verified(path: Path) -> bytes:
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256[path.name]:
         raise DataError(
-            f"{path.name} in {PIP_NAME} has SHA-256 {digest}, expected {SHA256[path.name]}. It was not read. "
-            f"{cure}"
+            f"{path.name} in {PIP_NAME} has SHA-256 {digest}, expected {SHA256[path.name]}. It was not read. {cure}"
         )
     return content
 

@@ -34,9 +34,7 @@ except ImportError as error:
     ) from error
 
 HOWTO = "See docs/how-to/train-with-clip-weights.md."
-SUPPORTED = (
-    "Supported are models of open_clip's own transformers, such as ViT-L-14-336-quickgelu or ViT-B-32."
-)
+SUPPORTED = "Supported are models of open_clip's own transformers, such as ViT-L-14-336-quickgelu or ViT-B-32."
 
 
 def load(config: OpenClipConfig, *, height: int, width: int) -> Backbone:
@@ -68,9 +66,7 @@ def load(config: OpenClipConfig, *, height: int, width: int) -> Backbone:
         )
     tower.prune_intermediate_layers(indices, prune_norm=True)
     weights = _read(name, settings, config.weights)
-    tower.load_state_dict(
-        _tensors(weights.state, tower.state_dict(), prefix="visual.", name=name), assign=True
-    )
+    tower.load_state_dict(_tensors(weights.state, tower.state_dict(), prefix="visual.", name=name), assign=True)
     _resize(tower, height, width)
     return Backbone(
         model=PatchTokens(tower),
@@ -222,9 +218,7 @@ class ClipText(nn.Module):
 
     def _transform(self, prompts: Sequence[Tensor]) -> Tensor:
         """Return the outputs (P, T, V) of prompts (T_p, V), padded to the longest. Outputs of padding are undefined."""
-        rows = pad_sequence(
-            list(prompts), batch_first=True
-        )  # (P, T, V); no token attends to the padding after it
+        rows = pad_sequence(list(prompts), batch_first=True)  # (P, T, V); no token attends to the padding after it
         length = rows.shape[1]
         if length > self.length:
             raise ConfigError(
@@ -309,15 +303,11 @@ def _resize(tower: Any, height: int, width: int) -> None:
         class_token, patches = tower.positional_embedding[:1], tower.positional_embedding[1:]
         patches = patches.T.reshape(1, -1, *tower.grid_size)  # (1, D, h, w)
         patches = functional.interpolate(patches, grid, mode="bicubic", antialias=True, align_corners=False)
-        tower.positional_embedding = nn.Parameter(
-            torch.cat([class_token, patches[0].flatten(1).T])
-        )  # (1 + P, D)
+        tower.positional_embedding = nn.Parameter(torch.cat([class_token, patches[0].flatten(1).T]))  # (1 + P, D)
     tower.grid_size, tower.image_size = grid, (height, width)
 
 
-def _tensors(
-    state: Mapping[str, Tensor], used: Mapping[str, Tensor], *, prefix: str, name: str
-) -> dict[str, Tensor]:
+def _tensors(state: Mapping[str, Tensor], used: Mapping[str, Tensor], *, prefix: str, name: str) -> dict[str, Tensor]:
     """Return float32 copies of the tensors in use, by their name without the prefix."""
     cure = f"Give open_clip's or OpenAI's state dict of {name}. {HOWTO}"
     weight_files.check_state(state, used, name=name, cure=cure, prefix=prefix)
@@ -350,9 +340,7 @@ def _read(name: str, settings: Mapping[str, Any], weights: str) -> Weights:
             raise MissingError(
                 f"The weights file '{path}' does not exist. Check --clip-weights (features.weights). {HOWTO}"
             )
-        raise unknown(
-            f"weights of {name}", weights, {*tags, "random"}, f"A path of a file is also allowed. {HOWTO}"
-        )
+        raise unknown(f"weights of {name}", weights, {*tags, "random"}, f"A path of a file is also allowed. {HOWTO}")
     state = _from_file(path)
     # Only OpenAI's archives contain this entry beside the weights.
     if "input_resolution" in state and not quick:

@@ -44,9 +44,7 @@ class ChannelStandardizer(nn.Module):
             DataError: the source is empty.
         """
         if len(source) == 0:
-            raise DataError(
-                "Standardization needs at least one image, got none. Check which images are fit normals."
-            )
+            raise DataError("Standardization needs at least one image, got none. Check which images are fit normals.")
         channels = source.shape[0]
         count = 0
         mean = torch.zeros(channels, dtype=torch.float64)
@@ -57,9 +55,7 @@ class ChannelStandardizer(nn.Module):
             new = patches.shape[1]
             new_mean = patches.mean(1)  # (D,)
             delta = new_mean - mean
-            squares += (patches - new_mean[:, None]).square().sum(1) + delta**2 * (
-                count * new / (count + new)
-            )
+            squares += (patches - new_mean[:, None]).square().sum(1) + delta**2 * (count * new / (count + new))
             mean += delta * (new / (count + new))
             count += new
         std = (squares / count).sqrt()

@@ -119,9 +119,7 @@ def _from_file(path: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise DataError(
-            f"'{path}' cannot be read as safetensors ({error}). Download or convert it again."
-        ) from error
+        raise DataError(f"'{path}' cannot be read as safetensors ({error}). Download or convert it again.") from error
     return tensors
 
 

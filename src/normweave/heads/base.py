@@ -22,9 +22,7 @@ BATCH_IMAGES = 16
 """Images that a head reads at once outside of its training stages."""
 
 
-def batches(
-    source: FeatureSource, rows: NDArray[np.int64] | None = None
-) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+def batches(source: FeatureSource, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
     """Yield the rows and features of a few images at a time, in the order of `rows` (None = all images)."""
     rows = np.arange(len(source)) if rows is None else rows
     for start in range(0, len(rows), BATCH_IMAGES):

@@ -41,9 +41,7 @@ class MeanShift(Head):
     bank: Tensor  # (N, D), rows of length one
     image_level = True
 
-    def __init__(
-        self, config: MeanShiftConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, config: MeanShiftConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
         self.adapter = Adapter(width=shape[0], hidden=config.hidden)
@@ -76,10 +74,7 @@ class MeanShift(Head):
 
     def _adapted(self, data: FitData, rows: NDArray[np.int64] | None = None) -> list[Tensor]:
         """Return the adapted image features phi of the chosen rows (None = all images), a tensor (n, D) per batch."""
-        return [
-            self.adapter(features.mean(dim=(2, 3)) + self.offset)
-            for _, features in batches(data.features, rows)
-        ]
+        return [self.adapter(features.mean(dim=(2, 3)) + self.offset) for _, features in batches(data.features, rows)]
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
@@ -161,8 +156,7 @@ class MeanShiftedStage(TrainingStage):
         head, config = self.head, self.head.config
         offset = head.offset.to(features.device)
         views = [
-            head.adapter(view(features, smallest=config.smallest_view, generator=generator) + offset)
-            for _ in range(2)
+            head.adapter(view(features, smallest=config.smallest_view, generator=generator) + offset) for _ in range(2)
         ]
         centre = head.centre.to(features.device)
         shifted = [phi - centre for phi in views]

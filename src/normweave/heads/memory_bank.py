@@ -31,9 +31,7 @@ class MemoryBank(Head):
 
     bank: Tensor  # (M, D)
 
-    def __init__(
-        self, config: MemoryBankConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, config: MemoryBankConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
         self.grid = shape[1:]
@@ -85,9 +83,7 @@ def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tenso
     return (queries - bank[index]).square().sum(1).sqrt(), index
 
 
-def draw_patches(
-    source: FeatureSource, rows: NDArray[np.int64], *, at_most: int, generator: torch.Generator
-) -> Tensor:
+def draw_patches(source: FeatureSource, rows: NDArray[np.int64], *, at_most: int, generator: torch.Generator) -> Tensor:
     """Draw patches of these (n,) images at random without replacement, equally many from each (up to one).
 
     Returns:

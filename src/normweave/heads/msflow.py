@@ -46,15 +46,11 @@ class MSFlow(Head):
         ConfigError: the levels do not add up, or one has fewer than 2 channels.
     """
 
-    def __init__(
-        self, config: MSFlowConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, config: MSFlowConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         dims = list(dims or shape[:1])
         if sum(dims) != shape[0] or min(dims) < 2:
-            raise ConfigError(
-                f"The levels' widths {dims} must add up to {shape[0]} channels, with 2 or more each."
-            )
+            raise ConfigError(f"The levels' widths {dims} must add up to {shape[0]} channels, with 2 or more each.")
         self.config = config
         self.dims = dims
         self.grid = shape[1:]
@@ -272,9 +268,7 @@ class CrossScale(nn.Module):
         self.norm = nn.LayerNorm(inner)
         self.spread = nn.Conv2d(inner, sum(inputs), 3, padding=1)
         self.scale, self.shift = (
-            nn.ModuleList(
-                nn.Conv2d(width, out, 3, padding=1) for width, out in zip(inputs, outputs, strict=True)
-            )
+            nn.ModuleList(nn.Conv2d(width, out, 3, padding=1) for width, out in zip(inputs, outputs, strict=True))
             for _ in range(2)
         )
 
@@ -286,9 +280,7 @@ class CrossScale(nn.Module):
         shared = torch.split(self.spread(mixed).relu(), self.inputs, dim=1)  # (B, inputs_l, small)
         parameters = []
         for level, coarse, scale, shift in zip(levels, shared, self.scale, self.shift, strict=True):
-            context = level + F.interpolate(
-                coarse, size=level.shape[2:], mode="bilinear", align_corners=False
-            )
+            context = level + F.interpolate(coarse, size=level.shape[2:], mode="bilinear", align_corners=False)
             parameters.append((0.1 * scale(context), 0.1 * shift(context)))
         return parameters
 

@@ -35,9 +35,7 @@ def covariance_within(
         shrinkage: weight of the diagonal in the covariance, in [0, 1].
     """
     rows = samples.astype(np.float64)
-    means = np.stack(
-        [rows[subclasses == each].mean(axis=0) for each in range(int(subclasses.max()) + 1)]
-    )  # (K, N)
+    means = np.stack([rows[subclasses == each].mean(axis=0) for each in range(int(subclasses.max()) + 1)])  # (K, N)
     residual = rows - means[subclasses]
     covariance = residual.T @ residual / max(1, len(rows) - len(means))
     diagonal = np.diag(np.diag(covariance))

@@ -45,9 +45,7 @@ class PyramidFlow(Head):
         ConfigError: the levels' widths do not add up.
     """
 
-    def __init__(
-        self, config: PyramidFlowConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, config: PyramidFlowConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         dims = list(dims or shape[:1])
         if sum(dims) != shape[0]:
@@ -87,9 +85,7 @@ class PyramidFlow(Head):
         differences = [
             (latent - self.get_buffer(f"template{level}")).abs() for level, latent in enumerate(latents)
         ]  # (B, C, h_l, w_l)
-        scores = replace_border(
-            compose(differences).mean(dim=1), self.config.border, grid=self.grid
-        )  # (B, h, w)
+        scores = replace_border(compose(differences).mean(dim=1), self.config.border, grid=self.grid)  # (B, h, w)
         return PatchScores(scores=scores, image_scores=None, routing=None)
 
 
@@ -100,10 +96,7 @@ class LatentPyramid(nn.Module):
         super().__init__()
         self.levels = config.levels
         self.steps = [
-            level
-            for _ in range(config.blocks)
-            for first in (1, 0)
-            for level in range(first, config.levels, 2)
+            level for _ in range(config.blocks) for first in (1, 0) for level in range(first, config.levels, 2)
         ]  # the level that each coupling transforms
         self.couplings = nn.ModuleList(
             NeighbourCoupling(config, width=width, neighbours=len(_neighbours(level, config.levels)))
@@ -126,8 +119,7 @@ class LatentPyramid(nn.Module):
         for level, coupling in zip(self.steps, self.couplings, strict=True):
             size = pyramid[level].shape[2:]
             neighbours = [
-                F.interpolate(pyramid[other], size=size, mode="nearest")
-                for other in _neighbours(level, self.levels)
+                F.interpolate(pyramid[other], size=size, mode="nearest") for other in _neighbours(level, self.levels)
             ]
             pyramid[level] = coupling(pyramid[level], neighbours)
         return pyramid
@@ -178,9 +170,7 @@ class NeighbourCoupling(nn.Module):
     def forward(self, x: Tensor, neighbours: Sequence[Tensor]) -> Tensor:
         """Transform (B, C, h, w), given its neighbours resized to (h, w)."""
         if neighbours:
-            parameters = self.second(
-                F.leaky_relu(self.first(torch.cat(list(neighbours), dim=1)))
-            )  # (B, 2C, h, w)
+            parameters = self.second(F.leaky_relu(self.first(torch.cat(list(neighbours), dim=1))))  # (B, 2C, h, w)
             s, t = parameters.chunk(2, dim=1)
             s = CLAMP * 0.636 * (s / CLAMP).atan()
             x = x * (s - s.mean(dim=self.over, keepdim=True)).exp() + t

@@ -24,9 +24,7 @@ class SimpleNet(Head):
         shape: (D, h, w) of the features.
     """
 
-    def __init__(
-        self, config: SimpleNetConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, config: SimpleNetConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
         self.grid = shape[1:]
@@ -46,9 +44,7 @@ class SimpleNet(Head):
         """Score (B, D, h, w)."""
         B, _, h, w = features.shape
         adapted = self.discriminator.adapt(features)  # (B*P, D)
-        scores = replace_border(
-            -self.discriminator(adapted).view(B, h, w), self.config.border, grid=self.grid
-        )
+        scores = replace_border(-self.discriminator(adapted).view(B, h, w), self.config.border, grid=self.grid)
         return PatchScores(scores=scores, image_scores=None, routing=None)
 
 
@@ -96,9 +92,7 @@ class NoiseStage(TrainingStage):
         """Return Adam as in the paper: half the learning rate for the adaptor, weight decay 1e-5."""
         adaptor = list(self.discriminator.adaptor.parameters())
         others = [
-            parameter
-            for name, parameter in self.discriminator.named_parameters()
-            if not name.startswith("adaptor.")
+            parameter for name, parameter in self.discriminator.named_parameters() if not name.startswith("adaptor.")
         ]
         rate = self.learning_rate
         return torch.optim.Adam(

@@ -51,9 +51,7 @@ def map_matrix(cells: int, pixels: int, *, smoothing: float) -> NDArray[np.float
     return result
 
 
-def upsample(
-    scores: NDArray[np.float32], height: int, width: int, *, smoothing: float
-) -> NDArray[np.float32]:
+def upsample(scores: NDArray[np.float32], height: int, width: int, *, smoothing: float) -> NDArray[np.float32]:
     """Return smooth maps (B, height, width) of patch scores (B, h, w)."""
     _, h, w = scores.shape
     rows = map_matrix(h, height, smoothing=smoothing)
@@ -62,9 +60,7 @@ def upsample(
     return rows @ wide  # (B, H, W)
 
 
-def stitch(
-    maps: Sequence[NDArray[np.float32]], tiles: Sequence[Tile], height: int, width: int
-) -> NDArray[np.float32]:
+def stitch(maps: Sequence[NDArray[np.float32]], tiles: Sequence[Tile], height: int, width: int) -> NDArray[np.float32]:
     """Return one map (height, width) of the maps of its tiles: a weighted mean where tiles overlap.
 
     The weight of a pixel rises with its distance to the edges of its tile, so that no seam is visible.
@@ -76,9 +72,7 @@ def stitch(
     weights = np.zeros((height, width), dtype=np.float32)
     for part, tile in zip(maps, tiles, strict=True):
         if part.shape != (tile.height, tile.width):
-            raise DataError(
-                f"The map of {tile} must have shape {(tile.height, tile.width)}, got {part.shape}."
-            )
+            raise DataError(f"The map of {tile} must have shape {(tile.height, tile.width)}, got {part.shape}.")
         weight = np.outer(_tent(tile.height), _tent(tile.width))
         window = (slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width))
         total[window] += weight * part

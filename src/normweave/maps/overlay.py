@@ -53,9 +53,7 @@ def heat(anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.ui
     return np.concatenate([inferno(level), alpha], axis=2).round().astype(np.uint8)
 
 
-def overlay(
-    image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], *, threshold: float
-) -> NDArray[np.uint8]:
+def overlay(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.uint8]:
     """Return the image (H, W, 3) in grey, with the pixels above the threshold in yellow to red."""
     grey = image.mean(axis=2, keepdims=True)
     span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
@@ -87,9 +85,7 @@ def thumbnails(
     scale = min(1.0, THUMBNAIL / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
-    scores = np.asarray(
-        Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
-    )
+    scores = np.asarray(Image.fromarray(anomaly_map.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     lowest = float(anomaly_map.min())
     span = max(float(anomaly_map.max()), threshold) - lowest
     colours = inferno(np.clip((scores - lowest) / max(span, SMALLEST_SPAN), 0, 1))
@@ -110,9 +106,7 @@ def inferno(level: NDArray[np.float32]) -> NDArray[np.float32]:
     return colours
 
 
-def _outline(
-    image: NDArray[np.uint8], region: NDArray[np.bool_], colour: tuple[int, int, int]
-) -> NDArray[np.uint8]:
+def _outline(image: NDArray[np.uint8], region: NDArray[np.bool_], colour: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Draw a line just outside the region, with a black line around it for contrast."""
     inner = _dilate(_dilate(region))
     result = image.copy()

@@ -29,11 +29,7 @@ MESSAGES: Mapping[str, Mapping[int, Field]] = MappingProxyType(
         "opset": {1: "domain", 2: "value"},
         "graph": {1: "node", 2: "value", 5: "tensor", 11: "value", 12: "value", 13: "value"},
         "node": {1: "value", 2: "value", 3: "value", 4: "value", 5: "attribute", 7: "domain"},
-        "attribute": {
-            **dict.fromkeys((1, 2, 3, 4, 7, 8, 9, 20), "value"),
-            5: "tensor",
-            10: "tensor",
-        },
+        "attribute": {**dict.fromkeys((1, 2, 3, 4, 7, 8, 9, 20), "value"), 5: "tensor", 10: "tensor"},
         "tensor": {**dict.fromkeys((1, 2, 4, 5, 6, 7, 8, 9, 10, 11), "value"), 14: "inside"},
     }
 )
@@ -59,9 +55,7 @@ def check(content: bytes, *, where: str) -> None:
         BundleError: it is not, or the file is not an ONNX graph.
     """
     if len(content) > MAX_BYTES:
-        raise BundleError(
-            f"{where} has {len(content)} bytes; a graph has at most {MAX_BYTES}. Copy the bundle again."
-        )
+        raise BundleError(f"{where} has {len(content)} bytes; a graph has at most {MAX_BYTES}. Copy the bundle again.")
     try:
         _check(memoryview(content), "model", 0)
     except _MalformedError as error:

@@ -181,10 +181,6 @@ class GraphNetwork(Network):
         else:
             assert self.weights is not None  # a graph comes from a bundle or from a fit
             bundle.write(
-                folder,
-                tensors=self.weights,
-                record=record,
-                files={bundle.GRAPH: self.content},
-                overwrite=overwrite,
+                folder, tensors=self.weights, record=record, files={bundle.GRAPH: self.content}, overwrite=overwrite
             )
         self.bundle = folder

@@ -46,9 +46,7 @@ def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
     try:
         import onnxscript  # noqa: F401 - torch needs it, and its own message is less clear
     except ImportError as error:
-        raise MissingError(
-            'Exporting a network needs onnx and onnxscript: pip install "normweave[train]"'
-        ) from error
+        raise MissingError('Exporting a network needs onnx and onnxscript: pip install "normweave[train]"') from error
     batch = torch.export.Dim("batch")
     # Two images: torch.export treats a size of one as a constant.
     inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, height, width, dtype=torch.uint8),)
@@ -113,8 +111,7 @@ def check_parity(
     pixels = np.concatenate(images)
 
     def scored(
-        network: Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutput],
-        excluded: NDArray[np.int64] | None,
+        network: Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutput], excluded: NDArray[np.int64] | None
     ) -> TileScores:
         size = config.features.batch_images
         parts = [slice(start, start + size) for start in range(0, len(pixels), size)]
@@ -143,8 +140,7 @@ def check_parity(
         both = [ImageScore.of(tiles.part(done, done + len(image))) for tiles in (ours, theirs)]
         done += len(image)
         mine, other = (
-            calibration.decide(score=each.score, distance=each.distance, subclass=each.subclass)
-            for each in both
+            calibration.decide(score=each.score, distance=each.distance, subclass=each.subclass) for each in both
         )
         allowed = TOLERANCE * max(abs(mine.threshold), float(np.abs(ours.scores).mean()))
         if mine.verdict != other.verdict and abs(both[0].score - mine.threshold) > allowed:

@@ -55,13 +55,7 @@ class OnnxNetwork(GraphNetwork):
     library = "ONNX Runtime"
 
     def __init__(
-        self,
-        content: bytes,
-        *,
-        where: str,
-        size: tuple[int, int],
-        threads: int | None,
-        providers: Sequence[Any],
+        self, content: bytes, *, where: str, size: tuple[int, int], threads: int | None, providers: Sequence[Any]
     ) -> None:
         self._threads = threads
         self._providers = list(providers)

@@ -24,9 +24,7 @@ class OpenVinoNetwork(GraphNetwork):
 
     library = "OpenVINO"
 
-    def __init__(
-        self, content: bytes, *, where: str, size: tuple[int, int], threads: int | None, plugin: str
-    ) -> None:
+    def __init__(self, content: bytes, *, where: str, size: tuple[int, int], threads: int | None, plugin: str) -> None:
         self._threads = threads
         self._plugin = plugin
         super().__init__(content, where=where, size=size)
@@ -57,10 +55,7 @@ class OpenVinoNetwork(GraphNetwork):
                 port.any_name: (_type(port), [side.get_length() for side in list(port.partial_shape)[1:]])
                 for port in compiled.inputs
             }
-            outputs = {
-                port.any_name: (_type(port), port.partial_shape.rank.get_length())
-                for port in compiled.outputs
-            }
+            outputs = {port.any_name: (_type(port), port.partial_shape.rank.get_length()) for port in compiled.outputs}
         except Exception as error:  # OpenVINO's errors are plain RuntimeErrors, and others
             raise BundleError(
                 f"OpenVINO {openvino.__version__} cannot load {self._where}: {str(error)[:500]} "

@@ -68,9 +68,7 @@ def quantize_backbone(graph: bytes, images: Iterable[NDArray[np.uint8]]) -> byte
 
     def passes() -> Iterator[dict[str, NDArray[Any]]]:
         for pixels in images:
-            yield {PIXELS: pixels} | (
-                {EXCLUDED: np.full(len(pixels), -1, dtype=np.int64)} if excludes else {}
-            )
+            yield {PIXELS: pixels} | ({EXCLUDED: np.full(len(pixels), -1, dtype=np.int64)} if excludes else {})
 
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # it recommends a preprocessing step that our graphs have had
@@ -103,11 +101,7 @@ def backbone(model: ModelProto) -> list[str]:
 
     These are the convolutions of the backbone without its first `FLOAT_FIRST`, and the activations and sums after them.
     """
-    own = [
-        node.name
-        for node in model.graph.node
-        if node.op_type == "Conv" and node.input[1].startswith(BACKBONE)
-    ]
+    own = [node.name for node in model.graph.node if node.op_type == "Conv" and node.input[1].startswith(BACKBONE)]
     computed: set[str] = set()  # values that are integers then
     chosen = []
     for node in model.graph.node:  # in the order of computation

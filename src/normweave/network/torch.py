@@ -132,9 +132,7 @@ class TorchNetwork(Network):
 
     def reader(self, images: Rows, *, cache: Path | None = None, progress: Progress | None = None) -> Reader:
         """Return a reader that takes features from the cache, and adds those that it lacks."""
-        source = feature_source(
-            self.extractor, images, cache=cache, max_gib=self.cache_gib, progress=progress
-        )
+        source = feature_source(self.extractor, images, cache=cache, max_gib=self.cache_gib, progress=progress)
         return FeatureReader(self, images, source)
 
     def stored(self, cache: Path, keys: Sequence[str]) -> Sequence[bool]:
@@ -212,16 +210,9 @@ class FeatureReader(Reader):
 
 
 def feature_source(
-    extractor: FrozenFeatures,
-    images: Rows,
-    *,
-    cache: Path | None,
-    max_gib: float,
-    progress: Progress | None,
+    extractor: FrozenFeatures, images: Rows, *, cache: Path | None, max_gib: float, progress: Progress | None
 ) -> FeatureSource:
     """Return the features of all rows: from the cache folder, or computed at each reading where there is none."""
     if cache is None:
         return feature_cache.streamed(extractor, images.load, len(images))
-    return feature_cache.cached(
-        extractor, images.keys, images.load, folder=cache, max_gib=max_gib, progress=progress
-    )
+    return feature_cache.cached(extractor, images.keys, images.load, folder=cache, max_gib=max_gib, progress=progress)

@@ -152,9 +152,7 @@ class Calibration:
         n = len(given)
         for name, values in (("distances", distances), ("subclasses", subclasses)):
             if values is not None and len(np.asarray(values)) != n:
-                raise DataError(
-                    f"Held-out normal images have {n} scores but {len(np.asarray(values))} {name}."
-                )
+                raise DataError(f"Held-out normal images have {n} scores but {len(np.asarray(values))} {name}.")
         order = np.lexsort((given,))  # stable
         self.scores = given[order]  # (n,) ascending
         self.distances: NDArray[np.float64] | None = None  # (n,) in the order of scores
@@ -198,13 +196,9 @@ class Calibration:
             self._distance_points[None] = draw_threshold(self.distances, false_alarm_rate=attainable)
         for group, members in self._members.items():
             if group is not None and members.sum() >= images_needed(false_alarm_rate):
-                self._score_points[group] = draw_threshold(
-                    self.scores[members], false_alarm_rate=false_alarm_rate
-                )
+                self._score_points[group] = draw_threshold(self.scores[members], false_alarm_rate=false_alarm_rate)
             if group is not None and self.distances is not None and members.sum() >= unknown_needs:
-                self._distance_points[group] = draw_threshold(
-                    self.distances[members], false_alarm_rate=unknown_rate
-                )
+                self._distance_points[group] = draw_threshold(self.distances[members], false_alarm_rate=unknown_rate)
 
     def __len__(self) -> int:
         """Return the number of held-out normal images."""

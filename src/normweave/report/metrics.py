@@ -72,9 +72,7 @@ def sign_flip_p_value(differences: ArrayLike) -> float | None:
     if n == 0:
         return None
     if n <= EXACT_SIGNS:
-        signs = 1 - 2 * (
-            np.arange(2**n)[:, None] >> np.arange(n) & 1
-        )  # (2ⁿ, n); the first row keeps all signs
+        signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)  # (2ⁿ, n); the first row keeps all signs
     else:
         drawn = np.random.default_rng(0).integers(0, 2, size=(2**EXACT_SIGNS, n))
         signs = np.concatenate([np.ones((1, n), dtype=np.int64), 1 - 2 * drawn])
@@ -116,9 +114,7 @@ class PixelMetrics:
             DataError: the shapes differ, or the map is not finite.
         """
         if anomaly_map.shape != mask.shape:
-            raise DataError(
-                f"Map and mask must have the same shape, got {anomaly_map.shape} and {mask.shape}."
-            )
+            raise DataError(f"Map and mask must have the same shape, got {anomaly_map.shape} and {mask.shape}.")
         if not np.isfinite(anomaly_map).all():
             raise DataError("The anomaly map contains values that are not finite.")
         counts = np.zeros((3, mask.size))

@@ -270,16 +270,12 @@ def _notes(tables: Mapping[str, Row], columns: Sequence[tuple[str, str]]) -> lis
     missing: dict[tuple[str, str], list[str]] = {}
     for name, table in tables.items():
         reasons = table.get("reasons", {})
-        absent = [
-            (reasons.get(key, "not measured"), title) for key, title in columns if table.get(key) is None
-        ]
+        absent = [(reasons.get(key, "not measured"), title) for key, title in columns if table.get(key) is None]
         absent.sort(key=lambda pair: pair[0])
         for reason, group in groupby(absent, key=lambda pair: pair[0]):
             titles = ", ".join(title for _, title in group)
             missing.setdefault((reason, titles), []).append(name)
-    return [
-        f"{', '.join(rows)}: no {titles}, because: {reason}" for (reason, titles), rows in missing.items()
-    ]
+    return [f"{', '.join(rows)}: no {titles}, because: {reason}" for (reason, titles), rows in missing.items()]
 
 
 def _routing(read: Sequence[Row]) -> dict[str, Any] | None:
@@ -296,9 +292,7 @@ def _routing(read: Sequence[Row]) -> dict[str, Any] | None:
     return {"columns": columns, "rows": lines}
 
 
-def _gallery(
-    predictions: Sequence[Row], render_images: Render
-) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+def _gallery(predictions: Sequence[Row], render_images: Render) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
     """Yield heading, text and figures of each part."""
     for heading, text, labels, verdict, highest_first in (
         ("Clearest detections", "Defects with scores farthest above the threshold.", ["anomalous"], "anomalous", True),
@@ -311,9 +305,7 @@ def _gallery(
             for i, row in enumerate(predictions)
             if row["error"] is None and row["verdict"] == verdict and row["label"] in labels
         ]
-        chosen.sort(
-            key=lambda i: predictions[i]["pred_score"] - predictions[i]["threshold"], reverse=highest_first
-        )
+        chosen.sort(key=lambda i: predictions[i]["pred_score"] - predictions[i]["threshold"], reverse=highest_first)
         groups = [(_subclass(predictions[i]), predictions[i]["defect"]) for i in chosen]
         yield (
             heading,

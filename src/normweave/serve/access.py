@@ -99,9 +99,7 @@ class Access:
         Args:
             expires_at: seconds since 1970; None: after the lifetime of a session.
         """
-        return self._signed(
-            token, int(time.time() + self.session_seconds if expires_at is None else expires_at)
-        )
+        return self._signed(token, int(time.time() + self.session_seconds if expires_at is None else expires_at))
 
     def authenticate_session(self, cookie: str) -> Token | None:
         """Return the token of a session; None if the cookie is malformed, forged or expired, or the token not valid."""

@@ -103,9 +103,7 @@ def _open_routes(service: InspectionService) -> APIRouter:
     async def healthz() -> schemas.Health:
         return schemas.Health()
 
-    @router.get(
-        "/readyz", summary="Check that the server can inspect and store images", responses=_problems(503)
-    )
+    @router.get("/readyz", summary="Check that the server can inspect and store images", responses=_problems(503))
     async def readyz() -> schemas.Health:
         await asyncio.to_thread(service.check_ready)
         return schemas.Health()
@@ -132,9 +130,7 @@ def _routes(service: InspectionService) -> APIRouter:
     async def inspect(
         request: Request,
         token: AnyToken,
-        name: Annotated[
-            schemas.Name, Query(description="File name of an image that is sent as the body.")
-        ] = "",
+        name: Annotated[schemas.Name, Query(description="File name of an image that is sent as the body.")] = "",
     ) -> schemas.InspectOut:
         uploads = await _uploads(request, service, name)
         try:
@@ -152,9 +148,7 @@ def _routes(service: InspectionService) -> APIRouter:
     @router.get("/v1/inspections", summary="List inspections, newest first", responses=_problems(422, 503))
     async def inspections(
         chosen: Annotated[Filter, Depends(_filter)],
-        before: Annotated[
-            int | None, Query(ge=1, le=2**53, description="Only inspections with a lower id.")
-        ] = None,
+        before: Annotated[int | None, Query(ge=1, le=2**53, description="Only inspections with a lower id.")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE)] = PAGE_SIZE,
     ) -> schemas.InspectionsOut:
         found = await asyncio.to_thread(service.store.inspections, chosen, before=before, limit=limit)
@@ -195,9 +189,7 @@ def _routes(service: InspectionService) -> APIRouter:
         response_class=Response,
         responses=_problems(404, 422, 503) | _content("image/png", BYTES),
     )
-    async def anomaly_map(
-        id: Id, format: Literal["png", "npy"] = "png", max_side: MaxSide = None
-    ) -> Response:
+    async def anomaly_map(id: Id, format: Literal["png", "npy"] = "png", max_side: MaxSide = None) -> Response:
         stored = _stored_image(await service.inspection(id))
         if format == "npy":
             return await render(stored, lambda reader: npy(reader.anomaly_map()), media_type=BYTES)
@@ -223,9 +215,7 @@ def _routes(service: InspectionService) -> APIRouter:
 
         return await render(stored, draw)
 
-    @router.post(
-        "/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=_problems(404, 422, 503)
-    )
+    @router.post("/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=_problems(404, 422, 503))
     async def review(id: Id, body: schemas.ReviewIn, token: AnyToken) -> schemas.InspectionOut:
         inspection = await service.review(
             id, decision=body.decision, reviewer=body.reviewer or token.name, comment=body.comment
@@ -275,9 +265,7 @@ def _routes(service: InspectionService) -> APIRouter:
 def _token_routes(access: Access) -> APIRouter:
     router = APIRouter(responses=_problems(401, 403), tags=["tokens"])
 
-    @router.get(
-        "/v1/tokens", summary="List tokens, without their secrets; for engineers", responses=_problems(503)
-    )
+    @router.get("/v1/tokens", summary="List tokens, without their secrets; for engineers", responses=_problems(503))
     async def tokens(_: Engineer) -> list[schemas.TokenOut]:
         return [schemas.TokenOut.model_validate(token) for token in await asyncio.to_thread(access.tokens)]
 
@@ -288,14 +276,10 @@ def _token_routes(access: Access) -> APIRouter:
         responses=_problems(422, 503),
     )
     async def make(body: schemas.TokenIn, _: Engineer) -> schemas.TokenMade:
-        new = await asyncio.to_thread(
-            access.create, name=body.name, role=body.role, days=body.expires_in_days
-        )
+        new = await asyncio.to_thread(access.create, name=body.name, role=body.role, days=body.expires_in_days)
         return schemas.TokenMade.model_validate(vars(new.token) | {"token": new.secret})
 
-    @router.delete(
-        "/v1/tokens/{id}", summary="Revoke a token; for engineers", responses=_problems(404, 422, 503)
-    )
+    @router.delete("/v1/tokens/{id}", summary="Revoke a token; for engineers", responses=_problems(404, 422, 503))
     async def revoke(id: Id, _: Engineer) -> schemas.TokenOut:
         return schemas.TokenOut.model_validate(await asyncio.to_thread(access.revoke, id))
 
@@ -373,9 +357,7 @@ async def _from_form(request: Request, max_images: int) -> list[Upload]:
                     422, f"{IMAGES!r} must contain files, got text. With curl: -F '{IMAGES}=@part.png'."
                 )
             return [
-                Upload((part.filename or "")[:500], await part.read())
-                for part in parts
-                if isinstance(part, UploadFile)
+                Upload((part.filename or "")[:500], await part.read()) for part in parts if isinstance(part, UploadFile)
             ]
     except (StarletteHTTPException, MultiPartException) as error:
         if isinstance(error, HTTPException):
@@ -482,8 +464,7 @@ def _problem(status: int, reason: str, headers: dict[str, str] | None = None) ->
 def _messages(errors: Any) -> str:
     """Return the first ten validation errors in one line."""
     return "; ".join(
-        f"{'.'.join(str(part) for part in error['loc']) or 'body'}: {error['msg']}"
-        for error in list(errors)[:10]
+        f"{'.'.join(str(part) for part in error['loc']) or 'body'}: {error['msg']}" for error in list(errors)[:10]
     )
 
 
@@ -517,8 +498,6 @@ _ERRORS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response
     NotFoundError: _answer(404),
     CheckError: _answer(422),
     ConfigError: _answer(422),
-    NormweaveError: _answer(
-        503
-    ),  # of the store, a file, the bundle, or a stopping server: other requests fail too
+    NormweaveError: _answer(503),  # of the store, a file, the bundle, or a stopping server: other requests fail too
     Exception: _internal,
 }

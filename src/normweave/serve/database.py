@@ -24,9 +24,7 @@ _MIGRATION_LOCK = 0x6E6F726D
 """The advisory lock of PostgreSQL that a migration holds."""
 _alembic = threading.Lock()
 """Alembic keeps its current migration in a global variable."""
-_URL_CURE = (
-    "Write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password."
-)
+_URL_CURE = "Write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password."
 
 
 class StoreError(NormweaveError):
@@ -154,9 +152,7 @@ def _read_url(url: str) -> URL:
     if read.drivername not in ("postgresql", "postgresql+psycopg"):
         raise ConfigError(f"Databases of type {read.drivername!r} are not supported. {_URL_CURE}")
     if "@" in (read.host or "") or not read.database:
-        raise ConfigError(
-            f"The URL of the database has no database name, or its host contains an @. {_URL_CURE}"
-        )
+        raise ConfigError(f"The URL of the database has no database name, or its host contains an @. {_URL_CURE}")
     try:
         import psycopg  # noqa: F401 - SQLAlchemy imports it by name
     except ImportError as error:
@@ -172,9 +168,7 @@ def make_engine(url: URL) -> Engine:
         timeout = {} if "connect_timeout" in url.query else {"connect_timeout": TIMEOUT_SECONDS}
         return create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=timeout)
 
-    engine = create_engine(
-        url, pool_pre_ping=True, hide_parameters=True, connect_args={"timeout": TIMEOUT_SECONDS}
-    )
+    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args={"timeout": TIMEOUT_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _: Any) -> None:

@@ -112,9 +112,7 @@ class LimitsMiddleware:
             self._arriving -= held
         if refused is not None and not started:
             started = True
-            headers = {"Connection": "close"} | (
-                {"Retry-After": str(RETRY_SECONDS)} if refused.status == 429 else {}
-            )
+            headers = {"Connection": "close"} | ({"Retry-After": str(RETRY_SECONDS)} if refused.status == 429 else {})
             answer = JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
             await answer(scope, receive, send_with_headers)
 

@@ -53,9 +53,7 @@ async def _answer(request: Request, access: Access) -> Response:
         if token is None:
             await asyncio.sleep(WRONG_SECONDS)
             return page(status=401, wrong=True)
-        return _redirect(
-            set_cookie(access.create_session(token), seconds=access.session_seconds, secure=secure)
-        )
+        return _redirect(set_cookie(access.create_session(token), seconds=access.session_seconds, secure=secure))
     if route in (("GET", LOGIN), ("HEAD", LOGIN)):
         return page(status=200)
     return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})

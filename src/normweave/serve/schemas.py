@@ -28,9 +28,7 @@ class EncodedImage(RequestBody):
     """An image in JSON."""
 
     name: Name = ""
-    data: Annotated[
-        str, Field(description="Content of the file in base64.", json_schema_extra={"format": "byte"})
-    ]
+    data: Annotated[str, Field(description="Content of the file in base64.", json_schema_extra={"format": "byte"})]
 
 
 class InspectIn(RequestBody):
@@ -76,11 +74,7 @@ _MODEL_NAMES = {"DefectBox": "Box", "ExpertWeight": "Expert"}
 
 def outcome_names(outcome: type[Outcome]) -> list[str]:
     """Return the names of the fields of an outcome that are part of a response."""
-    return [
-        column.name
-        for column in outcome.columns()
-        if not column.in_file and column.name not in _NOT_IN_ANSWERS
-    ]
+    return [column.name for column in outcome.columns() if not column.in_file and column.name not in _NOT_IN_ANSWERS]
 
 
 def outcome_model(outcome: type[Outcome], *, base: type[BaseModel] = BaseModel) -> type[BaseModel]:
@@ -159,9 +153,7 @@ class InspectionsOut(BaseModel):
     """A page of inspections, newest first."""
 
     inspections: list[InspectionOut]
-    next: Annotated[
-        int | None, Field(description="Value of `before` for the next page; null: this is the last page.")
-    ]
+    next: Annotated[int | None, Field(description="Value of `before` for the next page; null: this is the last page.")]
 
 
 class InspectionDetail(InspectionOut):

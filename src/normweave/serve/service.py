@@ -298,9 +298,7 @@ class InspectionService:
         routed = image = None
         if scored is not None:
             routed = ImageScore.of(scored).subclass
-            map_threshold = (
-                detector.map_threshold if detector.map_threshold is not None else outcome.threshold
-            )
+            map_threshold = detector.map_threshold if detector.map_threshold is not None else outcome.threshold
             assert map_threshold is not None  # every scored image has a threshold
             content, grids = job.upload.content, npy(scored.raw.scores)
             image = StoredImage(
@@ -336,9 +334,7 @@ class InspectionService:
             raise _not_found(id)
         return found
 
-    async def review(
-        self, id: int, *, decision: ReviewDecision, reviewer: str, comment: str = ""
-    ) -> Inspection:
+    async def review(self, id: int, *, decision: ReviewDecision, reviewer: str, comment: str = "") -> Inspection:
         """Add a reviewer decision.
 
         Raises:
@@ -388,9 +384,7 @@ class InspectionService:
             now[one.verdict] += 1
             then[verdict] += 1
             changed += verdict != one.verdict
-        return RatePreview(
-            false_alarm_rate=rate, n=now.total(), now=dict(now), then=dict(then), changed=changed
-        )
+        return RatePreview(false_alarm_rate=rate, n=now.total(), now=dict(now), then=dict(then), changed=changed)
 
     async def change_rate(self, rate: float, *, actor: str) -> None:
         """Use the thresholds for this false-alarm rate from now on, also after a restart with this bundle.
@@ -491,9 +485,7 @@ _MEDIA_TYPES = (
 
 def media_type(content: bytes) -> str:
     """Return the MIME type of an image file by its first bytes."""
-    return next(
-        (name for start, name in _MEDIA_TYPES if content.startswith(start)), "application/octet-stream"
-    )
+    return next((name for start, name in _MEDIA_TYPES if content.startswith(start)), "application/octet-stream")
 
 
 def _not_found(id: int) -> NotFoundError:

@@ -119,9 +119,7 @@ class Store:
     def iter_inspections(self, chosen: Filter) -> Iterator[Inspection]:
         """Yield inspections up to the newest at the time of the call, oldest first; one transaction for each chunk."""
         conditions = _conditions(chosen)
-        newest = self._read_one(
-            select(_INSPECTION.id).where(*conditions).order_by(_INSPECTION.id.desc()).limit(1)
-        )
+        newest = self._read_one(select(_INSPECTION.id).where(*conditions).order_by(_INSPECTION.id.desc()).limit(1))
         first, last = 1, 0 if newest is None else newest.id
         while first <= last:
             query = select(INSPECTIONS).where(*conditions, _INSPECTION.id.between(first, last))
@@ -141,9 +139,7 @@ class Store:
             _INSPECTION.unseen,
         )
         query = select(*columns).where(_INSPECTION.bundle_hash == bundle_hash, _INSPECTION.error.is_(None))
-        return [
-            ScoredImage._make(row) for row in self._read(query.order_by(_INSPECTION.id.desc()).limit(newest))
-        ]
+        return [ScoredImage._make(row) for row in self._read(query.order_by(_INSPECTION.id.desc()).limit(newest))]
 
     def count(self, chosen: Filter) -> int:
         """Return the number of inspections."""
@@ -235,9 +231,7 @@ class Store:
         values = {name: value for name, value in vars(token).items() if name != "id"}
         try:
             with self.database.writing() as connection:
-                return Token(
-                    **connection.execute(insert(TOKENS).values(values).returning(TOKENS)).one()._mapping
-                )
+                return Token(**connection.execute(insert(TOKENS).values(values).returning(TOKENS)).one()._mapping)
         except IntegrityError as error:
             raise DataError(
                 f"The secret of the token {token.name!r} is that of another token. Draw a new one."

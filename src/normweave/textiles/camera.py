@@ -88,9 +88,7 @@ def set_up(weave: Weave, lighting: Lighting, *, seed: int, size: tuple[int, int]
     return CameraSetup(
         lighting=lighting,
         fibres=smooth_noise(random, (256, 256), scale=(1, 10)),
-        light=np.array(
-            [np.sin(azimuth) * np.cos(elevation), np.cos(azimuth) * np.cos(elevation), np.sin(elevation)]
-        ),
+        light=np.array([np.sin(azimuth) * np.cos(elevation), np.cos(azimuth) * np.cos(elevation), np.sin(elevation)]),
         hair=_draw_hairs(random, weave.fuzz, size),
         falloff=falloff * exposure.astype(np.float32)[:, None, None],
         noise=random.standard_normal((3, *size), dtype=np.float32),
@@ -244,9 +242,7 @@ def _illuminate(fabric: Fabric, tables: Tables, setup: CameraSetup) -> Field:
     return np.stack([plane * glow + shine for plane in planes])
 
 
-def render_window(
-    reflected: Field, window: Window, fabric: Fabric, tables: Tables, setup: CameraSetup
-) -> None:
+def render_window(reflected: Field, window: Window, fabric: Fabric, tables: Tables, setup: CameraSetup) -> None:
     """Render a window of the reflected light into `reflected` (3, h, w).
 
     In strips, because arrays that fit the processor's cache are faster. Slopes and shadows are wrong at the border of

@@ -172,18 +172,14 @@ def make_textures(
     def pieces(home: Path) -> list[Piece]:
         counts = [(textile, train_images) for textile in seen] + [(textile, 0) for textile in unseen]
         return [
-            piece
-            for textile, train in counts
-            for piece in cut(textile, home, seed, train, test_images, defect_images)
+            piece for textile, train in counts for piece in cut(textile, home, seed, train, test_images, defect_images)
         ]
 
     folder = Path(folder)
     manifest, record = folder / "manifest.csv", folder / "textures.json"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         if not record.is_file():
-            raise DataError(
-                f"{folder} exists and contains no {record.name}. Choose an empty or a new folder."
-            )
+            raise DataError(f"{folder} exists and contains no {record.name}. Choose an empty or a new folder.")
         if json.loads(record.read_text("utf-8")) != settings:
             raise DataError(
                 f"{folder} contains textures made with other settings, see {record}. "
@@ -222,16 +218,12 @@ def make_textures(
 def cut(textile: Textile, folder: Path, seed: int, train: int, test: int, defects: int) -> Iterator[Piece]:
     """Yield the pieces of one subclass. All test pieces come from the same rolls; training pieces have other rolls."""
     home = folder / "cloth" / textile.name
-    plan: list[
-        tuple[Split, str | None, int, int]
-    ] = [  # split, defect, number in its folder, number in its part
+    plan: list[tuple[Split, str | None, int, int]] = [  # split, defect, number in its folder, number in its part
         *(("train", None, number, number) for number in range(train)),
         *(("test", None, number, number) for number in range(test)),
         *(("test", DEFECTS[n % len(DEFECTS)], n // len(DEFECTS), n) for n in range(defects)),
     ]
-    rolls = {
-        split: _cut_rolls(textile, seed, split, max(train, test, defects)) for split in ("train", "test")
-    }
+    rolls = {split: _cut_rolls(textile, seed, split, max(train, test, defects)) for split in ("train", "test")}
     for split, defect, file_number, number in plan:
         roll = rolls[split][number]
         name, part = (defect, "anomalous") if defect else ("good", "normal")

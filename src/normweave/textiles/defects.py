@@ -94,9 +94,7 @@ def colour_shift(fabric: Fabric, random: np.random.Generator) -> Fabric:
     foreign = yarns.foreign.copy()
     for yarn in range(number, number + int(random.integers(1, 4))):
         shift = random.normal(0, 0.6, 2)
-        foreign[yarn] = _stretch(
-            yarns, start=middle - half + shift[0], stop=middle + half + shift[1], taper=0.5
-        )
+        foreign[yarn] = _stretch(yarns, start=middle - half + shift[0], stop=middle + half + shift[1], taper=0.5)
     dye = fabric.dye.warp if warpwise else fabric.dye.weft
     grey = sum(dye) / 3
     in_hue = random.uniform() < 0.6

@@ -47,14 +47,10 @@ SATIN = (".XXXXXXX", "XXX.XXXX", "XXXXXX.X", "X.XXXXXX", "XXXX.XXX", "XXXXXXX.",
 HERRINGBONE = ("XX..XX..XX..XX..", ".XX..XX.X..XX..X", "..XX..XX..XX..XX", "X..XX..X.XX..XX.")
 WEAVES = {  # draft, pitch, width, depth, twist, uneven, slubs, sheen, fuzz
     "plain": Weave(("X.", ".X"), (8.6, 8.4), (0.92, 0.90), 0.55, 1.3, 0.09, 0.5, 0.05, 1.2),
-    "twill": Weave(
-        ("XXX.", ".XXX", "X.XX", "XX.X"), (7.6, 6.6), (0.94, 0.98), 0.50, 1.0, 0.07, 0.3, 0.06, 0.8
-    ),
+    "twill": Weave(("XXX.", ".XXX", "X.XX", "XX.X"), (7.6, 6.6), (0.94, 0.98), 0.50, 1.0, 0.07, 0.3, 0.06, 0.8),
     "satin": Weave(SATIN, (5.2, 4.2), (0.94, 1.04), 0.42, 0.25, 0.04, 0.05, 0.5, 0.1),
     "herringbone": Weave(HERRINGBONE, (7.4, 7.2), (0.94, 0.94), 0.50, 0.9, 0.08, 0.3, 0.04, 2.0),
-    "basket": Weave(
-        ("XX..", "XX..", "..XX", "..XX"), (7.4, 7.2), (0.94, 0.94), 0.55, 1.2, 0.07, 0.3, 0.06, 0.9
-    ),
+    "basket": Weave(("XX..", "XX..", "..XX", "..XX"), (7.4, 7.2), (0.94, 0.94), 0.55, 1.2, 0.07, 0.3, 0.06, 0.9),
     "rib": Weave(("X.", "X.", ".X", ".X"), (6.8, 6.2), (0.90, 1.0), 0.62, 0.9, 0.06, 0.2, 0.08, 0.6),
 }
 
@@ -98,9 +94,7 @@ class YarnPosition(NamedTuple):
 
     def crop(self, window: Window) -> "YarnPosition":
         """Return the same for a window of the rendered pixels."""
-        return YarnPosition(
-            self.sample[window], self.fraction[window], self.across[window], self.along[window]
-        )
+        return YarnPosition(self.sample[window], self.fraction[window], self.across[window], self.along[window])
 
 
 class Thread(NamedTuple):

@@ -53,9 +53,7 @@ def test_centres_and_stds_are_those_of_all_patches_of_a_subclass():
     adaption = paper_fitted(train, experts)
 
     for expert in (0, 1):
-        patches = (
-            train[torch.from_numpy(experts == expert)].permute(1, 0, 2, 3).flatten(1).numpy()
-        )  # (D, n*P)
+        patches = train[torch.from_numpy(experts == expert)].permute(1, 0, 2, 3).flatten(1).numpy()  # (D, n*P)
         np.testing.assert_allclose(adaption.centres[expert], patches.mean(axis=1), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(adaption.stds[expert], patches.std(axis=1), rtol=1e-4)
 
@@ -106,9 +104,7 @@ def test_papers_adaption_removes_any_change_of_light():
 
 
 def guarded_fitted(samples, subclasses, *, directions=2, prior=4.0, shrinkage=0.1):
-    adaption = GuardedAdaption(
-        GuardedAdaptionConfig(directions=directions, prior=prior, shrinkage=shrinkage), width=D
-    )
+    adaption = GuardedAdaption(GuardedAdaptionConfig(directions=directions, prior=prior, shrinkage=shrinkage), width=D)
     adaption.fit(samples, subclasses, subclasses)
     return adaption
 
@@ -158,12 +154,8 @@ def test_guarded_adaption_extrapolates_along_the_known_line_only():
         z = adaption.coordinates(torch.from_numpy(place[None].astype(np.float32)))
         return (adaption.centre + z @ adaption.directions.T)[0].numpy()
 
-    np.testing.assert_allclose(
-        estimate(2.5 * line), 2.5 * line, atol=0.25
-    )  # "brighter" than any known subclass
-    assert (
-        np.linalg.norm(estimate(2.5 * aside) - estimate(0 * aside)) < 0.5
-    )  # the adaption does not remove a defect
+    np.testing.assert_allclose(estimate(2.5 * line), 2.5 * line, atol=0.25)  # "brighter" than any known subclass
+    assert np.linalg.norm(estimate(2.5 * aside) - estimate(0 * aside)) < 0.5  # the adaption does not remove a defect
 
 
 def test_guarded_adaption_brings_subclasses_together():

@@ -12,9 +12,7 @@ def clusters(centres, *, each=20, spread=0.2, seed=0):
     generator = np.random.default_rng(seed)
     subclasses = np.repeat(np.arange(len(centres)), each)
     generator.shuffle(subclasses)
-    samples = np.asarray(centres)[subclasses] + spread * generator.normal(
-        size=(len(subclasses), len(centres[0]))
-    )
+    samples = np.asarray(centres)[subclasses] + spread * generator.normal(size=(len(subclasses), len(centres[0])))
     return samples.astype(np.float32), subclasses
 
 

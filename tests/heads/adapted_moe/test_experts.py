@@ -37,8 +37,7 @@ def normals(*, count=12, seed=0, each_group=1):
     experts = np.arange(count) % K
     kind = random(K, D, 1, 1, seed=1)
     features = (
-        random(count, D, H, W, seed=seed) * (1 + torch.from_numpy(experts)[:, None, None, None])
-        + 2 * kind[experts]
+        random(count, D, H, W, seed=seed) * (1 + torch.from_numpy(experts)[:, None, None, None]) + 2 * kind[experts]
     )
     return Normals(
         InMemory(features.float()),
@@ -75,9 +74,7 @@ def new(kind):
         case "gaussian":
             return fitted(GaussianExperts(GaussianExpertConfig(fine=0.75), shape=(D, H, W)))
         case "subspace":
-            return fitted(
-                SubspaceExperts(SubspaceExpertConfig(cells=3, variance=0.8, max_images=9), shape=(D, H, W))
-            )
+            return fitted(SubspaceExperts(SubspaceExpertConfig(cells=3, variance=0.8, max_images=9), shape=(D, H, W)))
         case "layout":
             return fitted(
                 LayoutExperts(
@@ -153,9 +150,7 @@ def test_discriminators_score_without_noise():
     torch.manual_seed(1)
     assert torch.equal(one, experts(features, ASKED))
     # Scoring is what validation sees of normal patches.
-    seen = experts.discriminate(
-        features[:, 0].flatten(2).transpose(1, 2), torch.tensor([2, 1]), training=False
-    )
+    seen = experts.discriminate(features[:, 0].flatten(2).transpose(1, 2), torch.tensor([2, 1]), training=False)
     torch.testing.assert_close(-one[:, 0, 0].flatten(1), seen, rtol=1e-4, atol=1e-5)
 
 
@@ -199,9 +194,7 @@ def test_hinge_loss_by_hand():
         return discriminate(patches, asked, training=training)
 
     experts.discriminate = listen
-    loss = stage(experts).loss(
-        few, torch.tensor([2, 0]), generator=torch.Generator().manual_seed(0), training=False
-    )
+    loss = stage(experts).loss(few, torch.tensor([2, 0]), generator=torch.Generator().manual_seed(0), training=False)
 
     ((both, asked),) = seen
     assert asked.tolist() == [0, 2]
@@ -220,9 +213,7 @@ def test_hinge_loss_by_hand():
 def test_gradient_reaches_the_discriminators_that_have_images():
     experts = new("discriminator")
 
-    loss = stage(experts).loss(
-        random(2, D, H, W), torch.tensor([0, 2]), generator=torch.Generator(), training=True
-    )
+    loss = stage(experts).loss(random(2, D, H, W), torch.tensor([0, 2]), generator=torch.Generator(), training=True)
     loss["loss"].backward()
 
     for name, parameter in experts.named_parameters():
@@ -261,9 +252,7 @@ def test_nearest_is_exact_for_a_stored_patch():
 def test_memory_banks_hold_patches_of_their_own_subclass_up_to_the_limit():
     data = normals()
     experts = fitted(
-        MemoryExperts(
-            MemoryExpertConfig(max_patches=20, max_pool=60, projection=2, calibrated=False), shape=(D, H, W)
-        ),
+        MemoryExperts(MemoryExpertConfig(max_patches=20, max_pool=60, projection=2, calibrated=False), shape=(D, H, W)),
         data,
     )
 
@@ -302,16 +291,11 @@ def test_what_is_usual_around_a_stored_patch_by_hand():
         bank = experts.bank[expert].double().numpy()
         images = data.source.features[data.experts == expert].permute(0, 2, 3, 1).double().numpy()
         groups = data.groups[data.experts == expert]
-        of = [
-            next(g for image, g in zip(images, groups, strict=True) if (image == m).all(axis=2).any())
-            for m in bank
-        ]
+        of = [next(g for image, g in zip(images, groups, strict=True) if (image == m).all(axis=2).any()) for m in bank]
         found = [[] for _ in bank]
         for image, group in zip(images, groups, strict=True):
             for patch in image.reshape(-1, D):
-                gaps = [
-                    np.linalg.norm(patch - m) if g != group else np.inf for m, g in zip(bank, of, strict=True)
-                ]
+                gaps = [np.linalg.norm(patch - m) if g != group else np.inf for m, g in zip(bank, of, strict=True)]
                 found[int(np.argmin(gaps))].append(min(gaps))
         overall = np.mean([d for each in found for d in each])
         shrunk = np.array([(sum(each) + 3 * overall) / (len(each) + 3) for each in found])
@@ -338,9 +322,7 @@ def test_one_group_only_leaves_memories_uncalibrated():
     data = normals()
     data = Normals(data.source, data.rows, data.experts, np.zeros(12, dtype=np.int64))
     experts = fitted(
-        MemoryExperts(
-            MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=True), shape=(D, H, W)
-        ),
+        MemoryExperts(MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=True), shape=(D, H, W)),
         data,
     )
 
@@ -387,9 +369,7 @@ def test_subspace_residual_by_hand():
         basis = vectors[: int((share < 0.7).sum()) + 1]
         centred = features.flatten().double().numpy() - mean
         residual = (centred - basis.T @ (basis @ centred)).reshape(D, *grid)
-        np.testing.assert_allclose(
-            scores[0, place, 0], np.sqrt((residual**2).sum(axis=0)), rtol=1e-3, atol=1e-4
-        )
+        np.testing.assert_allclose(scores[0, place, 0], np.sqrt((residual**2).sum(axis=0)), rtol=1e-3, atol=1e-4)
 
 
 def layout_data(count=24):
@@ -469,9 +449,7 @@ def test_layouts_measure_the_detail_around_the_rebuilt_layout():
                         for d in range(D)
                     )
                     wanted = (total.sqrt() - detail.centre[expert]) / detail.std[expert]
-                    assert got[image, place_asked, row, column].item() == pytest.approx(
-                        wanted.item(), abs=1e-3
-                    )
+                    assert got[image, place_asked, row, column].item() == pytest.approx(wanted.item(), abs=1e-3)
 
 
 def test_layouts_see_what_is_smaller_than_their_cells():
@@ -582,9 +560,7 @@ def test_layouts_of_many_channels_in_the_coarsest_stage_can_be_fit():
     data = Normals(source, np.arange(12), np.arange(12) % 3, np.arange(12))
     experts = fitted(
         LayoutExperts(
-            LayoutExpertConfig(
-                fine=1 - 432 / width, cells=2, variance=0.9, components=10, own=0.5, max_images=100
-            ),
+            LayoutExpertConfig(fine=1 - 432 / width, cells=2, variance=0.9, components=10, own=0.5, max_images=100),
             shape=(width, 4, 4),
         ),
         data,

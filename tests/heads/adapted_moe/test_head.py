@@ -86,9 +86,7 @@ def fitted(data=None, **settings):
 
 def test_forward_is_route_adapt_ask_standardise_and_put_together():
     """Step by step through the parts, with the paper's settings; image by image."""
-    head = fitted(
-        expert="discriminator", routing="network", adaption="paper", top_k=2, temperature=0.3, border=1
-    )
+    head = fitted(expert="discriminator", routing="network", adaption="paper", top_k=2, temperature=0.3, border=1)
     features, _ = images(4, seed=2)
 
     out = head(features)
@@ -114,9 +112,7 @@ def test_forward_is_route_adapt_ask_standardise_and_put_together():
         kept = np.zeros(K)
         kept[best] = weights[best] / weights[best].sum()
         np.testing.assert_allclose(out.routing.weights[row], kept, rtol=1e-4)
-        assert out.routing.distance[row] == pytest.approx(
-            head.novelty(block_statistics(one)).min().item(), rel=1e-4
-        )
+        assert out.routing.distance[row] == pytest.approx(head.novelty(block_statistics(one)).min().item(), rel=1e-4)
     assert out.routing.adapted.all()
 
 
@@ -247,9 +243,7 @@ def test_adaption_paper_is_fitted_to_each_expert_own_images():
     assert type(head.branch.adaption) is PaperAdaption
     for expert in range(K):
         own = data.features.features[data.subclasses == expert]
-        torch.testing.assert_close(
-            head.branch.adaption.centres[expert], own.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(head.branch.adaption.centres[expert], own.mean(dim=(0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
 def test_noise_of_discriminators_shrinks_with_patches_of_length_one():
@@ -297,9 +291,7 @@ def test_scale_is_that_of_held_out_images_of_the_expert_own_subclass(expert):
         own = data.features.features[data.holdout & (data.subclasses == k)]
         scores = head.branch.experts(own[:, None], torch.full((len(own), 1), k))
         assert head.branch.scale_mean[k].item() == pytest.approx(scores.mean().item(), rel=1e-3, abs=1e-4)
-        assert head.branch.scale_std[k].item() == pytest.approx(
-            scores.std(correction=0).item(), rel=1e-3, abs=1e-4
-        )
+        assert head.branch.scale_std[k].item() == pytest.approx(scores.std(correction=0).item(), rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.parametrize("expert", ["memory", "subspace", "gaussian"])
@@ -356,9 +348,7 @@ def test_score_excluding_leaves_out_the_expert_of_the_own_subclass(routing):
     assert (out.routing.weights.gather(1, own[:, None]) == 0).all()
     everyone = torch.arange(K).expand(6, -1)
     scores = head.branch(features, statistics(features), everyone)[:, :, 0]
-    torch.testing.assert_close(
-        out.scores, aggregate(scores, out.routing.weights, how="paper"), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(out.scores, aggregate(scores, out.routing.weights, how="paper"), rtol=1e-3, atol=1e-4)
     assert (out.routing.distance > head(features).routing.distance).all()
 
 
@@ -366,9 +356,7 @@ def test_score_excluding_with_one_expert_uses_it():
     head = fitted(expert="gaussian", moe=False)
     features, _ = images(3, seed=2)
 
-    torch.testing.assert_close(
-        head.score_excluding(features, torch.zeros(3, dtype=torch.int64)), head(features)
-    )
+    torch.testing.assert_close(head.score_excluding(features, torch.zeros(3, dtype=torch.int64)), head(features))
 
 
 def test_the_threshold_between_layout_and_texture_is_a_setting():
@@ -489,9 +477,7 @@ def test_training_on_nothing_is_refused():
 
     with pytest.raises(DataError, match=r"no normal image to learn from\. Give it at least one"):
         head.begin(nothing)
-    with pytest.raises(
-        DataError, match=re.escape("No normal image is left to learn cloth/d from. Give these")
-    ):
+    with pytest.raises(DataError, match=re.escape("No normal image is left to learn cloth/d from. Give these")):
         head.begin(replace(data, names=(*data.names, "cloth/d")))
 
 

@@ -106,9 +106,7 @@ def test_routes_by_the_cosine_to_the_centres():
         x = net(few)[image].detach().numpy()
         for k in range(K):
             c = net.centres[k].numpy()
-            assert similarity[image, k].item() == pytest.approx(
-                (x @ c) / math.sqrt((x @ x) * (c @ c)), rel=1e-4
-            )
+            assert similarity[image, k].item() == pytest.approx((x @ c) / math.sqrt((x @ x) * (c @ c)), rel=1e-4)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
@@ -133,9 +131,7 @@ def stage(net):
 
 
 def one_loss(net, *, training):
-    return stage(net).loss(
-        images(6), torch.tensor([0, 1, 2, 0, 1, 2]), generator=torch.Generator(), training=training
-    )
+    return stage(net).loss(images(6), torch.tensor([0, 1, 2, 0, 1, 2]), generator=torch.Generator(), training=training)
 
 
 def test_gradient_reaches_convolution_and_classifier_but_not_the_centres():

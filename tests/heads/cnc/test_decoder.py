@@ -234,12 +234,8 @@ def test_an_image_does_not_depend_on_its_batch(residual):
 
 
 def test_new_weights_come_from_the_generator_alone():
-    first, again, other = (
-        decoder(experts=True, bottleneck=4, residual=0.5, start=seed) for seed in (0, 0, 1)
-    )
-    for (name, one), two, three in zip(
-        first.named_parameters(), again.parameters(), other.parameters(), strict=True
-    ):
+    first, again, other = (decoder(experts=True, bottleneck=4, residual=0.5, start=seed) for seed in (0, 0, 1))
+    for (name, one), two, three in zip(first.named_parameters(), again.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two), name
         if not (one == one.flatten()[0]).all():  # initial zeros and ones are not drawn
             assert not torch.equal(one, three), name

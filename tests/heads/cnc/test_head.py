@@ -155,9 +155,7 @@ def test_the_score_by_hand(pair, joint_levels):
         standard = (maps[b] - mean) / std
         expected = standard[:3].mean(0) + 0.7 * standard[3]
         torch.testing.assert_close(out.scores[b].flatten(), expected.float(), rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(
-            out.reconstruction[b].flatten(), maps[b, :3].mean(0).float(), rtol=1e-3, atol=1e-4
-        )
+        torch.testing.assert_close(out.reconstruction[b].flatten(), maps[b, :3].mean(0).float(), rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()
@@ -308,15 +306,10 @@ def test_the_decoders_loss_by_hand(pair, training):
         inputs, targets = (torch.cat([features[3:], part]) for part in (batch.features, batch.clean))
         assert not torch.equal(inputs, targets)
     tokens = pair.text.encode_context(head.guidance.learnt, "flawless surface")
-    decoded, uneven = head.decoder(
-        inputs.flatten(2).transpose(1, 2), tokens, generator=generator if training else None
-    )
+    decoded, uneven = head.decoder(inputs.flatten(2).transpose(1, 2), tokens, generator=generator if training else None)
     levels = levels_of(targets)
     distances = [
-        1 - cosine(levels[level][b, n], decoded[level][b, n])
-        for level in range(3)
-        for b in range(6)
-        for n in range(N)
+        1 - cosine(levels[level][b, n], decoded[level][b, n]) for level in range(3) for b in range(6) for n in range(N)
     ]
     embeddings = head.prompts(pair.text)
     encoded, reconstructed = (head.joint(tokens, [0, 1, 2]) @ embeddings.T for tokens in (levels, decoded))
@@ -405,9 +398,7 @@ def test_synthetic_anomalies_are_optional():
     data = fit_data(pair=TinyPair(DIMS), synthetic=False)
     for stage in start(data).stages(data):
         assert stage.synthetic is None
-        assert torch.isfinite(
-            stage.loss(images(2), torch.zeros(2), generator=seeded(), training=True)["loss"]
-        )
+        assert torch.isfinite(stage.loss(images(2), torch.zeros(2), generator=seeded(), training=True)["loss"])
 
 
 @torch.no_grad()
@@ -418,9 +409,7 @@ def test_scores_do_not_depend_on_the_batch_nor_on_train_mode(head):
     for row in range(5):
         alone = head(features[row : row + 1])
         torch.testing.assert_close(alone.scores[0], together.scores[row], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(
-            alone.reconstruction[0], together.reconstruction[row], rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(alone.reconstruction[0], together.reconstruction[row], rtol=1e-4, atol=1e-4)
     assert not head.training
 
 
@@ -454,9 +443,7 @@ def test_bf16_trains_close_to_32_bits(pair):
 
 @torch.no_grad()
 @pytest.mark.parametrize("moe", [True, False])
-@pytest.mark.parametrize(
-    ("guide", "text"), [("text", "auto"), ("free", "free"), ("off", "random"), ("free", "off")]
-)
+@pytest.mark.parametrize(("guide", "text"), [("text", "auto"), ("free", "free"), ("off", "random"), ("free", "off")])
 def test_a_loaded_head_scores_as_the_fitted_one(guide, text, moe):
     data = fit_data(pair=TinyPair(DIMS, layer_norm=True))
     changed = {"guide": guide, "prompts": {"text": text}, "moe": moe, "bottleneck": 4 * moe}

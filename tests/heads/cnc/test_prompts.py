@@ -169,9 +169,9 @@ def stage(net, *, text=None, source=None, epochs=8):
 def loss(net, *, text=None, source=None, training=True):
     data = fit_data()
     features = data.features.read([4, 5, 6])
-    return stage(net, text=text, source=source).loss(
-        features, torch.zeros(3), generator=seeded(9), training=training
-    )["loss"]
+    return stage(net, text=text, source=source).loss(features, torch.zeros(3), generator=seeded(9), training=training)[
+        "loss"
+    ]
 
 
 def cross_entropy(cosines, *, normal):

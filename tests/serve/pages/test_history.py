@@ -20,9 +20,7 @@ def store(tmp_path):
 
 
 def inspection(name, *, seconds=0, **fields):
-    outcome = Outcome(
-        image_path=name, **({"verdict": "normal", "pred_score": -0.25, "p_value": 0.5} | fields)
-    )
+    outcome = Outcome(image_path=name, **({"verdict": "normal", "pred_score": -0.25, "p_value": 0.5} | fields))
     received_at = NOW + timedelta(seconds=seconds)
     return Inspection(received_at=received_at, name=name, source="api", actor="@press", outcome=outcome)
 
@@ -88,9 +86,7 @@ def test_a_value_that_cannot_be_chosen_is_refused(given):
 
 
 def test_the_table_escapes_names_and_shows_missing_numbers_as_dashes():
-    text = table(
-        [inspection("<b>"), inspection("cut", verdict=None, pred_score=None, p_value=None, error="cut")]
-    )
+    text = table([inspection("<b>"), inspection("cut", verdict=None, pred_score=None, p_value=None, error="cut")])
     assert "&lt;b&gt;" in text
     assert "<b>" not in text
     assert text.count("–") == 4  # product of both; score and p-value of the second

@@ -71,9 +71,7 @@ def test_every_result_has_its_own_word_and_shape():
 
 @pytest.mark.parametrize("verdict_", ["normal", "anomalous", "unknown", None])
 def test_an_operator_reads_no_internal_terms(verdict_):
-    outcome = replace(
-        OUTCOME, verdict=verdict_, unseen=True, adapted=True, experts=(("red", 1.0),), category="cloth"
-    )
+    outcome = replace(OUTCOME, verdict=verdict_, unseen=True, adapted=True, experts=(("red", 1.0),), category="cloth")
     for text in html_of(replace(INSPECTION, outcome=outcome, name="a.png")):
         visible = text.replace("&lt;", "").lower()
         for term in ("expert", "adapted", "kind", "threshold"):

@@ -37,9 +37,7 @@ class Adaption(nn.Module):
     unit_length: bool = False
     """Adapted patches have length one."""
 
-    def fit(
-        self, samples: NDArray[np.float32], subclasses: NDArray[np.int64], experts: NDArray[np.int64]
-    ) -> None:
+    def fit(self, samples: NDArray[np.float32], subclasses: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """Fit on the statistics (n, 2D), the subclass (n,) and the expert (n,) of each training image."""
 
     @abstractmethod
@@ -108,9 +106,7 @@ class PaperAdaption(Adaption):
         self.register_buffer("centres", torch.zeros(1, width))
         self.register_buffer("stds", torch.ones(1, width))
 
-    def fit(
-        self, samples: NDArray[np.float32], subclasses: NDArray[np.int64], experts: NDArray[np.int64]
-    ) -> None:
+    def fit(self, samples: NDArray[np.float32], subclasses: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """Fit c_k and std_k."""
         mean, log_std = np.split(samples.astype(np.float64), 2, axis=1)
         centres, stds = [], []
@@ -162,9 +158,7 @@ class GuardedAdaption(Adaption):
         self.register_buffer("directions", torch.zeros(2 * width, config.directions))
         self.register_buffer("reader", torch.zeros(config.directions, 2 * width))
 
-    def fit(
-        self, samples: NDArray[np.float32], subclasses: NDArray[np.int64], experts: NDArray[np.int64]
-    ) -> None:
+    def fit(self, samples: NDArray[np.float32], subclasses: NDArray[np.int64], experts: NDArray[np.int64]) -> None:
         """Fit t, B and S."""
         means, within = covariance_within(samples, subclasses, shrinkage=self.config.shrinkage)
         found = min(self.directions.shape[1], len(means) - 1)

@@ -30,9 +30,7 @@ class ExpertBranch(nn.Module):
     scale_mean: Tensor  # (K,) of each expert's patch scores on held-out normals of its own subclass
     scale_std: Tensor  # (K,)
 
-    def __init__(
-        self, expert: ExpertConfig, adaption: AdaptionConfig, *, shape: tuple[int, int, int]
-    ) -> None:
+    def __init__(self, expert: ExpertConfig, adaption: AdaptionConfig, *, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.config = expert
         implementation = locate(f"normweave.heads.adapted_moe.experts.{expert.implementation}")

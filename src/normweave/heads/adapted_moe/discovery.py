@@ -23,9 +23,7 @@ class Agreement(NamedTuple):
     """Agreement of discovered with given subclasses."""
 
     adjusted_rand_index: float  # 1 = the same partition, 0 = as expected by chance
-    purity: (
-        float  # share of images whose given subclass is the most frequent one of their discovered subclass
-    )
+    purity: float  # share of images whose given subclass is the most frequent one of their discovered subclass
     found: int
     given: int
 
@@ -48,9 +46,7 @@ class Discovery:
         return np.asarray(log_likelihood.argmax(axis=1), dtype=np.int64)
 
 
-def discover(
-    samples: NDArray[np.float32], *, method: Literal["kmeans", "mixture"], most: int, seed: int
-) -> Discovery:
+def discover(samples: NDArray[np.float32], *, method: Literal["kmeans", "mixture"], most: int, seed: int) -> Discovery:
     """Cluster images by their statistics.
 
     Args:
@@ -94,9 +90,7 @@ def _kmeans(points: NDArray[np.float64], most: int, seed: int) -> Clusters:
         found = KMeans(number, n_init=10, random_state=seed).fit(points)
         if np.bincount(found.labels_, minlength=number).min() < FEWEST_IMAGES:
             continue
-        silhouette = silhouette_score(
-            points, found.labels_, sample_size=min(2000, len(points)), random_state=seed
-        )
+        silhouette = silhouette_score(points, found.labels_, sample_size=min(2000, len(points)), random_state=seed)
         if silhouette > best:
             centres = found.cluster_centers_
             best, clusters = silhouette, (centres, np.ones_like(centres), np.full(number, 1 / number))

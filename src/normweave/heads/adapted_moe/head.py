@@ -40,9 +40,7 @@ class AdaptedMoE(Head):
     `likelihood` scores the image by all experts; those with the lowest mean scores are chosen.
     """
 
-    def __init__(
-        self, config: AdaptedMoEConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, config: AdaptedMoEConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
         self.grid = shape[1:]
@@ -102,16 +100,11 @@ class AdaptedMoE(Head):
 
     def _statistics(self, source: FeatureSource) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the statistics of every image, and the block statistics, (n, 2D) each."""
-        both = [
-            (statistics(features).numpy(), block_statistics(features).numpy())
-            for _, features in batches(source)
-        ]
+        both = [(statistics(features).numpy(), block_statistics(features).numpy()) for _, features in batches(source)]
         samples, robust = zip(*both, strict=True)
         return np.concatenate(samples), np.concatenate(robust)
 
-    def _subclasses(
-        self, data: FitData, samples: NDArray[np.float32]
-    ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    def _subclasses(self, data: FitData, samples: NDArray[np.float32]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         """Return the subclass of each image and the names of the subclasses."""
         config = self.config
         given = bool((data.subclasses >= 0).all())

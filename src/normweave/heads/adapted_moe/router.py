@@ -58,9 +58,7 @@ class Router(nn.Module):
         embedding, width = self.kernel.shape[:2]
 
         def uniform(*shape: int, inputs: int) -> nn.Parameter:
-            return nn.Parameter(
-                torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-            )
+            return nn.Parameter(torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator))
 
         self.kernel = uniform(embedding, width, 3, 3, inputs=9 * width)
         self.bias = uniform(embedding, inputs=9 * width)
@@ -69,9 +67,7 @@ class Router(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return x of Eq. 1, (B, D, h, w) -> (B, C)."""
-        pooled = (
-            F.conv2d(features, self.kernel, self.bias, self.config.stride, padding=1).relu().mean(dim=(2, 3))
-        )
+        pooled = F.conv2d(features, self.kernel, self.bias, self.config.stride, padding=1).relu().mean(dim=(2, 3))
         return F.normalize(pooled, dim=1) if self.config.norm else pooled
 
     def losses(self, embedded: Tensor, subclasses: Tensor) -> dict[str, Tensor]:

@@ -83,9 +83,7 @@ def margin(similarity: Tensor, *, normal: int, temperature: float) -> Tensor:
 
 def distances(levels: Sequence[Tensor], decoded: Sequence[Tensor]) -> Tensor:
     """Return 1 - cos(E_l, D_l) at each position, (B, L, N), of encoded and decoded tokens (B, N, D_l) per level."""
-    return torch.stack(
-        [1 - F.cosine_similarity(E, D, dim=-1) for E, D in zip(levels, decoded, strict=True)], dim=1
-    )
+    return torch.stack([1 - F.cosine_similarity(E, D, dim=-1) for E, D in zip(levels, decoded, strict=True)], dim=1)
 
 
 def prompt_loss(

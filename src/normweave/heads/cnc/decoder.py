@@ -118,14 +118,11 @@ class Decoder(nn.Module):
         self.dropout = config.dropout
         self.read = nn.ModuleList(nn.Sequential(nn.LayerNorm(D), nn.Linear(D, width)) for D in dims)
         self.experts = GatedExperts(config.gating, width=width) if config.moe else None
-        self.narrow = (
-            nn.Sequential(nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)) if bottleneck else None
-        )
+        self.narrow = nn.Sequential(nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)) if bottleneck else None
         self.guide = NormalityGuide(config, tokens=width) if config.guide.tokens != "off" else None
         self.position = nn.Parameter(torch.zeros(cells, width))
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(Block(width=width, heads=config.heads) for _ in range(config.blocks)))
-            for _ in dims
+            nn.Sequential(*(Block(width=width, heads=config.heads) for _ in range(config.blocks))) for _ in dims
         )
         self.write = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, D)) for D in dims)
 
@@ -141,9 +138,7 @@ class Decoder(nn.Module):
         if self.experts is not None:
             self.experts.start(generator)
 
-    def forward(
-        self, tokens: Tensor, guidance: Tensor | None, *, generator: torch.Generator | None = None
-    ) -> Decoded:
+    def forward(self, tokens: Tensor, guidance: Tensor | None, *, generator: torch.Generator | None = None) -> Decoded:
         """Decode (B, N, D) concatenated tokens of all levels.
 
         Args:

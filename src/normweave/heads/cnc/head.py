@@ -61,9 +61,7 @@ class CNC(Head):
         if sum(dims) != shape[0]:
             raise ConfigError(f"The levels' widths {dims} must add up to {shape[0]} channels.")
         if absent := [level for level in chosen if not -len(dims) <= level < len(dims)]:
-            raise ConfigError(
-                f"head.prompts.joint_levels must be in {-len(dims)}..{len(dims) - 1}, got {absent}."
-            )
+            raise ConfigError(f"head.prompts.joint_levels must be in {-len(dims)}..{len(dims) - 1}, got {absent}.")
         self.config = config
         self.uses_text = config.prompts.text != "off" or config.guide.tokens == "text"
         self.synthetic_variants = config.synthetic.variants
@@ -114,14 +112,10 @@ class CNC(Head):
         if pair is not None and self.prompt_type != "off":
             mean = torch.zeros(data.features.shape[0]) if data.mean is None else data.mean
             std = torch.ones_like(mean) if data.std is None else data.std
-            raw = (
-                features * std[:, None, None] + mean[:, None, None] for _, features in batches(data.features)
-            )
+            raw = (features * std[:, None, None] + mean[:, None, None] for _, features in batches(data.features))
             self.joint.fit(pair.joint_maps(raw), mean=mean, std=std)
         joint_dim = 0 if self.prompt_type == "off" else self.joint.weight.shape[1]
-        self.prompts.start(
-            text, joint_dim=joint_dim, random=self.prompt_type == "random", generator=generator
-        )
+        self.prompts.start(text, joint_dim=joint_dim, random=self.prompt_type == "random", generator=generator)
         if self.decoder.guide is not None:
             tokens = self.guidance.start(self._guide_text(pair), width=self.config.width, generator=generator)
             self.decoder.guide.project = nn.Linear(tokens, self.config.width)
@@ -283,9 +277,7 @@ class DecoderStage(TrainingStage):
         levels = head.levels(targets)
         guidance = None if head.decoder.guide is None else head.guidance(self.guide_text)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            decoded, balance = head.decoder(
-                _tokens(inputs), guidance, generator=generator if training else None
-            )
+            decoded, balance = head.decoder(_tokens(inputs), guidance, generator=generator if training else None)
         decoded = tuple(level.float() for level in decoded)
         losses = {"reconstruction": distances(levels, decoded).mean(), "balance": balance.float()}
         loss = losses["reconstruction"] + config.gating.balance * losses["balance"]
@@ -298,12 +290,8 @@ class DecoderStage(TrainingStage):
             with torch.no_grad():
                 target = head.similarity(levels, prompts)
             losses["distillation"] = distillation(target, similarity)
-            losses["promotion"] = promotion(
-                similarity, normal=head.prompts.normal, temperature=weights.temperature
-            )
-            loss = (
-                loss + weights.distillation * losses["distillation"] + weights.promotion * losses["promotion"]
-            )
+            losses["promotion"] = promotion(similarity, normal=head.prompts.normal, temperature=weights.temperature)
+            loss = loss + weights.distillation * losses["distillation"] + weights.promotion * losses["promotion"]
         return losses | {"loss": loss}
 
 

@@ -47,9 +47,7 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
             content += part
             if len(content) > service.config.max_image_bytes:
                 most = f"{service.config.max_image_bytes:,}"
-                return JSONResponse(
-                    {"error": f"only images of up to {most} bytes are accepted."}, status_code=413
-                )
+                return JSONResponse({"error": f"only images of up to {most} bytes are accepted."}, status_code=413)
         image = Upload(name=name, content=bytes(content))
         (inspection,) = await service.inspect([image], source="page", actor=_person(request).name)
         return JSONResponse({"id": inspection.id})

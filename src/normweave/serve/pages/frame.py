@@ -20,9 +20,7 @@ from normweave.serve.watch import Watch
 TEMPLATE = "frame.html"
 LOGIN_SECONDS = 30.0
 """Interval between two checks of the token of an open page; authentication checks new connections only."""
-EMIT_ID = (
-    "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
-)
+EMIT_ID = "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
 """Click handler of a list: it sends the `data-id` of the row."""
 
 

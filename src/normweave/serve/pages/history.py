@@ -141,9 +141,7 @@ class HistoryPage(Page):
         products = {ANY: "all products"}
         for category, subclasses in self._service.detector.record["categories"].items():
             products[category] = category
-            products |= {
-                f"{category}\n{subclass}": verdict.product(category, subclass) for subclass in subclasses
-            }
+            products |= {f"{category}\n{subclass}": verdict.product(category, subclass) for subclass in subclasses}
         return products
 
     def _select(self, name: str, label: str, options: Mapping[str, str]) -> None:
@@ -269,9 +267,7 @@ def table(inspections: list[Inspection]) -> str:
 
 # ── export ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_OUTCOME = tuple(
-    column.name for column in Outcome.columns() if not column.in_file and column.name != "image_path"
-)
+_OUTCOME = tuple(column.name for column in Outcome.columns() if not column.in_file and column.name != "image_path")
 COLUMNS = (
     *("id", "received_at", "name", "source", "actor"),
     *_OUTCOME,

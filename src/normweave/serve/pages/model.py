@@ -164,9 +164,7 @@ class ModelPage(Page):
         return groups
 
     def _read_stored(self) -> Stored:
-        rows = self._service.store.scored_images(
-            self._service.detector.bundle_hash or "", newest=PREVIEW_IMAGES
-        )
+        rows = self._service.store.scored_images(self._service.detector.bundle_hash or "", newest=PREVIEW_IMAGES)
         return Stored(
             np.array([row.score for row in rows], dtype=np.float64),
             np.array([-1 if row.routed is None else row.routed for row in rows], dtype=np.int64),

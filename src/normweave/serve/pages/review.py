@@ -50,9 +50,7 @@ class ReviewPage(Page):
 
     path = "/review"
     title = "Review"
-    purpose = (
-        "Decide for each part whether it is good. Your decision is stored beside the verdict of the model."
-    )
+    purpose = "Decide for each part whether it is good. Your decision is stored beside the verdict of the model."
     position = 2
 
     def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:

@@ -27,9 +27,7 @@ class Viewer(Element, component="viewer.js"):
             props["missing"] = "No image yet."
         elif inspection.image is None:
             unreadable = inspection.outcome.error is not None
-            props["missing"] = (
-                "The image could not be read." if unreadable else "The image is no longer stored."
-            )
+            props["missing"] = "The image could not be read." if unreadable else "The image is no longer stored."
         else:
             outcome = inspection.outcome
             address = f"/v1/inspections/{inspection.id}"

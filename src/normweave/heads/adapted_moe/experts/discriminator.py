@@ -26,9 +26,7 @@ class DiscriminatorExperts(Experts):
 
     momentum = 0.1
 
-    def __init__(
-        self, config: DiscriminatorExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0
-    ) -> None:
+    def __init__(self, config: DiscriminatorExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:
         super().__init__()
         self.config = config
         self.noise = config.noise * unit
@@ -46,9 +44,7 @@ class DiscriminatorExperts(Experts):
         hidden, width = self.weight.shape[1:]
 
         def uniform(*shape: int, inputs: int) -> nn.Parameter:
-            return nn.Parameter(
-                torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
-            )
+            return nn.Parameter(torch.empty(shape).uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator))
 
         self.weight = uniform(experts, hidden, width, inputs=width)
         self.bias = uniform(experts, hidden, inputs=width)
@@ -67,9 +63,7 @@ class DiscriminatorExperts(Experts):
 
         With `training` the batch norm uses the statistics of these patches and updates its running statistics.
         """
-        hidden = torch.baddbmm(
-            self.bias[experts, None], patches, self.weight[experts].transpose(1, 2)
-        )  # (E, n, H)
+        hidden = torch.baddbmm(self.bias[experts, None], patches, self.weight[experts].transpose(1, 2))  # (E, n, H)
         if training:
             mean, variance = hidden.mean(dim=1), hidden.var(dim=1, correction=0)  # (E, H) each
             with torch.no_grad():
@@ -142,7 +136,5 @@ class DiscriminatorStage(TrainingStage):
         return {"loss": normal_loss + noised_loss, "normal": normal_loss, "noised": noised_loss}
 
     def _draw(self, patches: Tensor, generator: torch.Generator) -> Tensor:
-        rows = torch.randint(
-            len(patches), (self.experts.config.patches,), generator=generator, device=generator.device
-        )
+        rows = torch.randint(len(patches), (self.experts.config.patches,), generator=generator, device=generator.device)
         return patches[rows.to(patches.device)]

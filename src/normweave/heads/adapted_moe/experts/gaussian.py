@@ -22,9 +22,7 @@ class GaussianExperts(Experts):
 
     default_adaption = "full"
 
-    def __init__(
-        self, config: GaussianExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0
-    ) -> None:
+    def __init__(self, config: GaussianExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:
         super().__init__()
         self.config = config
         channels = fine_channels(config.fine, shape[0])
@@ -49,9 +47,7 @@ class GaussianExperts(Experts):
         mixed = (1 - self.config.pooled) * own + self.config.pooled * together
         variance = mixed.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-6)  # (K,)
         identity = torch.eye(channels, dtype=torch.float64)
-        shrunk = (1 - self.config.shrinkage) * mixed + self.config.shrinkage * variance[
-            :, None, None
-        ] * identity
+        shrunk = (1 - self.config.shrinkage) * mixed + self.config.shrinkage * variance[:, None, None] * identity
         factor = torch.linalg.cholesky(shrunk)
         whitener = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
         self.whitener = whitener.float()

@@ -70,8 +70,7 @@ class LayoutExperts(Experts):
         chosen = experts.reshape(B * S, experts.shape[1] // S)  # of each of these; S = 1 or T
         residuals = [view.residual(images) for view in self._views]
         fine, coarse, fine_last, coarse_last = (
-            to_grid(view(residual, chosen), (h, w))
-            for view, residual in zip(self._views, residuals, strict=True)
+            to_grid(view(residual, chosen), (h, w)) for view, residual in zip(self._views, residuals, strict=True)
         )
         maps = torch.maximum(torch.maximum(fine, coarse), self.detail(images, residuals[0], chosen))
         both = torch.stack([maps, 0.5 * (fine_last + coarse_last)], dim=2)  # (B*S, T/S, 2, h, w)
@@ -175,8 +174,7 @@ class View(nn.Module):
             """Return own * measure(images of the expert) + (1 - own) * measure(all images), a row for each expert."""
             return torch.stack(
                 [
-                    self.config.own * measure(rows, expert)
-                    + (1 - self.config.own) * measure(residual, expert)
+                    self.config.own * measure(rows, expert) + (1 - self.config.own) * measure(residual, expert)
                     for expert, rows in enumerate(owned)
                 ]
             )
@@ -277,9 +275,7 @@ class Detail(nn.Module):
         moments = torch.zeros(K, 2, dtype=torch.float64)  # of each expert's scores and their squares
         for batch, rest in self._rests(normals, chosen, left_out):
             own = self._distance(rest, experts[batch][:, None]).double().flatten(1)  # (B, P)
-            moments.index_add_(
-                0, experts[batch], torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1)
-            )
+            moments.index_add_(0, experts[batch], torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1))
         first, second = (moments / counts[:, None]).unbind(dim=1)
         self.centre = first.float()
         self.std = (second - first.square()).clamp_min(0).sqrt().float() + tiny

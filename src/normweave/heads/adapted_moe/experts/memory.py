@@ -52,25 +52,19 @@ class MemoryExperts(Experts):
             if self.config.calibrated:
                 self.usual[expert, : len(patches)] = self._measure(normals, expert, patches, groups)
 
-    def _store(
-        self, normals: Normals, expert: int, generator: torch.Generator
-    ) -> tuple[Tensor, NDArray[np.int64]]:
+    def _store(self, normals: Normals, expert: int, generator: torch.Generator) -> tuple[Tensor, NDArray[np.int64]]:
         """Return the coreset (M, D) of an expert and the group of each patch (M,)."""
         own = np.flatnonzero(normals.experts == expert)
         own = own[torch.randperm(len(own), generator=generator)[: self.config.max_pool].sort().values.numpy()]
         each = max(1, self.config.max_pool // len(own))
         pool, groups = [], []
         for row in own:
-            drawn = draw_patches(
-                normals.source, normals.rows[row : row + 1], at_most=each, generator=generator
-            )
+            drawn = draw_patches(normals.source, normals.rows[row : row + 1], at_most=each, generator=generator)
             pool.append(drawn)
             groups.append(np.full(len(drawn), normals.groups[row]))
         patches = torch.cat(pool)  # (N, D)
         keep = min(self.config.max_patches, len(patches))
-        chosen = coreset(
-            project(patches, self.config.projection, generator=generator), keep, generator=generator
-        )
+        chosen = coreset(project(patches, self.config.projection, generator=generator), keep, generator=generator)
         return patches[chosen], np.concatenate(groups)[chosen.numpy()]
 
     def _measure(self, normals: Normals, expert: int, patches: Tensor, groups: NDArray[np.int64]) -> Tensor:

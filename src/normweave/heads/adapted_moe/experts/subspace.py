@@ -25,9 +25,7 @@ class SubspaceExperts(Experts):
 
     default_adaption = "off"
 
-    def __init__(
-        self, config: SubspaceExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0
-    ) -> None:
+    def __init__(self, config: SubspaceExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:
         super().__init__()
         self.config = config
         D, h, w = shape
@@ -42,9 +40,7 @@ class SubspaceExperts(Experts):
         found = []
         for expert in range(normals.number):
             own = np.flatnonzero(normals.experts == expert)
-            drawn = (
-                torch.randperm(len(own), generator=generator)[: self.config.max_images].sort().values.numpy()
-            )
+            drawn = torch.randperm(len(own), generator=generator)[: self.config.max_images].sort().values.numpy()
             flat = torch.cat(
                 [self._flat(features[:, None])[:, 0] for _, features in normals.batches(own[drawn])]
             )  # (n, F)

@@ -32,7 +32,7 @@ from normweave.network.base import Network
 from normweave.outcome import boxes
 from normweave.outcome.operating_point import Calibration
 from normweave.scoring import ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map
-from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, RawOutput, Sample, Tile
+from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
 
 AHEAD = 2  # batches decoded while the network works
 WORKERS = 2  # threads that decode
@@ -222,8 +222,7 @@ class Detector:
         readable = [image.pixels for image in batch if image.pixels is not None]
         if not readable:
             return [None] * len(batch)
-        pixels = np.concatenate(readable)
-        scored = self._in_batches(len(pixels), lambda part: self.network(pixels[part]), size or self.batch_images)
+        scored = TileScores.compute(self.network, np.concatenate(readable), self.config, size=size)
         ends = np.cumsum([len(image.tiles) for image in batch])
         return [
             None if image.pixels is None else scored.part(int(end) - len(image.tiles), int(end))
@@ -239,11 +238,7 @@ class Detector:
         """
         if tiles is None:
             return Outcome(image_path=image.path, error=image.error, model=self.model)
-        if self.operating_points is None:
-            raise BundleError(
-                "This detector has no operating point. Calibrate it with normal images: normweave calibrate."
-            )
-        calibration, map_threshold = self.operating_points
+        calibration, map_threshold = self._require_operating_points()
         scored = ImageScore.of(tiles)
         decision = calibration.decide(score=scored.score, distance=scored.distance, subclass=scored.subclass)
         height, width = image.size
@@ -379,14 +374,6 @@ class Detector:
             if progress is not None:
                 progress("scoring", min(first + size, len(starts) - 1), len(starts) - 1)
 
-    def _in_batches(self, count: int, network: Callable[[slice], RawOutput], size: int) -> TileScores:
-        return TileScores.concatenate(
-            [
-                TileScores.of(network(slice(start, min(start + size, count))), self.config)
-                for start in range(0, count, size)
-            ]
-        )
-
     # ---------------------------------------------------------------- operating points
 
     def calibrate(
@@ -461,16 +448,20 @@ class Detector:
             CheckError: there are too few held-out images for this rate.
             BundleError: no operating point has been computed.
         """
-        if self.operating_points is None:
-            raise BundleError("This detector has no operating point. Calibrate it with normal images first.")
+        points = self._require_operating_points()
         other = copy(self)
         outcome = replace(self.config.outcome, false_alarm_rate=false_alarm_rate)
         other.config = replace(self.config, outcome=outcome)
-        other.operating_points = self.operating_points._replace(
-            calibration=self.operating_points.calibration.with_rate(false_alarm_rate)
-        )
+        other.operating_points = points._replace(calibration=points.calibration.with_rate(false_alarm_rate))
         other.record = self.record | {"config": settings.as_dict(other.config)}
         return other
+
+    def _require_operating_points(self) -> OperatingPoints:
+        if self.operating_points is None:
+            raise BundleError(
+                "This detector has no operating point. Calibrate it with normal images: normweave calibrate."
+            )
+        return self.operating_points
 
     # ---------------------------------------------------------------- on disk
 

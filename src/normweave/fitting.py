@@ -385,9 +385,6 @@ def _name_discovered(detector: Detector, chosen: FittedRows, *, cache: Path | No
 def _record(config: Config, network: TorchNetwork, division: splits.Division) -> dict[str, Any]:
     assert network.rows is not None
     images = network.rows.images
-    content = dict(zip(images.samples, images.hashes, strict=True))
-    fitted = sorted(content[sample] for sample in division.fit)
-    calibration = sorted(content[sample] for sample in division.calibration)
     packages = ("torch", "timm", "numpy", "pillow", *config.features.packages)
     return {
         "model": config.model,
@@ -399,14 +396,22 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
         "preparation": Preparation(config.prepare).as_dict(),
         "precision": "float32",
         "seed": config.seed,
-        "fit_images": len(fitted),
-        "calibration_images": len(calibration),
+        **data_record(images, division),
         "refused": [[refusal.image_path, refusal.reason] for refusal in images.refused],
-        "data_fingerprint": rows.fingerprint(images.hashes),
-        "fit_hashes": [text[:HASH_LETTERS] for text in fitted],
-        "calibration_hashes": [text[:HASH_LETTERS] for text in calibration],
         "software": {"normweave": __version__, "python": platform.python_version()}
         | {name: version(name) for name in packages},
+    }
+
+
+def data_record(images: rows.Rows, division: splits.Division) -> dict[str, Any]:
+    """Return which images were used for what, as the record of a detector holds it."""
+    content = dict(zip(images.samples, images.hashes, strict=True))
+    return {
+        "fit_images": len(division.fit),
+        "calibration_images": len(division.calibration),
+        "data_fingerprint": rows.fingerprint(images.hashes),
+        "fit_hashes": [text[:HASH_LETTERS] for text in sorted(content[each] for each in division.fit)],
+        "calibration_hashes": [text[:HASH_LETTERS] for text in sorted(content[each] for each in division.calibration)],
     }
 
 

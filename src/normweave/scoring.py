@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,6 +39,28 @@ class TileScores(NamedTuple):
         peaks = image_score.from_maps(smooth).astype(np.float64)
         scores = peaks if raw.image_scores is None else raw.image_scores.astype(np.float64)
         return cls(raw, scores, peaks)
+
+    @classmethod
+    def compute(
+        cls,
+        network: Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutput],
+        pixels: NDArray[np.uint8],
+        config: Config,
+        *,
+        excluded: NDArray[np.int64] | None = None,
+        size: int | None = None,
+    ) -> TileScores:
+        """Score (n, 3, height, width) prepared pixels in passes of at most `size` tiles.
+
+        Args:
+            excluded: (n,) the subclass of each tile whose expert is left out.
+            size: default: `batch_images` of the features.
+        """
+        size = size or config.features.batch_images
+        passes = [slice(start, start + size) for start in range(0, len(pixels), size)]
+        return cls.concatenate(
+            [cls.of(network(pixels[part], None if excluded is None else excluded[part]), config) for part in passes]
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[TileScores]) -> TileScores:

@@ -24,9 +24,9 @@ from normweave.bridges.peers import PREFIX, PeerPlan
 from normweave.data import rows, splits
 from normweave.data.images import decode
 from normweave.data.prepare import Preparation
-from normweave.detector import HASH_LETTERS, Detector
+from normweave.detector import Detector
 from normweave.errors import BundleError
-from normweave.fitting import divide, rows_of
+from normweave.fitting import data_record, divide, rows_of
 from normweave.network.base import Network
 from normweave.outcome.operating_point import Calibration
 from normweave.types import RawOutput, Sample, Tile
@@ -54,20 +54,12 @@ def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Detector:
         np.random.seed(config.seed)  # noqa: NPY002 - anomalib's coreset draws from it
         model = build(plan, work=Path(work))
         _train(model, plan, images, rows_of(images, division.fit), Path(work), device)
-    contents = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
     detector = Detector(
         AnomalibNetwork(model, device=device),
         config=config,
         subclass_names=(),
         subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
-        record={
-            "model": PREFIX + plan.name,
-            "fit_images": len(division.fit),
-            "calibration_images": len(division.calibration),
-            "data_fingerprint": rows.fingerprint(images.hashes),
-            "fit_hashes": [contents[each.image_path][:HASH_LETTERS] for each in division.fit],
-            "calibration_hashes": [contents[each.image_path][:HASH_LETTERS] for each in division.calibration],
-        },
+        record={"model": PREFIX + plan.name, **data_record(images, division)},
         refused=images.refused,
     )
     detector.draw_operating_points(images, rows_of(images, division.calibration), config.outcome)

@@ -113,14 +113,7 @@ def check_parity(
     def scored(
         network: Callable[[NDArray[np.uint8], NDArray[np.int64] | None], RawOutput], excluded: NDArray[np.int64] | None
     ) -> TileScores:
-        size = config.features.batch_images
-        parts = [slice(start, start + size) for start in range(0, len(pixels), size)]
-        return TileScores.concatenate(
-            [
-                TileScores.of(network(pixels[part], None if excluded is None else excluded[part]), config)
-                for part in parts
-            ]
-        )
+        return TileScores.compute(network, pixels, config, excluded=excluded)
 
     def by_torch(pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None) -> RawOutput:
         with torch.inference_mode():

@@ -114,7 +114,12 @@ class TorchNetwork(Network):
         self.cache_gib = cache_gib
         self._graph = graph
         self.can_exclude = head.can_exclude
-        self.parameters = sum(each.numel() for each in self.tensors().values() if each.is_floating_point())
+        self.parameters = sum(
+            each.numel()
+            for part in (extractor, standard, head)
+            for each in part.state_dict().values()
+            if each.is_floating_point()
+        )
 
     def __call__(self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None) -> RawOutput:
         """Return the raw outputs of (n, 3, height, width) prepared pixels."""

@@ -33,6 +33,7 @@ from normweave.features import pair as feature_pair
 from normweave.features.frozen import FrozenFeatures
 from normweave.features.standardize import ChannelStandardizer, StandardizedFeatures
 from normweave.heads import build as build_head
+from normweave.heads.base import Head
 from normweave.network import OPENVINO, open_graph
 from normweave.network.quantize import quantize_backbone
 from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
@@ -94,6 +95,52 @@ def fit(
     source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
 
     chosen = FittedRows(images, rows_of(images, division.fit), rows_of(images, division.calibration))
+    standard, head = fit_head(
+        chosen,
+        extractor,
+        source,
+        config,
+        cache=folder,
+        cache_gib=cache_gib,
+        work=work,
+        resume=resume,
+        device=device,
+        progress=progress,
+    )
+    network = TorchNetwork(extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen)
+    detector = Detector(
+        network,
+        config=config,
+        subclass_names=head.subclass_names,
+        subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
+        record=_record(config, network, division),
+        refused=images.refused,
+    )
+    _name_discovered(detector, chosen, cache=folder)
+    detector.record |= _subclass_record(detector)
+    detector.draw_operating_points(images, chosen.calibration, config.outcome, cache=folder)
+    return detector
+
+
+def fit_head(
+    chosen: FittedRows,
+    extractor: FrozenFeatures,
+    source: FeatureSource,
+    config: Config,
+    *,
+    cache: Path | None,
+    cache_gib: float,
+    work: Path | None,
+    resume: bool,
+    device: str,
+    progress: Progress | None,
+) -> tuple[ChannelStandardizer, Head]:
+    """Fit the standardisation of the channels and the head on the fit rows; the backbone is frozen.
+
+    Args:
+        source: features of all rows of `chosen.images`.
+        cache, cache_gib, work, resume, device: as in `fit`.
+    """
     standard = ChannelStandardizer(channels=source.shape[0])
     standard.fit(_Part(source, chosen.fit))
     head = build_head(config.head, shape=source.shape, dims=extractor.dims)
@@ -109,33 +156,20 @@ def fit(
             standard,
             fit_data,
             variants=head.synthetic_variants,
-            cache=folder,
+            cache=cache,
             max_gib=cache_gib,
             progress=progress,
         ),
     )
     if work is not None:  # a checkpoint is valid only for the same features of the same images
-        keys = [extractor.fingerprint, *(images.keys[row] for row in chosen.fit)]
+        keys = [extractor.fingerprint, *(chosen.images.keys[row] for row in chosen.fit)]
         work = work / rows.fingerprint(keys)[:HASH_LETTERS]
     head.begin(fit_data)
     for stage in head.stages(fit_data):
         training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
     head.to("cpu")
     head.finish(fit_data)
-
-    network = TorchNetwork(extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen)
-    detector = Detector(
-        network,
-        config=config,
-        subclass_names=head.subclass_names,
-        subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
-        record=_record(config, network, division),
-        refused=images.refused,
-    )
-    _name_discovered(detector, chosen, cache=folder)
-    detector.record |= _subclass_record(detector)
-    detector.draw_operating_points(images, chosen.calibration, config.outcome, cache=folder)
-    return detector
+    return standard, head
 
 
 def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:

@@ -109,6 +109,16 @@ def content_hash(source: ImageInput) -> str:
         raise _unreadable(path, error) from error
 
 
+def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
+    """Return pixels (3, H, W) as a PIL image."""
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def as_pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """Return an RGB image of PIL as (3, H, W)."""
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
 def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArray[np.bool_]:
     """Return the defect pixels (H, W) from an image, or from a text file of boxes.
 

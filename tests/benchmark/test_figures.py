@@ -30,7 +30,7 @@ METHODS = ("One", "Two", "Three", "Four", "Image")
 
 @pytest.fixture
 def made(tmp_path: Path):
-    """Return a plan, results and artifacts of its runs, and the samples."""
+    """Return a plan, results of its runs, their folds, and the folder of their artifacts."""
     plan_path = tmp_path / "plan.yaml"
     plan_path.write_text(PLAN)
     plan = read_plan(plan_path)
@@ -92,12 +92,14 @@ def made(tmp_path: Path):
                     "test_ms": 1.0,
                 }
             )
-    return plan, results, {"My cloth!": samples}, runs
+    (item,) = plan.data
+    divisions = {(item.name, "given", seed): item.folds(samples, "given", seed=seed) for seed in plan.seeds}
+    return plan, results, divisions, runs
 
 
 def drawn(made, folder: Path):
-    plan, results, data, runs = made
-    return draw(plan, results, make_rows(plan, results), data, runs=runs, folder=folder)
+    plan, results, divisions, runs = made
+    return draw(plan, results, make_rows(plan, results), divisions, runs=runs, folder=folder)
 
 
 def test_every_figure_of_the_plan_is_drawn(made, tmp_path: Path):
@@ -160,7 +162,7 @@ def test_the_same_results_give_the_same_figures(made, tmp_path: Path):
 
 
 def test_failed_runs_are_left_out(made, tmp_path: Path):
-    plan, results, data, runs = made
+    plan, results, divisions, runs = made
     broken = [
         {key: result[key] for key in ("method", "data", "protocol", "fold", "seed")} | {"error": "no memory"}
         if result["method"] == "Two"
@@ -169,7 +171,7 @@ def test_failed_runs_are_left_out(made, tmp_path: Path):
     ]
     drawn(made, tmp_path / "figures")
     (tmp_path / "figures" / "notes.txt").write_text("a file of the user")
-    drawn((plan, broken, data, runs), tmp_path / "figures")
+    drawn((plan, broken, divisions, runs), tmp_path / "figures")
     assert (tmp_path / "figures" / "notes.txt").exists()
     names = texts(tmp_path / "figures" / "methods-my-cloth-given-seen.svg")
     assert "Two" not in names
@@ -178,10 +180,11 @@ def test_failed_runs_are_left_out(made, tmp_path: Path):
 
 
 def test_unreadable_images_and_masks_are_grey(made, tmp_path: Path):
-    _, _, data, _ = made
+    _, _, divisions, _ = made
+    ((fold,), *_) = divisions.values()
     (tmp_path / "test1.png").write_bytes(b"no image")
     (tmp_path / "mask3.png").write_bytes(b"no mask")
-    first, *_, last = [sample for sample in data["My cloth!"] if sample.label == "anomalous"]
+    first, *_, last = [sample for sample in fold.tests["seen"] if sample.label == "anomalous"]
     assert {int(value) for value in np.unique(image_and_mask(first)[0])} == {128}
     assert np.unique(image_and_mask(last)[1]).tolist() == [0.5]
     drawn(made, tmp_path / "figures")

@@ -1,6 +1,7 @@
 """A table is made once: finished runs are not repeated, failures are rows with their reason."""
 
 import json
+import multiprocessing
 import sys
 import threading
 import time
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from normweave.benchmark.plan import read_plan
-from normweave.benchmark.run import Run, fit_peer, list_runs, read_samples, run
+from normweave.benchmark.run import Run, divide, fit_peer, list_runs, read_samples, run
 from normweave.bridges import peers
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.textiles import SEEN, make_textures
@@ -35,13 +36,17 @@ FAILING = "{name: Cannot be, model: dfm, set: [outcome.false_alarm_rate=0.001]}"
 @pytest.mark.slow
 def test_a_plan_becomes_a_table_and_is_not_run_twice(tmp_path: Path):
     plan = tmp_path / "small.yaml"
-    plan.write_text(PLAN)
+    plan.write_text(PLAN.replace("methods:", "  - {name: absent, path: absent}\nmethods:"))
     output = tmp_path / "results"
     rows = run(plan, output=output, cache=tmp_path / "cache")
-    *good, failed = rows
+    *good, over_all, _, failed, absent = rows
     assert {(row["method"], row["side"]) for row in good} == {("DFM", "seen"), ("DFM", "unseen")}
+    assert over_all["image_auroc"] == pytest.approx(sum(row["image_auroc"] for row in good) / 2)
+    assert over_all["false_alarm_rate_groups"] == 10  # one for the good test images of each subclass
+    assert over_all["false_alarm_rate_promised"] == pytest.approx(0.05)
     assert (failed["method"], failed["side"], failed["failed_runs"]) == ("Cannot be", None, 1)
     assert "CheckError" in failed["error"]
+    assert (absent["method"], absent["data"]) == ("(every method)", "absent")
     for row in good:
         assert row["inference_ms"] > 0
         assert row["peak_mib"] > 100  # torch alone
@@ -119,6 +124,57 @@ def test_parts_of_one_category_say_where_it_stands_twice(tmp_path):
         read_samples(read_plan(plan).data[0], tmp_path, tmp_path / "results")
 
 
+UNUSABLE = """
+title: Some sets cannot be used
+data:
+  - {name: absent, path: absent, protocols: [seen]}
+  - {name: shared, path: shared.csv, protocols: [given]}
+  - {name: single, path: single.csv, protocols: [given, leave-one-subclass-out]}
+  - {name: untested, path: untested.csv, protocols: [seen]}
+methods:
+  - {name: Bank, model: patchcore}
+seeds: [0, 1]
+"""
+
+
+@pytest.fixture
+def unusable(tmp_path: Path) -> Path:
+    """A plan of sets none of which can be trained: absent, a file in train and test, few images, no test image."""
+    for number, name in enumerate("abc"):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{name}.png")
+    (tmp_path / "shared.csv").write_text("image_path,split\na.png,train\na.png,test\n")
+    (tmp_path / "single.csv").write_text("image_path,split,label\na.png,train,\nb.png,test,\nc.png,test,bad\n")
+    (tmp_path / "untested.csv").write_text("image_path,split\na.png,train\nb.png,train\n")
+    plan = tmp_path / "unusable.yaml"
+    plan.write_text(UNUSABLE)
+    return plan
+
+
+def test_a_set_that_cannot_be_read_or_divided_is_a_row_and_the_others_go_on(unusable: Path, tmp_path: Path):
+    plan = read_plan(unusable)
+    divisions, failed = divide(plan, tmp_path, tmp_path / "results")
+    assert list(divisions) == [
+        (*where, seed) for where in (("single", "given"), ("untested", "seen")) for seed in (0, 1)
+    ]
+    assert [item.seed for item, _ in list_runs(plan, divisions, tmp_path)] == [0, 1, 0, 1]
+    reasons = {(row["data"], row["protocol"]): row["error"] for row in failed}
+    assert len(failed) == 6  # one for each seed
+    assert "absent" in reasons["absent", "seen"]
+    assert "The same file is in train and test" in reasons["shared", "given"]
+    assert "at least two subclasses" in reasons["single", "leave-one-subclass-out"]
+
+
+@pytest.mark.slow
+def test_reasons_of_sets_and_of_runs_are_in_the_table(unusable: Path, tmp_path: Path):
+    with pytest.raises(DataError, match=r"unusable\.md"):
+        run(unusable, output=tmp_path / "results", root=tmp_path, cache=tmp_path / "cache")
+    text = (tmp_path / "results" / "unusable.md").read_text()
+    assert "| (every method) | shared | given | all | 0, 1 | DataError: The same file" in text
+    assert "| Bank | single | given | all | 0, 1 | DataError: 1 normal train images." in text
+    assert "| Bank | untested | seen | all | 0, 1 | DataError: Fold 'all' has no test images." in text
+    assert "shared,given" in (tmp_path / "results" / "unusable.csv").read_text()
+
+
 @pytest.mark.slow
 def test_a_run_that_the_system_ends_is_a_row_and_is_tried_again(tmp_path: Path):
     """As when memory runs out: the other runs go on."""
@@ -127,19 +183,19 @@ def test_a_run_that_the_system_ends_is_a_row_and_is_tried_again(tmp_path: Path):
     output = tmp_path / "results"
 
     def kill_the_next() -> None:
-        while not (found := [child for child in psutil.Process().children() if "spawn_main" in str(child.cmdline())]):
+        while not (found := multiprocessing.active_children()):
             time.sleep(0.01)
-        found[0].kill()
+        psutil.Process(found[0].pid).kill()
 
     def kill_the_second(what: str, number: int, total: int) -> None:
         if number == 1:
             threading.Thread(target=kill_the_next).start()
 
-    *good, failed = run(plan, output=output, cache=tmp_path / "cache", progress=kill_the_second)
+    *good, _, _, failed = run(plan, output=output, cache=tmp_path / "cache", progress=kill_the_second)
     assert {row["method"] for row in good} == {"DFM"}
     assert failed["error"] == "The process of the run ended with signal 9."
     assert (
-        "| Cannot be | cloth | all | 0 | The process of the run ended with signal 9. |"
+        "| Cannot be | cloth | given | all | 0 | The process of the run ended with signal 9. |"
         in (output / "small.md").read_text()
     )
     assert len(list((output / "small.runs").glob("*.json"))) == 1
@@ -162,7 +218,9 @@ def test_peers_stand_in_the_table_and_what_they_cannot_do_too(tmp_path: Path):
     )
     text = plan.read_text().replace("seeds:", "  - {name: Dino, model: anomalib/dinomaly}\nseeds:")
     plan.write_text(text)
-    *rows, dino = run(plan, output=tmp_path / "results", cache=tmp_path / "cache")
+    *rows, dino = (
+        row for row in run(plan, output=tmp_path / "results", cache=tmp_path / "cache") if row["data"] != "(all)"
+    )
 
     peer = {row["side"]: row for row in rows if row["method"] == "P"}
     assert set(peer) == {"seen", "unseen"}
@@ -208,8 +266,8 @@ def test_a_further_seed_or_protocol_repeats_nothing(tmp_path: Path):
         plan = tmp_path / "small.yaml"
         plan.write_text(text)
         read = read_plan(plan)
-        samples = {"cloth": read_samples(read.data[0], tmp_path, tmp_path / "results")}
-        return {item.key for item in list_runs(read, samples, tmp_path)}
+        divisions, _ = divide(read, tmp_path, tmp_path / "results")
+        return {item.key for item, _ in list_runs(read, divisions, tmp_path)}
 
     first = keys(PLAN)
     assert len(first) == 2

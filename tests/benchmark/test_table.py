@@ -241,7 +241,9 @@ def test_failed_runs_are_rows_with_a_reason(many):
             "failed_runs": 2,
         }
     ]
-    assert "| Plain | both | all | 1 | RuntimeError: no \\| memory left |" in markdown(plan, rows, results, [])
+    assert "| Plain | both | seen | all | 0, 1 | RuntimeError: no \\| memory left |" in markdown(
+        plan, rows, results, []
+    )
     assert "RuntimeError: no | memory" in html(plan, rows, results, [])
 
 

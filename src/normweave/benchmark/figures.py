@@ -18,7 +18,7 @@ from normweave.atomic import write_atomically
 from normweave.benchmark import artifacts
 from normweave.benchmark.artifacts import RunArtifacts
 from normweave.benchmark.plan import DataPlan, MethodPlan, Plan
-from normweave.benchmark.protocols import Fold
+from normweave.benchmark.protocols import Divisions, Fold
 from normweave.benchmark.table import MEAN, Figure, Result
 from normweave.bridges import peers
 from normweave.config import Config
@@ -75,7 +75,7 @@ def draw(
     plan: Plan,
     results: Sequence[Result],
     rows: Sequence[Mapping[str, Any]],
-    data: Mapping[str, Sequence[Sample]],
+    divisions: Divisions,
     *,
     runs: Path,
     folder: Path,
@@ -87,7 +87,7 @@ def draw(
     Args:
         results: results of `run`; failed ones are left out.
         rows: rows of the table.
-        data: samples of each data set of the plan.
+        divisions: the folds of the runs.
         runs: folder with the artifacts of the runs.
     """
     from matplotlib import rc_context
@@ -124,7 +124,7 @@ def draw(
                 f"{part.heading}. I-AUROC of each subclass, mean and standard deviation over seeds; bars start at "
                 "chance.",
             )
-            first = _first_fold(plan, part, data, runs)
+            first = _first_fold(part, divisions, runs)
             if first is None:
                 continue
             fold, saved = first
@@ -176,12 +176,9 @@ def _parts(plan: Plan, results: Sequence[Result]) -> Iterator[_Part]:
                 yield _Part(item.name, protocol, side, {name: runs for name, runs in by_method.items() if runs})
 
 
-def _first_fold(
-    plan: Plan, part: _Part, data: Mapping[str, Sequence[Sample]], runs: Path
-) -> tuple[Fold, dict[str, RunArtifacts]] | None:
+def _first_fold(part: _Part, divisions: Divisions, runs: Path) -> tuple[Fold, dict[str, RunArtifacts]] | None:
     """Return the first fold of the first seed with test images of this side, and its artifacts by method."""
-    item: DataPlan = next(item for item in plan.data if item.name == part.data)
-    for fold in item.folds(data[part.data], part.protocol, seed=part.seed):
+    for fold in divisions[part.data, part.protocol, part.seed]:
         if part.side in fold.tests:
             paths = {
                 name: runs / run["artifact"]

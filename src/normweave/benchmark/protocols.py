@@ -71,6 +71,9 @@ class DrawnSplits:
         return Fold(name=name, samples=kept, tests={side: rows for side, rows in tests.items() if rows})
 
 
+Divisions = dict[tuple[str, str, int], list[Fold]]
+"""Folds of the data sets of a plan, by name of the data set, protocol and seed."""
+
 Protocol = Callable[[DrawnSplits], list[Fold]]
 PROTOCOLS: dict[str, Protocol] = {}
 """The protocols by their name in a plan."""

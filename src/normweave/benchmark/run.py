@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,10 +14,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from functools import cached_property
 from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +27,8 @@ from normweave.atomic import write_atomically
 from normweave.benchmark import artifacts, figures, table
 from normweave.benchmark.evaluate import measure
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
-from normweave.benchmark.protocols import Fold
+from normweave.benchmark.protocols import Divisions, Fold
+from normweave.benchmark.summary import summarise
 from normweave.bridges import peers
 from normweave.config import Config
 from normweave.data import layouts
@@ -36,6 +39,8 @@ from normweave.fitting import cache_folder, fit
 from normweave.textiles import make_textures
 from normweave.types import Progress, Sample
 
+EVERY_METHOD = "(every method)"
+"""In the place of the method, for a data set that cannot be read or divided."""
 TIMED = 16
 """How many test images the inference time is measured on."""
 
@@ -51,7 +56,7 @@ class Run:
     fold: str
     seed: int
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A hash of everything that determines the result except the code.
 
@@ -82,6 +87,19 @@ class Run:
         return settings.override(config, [*self.data.set, *self.method.set])
 
 
+class Work(NamedTuple):
+    """What the process of a run is given."""
+
+    run: Run
+    fold: Fold
+    done: Path
+    """Folder of the results."""
+    cache: Path
+    threads: int
+    timed: bool
+    """Whether the inference time is measured."""
+
+
 def run(
     plan_path: Path,
     *,
@@ -102,44 +120,51 @@ def run(
     Returns:
         One row for each method, data set, protocol and side; for several categories one for all test images together,
         one for the mean over the categories and one for each category. Failed runs are not in these rows; each reason
-        for which runs of a method failed is a row with `error`.
+        for which runs of a method failed is a row with `error`, and so is each reason for which a data set cannot be
+        read or divided. With two or more data sets, protocols or sides, a row for each method over all of them
+        (`summary.summarise`).
 
     Raises:
-        DataError: every run failed; the reasons are in the tables.
+        ConfigError: the plan is wrong.
+        DataError: no run succeeded; the reasons are in the tables.
     """
     plan = read_plan(plan_path)
     root = root or Path(os.environ.get("NORMWEAVE_DATA", "../shared/data"))
     done = output / f"{plan_path.stem}.runs"
     done.mkdir(parents=True, exist_ok=True)
-    data = {item.name: read_samples(item, root, output) for item in plan.data}
-    runs = list(list_runs(plan, data, root))
+    divisions, unusable = divide(plan, root, output)
+    runs = list(list_runs(plan, divisions, root))
     cache = cache or cache_folder()
-    waiting = [item for item in runs if not (done / f"{item.key}.json").exists()]
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    work = [(item, data[item.data.name], done, cache, threads) for item in waiting]
+    work = [
+        Work(item, fold, done, cache, threads, timed)
+        for item, fold, timed in _with_timed(runs)
+        if not (done / f"{item.key}.json").exists()
+    ]
     ended = _in_processes(work, jobs, progress)
     results = [
         json.loads(file.read_text())
         if (file := done / f"{item.key}.json").exists()
         else _identity(item) | {"error": f"The process of the run ended with {ended[item.key]}."}
-        for item in runs
+        for item, _ in runs
     ]
-    rows, failed = table.make_rows(plan, results), table.failures(results)
     provenance = _provenance(plan_path, plan, results)
+    results += unusable
+    rows, failed = table.make_rows(plan, results), table.failures(results)
+    summary = summarise(plan, results)
+    overall = [] if summary is None else summary.rows
     target = output / plan_path.stem
-    table.write_csv(target.with_suffix(".csv"), rows + failed)
-    table.write_parquet(target.with_suffix(".parquet"), rows + failed, provenance)
-    drawn = figures.draw(plan, results, rows, data, runs=done, folder=output / f"{plan_path.stem}.figures")
+    table.write_csv(target.with_suffix(".csv"), rows + overall + failed)
+    table.write_parquet(target.with_suffix(".parquet"), rows + overall + failed, provenance)
+    drawn = figures.draw(plan, results, rows, divisions, runs=done, folder=output / f"{plan_path.stem}.figures")
     _replace(target.with_suffix(".md"), table.markdown(plan, rows, results, provenance, drawn))
     _replace(target.with_suffix(".html"), table.html(plan, rows, results, provenance, drawn))
     if not rows:
         raise DataError(f"Every run failed; the reasons are in {target.with_suffix('.md')}.")
-    return rows + failed
+    return rows + overall + failed
 
 
-def _in_processes(
-    work: Sequence[tuple[Run, Sequence[Sample], Path, Path, int]], jobs: int, progress: Progress | None
-) -> dict[str, str]:
+def _in_processes(work: Sequence[Work], jobs: int, progress: Progress | None) -> dict[str, str]:
     """Run each in a new process, `jobs` at a time; return the exit of those that failed by key.
 
     With one process for each run, memory is released after it, and a run that the system kills stops no other.
@@ -151,10 +176,10 @@ def _in_processes(
     try:
         while queue or running:
             while queue and len(running) < jobs:
-                arguments = queue.pop()
-                process = context.Process(target=_run_one, args=arguments, daemon=True)
+                one = queue.pop()
+                process = context.Process(target=_run_one, args=(one,), daemon=True)
                 process.start()
-                running[process.sentinel] = (process, arguments[0])
+                running[process.sentinel] = (process, one.run)
             for sentinel in wait(list(running)):
                 process, item = running.pop(sentinel)
                 process.join()
@@ -203,16 +228,62 @@ def _read(item: PartPlan, chosen: tuple[str, ...], root: Path, folder: Path) -> 
     return layouts.read(manifest, config.data)
 
 
-def list_runs(plan: Plan, data: dict[str, list[Sample]], root: Path) -> Iterator[Run]:
-    """Yield every run of a plan, in its order; `data` holds the samples of each data set by name."""
+def divide(plan: Plan, root: Path, output: Path) -> tuple[Divisions, list[table.Result]]:
+    """Read and divide every data set of a plan.
+
+    Returns:
+        The folds by data set, protocol and seed; and a failed result for each protocol and seed whose folds cannot be
+        made, because the data set cannot be read or does not allow the protocol.
+
+    Raises:
+        ConfigError: a setting of the plan is wrong.
+    """
+    for item in plan.data:
+        for method in plan.methods:  # before a data set is read, so that no error of the plan is taken for one of it
+            Run(method=method, data=item, root=root.name, protocol="", fold="", seed=0).config  # noqa: B018
+    divisions: Divisions = {}
+    unusable = []
+    seeds = list(dict.fromkeys(seed for method in plan.methods for seed in method.seeds or plan.seeds))
+    for item in plan.data:
+        wanted = list(itertools.product(item.protocols, seeds))
+        try:
+            samples = read_samples(item, root, output)
+        except NormweaveError as error:
+            unusable += [_unusable(item, protocol, seed, error) for protocol, seed in wanted]
+            continue
+        for protocol, seed in wanted:
+            try:
+                divisions[item.name, protocol, seed] = item.folds(samples, protocol, seed=seed)
+            except NormweaveError as error:
+                unusable.append(_unusable(item, protocol, seed, error))
+    return divisions, unusable
+
+
+def _unusable(item: DataPlan, protocol: str, seed: int, error: NormweaveError) -> table.Result:
+    where = {"method": EVERY_METHOD, "data": item.name, "protocol": protocol, "fold": "all", "seed": seed}
+    return where | {"error": f"{type(error).__name__}: {error}"}
+
+
+def list_runs(plan: Plan, divisions: Divisions, root: Path) -> Iterator[tuple[Run, Fold]]:
+    """Yield every run of a plan with its fold, in the order of the plan."""
     for item in plan.data:
         for protocol in item.protocols:
             for method in plan.methods:
                 for seed in method.seeds or plan.seeds:
-                    for fold in item.folds(data[item.name], protocol, seed=seed):
-                        yield Run(
-                            method=method, data=item, root=root.name, protocol=protocol, fold=fold.name, seed=seed
+                    for fold in divisions.get((item.name, protocol, seed), ()):
+                        yield (
+                            Run(method=method, data=item, root=root.name, protocol=protocol, fold=fold.name, seed=seed),
+                            fold,
                         )
+
+
+def _with_timed(runs: Sequence[tuple[Run, Fold]]) -> Iterator[tuple[Run, Fold, bool]]:
+    """Yield each run with its fold, and whether its inference is timed: the first run of a method on a protocol."""
+    known = set()
+    for item, fold in runs:
+        where = (item.method.name, item.data.name, item.protocol)
+        yield item, fold, where not in known
+        known.add(where)
 
 
 def _identity(item: Run) -> dict[str, Any]:
@@ -226,14 +297,13 @@ def _identity(item: Run) -> dict[str, Any]:
     }
 
 
-def _run_one(item: Run, samples: Sequence[Sample], done: Path, cache: Path, threads: int) -> None:
+def _run_one(work: Work) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    folds = item.data.folds(samples, item.protocol, seed=item.seed)
-    (fold,) = (fold for fold in folds if fold.name == item.fold)
+    torch.set_num_threads(work.threads)
+    item, done = work.run, work.done
     row = _identity(item)
     try:
-        row |= _result(item, fold, cache, artifact=done / f"{item.key}.safetensors")
+        row |= _result(work, artifact=done / f"{item.key}.safetensors")
     except NormweaveError as error:
         row["error"] = f"{type(error).__name__}: {error}"
     except Exception as error:  # a peer may raise anything; the plan continues
@@ -248,7 +318,13 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _result(item: Run, fold: Fold, cache: Path, *, artifact: Path) -> dict[str, Any]:
+def _result(work: Work, *, artifact: Path) -> dict[str, Any]:
+    item, fold, cache = work.run, work.fold, work.cache
+    images = [sample.image_path for tests in fold.tests.values() for sample in tests]
+    if not images:
+        raise DataError(
+            f"Fold {item.fold!r} has no test images. Add test images of its subclasses, or use another protocol."
+        )
     start = time.perf_counter()
     if item.peer is not None:
         detector = fit_peer(item.peer, fold.samples)
@@ -261,22 +337,30 @@ def _result(item: Run, fold: Fold, cache: Path, *, artifact: Path) -> dict[str, 
         metrics, predictions[side] = measure(detector, tests, cache=cache)
         further = ("by_category", "by_subclass", "mean_of_subclasses")
         sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
+        sides[side]["good_groups"] = _good_groups(tests, predictions[side])
     tested = time.perf_counter()
     artifacts.save(artifact, detector, fold, predictions, cache=cache)
-    images = [sample.image_path for tests in fold.tests.values() for sample in tests]
     return {
         "sides": sides,
         "artifact": artifact.name,
         "train_s": trained - start,
         "test_ms": (tested - trained) * 1000 / len(images),
-        "inference_ms": _inference_ms(detector, images[:TIMED]),
+        "inference_ms": _inference_ms(detector, images[:TIMED]) if work.timed else None,
         "peak_mib": _peak_mib(),
         "parameters": detector.network.parameters,
+        "promised": item.config.outcome.false_alarm_rate,
         "differs": item.peer.differs if item.peer is not None else None,
         "fit_images": detector.record["fit_images"],
         "calibration_images": detector.record["calibration_images"],
         "data_fingerprint": detector.record["data_fingerprint"],
     }
+
+
+def _good_groups(tests: Sequence[Sample], predictions: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the groups of the good images with a score; an image without group is one of its own."""
+    scored = {row["image_path"] for row in predictions if row["error"] is None}
+    good = [each for each in tests if each.label == "normal" and str(each.image_path) in scored]
+    return sorted({each.group or str(each.image_path) for each in good})
 
 
 def fit_peer(plan: peers.PeerPlan, samples: Sequence[Sample]) -> Detector:

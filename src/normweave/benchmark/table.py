@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from normweave import __version__
 from normweave.atomic import write_atomically
 from normweave.benchmark.plan import MethodPlan, Plan
+from normweave.benchmark.summary import NEAR, RATE, SUMMARISED, Summary, summarise
 from normweave.report.html import render
 from normweave.report.metrics import sign_flip_p_value
 
@@ -211,6 +212,7 @@ class Part(NamedTuple):
     level: int
     heads: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
+    text: Sequence[str] = ()
 
 
 class Figure(NamedTuple):
@@ -238,6 +240,8 @@ def markdown(
         text += [paragraph, ""]
     for part in _parts(plan, rows, results):
         text += [f"{'#' * part.level} {part.heading}", ""]
+        for paragraph in part.text:
+            text += [paragraph, ""]
         if part.heads:
             text += [_piped(part.heads), _piped(["---"] * len(part.heads))]
             text += [_piped(line) for line in part.rows]
@@ -307,9 +311,59 @@ def _parts(plan: Plan, rows: Sequence[dict[str, Any]], results: Sequence[Result]
             list(differs.items()),
         )
     if failed := [result for result in results if "error" in result]:
-        keys = ("method", "data", "fold", "seed")
-        lines = [[*(str(result[key]) for key in keys), result["error"]] for result in failed]
-        yield Part("Failed runs", 2, [*keys, "reason"], lines)
+        keys = ("method", "data", "protocol", "fold")
+        seeds: dict[tuple[str, ...], list[str]] = defaultdict(list)
+        for result in failed:
+            seeds[*(result[key] for key in keys), result["error"]].append(str(result["seed"]))
+        lines = [[*where, ", ".join(own), reason] for (*where, reason), own in seeds.items()]
+        yield Part("Failed runs", 2, [*keys, "seeds", "reason"], lines)
+    if (summary := summarise(plan, results)) is not None:
+        yield from _summary_parts(summary)
+
+
+def _summary_parts(summary: Summary) -> Iterator[Part]:
+    text = [
+        "A set is a data set, a protocol and a side (seen or unseen subclasses). It counts once: the mean over the "
+        "seeds of the mean over the folds. mean: over the sets on which every compared method has a value; the value "
+        "of a method is missing where one of its runs failed and another method's did not. worst: largest distance to "
+        f"the best method of a set, in points, and that set. near: sets within {100 * NEAR:.0f} point of the best "
+        "method. lacking: sets on which the method has no value. A method without any value is not compared.",
+    ]
+    if summary.failed_folds:
+        text.append(f"Without a result of any method, and so in no mean: {'; '.join(summary.failed_folds)}.")
+    yield Part("Over all data sets", 2, text=text)
+    for metric, heading in SUMMARISED.items():
+        notes = []
+        if left := summary.left_out[metric]:
+            sets = "; ".join(f"{name} (no value of {', '.join(methods)})" for name, methods in left.items())
+            notes.append(f"Left out: {sets}.")
+        columns = [
+            Column("mean", metric),
+            Column("worst", f"{metric}_worst"),
+            Column("near", f"{metric}_near", 1, ".0f"),
+            Column("lacking", f"{metric}_lacking", 1, ".0f"),
+        ]
+        if metric == RATE:
+            notes.insert(
+                0,
+                "Share of good test images above the threshold. worst and near: the excess over the promised rate. "
+                "pooled: over all good test images, folds and seeds; interval: 95 % confidence interval of the pooled "
+                "rate if each group of images is one independent trial.",
+            )
+            columns += [
+                Column("promised", f"{RATE}_promised"),
+                Column("pooled", f"{RATE}_pooled"),
+                Column("interval from", f"{RATE}_low"),
+                Column("to", f"{RATE}_high"),
+                Column("groups", f"{RATE}_groups", 1, ".0f"),
+            ]
+        cells = [
+            [row["method"], *(_written(row, column) for column in columns), row[f"{metric}_worst_set"] or "–"]
+            for row in summary.rows
+        ]
+        sets = max(row[f"{metric}_sets"] for row in summary.rows)
+        heads = ["method", *(column.heading for column in columns), "worst set"]
+        yield Part(f"{heading} ({sets} sets)", 3, heads, cells, notes)
 
 
 def _legend(plan: Plan, rows: Sequence[dict[str, Any]]) -> Iterator[str]:

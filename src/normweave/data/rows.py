@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,26 +71,27 @@ def scan(
     """Return the rows of all readable images, and the reasons why the others are refused.
 
     Args:
-        known: returns for each key whether its features are stored. Images with stored features are not decoded again.
+        known: returns for each key whether its features are stored; called once, with the keys of all images. Images
+            with stored features are not decoded again.
     """
     images: list[tuple[Sample, str, tuple[int, int]]] = []  # sample, content hash, size
     rows: list[tuple[int, Tile, str]] = []  # index of the image, tile, key
     refused: list[Refusal] = []
-    settings = json.dumps(preparation.as_dict(), sort_keys=True)
-    for number, sample in enumerate(samples):
+    files = [_read_file(sample, preparation) for sample in samples]
+    keys = [key for file in files if not isinstance(file, ImageError) for key in file.keys]
+    stored = set() if known is None else {key for key, is_known in zip(keys, known(keys), strict=True) if is_known}
+    for number, (sample, file) in enumerate(zip(samples, files, strict=True)):
         try:
-            content = content_hash(sample.image_path)
-            height, width = size(sample.image_path)
-            tiles = preparation.tiles(height, width)
-            texts = [f"{content} {settings} {tuple(tile)}" for tile in tiles]
-            keys = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-            if known is None or not all(known(keys)):
+            if isinstance(file, ImageError):
+                raise file
+            height, width = file.size
+            if not stored.issuperset(file.keys):
                 height, width = decode(sample.image_path).shape[:2]
         except ImageError as error:
             refused.append(Refusal(str(sample.image_path), str(error)))
             continue
-        rows += [(len(images), tile, key) for tile, key in zip(tiles, keys, strict=True)]
-        images.append((sample, content, (height, width)))
+        rows += [(len(images), tile, key) for tile, key in zip(file.tiles, file.keys, strict=True)]
+        images.append((sample, file.content, (height, width)))
         if progress is not None:
             progress("reading images", number + 1, len(samples))
     return Rows(
@@ -102,6 +104,26 @@ def scan(
         refused=tuple(refused),
         preparation=preparation,
     )
+
+
+class _File(NamedTuple):
+    content: str  # hash
+    size: tuple[int, int]
+    tiles: tuple[Tile, ...]
+    keys: list[str]
+
+
+def _read_file(sample: Sample, preparation: Preparation) -> _File | ImageError:
+    """Return the hash and the header of an image file, and its tiles."""
+    settings = json.dumps(preparation.as_dict(), sort_keys=True)
+    try:
+        content = content_hash(sample.image_path)
+        height, width = size(sample.image_path)
+        tiles = preparation.tiles(height, width)
+    except ImageError as error:
+        return error
+    texts = [f"{content} {settings} {tuple(tile)}" for tile in tiles]
+    return _File(content, (height, width), tiles, [hashlib.sha256(text.encode()).hexdigest() for text in texts])
 
 
 def fingerprint(hashes: Iterable[str]) -> str:

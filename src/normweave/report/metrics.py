@@ -42,10 +42,11 @@ def image_metrics(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> Mea
     }, {}
 
 
-def binomial_interval(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+def binomial_interval(successes: float, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Return the confidence interval of a rate of k in n trials (Clopper and Pearson 1934).
 
     The bounds are the quantile (1 − level)/2 of Beta(k, n − k + 1) and (1 + level)/2 of Beta(k + 1, n − k).
+    k need not be whole: for dependent images it is their rate times the number of independent groups.
 
     Raises:
         DataError: not 0 <= k <= n, or n is 0.
@@ -117,15 +118,18 @@ class PixelMetrics:
             raise DataError(f"Map and mask must have the same shape, got {anomaly_map.shape} and {mask.shape}.")
         if not np.isfinite(anomaly_map).all():
             raise DataError("The anomaly map contains values that are not finite.")
-        counts = np.zeros((3, mask.size))
-        counts[0], counts[1] = ~mask.ravel(), mask.ravel()
-        if mask.any():
+        normal, number = np.unique(ordered_bits(anomaly_map[~mask]) >> self.shift, return_counts=True)
+        anomalous = ordered_bits(anomaly_map[mask]) >> self.shift
+        counts = np.zeros((3, len(normal) + len(anomalous)))
+        counts[0, : len(normal)] = number
+        counts[1, len(normal) :] = 1
+        if len(anomalous):
             regions, found = label(mask, structure=np.ones((3, 3)))
             sizes = np.bincount(regions.ravel())
-            counts[2] = np.where(mask, 1 / np.maximum(sizes, 1)[regions], 0).ravel()
+            counts[2, len(normal) :] = 1 / sizes[regions[mask]]
             self._regions += int(found)
         self.bins, self.counts, self.shift = _merged(
-            np.concatenate([self.bins, ordered_bits(anomaly_map.ravel()) >> self.shift]),
+            np.concatenate([self.bins, normal, anomalous]),
             np.concatenate([self.counts, counts], axis=1),
             self.shift,
         )
@@ -221,12 +225,18 @@ def _merged(
     bins: NDArray[np.uint32], counts: NDArray[np.float64], shift: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64], int]:
     """Merge equal bins, then neighbouring ones while their number exceeds MOST_BINS."""
-    bins, position = np.unique(bins, return_inverse=True)
-    while len(bins) > MOST_BINS:
+    order = np.argsort(bins, kind="stable")  # merges runs that are sorted already, as most of the bins are
+    ordered = bins[order]
+    while True:
+        first = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]
+        if first.sum() <= MOST_BINS:
+            break
         shift += 1
-        bins, merged = np.unique(bins >> 1, return_inverse=True)
-        position = merged[position]
-    return bins, np.stack([np.bincount(position, weights=row, minlength=len(bins)) for row in counts]), shift
+        ordered >>= 1
+    position = np.empty(len(bins), dtype=np.int64)
+    position[order] = first.cumsum() - 1
+    merged = ordered[first]
+    return merged, np.stack([np.bincount(position, weights=row, minlength=len(merged)) for row in counts]), shift
 
 
 def ordered_bits(scores: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -41,10 +41,12 @@ class Denoise(TrainingStage):
         noise=1,
         clip=0.0,
         final_rate=1.0,
+        accumulate=1,
     ):
         self.name = name
         self.gradient_clip = clip
         self.final_rate = final_rate
+        self.accumulate = accumulate
         self.noise = noise
         module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
         training = quick_training(epochs=epochs, batch_images=batch_images, patience=patience, learning_rate=rate)
@@ -87,8 +89,8 @@ class Scripted(TrainingStage):
         return {"loss": torch.tensor(self.holdout_losses[round(self.module.weight.item()) - 1])}
 
 
-SHORTER_AND_SLOWER = {"clip": 0.5, "final_rate": 0.1}
-"""With clipped gradients and a decaying learning rate, so that the state of the scheduler matters too."""
+SHORTER_AND_SLOWER = {"clip": 0.5, "final_rate": 0.1, "accumulate": 3}
+"""With clipped gradients, a decaying learning rate and steps of several batches, whose state matters too."""
 
 
 def weights(stage):
@@ -220,6 +222,15 @@ def test_without_held_out_images_keeps_the_last_weights():
     assert stage.module.weight.item() == 4
 
 
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 5), (2, 2.5), (5, 1)])
+def test_a_step_averages_the_gradients_of_several_batches(accumulate, steps):
+    """Each batch moves the weight by one over the number of batches in a step, also those left over at the end."""
+    stage = Scripted([], patience=0, epochs=1, batch_images=4)
+    stage.accumulate = accumulate
+    train(stage, fit_data(holdout=np.zeros(20, dtype=bool)), device="cpu")
+    assert stage.module.weight.item() == pytest.approx(steps)
+
+
 def test_the_loss_on_held_out_images_counts_every_image_the_same():
     """Six images in batches of four: the mean over images, not over batches."""
 
@@ -231,7 +242,7 @@ def test_the_loss_on_held_out_images_counts_every_image_the_same():
     assert history.best_loss == pytest.approx(np.mean(np.arange(6) / 20))
 
 
-@pytest.mark.parametrize("changed", [{}, SHORTER_AND_SLOWER], ids=["plain", "clip and cosine"])
+@pytest.mark.parametrize("changed", [{}, SHORTER_AND_SLOWER], ids=["plain", "clip, cosine and steps of 3 batches"])
 @pytest.mark.parametrize("epoch", [1, 2, 4, 5])
 def test_a_run_resumed_after_any_epoch_ends_with_the_same_weights(tmp_path, epoch, changed):
     complete, data = Denoise(**changed), fit_data()
@@ -316,11 +327,12 @@ def test_an_old_checkpoint_is_deleted_when_a_new_run_starts(tmp_path):
         (Denoise(rate=1e-3), fit_data()),
         (Denoise(clip=0.5), fit_data()),
         (Denoise(final_rate=0.1), fit_data()),
+        (Denoise(accumulate=2), fit_data()),
         (Denoise(), fit_data(seed=1)),
         (Denoise(), fit_data(count=21)),
         (Denoise(), fit_data(holdout=np.arange(20) == 3)),
     ],
-    ids=["epochs", "learning rate", "gradient clip", "final rate", "seed", "images", "held out"],
+    ids=["epochs", "learning rate", "gradient clip", "final rate", "accumulation", "seed", "images", "held out"],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, stage, data):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")

@@ -92,6 +92,7 @@ def train(
                     devices=1,
                     max_epochs=stage.epochs,
                     gradient_clip_val=stage.gradient_clip or None,
+                    accumulate_grad_batches=stage.accumulate,
                     plugins=[SafetensorsCheckpoints(), LightningEnvironment()],
                     logger=False,
                     enable_checkpointing=False,
@@ -231,7 +232,7 @@ class _Loop(LightningModule):
         shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
         settings = (
             [self.stage.name, self.stage.epochs, self.stage.batch_images, self.stage.patience],
-            [self.stage.gradient_clip, self.stage.final_rate],
+            [self.stage.gradient_clip, self.stage.final_rate, self.stage.accumulate],
             [self.data.seed, self.data.subclasses.tolist(), self.data.holdout.tolist(), groups, shapes],
         )
         return hashlib.sha256(repr(settings).encode()).hexdigest()

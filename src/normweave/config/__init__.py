@@ -14,6 +14,7 @@ from pydantic import Field
 
 from normweave.config.adapted_moe import *  # noqa: F403
 from normweave.config.adapted_moe import AdaptedMoEConfig
+from normweave.config.adapted_moe_released import *  # noqa: F403
 from normweave.config.base import *  # noqa: F403
 from normweave.config.cnc import *  # noqa: F403
 from normweave.config.features import *  # noqa: F403

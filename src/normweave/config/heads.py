@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from normweave.config.adapted_moe import AdaptedMoEConfig
+from normweave.config.adapted_moe_released import AdaptedMoEReleasedConfig
 from normweave.config.base import (
     BaseHeadConfig,
     Border,
@@ -128,6 +129,7 @@ class DFMConfig(BaseHeadConfig):
 
 HeadConfig = (
     AdaptedMoEConfig
+    | AdaptedMoEReleasedConfig
     | CNCConfig
     | SimpleNetConfig
     | MemoryBankConfig

@@ -38,12 +38,14 @@ class TrainingStage(ABC):
         module: holds every parameter and buffer that the stage changes.
         epochs, batch_images, learning_rate, patience: as in `config.TrainingConfig`.
         gradient_clip: the gradient norm over all parameters is clipped to this value; 0 = no clipping.
+        accumulate: batches whose gradients are averaged for one step of the optimiser.
         final_rate: the learning rate follows half a cosine down to this share of its start; 1 = constant.
     """
 
     name: str
     module: nn.Module
     gradient_clip: float = 0.0
+    accumulate: int = 1
     final_rate: float = 1.0
 
     def __init__(self, module: nn.Module, training: TrainingConfig) -> None:

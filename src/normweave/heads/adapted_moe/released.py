@@ -196,7 +196,7 @@ class JointStage(TrainingStage):
         noise = torch.randn(projected.shape, generator=generator).to(projected.device)
         normal, noised = F.normalize(projected, dim=1), F.normalize(projected + self.config.noise * noise, dim=1)
         hinge = normal.new_zeros(())
-        for expert in own.unique():
+        for expert in own.bincount().nonzero().squeeze(1):
             both = torch.cat([normal[own == expert], noised[own == expert]])  # (2n, D, h, w)
             patches = both.flatten(2).transpose(1, 2).flatten(0, 1)  # (2nP, D)
             outputs = self.network.experts.discriminate(patches[None], expert[None], training=training)

@@ -62,6 +62,8 @@ def test_comes_back(saved):
         assert found[name].dtype == expected.dtype
         np.testing.assert_array_equal(found[name], expected, strict=True)
     assert (saved / "report.html").read_bytes() == PAGE
+    assert bundle.lists(saved, "report.html")
+    assert not bundle.lists(saved, "other.html")
 
 
 def test_nothing_else_is_left_behind(saved):

@@ -37,12 +37,17 @@ def test_as_dict_has_all_fields_in_order():
     outcome = Outcome(
         image_path="part.png",
         experts=(ExpertWeight("cloth", 1.0),),
-        boxes=(DefectBox(1, 2, 3, 4, 0.5),),
+        boxes=(DefectBox(1, 2, 3, 4, 0.5, "good/1.png", 5, 6, 3, 4), DefectBox(1, 2, 3, 4, 0.25)),
     )
     values = outcome.as_dict()
     assert list(values) == [one.name for one in fields(Outcome)]
     assert values["experts"] == [{"name": "cloth", "weight": 1.0}]
-    assert values["boxes"] == [{"x": 1, "y": 2, "width": 3, "height": 4, "peak": 0.5}]
+    box = {"x": 1, "y": 2, "width": 3, "height": 4}
+    reference = {"reference": "good/1.png", "reference_x": 5, "reference_y": 6, "reference_width": 3}
+    assert values["boxes"] == [
+        box | {"peak": 0.5} | reference | {"reference_height": 4},
+        box | {"peak": 0.25} | dict.fromkeys(reference) | {"reference_height": None},
+    ]
     assert values["anomaly_map"] is None
     assert json.loads(json.dumps(values)) == values
 

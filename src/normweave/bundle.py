@@ -4,7 +4,7 @@
     ├── bundle.json          format, the record, SHA-256 of every other file
     ├── model.onnx           the network as a graph, to run without torch
     ├── weights.safetensors  everything fitted
-    └── report.html, …       other files
+    └── references.json, …   other files
 
 It is written to a temporary folder and renamed, so that a bundle is complete or absent. Every file is compared with its
 hash before it is used.
@@ -210,6 +210,11 @@ def read_file(folder: Path, name: str) -> bytes:
         raise BundleError(f"{folder}: cannot read {name}: {error}. Copy the bundle again.") from error
     _compare(folder, name, hashlib.sha256(content).hexdigest(), listing.files[name])
     return content
+
+
+def lists(folder: Path, name: str) -> bool:
+    """Return whether the bundle has a file of this name."""
+    return name in _read_listing(folder).files
 
 
 def bundle_hash(folder: Path) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import bundle, settings
+from normweave import bundle, references, settings
 from normweave.config import Config, OutcomeConfig
 from normweave.data import images, layouts, rows
 from normweave.data.images import ImageInput
@@ -127,6 +127,7 @@ class Detector:
             device=device,
         )
         network.bundle = path
+        network.references = references.read(path)
         return cls(network, bundle_hash=bundle.bundle_hash(path), **parts)
 
     @property
@@ -247,6 +248,8 @@ class Detector:
             full_map = anomaly_map(tiles.raw.scores, image.tiles, image.size, smoothing=self.smoothing)
             if decision.verdict != "normal":
                 found = boxes.find(full_map, decision.threshold if map_threshold is None else map_threshold)
+                if self.network.references is not None and tiles.raw.nearest is not None:
+                    found = self.network.references.mark(found, full_map, tiles.raw.nearest, image.tiles)
         category, subclass = None, None
         names = self.subclass_names
         if scored.subclass is not None and names:

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, settings, training
+from normweave import __version__, bundle, references, settings, training
 from normweave.config import Config
 from normweave.data import rows, splits, synthetic
 from normweave.data.prepare import Preparation
@@ -38,6 +38,7 @@ from normweave.network import OPENVINO, open_graph
 from normweave.network.quantize import quantize_backbone
 from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
 from normweave.outcome.operating_point import images_needed
+from normweave.references import References
 from normweave.scoring import ImageScore
 from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies
 
@@ -108,6 +109,8 @@ def fit(
         progress=progress,
     )
     network = TorchNetwork(extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen)
+    if config.outcome.references and head.origins is not None:
+        network.references = References.collect(head.origins, grid=source.shape[1:], images=images, fit=chosen.fit)
     detector = Detector(
         network,
         config=config,
@@ -209,6 +212,7 @@ def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
         device=torch_device(device),
         graph=bundle.read_file(path, bundle.GRAPH),
     )
+    network.references = references.read(path)
     return Detector(network, bundle_hash=bundle.bundle_hash(path), **parts)
 
 
@@ -234,6 +238,7 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
     size = (config.prepare.height, config.prepare.width)
     int8 = open_graph(graph, where="The quantized graph", size=size, device="cpu")
     int8.weights = network.tensors()
+    int8.references = network.references
     result = Detector(
         int8,
         config=config,

@@ -173,6 +173,7 @@ class RawOutput(NamedTuple):
     subclass: NDArray[np.int64] | None = None  # (n,)
     distance: NDArray[np.float32] | None = None  # (n,)
     adapted: NDArray[np.bool_] | None = None  # (n,)
+    nearest: NDArray[np.int64] | None = None  # (n, h, w) most similar stored patch, see `PatchScores`
 
 
 class Routing(NamedTuple):
@@ -191,6 +192,7 @@ class PatchScores(NamedTuple):
     image_scores: Tensor | None  # (B,) float32; None: the maximum of the smoothed map is the image's score
     routing: Routing | None  # None: the head does not route
     reconstruction: Tensor | None = None  # (B, h, w) float32, distance to the reconstruction; heads that decode
+    nearest: Tensor | None = None  # (B, h, w) int64 most similar stored patch, a row of the head's `origins`
 
 
 class ExpertWeight(NamedTuple):
@@ -201,13 +203,22 @@ class ExpertWeight(NamedTuple):
 
 
 class DefectBox(NamedTuple):
-    """A connected region of the map above the operating point, in pixels of the image on disk."""
+    """A connected region of the map above the operating point, in pixels of the image on disk.
+
+    Models that store good patches also give the region around the good patch that is most similar to the patch at the
+    peak, in pixels of its own image; else these fields are None.
+    """
 
     x: int
     y: int
     width: int
     height: int
     peak: float  # the map's highest value inside
+    reference: str | None = None  # good image, its path below the common folder of the fit images
+    reference_x: int | None = None
+    reference_y: int | None = None
+    reference_width: int | None = None
+    reference_height: int | None = None
 
 
 class OutcomeColumn(NamedTuple):

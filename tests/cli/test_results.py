@@ -16,7 +16,7 @@ OUTCOME = Outcome(
     p_value=0.02,
     threshold=1.25,
     experts=(("twill", 0.75), ("plain", 0.25)),
-    boxes=(DefectBox(1, 2, 3, 4, 1.5),),
+    boxes=(DefectBox(1, 2, 3, 4, 1.5, "good/1.png", 5, 6, 3, 4), DefectBox(1, 2, 3, 4, 1.25)),
     height=8,
     width=9,
     bundle_hash="b" * 64,
@@ -52,7 +52,7 @@ def test_csv_comes_back(tmp_path):
         first, second = csv.DictReader(file)
     assert first["image_path"] == "a, b.png"
     assert float(first["pred_score"]) == 1.5
-    assert json.loads(first["boxes"]) == [{"x": 1, "y": 2, "width": 3, "height": 4, "peak": 1.5}]
+    assert json.loads(first["boxes"]) == OUTCOME.as_dict()["boxes"]
     assert first.keys() == OUTCOME.as_dict().keys()
     assert second["pred_score"] == ""
 

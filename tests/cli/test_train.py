@@ -9,6 +9,7 @@ from PIL import Image
 from normweave import bundle
 from normweave.cli.train import compose_settings, int8_summary, point_row
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
+from normweave.detector import Detector
 from normweave.errors import ConfigError
 from normweave.textiles import Textile, render
 
@@ -53,6 +54,19 @@ def test_options_come_after_the_file_and_set_comes_last(settings_file):
 def test_the_same_model_keeps_the_settings_of_the_file(settings_file):
     assert composed(config=settings_file, model="patchcore").head == MemoryBankConfig(share=0.2)
     assert composed(config=settings_file, model="simplenet").head == SimpleNetConfig()
+
+
+def test_pictures_of_good_images_can_be_left_out(cloth, tmp_path, monkeypatch):
+    configs = []
+
+    def stop(data, *, config, **options):
+        configs.append(config)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Detector, "fit", stop)
+    for options in ([], ["--no-references"]):
+        assert run("train", cloth, "-o", tmp_path / "b", *options).exit_code == 2
+    assert [config.outcome.references for config in configs] == [True, False]
 
 
 def test_categories_and_subclasses(tmp_path):

@@ -3,6 +3,7 @@
 import re
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -62,6 +63,13 @@ def check(head, out, *, count, grid):
         assert out.image_scores.shape == (count,)
         assert out.image_scores.dtype == torch.float32
         assert torch.isfinite(out.image_scores).all()
+    assert (out.nearest is None) == (head.origins is None)
+    if out.nearest is not None:
+        assert (out.nearest.shape, out.nearest.dtype) == (out.scores.shape, torch.int64)
+        assert ((out.nearest >= 0) & (out.nearest < len(head.origins))).all()
+        assert head.origins.dtype == np.int64
+        assert (head.origins >= 0).all()
+        assert (head.origins[:, 1:] < grid).all()
     assert (out.routing is None) == (head.subclass_names == ())
     if out.routing is not None:
         K = len(head.subclass_names)

@@ -36,7 +36,7 @@ def test_a_stored_patch_is_at_distance_zero():
 
 def test_the_pool_takes_equally_from_every_image_and_no_patch_twice():
     features = torch.arange(7 * 30, dtype=torch.float32).view(7, 1, 5, 6)  # each number identifies its patch
-    pool = draw_patches(InMemory(features), np.arange(7), at_most=7 * 4 + 3, generator=seeded())
+    pool, _ = draw_patches(InMemory(features), np.arange(7), at_most=7 * 4 + 3, generator=seeded())
     numbers = pool[:, 0].long()
     assert len(numbers.unique()) == len(pool) == 31
     assert sorted(torch.bincount(numbers // 30).tolist()) == [4, 4, 4, 4, 5, 5, 5]
@@ -44,20 +44,30 @@ def test_the_pool_takes_equally_from_every_image_and_no_patch_twice():
 
 def test_every_patch_of_an_image_is_as_likely_to_be_drawn():
     features = torch.arange(12, dtype=torch.float32).view(1, 1, 3, 4)
-    draws = [draw_patches(InMemory(features), np.arange(1), at_most=3, generator=seeded(seed)) for seed in range(2000)]
+    draws = [
+        draw_patches(InMemory(features), np.arange(1), at_most=3, generator=seeded(seed))[0] for seed in range(2000)
+    ]
     counts = torch.bincount(torch.cat(draws)[:, 0].long(), minlength=12)
     assert ((counts - 500).abs() < 5 * math.sqrt(500)).all(), counts
 
 
 def test_the_pool_keeps_the_channels_of_a_patch_together():
     features = random(4, 3, 2, 5, seed=0)
-    pool = draw_patches(InMemory(features), np.array([1, 3]), at_most=100, generator=seeded())
+    pool, _ = draw_patches(InMemory(features), np.array([1, 3]), at_most=100, generator=seeded())
     expected = {tuple(features[image, :, y, x].tolist()) for image in (1, 3) for y in range(2) for x in range(5)}
     assert {tuple(patch.tolist()) for patch in pool} == expected
 
 
+def test_the_pool_knows_where_each_patch_is_from():
+    features = random(4, 3, 2, 5, seed=0)
+    pool, origins = draw_patches(InMemory(features), np.array([3, 1]), at_most=13, generator=seeded())
+    assert origins[:, 0].tolist() == sorted(origins[:, 0], reverse=True)
+    for patch, (image, y, x) in zip(pool, origins, strict=True):
+        assert torch.equal(patch, features[image, :, y, x])
+
+
 def test_a_pool_smaller_than_the_number_of_images_takes_one_patch_of_some():
-    pool = draw_patches(InMemory(torch.randn(50, 2, 3, 3)), np.arange(50), at_most=20, generator=seeded())
+    pool, _ = draw_patches(InMemory(torch.randn(50, 2, 3, 3)), np.arange(50), at_most=20, generator=seeded())
     assert pool.shape == (20, 2)
 
 
@@ -128,6 +138,15 @@ def test_the_bank_holds_unprojected_patches_although_chosen_in_a_projection():
 def test_another_seed_keeps_other_patches():
     normal = random(6, 4, 3, 5, seed=9)
     assert not torch.equal(fitted(normal, seed=0).bank, fitted(normal, seed=1).bank)
+
+
+def test_nearest_refers_to_the_place_of_the_stored_patch():
+    normal = random(6, 4, 3, 5, seed=8)
+    head = fitted(normal, projection=2)
+    for patch, (image, y, x) in zip(head.bank, head.origins, strict=True):
+        assert torch.equal(patch, normal[image, :, y, x])
+    image, y, x = head.origins[7]
+    assert head(normal[image : image + 1]).nearest[0, y, x] == 7
 
 
 @pytest.mark.parametrize("border", [0, 2])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from normweave.maps.overlay import THUMBNAIL, heat, inferno, overlay, thumbnails
+from normweave.maps.overlay import CROP, THUMBNAIL, heat, inferno, outlined_crop, overlay, thumbnails
 
 
 def lightness(colours):
@@ -98,3 +98,25 @@ def test_thumbnails_of_a_constant_map_and_an_empty_mask():
     made = thumbnails(image, np.ones((1, 700), np.float32), image[..., 0] > 0, threshold=1.0)
     assert made["heat map"].shape == (1, THUMBNAIL, 3)
     assert list(made) == ["image", "heat map"]
+
+
+@pytest.mark.parametrize("shrunk", [1, 4])
+@pytest.mark.parametrize("corner", [(0, 0), (60, 100), (116, 236)])
+def test_a_crop_shows_the_region_in_its_surroundings_with_an_outline(corner, shrunk):
+    top, left = corner
+    image = np.full((120, 240, 3), 90, np.uint8)
+    image[top : top + 4, left : left + 4] = (200, 10, 10)
+    crop = outlined_crop(image[::shrunk, ::shrunk], (left, top, 4, 4), size=(120, 240))
+    assert max(crop.shape) == CROP
+    zoom = CROP / 60  # a quarter of the longer side
+    red = np.argwhere((crop[..., 0] > 150) & (crop[..., 1] < 60))
+    assert np.ptp(red, axis=0).tolist() == pytest.approx([4 * zoom, 4 * zoom], abs=zoom)
+    white = np.argwhere((crop == 255).all(axis=2))
+    assert (white.min(axis=0) <= red.min(axis=0)).all()
+    assert (white.max(axis=0) >= red.max(axis=0)).all()
+
+
+def test_a_crop_of_a_region_as_large_as_the_image_is_the_image():
+    image = np.random.default_rng(0).integers(0, 255, (30, 50, 3)).astype(np.uint8)
+    crop = outlined_crop(image, (0, 0, 50, 30), size=(30, 50))
+    assert crop.shape == (120, 200, 3)

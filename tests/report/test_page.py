@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from normweave.errors import ImageError
-from normweave.report.page import COLUMNS, EXAMPLES, write_page
+from normweave.report.page import COLUMNS, EXAMPLES, Comparison, write_page
 
 VOID = {"meta", "br", "img"}
 
@@ -93,7 +93,12 @@ PROVENANCE = {
 
 def images(number):
     random = np.random.default_rng(number)
-    return {caption: random.integers(0, 255, (40, 60, 3)).astype(np.uint8) for caption in ("image", "heat map")}
+
+    def pixels():
+        return random.integers(0, 255, (40, 60, 3)).astype(np.uint8)
+
+    comparison = Comparison(pixels(), pixels(), f"good/{number}.png")
+    return {caption: pixels() for caption in ("image", "heat map")}, [comparison] * (number % 3)
 
 
 def page(
@@ -141,6 +146,15 @@ def test_the_summary_counts_rejected_images_and_compares_false_alarms_with_the_t
     assert "target: at most 5 %; 95 % confidence interval: 1.0 to 20.0 %" in text
     assert "Good images of 2 subclasses. 70 images to fit the model. 35 images to set the thresholds." in text
     assert "python 3.11 · numpy 2.0" in text
+
+
+def test_boxes_are_shown_beside_good_images(tmp_path):
+    number = 31  # an anomalous image with one box
+    checked = Checked(page(tmp_path, predictions=[PREDICTIONS[number]], render_images=lambda _: images(number)))
+    assert "seen expected" in checked.text
+    titles = [value for name, value in checked.attributes if name == "alt"]
+    assert titles[-2:] == ["031.png: region 1", "the most similar region of the good image good/31.png"]
+    assert "good/" not in page(tmp_path, predictions=[PREDICTIONS[30]], render_images=lambda _: images(30))
 
 
 def test_seen_and_unseen_subclasses_have_their_own_totals(tmp_path):

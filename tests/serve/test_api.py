@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,13 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from inspections import inspect_files
 from normweave.errors import BundleError, DataError
+from normweave.maps.overlay import outlined_crop
+from normweave.references import GoodImage, References
 from normweave.serve import create_app
 from normweave.serve.records import Inspection
+from normweave.types import DefectBox
 
 
 def form(*paths):
@@ -214,6 +219,30 @@ def test_image_map_and_overlay(client, loaded, photos, inspected):
     # The threshold has the middle colour of the scale, so lighter pixels are above it.
     assert ((colours[..., 1] > 55) & (colours[..., 3] == 255) == (anomaly_map > one["threshold"])).mean() > 0.99
     assert Image.open(io.BytesIO(client.get(one["overlay_url"]).content)).size == (64, 64)
+
+
+def test_a_box_and_the_good_image_that_it_was_compared_with(client, service, photos, monkeypatch):
+    (one,) = inspect_files(service, photos[-1])
+    box = DefectBox(8, 8, 16, 8, 3.0, "good/1.png", 0, 0, 16, 8)
+    outcome = replace(one.outcome, boxes=(box, box._replace(reference="gone.png")))
+    (kept,) = service.store.add([replace(one, id=0, outcome=outcome)])
+    (other,) = service.store.add([replace(one, id=0, outcome=replace(outcome, bundle_hash="0" * 64))])
+    good = GoodImage("good/1.png", (64, 64), (64, 64), Path(photos[0]))
+    references = References((good, good._replace(name="gone.png", picture=None)), np.zeros((1, 3), np.int64))
+    monkeypatch.setattr(service.detector.network, "references", references)
+
+    def answer(number, side, id=kept.id):
+        return client.get(f"/v1/inspections/{id}/boxes/{number}/{side}")
+
+    for side, image in (("seen", photos[-1]), ("expected", photos[0])):
+        pixels = np.asarray(Image.open(io.BytesIO(answer(0, side).content)))
+        region = (box[:4], box[6:10])[side == "expected"]
+        drawn = outlined_crop(np.asarray(Image.open(image).convert("RGB")), region, size=(64, 64))
+        np.testing.assert_allclose(pixels, drawn, atol=1)
+    assert answer(1, "seen").status_code == 200
+    for missing in (answer(1, "expected"), answer(2, "seen"), answer(0, "expected", id=other.id)):
+        assert missing.status_code == 404
+        assert missing.json()["error"]
 
 
 def test_an_unreadable_image_has_no_image_map_and_overlay(client, service):

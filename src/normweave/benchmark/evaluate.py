@@ -22,8 +22,9 @@ from normweave.data.synthetic import coverage
 from normweave.detector import Detector
 from normweave.errors import DataError
 from normweave.maps.overlay import thumbnails
+from normweave.references import seen
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
-from normweave.report.page import write_page
+from normweave.report.page import Comparison, write_page
 from normweave.types import Outcome, Progress, Sample, Tile
 
 COLUMNS = (
@@ -46,6 +47,8 @@ COLUMNS = (
 
 COMPARED = ("ratio", "cell_auroc")
 """Keys of over-generalisation whose change `compare` computes."""
+COMPARED_BOXES = 2
+"""Boxes of an image that the report shows beside good images, those with the highest peaks."""
 
 
 class Stratum(NamedTuple):
@@ -372,7 +375,7 @@ def _mask(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
     return mask if mask.any() else None
 
 
-def _render(detector: Detector, sample: Sample) -> dict[str, NDArray[np.uint8]]:
+def _render(detector: Detector, sample: Sample) -> tuple[dict[str, NDArray[np.uint8]], list[Comparison]]:
     outcome = detector.score(str(sample.image_path))
     assert outcome.anomaly_map is not None
     assert outcome.threshold is not None
@@ -381,7 +384,11 @@ def _render(detector: Detector, sample: Sample) -> dict[str, NDArray[np.uint8]]:
     except DataError:  # listed by `measure`
         mask = None
     image = images.decode(sample.image_path)
-    return thumbnails(image, outcome.anomaly_map, mask, threshold=outcome.threshold)
+    compared = []
+    if (references := detector.network.references) is not None:
+        boxes = [box for box in outcome.boxes if references.shows(box)][:COMPARED_BOXES]
+        compared = [Comparison(seen(image, box), references.expected(box), str(box.reference)) for box in boxes]
+    return thumbnails(image, outcome.anomaly_map, mask, threshold=outcome.threshold), compared
 
 
 def provenance(detector: Detector, data: object) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, get_type_hints
+from typing import TYPE_CHECKING, Any, Self, get_args, get_type_hints
 
 from normweave.atomic import write_atomically
 from normweave.errors import DataError
@@ -162,8 +162,9 @@ def write_parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColu
     def arrow_type(column: OutcomeColumn) -> Any:
         if not column.is_list:
             return types[column.type]
-        items = get_type_hints(column.type)
-        return pyarrow.list_(pyarrow.struct([(name, types[type_]) for name, type_ in items.items()]))
+        items = get_type_hints(column.type)  # of an optional item the first alternative, the other is None
+        fields = [(name, types[next(iter(get_args(type_)), type_)]) for name, type_ in items.items()]
+        return pyarrow.list_(pyarrow.struct(fields))
 
     schema = pyarrow.schema([(column.name, arrow_type(column)) for column in columns])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:

@@ -66,6 +66,9 @@ def train(
             show_default=False,
         ),
     ] = None,
+    no_references: Annotated[
+        bool, typer.Option("--no-references", help="Leave pictures of good images out of the bundle.")
+    ] = False,
     cache: options.Cache = None,
     no_cache: options.NoCache = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training.")] = False,
@@ -83,7 +86,7 @@ def train(
         subclass_from=subclass_from,
         false_alarm_rate=false_alarm_rate,
         seed=terminal.seed,
-        assignments=set_ or [],
+        assignments=[*(["outcome.references=false"] if no_references else []), *(set_ or [])],
     )
     bundle.check_target(output, overwrite=overwrite)
     if int8_check is not None and not int8:

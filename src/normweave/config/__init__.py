@@ -74,12 +74,15 @@ class MapsConfig:
 
 @checked
 class OutcomeConfig:
-    """The rates from which the thresholds follow."""
+    """The rates from which the thresholds follow, and what explains a box."""
 
     false_alarm_rate: InnerShare = 0.05
     """Share of new normal images that may be called anomalous."""
     unknown_rate: InnerShare = 0.01
     """Share of new normal images that may be called unknown."""
+    references: bool = True
+    """Name the most similar good image for each box, with small pictures of good images in the bundle; needs a head
+    that stores good patches."""
 
 
 @checked

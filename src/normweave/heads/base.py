@@ -90,6 +90,9 @@ class Head(nn.Module):
     """Needs the text side of a vision-language pair while fitting."""
     can_exclude: bool = False
     """Whether `score_excluding` leaves an expert out, known after `begin`."""
+    origins: NDArray[np.int64] | None = None
+    """(M, 3) row of the fit data, grid row and grid column of each stored patch that `PatchScores.nearest` refers to;
+    known after `finish`, not part of the state. None: no such patches, or loaded."""
 
     def begin(self, data: FitData) -> None:
         """Fit everything in closed form that the training stages need."""

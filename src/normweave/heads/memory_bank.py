@@ -42,19 +42,20 @@ class MemoryBank(Head):
         """Choose the bank from the patches of all fit images."""
         config = self.config
         generator = torch.Generator().manual_seed(data.seed)
-        pool = draw_patches(data.features, np.arange(len(data)), at_most=config.max_pool, generator=generator)
+        pool, origins = draw_patches(data.features, np.arange(len(data)), at_most=config.max_pool, generator=generator)
         keep = min(config.max_patches, max(1, round(config.share * len(pool))))
-        projected = project(pool, config.projection, generator=generator)
-        self.bank = pool[coreset(projected, keep, generator=generator)].to(self.bank.device)
+        chosen = coreset(project(pool, config.projection, generator=generator), keep, generator=generator)
+        self.bank = pool[chosen].to(self.bank.device)
+        self.origins = origins[chosen.numpy()]
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
         """Score (B, D, h, w)."""
         B, D, h, w = features.shape
         patches = features.permute(0, 2, 3, 1).reshape(-1, D)  # (B*P, D)
-        distance, _ = nearest(patches, self.bank)
+        distance, index = nearest(patches, self.bank)
         scores = replace_border(distance.view(B, h, w), self.config.border, grid=self.grid)
-        return PatchScores(scores=scores, image_scores=None, routing=None)
+        return PatchScores(scores=scores, image_scores=None, routing=None, nearest=index.view(B, h, w))
 
 
 def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
@@ -83,11 +84,14 @@ def nearest(queries: Tensor, bank: Tensor, *, chunk: int = CHUNK) -> tuple[Tenso
     return (queries - bank[index]).square().sum(1).sqrt(), index
 
 
-def draw_patches(source: FeatureSource, rows: NDArray[np.int64], *, at_most: int, generator: torch.Generator) -> Tensor:
+def draw_patches(
+    source: FeatureSource, rows: NDArray[np.int64], *, at_most: int, generator: torch.Generator
+) -> tuple[Tensor, NDArray[np.int64]]:
     """Draw patches of these (n,) images at random without replacement, equally many from each (up to one).
 
     Returns:
-        (N, D), N <= at_most; in the order of `rows`.
+        (N, D) patches, N <= at_most, in the order of `rows`; and (N, 3) row of the source, grid row and grid column of
+        each.
     """
     D, h, w = source.shape
     each, over = divmod(at_most, max(1, len(rows)))
@@ -95,13 +99,16 @@ def draw_patches(source: FeatureSource, rows: NDArray[np.int64], *, at_most: int
     quota[torch.randperm(len(rows), generator=generator)[:over]] += 1
     quota.clamp_(max=h * w)
     pool = torch.empty(int(quota.sum()), D)
+    cells = torch.empty(len(pool), dtype=torch.int64)
     filled = 0
     images = (image for _, features in batches(source, rows) for image in features)  # (D, h, w) each
     for image, count in zip(images, quota.tolist(), strict=True):
         chosen = torch.randperm(h * w, generator=generator)[:count]
         pool[filled : filled + count] = image.flatten(1)[:, chosen].T
+        cells[filled : filled + count] = chosen
         filled += count
-    return pool
+    owners = np.repeat(rows, quota.numpy())
+    return pool, np.stack([owners, *np.divmod(cells.numpy(), w)], axis=1)
 
 
 def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> Tensor:

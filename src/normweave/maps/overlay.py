@@ -36,6 +36,10 @@ OPACITY = 0.65
 """Opacity of the heat map over a grey thumbnail."""
 HIDDEN = 0.25
 """Heat at and below which `heat` is transparent; the threshold is at 0.5."""
+CROP = 200
+"""Longer side of a crop in pixels."""
+CONTEXT, LEAST_CONTEXT = 2.0, 0.25
+"""A crop is this many times as long as the region in it, and at least this share of the longer side of the image."""
 WHITE, CYAN = (255, 255, 255), (0, 229, 255)
 SMALLEST_SPAN = 1e-12
 """Smallest divisor, for maps with a single value."""
@@ -95,6 +99,32 @@ def thumbnails(
         covered = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0
         made["marked defect"] = _outline(small, covered, CYAN)
     return made
+
+
+def outlined_crop(
+    image: NDArray[np.uint8], region: tuple[int, int, int, int], *, size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """Return the surroundings of a region of an image, (h, w, 3), with a white outline of the region.
+
+    Args:
+        image: (H, W, 3), possibly shrunk.
+        region: x, y, width and height in pixels of the image before it was shrunk.
+        size: (height, width) of the image before it was shrunk.
+    """
+    left, top, width, height = region
+    side = max(CONTEXT * max(width, height), LEAST_CONTEXT * max(size))
+    window_height, window_width = min(side, size[0]), min(side, size[1])
+    y = min(max(0.0, top + (height - window_height) / 2), size[0] - window_height)
+    x = min(max(0.0, left + (width - window_width) / 2), size[1] - window_width)
+    scale_y, scale_x = image.shape[0] / size[0], image.shape[1] / size[1]
+    zoom = CROP / max(window_height, window_width)
+    shown = (max(1, round(window_width * zoom)), max(1, round(window_height * zoom)))
+    part = (x * scale_x, y * scale_y, (x + window_width) * scale_x, (y + window_height) * scale_y)
+    crop = np.asarray(Image.fromarray(image).resize(shown, Image.Resampling.BICUBIC, box=part))
+    rows, columns = (np.arange(length) / zoom for length in shown[::-1])
+    inside_rows = (rows >= top - y) & (rows < top - y + height)
+    inside_columns = (columns >= left - x) & (columns < left - x + width)
+    return _outline(crop, inside_rows[:, None] & inside_columns, WHITE)
 
 
 def inferno(level: NDArray[np.float32]) -> NDArray[np.float32]:

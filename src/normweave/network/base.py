@@ -14,6 +14,7 @@ from normweave import bundle
 from normweave.data.rows import Rows
 from normweave.errors import BundleError
 from normweave.network import allow_list
+from normweave.references import References, bundle_files
 from normweave.types import Progress, RawOutput
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ OUTPUTS = {
     "subclass": ("tensor(int64)", 1),
     "distance": ("tensor(float)", 1),
     "adapted": ("tensor(bool)", 1),
+    "nearest": ("tensor(int64)", 3),
 }
 """Type and number of axes of each output, the fields of `RawOutput`; `scores` is always present."""
 ROUTING = ("weights", "subclass", "distance", "adapted")
@@ -44,12 +46,14 @@ class Network(ABC):
         can_exclude: whether the expert of an image's own subclass can be left out.
         embeds: whether its readers return embeddings.
         parameters: how many floating-point numbers it has; 0 if unknown.
+        references: the good images that `RawOutput.nearest` refers to; None if there are none.
     """
 
     library: str
     can_exclude: bool = False
     parameters: int = 0
     embeds: bool = False
+    references: References | None = None
 
     @abstractmethod
     def __call__(self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None) -> RawOutput:
@@ -180,7 +184,6 @@ class GraphNetwork(Network):
             bundle.rewrite(self.bundle, folder, record=record, overwrite=overwrite)
         else:
             assert self.weights is not None  # a graph comes from a bundle or from a fit
-            bundle.write(
-                folder, tensors=self.weights, record=record, files={bundle.GRAPH: self.content}, overwrite=overwrite
-            )
+            files = {bundle.GRAPH: self.content} | bundle_files(self.references)
+            bundle.write(folder, tensors=self.weights, record=record, files=files, overwrite=overwrite)
         self.bundle = folder

@@ -150,7 +150,10 @@ _CURE = (
 
 
 def check_equal(ours: TileScores, theirs: TileScores, what: str, library: str) -> None:
-    """Raise CheckError where scores, distances, weights or maps differ by more than the tolerance."""
+    """Raise CheckError where scores, distances, weights or maps differ by more than the tolerance.
+
+    The nearest stored patches are not compared: rounding may decide between two at the same distance.
+    """
     for name in RawOutput._fields:
         mine, other = getattr(ours.raw, name), getattr(theirs.raw, name)
         neither = mine is None and other is None

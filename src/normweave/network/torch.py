@@ -22,6 +22,7 @@ from normweave.heads.base import Head
 from normweave.network import OPENVINO, export, open_graph
 from normweave.network.base import Network, Reader
 from normweave.outcome.operating_point import Calibration
+from normweave.references import bundle_files
 from normweave.types import FeatureSource, PatchScores, Progress, RawOutput
 
 CACHE_GIB = 20.0
@@ -152,7 +153,7 @@ class TorchNetwork(Network):
             folder,
             tensors=self.tensors(),
             record=record,
-            files={bundle.GRAPH: self.exported(calibration)},
+            files={bundle.GRAPH: self.exported(calibration)} | bundle_files(self.references),
             overwrite=overwrite,
         )
 

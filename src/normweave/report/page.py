@@ -30,7 +30,17 @@ Cell = str | tuple[str, str] | None
 """A text, a text with a second one below it, or None for a missing number."""
 Line = tuple[str, str | None, list[Cell]]
 """Name, tag and cells of a table row."""
-Render = Callable[[int], Mapping[str, NDArray[np.uint8]]]
+
+
+class Comparison(NamedTuple):
+    """A box beside the region of a good image that it was compared with, (h, w, 3) each."""
+
+    seen: NDArray[np.uint8]
+    expected: NDArray[np.uint8]
+    reference: str  # name of the good image
+
+
+Render = Callable[[int], tuple[Mapping[str, NDArray[np.uint8]], Sequence[Comparison]]]
 
 COLUMNS = (
     ("image_auroc", "image AUROC"),
@@ -72,7 +82,8 @@ def write_page(
     Args:
         metrics: the content of metrics.json; tables that are missing or empty are left out.
         predictions: one row per image, as in predictions.csv.
-        render_images: returns the thumbnails (h, w, 3) of prediction i by caption; called for at most 24 predictions.
+        render_images: returns the thumbnails (h, w, 3) of prediction i by caption, and its boxes beside good images;
+            called for at most 24 predictions.
             A NormweaveError is shown instead of the thumbnails.
         provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target.
     """
@@ -315,9 +326,10 @@ def _gallery(predictions: Sequence[Row], render_images: Render) -> Iterator[tupl
 
 
 def _figure(row: Row, number: int, render_images: Render) -> dict[str, Any]:
-    images, reason = {}, ""
+    images, comparisons, reason = dict[str, NDArray[np.uint8]](), list[Comparison](), ""
     try:
-        images = dict(render_images(number))
+        thumbnails, compared = render_images(number)
+        images, comparisons = dict(thumbnails), list(compared)
     except NormweaveError as error:
         reason = str(error)
     return {
@@ -327,6 +339,7 @@ def _figure(row: Row, number: int, render_images: Render) -> dict[str, Any]:
         "truth": "good" if row["label"] == "normal" else row["defect"] or "defective",
         "routed": None if row.get("routed_subclass") is None else _routed(row),
         "images": images,
+        "comparisons": comparisons,
         "error": reason,
     }
 

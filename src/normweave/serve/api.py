@@ -19,6 +19,7 @@ from starlette.formparsers import MultiPartException
 
 from normweave.errors import CheckError, ConfigError, NormweaveError
 from normweave.maps.overlay import heat, overlay
+from normweave.references import seen
 from normweave.serve import metrics, schemas
 from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
@@ -214,6 +215,29 @@ def _routes(service: InspectionService) -> APIRouter:
             return png(pixels, max_side=max_side)
 
         return await render(stored, draw)
+
+    @router.get(
+        "/v1/inspections/{id}/boxes/{number}/{side}",
+        summary="Read the surroundings of a box, or of the region of a good image that it was compared with",
+        response_class=Response,
+        responses=_problems(404, 422, 503) | _content("image/png"),
+    )
+    async def box(
+        id: Id,
+        number: Annotated[int, Path(ge=0, le=2**31, description="Position in `boxes`, from 0.")],
+        side: Annotated[Literal["seen", "expected"], Path(description="The image itself, or the good image.")],
+    ) -> Response:
+        found = await service.inspection(id)
+        stored = _stored_image(found)
+        if number >= len(found.outcome.boxes):
+            raise HTTPException(404, f"Inspection {id} has {len(found.outcome.boxes)} boxes, counted from 0.")
+        chosen = found.outcome.boxes[number]
+        if side == "seen":
+            return await render(stored, lambda reader: png(seen(reader.image(), chosen)))
+        references = service.references(found)
+        if references is None or not references.shows(chosen):
+            raise HTTPException(404, f"This bundle has no picture of the good image of box {number}.")
+        return await render(stored, lambda _: png(references.expected(chosen)))
 
     @router.post("/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=_problems(404, 422, 503))
     async def review(id: Id, body: schemas.ReviewIn, token: AnyToken) -> schemas.InspectionOut:

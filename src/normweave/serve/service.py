@@ -32,6 +32,7 @@ from normweave import scoring
 from normweave.data import images
 from normweave.detector import Detector
 from normweave.errors import DataError, ImageError, NormweaveError
+from normweave.references import References
 from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
@@ -357,6 +358,11 @@ class InspectionService:
     async def render(self, stored: StoredImage, work: Callable[[ImageReader], T]) -> T:
         """Call `work` with the image and its map in a thread; two calls run at a time, which bounds the memory."""
         return await self._read(lambda: work(ImageReader(self.files, stored)))
+
+    def references(self, inspection: Inspection) -> References | None:
+        """Return the good images that the boxes of an inspection refer to; None if another bundle found the boxes."""
+        same = inspection.outcome.bundle_hash == self.detector.bundle_hash
+        return self.detector.network.references if same else None
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)

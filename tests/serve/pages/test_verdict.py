@@ -1,12 +1,15 @@
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
+from normweave.references import GoodImage, References
 from normweave.serve.pages import verdict
 from normweave.serve.pages.verdict import Result
 from normweave.serve.records import Inspection, Review, StoredImage
-from normweave.types import Outcome, Tile
+from normweave.types import DefectBox, Outcome, Tile
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 OUTCOME = Outcome(
@@ -118,6 +121,22 @@ def test_the_bar_of_a_score_crosses_the_limit_if_the_score_is_above(score, thres
     text = verdict.details(replace(INSPECTION, outcome=outcome))
     assert f'style="width:{width}"' in text
     assert ('class="fill above"' in text) == (score > threshold)
+
+
+def test_boxes_are_shown_beside_good_parts():
+    boxes = tuple(DefectBox(0, 0, 4, 4, 3.0, name, 0, 0, 4, 4) for name in ("gone.png", HOSTILE, *["b.png"] * 9))
+    found = replace(INSPECTION, outcome=replace(OUTCOME, boxes=boxes))
+    images = [GoodImage("gone.png", (9, 9), (9, 9), None)]
+    images += [GoodImage(name, (9, 9), (9, 9), b"JPEG") for name in (HOSTILE, "b.png")]
+    references = References(tuple(images), np.zeros((1, 3), np.int64))
+    text = verdict.details(found, references)
+    shown = re.findall(r'src="([^"]+)"', text)
+    assert shown == [
+        f"/v1/inspections/7/boxes/{number}/{side}" for number in range(1, 5) for side in ("seen", "expected")
+    ]
+    assert "<img src=x" not in text
+    for other in (verdict.details(found), verdict.details(replace(found, image=None), references)):
+        assert "boxes" not in other
 
 
 def test_products_with_almost_no_weight_are_not_listed():

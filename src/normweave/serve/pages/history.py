@@ -235,7 +235,7 @@ class HistoryPage(Page):
         self._title.set_text(f"Inspection {inspection.id}")
         self._banner.set_content(verdict.banner(inspection))
         self._viewer.show(inspection)
-        self._details.set_content(verdict.details(inspection))
+        self._details.set_content(verdict.details(inspection, self._service.references(inspection)))
         self._reviews.set_content(render_macro(TEMPLATE, "reviews", reviews=reviews))
         return True
 

@@ -127,7 +127,9 @@ class InspectPage(Page):
         self._viewer.show(inspection)
         self._viewer.set_visibility(inspection is not None)
         self._banner.set_content("" if inspection is None else verdict.banner(inspection))
-        self._details.set_content("" if inspection is None else verdict.details(inspection))
+        self._details.set_content(
+            "" if inspection is None else verdict.details(inspection, self._service.references(inspection))
+        )
         self._fill_list()
 
     def _fill_list(self) -> None:

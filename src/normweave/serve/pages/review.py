@@ -164,7 +164,9 @@ class ReviewPage(Page):
         self._viewer.set_visibility(available)
         self._nothing.set_visibility(not available)
         self._banner.set_content("" if inspection is None else verdict.banner(inspection))
-        self._details.set_content("" if inspection is None else verdict.details(inspection))
+        self._details.set_content(
+            "" if inspection is None else verdict.details(inspection, self._service.references(inspection))
+        )
         self._details.set_visibility(available)
         self._comment.set_value("")
         self._left.props(f"data-seen={0 if inspection is None else inspection.id}")

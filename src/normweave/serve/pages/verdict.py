@@ -6,6 +6,7 @@ import math
 from enum import StrEnum
 from typing import Self
 
+from normweave.references import References
 from normweave.serve.records import Inspection, Source
 from normweave.serve.templating import render_macro
 from normweave.types import Outcome
@@ -20,6 +21,8 @@ BORDERLINE = 2.0
 """A good part is close to the limit if its p-value is at most this multiple of the false-alarm rate."""
 LEAST_WEIGHT = 0.005
 """Products with a smaller weight are not listed."""
+MOST_COMPARED = 4
+"""Boxes that are shown beside a good image, those with the highest peaks."""
 LIMIT_AT = 60.0
 """Position of the limit in the bar of a score, in percent of the width."""
 
@@ -93,8 +96,12 @@ def banner(inspection: Inspection) -> str:
     return render_macro(TEMPLATE, "banner", **values)
 
 
-def details(inspection: Inspection) -> str:
-    """Return all facts of an inspection: score and limit, p-value, product, origin, review."""
+def details(inspection: Inspection, references: References | None = None) -> str:
+    """Return all facts of an inspection: boxes beside good images, score, p-value, product, origin, review.
+
+    Args:
+        references: the good images that its boxes refer to.
+    """
     outcome = inspection.outcome
     scored = outcome.pred_score is not None and outcome.threshold is not None
     return render_macro(
@@ -107,6 +114,11 @@ def details(inspection: Inspection) -> str:
         fill=_fill(outcome.pred_score, outcome.threshold) if scored else None,  # type: ignore[arg-type]  # checked
         limit_at=LIMIT_AT,
         rarity=None if outcome.p_value is None else rarity(outcome.p_value),
+        compared=[
+            (number, box.reference)
+            for number, box in enumerate(outcome.boxes)
+            if references is not None and inspection.image is not None and references.shows(box)
+        ][:MOST_COMPARED],
         weights=[(name, weight) for name, weight in outcome.experts if weight >= LEAST_WEIGHT],
     )
 

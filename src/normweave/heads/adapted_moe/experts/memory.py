@@ -59,7 +59,7 @@ class MemoryExperts(Experts):
         each = max(1, self.config.max_pool // len(own))
         pool, groups = [], []
         for row in own:
-            drawn = draw_patches(normals.source, normals.rows[row : row + 1], at_most=each, generator=generator)
+            drawn, _ = draw_patches(normals.source, normals.rows[row : row + 1], at_most=each, generator=generator)
             pool.append(drawn)
             groups.append(np.full(len(drawn), normals.groups[row]))
         patches = torch.cat(pool)  # (N, D)

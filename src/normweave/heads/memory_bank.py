@@ -55,6 +55,7 @@ class MemoryBank(Head):
         patches = features.permute(0, 2, 3, 1).reshape(-1, D)  # (B*P, D)
         distance, index = nearest(patches, self.bank)
         scores = replace_border(distance.view(B, h, w), self.config.border, grid=self.grid)
+        # The cells of the border keep their own nearest patch, which is at the border of a good image in most cases.
         return PatchScores(scores=scores, image_scores=None, routing=None, nearest=index.view(B, h, w))
 
 

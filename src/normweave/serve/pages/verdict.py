@@ -21,7 +21,7 @@ BORDERLINE = 2.0
 """A good part is close to the limit if its p-value is at most this multiple of the false-alarm rate."""
 LEAST_WEIGHT = 0.005
 """Products with a smaller weight are not listed."""
-MOST_COMPARED = 4
+MOST_COMPARED = 3
 """Boxes that are shown beside a good image, those with the highest peaks."""
 LIMIT_AT = 60.0
 """Position of the limit in the bar of a score, in percent of the width."""

@@ -159,7 +159,7 @@ class References:
         """Return references.json with pictures up to `MAX_PICTURES` and `MAX_BYTES`."""
         pictures: dict[int, str] = {}
         left = MAX_BYTES
-        most_used = np.argsort(-np.bincount(self.patches[:, 0], minlength=len(self.images)), kind="stable")
+        most_used = np.lexsort((-np.bincount(self.patches[:, 0], minlength=len(self.images)),))  # stable
         for number in most_used[:MAX_PICTURES].tolist():
             source = self.images[number].picture
             if source is None:

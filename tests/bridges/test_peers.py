@@ -44,6 +44,7 @@ def test_a_whole_number_will_do_for_a_share():
         ("anomalib/stfpm", "epochs=0", "epochs must be 1 or more, got 0"),
         ("anomalib/stfpm", "max_steps=-1", "max_steps must be 0 or more, got -1"),
         ("anomalib/stfpm", "strides=[]", r"strides must name stages, as \[8, 16\], got \[\]"),
+        ("anomalib/stfpm", "features.blocks=[3]", "features.blocks has no effect, its stages are named by strides"),
         ("anomalib/stfpm", "strides=[fine]", r"strides must name stages, as \[8, 16\], got \['fine'\]"),
         (
             "anomalib/patchcore",

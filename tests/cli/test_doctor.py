@@ -44,8 +44,15 @@ def test_names_the_command_that_installs_what_is_missing(monkeypatch):
 
 
 def test_finds_the_backbones_that_timm_downloaded(monkeypatch, tmp_path):
-    (tmp_path / "hub" / "models--timm--resnet18.a1_in1k").mkdir(parents=True)
-    (tmp_path / "hub" / "models--someone--else").mkdir()
+    for name, file in [
+        ("timm--resnet18.a1_in1k", "model.safetensors"),
+        ("timm--vit_large_patch14_clip_336.openai", "open_clip_model.safetensors"),  # not weights of timm's model
+        ("timm--resnet34.a1_in1k", "config.json"),  # a download that was interrupted
+        ("someone--else", "model.safetensors"),
+    ]:
+        snapshot = tmp_path / "hub" / f"models--{name}" / "snapshots" / "0"
+        snapshot.mkdir(parents=True)
+        (snapshot / file).touch()
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     assert doctor.cached_weights() == ["resnet18.a1_in1k"]

@@ -12,11 +12,24 @@ BACKBONES = {  # name: strides
     "vit_tiny_patch16_224": (16,),
     "mobilevit_xxs": (4, 8, 16),
     "tf_efficientnet_lite0": (4, 8, 16),
+    "wide_resnet50_2": (8, 16),
 }
+SLOW = {"wide_resnet50_2"}
 CONFIGS = {  # name: (settings, pixels of a cell)
     name: (TimmConfig(backbone=name, strides=strides, weights="random", batch_images=4), 8)
     for name, strides in BACKBONES.items()
 } | {
+    "blocks": (
+        TimmConfig(
+            backbone="vit_tiny_patch16_dinov3_qkvb",
+            blocks=(1, 3),
+            grid_stride=16,
+            neighbourhood=1,
+            weights="random",
+            batch_images=4,
+        ),
+        16,
+    ),
     "ViT-S-16-alt": (
         OpenClipConfig(model="ViT-S-16-alt", layers=(1, 3), weights="random", batch_images=4),
         16,
@@ -25,7 +38,11 @@ CONFIGS = {  # name: (settings, pixels of a cell)
 HEIGHT, WIDTH = 64, 96
 
 
-@pytest.fixture(scope="module", params=CONFIGS, ids=lambda name: f"features/extractor:{name}")
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CONFIGS],
+    ids=lambda name: f"features/extractor:{name}",
+)
 def case(request):
     return CONFIGS[request.param]
 

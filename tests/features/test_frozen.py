@@ -16,11 +16,11 @@ def build(height=64, width=64, **settings):
     return features.build(TimmConfig(**settings), height=height, width=width)
 
 
-def frozen(model, **settings):
+def frozen(model, *, height=32, width=32, **settings):
     """Return an extractor over any model."""
     settings = {"name": "own", "indices": [0], "mean": (0.5,) * 3, "std": (0.5,) * 3} | settings
     backbone = Backbone(model, **{"grid_stride": 8, "neighbourhood": 3} | settings)
-    return FrozenFeatures(backbone, height=32, width=32, batch_images=2)
+    return FrozenFeatures(backbone, height=height, width=width, batch_images=2)
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,46 @@ def test_agrees_with_a_slow_literal_implementation(pixels, neighbourhood):
     ]
 
     np.testing.assert_allclose(extractor.extract(pixels[:1])[0], np.stack(slow), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "prefix"),
+    [
+        ("vit_small_patch14_dinov2", 14, 1),  # the class token
+        ("vit_small_patch14_reg4_dinov2", 14, 5),  # and four register tokens
+        ("vit_small_patch16_dinov3", 16, 5),  # with rotary position embeddings
+    ],
+)
+def test_blocks_are_averaged_after_layer_normalization(name, patch, prefix):
+    """From the tokens that the blocks return, for images of another size than the model was made for."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, depth=3, embed_dim=48, num_heads=3, init_values=1.0).eval()
+    tokens = []
+    for block in (model.blocks[0], model.blocks[2]):
+        block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    extractor = frozen(
+        model,
+        height=3 * patch,
+        width=4 * patch,
+        indices=[0, 2],
+        grid_stride=patch,
+        neighbourhood=1,
+        average=True,
+    )
+    images = torch.randint(0, 256, (2, 3, 3 * patch, 4 * patch), dtype=torch.uint8)
+    tokens.clear()
+
+    got = extractor.extract(images).numpy()
+
+    assert [one.shape for one in tokens] == [(2, prefix + 12, 48)] * 2
+    expected = np.zeros((2, 48, 3, 4))
+    for each in tokens:
+        for image, sequence in enumerate(each.numpy()):
+            for number, token in enumerate(sequence[prefix:]):
+                normalized = (token - token.mean()) / np.sqrt(token.var() + 1e-6)
+                expected[image, :, number // 4, number % 4] += normalized / 2
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert extractor.dims == (48,)
 
 
 def test_pixels_are_normalized_as_the_weights_expect():
@@ -160,6 +200,11 @@ def test_the_fingerprint_changes_with_one_bit_of_one_weight():
 )
 def test_the_fingerprint_changes_with_every_setting(other):
     assert build(**other).fingerprint != build().fingerprint
+
+
+def test_the_fingerprint_of_averaged_blocks_is_another():
+    tiny = {"backbone": "vit_tiny_patch16_224"}
+    assert build(**tiny, blocks=(12,)).fingerprint != build(**tiny, strides=(16,)).fingerprint
 
 
 def test_pixels_of_another_size_or_type_are_refused():

@@ -1,20 +1,30 @@
 import os
 import socket
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 
+from normweave import settings
 from normweave.config import TimmConfig
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.features.timm import load as load_config
 from normweave.features.timm import stages
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = "vit_tiny_patch16_224"
 
-def load(name="resnet18", *, weights="random", strides=(4, 8)):
+
+def load(name="resnet18", *, weights="random", strides=(4, 8), height=64):
     config = TimmConfig(backbone=name, weights=str(weights), strides=strides)
-    return load_config(config, height=64, width=64)
+    return load_config(config, height=height, width=64)
+
+
+def load_blocks(name, *blocks):
+    return load_config(TimmConfig(backbone=name, weights="random", blocks=blocks), height=64, width=64)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +126,58 @@ def test_the_order_of_the_strides_does_not_matter():
 def test_a_network_without_intermediates_is_refused():
     with pytest.raises(ConfigError, match=r"'gernet' has no forward_intermediates, .* docs.how-to.add-a-backbone.md"):
         stages(torch.nn.Linear(1, 1), name="gernet", strides=(4,))
+
+
+def test_blocks_are_counted_from_1_and_later_ones_are_removed():
+    backbone = load_blocks(TINY, 4, 2, 4)
+    assert backbone.indices == [1, 3]
+    assert backbone.average
+    assert len(backbone.model.blocks) == 4
+    assert not load(TINY, strides=(16,)).average
+
+
+@pytest.mark.parametrize("name", ["resnet18", "pit_ti_224"])
+def test_blocks_of_a_model_with_several_strides_are_refused(name):
+    message = rf"needs a plain vision transformer, .* '{name}' has the strides \[.*\]. Choose stages with"
+    with pytest.raises(ConfigError, match=message):
+        load_blocks(name, 2)
+
+
+def test_a_block_that_does_not_exist_is_refused_with_those_that_do():
+    message = r"has no block 13, 20. It has 1..12: .* --set features.blocks=\[12\]"
+    with pytest.raises(ConfigError, match=message):
+        load_blocks(TINY, 3, 13, 20)
+
+
+def test_strides_beside_blocks_are_refused():
+    with pytest.raises(ConfigError, match=r"strides has no effect with blocks. Leave strides out"):
+        TimmConfig(blocks=(3,), strides=(16,))
+
+
+def test_a_size_that_is_not_a_multiple_of_the_patch_is_refused():
+    """timm accepts it, and leaves out the rest at the right and at the bottom."""
+    message = r"its patch of 16 pixels: prepare.height must be 64 or 80, got 70. It was trained on 224 x 224"
+    with pytest.raises(ConfigError, match=message):
+        load(TINY, strides=(16,), height=70)
+
+
+@pytest.mark.parametrize(
+    ("file", "indices", "grid"),
+    [
+        ("dinov2.yaml", list(range(2, 10)), (32, 32)),
+        ("dinov3.yaml", list(range(2, 10)), (28, 28)),
+        ("wide-resnet50.yaml", [2, 3], (32, 32)),
+    ],
+)
+def test_the_recipes_fit_their_models(file, indices, grid):
+    config = settings.read(CONFIGS / file)
+    size = config.prepare
+    backbone = load_config(replace(config.features, weights="random"), height=size.height, width=size.width)
+    assert backbone.indices == indices
+    assert (size.height // backbone.grid_stride, size.width // backbone.grid_stride) == grid
+    assert f"# Weights: hf download {timm.get_pretrained_cfg(backbone.name).hf_hub_id} model.safetensors\n" in (
+        CONFIGS / file
+    ).read_text("utf-8")
 
 
 def test_missing_weights_are_reported_within_seconds(tmp_path, monkeypatch):

@@ -5,13 +5,15 @@ from typing import get_args
 import numpy as np
 import onnx
 import pytest
+import timm
 import torch
 from onnx import numpy_helper
 from torch import nn
 
 from builders import InMemory, TinyPair, head_config
-from normweave.config import CNCConfig, Config, HeadConfig, PrepareConfig, TimmConfig
+from normweave.config import CNCConfig, Config, HeadConfig, MemoryBankConfig, PrepareConfig, TimmConfig
 from normweave.errors import CheckError
+from normweave.features.frozen import Backbone, FrozenFeatures
 from normweave.features.standardize import ChannelStandardizer
 from normweave.heads import build
 from normweave.network import export, open_graph
@@ -38,21 +40,22 @@ class Small(nn.Module):
         return nn.functional.conv2d(pixels.float(), self.kernel, stride=4)
 
 
-def make_images(count, *, seed):
+def make_images(count, *, seed, size=SIZE):
     """Return images of K subclasses that differ in colour, (count, 3, H, W) uint8, and their subclasses."""
     generator = torch.Generator().manual_seed(seed)
     subclasses = torch.arange(count) % K
     colour = torch.tensor([[60.0, 90, 200], [180, 90, 60], [90, 200, 90]])[subclasses][:, :, None, None]
-    noise = torch.randn(count, 3, *SIZE, generator=generator)
+    noise = torch.randn(count, 3, *size, generator=generator)
     return (colour + 20 * noise).clamp(0, 255).to(torch.uint8), subclasses.numpy()
 
 
-def network(config):
+def network(config, *, extractor=None, size=SIZE):
     """Return a network fitted on images."""
-    pixels, subclasses = make_images(24, seed=1)
-    extractor = Small()
+    pixels, subclasses = make_images(24, seed=1, size=size)
+    extractor = extractor or Small()
     features = InMemory(extractor(pixels).detach())
-    standard = ChannelStandardizer(channels=SHAPE[0])
+    shape = tuple(features.features.shape[1:])
+    standard = ChannelStandardizer(channels=shape[0])
     standard.fit(features)
     data = FitData(
         features=InMemory(standard(features.features)),
@@ -61,9 +64,9 @@ def network(config):
         groups=np.arange(24) // 2,
         holdout=np.arange(24) < 6,
         seed=0,
-        pair=TinyPair(SHAPE[:1]) if isinstance(config, CNCConfig) else None,
+        pair=TinyPair(shape[:1]) if isinstance(config, CNCConfig) else None,
     )
-    head = build(config, shape=SHAPE)
+    head = build(config, shape=shape)
     head.begin(data)
     for stage in head.stages(data):
         train(stage, data, device="cpu")
@@ -71,8 +74,8 @@ def network(config):
     return TorchModule(extractor=extractor, standard=standard, head=head).eval()
 
 
-def loaded(content):
-    return open_graph(content, where="graph", size=SIZE, threads=1, device="cpu")
+def loaded(content, *, size=SIZE):
+    return open_graph(content, where="graph", size=size, threads=1, device="cpu")
 
 
 CONFIG = Config(features=TimmConfig(batch_images=4), prepare=PrepareConfig(height=32, width=36))
@@ -132,6 +135,35 @@ def test_the_graph_gives_the_scores_of_torch(config):
         if module.can_exclude:
             compare(module.outputs(batch, own[:count]), graph(batch.numpy(), own[:count].numpy()))
     assert module.can_exclude == (config.kind.startswith("adapted_moe") and getattr(config, "moe", True))
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "config"),
+    [
+        ("vit_small_patch14_reg4_dinov2", 14, MemoryBankConfig(share=0.2)),
+        ("vit_small_patch16_dinov3", 16, HEAD),
+    ],
+)
+def test_averaged_blocks_of_a_transformer_give_the_scores_of_torch(name, patch, config):
+    """Position embeddings of another size, register tokens and rotary embeddings, in a batch of any size."""
+    torch.manual_seed(0)
+    size = (3 * patch, 4 * patch)
+    backbone = Backbone(
+        model=timm.create_model(name, depth=2, embed_dim=48, num_heads=3, init_values=1.0),
+        name=name,
+        indices=[0, 1],
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        grid_stride=patch,
+        neighbourhood=1,
+        average=True,
+    )
+    extractor = FrozenFeatures(backbone, height=size[0], width=size[1], batch_images=2)
+    module = network(config, extractor=extractor, size=size)
+    graph = loaded(to_onnx(module, height=size[0], width=size[1]), size=size)
+    for count in (1, 3):
+        pixels, _ = make_images(count, seed=2, size=size)
+        compare(module.outputs(pixels), graph(pixels.numpy()))
 
 
 def compare(ours, theirs):

@@ -174,6 +174,8 @@ def read(model: str, assignments: Sequence[str], *, seed: int) -> PeerPlan:
     config = settings.override(replace(Config(), seed=seed), shared)
     if not isinstance(config.features, TimmConfig):
         raise ConfigError(f"{model}: the features must be timm, got {getattr(config.features, DISCRIMINATOR)}.")
+    if config.features.blocks:
+        raise ConfigError(f"{model}: features.blocks has no effect, its stages are named by strides. Leave it out.")
     # A peer's maps are not smoothed again.
     return PeerPlan(name=name, values=own, config=replace(config, maps=MapsConfig(smoothing=0)))
 

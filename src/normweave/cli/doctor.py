@@ -104,7 +104,8 @@ def packaged() -> list[str]:
 
 
 def cached_weights() -> list[str]:
-    """Return the backbones in the cache of the Hugging Face hub."""
+    """Return timm's backbones whose weights are in the cache of the Hugging Face hub, where `auto` finds them."""
     home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    return sorted(folder.name.removeprefix("models--timm--") for folder in hub.glob("models--timm--*"))
+    found = [file for file in hub.glob("models--timm--*/snapshots/*/model.safetensors") if file.is_file()]
+    return sorted({file.parents[2].name.removeprefix("models--timm--") for file in found})

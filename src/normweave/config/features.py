@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from normweave.validation import OddInt, PositiveInt, check, checked
+from normweave.validation import OddInt, PositiveInt, check, checked, unused
 
 PassImages = PositiveInt
 """Images in one pass; every pass is padded to it, so that results do not depend on the number of images."""
@@ -30,11 +30,17 @@ class TimmConfig(_Features):
     """`auto`: from a pip package, else from timm's hub; a path: a safetensors file; `random`: untrained, for tests."""
     strides: Annotated[tuple[int, ...], Field(min_length=1)] = (4, 8, 16)
     """Stages to use, by their stride to the input."""
+    blocks: tuple[PositiveInt, ...] = ()
+    """Blocks of a plain vision transformer, counted from 1, whose patch tokens are averaged; empty = use `strides`."""
     grid_stride: PositiveInt = 8
-    """Pixels of the input per grid cell."""
+    """Pixels of the input per grid cell; with `blocks` best the patch of the transformer."""
     neighbourhood: OddInt = 3
     """Side of the local average, in cells of each stage; 1 = none."""
     batch_images: PassImages = 8
+
+    def __post_init__(self) -> None:
+        if self.blocks:
+            check(*unused(self, "strides", why="blocks"))
 
 
 @checked

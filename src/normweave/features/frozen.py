@@ -38,6 +38,45 @@ class Backbone(NamedTuple):
     """Side of a grid cell in pixels of the input."""
     neighbourhood: int
     """Side of the local average in cells of a stage, odd. 1 = none."""
+    average: bool = False
+    """Use the mean of the intermediates, `mean_of_blocks`, as the only stage. They must have one shape."""
+
+
+def mean_of_blocks(blocks: Sequence[Tensor]) -> Tensor:
+    """Return the mean over L blocks of their layer-normalized tokens, (B, D, h, w), from L tensors of this shape.
+
+        z = 1 / L * sum_l (t_l - mean t_l) / sqrt(var t_l + 1e-6)
+
+    with the mean and the variance over the D channels of a token t_l. Dinomaly (Guo et al. 2024, arXiv 2405.14325)
+    averages the tokens as they are. They grow from block to block, and without the normalization the deepest block
+    would count most. The scale and shift of the transformer's own last norm are left out: they are the same for all
+    blocks, so that the standardization of each channel would undo them.
+    """
+    tokens = torch.stack([block.movedim(1, -1) for block in blocks])  # (L, B, h, w, D)
+    normalized = functional.layer_norm(tokens, tokens.shape[-1:], eps=1e-6)
+    return normalized.mean(0).movedim(-1, 1).contiguous()  # (B, D, h, w)
+
+
+def check_patches(name: str, *, patch: int, height: int, width: int, trained: Sequence[int]) -> None:
+    """Check that height and width are multiples of a transformer's patch: it would not see the rest.
+
+    Args:
+        trained: height and width of the images on which the transformer was trained.
+
+    Raises:
+        ConfigError: one of them is not; the message names the nearest multiples.
+    """
+    wrong = []
+    for side, pixels in (("height", height), ("width", width)):
+        if pixels % patch:
+            below = pixels // patch * patch
+            near = [str(size) for size in (below, below + patch) if size]
+            wrong.append(f"prepare.{side} must be {' or '.join(near)}, got {pixels}")
+    if wrong:
+        raise ConfigError(
+            f"{name} reads images of multiples of its patch of {patch} pixels: {'; '.join(wrong)}. "
+            f"It was trained on {trained[0]} x {trained[1]}."
+        )
 
 
 class FrozenFeatures(nn.Module):
@@ -45,7 +84,8 @@ class FrozenFeatures(nn.Module):
 
     As in PatchCore (Roth et al. 2022, arXiv 2106.08265, section 3.1) and SimpleNet (Liu et al. 2023, arXiv
     2303.15140, section 3.1): each cell of a stage is averaged with its neighbours inside the image, the stages are
-    resized to one grid by bilinear interpolation and concatenated, shallowest first.
+    resized to one grid by bilinear interpolation and concatenated, shallowest first. Several blocks of a transformer
+    can be averaged to one stage (`mean_of_blocks`).
 
     `extract` takes any number of images, and the features of an image do not depend on that number. `forward` is one
     pass that can be exported.
@@ -65,7 +105,7 @@ class FrozenFeatures(nn.Module):
     def __init__(self, backbone: Backbone, *, height: int, width: int, batch_images: int) -> None:
         super().__init__()
         model, name, grid_stride = backbone.model, backbone.name, backbone.grid_stride
-        self.indices = list(backbone.indices)
+        self.indices, self.average = list(backbone.indices), backbone.average
         self.height, self.width = height, width
         self.grid = (height // grid_stride, width // grid_stride)
         self.neighbourhood = backbone.neighbourhood
@@ -103,6 +143,7 @@ class FrozenFeatures(nn.Module):
                 "batch_images": batch_images,
                 "mean": list(backbone.mean),
                 "std": list(backbone.std),
+                **({"average": True} if self.average else {}),
             },
         )
         if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
@@ -155,12 +196,12 @@ class FrozenFeatures(nn.Module):
 
     @torch.no_grad()
     def _stages(self, images: Tensor) -> list[Tensor]:
-        """Return the intermediates in use, each (B, D_s, h_s, w_s). Nothing above the last one is computed."""
+        """Return the stages in use, each (B, D_s, h_s, w_s). Nothing above the last one is computed."""
         images = images.contiguous(memory_format=torch.channels_last)
         stages: list[Tensor] = self.model.forward_intermediates(
             images, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )
-        return stages
+        return [mean_of_blocks(stages)] if self.average else stages
 
     def _on_grid(self, stage: Tensor) -> Tensor:
         side = self.neighbourhood

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from normweave.config import OpenClipConfig
 from normweave.errors import ConfigError, DataError, MissingError, unknown
 from normweave.features import weights as weight_files
-from normweave.features.frozen import Backbone
+from normweave.features.frozen import Backbone, check_patches
 from normweave.types import JointMaps, Pair, Text
 
 try:
@@ -54,16 +54,7 @@ def load(config: OpenClipConfig, *, height: int, width: int) -> Backbone:
     tower = _without_weights(settings).visual
     indices = _indices(config.layers, tower=tower, name=name)
     patch: int = tower.patch_size[0]
-    wrong = [
-        f"prepare.{side} must be {' or '.join(map(str, _near(pixels, patch)))}, got {pixels}"
-        for side, pixels in (("height", height), ("width", width))
-        if pixels % patch
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{name} reads images of multiples of its patch of {patch} pixels: {'; '.join(wrong)}. "
-            f"It was trained on {tower.image_size[0]} x {tower.image_size[1]}."
-        )
+    check_patches(name, patch=patch, height=height, width=width, trained=tower.image_size)
     tower.prune_intermediate_layers(indices, prune_norm=True)
     weights = _read(name, settings, config.weights)
     tower.load_state_dict(_tensors(weights.state, tower.state_dict(), prefix="visual.", name=name), assign=True)
@@ -288,12 +279,6 @@ def _indices(layers: Sequence[int], *, tower: Any, name: str) -> list[int]:
             f"--set features.layers=[{depth}]."
         )
     return sorted({layer - 1 for layer in layers})
-
-
-def _near(pixels: int, patch: int) -> list[int]:
-    """Return the multiples of the patch below and above."""
-    below = pixels // patch * patch
-    return [size for size in (below, below + patch) if size]
 
 
 def _resize(tower: Any, height: int, width: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from normweave.config import OfflinePairConfig, TimmConfig
 from normweave.errors import ConfigError, DataError, MissingError, unknown
 from normweave.features import weights as weight_files
-from normweave.features.frozen import Backbone
+from normweave.features.frozen import Backbone, check_patches
 
 HOWTO = "See docs/how-to/add-a-backbone.md."
 
@@ -25,11 +25,16 @@ def load(config: TimmConfig, *, height: int, width: int) -> Backbone:
     """Return the model that `config` describes. Its weights do not depend on the size of the images.
 
     Raises:
-        ConfigError: the model or a stage does not exist, or the weights have a format that can execute code.
+        ConfigError: the model, a stage or a block does not exist, the size is not a multiple of the patch of a plain
+            vision transformer, or the weights have a format that can execute code.
         MissingError: the weights are not on this machine and cannot be downloaded.
         DataError: the weights are damaged or belong to another model.
     """
-    return load_model(config.backbone, config)
+    backbone = load_model(config.backbone, config)
+    if patch := patch_side(backbone.model, name=backbone.name):
+        trained = backbone.model.pretrained_cfg["input_size"][1:]
+        check_patches(backbone.name, patch=patch, height=height, width=width, trained=trained)
+    return backbone
 
 
 def pair(config: TimmConfig) -> None:
@@ -37,8 +42,9 @@ def pair(config: TimmConfig) -> None:
 
 
 def load_model(name: str, config: TimmConfig | OfflinePairConfig) -> Backbone:
-    """Return timm's model `name` with the weights, strides and grid of `config`. Raises what `load` raises."""
+    """Return timm's model `name` with the weights, stages and grid of `config`. Raises what `load` raises."""
     weights = config.weights
+    chosen = config.blocks if isinstance(config, TimmConfig) else ()
     if not timm.is_model(name):
         near = get_close_matches(name, timm.list_models(), n=3)
         raise unknown("backbone", name, {*near, *weight_files.PACKAGES}, f"Choose any timm model. {HOWTO}")
@@ -52,7 +58,7 @@ def load_model(name: str, config: TimmConfig | OfflinePairConfig) -> Backbone:
         torch.manual_seed(0)
         model: Any = timm.create_model(name, pretrained=False)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    indices = stages(model, name=name, strides=config.strides)
+    indices = blocks(model, name=name, numbers=chosen) if chosen else stages(model, name=name, strides=config.strides)
     model.prune_intermediate_layers(indices, prune_norm=True)
     if weights != "random":
         if weights != "auto":
@@ -70,6 +76,7 @@ def load_model(name: str, config: TimmConfig | OfflinePairConfig) -> Backbone:
         std=model.pretrained_cfg["std"],
         grid_stride=config.grid_stride,
         neighbourhood=config.neighbourhood,
+        average=bool(chosen),
     )
 
 
@@ -81,14 +88,7 @@ def stages(model: Any, *, name: str, strides: Sequence[int]) -> list[int]:
     Raises:
         ConfigError: the model has no intermediates, or none with one of the strides.
     """
-    if not hasattr(model, "forward_intermediates"):
-        raise ConfigError(
-            f"Backbone {name!r} has no forward_intermediates, so no feature grid can be read from it. "
-            f"Choose a timm model that has it. {HOWTO}"
-        )
-    # A list in most of timm's models, an object that contains the list in the others.
-    infos = getattr(model.feature_info, "info", model.feature_info)
-    deepest = {info["reduction"]: index for index, info in enumerate(infos)}
+    deepest = {stride: index for index, stride in enumerate(_strides(model, name=name))}
     absent = sorted(set(strides) - set(deepest))
     if absent:
         raise ConfigError(
@@ -96,6 +96,51 @@ def stages(model: Any, *, name: str, strides: Sequence[int]) -> list[int]:
             f"choose from these, for example --set features.strides=[{max(deepest)}]."
         )
     return sorted(deepest[stride] for stride in set(strides))
+
+
+def blocks(model: Any, *, name: str, numbers: Sequence[int]) -> list[int]:
+    """Return the indices of these blocks, numbered from 1, of a plain vision transformer; shallowest first.
+
+    Raises:
+        ConfigError: the model is not a plain vision transformer, or does not have one of the blocks.
+    """
+    strides = _strides(model, name=name)
+    if not patch_side(model, name=name):
+        raise ConfigError(
+            f"features.blocks needs a plain vision transformer, in which all blocks have one stride; {name!r} has the "
+            f"strides {sorted(set(strides))}. Choose stages with features.strides, or a model such as "
+            "vit_small_patch14_reg4_dinov2."
+        )
+    depth = len(strides)
+    absent = [number for number in numbers if number > depth]
+    if absent:
+        raise ConfigError(
+            f"Backbone {name!r} has no block {', '.join(map(str, absent))}. It has 1..{depth}: choose from these, for "
+            f"example --set features.blocks=[{depth}]."
+        )
+    return sorted({number - 1 for number in numbers})
+
+
+def patch_side(model: Any, *, name: str) -> int:
+    """Return the side of the patches of a plain vision transformer in pixels, 0 for any other model.
+
+    Raises:
+        ConfigError: the model has no intermediates.
+    """
+    stride, *others = set(_strides(model, name=name))
+    return int(stride) if hasattr(model, "patch_embed") and not others else 0
+
+
+def _strides(model: Any, *, name: str) -> list[int]:
+    """Return the stride of each intermediate to the input. Raises ConfigError if the model has no intermediates."""
+    if not hasattr(model, "forward_intermediates"):
+        raise ConfigError(
+            f"Backbone {name!r} has no forward_intermediates, so no feature grid can be read from it. "
+            f"Choose a timm model that has it. {HOWTO}"
+        )
+    # A list in most of timm's models, an object that contains the list in the others.
+    infos = getattr(model.feature_info, "info", model.feature_info)
+    return [info["reduction"] for info in infos]
 
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], *, name: str) -> None:

@@ -156,7 +156,8 @@ def test_a_set_that_cannot_be_read_or_divided_is_a_row_and_the_others_go_on(unus
     assert list(divisions) == [
         (*where, seed) for where in (("single", "given"), ("untested", "seen")) for seed in (0, 1)
     ]
-    assert [item.seed for item, _ in list_runs(plan, divisions, tmp_path)] == [0, 1, 0, 1]
+    runs = [(item.seed, timed) for item, _, timed in list_runs(plan, divisions, tmp_path)]
+    assert runs == [(0, True), (1, False), (0, True), (1, False)]
     reasons = {(row["data"], row["protocol"]): row["error"] for row in failed}
     assert len(failed) == 6  # one for each seed
     assert "absent" in reasons["absent", "seen"]
@@ -267,7 +268,7 @@ def test_a_further_seed_or_protocol_repeats_nothing(tmp_path: Path):
         plan.write_text(text)
         read = read_plan(plan)
         divisions, _ = divide(read, tmp_path, tmp_path / "results")
-        return {item.key for item, _ in list_runs(read, divisions, tmp_path)}
+        return {item.key for item, *_ in list_runs(read, divisions, tmp_path)}
 
     first = keys(PLAN)
     assert len(first) == 2

@@ -225,7 +225,7 @@ def _merged(
     bins: NDArray[np.uint32], counts: NDArray[np.float64], shift: int
 ) -> tuple[NDArray[np.uint32], NDArray[np.float64], int]:
     """Merge equal bins, then neighbouring ones while their number exceeds MOST_BINS."""
-    order = np.argsort(bins, kind="stable")  # merges runs that are sorted already, as most of the bins are
+    order = np.lexsort((bins,))  # stable, and merges runs that are sorted already, as most of the bins are
     ordered = bins[order]
     while True:
         first = np.append(True, ordered[1:] != ordered[:-1])[: len(ordered)]

@@ -200,7 +200,7 @@ def detector(cloth):
     return Detector.fit(
         cloth,
         config=Config(
-            data=DataConfig(subclass_from="column"),
+            data=DataConfig(subclass_from="column", calibration="split"),
             prepare=PrepareConfig(height=64, width=64),
             features=TimmConfig(weights="random", strides=(8,), batch_images=4),
             head=head_config(expert="gaussian"),

@@ -46,6 +46,7 @@ def inspection(number=0, **changes):
         experts=(("cloth/twill", 0.1 + 0.7), ("cloth/päni\0\ud800", 0.2)),
         adapted=True,
         boxes=(DefectBox(1, 2, 3, 4, 0.1, "good/1.png", 9, 10, 3, 4), DefectBox(5, 6, 7, 8, 1e-17)),
+        guarantee="conformal",
         height=300,
         width=780,
         latency_ms=12.3,

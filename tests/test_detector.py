@@ -163,7 +163,7 @@ def test_calibration_gives_the_operating_points_of_torch(bundle, more, photos, t
 def test_a_rate_that_cannot_be_promised_changes_nothing(bundle, more, cloth):
     loaded = Detector.load(bundle, threads=1)
     before = loaded.calibration
-    with pytest.raises(CheckError, match="needs at least 999 held-out normal images, got 24"):
+    with pytest.raises(CheckError, match="needs at least 999 independent groups of held-out normal images, got 24"):
         loaded.calibrate(more, false_alarm_rate=0.001)
     with pytest.raises(DataError, match="cannot be used for calibration"):
         loaded.calibrate(cloth)

@@ -6,7 +6,7 @@ import pytest
 from normweave.config import Config, MapsConfig, OutcomeConfig, PrepareConfig
 from normweave.errors import CheckError
 from normweave.maps import upsample
-from normweave.scoring import ImageScore, OperatingPoints, TileScores, anomaly_map
+from normweave.scoring import HeldOut, ImageScore, OperatingPoints, TileScores, anomaly_map
 from normweave.types import RawOutput, Tile
 
 CONFIG = Config(prepare=PrepareConfig(height=32, width=48), maps=MapsConfig(smoothing=0))
@@ -101,13 +101,18 @@ def images(scores, subclass, *, peak=None):
     ]
 
 
-def draw(scores, unseen, rate=0.1):
+def draw(scores, unseen, rate=0.1, groups=None, **given):
+    """Each image is a group of its own by default."""
+    held_out = [
+        HeldOut(number, groups[number] if groups else number, own, unseen[number] if unseen else None)
+        for number, own in enumerate(scores)
+    ]
     return OperatingPoints.draw(
-        scores,
-        unseen,
+        held_out,
         subclass_names=NAMES,
         subclasses=SUBCLASSES,
         outcome=OutcomeConfig(false_alarm_rate=rate, unknown_rate=0.1),
+        **given,
     )
 
 
@@ -138,6 +143,20 @@ def test_unseen_scores_count_only_within_the_category():
 def test_too_few_images_for_the_rate():
     with pytest.raises(CheckError, match=r"0\.01"):
         draw(images(range(30), 0), [], rate=0.01)
+
+
+def test_groups_are_counted_for_known_and_unseen_subclasses_and_boxes():
+    own = images(range(30), 0)
+    points = draw(own, images(range(100, 130), 1), groups=[number // 3 for number in range(30)])
+    assert points.calibration.independent_groups == points.calibration.unseen.independent_groups == 10
+    assert points.calibration.point().threshold == 29  # 27 if each image were a group
+    few = draw(own, images(range(100, 130), 1), groups=[number // 10 for number in range(30)], attainable=True)
+    assert few.calibration.guarantee == "uncalibrated"
+    assert few.calibration.point().threshold == 29
+    assert few.calibration.unseen is None  # three groups of leave-one-subclass-out scores are too few for the rate
+    peaks = [each for k in range(30) for each in images([100 + k], 0, peak=k)]
+    assert draw(peaks, [], groups=[number // 3 for number in range(30)]).map_threshold == 29
+    assert draw(peaks, [], rate=0.01, attainable=True).map_threshold == 29
 
 
 def test_operating_points_come_back_from_a_record():

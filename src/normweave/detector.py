@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from normweave import bundle, references, settings
 from normweave.config import Config, OutcomeConfig
-from normweave.data import images, layouts, rows
+from normweave.data import images, layouts, rows, splits
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
 from normweave.errors import BundleError, DataError, ImageError
@@ -31,7 +31,7 @@ from normweave.network import open_graph
 from normweave.network.base import Network
 from normweave.outcome import boxes
 from normweave.outcome.operating_point import Calibration
-from normweave.scoring import ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map
+from normweave.scoring import HeldOut, ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map
 from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
 
 AHEAD = 2  # batches decoded while the network works
@@ -275,6 +275,7 @@ class Detector:
             experts=experts,
             adapted=scored.adapted,
             boxes=found,
+            guarantee=decision.guarantee,
             anomaly_map=full_map,
             height=height,
             width=width,
@@ -391,7 +392,7 @@ class Detector:
 
         Raises:
             DataError: an image was used for fitting, or none can be read.
-            CheckError: there are too few images for the rate. Then nothing has changed.
+            CheckError: there are too few groups of images for the rate. Then nothing has changed.
         """
         config = self.config
         if false_alarm_rate is not None:
@@ -407,7 +408,8 @@ class Detector:
                 f"No normal image to calibrate with among {len(normals)} candidates. "
                 "Give a folder or manifest of good images that were not used in training."
             )
-        self.draw_operating_points(scanned, np.arange(len(scanned)), config.outcome, progress=progress)
+        held_out = self.held_out_scores(scanned, np.arange(len(scanned)), progress=progress)
+        self.draw_operating_points(held_out, config.outcome)
         self.config = config
         self.record |= {
             "config": settings.as_dict(config),
@@ -417,29 +419,45 @@ class Detector:
         }
         self.refused = scanned.refused
 
-    def draw_operating_points(
+    def held_out_scores(
         self,
         scanned: rows.Rows,
         chosen: NDArray[np.int64],
-        outcome: OutcomeConfig,
         *,
         cache: Path | None = None,
         progress: Progress | None = None,
+    ) -> list[HeldOut]:
+        """Return the scores of the chosen rows, normal images that the network was not fitted on."""
+        groups = splits.independent_groups(scanned.samples, scanned.hashes)
+        scored = self.score_rows(scanned, chosen, unseen=self.network.can_exclude, cache=cache, progress=progress)
+        return [
+            HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding))
+            for number, own, excluding in scored
+        ]
+
+    def draw_operating_points(
+        self,
+        held_out: Sequence[HeldOut],
+        outcome: OutcomeConfig,
+        *,
+        cross_validated: bool = False,
+        attainable: bool = False,
     ) -> None:
-        """Compute the operating points from the chosen rows, held-out normal images.
+        """Compute the operating points from the scores of held-out normal images.
+
+        Args:
+            cross_validated, attainable: as in `Calibration`.
 
         Raises:
-            CheckError: there are too few images for the rate.
+            CheckError: there are too few groups for the rate, without `attainable`.
         """
-        scores, unseen = [], []
-        for _, own, excluding in self.score_rows(
-            scanned, chosen, unseen=self.network.can_exclude, cache=cache, progress=progress
-        ):
-            scores.append(ImageScore.of(own))
-            if excluding is not None:
-                unseen.append(ImageScore.of(excluding))
         self.operating_points = OperatingPoints.draw(
-            scores, unseen, subclass_names=self.subclass_names, subclasses=self.subclasses, outcome=outcome
+            held_out,
+            subclass_names=self.subclass_names,
+            subclasses=self.subclasses,
+            outcome=outcome,
+            cross_validated=cross_validated,
+            attainable=attainable,
         )
 
     def with_rate(self, false_alarm_rate: float) -> Detector:
@@ -448,7 +466,7 @@ class Detector:
         The threshold of boxes stays, since the map values of those images are not in the bundle.
 
         Raises:
-            CheckError: there are too few held-out images for this rate.
+            CheckError: there are too few groups of held-out images for this rate.
             BundleError: no operating point has been computed.
         """
         points = self._require_operating_points()

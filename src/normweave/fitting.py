@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, references, settings, training
+from normweave import __version__, bundle, cross_validation, references, settings, training
 from normweave.config import Config
 from normweave.data import rows, splits, synthetic
 from normweave.data.prepare import Preparation
@@ -37,7 +37,7 @@ from normweave.heads.base import Head
 from normweave.network import OPENVINO, open_graph
 from normweave.network.quantize import quantize_backbone
 from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
-from normweave.outcome.operating_point import images_needed
+from normweave.outcome.operating_point import groups_needed
 from normweave.references import References
 from normweave.scoring import ImageScore
 from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies
@@ -80,7 +80,6 @@ def fit(
 
     Raises:
         DataError: there are no usable good images, or too few.
-        CheckError: there are too few held-out images for the false-alarm rate.
         ConfigError, MissingError: a setting is not possible, or a backbone is not available.
     """
     config = _configured(config, model=model, subclass_from=subclass_from)
@@ -95,33 +94,45 @@ def fit(
     images, division = divide(samples, config, known=known, progress=progress)
     source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
 
-    chosen = FittedRows(images, rows_of(images, division.fit), rows_of(images, division.calibration))
-    standard, head = fit_head(
-        chosen,
-        extractor,
-        source,
-        config,
-        cache=folder,
-        cache_gib=cache_gib,
-        work=work,
-        resume=resume,
-        device=device,
-        progress=progress,
-    )
-    network = TorchNetwork(extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen)
-    if config.outcome.references and head.origins is not None:
-        network.references = References.collect(head.origins, grid=source.shape[1:], images=images, fit=chosen.fit)
-    detector = Detector(
-        network,
-        config=config,
-        subclass_names=head.subclass_names,
-        subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
-        record=_record(config, network, division),
-        refused=images.refused,
-    )
-    _name_discovered(detector, chosen, cache=folder)
+    def fit_rows(fit: NDArray[np.int64], calibration: NDArray[np.int64]) -> Detector:
+        chosen = FittedRows(images, fit, calibration)
+        standard, head = fit_head(
+            chosen,
+            extractor,
+            source,
+            config,
+            cache=folder,
+            cache_gib=cache_gib,
+            work=work,
+            resume=resume,
+            device=device,
+            progress=progress,
+        )
+        network = TorchNetwork(
+            extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen
+        )
+        if config.outcome.references and head.origins is not None:
+            network.references = References.collect(head.origins, grid=source.shape[1:], images=images, fit=fit)
+        detector = Detector(
+            network,
+            config=config,
+            subclass_names=head.subclass_names,
+            subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
+            record=_record(config, network, division),
+            refused=images.refused,
+        )
+        _name_discovered(detector, chosen, cache=folder)
+        return detector
+
+    calibration = rows_of(images, division.calibration)
+    detector = fit_rows(rows_of(images, division.fit), calibration)
     detector.record |= _subclass_record(detector)
-    detector.draw_operating_points(images, chosen.calibration, config.outcome, cache=folder)
+    if division.folds:
+        folds = [rows_of(images, fold) for fold in division.folds]
+        held_out = cross_validation.held_out_scores(detector, images, folds, fit_rows, cache=folder, progress=progress)
+    else:
+        held_out = detector.held_out_scores(images, calibration, cache=folder)
+    detector.draw_operating_points(held_out, config.outcome, cross_validated=bool(division.folds), attainable=True)
     return detector
 
 
@@ -223,7 +234,8 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
     on fit images, so that the held-out ones stay unused.
 
     Raises:
-        ConfigError: the detector was not just fitted, or its backbone has no convolution.
+        ConfigError: the detector was not just fitted, has cross-validated operating points, or its backbone has no
+            convolution.
         CheckError: as in `Detector.save`.
     """
     network = detector.network
@@ -233,6 +245,11 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
             "again with --int8."
         )
     images = network.rows
+    if detector.calibration is not None and detector.calibration.cross_validated:
+        raise ConfigError(
+            "int8 computes its operating points from images that the network was not fitted on, and cross-validation "
+            "fits it to all images. Give more good images, or train with --set data.calibration=split."
+        )
     graph = quantize_backbone(network.exported(detector.calibration), images.tiles(images.fit, at_most=INT8_IMAGES))
     config = detector.config
     size = (config.prepare.height, config.prepare.width)
@@ -247,7 +264,8 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
         record=detector.record | {"precision": "int8"},
         refused=detector.refused,
     )
-    result.draw_operating_points(images.images, images.calibration, config.outcome, progress=progress)
+    held_out = result.held_out_scores(images.images, images.calibration, progress=progress)
+    result.draw_operating_points(held_out, config.outcome, attainable=True)
     return result
 
 
@@ -265,8 +283,10 @@ def divide(
     hashes = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
     division = splits.divide(
         images.samples,
+        method=config.data.calibration,
         calibration_share=config.data.calibration_share,
-        at_least=images_needed(config.outcome.false_alarm_rate),
+        at_least=groups_needed(config.outcome.false_alarm_rate),
+        folds=config.data.folds,
         seed=config.seed,
         content=lambda sample: hashes[sample.image_path],
     )

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from normweave import maps
 from normweave.config import Config, OutcomeConfig
 from normweave.outcome import image_score
-from normweave.outcome.operating_point import Calibration, draw_threshold, images_needed
+from normweave.outcome.operating_point import Calibration, draw_threshold, groups_needed
 from normweave.types import RawOutput, Tile
 
 
@@ -109,6 +109,15 @@ class ImageScore(NamedTuple):
         )
 
 
+class HeldOut(NamedTuple):
+    """The scores of a held-out normal image."""
+
+    number: int  # of the image in `Rows.samples`
+    group: int  # equal for images that are not independent
+    own: ImageScore
+    unseen: ImageScore | None  # without the expert of its own subclass; None: the network cannot leave one out
+
+
 def anomaly_map(
     grids: NDArray[np.float32], tiles: Sequence[Tile], size: tuple[int, int], *, smoothing: float
 ) -> NDArray[np.float32]:
@@ -129,34 +138,39 @@ class OperatingPoints(NamedTuple):
     @classmethod
     def draw(
         cls,
-        scores: Sequence[ImageScore],
-        unseen: Sequence[ImageScore],
+        held_out: Sequence[HeldOut],
         *,
         subclass_names: tuple[str, ...],
         subclasses: Mapping[str, tuple[str, str | None]],
         outcome: OutcomeConfig,
+        cross_validated: bool = False,
+        attainable: bool = False,
     ) -> OperatingPoints:
         """Compute the thresholds for a false-alarm rate.
 
         Args:
-            scores: of held-out normal images.
-            unseen: leave-one-subclass-out scores of the same images; empty where the network cannot exclude.
             subclasses: category and subclass of each of the names.
+            cross_validated, attainable: as in `Calibration`.
 
         Raises:
-            CheckError: there are too few images for the rate.
+            CheckError: there are too few groups for the rate, without `attainable`.
         """
         categories = tuple(subclasses[name][0] for name in subclass_names)
 
-        def calibration(of: Sequence[ImageScore], unseen: Calibration | None) -> Calibration:
-            routed = [each.subclass for each in of if each.subclass is not None]
-            distances = [each.distance for each in of if each.distance is not None]
+        def calibration(
+            of: Sequence[tuple[int, ImageScore]], unseen: Calibration | None, *, attainable: bool = False
+        ) -> Calibration:
+            routed = [each.subclass for _, each in of if each.subclass is not None]
+            distances = [each.distance for _, each in of if each.distance is not None]
             return Calibration(
-                scores=np.array([each.score for each in of]),
+                scores=np.array([each.score for _, each in of]),
                 distances=np.array(distances) if routed else None,
                 subclasses=np.array(routed, dtype=np.int64) if routed else None,
                 subclass_names=subclass_names,
                 subclass_categories=categories,
+                groups=[group for group, _ in of],
+                cross_validated=cross_validated,
+                attainable=attainable,
                 false_alarm_rate=outcome.false_alarm_rate,
                 unknown_rate=outcome.unknown_rate,
                 unseen=unseen,
@@ -167,17 +181,25 @@ class OperatingPoints(NamedTuple):
 
         # Without its own expert, an image that is routed to another category is a foreign material there.
         same_category = [
-            other for own, other in zip(scores, unseen, strict=bool(unseen)) if category(own) == category(other)
+            (each.group, each.unseen)
+            for each in held_out
+            if each.unseen is not None and category(each.own) == category(each.unseen)
         ]
-        enough = len(same_category) >= images_needed(outcome.false_alarm_rate)
-        drawn = calibration(scores, calibration(same_category, None) if enough else None)
-        image_scores = np.array([each.score for each in scores])
-        peaks = np.array([each.peak for each in scores])
-        # If the head has an image score of its own, its units differ from the map's: boxes need another threshold.
-        own_scores = bool((image_scores != peaks).any())
-        return cls(
-            drawn, draw_threshold(peaks, false_alarm_rate=outcome.false_alarm_rate).threshold if own_scores else None
+        enough = len({group for group, _ in same_category}) >= groups_needed(outcome.false_alarm_rate)
+        drawn = calibration(
+            [(each.group, each.own) for each in held_out],
+            calibration(same_category, None) if enough else None,
+            attainable=attainable,
         )
+        # If the head has an image score of its own, its units differ from the map's: boxes need another threshold.
+        if all(each.own.score == each.own.peak for each in held_out):
+            return cls(drawn, None)
+        boxes = draw_threshold(
+            [each.own.peak for each in held_out],
+            false_alarm_rate=drawn.point().false_alarm_rate,
+            groups=[each.group for each in held_out],
+        )
+        return cls(drawn, boxes.threshold)
 
     def as_dict(self) -> dict[str, Any]:
         """Return both as the record of a bundle holds them."""

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 Label = Literal["normal", "anomalous"]
 Split = Literal["train", "calibration", "test"]
 Verdict = Literal["normal", "anomalous", "unknown"]
+Guarantee = Literal["conformal", "cross-validated", "uncalibrated"]
+"""What the false-alarm rate of a threshold rests on.
+
+conformal: held-out images; at most this share of new normal images exceeds it, on average over held-out sets.
+cross-validated: each image scored by a head that has not seen its group; the rate is approximate.
+uncalibrated: too few independent groups for the requested rate; the rate is the lowest that they allow.
+"""
 Progress = Callable[[str, int, int], None]
 """Called with (name of the step, number done, total)."""
 
@@ -251,7 +258,10 @@ class Outcome:
     verdict: Verdict | None = None
     pred_score: float | None = None
     p_value: float | None = None
-    """Share of held-out normal images of the same subclass that score at least as high, in (0, 1]."""
+    """Share of held-out normal images of the same subclass that score at least as high, in (0, 1].
+
+    Every group has the same weight.
+    """
     threshold: float | None = None
     false_alarm_rate: float | None = None
     category: str | None = None
@@ -266,6 +276,8 @@ class Outcome:
     adapted: bool = False
     """Whether test-time adaption changed the features."""
     boxes: tuple[DefectBox, ...] = ()
+    guarantee: Guarantee | None = None
+    """What `false_alarm_rate` rests on."""
     anomaly_map: NDArray[np.float32] | None = field(default=None, repr=False, compare=False, metadata={"in_file": True})
     """(H, W) at the size of the image on disk."""
     height: int | None = None

@@ -17,7 +17,7 @@ from normweave.detector import Detector
 from normweave.textiles import SEEN, UNSEEN, make_textures
 from normweave.types import Sample
 
-SMALL = ["prepare.height=64", "prepare.width=64", "data.subclass_from=column"]
+SMALL = ["prepare.height=64", "prepare.width=64", "data.subclass_from=column", "data.calibration=split"]
 
 
 def listed(category: str, defects: dict[str, int], good: int = 5) -> list[Sample]:

@@ -79,7 +79,7 @@ def test_an_image_level_head_has_no_pixel_metrics(tmp_path: Path):
     data = tmp_path / "cloth"
     textile = Textile("plain", "ecru", "diffuse")
     make_textures(data, size=(64, 64), train_images=40, test_images=4, defect_images=3, seen=[textile], unseen=[])
-    config = settings.override(Config(), ["prepare.height=64", "prepare.width=64"])
+    config = settings.override(Config(), ["prepare.height=64", "prepare.width=64", "data.calibration=split"])
     detector = Detector.fit(data, config=config, model="mean-shift")
     outcome = detector.score(next(data.rglob("*.png")))
     assert np.ptp(outcome.anomaly_map) <= 1e-6
@@ -196,6 +196,7 @@ def test_a_tile_is_covered_by_its_own_part_of_the_mask():
 # ── of a detector that decodes, on two categories ────────────────────────────────────────────────────────────────────
 
 SMALL = (
+    "data.calibration=split",
     "prepare.height=64",
     "prepare.width=64",
     "prepare.tile_beyond=1.5",

@@ -19,11 +19,11 @@ from normweave.textiles import SEEN, make_textures, render
 from normweave.types import Sample
 
 CONFIG = Config(
-    data=DataConfig(subclass_from="column"),
+    data=DataConfig(subclass_from="column", calibration="split"),
     prepare=PrepareConfig(height=64, width=64),
     features=TimmConfig(strides=(8,), batch_images=4),
     head=head_config(expert="gaussian", adaption="off"),
-    outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
+    outcome=OutcomeConfig(false_alarm_rate=0.25, unknown_rate=0.1),
 )
 
 

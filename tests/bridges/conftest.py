@@ -51,7 +51,12 @@ def textiles(tmp_path_factory):
 def planned(name: str, *further: str) -> peers.PeerPlan:
     """Return a plan of the smallest training of a model."""
     side = SIDE.get(name, 64)
-    chosen = [f"prepare.height={side}", f"prepare.width={side}", "outcome.false_alarm_rate=0.2"]
+    chosen = [
+        f"prepare.height={side}",
+        f"prepare.width={side}",
+        "outcome.false_alarm_rate=0.2",
+        "data.calibration=split",
+    ]
     for key, least in (("epochs", 1), ("max_steps", 1), ("teacher_steps", 1), ("batch_images", 4)):
         if key in peers.PEERS[name].settings:
             chosen.append(f"{key}={least}")
@@ -59,7 +64,7 @@ def planned(name: str, *further: str) -> peers.PeerPlan:
 
 
 def config_for(model: str, *further: str) -> Config:
-    sides = ["prepare.height=64", "prepare.width=64", "outcome.false_alarm_rate=0.2"]
+    sides = ["prepare.height=64", "prepare.width=64", "outcome.false_alarm_rate=0.2", "data.calibration=split"]
     return settings.override(settings.with_model(Config(), model), [*sides, *further])
 
 

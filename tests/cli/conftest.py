@@ -9,6 +9,7 @@ from normweave.cli import app
 from normweave.textiles import Textile, make_textures
 
 SMALL = [
+    "--set=data.calibration=split",
     "--set=features.weights=random",
     "--set=features.strides=[8]",
     "--set=prepare.height=64",

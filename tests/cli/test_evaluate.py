@@ -31,7 +31,7 @@ def metrics():
         "by_category": {"cloth": values()},
         "by_subclass": {"cloth/[twill]": values(aupro=None, image_auroc=1.0)},
         "mask_faults": [],
-        "provenance": {},
+        "provenance": {"promise": "At most 5 % false alarms."},
     }
 
 
@@ -104,12 +104,12 @@ def test_several_categories_have_a_row_each(several, tmp_path, capsys):
 
 def test_one_category_has_no_row_of_its_own(metrics, tmp_path, capsys):
     rows = printed(metrics, tmp_path, capsys)
-    assert [row[0] for row in rows] == ["subclass", "cloth/[twill]", "seen", "pooled", "mean", "Report:"]
+    assert [row[0] for row in rows] == ["subclass", "cloth/[twill]", "seen", "pooled", "mean", "At", "Report:"]
     assert "named" not in rows[0]
 
 
 def test_changes_are_shown_beside_the_numbers(several, tmp_path, capsys):
-    several["provenance"] = {"against": {"model": "cnc", "bundle_hash": "ab"}}
+    several["provenance"] |= {"against": {"model": "cnc", "bundle_hash": "ab"}}
     cloth = several["by_category"]["cloth"]["over_generalisation"]
     cloth["change"] = {"ratio": -0.125, "cell_auroc": 0.0625}
     several["by_category"]["board"]["over_generalisation"] = None
@@ -121,7 +121,7 @@ def test_changes_are_shown_beside_the_numbers(several, tmp_path, capsys):
 
 
 def test_a_bundle_without_a_decoder_has_nothing_to_compare(metrics, tmp_path, capsys):
-    metrics["provenance"] = {"against": {"model": "cnc", "bundle_hash": "ab"}}
+    metrics["provenance"] |= {"against": {"model": "cnc", "bundle_hash": "ab"}}
     assert report(Terminal(), metrics, tmp_path) == 0
     assert "Nothing to compare: this model has no decoder" in capsys.readouterr().out
 

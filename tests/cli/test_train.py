@@ -1,5 +1,6 @@
 """From options to settings, and from good images to a bundle."""
 
+import csv
 import json
 import shutil
 
@@ -107,6 +108,7 @@ def test_train_prints_its_results(trained):
     assert output["model"] == "dfm"
     assert output["fit_images"] + output["calibration_images"] == 24  # 12 of each of two subclasses
     assert output["false_alarm_rate"] == 0.2
+    assert output["guarantee"] == "conformal"
     assert output["seed"] == 1
     assert output["refused"] == []
     record = bundle.read(trained.bundle)
@@ -136,7 +138,7 @@ def test_an_existing_bundle_is_refused_before_training(trained, cloth, tmp_path)
     assert "allow replacing it (--overwrite)" in result.stderr
 
 
-def test_a_rate_that_cannot_be_guaranteed_has_exit_code_3(cloth, tmp_path):
+def test_a_rate_that_cannot_be_guaranteed_is_reported_and_the_verdicts_are_marked(cloth, tmp_path):
     result = run(
         "train",
         cloth,
@@ -145,10 +147,20 @@ def test_a_rate_that_cannot_be_guaranteed_has_exit_code_3(cloth, tmp_path):
         "--model=dfm",
         "--no-cache",
         *SMALL,
+        "--set=data.calibration=auto",
         "--set=outcome.false_alarm_rate=0.01",
     )
-    assert result.exit_code == 3, result.output
-    assert not (tmp_path / "b").exists()
+    assert result.exit_code == 0, result.output
+    manifest = csv.DictReader((cloth / "manifest.csv").read_text().splitlines())
+    groups = len({row["group"] for row in manifest if row["split"] == "train"})
+    rate = f"{100 / (groups + 1):.3g} %"
+    assert f"{groups} independent good parts can promise {rate} false alarms at best; 1 % needs 99." in result.stdout
+    assert "Verdicts are marked uncalibrated." in result.stdout
+    assert "fitted on 24 good images, calibrated on the same by cross-validation" in result.stdout
+    predicted = run("predict", tmp_path / "b", cloth, "--json")
+    outcomes = [json.loads(line) for line in predicted.stdout.splitlines()]
+    assert {(each["guarantee"], each["false_alarm_rate"]) for each in outcomes} == {("uncalibrated", 1 / (groups + 1))}
+    assert "uncalibrated  " in run("predict", tmp_path / "b", cloth).stdout
 
 
 def test_the_int8_accuracy_check_is_reported(cloth, tmp_path):
@@ -190,30 +202,30 @@ def test_the_default_model_is_adapted_moe():
 @pytest.mark.parametrize(
     ("point", "row"),
     [
-        ({"subclass": None, "pooled": True}, ("all together", "7", "1.2500")),
-        ({"subclass": "red", "pooled": False}, ("red", "7", "1.2500")),
-        ({"subclass": "red", "pooled": True}, ("red", "7", "1.2500 (of all together)")),
+        ({"subclass": None, "pooled": True}, ("all together", "7", "3", "1.2500")),
+        ({"subclass": "red", "pooled": False}, ("red", "7", "3", "1.2500")),
+        ({"subclass": "red", "pooled": True}, ("red", "7", "3", "1.2500 (of all together)")),
         (
             {"subclass": "cloth/red", "category": "cloth", "pooled": True, "pooled_over": "category"},
-            ("cloth/red", "7", "1.2500 (of its category)"),
+            ("cloth/red", "7", "3", "1.2500 (of its category)"),
         ),
         (
             {"subclass": "cloth/red", "category": "cloth", "pooled": True, "pooled_over": "all"},
-            ("cloth/red", "7", "1.2500 (of all together)"),
+            ("cloth/red", "7", "3", "1.2500 (of all together)"),
         ),
         (
             {"subclass": None, "category": "cloth", "pooled": False, "pooled_over": "category"},
-            ("cloth, all subclasses", "7", "1.2500"),
+            ("cloth, all subclasses", "7", "3", "1.2500"),
         ),
         (
             {"subclass": None, "category": "cloth", "pooled": True, "pooled_over": "all"},
-            ("cloth, all subclasses", "7", "1.2500 (of all together)"),
+            ("cloth, all subclasses", "7", "3", "1.2500 (of all together)"),
         ),
         (
             {"subclass": None, "category": None, "pooled": True, "pooled_over": "all"},
-            ("all together", "7", "1.2500"),
+            ("all together", "7", "3", "1.2500"),
         ),
     ],
 )
 def test_a_pooled_threshold_names_its_group(point, row):
-    assert point_row(point | {"normals": 7, "threshold": 1.25}) == row
+    assert point_row(point | {"normals": 7, "groups": 3, "threshold": 1.25}) == row

@@ -12,8 +12,8 @@ from PIL import Image
 
 from normweave.config import DataConfig
 from normweave.data import layouts
-from normweave.data.splits import complete, divide, file_content, holdout, shared
-from normweave.errors import CheckError, DataError
+from normweave.data.splits import complete, divide, file_content, holdout, independent_groups, shared
+from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
 
 
@@ -77,16 +77,29 @@ def test_divide_never_divides_a_group_or_a_file(rows, seed, share, at_least):
     def content(one):
         return contents[one.image_path]
 
-    try:
-        fit, calibration = divide(samples, calibration_share=share, at_least=at_least, seed=seed, content=content)
-    except (DataError, CheckError):  # too few; the refusals are tested below
-        return
-    assert sorted(fit + calibration, key=samples.index) == samples
-    assert len(fit) >= 2
-    assert len(calibration) >= at_least
-    assert {one.subclass for one in fit} == {one.subclass for one in samples}
-    where = {one.image_path: "fit" for one in fit} | {one.image_path: "calibration" for one in calibration}
-    assert all(where[a.image_path] == where[b.image_path] for a, b in ties(samples, content))
+    given = {"calibration_share": share, "at_least": at_least, "seed": seed, "content": content}
+    for method in ("auto", "split", "cross-validation"):
+        try:
+            fit, calibration, folds = divide(samples, method=method, **given)
+        except DataError:  # too few; the refusals are tested below
+            continue
+        where = {one.image_path: number for number, part in enumerate(folds or (fit, calibration)) for one in part}
+        assert len(where) == len(samples)
+        assert all(where[a.image_path] == where[b.image_path] for a, b in ties(samples, content))
+        if folds:
+            assert method != "split"
+            assert fit == calibration == samples
+            assert sorted((one for fold in folds for one in fold), key=samples.index) == samples
+            assert all(folds)
+            assert len(samples) - max(map(len, folds)) >= 2
+        else:
+            assert method != "cross-validation"
+            assert sorted(fit + calibration, key=samples.index) == samples
+            assert len(fit) >= 2
+            assert {one.subclass for one in fit} == {one.subclass for one in samples}
+            if method == "auto":
+                held_out = independent_groups(calibration, [content(one) for one in calibration])
+                assert len(set(held_out)) >= at_least
 
 
 @given(
@@ -180,47 +193,71 @@ def test_calibration_rows_are_used_as_marked():
         *(sample(f"c{n}", split="calibration") for n in range(3)),
         sample("t", split="test"),
     ]
-    fit, calibration = divide(samples, calibration_share=0.5, at_least=3, seed=0, content=itself)
-    assert fit == samples[:5]
-    assert calibration == samples[5:8]
-    with pytest.raises(CheckError, match=r"5 train and 3 calibration images are marked. At least 2 and 4 are needed"):
-        divide(samples, calibration_share=0.5, at_least=4, seed=0, content=itself)
+    for at_least in (3, 4):  # too few are no error: their operating points are uncalibrated
+        division = divide(samples, calibration_share=0.5, at_least=at_least, seed=0, content=itself)
+        assert division == (samples[:5], samples[5:8], ())
+    with pytest.raises(ConfigError, match=r"3 rows are marked calibration, and data\.calibration is cross-validation"):
+        divide(samples, method="cross-validation", calibration_share=0.5, at_least=3, seed=0, content=itself)
 
 
 def test_calibration_is_balanced_and_keeps_to_its_share():
     samples = [sample(n, split="train", subclass="red" if n < 90 else "blue", group=str(n // 3)) for n in range(120)]
-    fit, calibration = divide(samples, calibration_share=0.33, at_least=19, seed=0, content=itself)
+    fit, calibration, folds = divide(samples, calibration_share=0.33, at_least=10, seed=0, content=itself)
+    assert not folds
     counts = Counter(one.subclass for one in calibration)
     assert 36 <= len(calibration) <= 40
     assert 27 <= counts["red"] <= 30
     assert 9 <= counts["blue"] <= 12
-    again = divide(samples, calibration_share=0.33, at_least=19, seed=0, content=itself)
-    assert (fit, calibration) == again
-    assert divide(samples, calibration_share=0.33, at_least=19, seed=1, content=itself) != again
+    again = divide(samples, calibration_share=0.33, at_least=10, seed=0, content=itself)
+    assert (fit, calibration, ()) == again
+    assert divide(samples, calibration_share=0.33, at_least=10, seed=1, content=itself) != again
 
 
 def test_one_large_group_is_not_held_out_when_small_ones_do():
     samples = normals(90, group="lot") + [sample(f"s{n}", split="train", group=f"g{n}") for n in range(40)]
     for seed in range(5):
-        _, calibration = divide(samples, calibration_share=0.2, at_least=19, seed=seed, content=itself)
+        _, calibration, _ = divide(samples, calibration_share=0.2, at_least=19, seed=seed, content=itself)
         assert len(calibration) == 26
         assert all(one.group != "lot" for one in calibration)
 
 
-def test_at_least_counts_when_it_is_more_than_the_share():
+def test_a_split_holds_out_more_than_the_share_where_at_least_needs_it():
     samples = [sample(n, split="train", subclass="red" if n < 20 else "blue") for n in range(40)]
-    counts = Counter(
-        one.subclass for one in divide(samples, calibration_share=0.1, at_least=20, seed=0, content=itself).calibration
-    )
+    given = {"calibration_share": 0.1, "at_least": 20, "seed": 0, "content": itself}
+    counts = Counter(one.subclass for one in divide(samples, method="split", **given).calibration)
     assert counts == {"red": 10, "blue": 10}
+    assert len(divide(samples, **given).folds) == 5  # auto
 
 
 def test_groups_too_large_for_the_share_are_held_out_where_at_least_needs_them():
-    """Four groups of 15, a third is 20: one group is too few for 19, so it takes two."""
+    """Four groups of 15, a third is 20: one group, and for two of them more than the share."""
     samples = [sample(n, split="train", group=str(n % 4)) for n in range(60)]
-    for at_least, held_out in ((15, 15), (19, 30)):
-        division = divide(samples, calibration_share=0.33, at_least=at_least, seed=0, content=itself)
+    for at_least, held_out in ((1, 15), (2, 30), (4, 15)):  # four are impossible: back to the share
+        division = divide(samples, method="split", calibration_share=0.33, at_least=at_least, seed=0, content=itself)
         assert len(division.calibration) == held_out
+
+
+def test_folds_are_even_in_groups_and_subclasses():
+    samples = [
+        sample(f"{n}-{k}", split="train", subclass="red" if n < 15 else "blue", group=str(n))
+        for n in range(20)
+        for k in range(1 + n % 3)
+    ]
+    given = {"calibration_share": 0.33, "at_least": 19, "content": itself}
+    division = divide(samples, seed=0, **given)
+    assert [len({one.group for one in fold}) for fold in division.folds] == [4] * 5
+    assert [len({one.group for one in fold if one.subclass == "red"}) for fold in division.folds] == [3] * 5
+    assert division == divide(samples, seed=0, **given)
+    assert division != divide(samples, seed=1, **given)
+    assert len(divide(samples, seed=0, folds=3, **given).folds) == 3
+    assert len(divide(normals(5), seed=0, folds=9, **given).folds) == 5
+
+
+def test_images_of_one_group_or_one_file_are_not_independent():
+    samples = [sample(n, group=group) for n, group in enumerate(["a", "b", "a", None, None, "b", None])]
+    numbers = independent_groups(samples, ["0", "1", "2", "3", "3", "5", "0"])
+    assert numbers == [numbers[0], numbers[1], numbers[0], numbers[3], numbers[3], numbers[1], numbers[0]]
+    assert len(set(numbers)) == 3
 
 
 def test_two_images_are_always_left_to_fit_on():
@@ -234,16 +271,9 @@ def test_two_images_are_always_left_to_fit_on():
     ("samples", "text"),
     [
         (normals(1), "1 normal train images. At least 2 are needed. Add good images"),
-        (normals(20), "20 normal train images. At least 21 are needed"),
+        (normals(2), "2 normal train images in 2 groups.* leaves 1 to fit on; at least 2 are needed"),
         ([], "0 normal train images"),
-        (
-            normals(40, group="lot"),
-            r"40 normal train images are in 1 groups.*the largest has 40.* 0 can be held out .*; 19 are needed",
-        ),
-        (
-            [sample(n, split="train", subclass=str(n % 2), group=f"lot {n % 2}") for n in range(60)],
-            "0 can be held out if each subclass keeps one group to fit on; 19 are needed",
-        ),
+        (normals(40, group="lot"), r"40 normal train images in 1 groups.* leaves 0 to fit on"),
         (
             [*normals(40), sample("x", split="train", label="anomalous")],
             "Anomalous, but marked train or calibration: x.png",
@@ -257,8 +287,14 @@ def test_two_images_are_always_left_to_fit_on():
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_too_few_or_invalid_images_are_refused(samples, text):
-    with pytest.raises((DataError, CheckError), match=text):
+    with pytest.raises(DataError, match=text):
         divide(samples, calibration_share=0.33, at_least=19, seed=0, content=itself)
+
+
+def test_a_split_needs_a_group_that_can_be_held_out():
+    samples = [sample(n, split="train", subclass=str(n % 2), group=f"lot {n % 2}") for n in range(60)]
+    with pytest.raises(DataError, match=r"None can be held out .* or set data\.calibration=cross-validation"):
+        divide(samples, method="split", calibration_share=0.33, at_least=19, seed=0, content=itself)
 
 
 def test_the_same_file_under_two_names_is_found(tmp_path):
@@ -298,12 +334,12 @@ def test_magnetic_tiles_are_divided_by_tile(data_root):
     division = divide(samples, calibration_share=0.33, at_least=19, seed=0)
     sets = defaultdict(list)
     sets["test"] = [one for one in samples if one.split == "test"]
-    sets["fit"], sets["calibration"] = division
+    sets["fit"], sets["calibration"], _ = division
     tiles = {name: {one.group for one in members} for name, members in sets.items()}
     assert not tiles["fit"] & tiles["calibration"] | tiles["fit"] & tiles["test"] | tiles["calibration"] & tiles["test"]
     assert len(tiles["fit"] | tiles["calibration"]) == 77  # of the 153 tiles with good images
     assert sum(one.label == "anomalous" for one in sets["test"]) == 258
-    for members in division:
+    for members in (division.fit, division.calibration):
         counts = Counter(one.subclass for one in members)
         assert sorted(counts) == ["exp1", "exp2", "exp3", "exp4"]
         assert max(counts.values()) - min(counts.values()) <= 3

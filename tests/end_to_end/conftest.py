@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from normweave.config import Config, DataConfig
+from normweave.config import Config, DataConfig, OutcomeConfig
 from normweave.detector import Detector
 from normweave.textiles import SEEN, UNSEEN, make_textures
 
@@ -26,8 +26,9 @@ def feature_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config() -> Config:
-    """The defaults, with the labels that the manifest gives."""
-    return Config(data=DataConfig(subclass_from="column"), seed=7)
+    """The defaults, with the labels that the manifest gives, a split, and a rate for which its rolls are enough."""
+    data = DataConfig(subclass_from="column", calibration="split")
+    return Config(data=data, outcome=OutcomeConfig(false_alarm_rate=0.1), seed=7)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normweave.errors import BundleError, CheckError, ConfigError, DataError
-from normweave.outcome.operating_point import Calibration, draw_threshold, images_needed, p_value
+from normweave.outcome.operating_point import Calibration, draw_threshold, groups_needed, p_value
 
 NAMES = ("cloth/red", "cloth/blue", "cloth/rare")
 
@@ -62,17 +62,17 @@ def test_the_false_alarm_rate_holds_in_each_subclass():
 @pytest.mark.parametrize("rate", [5e-324, 1e-10])
 def test_a_rate_below_the_lowest_is_refused(rate):
     with pytest.raises(ConfigError, match="must be at least 1e-09"):
-        images_needed(rate)
-    assert images_needed(1e-9) == 10**9 - 1
+        groups_needed(rate)
+    assert groups_needed(1e-9) == 10**9 - 1
 
 
 def test_too_few_normal_images_are_refused_with_the_number_needed():
-    with pytest.raises(CheckError, match=r"rate of 0\.01 needs at least 99 held-out normal images, got 98") as caught:
+    with pytest.raises(CheckError, match=r"rate of 0\.01 needs at least 99 independent groups .*, got 98; ") as caught:
         draw_threshold(np.zeros(98), false_alarm_rate=0.01)
     assert caught.value.exit_code == 3
-    assert [images_needed(rate) for rate in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9)] == [99, 19, 9, 3, 1, 1]
+    assert [groups_needed(rate) for rate in (0.01, 0.05, 0.1, 0.3, 0.5, 0.9)] == [99, 19, 9, 3, 1, 1]
     for rate in (0.01, 0.05, 0.07, 0.3):
-        draw_threshold(np.zeros(images_needed(rate)), false_alarm_rate=rate)
+        draw_threshold(np.zeros(groups_needed(rate)), false_alarm_rate=rate)
 
 
 @pytest.mark.parametrize("rate", [0, 1, -0.1, float("nan")])
@@ -183,7 +183,7 @@ def test_another_rate_changes_every_threshold():
     assert stricter.point(0).threshold > held_out.point(0).threshold
     assert stricter.point(1) == stricter.point(None)  # 40 are too few for 0.02
     assert stricter.with_rate(0.05).as_dict() == held_out.as_dict()
-    with pytest.raises(CheckError, match="needs at least 199 held-out normal images, got 105"):
+    with pytest.raises(CheckError, match="needs at least 199 independent groups of held-out normal images, got 105"):
         held_out.with_rate(0.005)
 
 
@@ -401,10 +401,11 @@ def test_a_record_without_categories_is_read():
     record = of_categories(categories=()).as_dict()
     assert set(record) == {
         *("false_alarm_rate", "unknown_rate", "operating_points", "subclass_names", "scores", "distances"),
-        *("subclasses", "unseen"),
+        *("subclasses", "unseen", "groups", "guarantee", "cross_validated"),
     }
     assert set(record["operating_points"][1]) == {
         *("subclass", "normals", "pooled", "threshold", "drawn_from", "unknown_beyond", "unknown_rate"),
+        *("groups", "false_alarm_rate"),
     }
     assert Calibration.from_dict(record).decide(score=1.0, distance=0.5, subclass=0).pooled_over == "all"
 
@@ -454,3 +455,164 @@ def test_too_few_leave_one_subclass_out_scores_for_a_rate_are_dropped():
     assert held_out.decide(score=1.0, distance=100.0).unseen
     assert held_out.with_rate(0.2).unseen is not None
     assert held_out.with_rate(0.05).unseen is None
+
+
+# ── groups ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def split_conformal(scores, rate):
+    """The ceil((n + 1)(1 - a))-th smallest score, literally from Bates et al."""
+    n = len(scores)
+    return sorted(scores)[math.ceil((n + 1) * (1 - rate) - 1e-9) - 1]
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.lists(st.integers(0, 30), min_size=9, max_size=80), st.integers(10, 60))
+def test_one_image_a_group_is_split_conformal_prediction(scores, percent):
+    rate = percent / 100
+    own = np.random.default_rng(0).permutation(len(scores)) * 7 - 50
+    point = draw_threshold(scores, false_alarm_rate=rate, groups=own)
+    assert point == draw_threshold(scores, false_alarm_rate=rate)
+    assert point.threshold == split_conformal(scores, rate)
+    assert point.groups == point.drawn_from == len(scores)
+    for score in range(-1, 32):
+        assert p_value(score, scores, own) == (1 + sum(each >= score for each in scores)) / (len(scores) + 1)
+
+
+def weighted_quantile(scores, groups, rate):
+    """The smallest score whose weighted share is at least 1 - a, literally from Lee, Barber and Willett."""
+    count = len(set(groups))
+    weight = [1 / ((count + 1) * list(groups).count(group)) for group in groups]
+    return min(s for s in scores if sum(w for t, w in zip(scores, weight, strict=True) if t <= s) >= 1 - rate - 1e-12)
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 9)), min_size=20, max_size=60), st.integers(20, 60))
+def test_the_threshold_is_the_weighted_quantile_of_the_paper(rows, percent):
+    scores, groups = zip(*rows, strict=True)
+    rate = percent / 100
+    if len(set(groups)) < groups_needed(rate):
+        with pytest.raises(CheckError, match=rf"got {len(set(groups))} of {len(rows)} images"):
+            draw_threshold(scores, false_alarm_rate=rate, groups=groups)
+        return
+    point = draw_threshold(scores, false_alarm_rate=rate, groups=groups)
+    assert point.threshold == weighted_quantile(scores, groups, rate)
+    for score in range(-1, 14):
+        assert (score > point.threshold) == (p_value(score, scores, groups) <= rate + 1e-9)
+
+
+def grouped(random, groups, *, rate=0.1):
+    """Scores of groups of very different sizes, the images of a group being nearly alike."""
+    sizes = np.where(random.random(groups) < 0.3, 40, 1)
+    number = np.repeat(np.arange(groups), sizes)
+    return random.normal(size=groups)[number] + 0.1 * random.normal(size=len(number)), number
+
+
+def share_above(thresholds, random):
+    """Share of new images, one of a new group for each threshold, that score above it; and its standard error."""
+    new = random.normal(size=(len(thresholds), 50)) + 0.1 * random.normal(size=(len(thresholds), 50))
+    shares = (new > np.array(thresholds)[:, None]).mean(axis=1)
+    return shares.mean(), shares.std() / math.sqrt(len(shares))
+
+
+def test_the_false_alarm_rate_holds_for_new_groups():
+    """19 groups at a rate of 0.1. A threshold from the images, as if each were a group of its own, exceeds it."""
+    random = np.random.default_rng(0)
+    sets = [grouped(random, 19) for _ in range(2000)]
+    by_group = [draw_threshold(scores, false_alarm_rate=0.1, groups=groups).threshold for scores, groups in sets]
+    mean, error = share_above(by_group, random)
+    assert mean < 0.1 + 3 * error
+    assert mean > 0.05
+    by_image = [draw_threshold(scores, false_alarm_rate=0.1).threshold for scores, _ in sets]
+    mean, error = share_above(by_image, random)
+    assert mean > 0.1 + 10 * error
+
+
+def of_groups(**given):
+    """Ten images of each of 24 groups, in two subclasses of 20 and 4 groups."""
+    random = np.random.default_rng(5)
+    groups = np.repeat(np.arange(24), 10)
+    settings = {"false_alarm_rate": 0.05, "unknown_rate": 0.05} | given
+    return Calibration(
+        scores=random.normal(size=24)[groups] + 0.1 * random.normal(size=240),
+        distances=random.exponential(size=240),
+        subclasses=(groups >= 20).astype(int),
+        subclass_names=NAMES[:2],
+        groups=100 - groups,
+        **settings,
+    )
+
+
+def test_pools_count_groups():
+    held_out = of_groups()
+    points = held_out.as_dict()["operating_points"]
+    assert [(point["normals"], point["groups"], point["pooled"]) for point in points] == [
+        (240, 24, True),
+        (200, 20, False),
+        (40, 4, True),  # 40 images would be enough for the rate, 4 groups are not
+    ]
+    assert held_out.independent_groups == 24
+    low = held_out.decide(score=-100.0, distance=0.0, subclass=0)
+    high = held_out.decide(score=100.0, distance=100.0, subclass=0)
+    assert (low.p_value, low.subclass_p_value) == (1.0, 1.0)
+    assert (high.p_value, high.subclass_p_value) == (1 / 21, 1 / 21)
+    with pytest.raises(CheckError, match=r"needs at least 99 independent groups .*, got 24 of 240 images"):
+        held_out.with_rate(0.01)
+
+
+def test_groups_go_through_json_and_follow_the_rate():
+    held_out = of_groups()
+    again = Calibration.from_dict(json.loads(json.dumps(held_out.as_dict())))
+    assert again.as_dict() == held_out.as_dict()
+    assert again.with_rate(0.2).as_dict() == of_groups(false_alarm_rate=0.2).as_dict()
+    damaged = held_out.as_dict()
+    damaged["groups"] = damaged["groups"][::-1]
+    with pytest.raises(BundleError, match="do not follow"):
+        Calibration.from_dict(damaged)
+
+
+def test_a_record_without_groups_has_one_image_a_group():
+    now = with_unseen()
+    before = now.as_dict()
+    for record in (before, before["unseen"]):
+        for key in ("groups", "guarantee", "cross_validated"):
+            del record[key]
+        for point in record["operating_points"]:
+            del point["groups"], point["false_alarm_rate"]
+    read = Calibration.from_dict(before)
+    assert read.as_dict() == now.as_dict()
+    assert read.groups is None
+    assert read.independent_groups == 99
+
+
+def test_each_decision_names_its_guarantee():
+    numbers = np.arange(19.0)
+    shared = {"scores": numbers, "false_alarm_rate": 0.05, "unknown_rate": 0.05}
+    assert Calibration(**shared).decide(score=1.0).guarantee == "conformal"
+    cross = Calibration(**shared, cross_validated=True)
+    assert cross.decide(score=1.0).guarantee == cross.with_rate(0.1).guarantee == "cross-validated"
+    assert Calibration.from_dict(cross.as_dict()).guarantee == "cross-validated"
+
+
+@pytest.mark.parametrize("cross_validated", [False, True])
+def test_too_few_groups_have_the_lowest_rate_that_they_allow(cross_validated):
+    few = Calibration(
+        scores=[1, 2, 3, 4, 5, 5.5],
+        groups=[0, 1, 2, 3, 4, 4],
+        distances=[1, 2, 3, 4, 5, 6],
+        cross_validated=cross_validated,
+        attainable=True,
+        false_alarm_rate=0.05,
+        unknown_rate=0.01,
+    )
+    decision = few.decide(score=5.6, distance=1.0)
+    assert (decision.verdict, decision.guarantee) == ("anomalous", "uncalibrated")
+    assert (decision.threshold, decision.false_alarm_rate, decision.p_value) == (5.5, 1 / 6, 1 / 6)
+    assert few.decide(score=5.5, distance=6.0).verdict == "normal"
+    assert few.false_alarm_rate == 0.05  # the requested rate
+    assert few.as_dict()["operating_points"][0]["false_alarm_rate"] == 1 / 6
+    assert Calibration.from_dict(json.loads(json.dumps(few.as_dict()))).as_dict() == few.as_dict()
+    attained = few.with_rate(0.2)
+    assert attained.guarantee == ("cross-validated" if cross_validated else "conformal")
+    with pytest.raises(CheckError, match=r"needs at least 9 independent groups .*, got 5 of 6 images"):
+        few.with_rate(0.1)

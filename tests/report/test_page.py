@@ -86,6 +86,7 @@ PROVENANCE = {
     "trained_on": ["cloth/red", "cloth/blue"],
     "fit_images": 70,
     "calibration_images": 35,
+    "promise": "At most 5 % false alarms on average, computed from 35 groups.",
     "false_alarm_rate": 0.05,
     "software": {"python": "3.11", "numpy": "2.0"},
 }
@@ -144,7 +145,8 @@ def test_the_summary_counts_rejected_images_and_compares_false_alarms_with_the_t
     assert "Of 50 good images, 20 were rejected" in text
     assert "98.8 %" in text
     assert "target: at most 5 %; 95 % confidence interval: 1.0 to 20.0 %" in text
-    assert "Good images of 2 subclasses. 70 images to fit the model. 35 images to set the thresholds." in text
+    assert "Good images of 2 subclasses. 70 images to fit the model. 35 images to set the thresholds. At" in text
+    assert "At most 5 % false alarms on average, computed from 35 groups." in text
     assert "python 3.11 · numpy 2.0" in text
 
 

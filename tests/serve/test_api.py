@@ -321,7 +321,10 @@ def test_change_of_the_false_alarm_rate(client, inspected):
     (change,) = client.get("/v1/model/rates").json()
     assert (change["false_alarm_rate"], change["actor"]) == (0.3, "engineer")
     refused = client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.001})
-    assert (refused.status_code, "at least 999 held-out normal images" in refused.json()["error"]) == (
+    assert (
+        refused.status_code,
+        "at least 999 independent groups of held-out normal images" in refused.json()["error"],
+    ) == (
         422,
         True,
     )

@@ -240,7 +240,7 @@ def test_a_changed_rate_survives_a_restart(start, loaded, photos):
 
 def test_a_rate_with_too_few_calibration_images(service):
     for work in (service.preview_rate(0.001), service.change_rate(0.001, actor="Eve")):
-        with pytest.raises(CheckError, match="needs at least 999 held-out normal images"):
+        with pytest.raises(CheckError, match="needs at least 999 independent groups of held-out normal images"):
             asyncio.run(work)
     assert service.detector.calibration.false_alarm_rate == 0.1
 

@@ -393,7 +393,8 @@ def _render(detector: Detector, sample: Sample) -> tuple[dict[str, NDArray[np.ui
 
 def provenance(detector: Detector, data: object) -> dict[str, Any]:
     """Return what a table was made from."""
-    record = detector.record
+    record, calibration = detector.record, detector.calibration
+    assert calibration is not None  # else there is no verdict to measure
     return {
         "normweave": __version__,
         "model": record["model"],
@@ -405,7 +406,10 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
         "fit_images": record["fit_images"],
         "calibration_images": record["calibration_images"],
         "trained_on": list(detector.subclasses),
-        "false_alarm_rate": detector.config.outcome.false_alarm_rate,
+        "false_alarm_rate": calibration.point().false_alarm_rate,
+        "guarantee": calibration.guarantee,
+        "independent_groups": calibration.independent_groups,
+        "promise": calibration.promise,
         "software": record["software"],
     }
 

@@ -340,6 +340,7 @@ def _result(work: Work, *, artifact: Path) -> dict[str, Any]:
         sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
         sides[side]["good_groups"] = _good_groups(tests, predictions[side])
     tested = time.perf_counter()
+    assert detector.calibration is not None  # it gave the verdicts
     artifacts.save(artifact, detector, fold, predictions, cache=cache)
     return {
         "sides": sides,
@@ -349,7 +350,7 @@ def _result(work: Work, *, artifact: Path) -> dict[str, Any]:
         "inference_ms": _inference_ms(detector, images[:TIMED]) if work.timed else None,
         "peak_mib": _peak_mib(),
         "parameters": detector.network.parameters,
-        "promised": item.config.outcome.false_alarm_rate,
+        "promised": detector.calibration.point().false_alarm_rate,
         "differs": item.peer.differs if item.peer is not None else None,
         "fit_images": detector.record["fit_images"],
         "calibration_images": detector.record["calibration_images"],

@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Detector:
 
     Raises:
         MissingError, ConfigError: as `models.build`.
-        CheckError: there are too few held-out images for the false-alarm rate.
+        DataError: there are too few images.
     """
     config = plan.config
-    images, division = divide(samples, config)
+    # A peer is trained once: cross-validation would train it anew for each fold.
+    images, division = divide(samples, replace(config, data=replace(config.data, calibration="split")))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with ExitStack() as stack:
         stack.enter_context(quiet_anomalib())
@@ -62,7 +64,8 @@ def fit(plan: PeerPlan, samples: Sequence[Sample]) -> Detector:
         record={"model": PREFIX + plan.name, **data_record(images, division)},
         refused=images.refused,
     )
-    detector.draw_operating_points(images, rows_of(images, division.calibration), config.outcome)
+    held_out = detector.held_out_scores(images, rows_of(images, division.calibration))
+    detector.draw_operating_points(held_out, config.outcome, attainable=True)
     return detector
 
 

@@ -67,7 +67,7 @@ def report(terminal: Terminal, metrics: dict[str, Any], output: Path) -> int:
             terminal.show("", over_generalisation(metrics), "")
         elif "against" in metrics["provenance"]:
             terminal.show("Nothing to compare: this model has no decoder, or no defective patch was tested.")
-        terminal.show(f"Report: {output / 'report.html'}")
+        terminal.show(metrics["provenance"]["promise"], f"Report: {output / 'report.html'}")
         if refused:
             terminal.show(f"{refused} images could not be read. The reasons are in {output / 'predictions.csv'}.")
         if faults := metrics["mask_faults"]:

@@ -166,9 +166,10 @@ def summary(outcome: "Outcome") -> str:
         return f"UNREADABLE  {outcome.image_path}: {outcome.error}"
     verdict = str(outcome.verdict)
     shown = verdict if verdict == "normal" else verdict.upper()
+    mark = "uncalibrated  " if outcome.guarantee == "uncalibrated" else ""
     return (
         f"{shown:<10}{outcome.pred_score:>9.4f}  (threshold {outcome.threshold:.4f})  p {outcome.p_value:.4f}  "
-        f"{outcome.image_path}"
+        f"{mark}{outcome.image_path}"
     )
 
 

@@ -160,7 +160,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
     refused = [{"image_path": refusal.image_path, "error": refusal.reason} for refusal in detector.refused]
     if terminal.json:
         keys = ("model", "categories", "fit_images", "calibration_images", "seed")
-        points = {key: calibration.get(key) for key in ("false_alarm_rate", "operating_points")}
+        points = {key: calibration.get(key) for key in ("false_alarm_rate", "guarantee", "operating_points")}
         terminal.record(
             {"bundle": str(folder), "bundle_hash": detector.bundle_hash}
             | {key: record[key] for key in keys}
@@ -171,14 +171,18 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
         terminal.show(f"unreadable  {image['image_path']}: {image['error']}")
-    table = Table("subclass", "held-out images", "threshold", title_justify="left", box=None)
+    table = Table("subclass", "held-out images", "groups", "threshold", title_justify="left", box=None)
     for point in calibration.get("operating_points", []):
         table.add_row(*point_row(point))
     terminal.show(
         f"{folder}: {record['model']}, fitted on {record['fit_images']} good images, calibrated on "
-        f"{record['calibration_images']} others for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
+        f"{'the same' if calibration.get('cross_validated') else record['calibration_images']} "
+        f"{'by cross-validation' if calibration.get('cross_validated') else 'others'} for a false-alarm rate of "
+        f"{calibration.get('false_alarm_rate', 0):g}",
         table,
     )
+    if detector.calibration is not None:
+        terminal.show(detector.calibration.promise)
     if record.get("precision") == "int8":
         terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")
@@ -200,11 +204,11 @@ def int8_summary(check: dict[str, Any] | None) -> str:
     return f"int8: on {check['images']} labelled images {', '.join(changes)}."
 
 
-def point_row(point: dict[str, Any]) -> tuple[str, str, str]:
-    """Return the subclass, the number of its held-out normal images, and the threshold with the group it is of."""
+def point_row(point: dict[str, Any]) -> tuple[str, str, str, str]:
+    """Return the subclass, the number of its held-out normal images and groups, and the threshold with its pool."""
     subclass, category = point["subclass"], point.get("category")
     pool = ""
     if point["pooled"] and (subclass or category):
         pool = " (of its category)" if point.get("pooled_over") == "category" else " (of all together)"
     name = subclass or (f"{category}, all subclasses" if category else "all together")
-    return name, str(point["normals"]), f"{point['threshold']:.4f}{pool}"
+    return name, str(point["normals"]), str(point["groups"]), f"{point['threshold']:.4f}{pool}"

@@ -37,8 +37,15 @@ class DataConfig:
     """Source of the subclass of an image; `auto` discovers subclasses, `none` has one for all."""
     subclass_regex: str = ""
     """Regular expression for `filename-regex`, searched in the file's stem; its first group is the subclass."""
+    calibration: Literal["auto", "split", "cross-validation"] = "auto"
+    """Images for the operating points: `split` holds some out; `cross-validation` fits a head without each fold.
+
+    `auto` splits where `calibration_share` holds out enough groups for the false-alarm rate.
+    """
     calibration_share: InnerShare = 0.33
     """Share of the train normals that is held out for the operating points, by whole groups."""
+    folds: Annotated[int, Field(ge=2, le=100)] = 5
+    """Parts of a cross-validation, at most as many as there are groups; each needs a head of its own."""
     holdout_share: InnerShare = 0.15
     """Share of the fit normals held out from gradients, by whole groups: for early stopping and score scales."""
 

@@ -1,6 +1,7 @@
 """Split images into fit, calibration and test sets. No file and no physical part is in two sets.
 
 A *unit* is never divided: images that share a group or the content of their files, directly or through other images.
+Units are the independent groups that the operating points count.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normweave.data.images import content_hash
-from normweave.errors import CheckError, DataError, ImageError
+from normweave.errors import ConfigError, DataError, ImageError
 from normweave.types import Sample
 
 SPLITS = ("train", "calibration", "test")
@@ -27,10 +28,16 @@ Content = Callable[[Sample], Hashable]
 
 
 class Division(NamedTuple):
-    """Normal images for fitting, and others for the operating points."""
+    """Normal images for fitting and for the operating points.
+
+    With cross-validation these are the same images: those of each fold are scored by a head that is fitted to the
+    others.
+    """
 
     fit: list[Sample]
     calibration: list[Sample]
+    folds: tuple[list[Sample], ...] = ()
+    """The parts of a cross-validation; empty: the calibration images are not used for fitting."""
 
 
 class Shared(NamedTuple):
@@ -104,21 +111,32 @@ def complete(samples: Sequence[Sample], *, seed: int, content: Content = file_co
 def divide(
     samples: Sequence[Sample],
     *,
+    method: Literal["auto", "split", "cross-validation"] = "auto",
     calibration_share: float,
     at_least: int,
+    folds: int = 5,
     seed: int,
     content: Content = file_content,
 ) -> Division:
     """Return the normal images for fitting and for calibration, from the rows marked train and calibration.
 
-    Rows marked calibration are used as such. Without any, complete units are held out of train, balanced over the
-    subclasses: `calibration_share` of the images, or `at_least` images if that is more, but never the last unit of a
-    subclass. Test rows are only checked to be different from the others.
+    Rows marked calibration are used as such. Without any, the method decides.
+
+    split: complete units are held out of train, balanced over the subclasses: `calibration_share` of the images, or
+    more if `at_least` units need it, but never the last unit of a subclass. If `at_least` units cannot be held out,
+    `calibration_share` of the images is.
+
+    cross-validation: the units are divided into `folds` parts, or as many as there are units, balanced over the
+    subclasses.
+
+    auto: split, if `calibration_share` of the images is `at_least` units; otherwise cross-validation.
+
+    Test rows are only checked to be different from the others.
 
     Raises:
-        DataError: train is too small, an anomalous image is marked train or calibration, or splits share a file or a
-            group.
-        CheckError: `at_least` needs more images.
+        DataError: train is too small or has too few units, an anomalous image is marked train or calibration, or splits
+            share a file or a group.
+        ConfigError: rows are marked calibration, and the method is cross-validation.
     """
     if unsplit := [sample for sample in samples if sample.split is None]:
         raise DataError(f"Without a split: {_some(unsplit)}. Draw the missing splits with splits.complete.")
@@ -131,43 +149,80 @@ def divide(
     _check_splits(samples, contents)
     train = [sample for sample in samples if sample.split == "train"]
     marked = [sample for sample in samples if sample.split == "calibration"]
-    if marked:
-        if len(train) < FEWEST_FIT or len(marked) < at_least:
-            raise CheckError(
-                f"{len(train)} train and {len(marked)} calibration images are marked. At least {FEWEST_FIT} and "
-                f"{at_least} are needed: add normal images, mark fewer or more of them calibration, or allow a higher "
-                "rate (outcome.false_alarm_rate)."
-            )
-        return Division(train, marked)
+    if marked and method == "cross-validation":
+        raise ConfigError(
+            f"{len(marked)} rows are marked calibration, and data.calibration is cross-validation, which chooses the "
+            "images itself. Mark them train, or set data.calibration=split."
+        )
     if len(train) < FEWEST_FIT:
         raise DataError(f"{len(train)} normal train images. At least {FEWEST_FIT} are needed. Add good images.")
-    if len(train) < at_least + FEWEST_FIT:
-        raise CheckError(
-            f"{len(train)} normal train images. At least {at_least + FEWEST_FIT} are needed: {FEWEST_FIT} to fit on, "
-            f"{at_least} for the operating point. Add images, or allow a higher rate (outcome.false_alarm_rate)."
-        )
+    if marked:
+        return Division(train, marked)
     units = _units(train, contents)
+    names = [Counter(train[row].subclass_name for row in rows) for rows in units]
     sizes = [len(rows) for rows in units]
-    picked = _pick(
-        [Counter(train[row].subclass_name for row in rows) for rows in units],
-        sizes,
-        amount=min(max(at_least, round(calibration_share * len(train))), len(train) - FEWEST_FIT),
-        least=at_least,
-        keep=True,
-        generator=np.random.default_rng(seed),
-    )
-    held_out = {row for unit in picked for row in units[unit]}
-    if len(held_out) < at_least:
-        raise DataError(
-            f"{len(train)} normal train images are in {len(units)} groups, which are never divided (the largest has "
-            f"{max(sizes)}). {len(held_out)} can be held out if each subclass keeps one group to fit on; {at_least} "
-            "are needed. Add images of other groups, mark rows as calibration, or allow a higher rate "
-            "(outcome.false_alarm_rate)."
+
+    most = len(train) - FEWEST_FIT
+
+    def hold_out(least: int) -> list[int]:
+        return _pick(
+            names,
+            sizes,
+            amount=min(max(least, round(calibration_share * len(train))), most),
+            least=least,
+            most=most,
+            keep=True,
+            generator=np.random.default_rng(seed),
         )
+
+    picked = hold_out(0 if method == "auto" else at_least)
+    if len(picked) < at_least and method == "split":
+        picked = hold_out(1)
+        if not picked:
+            raise DataError(
+                f"{len(train)} normal train images are in {len(units)} groups, which are never divided. None can be "
+                f"held out if each subclass keeps one, and {FEWEST_FIT} images are left to fit on. Add images of other "
+                "groups, mark rows as calibration, or set data.calibration=cross-validation."
+            )
+    elif len(picked) < at_least or method == "cross-validation":
+        return _cross_validation(train, units, names, folds=folds, seed=seed)
+    held_out = {row for unit in picked for row in units[unit]}
     return Division(
         [sample for row, sample in enumerate(train) if row not in held_out],
         [sample for row, sample in enumerate(train) if row in held_out],
     )
+
+
+def _cross_validation(
+    train: list[Sample], units: Sequence[Sequence[int]], names: Sequence[Counter[str]], *, folds: int, seed: int
+) -> Division:
+    """Return a division whose folds hold about the same number of units, and of units of each subclass."""
+    order = np.random.default_rng(seed).permutation(len(units)).tolist()
+    order.sort(key=lambda unit: names[unit].most_common(1)[0][0])  # stable: the order within a subclass stays random
+    count = min(folds, len(units))
+    parts = [sorted(row for unit in order[fold::count] for row in units[unit]) for fold in range(count)]
+    left = len(train) - max(len(part) for part in parts)
+    if left < FEWEST_FIT:
+        raise DataError(
+            f"{len(train)} normal train images in {len(units)} groups, which are never divided. The largest part that "
+            f"is held out leaves {left} to fit on; at least {FEWEST_FIT} are needed. Add good images of other groups: "
+            "three images of three groups are enough to start."
+        )
+    return Division(train, train, tuple([train[row] for row in part] for part in parts))
+
+
+def independent_groups(samples: Sequence[Sample], contents: Sequence[Hashable]) -> list[int]:
+    """Return the number of the unit of each image: images with the same number are not independent.
+
+    Args:
+        contents: content of each image; equal values mean the same file.
+    """
+    units = _units(samples, {sample.image_path: each for sample, each in zip(samples, contents, strict=True)})
+    numbers = [0] * len(samples)
+    for number, rows in enumerate(units):
+        for row in rows:
+            numbers[row] = number
+    return numbers
 
 
 def holdout(groups: NDArray[np.int64], subclasses: NDArray[np.int64], *, share: float, seed: int) -> NDArray[np.bool_]:
@@ -256,6 +311,7 @@ def _pick(
     *,
     amount: int,
     least: int = 0,
+    most: int | None = None,
     keep: bool = False,
     generator: np.random.Generator,
 ) -> list[int]:
@@ -265,7 +321,8 @@ def _pick(
         units: number of images of each subclass in each unit.
         sizes: size of each unit.
         amount: largest sum of sizes, unless `least` needs more.
-        least: smallest sum of sizes, as far as possible.
+        least: smallest number of units, as far as possible.
+        most: largest sum of sizes, whatever `least` needs; None: no limit.
         keep: never draw the last unit of a subclass.
     """
     total: Counter[str] = Counter()  # images of each subclass
@@ -300,6 +357,6 @@ def _pick(
         else:
             too_large.append(number)
     for number in sorted(too_large, key=lambda number: sizes[number]):
-        if size < least:
+        if len(picked) < least and (most is None or size + sizes[number] <= most):
             take(number)
     return list(picked)

@@ -1,8 +1,11 @@
 """Thresholds between normal and anomalous images, and their guaranteed false-alarm rates.
 
-Every threshold is a split-conformal quantile of the scores of held-out normal images: a new normal image is as likely
-as any of the n held-out images to have the highest, the second highest, … score. Bates et al. 2023, "Testing for
-outliers with conformal p-values" (arXiv 2104.08279), section 2.
+Every threshold is a conformal quantile of the scores of held-out normal images. The images of one group (a physical
+part, a lot, a session) resemble each other, so that groups are exchangeable and images are not: a new group is as
+likely as any of the G held-out groups to have the highest, the second highest, … scores. Lee, Barber and Willett 2023,
+"Distribution-free inference with hierarchical data" (arXiv 2306.06342): each of the N_g images of group g has the
+weight 1 / ((G + 1) N_g), and a new group the weight 1 / (G + 1) at infinity. With one image a group this is split
+conformal prediction, Bates et al. 2023, "Testing for outliers with conformal p-values" (arXiv 2104.08279), section 2.
 """
 
 from __future__ import annotations
@@ -17,15 +20,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from normweave.errors import BundleError, CheckError, ConfigError, DataError, NormweaveError
-from normweave.types import Verdict
+from normweave.types import Guarantee, Verdict
 
 ROUNDING = 1e-9
-"""Tolerance within which (n + 1) · rate counts as an integer: 100 · 0.29 is 28.999999999999996."""
+"""Tolerance within which (G + 1) · rate counts as an integer: 100 · 0.29 is 28.999999999999996."""
 
 LOWEST_RATE = 1e-9
-"""The lowest false-alarm rate that is accepted. It needs a billion held-out normal images."""
+"""The lowest false-alarm rate that is accepted. It needs a billion groups of held-out normal images."""
 
-_Group = int | str | None
+_Pool = int | str | None
 """A set of held-out normal images: of a subclass (its index), of a category (its name), or all (None)."""
 
 
@@ -38,6 +41,8 @@ class OperatingPoint:
     """The highest expected share of new normal images above the threshold, in (0, 1)."""
     drawn_from: int
     """The number of held-out normal images from which the threshold was computed."""
+    groups: int
+    """The number of independent groups of these images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class Decision:
     """In (0, 1]. At most `false_alarm_rate` exactly when the score exceeds `threshold`."""
     threshold: float
     false_alarm_rate: float
+    guarantee: Guarantee
     pooled_over: Literal["subclass", "category", "all"]
     """The held-out normal images that gave the threshold: of the image's subclass, of its category, or all."""
     subclass_p_value: float | None
@@ -62,8 +68,8 @@ class Decision:
         return self.pooled_over != "subclass"
 
 
-def images_needed(false_alarm_rate: float) -> int:
-    """Return the number of held-out normal images that this rate needs: ceil(1 / rate) − 1.
+def groups_needed(false_alarm_rate: float) -> int:
+    """Return the number of groups of held-out normal images that this rate needs: ceil(1 / rate) − 1.
 
     Raises:
         ConfigError: the rate is outside (0, 1) or below `LOWEST_RATE`.
@@ -75,49 +81,88 @@ def images_needed(false_alarm_rate: float) -> int:
     return max(1, math.ceil(1 / false_alarm_rate - ROUNDING) - 1)
 
 
-def draw_threshold(normal_scores: ArrayLike, *, false_alarm_rate: float) -> OperatingPoint:
+def draw_threshold(
+    normal_scores: ArrayLike, *, false_alarm_rate: float, groups: ArrayLike | None = None
+) -> OperatingPoint:
     """Return the lowest threshold that at most `false_alarm_rate` of new normal images exceed.
 
-    The threshold is the ceil((n + 1)(1 − a))-th smallest of the n scores.
+    The threshold is the smallest score s such that the images with scores up to s have a total weight of at least
+    1 − a. With one image a group it is the ceil((n + 1)(1 − a))-th smallest of the n scores.
 
     Args:
         normal_scores: (n,) scores of held-out normal images.
         false_alarm_rate: a, 0 < a < 1.
+        groups: (n,) integers, equal for images of one group. None: each image is a group of its own.
 
     Raises:
-        CheckError: n is too small for this rate.
+        CheckError: there are too few groups for this rate.
     """
     scores = _finite(normal_scores, "scores of held-out normal images")
-    n, need = len(scores), images_needed(false_alarm_rate)
-    if n < need:
-        raise CheckError(
-            f"A false-alarm rate of {false_alarm_rate:g} needs at least {need} held-out normal images, "
-            f"got {n}. Hold out more (data.calibration_share), add good images, "
-            "or accept a higher rate (outcome.false_alarm_rate)."
-        )
-    above = math.floor((n + 1) * false_alarm_rate + ROUNDING)  # >= 1: the new image counts as one of them
-    threshold = float(np.partition(scores, n - above)[n - above])
-    return OperatingPoint(threshold=threshold, false_alarm_rate=false_alarm_rate, drawn_from=n)
+    return _draw(scores, _weights(len(scores), groups), false_alarm_rate)
 
 
-def p_value(score: float, normal_scores: ArrayLike) -> float:
-    """Return (1 + the number of held-out normal images with at least this score) / (n + 1)."""
+def p_value(score: float, normal_scores: ArrayLike, groups: ArrayLike | None = None) -> float:
+    """Return the weight of the images with at least this score, and of the new group.
+
+    With one image a group it is (1 + the number of held-out normal images with at least this score) / (n + 1).
+
+    Args:
+        normal_scores, groups: as in `draw_threshold`.
+    """
     scores = np.asarray(normal_scores, dtype=np.float64)
-    return (1 + int(np.count_nonzero(scores >= score))) / (len(scores) + 1)
+    weights = _weights(len(scores), groups)
+    return _p_value(score, scores, weights, _groups(weights))
+
+
+def _weights(n: int, groups: ArrayLike | None) -> NDArray[np.float64]:
+    """Return 1 / N_g for each of n images, (n,); the sum is the number of groups G."""
+    if groups is None:
+        return np.ones(n)
+    _, group, sizes = np.unique(np.asarray(groups, dtype=np.int64), return_inverse=True, return_counts=True)
+    weights: NDArray[np.float64] = 1 / sizes[group]
+    return weights
+
+
+def _groups(weights: NDArray[np.float64]) -> int:
+    return round(float(weights.sum()))
+
+
+def _draw(scores: NDArray[np.float64], weights: NDArray[np.float64], false_alarm_rate: float) -> OperatingPoint:
+    count, need = _groups(weights), groups_needed(false_alarm_rate)
+    if count < need:
+        images = "" if count == len(scores) else f" of {len(scores)} images"
+        raise CheckError(
+            f"A false-alarm rate of {false_alarm_rate:g} needs at least {need} independent groups of held-out normal "
+            f"images, got {count}{images}; an image without a group counts as one. Add good images of other groups, or "
+            "accept a higher rate (outcome.false_alarm_rate)."
+        )
+    order = np.lexsort((scores,))
+    ascending, mass = scores[order], weights[order]
+    # (G + 1) times the weight above each score, with the new group at infinity; it falls with the score.
+    above = 1 + np.append(np.cumsum(mass[::-1])[::-1][1:], 0.0)
+    first = int(np.argmax(above <= (count + 1) * false_alarm_rate + ROUNDING))
+    return OperatingPoint(
+        threshold=float(ascending[first]), false_alarm_rate=false_alarm_rate, drawn_from=len(scores), groups=count
+    )
+
+
+def _p_value(score: float, scores: NDArray[np.float64], weights: NDArray[np.float64], groups: int) -> float:
+    return min(1.0, float((1 + weights @ (scores >= score)) / (groups + 1)))  # a sum of thirds may round above 1
 
 
 class Calibration:
     """The scores of a detector's held-out normal images, and the operating points computed from them.
 
-    If the head routes, each subclass with enough held-out normal images has its own operating point, and its
+    If the head routes, each subclass with enough groups of held-out normal images has its own operating point, and its
     false-alarm rate holds for new normal images of that subclass. A subclass with too few uses the operating point of
     its category, and a category with too few uses that of all images. Such a pooled rate holds for the pooled images
     together, not for each subclass; `Decision.pooled_over` reports it. Categories are used only if there are several
     and only where a category has several subclasses.
 
     An image is `unknown` if its routing distance exceeds the threshold for `unknown_rate`, computed by the same rule.
-    If there are too few images for that rate, the threshold is the largest distance of all, with the lowest rate that
-    n images allow, 1/(n + 1). `as_dict` contains the rate that holds.
+    If there are too few groups for that rate, the threshold is the largest distance of all, with the lowest rate that
+    G groups allow, 1/(G + 1). `as_dict` contains the rate that holds. With `attainable` the same holds for the
+    false-alarm rate, and the operating point is marked `uncalibrated`.
 
     With `unseen`, an image beyond that threshold is first compared with the leave-one-subclass-out scores of its
     category. A category with a single subclass has no such scores, because without that subclass the
@@ -128,10 +173,13 @@ class Calibration:
         distances: (n,) routing distances to the nearest subclass. None if the head does not route.
         subclasses: (n,) the subclass of each image by the routing, an index into `subclass_names`, or None likewise.
         subclass_categories: the category of each of the `subclass_names`. Empty if there is one category.
+        groups: (n,) integers, equal for images of one group. None: each image is a group of its own.
+        cross_validated: each score is of a head that was fitted without the image's group, not of the detector's head.
+        attainable: accept too few groups for the false-alarm rate, and use the lowest rate that they allow.
         unseen: leave-one-subclass-out scores: the same images, each scored without the experts of its own subclass.
 
     Raises:
-        CheckError: there are too few images for the false-alarm rate.
+        CheckError: there are too few groups for the false-alarm rate, without `attainable`.
         DataError: lengths differ, or a value is not finite.
     """
 
@@ -143,6 +191,9 @@ class Calibration:
         subclasses: ArrayLike | None = None,
         subclass_names: tuple[str, ...] = (),
         subclass_categories: tuple[str, ...] = (),
+        groups: ArrayLike | None = None,
+        cross_validated: bool = False,
+        attainable: bool = False,
         false_alarm_rate: float,
         unknown_rate: float,
         unseen: Calibration | None = None,
@@ -150,13 +201,15 @@ class Calibration:
         self.unseen = unseen
         given = _finite(scores, "scores of held-out normal images")
         n = len(given)
-        for name, values in (("distances", distances), ("subclasses", subclasses)):
+        for name, values in (("distances", distances), ("subclasses", subclasses), ("groups", groups)):
             if values is not None and len(np.asarray(values)) != n:
                 raise DataError(f"Held-out normal images have {n} scores but {len(np.asarray(values))} {name}.")
         order = np.lexsort((given,))  # stable
         self.scores = given[order]  # (n,) ascending
         self.distances: NDArray[np.float64] | None = None  # (n,) in the order of scores
         self.subclasses: NDArray[np.int64] | None = None  # (n,) in the order of scores
+        self.groups: NDArray[np.int64] | None = None  # (n,) in the order of scores; None: one image a group
+        self.cross_validated = cross_validated
         self.subclass_names = tuple(subclass_names)
         if subclass_categories and len(subclass_categories) != len(self.subclass_names):
             raise DataError(
@@ -167,7 +220,10 @@ class Calibration:
         self.subclass_categories = tuple(subclass_categories) if several else ()
         self.false_alarm_rate = false_alarm_rate
         self.unknown_rate = unknown_rate
-        unknown_needs = images_needed(unknown_rate)
+        if groups is not None:
+            found, index = np.unique(np.asarray(groups, dtype=np.int64), return_inverse=True)
+            if len(found) < n:
+                self.groups = index[order]
         if distances is not None:
             self.distances = _finite(distances, "distances of held-out normal images")[order]
         if subclasses is not None:
@@ -178,8 +234,7 @@ class Calibration:
                     f"got {index.min()}..{index.max()}."
                 )
             self.subclasses = index[order]
-
-        self._members: dict[_Group, NDArray[np.bool_]] = {None: np.ones(n, dtype=bool)}
+        self._members: dict[_Pool, NDArray[np.bool_]] = {None: np.ones(n, dtype=bool)}
         if self.subclasses is not None:
             for category, count in Counter(self.subclass_categories).items():
                 if count > 1:
@@ -187,18 +242,59 @@ class Calibration:
                     self._members[category] = np.isin(self.subclasses, indices)
             for k in range(len(self.subclass_names)):
                 self._members[k] = self.subclasses == k
-        self._score_points: dict[_Group, OperatingPoint] = {
-            None: draw_threshold(self.scores, false_alarm_rate=false_alarm_rate)
+        self._weights = {
+            pool: _weights(int(members.sum()), None if self.groups is None else self.groups[members])
+            for pool, members in self._members.items()
         }
-        self._distance_points: dict[_Group, OperatingPoint] = {}
+        self._counts = {pool: _groups(weights) for pool, weights in self._weights.items()}
+        self._draw_points(attainable=attainable)
+
+    def _draw_points(self, *, attainable: bool) -> None:
+        """Compute the operating points of all images, and of each category and subclass with enough groups."""
+        needed, unknown_needs = groups_needed(self.false_alarm_rate), groups_needed(self.unknown_rate)
+        lowest = 1 / (self.independent_groups + 1)
+        self.guarantee: Guarantee = "cross-validated" if self.cross_validated else "conformal"
+        rate = self.false_alarm_rate
+        if attainable and self.independent_groups < needed:
+            self.guarantee, rate = "uncalibrated", lowest
+        self._score_points: dict[_Pool, OperatingPoint] = {None: _draw(self.scores, self._weights[None], rate)}
+        self._distance_points: dict[_Pool, OperatingPoint] = {}
         if self.distances is not None:
-            attainable = max(unknown_rate, 1 / (n + 1))
-            self._distance_points[None] = draw_threshold(self.distances, false_alarm_rate=attainable)
-        for group, members in self._members.items():
-            if group is not None and members.sum() >= images_needed(false_alarm_rate):
-                self._score_points[group] = draw_threshold(self.scores[members], false_alarm_rate=false_alarm_rate)
-            if group is not None and self.distances is not None and members.sum() >= unknown_needs:
-                self._distance_points[group] = draw_threshold(self.distances[members], false_alarm_rate=unknown_rate)
+            unknown_rate = max(self.unknown_rate, lowest)
+            self._distance_points[None] = _draw(self.distances, self._weights[None], unknown_rate)
+        for pool, members in self._members.items():
+            weights, count = self._weights[pool], self._counts[pool]
+            if pool is not None and count >= needed:
+                self._score_points[pool] = _draw(self.scores[members], weights, rate)
+            if pool is not None and self.distances is not None and count >= unknown_needs:
+                self._distance_points[pool] = _draw(self.distances[members], weights, self.unknown_rate)
+
+    @property
+    def independent_groups(self) -> int:
+        """The number of groups of held-out normal images."""
+        return self._counts[None]
+
+    @property
+    def promise(self) -> str:
+        """What the false-alarm rate rests on, in a sentence or two for people."""
+        groups, rate = self.independent_groups, f"{100 * self.false_alarm_rate:.3g} %"
+        match self.guarantee:
+            case "uncalibrated":
+                return (
+                    f"{groups} independent good parts can promise {100 * self.point().false_alarm_rate:.3g} % false "
+                    f"alarms at best; {rate} needs {groups_needed(self.false_alarm_rate)}. Verdicts are marked "
+                    "uncalibrated."
+                )
+            case "cross-validated":
+                return (
+                    f"About {rate} false alarms, estimated by cross-validation over {groups} independent good parts. "
+                    f"This is approximate: plan for up to {200 * self.false_alarm_rate:.3g} %."
+                )
+            case "conformal":
+                return (
+                    f"At most {rate} false alarms on average, computed from {groups} independent good parts that were "
+                    "not used for fitting."
+                )
 
     def __len__(self) -> int:
         """Return the number of held-out normal images."""
@@ -218,38 +314,42 @@ class Calibration:
             raise DataError(f"Score and distance of an image must be finite, got {score} and {distance}.")
         return self._decide(float(score), None if distance is None else float(distance), subclass)
 
-    def _decide(self, score: float, distance: float | None, group: _Group) -> Decision:
-        pool = self._available(self._score_points, group)
+    def _decide(self, score: float, distance: float | None, own: _Pool) -> Decision:
+        pool = self._available(self._score_points, own)
         point = self._score_points[pool]
         subclass_p_value, unknown = None, False
         if distance is not None and self.distances is not None:
-            near = self._available(self._distance_points, group)
-            subclass_p_value = p_value(distance, self.distances[self._members[near]])
+            near = self._available(self._distance_points, own)
+            subclass_p_value = self._p_value(distance, self.distances, near)
             unknown = distance > self._distance_points[near].threshold
         if unknown and self.unseen is not None:
-            category = self._category(group)
+            category = self._category(own)
             if category is not None or not self.subclass_categories:
                 decision = self.unseen._decide(score, distance, category)
                 return replace(decision, subclass_p_value=subclass_p_value, unseen=True)
         return Decision(
             verdict="unknown" if unknown else "anomalous" if score > point.threshold else "normal",
-            p_value=p_value(score, self.scores[self._members[pool]]),
+            p_value=self._p_value(score, self.scores, pool),
             threshold=point.threshold,
             false_alarm_rate=point.false_alarm_rate,
+            guarantee=self.guarantee,
             pooled_over=_pooled_over(pool),
             subclass_p_value=subclass_p_value,
         )
 
-    def _category(self, group: _Group) -> str | None:
-        """Return the category of a group, or None if no other subclass shares it."""
-        if group is None or not self.subclass_categories:
+    def _p_value(self, value: float, values: NDArray[np.float64], pool: _Pool) -> float:
+        return _p_value(value, values[self._members[pool]], self._weights[pool], self._counts[pool])
+
+    def _category(self, own: _Pool) -> str | None:
+        """Return the category of a pool, or None if no other subclass shares it."""
+        if own is None or not self.subclass_categories:
             return None
-        category = group if isinstance(group, str) else self.subclass_categories[group]
+        category = own if isinstance(own, str) else self.subclass_categories[own]
         return category if category in self._members else None
 
-    def _available(self, points: Container[_Group], group: _Group) -> _Group:
-        """Return the smallest group around `group` that has an operating point: itself, its category, or all."""
-        return next((pool for pool in (group, self._category(group)) if pool in points), None)
+    def _available(self, points: Container[_Pool], own: _Pool) -> _Pool:
+        """Return the smallest pool around `own` that has an operating point: itself, its category, or all."""
+        return next((pool for pool in (own, self._category(own)) if pool in points), None)
 
     def with_rate(self, false_alarm_rate: float) -> Calibration:
         """Return a calibration of the same scores with thresholds for another false-alarm rate.
@@ -257,15 +357,17 @@ class Calibration:
         It has no `unseen` if there are too few leave-one-subclass-out scores for the rate.
 
         Raises:
-            CheckError: there are too few held-out normal images for this rate.
+            CheckError: there are too few groups of held-out normal images for this rate.
         """
-        enough = self.unseen is not None and len(self.unseen) >= images_needed(false_alarm_rate)
+        enough = self.unseen is not None and self.unseen.independent_groups >= groups_needed(false_alarm_rate)
         return Calibration(
             scores=self.scores,
             distances=self.distances,
             subclasses=self.subclasses,
             subclass_names=self.subclass_names,
             subclass_categories=self.subclass_categories,
+            groups=self.groups,
+            cross_validated=self.cross_validated,
             false_alarm_rate=false_alarm_rate,
             unknown_rate=self.unknown_rate,
             unseen=self.unseen.with_rate(false_alarm_rate) if self.unseen and enough else None,
@@ -278,30 +380,35 @@ class Calibration:
         `pooled_over`.
         """
         points = []
-        for group, members in self._members.items():
-            pool = self._available(self._score_points, group)
-            limit = self._distance_points.get(self._available(self._distance_points, group))
+        for own, members in self._members.items():
+            pool = self._available(self._score_points, own)
+            limit = self._distance_points.get(self._available(self._distance_points, own))
             point = {
-                "subclass": self.subclass_names[group] if isinstance(group, int) else None,
+                "subclass": self.subclass_names[own] if isinstance(own, int) else None,
                 "normals": int(members.sum()),
-                "pooled": pool is None or pool != group,
+                "groups": self._counts[own],
+                "pooled": pool is None or pool != own,
                 "threshold": self._score_points[pool].threshold,
+                "false_alarm_rate": self._score_points[pool].false_alarm_rate,
                 "drawn_from": self._score_points[pool].drawn_from,
                 "unknown_beyond": None if limit is None else limit.threshold,
                 "unknown_rate": None if limit is None else limit.false_alarm_rate,
             }
             if self.subclass_categories:
-                category = self.subclass_categories[group] if isinstance(group, int) else group
+                category = self.subclass_categories[own] if isinstance(own, int) else own
                 point |= {"category": category, "pooled_over": _pooled_over(pool)}
             points.append(point)
         record = {
             "false_alarm_rate": self.false_alarm_rate,
             "unknown_rate": self.unknown_rate,
+            "guarantee": self.guarantee,
+            "cross_validated": self.cross_validated,
             "operating_points": points,
             "subclass_names": list(self.subclass_names),
             "scores": self.scores.tolist(),
             "distances": None if self.distances is None else self.distances.tolist(),
             "subclasses": None if self.subclasses is None else self.subclasses.tolist(),
+            "groups": None if self.groups is None else self.groups.tolist(),
             "unseen": self.unseen and self.unseen.as_dict(),
         }
         if self.subclass_categories:
@@ -310,23 +417,27 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Calibration:
-        """Return the calibration that `as_dict` wrote.
+        """Return the calibration that `as_dict` wrote, now or before there were groups: then each image is one.
 
         Raises:
             BundleError: a value is missing, not finite, out of order, or contradicts the operating points.
         """
         try:
+            record = _with_groups(record)
             calibration = cls(
                 scores=record["scores"],
                 distances=record["distances"],
                 subclasses=record["subclasses"],
                 subclass_names=tuple(record["subclass_names"]),
                 subclass_categories=tuple(record.get("subclass_categories", ())),
+                groups=record["groups"],
+                cross_validated=record["cross_validated"],
+                attainable=record["guarantee"] == "uncalibrated",
                 false_alarm_rate=record["false_alarm_rate"],
                 unknown_rate=record["unknown_rate"],
                 unseen=None if record["unseen"] is None else cls.from_dict(record["unseen"]),
             )
-            consistent = calibration.as_dict() == dict(record)
+            consistent = calibration.as_dict() == record
         except KeyError as error:
             raise BundleError(f"The detector's calibration is damaged: {error} is missing.") from error
         except (NormweaveError, TypeError, ValueError) as error:
@@ -339,7 +450,18 @@ class Calibration:
         return calibration
 
 
-def _pooled_over(pool: _Group) -> Literal["subclass", "category", "all"]:
+def _with_groups(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the values of a record that was written before there were groups."""
+    points = [
+        {"groups": point["normals"], "false_alarm_rate": record["false_alarm_rate"]} | point
+        for point in record["operating_points"]
+    ]
+    before = {"guarantee": "conformal", "cross_validated": False, "groups": None}
+    unseen = record["unseen"] and _with_groups(record["unseen"])
+    return before | dict(record) | {"operating_points": points, "unseen": unseen}
+
+
+def _pooled_over(pool: _Pool) -> Literal["subclass", "category", "all"]:
     return "all" if pool is None else "category" if isinstance(pool, str) else "subclass"
 
 

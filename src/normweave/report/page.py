@@ -85,7 +85,8 @@ def write_page(
         render_images: returns the thumbnails (h, w, 3) of prediction i by caption, and its boxes beside good images;
             called for at most 24 predictions.
             A NormweaveError is shown instead of the thumbnails.
-        provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target.
+        provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target, `promise`
+            what it rests on.
     """
     read = [row for row in predictions if row["error"] is None]
     by_label = {label: [row for row in read if row["label"] == label] for label in ("anomalous", "normal")}
@@ -101,6 +102,7 @@ def write_page(
         ],
         cards=list(_cards(metrics["pooled"], provenance.get("false_alarm_rate"))),
         trained_on=provenance.get("trained_on", ()),
+        promise=provenance.get("promise"),
         training_images=[
             (provenance.get("fit_images"), "fit the model"),
             (provenance.get("calibration_images"), "set the thresholds"),

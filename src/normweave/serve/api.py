@@ -473,6 +473,7 @@ def _model(service: InspectionService) -> schemas.ModelOut:
         seed=record["seed"],
         false_alarm_rate=calibration.false_alarm_rate,
         unknown_rate=calibration.unknown_rate,
+        guarantee=calibration.guarantee,
         operating_points=calibration.as_dict()["operating_points"],
         waiting=service.waiting,
     )

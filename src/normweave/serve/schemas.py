@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
 
 from normweave.serve import records
-from normweave.types import Outcome
+from normweave.types import Guarantee, Outcome
 
 Name = Annotated[str, StringConstraints(max_length=500)]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
@@ -178,6 +178,7 @@ class ModelOut(BaseModel):
     seed: int
     false_alarm_rate: float
     unknown_rate: float
+    guarantee: Guarantee
     operating_points: list[dict[str, Any]]
     waiting: Annotated[int, Field(description="Number of images accepted and not yet answered.")]
 

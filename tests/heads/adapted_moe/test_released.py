@@ -10,6 +10,7 @@ import torch
 from builders import begun, fit, normals, perturb, quick_training, random, seeded, subclass_images, subclass_normals
 from normweave.config import AdaptedMoEReleasedConfig
 from normweave.heads.adapted_moe.released import AdaptedMoEReleased
+from normweave.heads.novelty import block_statistics
 
 SHAPE = (4, 2, 3)
 
@@ -85,21 +86,31 @@ def score_by_hand(head, image, given, *, excluded=-1):
     return [-discriminate(experts, k, patch, mean=mean, variance=variance) for patch in adapted], k
 
 
-@pytest.mark.parametrize("excluded", [-1, 1])
-def test_an_image_is_routed_adapted_and_scored_by_one_expert(excluded):
+@pytest.mark.parametrize("without", ["none", "the nearest expert"])
+def test_an_image_is_routed_adapted_and_scored_by_one_expert(without):
     given = data()
     head = fitted(given)
     images = random(3, *SHAPE, seed=2)
-    out = head.score_excluding(images, torch.full((3,), excluded))
-    if excluded == -1:
-        assert torch.equal(out.scores, head(images).scores)
+    nearest = head(images).routing.subclass
+    excluded = torch.full((3,), -1) if without == "none" else nearest
+    out = head.score_excluding(images, excluded)
+    assert torch.equal(out.routing.subclass, nearest) == (without == "none")
     for row, image in enumerate(images):
-        expected, expert = score_by_hand(head, image, given, excluded=excluded)
+        expected, expert = score_by_hand(head, image, given, excluded=int(excluded[row]))
         assert out.scores[row].flatten().tolist() == pytest.approx(expected, rel=1e-3, abs=1e-4)
         assert out.image_scores[row].item() == pytest.approx(max(expected), rel=1e-3, abs=1e-4)
         assert out.routing.subclass[row] == expert
         assert out.routing.weights[row].tolist() == [float(k == expert) for k in range(3)]
     assert out.routing.adapted.all()
+
+
+def test_the_distance_is_that_to_the_nearest_subclass_that_is_not_excluded():
+    head = fitted(data())
+    images = random(3, *SHAPE, seed=2)
+    distances = head.novelty(block_statistics(images))  # (B, K)
+    nearest, second = distances.sort(dim=1).values.T[:2]
+    assert torch.equal(head(images).routing.distance, nearest)
+    assert torch.equal(head.score_excluding(images, distances.argmin(dim=1)).routing.distance, second)
 
 
 def test_several_experts_are_weighed_by_their_probabilities():
@@ -181,7 +192,7 @@ def test_the_embedding_is_the_mean_patch():
 
 
 def test_images_of_known_subclasses_are_routed_to_them():
-    head = fit(AdaptedMoEReleased(AdaptedMoEReleasedConfig(), shape=(16, 8, 8)), subclass_normals())
+    head = fit(AdaptedMoEReleased(AdaptedMoEReleasedConfig(hidden=16), shape=(16, 8, 8)), subclass_normals())
     images, subclasses = subclass_images(6, seed=3)
     assert head(images).routing.subclass.tolist() == subclasses.tolist()
 

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from normweave import __version__, bundle, cross_validation, references, settings, training
 from normweave.config import Config
-from normweave.data import rows, splits, synthetic
+from normweave.data import hard_defects, rows, splits, synthetic
+from normweave.data.hard_defects import add_hard_defect
 from normweave.data.prepare import Preparation
 from normweave.detector import HASH_LETTERS, Data, Detector, parse_record, samples_of
 from normweave.errors import BundleError, ConfigError, MissingError
@@ -40,7 +41,7 @@ from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature
 from normweave.outcome.operating_point import groups_needed
 from normweave.references import References
 from normweave.scoring import ImageScore
-from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies
+from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies, SyntheticDefects
 
 INT8_IMAGES = 64
 """Fit images from which the ranges of int8 are measured."""
@@ -170,6 +171,19 @@ def fit_head(
             standard,
             fit_data,
             variants=head.synthetic_variants,
+            cache=cache,
+            max_gib=cache_gib,
+            progress=progress,
+        ),
+    )
+    fit_data = replace(
+        fit_data,
+        defects=synthetic_defects(
+            chosen,
+            extractor,
+            standard,
+            fit_data,
+            wanted=head.defect_images(fit_data),
             cache=cache,
             max_gib=cache_gib,
             progress=progress,
@@ -361,8 +375,11 @@ def _fit_data(chosen: FittedRows, features: FeatureSource, config: Config) -> Fi
         ],
         dtype=np.int64,
     )
+    categories = tuple(sorted({sample.category for sample in samples}))
     return FitData(
         features=features,
+        given_categories=np.array([categories.index(sample.category) for sample in samples], dtype=np.int64),
+        category_names=categories,
         subclasses=subclasses,
         names=names,
         groups=groups,
@@ -423,6 +440,59 @@ def synthetic_anomalies(
     return SyntheticAnomalies(
         StandardizedFeatures(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
     )
+
+
+def synthetic_defects(
+    chosen: FittedRows,
+    extractor: FrozenFeatures,
+    standard: ChannelStandardizer,
+    data: FitData,
+    *,
+    wanted: NDArray[np.int64],
+    cache: Path | None,
+    max_gib: float = CACHE_GIB,
+    progress: Progress | None = None,
+) -> SyntheticDefects | None:
+    """Add one synthetic defect to each of the wanted fit images (m,), which may repeat; None for no image.
+
+    Every other defect is a hard one (`data.hard_defects`). Parts of another image are taken from the same category.
+    """
+    if len(wanted) == 0:
+        return None
+    images, fit_rows, seed = chosen.images, chosen.fit, data.seed
+    variant = np.arange(len(wanted)) - np.searchsorted(wanted, wanted)  # how often the image came before
+
+    def source_of(row: int) -> tuple[int, np.random.Generator]:
+        rng = synthetic.seeded(seed, int(variant[row]), int(wanted[row]))
+        return int(rng.choice(np.flatnonzero(data.categories == data.categories[wanted[row]]))), rng
+
+    def load(row: int) -> NDArray[np.uint8]:
+        other, rng = source_of(row)
+        pixels, filling = images.load(fit_rows[wanted[row]]), images.load(fit_rows[other])
+        if variant[row] % 2:
+            return synthetic.add_defect(pixels, filling, rng=rng)[0]
+        return add_hard_defect(pixels, filling, rng=rng)[0]
+
+    def key(row: int) -> str:
+        own, other = images.keys[fit_rows[wanted[row]]], images.keys[fit_rows[source_of(row)[0]]]
+        parts = [
+            "defects",
+            synthetic.FORMAT,
+            hard_defects.FORMAT,
+            seed,
+            int(variant[row]),
+            int(wanted[row]),
+            own,
+            other,
+        ]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    if cache is None:
+        source = feature_cache.streamed(extractor, load, len(wanted))
+    else:
+        keys = [key(row) for row in range(len(wanted))]
+        source = feature_cache.cached(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
+    return SyntheticDefects(StandardizedFeatures(source, standard), wanted)
 
 
 def _name_discovered(detector: Detector, chosen: FittedRows, *, cache: Path | None) -> None:

@@ -141,6 +141,13 @@ class SyntheticAnomalies(NamedTuple):
     """Rows to (len(rows), h, w) float32, the share of each cell that is defective."""
 
 
+class SyntheticDefects(NamedTuple):
+    """Fit images with one synthetic defect each, from which experts are weighted."""
+
+    features: FeatureSource
+    images: NDArray[np.int64]  # (m,) the fit image of each
+
+
 @dataclass(frozen=True, kw_only=True)
 class FitData:
     """The training data of a head: fit images only, neither calibration nor test images."""
@@ -156,6 +163,9 @@ class FitData:
     holdout: NDArray[np.bool_]
     """(n,) fit images not used for gradients, but for early stopping and the score scale of the experts."""
     seed: int = 0
+    category_names: tuple[str, ...] = ("default",)
+    given_categories: NDArray[np.int64] | None = None
+    """(n,) indices into `category_names`; None: all images are of the first."""
     mean: Tensor | None = None
     """(D,) of the raw features; raw = standardised * std + mean. None: the features are raw."""
     std: Tensor | None = None
@@ -164,6 +174,13 @@ class FitData:
     """The vision-language pair of the features; None if the head uses no text."""
     synthetic: SyntheticAnomalies | None = None
     """None: the head uses none."""
+    defects: SyntheticDefects | None = None
+    """None: the head uses none."""
+
+    @property
+    def categories(self) -> NDArray[np.int64]:
+        """(n,) indices into `category_names`."""
+        return np.zeros(len(self), dtype=np.int64) if self.given_categories is None else self.given_categories
 
     def __len__(self) -> int:
         """The number of images n."""

@@ -1,6 +1,6 @@
 """Contract of every expert of Adapted-MoE, which covers the modules of `normweave.heads.adapted_moe.experts`.
 
-The experts are those of `ExpertConfig`. Their equations are tested in tests/heads/adapted_moe/test_experts.py.
+The experts are those of `SingleExpertConfig`. Their equations are tested in tests/heads/adapted_moe/test_experts.py.
 """
 
 from typing import get_args
@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from builders import SHAPE, fit, seeded, subclass_images, subclass_normals
-from normweave.config import AdaptedMoEConfig, ExpertConfig
+from normweave.config import AdaptedMoEConfig, SingleExpertConfig
 from normweave.heads import build, locate
 from normweave.heads.adapted_moe.experts.base import Experts, Normals
 from normweave.training import train
 
 K = 3
 CHOSEN = torch.tensor([[2, 0], [1, 2], [0, 1]])
-CONFIGS = [part for part in get_args(ExpertConfig) if part().candidates == (part(),)]
+CONFIGS = get_args(SingleExpertConfig)
 
 
 def made(config, *, shape=SHAPE):

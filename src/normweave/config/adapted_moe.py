@@ -11,12 +11,14 @@ from normweave.config.base import (
     Border,
     Cells,
     MaxImages,
-    Projection,
     TrainingConfig,
     Variance,
 )
 from normweave.validation import (
     DISCRIMINATOR,
+    InnerShare,
+    NaturalFloat,
+    NaturalInt,
     PositiveFloat,
     PositiveInt,
     PositiveShare,
@@ -34,8 +36,8 @@ class _Expert:
     """Whether the outermost cells take the score of their inner neighbours; the number is `head.border`."""
 
     @property
-    def candidates(self) -> tuple[ExpertConfig, ...]:
-        """The candidates for the expert: this one only."""
+    def members(self) -> tuple[SingleExpertConfig, ...]:
+        """The experts that are fused: this one only."""
         return (self,)  # type: ignore[return-value]
 
 
@@ -89,17 +91,20 @@ class SubspaceExpertConfig(_Expert):
 
 @checked
 class MemoryExpertConfig(_Expert):
-    """Distance to the nearest stored normal patch of a subclass (PatchCore, arXiv 2106.08265)."""
+    """Distance to the nearest stored normal patch (PatchCore, arXiv 2106.08265)."""
 
     implementation = "memory:MemoryExperts"
     kind: Literal["memory"] = "memory"
-    calibrated: bool = True
+    shared: bool = True
+    """One memory bank for all subclasses, as PatchCore; false = one for each."""
+    calibrated: bool = False
     """Divide a distance by the mean distance of normal patches to the stored patch."""
     max_patches: PositiveInt = 1_000
-    """Patches stored for each expert, at most."""
+    """Patches stored in a memory bank, at most."""
     max_pool: PositiveInt = 20_000
-    """Patches of each expert drawn at random before the coreset."""
-    projection: Projection = 64
+    """Patches drawn at random before the coreset, for each memory bank."""
+    dimensions: NaturalInt = 64
+    """Principal components in which distances are measured; 0 = all channels, as PatchCore."""
 
 
 @checked
@@ -117,30 +122,47 @@ class DiscriminatorExpertConfig(_Expert):
     training: TrainingConfig = TrainingConfig(epochs=20, batch_images=8, learning_rate=1e-3, patience=5)
 
 
-@checked
-class AutoExpertConfig(_Expert):
-    """Layout experts where the position in the image explains the features, Gaussian experts elsewhere."""
+SingleExpertConfig = (
+    LayoutExpertConfig | GaussianExpertConfig | SubspaceExpertConfig | MemoryExpertConfig | DiscriminatorExpertConfig
+)
 
-    kind: Literal["auto"] = "auto"
-    fine: PositiveShare = FINE
-    """Share of the channels, finest stages first, in which this is measured; `fine` of the expert that is chosen."""
-    position_variance: Share = 0.02
-    """Layout experts are chosen above this share of variance explained (0.055 on magnetic tiles, -0.013 on cloth)."""
+
+@checked
+class FusionExpertConfig:
+    """Memory, layout and Gaussian experts, weighted by how well they detect synthetic defects in held-out normals."""
+
+    border: ClassVar[bool] = True
+    kind: Literal["fusion"] = "fusion"
+    memory: MemoryExpertConfig = MemoryExpertConfig()
+    layout: LayoutExpertConfig = LayoutExpertConfig()
+    gaussian: GaussianExpertConfig = GaussianExpertConfig()
+    use: Annotated[tuple[Literal["memory", "layout", "gaussian"], ...], Field(min_length=1)] = (
+        "memory",
+        "layout",
+        "gaussian",
+    )
+    """Experts that are fitted and fused."""
+    sharpness: NaturalFloat = 0.5
+    """Weights are proportional to exp(sharpness * logit(AUROC)) on synthetic defects; 0 = equal weights."""
+    smallest_weight: InnerShare = 0.1
+    """An expert with a smaller weight in a category is not used there."""
 
     @property
-    def candidates(self) -> tuple[ExpertConfig, ...]:
-        """The expert for images in which position matters, and the other."""
-        return LayoutExpertConfig(fine=self.fine), GaussianExpertConfig(fine=self.fine)
+    def members(self) -> tuple[SingleExpertConfig, ...]:
+        """The experts that are fused."""
+        return tuple(getattr(self, name) for name in self.use)
+
+    def __post_init__(self) -> None:
+        rules: list[tuple[bool, str]] = [(len(set(self.use)) == len(self.use), "use must name each expert once")]
+        for name in ("memory", "layout", "gaussian"):
+            if name not in self.use:
+                rules += unused(self, name, why=f"use={list(self.use)}")
+        if len(self.use) == 1:
+            rules += unused(self, "sharpness smallest_weight", why=f"use={list(self.use)}")
+        check(*rules)
 
 
-ExpertConfig = (
-    AutoExpertConfig
-    | LayoutExpertConfig
-    | GaussianExpertConfig
-    | SubspaceExpertConfig
-    | MemoryExpertConfig
-    | DiscriminatorExpertConfig
-)
+ExpertConfig = FusionExpertConfig | SingleExpertConfig
 
 
 @checked
@@ -218,7 +240,7 @@ class AdaptedMoEConfig(BaseHeadConfig):
     """How subclasses are found: k-means and silhouette, or a Gaussian mixture and BIC."""
     max_subclasses: PositiveInt = 16
     """Largest number of subclasses that discovery finds."""
-    expert: Annotated[ExpertConfig, Field(discriminator=DISCRIMINATOR)] = AutoExpertConfig()
+    expert: Annotated[ExpertConfig, Field(discriminator=DISCRIMINATOR)] = FusionExpertConfig()
     routing: Annotated[RoutingConfig, Field(discriminator="method")] = ClosedFormRoutingConfig()
     adaption: Annotated[AdaptionConfig, Field(discriminator="method")] = PlainAdaptionConfig()
 
@@ -228,6 +250,8 @@ class AdaptedMoEConfig(BaseHeadConfig):
             rules += unused(self, "top_k temperature aggregation routing", why="moe=false")
         elif self.top_k == 1:
             rules += unused(self, "temperature aggregation", why="top_k=1")
+        if all(isinstance(each, MemoryExpertConfig) and each.shared for each in self.expert.members):
+            rules += unused(self, "aggregation", why="one memory bank for all subclasses (expert.shared=true)")
         if not self.expert.border:
             expert = getattr(self.expert, DISCRIMINATOR)
             rules += unused(self, "border", why=f"expert.{DISCRIMINATOR}={expert}")

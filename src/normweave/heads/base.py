@@ -94,6 +94,10 @@ class Head(nn.Module):
     """(M, 3) row of the fit data, grid row and grid column of each stored patch that `PatchScores.nearest` refers to;
     known after `finish`, not part of the state. None: no such patches, or loaded."""
 
+    def defect_images(self, data: FitData) -> NDArray[np.int64]:
+        """Return the fit images that the head needs with a synthetic defect (`FitData.defects`), each as often."""
+        return np.empty(0, dtype=np.int64)
+
     def begin(self, data: FitData) -> None:
         """Fit everything in closed form that the training stages need."""
 

@@ -69,11 +69,11 @@ def test_scores_are_divided_by_the_scale_of_their_expert(branch):
     torch.testing.assert_close(found[1, 0, 0], (2 * mean[1] - 1) / 2)
 
 
-def test_a_branch_that_was_not_selected_has_no_experts():
+def test_a_removed_branch_has_no_experts():
     branch = ExpertBranch(GaussianExpertConfig(), PlainAdaptionConfig(method="off"), shape=SHAPE)
     branch.experts.start(experts=3, generator=torch.Generator().manual_seed(0))
-    branch.select(False)
+    branch.remove()
     assert branch.number == 0
     assert all(len(tensor) == 0 for tensor in branch.experts.state_dict().values())
-    branch.select(True)
-    assert branch.number == 1
+    branch.unit_scale(2)
+    assert branch.number == 2

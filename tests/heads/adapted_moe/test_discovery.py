@@ -1,10 +1,7 @@
 import numpy as np
 import pytest
-import torch
 
-from builders import InMemory
-from normweave.heads.adapted_moe.discovery import agreement, discover, position_variance
-from normweave.types import FitData
+from normweave.heads.adapted_moe.discovery import agreement, discover
 
 
 def clusters(centres, *, each=20, spread=0.2, seed=0):
@@ -103,49 +100,3 @@ def test_agreement_by_hand():
     assert result.adjusted_rand_index == pytest.approx((2 - 1.6) / (4 - 1.6))
     assert result.purity == pytest.approx(0.8)
     assert (result.found, result.given) == (2, 2)
-
-
-def fit_data(features, *, groups=None):
-    count = len(features)
-    return FitData(
-        features=InMemory(features),
-        subclasses=np.zeros(count, dtype=np.int64),
-        names=("a",),
-        groups=np.arange(count) if groups is None else groups,
-        holdout=np.zeros(count, dtype=bool),
-    )
-
-
-def noise(count, seed=0):
-    return torch.randn(count, 6, 16, 16, generator=torch.Generator().manual_seed(seed))
-
-
-def test_position_variance_a_layout_and_not_a_texture():
-    place = noise(1, seed=1)
-
-    assert position_variance(fit_data(noise(40)), channels=6) < 0.005
-    assert position_variance(fit_data(noise(40) + 0.5 * place), channels=6) > 0.1
-
-
-def test_what_position_variance_by_hand():
-    features, groups = noise(9) + 0.7 * noise(1, seed=1), np.array([0, 0, 1, 1, 2, 2, 3, 3, 3])
-
-    got = position_variance(fit_data(features, groups=groups), channels=4)
-
-    inner = features[:, :4, 2:14, 2:14].double().numpy()
-    inner = (inner - inner.mean(axis=(2, 3), keepdims=True)) / inner.std(axis=(2, 3), keepdims=True)
-    pooled = inner.reshape(9, 4, 6, 2, 6, 2).mean(axis=(3, 5))
-    gap = sum(((pooled[i] - pooled[groups != groups[i]].mean(axis=0)) ** 2).sum() for i in range(9))
-    assert got == pytest.approx(1 - gap / (pooled**2).sum(), rel=1e-5)
-
-
-def test_padding_and_coarse_channels_do_not_count_as_position():
-    features = noise(40)
-    features[:, :, :2], features[:, :, -2:] = 5.0, 5.0  # the effect of a convolution's padding on every image
-    features[:, 3:] += noise(1, seed=1)[:, 3:]
-
-    assert position_variance(fit_data(features), channels=3) < 0.005
-
-
-def test_images_of_one_group_give_no_position_variance():
-    assert position_variance(fit_data(noise(5), groups=np.zeros(5, dtype=np.int64)), channels=6) == 0

@@ -18,7 +18,7 @@ from normweave.heads.adapted_moe.experts.base import Normals, products
 from normweave.heads.adapted_moe.experts.discriminator import DiscriminatorExperts, DiscriminatorStage
 from normweave.heads.adapted_moe.experts.gaussian import GaussianExperts
 from normweave.heads.adapted_moe.experts.layout import LayoutExperts
-from normweave.heads.adapted_moe.experts.memory import MemoryExperts, nearest
+from normweave.heads.adapted_moe.experts.memory import MemoryExperts
 from normweave.heads.adapted_moe.experts.subspace import SubspaceExperts
 
 D, H, W, K = 4, 6, 5, 3
@@ -67,7 +67,7 @@ def new(kind):
         case "memory":
             return fitted(
                 MemoryExperts(
-                    MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=True),
+                    MemoryExpertConfig(shared=False, max_patches=20, max_pool=60, dimensions=0, calibrated=True),
                     shape=(D, H, W),
                 )
             )
@@ -221,110 +221,127 @@ def test_gradient_reaches_the_discriminators_that_have_images():
         assert parameter.grad[1].abs().sum() == 0, name
 
 
-def test_nearest_agrees_with_brute_force_and_never_finds_an_absent_patch(monkeypatch):
+def memories(data=None, **changed):
+    """Memory experts of every channel, fitted."""
+    config = MemoryExpertConfig(**{"max_patches": 20, "max_pool": 60, "dimensions": 0} | changed)
+    return fitted(MemoryExperts(config, shape=(D, H, W)), normals() if data is None else data)
+
+
+def distances(features, bank):
+    """Distances of all patches of (D, H, W) to the stored ones, (P, M)."""
+    return (features.flatten(1).T[:, None] - bank[None]).square().sum(2).sqrt()
+
+
+def test_memories_agree_with_brute_force(monkeypatch):
     monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.CHUNK", 3)
-    bank = random(K, 8, D, seed=1)
-    offset = -0.5 * bank.square().sum(2)
-    bank[1, 5:], offset[1, 5:] = 0.0, -torch.inf  # the second bank has five patches
+    experts = memories(shared=False)
     features = random(2, 1, D, H, W, seed=2)
 
-    distance, index = nearest(features, bank, offset, ASKED)
+    scores = experts(features, ASKED)
 
     for b in range(2):
         for t in range(2):
-            expert = int(ASKED[b, t])
-            held = bank[expert, :5] if expert == 1 else bank[expert]
-            gaps = (features[b, 0].flatten(1).T[:, None] - held[None]).square().sum(2).sqrt()  # (P, M)
-            torch.testing.assert_close(distance[b, t], gaps.amin(1))
-            assert torch.equal(index[b, t], gaps.argmin(1))
+            held = experts.bank[experts.owner == ASKED[b, t]]
+            torch.testing.assert_close(scores[b, t].flatten(), distances(features[b, 0], held).amin(1))
 
 
-def test_nearest_is_exact_for_a_stored_patch():
-    bank = 100 * random(1, 8, D, seed=1)
-    features = bank[0, :6].T.reshape(1, 1, D, 6, 1)
+def test_united_memories_score_by_the_patches_of_all_allowed_experts(monkeypatch):
+    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.CHUNK", 7)
+    experts = memories()
+    features = random(2, D, H, W, seed=2)
+    allowed = torch.tensor([[True, False, True], [False, True, False]])
 
-    distance, index = nearest(features, bank, -0.5 * bank.square().sum(2), torch.tensor([[0]]))
+    every, some = experts.score_united(features, None)[0], experts.score_united(features, allowed)[0]
 
-    assert distance.max() == 0
-    assert index.flatten().tolist() == list(range(6))
+    assert experts.united
+    for b in range(2):
+        torch.testing.assert_close(every[b].flatten(), distances(features[b], experts.bank).amin(1))
+        held = experts.bank[allowed[b][experts.owner]]
+        torch.testing.assert_close(some[b].flatten(), distances(features[b], held).amin(1))
+
+
+def test_the_distance_to_a_stored_patch_is_exactly_zero():
+    experts = memories()
+    experts.bank *= 100
+
+    scores = experts.score_united(experts.bank[:6].T.reshape(1, D, 6, 1), None)[0]
+
+    assert scores.max() == 0
 
 
 def test_memory_banks_hold_patches_of_their_own_subclass_up_to_the_limit():
     data = normals()
-    experts = fitted(
-        MemoryExperts(MemoryExpertConfig(max_patches=20, max_pool=60, projection=2, calibrated=False), shape=(D, H, W)),
-        data,
-    )
+    experts = memories(data, shared=False)
 
-    assert experts.bank.shape == (K, 20, D)
+    assert experts.owner.bincount().tolist() == [20] * K
     for expert in range(K):
         own = torch.from_numpy(own_patches(data, expert)).float()
-        assert all((own == patch).all(dim=1).any() for patch in experts.bank[expert])
+        assert all((own == patch).all(dim=1).any() for patch in experts.bank[experts.owner == expert])
+
+
+def test_a_shared_memory_bank_has_one_limit_and_patches_of_every_subclass():
+    assert memories().owner.bincount().sum() == 20
+    assert (memories().owner.bincount(minlength=K) > 0).all()
+
+
+def test_principal_components_keep_the_largest_distances():
+    """Patches that differ in two directions only have the same distances in two components."""
+    data = normals()
+    plane = data.source.features.permute(0, 2, 3, 1) @ random(D, 2, seed=7) @ random(2, D, seed=8)
+    flat = Normals(InMemory(plane.permute(0, 3, 1, 2)), data.rows, data.experts, data.groups)
+    features = plane[:2].permute(0, 3, 1, 2) * 1.5
+
+    two, all_channels = memories(flat, dimensions=2), memories(flat)
+
+    assert two.bank.shape == (20, 2)
+    expected = distances(features[0], two.bank @ two.components.T).amin(1)
+    torch.testing.assert_close(two.score_united(features, None)[0][0].flatten(), expected, rtol=1e-3, atol=1e-3)
+    assert all_channels.bank.shape == (20, D)
 
 
 @pytest.mark.parametrize("max_pool", [2, 7])
 def test_memories_of_few_patches_of_many_images(max_pool):
-    experts = fitted(
-        MemoryExperts(
-            MemoryExpertConfig(max_patches=20, max_pool=max_pool, projection=0, calibrated=True),
-            shape=(D, H, W),
-        ),
-        normals(count=30),
-    )
+    experts = memories(normals(count=30), shared=False, max_pool=max_pool, calibrated=True)
 
-    assert experts.bank.shape[1] <= max_pool
+    assert experts.owner.bincount().max() <= max_pool
     assert torch.isfinite(experts(random(2, 1, D, H, W), ASKED)).all()
 
 
 def test_what_is_usual_around_a_stored_patch_by_hand():
     """mu(m): mean distance of patches of other groups that have m as nearest, 3 pseudo-counts, 10 neighbours."""
     data = normals(count=12, each_group=2)
-    experts = fitted(
-        MemoryExperts(
-            MemoryExpertConfig(max_patches=25, max_pool=10_000, projection=0, calibrated=True),
-            shape=(D, H, W),
-        ),
-        data,
-    )
+    experts = memories(data, max_patches=25, max_pool=10_000, calibrated=True)
 
-    for expert in range(K):
-        bank = experts.bank[expert].double().numpy()
-        images = data.source.features[data.experts == expert].permute(0, 2, 3, 1).double().numpy()
-        groups = data.groups[data.experts == expert]
-        of = [next(g for image, g in zip(images, groups, strict=True) if (image == m).all(axis=2).any()) for m in bank]
-        found = [[] for _ in bank]
-        for image, group in zip(images, groups, strict=True):
-            for patch in image.reshape(-1, D):
-                gaps = [np.linalg.norm(patch - m) if g != group else np.inf for m, g in zip(bank, of, strict=True)]
-                found[int(np.argmin(gaps))].append(min(gaps))
-        overall = np.mean([d for each in found for d in each])
-        shrunk = np.array([(sum(each) + 3 * overall) / (len(each) + 3) for each in found])
-        for place, m in enumerate(bank):
-            near = np.argsort([np.linalg.norm(m - other) for other in bank])[:10]
-            assert experts.usual[expert, place].item() == pytest.approx(shrunk[near].mean(), rel=1e-4)
+    bank = experts.bank.double().numpy()
+    images = data.source.features.permute(0, 2, 3, 1).double().numpy()
+    owner = [next(i for i, image in enumerate(images) if (image == m).all(axis=2).any()) for m in bank]
+    groups = [data.groups[image] for image in owner]
+    found = [[] for _ in bank]
+    for image, group in zip(images, data.groups, strict=True):
+        for patch in image.reshape(-1, D):
+            gaps = [np.linalg.norm(patch - m) if g != group else np.inf for m, g in zip(bank, groups, strict=True)]
+            found[int(np.argmin(gaps))].append(min(gaps))
+    overall = np.mean([d for each in found for d in each])
+    shrunk = np.array([(sum(each) + 3 * overall) / (len(each) + 3) for each in found])
+    for place, m in enumerate(bank):
+        near = np.argsort([np.linalg.norm(m - other) for other in bank])[:10]
+        assert experts.usual[place].item() == pytest.approx(shrunk[near].mean(), rel=1e-4)
 
 
 def test_calibration_divides_by_what_is_usual():
-    plain = MemoryExperts(
-        MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=False), shape=(D, H, W)
-    )
-    experts = new("memory")
-    plain.bank, plain.offset = experts.bank, experts.offset
-    features = random(2, 1, D, H, W, seed=3)
-    _, index = nearest(features, experts.bank, experts.offset, ASKED)
+    plain, calibrated = memories(), memories(calibrated=True)
+    features = random(2, D, H, W, seed=3)
+    index = distances(features[0], plain.bank).argmin(1)
 
-    expected = plain(features, ASKED).flatten(2) / experts.usual[ASKED[..., None], index]
+    expected = plain.score_united(features, None)[0][0].flatten() / calibrated.usual[index]
 
-    torch.testing.assert_close(experts(features, ASKED).flatten(2), expected)
+    torch.testing.assert_close(calibrated.score_united(features, None)[0][0].flatten(), expected)
 
 
 def test_one_group_only_leaves_memories_uncalibrated():
     data = normals()
     data = Normals(data.source, data.rows, data.experts, np.zeros(12, dtype=np.int64))
-    experts = fitted(
-        MemoryExperts(MemoryExpertConfig(max_patches=20, max_pool=60, projection=0, calibrated=True), shape=(D, H, W)),
-        data,
-    )
+    experts = memories(data, calibrated=True)
 
     assert (experts.usual == 1).all()
 

@@ -45,6 +45,10 @@ def leaves(section, field):
             if name == "training":
                 yield from ({**choice, f"{section}.training.{each}": 9} for each in ("epochs", "patience"))
                 yield {**choice, f"{section}.training.learning_rate": 0.5}
+            elif name == "use":
+                yield {**choice, f"{section}.use": ["memory", "gaussian"]}
+            elif fields_of(inner.annotation):
+                pass  # an expert of the fusion; the settings of an expert are tested without it
             elif name != tag_name and get_args(inner.annotation) == ():
                 yield {**choice, f"{section}.{name}": changed(inner)}
 

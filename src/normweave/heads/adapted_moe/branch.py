@@ -43,16 +43,19 @@ class ExpertBranch(nn.Module):
 
     @property
     def number(self) -> int:
-        """Return K, the number of experts; 0 if `select` has deleted them."""
+        """Return K, the number of experts; 0 if `remove` has deleted them."""
         return len(self.scale_mean)
 
-    def select(self, selected: bool) -> None:
-        """Keep the experts of this branch, or delete them. Buffers of size 0 mark this, also after loading."""
-        self.scale_mean, self.scale_std = torch.zeros(int(selected)), torch.ones(int(selected))
-        if not selected:
-            for name, tensor in list(self.experts.state_dict().items()):
-                module, _, leaf = name.rpartition(".")
-                setattr(self.experts.get_submodule(module), leaf, tensor[:0].clone())
+    def unit_scale(self, number: int) -> None:
+        """Keep the scores of `number` experts as they are: mean 0 and std 1 are assumed."""
+        self.scale_mean, self.scale_std = torch.zeros(number), torch.ones(number)
+
+    def remove(self) -> None:
+        """Delete the experts of this branch. Buffers of size 0 mark this, also after loading."""
+        self.unit_scale(0)
+        for name, tensor in list(self.experts.state_dict().items()):
+            module, _, leaf = name.rpartition(".")
+            setattr(self.experts.get_submodule(module), leaf, tensor[:0].clone())
 
     def measure(
         self, source: FeatureSource, rows: NDArray[np.int64], experts: NDArray[np.int64], *, number: int
@@ -65,7 +68,7 @@ class ExpertBranch(nn.Module):
             experts: the expert of each image of the source.
             number: K.
         """
-        self.scale_mean, self.scale_std = torch.zeros(number), torch.ones(number)
+        self.unit_scale(number)
         if len(rows) == 0:
             return
         images = np.zeros(number)

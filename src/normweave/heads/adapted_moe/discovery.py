@@ -4,12 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-
-from normweave.heads.base import batches
-from normweave.types import FitData
 
 COORDINATES = 5
 """Number of principal components of the statistics that are clustered; the others vary between single parts."""
@@ -125,36 +120,3 @@ def agreement(found: NDArray[np.int64], subclasses: NDArray[np.int64]) -> Agreem
         found=int(table.shape[1]),
         given=int(table.shape[0]),
     )
-
-
-def position_variance(data: FitData, *, channels: int) -> float:
-    """Return the share of the variance that position explains, by the mean of the images of other groups at each cell.
-
-    It is near 0 or negative for a texture, and clearly positive where parts have fixed positions. It is measured in the
-    finest stages and in the inner cells only, because padding gives even a texture features that depend on position.
-
-    Args:
-        channels: the number of channels that are used, from the first.
-    """
-    _, h, w = data.features.shape
-    above, beside = h // 8, w // 8
-    names, members = np.unique(data.groups, return_inverse=True)
-    fold = np.random.default_rng(data.seed).permutation(len(names))[members] % 4  # (n,) whole groups
-    sums: list[torch.Tensor | float] = [0.0] * 4
-    counts = np.bincount(fold, minlength=4)
-    squares = 0.0
-    for rows, features in batches(data.features):
-        inner = features[:, :channels, above : h - above, beside : w - beside]
-        std, mean = torch.std_mean(inner, dim=(2, 3), correction=0, keepdim=True)
-        pooled = F.avg_pool2d((inner - mean) / std.clamp_min(1e-3), (min(2, h), min(2, w))).double()
-        squares += float(pooled.square().sum())
-        for part in range(4):
-            sums[part] = sums[part] + pooled[torch.from_numpy(fold[rows] == part)].sum(dim=0)
-    if np.count_nonzero(counts) < 2 or squares == 0:
-        return 0.0
-    # sum over a part of |x - m|^2 - |x|^2 = |m|^2 n - 2 m . sum x, with m the mean of the other parts
-    rest = 0.0
-    for part in range(4):
-        mean = (sum(sums) - sums[part]) / (counts.sum() - counts[part])
-        rest += float((mean * (mean * counts[part] - 2 * sums[part])).sum())
-    return -rest / squares

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.config import AdaptedMoEConfig, AutoExpertConfig, NetworkRoutingConfig
+from normweave.config import AdaptedMoEConfig, FusionExpertConfig, NetworkRoutingConfig
 from normweave.errors import DataError
 from normweave.heads.adapted_moe.adaption import statistics
 from normweave.heads.adapted_moe.branch import ExpertBranch
@@ -19,10 +19,10 @@ from normweave.heads.adapted_moe.discovery import (
     Discovery,
     agreement,
     discover,
-    position_variance,
 )
-from normweave.heads.adapted_moe.experts.base import Normals, fine_channels
-from normweave.heads.adapted_moe.router import Router, RouterStage, select_experts
+from normweave.heads.adapted_moe.experts.base import Normals
+from normweave.heads.adapted_moe.fusion import Fusion, HeldOut, defects_per_image, folds
+from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, select_experts
 from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
@@ -46,24 +46,32 @@ class AdaptedMoE(Head):
         self.grid = shape[1:]
         self.agreement: Agreement | None = None
         """Agreement of the discovered with the given subclasses; None unless both are known."""
-        self.position_variance: float | None = None
-        """Share of the variance that position explains; None unless the type of the experts was selected by it."""
         self.router = (
             Router(config.routing, width=shape[0])
             if config.moe and isinstance(config.routing, NetworkRoutingConfig)
             else None
         )
         self.branches = nn.ModuleList(
-            [ExpertBranch(each, config.adaption, shape=shape) for each in config.expert.candidates]
+            [ExpertBranch(each, config.adaption, shape=shape) for each in config.expert.members]
         )
+        self.fusion = Fusion(config.expert) if isinstance(config.expert, FusionExpertConfig) else None
         self.novelty = SubclassNovelty(statistics=2 * shape[0])
         self._found: Discovery | None = None
         self._experts = np.empty(0, dtype=np.int64)  # of each image of the fit data
 
     @property
+    def _branches(self) -> list[ExpertBranch]:
+        return [each for each in self.branches if isinstance(each, ExpertBranch)]
+
+    @property
+    def used(self) -> dict[int, ExpertBranch]:
+        """The branches in use by their number; fusion removes those without any weight."""
+        return {number: each for number, each in enumerate(self._branches) if each.number > 0}
+
+    @property
     def branch(self) -> ExpertBranch:
-        """The branch that is used."""
-        return next(each for each in self.branches if isinstance(each, ExpertBranch) and each.number > 0)
+        """The first branch in use."""
+        return next(iter(self.used.values()))
 
     @property
     def can_exclude(self) -> bool:  # type: ignore[override]
@@ -84,19 +92,13 @@ class AdaptedMoE(Head):
         self._experts = subclasses if self.config.moe else np.zeros_like(subclasses)
         self.subclass_names = names if self.config.moe or len(names) == 1 else ("all",)
         self.novelty.fit(robust, subclasses)
-        expert = self.config.expert
-        if isinstance(expert, AutoExpertConfig):
-            channels = fine_channels(expert.fine, data.features.shape[0])
-            self.position_variance = position_variance(data, channels=channels)
-            positional = self.position_variance > expert.position_variance
-            with_positions, without = cast(tuple[ExpertBranch, ExpertBranch], tuple(self.branches))
-            with_positions.select(positional)
-            without.select(not positional)
-        self.branch.adaption.fit(samples, subclasses, self._experts)
         generator = torch.Generator().manual_seed(data.seed)
         if self.router is not None:
             self.router.start(subclasses=len(self.subclass_names), generator=generator)
-        self.branch.experts.start(experts=len(self.subclass_names), generator=generator)
+        for branch in self._branches:
+            branch.unit_scale(1)  # the fusion of an earlier fit may have removed it
+            branch.adaption.fit(samples, subclasses, self._experts)
+            branch.experts.start(experts=len(self.subclass_names), generator=generator)
 
     def _statistics(self, source: FeatureSource) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the statistics of every image, and the block statistics, (n, 2D) each."""
@@ -133,6 +135,14 @@ class AdaptedMoE(Head):
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
         """Fit the experts in closed form, and measure the scale of each on held-out normals."""
+        if self.fusion is None:
+            self._fit_single(data)
+        else:
+            self._fit_fusion(data, self.fusion)
+        origins = [branch.experts.origins for branch in self.used.values()]
+        self.origins = next((each for each in origins if each is not None), None)
+
+    def _fit_single(self, data: FitData) -> None:
         experts = self.branch.experts
         rows = np.arange(len(data))
         held_out = data.holdout.copy()
@@ -142,19 +152,71 @@ class AdaptedMoE(Head):
                 held_out[own] = False
         if experts.standardised:
             held_out[:] = False
-        source = _Adapted(data.features, self)
-        fit = rows[~held_out]
-        experts.fit(
-            Normals(source, fit, self._experts[fit], data.groups[fit]),
-            generator=torch.Generator().manual_seed(data.seed),
-        )
+        self._fit_branch(self.branch, data, rows[~held_out])
         measured = rows[held_out] if held_out.any() else rows
         self.branch.measure(
-            source,
+            _Adapted(data.features, self, self.branch),
             measured[:0] if experts.standardised else measured,
             self._experts,
             number=len(self.subclass_names),
         )
+
+    def _fit_branch(self, branch: ExpertBranch, data: FitData, rows: NDArray[np.int64]) -> None:
+        """Fit the experts of a branch in closed form to these images."""
+        branch.experts.fit(
+            Normals(_Adapted(data.features, self, branch), rows, self._experts[rows], data.groups[rows]),
+            generator=torch.Generator().manual_seed(data.seed),
+        )
+
+    def _fit_fusion(self, data: FitData, fusion: Fusion) -> None:
+        """Fit scales and weights of the fusion on images that the experts were not fitted on, then fit them to all."""
+        number = len(self.subclass_names)
+        for branch in self.used.values():
+            branch.unit_scale(number)
+        fold = folds(data, self._experts)
+        normal, defective = [], []
+        for part in range(int(fold.max()) + 1):
+            for branch in self.used.values():
+                self._fit_branch(branch, data, np.flatnonzero(fold != part))
+            normal.append(self._held_out(data.features, np.flatnonzero(fold == part), data.categories))
+            if data.defects is not None:
+                rows = np.flatnonzero(fold[data.defects.images] == part)
+                defective.append(self._held_out(data.defects.features, rows, data.categories[data.defects.images]))
+        for branch in self.used.values():
+            self._fit_branch(branch, data, np.arange(len(data)))
+        if not normal:  # one group only: nothing can be held out, and the scores come out too small
+            normal.append(self._held_out(data.features, np.arange(len(data)), data.categories))
+        fusion.fit(
+            _joined(normal, experts=len(self.branches)),
+            _joined(defective, experts=len(self.branches)),
+            categories=np.array(
+                [np.bincount(data.categories[self._experts == each]).argmax() for each in range(number)]
+            ),
+            names=data.category_names,
+        )
+        for branch, used in zip(self._branches, fusion.used, strict=True):
+            if not used:
+                branch.remove()
+
+    def _held_out(self, source: FeatureSource, rows: NDArray[np.int64], categories: NDArray[np.int64]) -> HeldOut:
+        """Return the scores of these images by each branch; `categories` are those of all images of the source."""
+        found = []
+        for _, features in batches(source, rows):
+            distances = self.novelty(block_statistics(features))
+            samples = statistics(features)
+            choice = self._route(features, distances, samples=samples, allowed=None)
+            scores = [self._branch_scores(each, features, samples, choice, None) for each in self.used.values()]
+            both = [torch.stack([maps.amax(dim=(1, 2)), images], dim=1) for maps, images, _ in scores]
+            found.append(torch.stack(both, dim=1).numpy())
+        empty = np.empty((0, len(self.used), 2))
+        return HeldOut(np.concatenate([empty, *found]), categories[rows])
+
+    def defect_images(self, data: FitData) -> NDArray[np.int64]:
+        """Return the fit images that are wanted with synthetic defects, each as often as wanted, ascending."""
+        if self.fusion is None:
+            return np.empty(0, dtype=np.int64)
+        held_out = np.flatnonzero(folds(data, np.zeros(len(data), dtype=np.int64)) >= 0)
+        return np.repeat(held_out, defects_per_image(len(held_out)))
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> PatchScores:
@@ -188,39 +250,65 @@ class AdaptedMoE(Head):
 
     def _score(self, features: Tensor, distances: Tensor, *, allowed: Tensor | None) -> PatchScores:
         """Score with distances (B, K) to the known subclasses, by the experts (B, K) allowed; None = all."""
-        branch, config = self.branch, self.config
         samples = statistics(features)
-        every = torch.arange(branch.number, device=features.device).expand(features.shape[0], -1)
-        by_all = config.routing.method == "likelihood"
-        scores = branch(features, samples, every) if by_all else None  # (B, K, V, h, w)
-        if scores is not None:
-            similarity = -scores[:, :, 0].mean(dim=(2, 3))
-        elif self.router is not None:
-            similarity = self.router.similarity(features)
+        choice = self._route(features, distances, samples=samples, allowed=allowed)
+        scored = {
+            number: self._branch_scores(branch, features, samples, choice, allowed)
+            for number, branch in self.used.items()
+        }
+        if self.fusion is None:
+            ((scores, images, _),) = scored.values()
+            own_scores = images if self.branch.experts.maps > 1 else None
         else:
-            similarity = -distances
-        similarity = similarity[:, : branch.number]  # there may be one expert for several subclasses
-        if allowed is not None:
-            similarity = similarity.masked_fill(~allowed, -torch.inf)  # weight 0
-        choice = select_experts(similarity, temperature=config.temperature, top_k=config.top_k)
-        if scores is None:
-            scores = branch(features, samples, choice.experts)  # (B, T, V, h, w)
-        else:
-            chosen = choice.experts[..., None, None, None].expand(-1, -1, *scores.shape[2:])
-            scores = scores.gather(1, chosen)  # (B, T, V, h, w)
-        counts = None if allowed is None else allowed.gather(1, choice.experts)  # (B, T)
-        fused = aggregate(scores, choice.weights, how=config.aggregation, counts=counts)  # (B, V, h, w)
-        weights = features.new_zeros(features.shape[0], branch.number)
+            scores, own_scores = self.fusion(
+                {number: scores for number, (scores, _, _) in scored.items()},
+                {number: images for number, (_, images, _) in scored.items()},
+                choice.experts[:, 0],
+            )
+        adapted = torch.stack([branch.adaption.changes(samples) for branch in self.used.values()])
+        weights = features.new_zeros(features.shape[0], self.branch.number)
         return PatchScores(
-            scores=replace_border(fused[:, 0], config.border if branch.config.border else 0, grid=self.grid),
-            image_scores=fused[:, 1].amax(dim=(1, 2)) if fused.shape[1] > 1 else None,
+            scores=scores,
+            image_scores=own_scores,
             routing=Routing(
                 weights=weights.scatter(1, choice.experts, choice.weights),
                 subclass=choice.experts[:, 0],
                 distance=distances.amin(dim=1),
-                adapted=branch.adaption.changes(samples),
+                adapted=adapted.any(dim=0),
             ),
+            nearest=next((nearest for _, _, nearest in scored.values() if nearest is not None), None),
         )
+
+    def _route(self, features: Tensor, distances: Tensor, *, samples: Tensor, allowed: Tensor | None) -> Choice:
+        """Select the experts of each image."""
+        number = self.branch.number
+        if self.config.routing.method == "likelihood":
+            every = torch.arange(number, device=features.device).expand(features.shape[0], -1)
+            similarity = -self.branch(features, samples, every)[:, :, 0].mean(dim=(2, 3))
+        elif self.router is not None:
+            similarity = self.router.similarity(features)
+        else:
+            similarity = -distances
+        similarity = similarity[:, :number]  # there may be one expert for several subclasses
+        if allowed is not None:
+            similarity = similarity.masked_fill(~allowed, -torch.inf)  # weight 0
+        return select_experts(similarity, temperature=self.config.temperature, top_k=self.config.top_k)
+
+    def _branch_scores(
+        self, branch: ExpertBranch, features: Tensor, samples: Tensor, choice: Choice, allowed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the map (B, h, w), the image score (B,) and the nearest stored patches by one branch."""
+        nearest = None
+        if branch.experts.united:
+            adapted = branch.adaption(features, samples, choice.experts[:, :1])[:, 0]
+            fused, nearest = branch.experts.score_united(adapted, allowed)  # (B, V, h, w)
+        else:
+            counts = None if allowed is None else allowed.gather(1, choice.experts)  # (B, T)
+            fused = aggregate(
+                branch(features, samples, choice.experts), choice.weights, how=self.config.aggregation, counts=counts
+            )
+        scores = replace_border(fused[:, 0], self.config.border if branch.config.border else 0, grid=self.grid)
+        return scores, (fused[:, 1] if fused.shape[1] > 1 else scores).amax(dim=(1, 2)), nearest
 
     def _assign(self, features: Tensor, subclasses: Tensor) -> Tensor:
         """Return the expert of each training image, (B,)."""
@@ -236,10 +324,10 @@ class AdaptedMoE(Head):
         return adapted[:, 0]
 
     def notes(self) -> dict[str, Any]:
-        """Return the type of the experts, the variance that position explains, and the agreement of subclasses."""
+        """Return the type of the experts, the choice of the fusion, and the agreement of subclasses."""
         return {
-            "experts": getattr(self.branch.config, DISCRIMINATOR),
-            "position_variance": self.position_variance,
+            "experts": getattr(self.config.expert, DISCRIMINATOR),
+            "fusion": None if self.fusion is None else self.fusion.record,
             "agreement": None if self.agreement is None else self.agreement._asdict(),
         }
 
@@ -247,9 +335,10 @@ class AdaptedMoE(Head):
 class _Adapted:
     """The fit data, each image adapted for its own expert."""
 
-    def __init__(self, source: FeatureSource, head: AdaptedMoE) -> None:
+    def __init__(self, source: FeatureSource, head: AdaptedMoE, branch: ExpertBranch) -> None:
         self.source = source
         self.head = head
+        self.branch = branch
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -260,7 +349,15 @@ class _Adapted:
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         own = torch.from_numpy(self.head._experts[np.asarray(rows)])
-        return self.head._adapt(self.source.read(rows), own)
+        features = self.source.read(rows)
+        adapted: Tensor = self.branch.adaption(features, statistics(features), own[:, None])
+        return adapted[:, 0]
+
+
+def _joined(parts: Sequence[HeldOut], *, experts: int) -> HeldOut:
+    scores = [np.empty((0, experts, 2)), *(part.scores for part in parts)]
+    categories = [np.empty(0, dtype=np.int64), *(part.categories for part in parts)]
+    return HeldOut(np.concatenate(scores), np.concatenate(categories))
 
 
 def aggregate(

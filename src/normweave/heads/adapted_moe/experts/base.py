@@ -62,6 +62,13 @@ class Experts(nn.Module):
     """Scores already have mean 0 and std 1 on normal images outside of the fit, so that none are held out for this."""
     default_adaption: Literal["off", "full", "guarded"] = "guarded"
     """Test-time adaption with `head.adaption.method=auto`."""
+    maps: int = 1
+    """V, the number of maps; with 2 the second gives the image score."""
+    united: bool = False
+    """The experts score together, by `score_united`, whatever an image is routed to."""
+    origins: NDArray[np.int64] | None = None
+    """(M, 3) row of the fit data, grid row and grid column of the stored patches that `score_united` refers to, as
+    `Head.origins`; None: no such patches, or loaded."""
 
     def start(self, *, experts: int, generator: torch.Generator) -> None:
         """Draw the initial weights of this many experts."""
@@ -84,6 +91,18 @@ class Experts(nn.Module):
         Returns:
             (B, T, V, h, w). V = 1 is the map. With V = 2 the maximum of the second map is the image score.
         """
+
+    def score_united(self, features: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Score patches by all allowed experts together; only for experts that are `united`.
+
+        Args:
+            features: (B, D, h, w).
+            allowed: (B, K) bool; None = all.
+
+        Returns:
+            (B, V, h, w) scores, and (B, h, w) int64 the most similar stored patch, a row of `origins`.
+        """
+        raise NotImplementedError
 
 
 def products(features: Tensor, weights: Tensor, offset: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ class LayoutExperts(Experts):
     """
 
     standardised = True
+    maps = 2
     default_adaption = "off"
 
     def __init__(self, config: LayoutExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:

@@ -1,0 +1,162 @@
+"""Fusion of experts: their scores on one scale, weighted by how well they detect synthetic defects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from normweave.config import FusionExpertConfig
+from normweave.types import FitData
+
+FOLDS = 4
+FEWEST_HELD_OUT = 24
+"""Held-out images that are enough for the scales and weights; with fewer, all images are held out in turn."""
+FEWEST_OF_CATEGORY = 4
+"""Held-out images that a category needs for scales and weights of its own; with fewer it has those of all."""
+HIGHEST_AUROC = 0.995
+"""Higher values count as this one, since a small number of images cannot tell them apart."""
+
+
+class HeldOut(NamedTuple):
+    """Scores of m images that the experts were not fitted on."""
+
+    scores: NDArray[np.float64]  # (m, E, 2) maximum of the map, and image score
+    categories: NDArray[np.int64]  # (m,)
+
+
+class Fusion(nn.Module):
+    """Weighted mean of the scores of E experts, each on the scale of held-out normal images.
+
+    Not from a paper. For the subclass k that an image is routed to,
+
+        score = sum over e of w_ke (score_e - median_ke) / (q90_ke - median_ke)
+
+    where median and q90, the quantile at 0.9, are those of the image scores of held-out normal images of the category
+    of k; for the map, those of its maximum. The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the
+    AUROC of expert e for held-out normal images of the category with and without synthetic defects. An expert whose
+    weight is below `smallest_weight` is not used in the category.
+    """
+
+    weights: Tensor  # (K, E), rows sum to 1
+    centre: Tensor  # (K, E, 2) median, of the map's maximum and of the image score
+    spread: Tensor  # (K, E, 2) q90 - median
+
+    def __init__(self, config: FusionExpertConfig) -> None:
+        super().__init__()
+        self.config = config
+        experts = len(config.members)
+        self.register_buffer("weights", torch.full((1, experts), 1 / experts))
+        self.register_buffer("centre", torch.zeros(1, experts, 2))
+        self.register_buffer("spread", torch.ones(1, experts, 2))
+        self.record: list[dict[str, Any]] = []
+
+    def fit(self, normal: HeldOut, defective: HeldOut, *, categories: NDArray[np.int64], names: Sequence[str]) -> None:
+        """Fit scales and weights.
+
+        Args:
+            normal: held-out normal images.
+            defective: held-out normal images with synthetic defects; none gives equal weights.
+            categories: (K,) the category of each subclass.
+            names: of the categories.
+        """
+        weights, centre, spread = [], [], []
+        self.record = []
+        for category in np.unique(categories):
+            own = normal.scores[normal.categories == category]
+            bad = defective.scores[defective.categories == category]
+            if len(own) < FEWEST_OF_CATEGORY:
+                own, bad = normal.scores, defective.scores
+            median, high = np.quantile(own, [0.5, 0.9], axis=0)  # (E, 2) each
+            aurocs = np.array([auroc(own[:, e, 1], bad[:, e, 1]) for e in range(own.shape[1])])
+            chosen = self._weights(aurocs)
+            members = np.flatnonzero(categories == category)
+            weights += [(k, chosen) for k in members]
+            centre += [(k, median) for k in members]
+            spread += [(k, np.maximum(high - median, 1e-6)) for k in members]
+            self.record.append(
+                {
+                    "category": names[category],
+                    "held_out_images": len(own),
+                    "synthetic_defects": len(bad),
+                    "experts": [
+                        {"name": name, "synthetic_auroc": float(value), "weight": float(weight)}
+                        for name, value, weight in zip(self.config.use, aurocs, chosen, strict=True)
+                    ],
+                }
+            )
+        self.weights, self.centre, self.spread = (
+            torch.from_numpy(np.stack([value for _, value in sorted(rows, key=lambda row: row[0])])).float()
+            for rows in (weights, centre, spread)
+        )
+
+    def _weights(self, aurocs: NDArray[np.float64]) -> NDArray[np.float64]:
+        limited = np.clip(aurocs, 0.5, HIGHEST_AUROC)
+        raw = np.exp(self.config.sharpness * np.log(limited / (1 - limited)))
+        weights = raw / raw.sum()
+        weights[weights < min(self.config.smallest_weight, weights.max())] = 0
+        return np.asarray(weights / weights.sum())
+
+    @property
+    def used(self) -> list[bool]:
+        """Whether each expert has a weight in any category."""
+        return [bool(each) for each in (self.weights > 0).any(dim=0)]
+
+    def forward(
+        self, maps: Mapping[int, Tensor], images: Mapping[int, Tensor], subclass: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Fuse the maps (B, h, w) and the image scores (B,) of the experts in use, by their number.
+
+        Args:
+            subclass: (B,) the subclass that each image is routed to.
+
+        Returns:
+            The map (B, h, w) and the image score (B,).
+        """
+        weights, centre, spread = self.weights[subclass], self.centre[subclass], self.spread[subclass]
+        factor = weights[..., None] / spread  # (B, E, 2)
+        fused_map = sum((each - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None] for e, each in maps.items())
+        fused_score = sum((each - centre[:, e, 1]) * factor[:, e, 1] for e, each in images.items())
+        assert isinstance(fused_map, Tensor)
+        assert isinstance(fused_score, Tensor)
+        return fused_map, fused_score
+
+
+def auroc(normal: NDArray[np.float64], defective: NDArray[np.float64]) -> float:
+    """Return the share of pairs in which the defective image has the higher score, ties counted half; 0.5 for none."""
+    if not len(normal) or not len(defective):
+        return 0.5
+    higher = (defective[:, None] > normal).mean() + 0.5 * (defective[:, None] == normal).mean()
+    return float(higher)
+
+
+def folds(data: FitData, experts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the fold (n,) in which each fit image is held out; -1: in none.
+
+    The held-out images of `data` are one fold if there are at least `FEWEST_HELD_OUT`. Otherwise the groups are divided
+    into `FOLDS` folds. The last images of an expert are never held out.
+    """
+    if data.holdout.sum() >= FEWEST_HELD_OUT:
+        fold = np.where(data.holdout, 0, -1)
+    else:
+        names, members = np.unique(data.groups, return_inverse=True)
+        order = np.random.default_rng(data.seed).permutation(len(names))
+        fold = order[members] % min(FOLDS, len(names))
+        if len(names) == 1:
+            fold = np.full(len(data), -1)
+    for number in range(int(fold.max(initial=-1)) + 1):
+        for expert in np.unique(experts):
+            own = experts == expert
+            if (fold[own] == number).all():
+                fold[own] = -1
+    return np.asarray(fold, dtype=np.int64)
+
+
+def defects_per_image(held_out: int, *, wanted: int = 128, most: int = 8) -> int:
+    """Return how many defective versions are made of each held-out image."""
+    return 0 if held_out == 0 else min(most, math.ceil(wanted / held_out))

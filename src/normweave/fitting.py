@@ -43,6 +43,7 @@ from normweave.references import References
 from normweave.scoring import ImageScore
 from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies, SyntheticDefects
 
+HARD_EVERY = 999
 INT8_IMAGES = 64
 """Fit images from which the ranges of int8 are measured."""
 
@@ -469,7 +470,7 @@ def synthetic_defects(
     def load(row: int) -> NDArray[np.uint8]:
         other, rng = source_of(row)
         pixels, filling = images.load(fit_rows[wanted[row]]), images.load(fit_rows[other])
-        if variant[row] % 2:
+        if variant[row] % HARD_EVERY != HARD_EVERY - 1:
             return synthetic.add_defect(pixels, filling, rng=rng)[0]
         return add_hard_defect(pixels, filling, rng=rng)[0]
 

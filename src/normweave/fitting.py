@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from normweave import __version__, bundle, cross_validation, references, settings, training
 from normweave.config import Config
-from normweave.data import hard_defects, rows, splits, synthetic
-from normweave.data.hard_defects import add_hard_defect
+from normweave.data import rows, splits, synthetic
 from normweave.data.prepare import Preparation
 from normweave.detector import HASH_LETTERS, Data, Detector, parse_record, samples_of
 from normweave.errors import BundleError, ConfigError, MissingError
@@ -43,7 +42,6 @@ from normweave.references import References
 from normweave.scoring import ImageScore
 from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies, SyntheticDefects
 
-HARD_EVERY = 999
 INT8_IMAGES = 64
 """Fit images from which the ranges of int8 are measured."""
 
@@ -456,7 +454,7 @@ def synthetic_defects(
 ) -> SyntheticDefects | None:
     """Add one synthetic defect to each of the wanted fit images (m,), which may repeat; None for no image.
 
-    Every other defect is a hard one (`data.hard_defects`). Parts of another image are taken from the same category.
+    Parts of another image are taken from the same category.
     """
     if len(wanted) == 0:
         return None
@@ -470,16 +468,13 @@ def synthetic_defects(
     def load(row: int) -> NDArray[np.uint8]:
         other, rng = source_of(row)
         pixels, filling = images.load(fit_rows[wanted[row]]), images.load(fit_rows[other])
-        if variant[row] % HARD_EVERY != HARD_EVERY - 1:
-            return synthetic.add_defect(pixels, filling, rng=rng)[0]
-        return add_hard_defect(pixels, filling, rng=rng)[0]
+        return synthetic.add_defect(pixels, filling, rng=rng)[0]
 
     def key(row: int) -> str:
         own, other = images.keys[fit_rows[wanted[row]]], images.keys[fit_rows[source_of(row)[0]]]
         parts = [
             "defects",
             synthetic.FORMAT,
-            hard_defects.FORMAT,
             seed,
             int(variant[row]),
             int(wanted[row]),

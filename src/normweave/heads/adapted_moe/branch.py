@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.config import AdaptionConfig, ExpertConfig
+from normweave.config import AdaptionConfig, SingleExpertConfig
 from normweave.heads import locate
 from normweave.heads.adapted_moe.adaption import build_adaption
 from normweave.heads.adapted_moe.experts.base import Experts
@@ -30,7 +30,7 @@ class ExpertBranch(nn.Module):
     scale_mean: Tensor  # (K,) of each expert's patch scores on held-out normals of its own subclass
     scale_std: Tensor  # (K,)
 
-    def __init__(self, expert: ExpertConfig, adaption: AdaptionConfig, *, shape: tuple[int, int, int]) -> None:
+    def __init__(self, expert: SingleExpertConfig, adaption: AdaptionConfig, *, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.config = expert
         implementation = locate(f"normweave.heads.adapted_moe.experts.{expert.implementation}")

@@ -74,7 +74,9 @@ class MemoryExperts(Experts):
         if self.config.calibrated:
             self.usual = self._measure(normals, normals.groups[images])
 
-    def _draw(self, normals: Normals, own: NDArray[np.int64], generator: torch.Generator) -> tuple[Tensor, NDArray]:
+    def _draw(
+        self, normals: Normals, own: NDArray[np.int64], generator: torch.Generator
+    ) -> tuple[Tensor, NDArray[np.int64]]:
         """Return patches (N, D) of these images, indices into `normals.rows`, and the place of each (N, 3)."""
         most = self.config.max_pool
         own = own[torch.randperm(len(own), generator=generator)[:most].sort().values.numpy()]
@@ -158,4 +160,5 @@ def _principal_components(patches: Tensor, number: int) -> Tensor:
     """Return the leading eigenvectors (D, number) of the covariance of patches (N, D)."""
     centred = (patches - patches.mean(dim=0)).double()
     _, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))  # ascending eigenvalues
-    return vectors[:, -number:].flip(1).float().contiguous()
+    leading: Tensor = vectors[:, -number:].flip(1).float().contiguous()
+    return leading

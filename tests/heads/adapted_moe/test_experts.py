@@ -260,6 +260,17 @@ def test_united_memories_score_by_the_patches_of_all_allowed_experts(monkeypatch
         torch.testing.assert_close(some[b].flatten(), distances(features[b], held).amin(1))
 
 
+def test_a_united_memory_refers_to_the_place_of_the_nearest_patch():
+    data = normals()
+    experts = memories(data)
+    for patch, (row, y, x) in zip(experts.bank, experts.origins, strict=True):
+        assert torch.equal(patch, data.source.read([row])[0, :, y, x])
+    row, y, x = experts.origins[7]
+    _, nearest = experts.score_united(data.source.read([row]), None)
+    assert (nearest.shape, nearest[0, y, x]) == ((1, H, W), 7)
+    assert memories(data, shared=False).origins is None
+
+
 def test_the_distance_to_a_stored_patch_is_exactly_zero():
     experts = memories()
     experts.bank *= 100

@@ -21,6 +21,8 @@ class AdaptedMoEReleasedConfig(BaseHeadConfig):
     noise: PositiveFloat = 0.5
     """Std of the noise on projected patches, in stds of a standardised feature (released: 0.015 on unscaled ones)."""
     margin: PositiveFloat = 0.5
+    patches: PositiveInt = 256
+    """Patches drawn of each image in a step; the released code uses all of them."""
     accumulate: PositiveInt = 1
     """Batches for one step of the optimiser; the released code has 8."""
     training: TrainingConfig = TrainingConfig(epochs=30, batch_images=8, learning_rate=2e-4)

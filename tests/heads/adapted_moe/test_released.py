@@ -9,7 +9,7 @@ import torch
 
 from builders import begun, fit, normals, perturb, quick_training, random, seeded, subclass_images, subclass_normals
 from normweave.config import AdaptedMoEReleasedConfig
-from normweave.heads.adapted_moe.released import AdaptedMoEReleased
+from normweave.heads.adapted_moe.released import AdaptedMoEReleased, draw
 from normweave.heads.novelty import block_statistics
 
 SHAPE = (4, 2, 3)
@@ -156,6 +156,25 @@ def test_the_loss_is_the_hinge_of_the_own_expert_and_the_nll_of_every_patch():
     assert terms["hinge"].item() == pytest.approx(hinge / 18, rel=1e-4)
     assert terms["routing"].item() == pytest.approx(nll / 18, rel=1e-4)
     assert terms["loss"].item() == pytest.approx((hinge + nll) / 18, rel=1e-4)
+
+
+def test_a_step_uses_patches_drawn_of_each_image():
+    images = torch.arange(3.0).view(3, 1, 1, 1) * 10 + torch.arange(8.0).view(2, 4)
+    drawn = draw(images, 5, seeded(1))
+    assert drawn.shape == (3, 1, 5, 1)
+    for image, patches in enumerate(drawn.flatten(1).tolist()):
+        assert len(set(patches)) == 5
+        assert set(patches) < set(images[image].flatten().tolist())
+    assert len({tuple(patches) for patches in (drawn.flatten(1) % 10).tolist()}) == 3
+    assert draw(images, 8, seeded(1)) is images
+
+    given = data()
+    (stage,) = begun(new(given, patches=2), given).stages(given)
+    losses = [
+        stage.loss(given.features.features, torch.from_numpy(given.subclasses), generator=generator, training=False)
+        for generator in (seeded(1), seeded(1), seeded(2))
+    ]
+    assert losses[0]["routing"] == losses[1]["routing"] != losses[2]["routing"]
 
 
 def test_projection_router_and_experts_are_trained_in_one_stage():

@@ -69,10 +69,8 @@ class AdaptedMoEReleased(Head):
         generator = torch.Generator().manual_seed(data.seed)
         samples = []
         for _, features in batches(data.features):
-            patches = self.network(features).flatten(2)  # (B, D, P)
-            order = torch.rand(len(patches), 1, patches.shape[2], generator=generator).argsort(dim=2)
-            drawn = patches.take_along_dim(order[..., :DRAWN_PATCHES], dim=2)  # (B, D, 100)
-            samples.append(statistics(drawn[..., None]).numpy())
+            drawn = draw(self.network(features), DRAWN_PATCHES, generator)
+            samples.append(statistics(drawn).numpy())
         subclasses = data.subclasses.clip(min=0)
         self.adaption.fit(np.concatenate(samples), subclasses, subclasses)
 
@@ -184,7 +182,7 @@ class JointStage(TrainingStage):
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
     ) -> dict[str, Tensor]:
-        """Return the loss, averaged over all patches:
+        """Return the loss, averaged over patches drawn of each image:
 
             max(0, margin - D_y(z)) + max(0, margin + D_y(z_e)) - log p_y(z),
             z_e = (A x + a + e) / |A x + a + e|,    e ~ N(0, noise^2 I)
@@ -192,17 +190,26 @@ class JointStage(TrainingStage):
         The centre loss is left out: the released code computes it, but does not add it.
         """
         own = subclasses.clamp_min(0)
-        projected = self.network.projection(features)  # (B, D, h, w)
+        projected = self.network.projection(draw(features, self.config.patches, generator))  # (B, D, n, 1)
         noise = torch.randn(projected.shape, generator=generator).to(projected.device)
         normal, noised = F.normalize(projected, dim=1), F.normalize(projected + self.config.noise * noise, dim=1)
         hinge = normal.new_zeros(())
         for expert in own.bincount().nonzero().squeeze(1):
-            both = torch.cat([normal[own == expert], noised[own == expert]])  # (2n, D, h, w)
-            patches = both.flatten(2).transpose(1, 2).flatten(0, 1)  # (2nP, D)
+            both = torch.cat([normal[own == expert], noised[own == expert]])  # (2b, D, n, 1)
+            patches = both.flatten(2).transpose(1, 2).flatten(0, 1)  # (2bn, D)
             outputs = self.network.experts.discriminate(patches[None], expert[None], training=training)
-            of_normal, of_noised = outputs.chunk(2, dim=1)  # (1, nP) each
+            of_normal, of_noised = outputs.chunk(2, dim=1)  # (1, bn) each
             margin = self.config.margin
             hinge = hinge + (margin - of_normal).relu().sum() + (margin + of_noised).relu().sum()
         hinge = hinge / normal[:, 0].numel()
         routing = F.nll_loss(self.network.log_probabilities(normal), own[:, None, None].expand(-1, *normal.shape[2:]))
         return {"loss": hinge + routing, "hinge": hinge, "routing": routing}
+
+
+def draw(features: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """Draw patches of each image without replacement, (B, D, h, w) -> (B, D, number, 1); all if there are no more."""
+    B, _, h, w = features.shape
+    if number >= h * w:
+        return features
+    order = torch.rand(B, 1, h * w, generator=generator).argsort(dim=2).to(features.device)
+    return features.flatten(2).take_along_dim(order[..., :number], dim=2)[..., None]

@@ -81,3 +81,16 @@ def test_cached_and_streamed_are_the_same_and_follow_the_seed(scanned, tmp_path)
         torch.testing.assert_close(found.coverage(few), streamed.coverage(few), rtol=0, atol=0)
     assert (other.features.read(few) != wanted).any()
     assert 0 < streamed.coverage(few).mean() < 1
+
+
+def test_a_defect_is_drawn_once_for_its_features_and_its_coverage(scanned, tmp_path, monkeypatch):
+    calls, add_defect = [], synthetic.add_defect
+
+    def counted(pixels, other, *, rng):
+        calls.append(pixels)
+        return add_defect(pixels, other, rng=rng)
+
+    monkeypatch.setattr(synthetic, "add_defect", counted)
+    for fits in (1, 2):  # the second finds the features in the cache
+        made(scanned, tmp_path / "cache")
+        assert len(calls) == fits * IMAGES * VARIANTS

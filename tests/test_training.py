@@ -36,6 +36,7 @@ class Denoise(TrainingStage):
         name="denoise",
         epochs=5,
         batch_images=4,
+        epoch_images=0,
         patience=0,
         rate=1e-2,
         noise=1,
@@ -49,7 +50,13 @@ class Denoise(TrainingStage):
         self.accumulate = accumulate
         self.noise = noise
         module = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
-        training = quick_training(epochs=epochs, batch_images=batch_images, patience=patience, learning_rate=rate)
+        training = quick_training(
+            epochs=epochs,
+            batch_images=batch_images,
+            epoch_images=epoch_images,
+            patience=patience,
+            learning_rate=rate,
+        )
         super().__init__(module, training)
         generator = torch.Generator().manual_seed(1)
         for parameter in self.module.parameters():
@@ -116,6 +123,20 @@ def test_every_epoch_visits_every_image_that_is_not_held_out_once_in_another_ord
     assert len({tuple(images) for images in epochs}) == 5
     assert held_out == [[0, 5, 10, 15]] * 5
     assert all(labels == [row % 3 for row in images] for _, _, images, labels, _ in stage.seen)
+
+
+def test_an_epoch_of_at_most_n_images_draws_other_images_each_time():
+    """It also limits the held-out images, which are the same after every epoch."""
+    stage, data = Denoise(epoch_images=6), fit_data(holdout=np.arange(20) % 2 == 0)
+    history = train(stage, data, device="cpu")
+    trained = [images for training, _, images, _, _ in stage.seen if training]
+    held_out = [images for training, _, images, _, _ in stage.seen if not training]
+    epochs = [np.concatenate(trained[start : start + 2]).tolist() for start in range(0, 10, 2)]
+    assert [len(images) for images in trained] == [4, 2] * 5
+    assert all(len(set(images)) == 6 for images in epochs)
+    assert len({tuple(sorted(images)) for images in epochs}) > 1
+    assert held_out == [[0, 4, 8, 12], [16]] * 5
+    assert len(history.losses) == 5
 
 
 def test_batch_statistics_are_on_in_training_and_off_elsewhere():
@@ -324,6 +345,7 @@ def test_an_old_checkpoint_is_deleted_when_a_new_run_starts(tmp_path):
     ("stage", "data"),
     [
         (Denoise(epochs=6), fit_data()),
+        (Denoise(epoch_images=8), fit_data()),
         (Denoise(rate=1e-3), fit_data()),
         (Denoise(clip=0.5), fit_data()),
         (Denoise(final_rate=0.1), fit_data()),
@@ -332,7 +354,7 @@ def test_an_old_checkpoint_is_deleted_when_a_new_run_starts(tmp_path):
         (Denoise(), fit_data(count=21)),
         (Denoise(), fit_data(holdout=np.arange(20) == 3)),
     ],
-    ids=["epochs", "learning rate", "gradient clip", "final rate", "accumulation", "seed", "images", "held out"],
+    ids=["epochs", "epoch images", "rate", "clip", "final rate", "accumulation", "seed", "images", "held out"],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, stage, data):
     train(Denoise(), fit_data(), folder=tmp_path, device="cpu")

@@ -421,21 +421,27 @@ def synthetic_anomalies(
         parts = ["pseudo", synthetic.FORMAT, seed, row // n, row % n, own, other]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def load(row: int) -> NDArray[np.uint8]:
-        return add_defect(row)[0]
-
     count = n * variants
     # One byte a cell, read again and again, while the image behind it takes milliseconds to make.
     shares = np.empty((count, *extractor.grid), dtype=np.uint8)
-    for row in range(count):
-        shares[row] = np.rint(255 * synthetic.coverage(add_defect(row)[1], extractor.grid))
-        if progress is not None and (row % 16 == 0 or row == count - 1):
-            progress("adding synthetic defects", row + 1, count)
+    known = np.zeros(count, dtype=np.bool_)
+
+    def load(row: int) -> NDArray[np.uint8]:
+        pixels, mask = add_defect(row)
+        shares[row] = np.rint(255 * synthetic.coverage(mask, extractor.grid))
+        known[row] = True
+        return pixels
+
     if cache is None:
         source = feature_cache.streamed(extractor, load, count)
     else:
         keys = [key(row) for row in range(count)]
         source = feature_cache.cached(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
+    missing = np.flatnonzero(~known)  # their features were in the cache
+    for number, row in enumerate(missing, start=1):
+        load(int(row))
+        if progress is not None and (number % 16 == 0 or number == len(missing)):
+            progress("adding synthetic defects", number, len(missing))
     return SyntheticAnomalies(
         StandardizedFeatures(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
     )

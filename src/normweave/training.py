@@ -124,7 +124,10 @@ class _Loop(LightningModule):
         self.best: dict[str, Tensor] = {}
         self.running: list[Tensor] = []
         self.train_rows = np.flatnonzero(~data.holdout)
-        self.holdout_rows = np.flatnonzero(data.holdout)
+        self.epoch_images = min(stage.epoch_images or len(data), len(self.train_rows))
+        held_out = np.flatnonzero(data.holdout)
+        every = math.ceil(len(held_out) / (stage.epoch_images or len(data))) or 1
+        self.holdout_rows = held_out[::every]  # as the batches, at most `epoch_images`
         if len(self.train_rows) == 0:
             raise DataError(
                 f"Nothing to train {stage.name!r} on: all {len(data)} fit images are held out. "
@@ -231,7 +234,7 @@ class _Loop(LightningModule):
         ]
         shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
         settings = (
-            [self.stage.name, self.stage.epochs, self.stage.batch_images, self.stage.patience],
+            [self.stage.name, self.stage.epochs, self.stage.batch_images, self.stage.epoch_images, self.stage.patience],
             [self.stage.gradient_clip, self.stage.final_rate, self.stage.accumulate],
             [self.data.seed, self.data.subclasses.tolist(), self.data.holdout.tolist(), groups, shapes],
         )
@@ -258,18 +261,19 @@ class _Loop(LightningModule):
 
 
 class _Batches:
-    """Batches of the training images, shuffled anew in each epoch."""
+    """Batches of the images of an epoch, drawn in random order from the training images."""
 
     def __init__(self, loop: _Loop) -> None:
         self.loop = loop
 
     def __len__(self) -> int:
-        return math.ceil(len(self.loop.train_rows) / self.loop.stage.batch_images)
+        return math.ceil(self.loop.epoch_images / self.loop.stage.batch_images)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         loop, size = self.loop, self.loop.stage.batch_images
         generator = loop.generator("order", loop.history.epochs)
         rows = loop.train_rows[torch.randperm(len(loop.train_rows), generator=generator).numpy()]
+        rows = rows[: loop.epoch_images]
         for start in range(0, len(rows), size):
             yield loop.read(rows[start : start + size])
 

@@ -29,6 +29,8 @@ class TrainingConfig:
     batch_images: PositiveInt
     """Images in one step."""
     learning_rate: PositiveFloat
+    epoch_images: NaturalInt = 0
+    """Images in one epoch at most, drawn anew for each epoch; 0 = all fit images. It bounds the number of steps."""
     patience: NaturalInt = 0
     """Stop after this many epochs without a lower loss on the held-out normals; 0 = never."""
 

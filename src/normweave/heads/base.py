@@ -36,7 +36,7 @@ class TrainingStage(ABC):
     Attributes:
         name: names the checkpoint file and seeds the random numbers of the stage; unique within a head.
         module: holds every parameter and buffer that the stage changes.
-        epochs, batch_images, learning_rate, patience: as in `config.TrainingConfig`.
+        epochs, batch_images, epoch_images, learning_rate, patience: as in `config.TrainingConfig`.
         gradient_clip: the gradient norm over all parameters is clipped to this value; 0 = no clipping.
         accumulate: batches whose gradients are averaged for one step of the optimiser.
         final_rate: the learning rate follows half a cosine down to this share of its start; 1 = constant.
@@ -52,6 +52,7 @@ class TrainingStage(ABC):
         self.module = module
         self.epochs = training.epochs
         self.batch_images = training.batch_images
+        self.epoch_images = training.epoch_images
         self.learning_rate = training.learning_rate
         self.patience = training.patience
 

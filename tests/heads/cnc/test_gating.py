@@ -129,11 +129,15 @@ def test_the_gradient_of_balance_lowers_the_logits_of_the_most_used_expert():
 
 
 @pytest.mark.parametrize("top_k", [1, 2, E])
-def test_the_batched_product_equals_a_loop_over_tokens_and_experts(top_k):
+def test_results_and_gradients_equal_a_loop_over_tokens_and_experts(top_k):
+    """With gradients, where tokens are routed, and without, where all experts process all tokens."""
     net, inputs = experts(top_k=top_k), tokens(2, 3)
 
     mixed, _ = net(inputs)
+    with torch.no_grad():
+        dense, _ = net(inputs)
 
+    by_hand = torch.zeros(2, 3, D)
     gain, offset = net.norm.weight, net.norm.bias
     for b in range(2):
         for n in range(3):
@@ -147,7 +151,12 @@ def test_the_batched_product_equals_a_loop_over_tokens_and_experts(top_k):
                 hidden = t @ net.weight_in[e] + net.bias_in[e, 0]
                 hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))  # GELU
                 expected = expected + share * (hidden @ net.weight_out[e] + net.bias_out[e, 0])
-            torch.testing.assert_close(mixed[b, n], expected, rtol=1e-4, atol=1e-4)
+            by_hand[b, n] = expected
+    torch.testing.assert_close(mixed, by_hand, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense, by_hand, rtol=1e-4, atol=1e-4)
+    trained = [parameter for name, parameter in net.named_parameters() if name != "gate.noise"]
+    for found, wanted in zip(*(torch.autograd.grad(z.square().sum(), trained) for z in (mixed, by_hand)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-2)
 
 
 def test_a_token_does_not_depend_on_the_other_images():

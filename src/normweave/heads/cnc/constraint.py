@@ -29,7 +29,7 @@ class JointSpace(nn.Module):
     std: Tensor  # (D,)
     weight: Tensor  # (D, J), W_l of all levels concatenated
     bias: Tensor  # (L, J)
-    layer_norm: Tensor  # (), 1 if the pair normalises each token, else 0
+    layer_norm: Tensor  # (1,) if the pair normalises each token, else (0,): a shape, so that export has no branch
 
     def __init__(self, *, dims: Sequence[int]) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ class JointSpace(nn.Module):
         self.register_buffer("std", torch.ones(sum(dims)))
         self.register_buffer("weight", torch.zeros(sum(dims), 1))
         self.register_buffer("bias", torch.zeros(len(self.dims), 1))
-        self.register_buffer("layer_norm", torch.zeros(()))
+        self.register_buffer("layer_norm", torch.zeros(0))
 
     def fit(self, maps: JointMaps, *, mean: Tensor, std: Tensor) -> None:
         """Store the maps of a vision-language pair, and the mean and std of the raw features, (D,) each."""
         self.mean, self.std = mean.clone(), std.clone()
         self.weight = torch.cat(maps.weights)
         self.bias = torch.stack(maps.biases)
-        self.layer_norm = torch.tensor(float(maps.layer_norm))
+        self.layer_norm = torch.ones(int(maps.layer_norm))
 
     def forward(self, levels: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
         """Project the tokens of the chosen levels, (B, N, D_l) each, to (B, chosen, N, J) of length one."""
@@ -53,11 +53,13 @@ class JointSpace(nn.Module):
         weights = torch.split(self.weight, self.dims)
         joint = []
         for level in chosen:
-            raw = levels[level] * stds[level] + means[level]  # (B, N, D_l)
-            token_mean = raw.mean(dim=-1, keepdim=True) * self.layer_norm
-            token_std = (raw.var(dim=-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-            token = (raw - token_mean) / (1 + (token_std - 1) * self.layer_norm)
-            joint.append(F.normalize(token @ weights[level] + self.bias[level], dim=-1))
+            weight, bias = weights[level], self.bias[level]
+            if len(self.layer_norm):
+                raw = levels[level] * stds[level] + means[level]  # (B, N, D_l)
+                projected = F.layer_norm(raw, raw.shape[-1:]) @ weight + bias
+            else:  # the same projection, without computing the raw tokens
+                projected = levels[level] @ (stds[level][:, None] * weight) + (means[level] @ weight + bias)
+            joint.append(F.normalize(projected, dim=-1))
         return torch.stack(joint, dim=1)
 
 
@@ -83,7 +85,9 @@ def margin(similarity: Tensor, *, normal: int, temperature: float) -> Tensor:
 
 def distances(levels: Sequence[Tensor], decoded: Sequence[Tensor]) -> Tensor:
     """Return 1 - cos(E_l, D_l) at each position, (B, L, N), of encoded and decoded tokens (B, N, D_l) per level."""
-    return torch.stack([1 - F.cosine_similarity(E, D, dim=-1) for E, D in zip(levels, decoded, strict=True)], dim=1)
+    pairs = zip(levels, decoded, strict=True)
+    # F.cosine_similarity normalises D before the product, which takes twice as long with gradients.
+    return torch.stack([1 - (F.normalize(E, dim=-1) * D).sum(-1) / D.norm(dim=-1).clamp_min(1e-8) for E, D in pairs], 1)
 
 
 def prompt_loss(

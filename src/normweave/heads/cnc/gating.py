@@ -77,10 +77,10 @@ def balance(weights: Tensor, logits: Tensor) -> Tensor:
 
 
 class GatedExperts(nn.Module):
-    """z + sum_e w_e Expert_e(LN(z)), the experts d -> 2d -> GELU -> d as one batched product.
+    """z + sum_e w_e Expert_e(LN(z)), the experts d -> 2d -> GELU -> d.
 
-    All experts process all tokens, and the weights of unused experts are 0. With few small experts this is fast, needs
-    no sorting of tokens and can be exported.
+    In training each expert processes the tokens routed to it. Without gradients all experts process all tokens, and the
+    weights of unused experts are 0: the same result, which can be exported.
 
     Args:
         width: d.
@@ -110,7 +110,21 @@ class GatedExperts(nn.Module):
         """Transform (B, N, d) tokens; `generator` draws the noise of the gate, None = no noise."""
         flat = self.norm(tokens).flatten(0, 1)  # (B N, d)
         weights, logits = self.gate(flat, generator=generator)  # (B N, E)
-        hidden = torch.baddbmm(self.bias_in, flat.expand(len(self.weight_in), -1, -1), self.weight_in)
-        outputs = torch.baddbmm(self.bias_out, F.gelu(hidden), self.weight_out)  # (E, B N, d)
-        mixed = (outputs * weights.T[..., None]).sum(dim=0)  # (B N, d)
+        mixed = self._routed(flat, weights) if torch.is_grad_enabled() else self._dense(flat, weights)
         return Gated(tokens + mixed.view_as(tokens), balance(weights, logits))
+
+    def _dense(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Return sum_e w_e Expert_e(t), (N, d), from tokens (N, d) and weights (N, E)."""
+        hidden = torch.baddbmm(self.bias_in, tokens.expand(len(self.weight_in), -1, -1), self.weight_in)
+        outputs = torch.baddbmm(self.bias_out, F.gelu(hidden), self.weight_out)  # (E, N, d)
+        return (outputs * weights.T[..., None]).sum(dim=0)
+
+    def _routed(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Return what `_dense` returns, but compute each expert on the tokens with a nonzero weight only."""
+        mixed = weights.new_zeros(tokens.shape)
+        for expert, weight in enumerate(weights.T):
+            rows = weight.nonzero()[:, 0]
+            hidden = torch.addmm(self.bias_in[expert], tokens[rows], self.weight_in[expert])
+            outputs = torch.addmm(self.bias_out[expert], F.gelu(hidden), self.weight_out[expert])
+            mixed = mixed.index_add(0, rows, outputs * weight[rows, None])
+        return mixed

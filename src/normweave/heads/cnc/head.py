@@ -261,7 +261,7 @@ class DecoderStage(TrainingStage):
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Return Adam over the decoder with its experts and gate, and the words of its guide."""
-        return torch.optim.Adam(self.module.parameters(), lr=self.learning_rate)
+        return torch.optim.Adam(self.module.parameters(), lr=self.learning_rate, fused=True)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool
@@ -297,7 +297,7 @@ class DecoderStage(TrainingStage):
 
 def _tokens(features: Tensor) -> Tensor:
     """Flatten (B, D, h, w) to (B, N, D)."""
-    return features.flatten(2).transpose(1, 2)
+    return features.flatten(2).transpose(1, 2).contiguous()
 
 
 def _subclasses(data: FitData) -> NDArray[np.int64]:

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from builders import head_config
-from normweave import cross_validation, fitting
+from normweave import cross_validation, fitting, settings
 from normweave.cli.train import compose_settings
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
 from normweave.data import rows
@@ -16,7 +17,7 @@ from normweave.detector import Detector
 from normweave.errors import ConfigError
 from normweave.outcome.operating_point import Calibration
 from normweave.scoring import HeldOut, ImageScore
-from normweave.textiles import SEEN, make_textures
+from normweave.textiles import SEEN, make_textures, render
 from normweave.types import Sample
 
 SMALL = Config(
@@ -149,3 +150,41 @@ def test_a_subclass_that_the_fold_knows_is_matched_by_its_name(good):
     )
     assert [each.own.subclass for each in scores] == [1 - number % 2 for number in range(18)]
     assert [each.unseen.score for each in scores] == [100.0 + number for number in range(18)]
+
+
+def held_out(scores):
+    return [
+        HeldOut(n, n, ImageScore(float(score), float(score), None, None, None, False), None)
+        for n, score in enumerate(scores)
+    ]
+
+
+def test_suspects_are_far_above_their_subclass_and_few(good):
+    """Two subclasses of nine images at levels 1 and 100; the fifth and the last image are 50 above their level."""
+    random = np.random.default_rng(0)
+    images = scan([Sample(image_path=path, subclass="ab"[number // 9]) for number, path in enumerate(good)])
+    scores = np.repeat([1.0, 100.0], 9) + 0.5 * random.uniform(-1, 1, size=18)
+    assert cross_validation.suspects(held_out(scores), images) == []
+    scores[[4, 17]] += [50, 60]
+    assert cross_validation.suspects(held_out(scores), images) == [(str(good[17]), scores[17])]  # 10 % of 18 is one
+    twice = scan([*images.samples, *images.samples])
+    found = cross_validation.suspects(held_out(np.tile(scores, 2)), twice)
+    assert [score for _, score in found] == [scores[17], scores[17], scores[4]]
+    assert cross_validation.suspects(held_out(np.ones(18)), images) == []
+    small = scan([Sample(image_path=path, subclass=str(number // 3)) for number, path in enumerate(good)])
+    assert cross_validation.suspects(held_out(scores), small) == []  # three images have no meaningful median
+
+
+def test_the_record_lists_every_image_and_a_defective_one_is_a_suspect(tmp_path):
+    paths = [tmp_path / f"{number:02d}.png" for number in range(12)]
+    for number, path in enumerate(paths):
+        image = render(SEEN[0], seed=number, roll=1, size=(64, 64)).image.copy()
+        if number == 7:
+            image[:, :32] = (40, 250, 40)
+        Image.fromarray(image).save(path)
+    config = replace(SMALL, data=DataConfig(subclass_from="none"), head=settings.model_config("dfm"))
+    detector = Detector.fit(paths, config=config, use_cache=False, device="cpu")
+    assert [path for path, _ in detector.record["suspects"]] == [str(paths[7])]
+    listed = {path: score for path, score, unseen in detector.record["held_out_scores"] if unseen is None}
+    assert sorted(listed) == sorted(map(str, paths))
+    np.testing.assert_array_equal(sorted(listed.values()), detector.calibration.scores)

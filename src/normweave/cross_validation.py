@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,13 @@ from normweave.data import rows
 from normweave.detector import Detector
 from normweave.scoring import HeldOut, ImageScore
 from normweave.types import Progress
+
+FAR = 6.0
+"""Robust standard deviations (1.4826 MAD) above the median from which a training image is a suspect."""
+MOST = 0.1
+"""Largest share of the training images that are suspects."""
+FEWEST = 5
+"""Smallest number of images of a subclass whose median is meaningful."""
 
 FitPart = Callable[[NDArray[np.int64], NDArray[np.int64]], Detector]
 """Fits a detector to the first rows; the second rows are held out."""
@@ -63,6 +71,42 @@ def held_out_scores(
                 own = own._replace(subclass=final.subclass_names.index(label))
             result.append(each._replace(own=own, unseen=unseen if final.network.can_exclude else None))
     return result
+
+
+def suspects(held_out: Sequence[HeldOut], images: rows.Rows) -> list[tuple[str, float]]:
+    """Return path and score of the training images that may be defective, highest above their subclass first.
+
+    Their held-out score is more than `FAR` robust standard deviations above the median of their labelled subclass, and
+    they are at most the share `MOST` of all images. The standard deviation is that of all differences from the medians.
+    """
+    members: dict[str, list[int]] = {}
+    for index, each in enumerate(held_out):
+        members.setdefault(images.samples[each.number].subclass_name, []).append(index)
+    scores = np.array([each.own.score for each in held_out])
+    above: dict[int, float] = {}
+    for own in members.values():
+        if len(own) >= FEWEST:
+            above |= zip(own, (scores[own] - np.median(scores[own])).tolist(), strict=True)
+    if not above:
+        return []
+    spread = 1.4826 * float(np.median(np.abs(list(above.values()))))
+    far = sorted((index for index in above if above[index] > FAR * spread), key=lambda index: -above[index])
+    chosen = far[: int(MOST * len(held_out))] if spread > 0 else []
+    return [(str(images.samples[held_out[index].number].image_path), float(scores[index])) for index in chosen]
+
+
+def record(held_out: Sequence[HeldOut], images: rows.Rows) -> dict[str, Any]:
+    """Return the held-out score of every training image and the suspects, as the record of a detector holds them.
+
+    `held_out_scores` lists path, score and leave-one-subclass-out score, or None where there is none.
+    """
+    return {
+        "held_out_scores": [
+            [str(images.samples[each.number].image_path), each.own.score, each.unseen and each.unseen.score]
+            for each in held_out
+        ],
+        "suspects": [list(each) for each in suspects(held_out, images)],
+    }
 
 
 def _matching_subclasses(

@@ -130,6 +130,7 @@ def fit(
     if division.folds:
         folds = [rows_of(images, fold) for fold in division.folds]
         held_out = cross_validation.held_out_scores(detector, images, folds, fit_rows, cache=folder, progress=progress)
+        detector.record |= cross_validation.record(held_out, images)
     else:
         held_out = detector.held_out_scores(images, calibration, cache=folder)
     detector.draw_operating_points(held_out, config.outcome, cross_validated=bool(division.folds), attainable=True)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from normweave import bundle
-from normweave.cli.train import compose_settings, int8_summary, point_row
+from normweave.cli.terminal import Terminal
+from normweave.cli.train import compose_settings, int8_summary, point_row, report
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.detector import Detector
 from normweave.errors import ConfigError
@@ -109,6 +110,7 @@ def test_train_prints_its_results(trained):
     assert output["fit_images"] + output["calibration_images"] == 24  # 12 of each of two subclasses
     assert output["false_alarm_rate"] == 0.2
     assert output["guarantee"] == "conformal"
+    assert output["suspects"] == []  # they come from a cross-validation
     assert output["seed"] == 1
     assert output["refused"] == []
     record = bundle.read(trained.bundle)
@@ -229,3 +231,10 @@ def test_the_default_model_is_adapted_moe():
 )
 def test_a_pooled_threshold_names_its_group(point, row):
     assert point_row(point | {"normals": 7, "groups": 3, "threshold": 1.25}) == row
+
+
+def test_suspects_are_printed(trained, capsys):
+    detector = Detector.load(trained.bundle, threads=1)
+    detector.record["suspects"] = [["good/7.png", 12.5]]
+    assert report(Terminal(), detector, trained.bundle) == 0
+    assert "suspect     good/7.png: score 12.5000, far above the others of its subclass." in capsys.readouterr().out

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from normweave.errors import ImageError
-from normweave.report.page import COLUMNS, EXAMPLES, Comparison, write_page
+from normweave.report.page import COLUMNS, EXAMPLES, Comparison, Suspect, write_page
 
 VOID = {"meta", "br", "img"}
 
@@ -110,6 +110,7 @@ def page(
     render_images=images,
     provenance=PROVENANCE,
     title="Cloth",
+    **given,
 ):
     path = tmp_path / "report.html"
     write_page(
@@ -119,6 +120,7 @@ def page(
         predictions=predictions,
         render_images=render_images,
         provenance=provenance,
+        **given,
     )
     assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]  # no temporary file is left
     return path.read_text(encoding="utf-8")
@@ -327,3 +329,13 @@ def test_changes_against_another_detector_are_signed(tmp_path):
         r"change of ratio change of cell AUROC board 0\.125 0\.250 2\.00 75\.0 \+0\.50 -6\.2 cloth – – – – – –",
         text,
     )
+
+
+def test_suspects_of_the_training_set_are_shown_with_their_pictures(tmp_path):
+    assert "Suspects" not in Checked(page(tmp_path)).text
+    picture = np.zeros((4, 6, 3), dtype=np.uint8)
+    suspects = [Suspect("good/<7>.png", 12.5, {"image": picture}, ""), Suspect("good/8.png", 9.0, {}, "It is gone.")]
+    text = page(tmp_path, suspects=suspects)
+    assert 'alt="&lt;7&gt;.png: image"' in text
+    for words in ("Suspects in the training set", "<7>.png", "score 12.5", "8.png", "It is gone."):
+        assert words in Checked(text).text

@@ -20,11 +20,11 @@ from normweave.config import Config
 from normweave.data import images, layouts, splits
 from normweave.data.synthetic import coverage
 from normweave.detector import Detector
-from normweave.errors import DataError
+from normweave.errors import DataError, NormweaveError
 from normweave.maps.overlay import thumbnails
 from normweave.references import seen
 from normweave.report.metrics import OverGeneralisation, PixelMetrics, binomial_interval, image_metrics
-from normweave.report.page import Comparison, write_page
+from normweave.report.page import Comparison, Suspect, write_page
 from normweave.types import Outcome, Progress, Sample, Tile
 
 COLUMNS = (
@@ -97,6 +97,7 @@ def evaluate(
             predictions=predictions,
             render_images=lambda row: _render(detector, by_path[predictions[row]["image_path"]]),
             provenance=metrics["provenance"],
+            suspects=[_suspect(detector, *each) for each in detector.record.get("suspects", ())],
         ),
     )
     return metrics
@@ -389,6 +390,14 @@ def _render(detector: Detector, sample: Sample) -> tuple[dict[str, NDArray[np.ui
         boxes = [box for box in outcome.boxes if references.shows(box)][:COMPARED_BOXES]
         compared = [Comparison(seen(image, box), references.expected(box), str(box.reference)) for box in boxes]
     return thumbnails(image, outcome.anomaly_map, mask, threshold=outcome.threshold), compared
+
+
+def _suspect(detector: Detector, image_path: str, score: float) -> Suspect:
+    """Return a suspect with its pictures; the training images may be elsewhere by now."""
+    try:
+        return Suspect(image_path, score, _render(detector, Sample(image_path=Path(image_path)))[0], "")
+    except NormweaveError as error:
+        return Suspect(image_path, score, {}, str(error))
 
 
 def provenance(detector: Detector, data: object) -> dict[str, Any]:

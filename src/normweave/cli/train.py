@@ -166,7 +166,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
             | {key: record[key] for key in keys}
             | {key: record[key] for key in ("precision", "int8_check") if key in record}
             | points
-            | {"refused": refused}
+            | {"suspects": record.get("suspects", []), "refused": refused}
         )
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
@@ -183,6 +183,10 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
     )
     if detector.calibration is not None:
         terminal.show(detector.calibration.promise)
+    for path, score in record.get("suspects", []):
+        terminal.show(
+            f"suspect     {path}: score {score:.4f}, far above the others of its subclass. Is it a good image?"
+        )
     if record.get("precision") == "int8":
         terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")

@@ -68,6 +68,17 @@ class Section(NamedTuple):
     """Reasons of missing numbers."""
 
 
+class Suspect(NamedTuple):
+    """A training image that scores far above the others of its subclass."""
+
+    image_path: str
+    score: float
+    images: Mapping[str, NDArray[np.uint8]]
+    """Thumbnails (h, w, 3) by caption."""
+    error: str
+    """Shown where there are no thumbnails."""
+
+
 def write_page(
     path: Path,
     *,
@@ -76,6 +87,7 @@ def write_page(
     predictions: Sequence[Row],
     render_images: Render,
     provenance: Mapping[str, Any],
+    suspects: Sequence[Suspect] = (),
 ) -> None:
     """Write the report of one evaluation.
 
@@ -87,6 +99,7 @@ def write_page(
             A NormweaveError is shown instead of the thumbnails.
         provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target, `promise`
             what it rests on.
+        suspects: training images that may be defective.
     """
     read = [row for row in predictions if row["error"] is None]
     by_label = {label: [row for row in read if row["label"] == label] for label in ("anomalous", "normal")}
@@ -103,6 +116,7 @@ def write_page(
         cards=list(_cards(metrics["pooled"], provenance.get("false_alarm_rate"))),
         trained_on=provenance.get("trained_on", ()),
         promise=provenance.get("promise"),
+        suspects=[(PurePath(each.image_path).name, each) for each in suspects],
         training_images=[
             (provenance.get("fit_images"), "fit the model"),
             (provenance.get("calibration_images"), "set the thresholds"),

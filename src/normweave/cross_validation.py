@@ -65,11 +65,12 @@ def held_out_scores(
 
         for each in detector.held_out_scores(images, fold, cache=cache, progress=progress):
             own, unseen = renamed(each.own), each.unseen and renamed(each.unseen)
+            varied = tuple(renamed(image) for image in each.varied)
             label = images.samples[each.number].subclass_name
             if label in final.subclass_names and label not in detector.subclass_names:
                 unseen = own
                 own = own._replace(subclass=final.subclass_names.index(label))
-            result.append(each._replace(own=own, unseen=unseen if final.network.can_exclude else None))
+            result.append(each._replace(own=own, unseen=unseen if final.network.can_exclude else None, varied=varied))
     return result
 
 

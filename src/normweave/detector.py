@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from normweave import bundle, references, settings
 from normweave.config import Config, OutcomeConfig
-from normweave.data import images, layouts, rows, splits
+from normweave.data import images, layouts, rows, splits, variations
 from normweave.data.images import ImageInput
 from normweave.data.prepare import Preparation
 from normweave.errors import BundleError, DataError, ImageError
@@ -36,6 +36,8 @@ from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, 
 
 AHEAD = 2  # batches decoded while the network works
 WORKERS = 2  # threads that decode
+VARIED = 256
+"""Images under harmless variations that are scored for the threshold of unseen subclasses, at most."""
 HASH_LETTERS = 16  # of a SHA-256 in the record: 64 bits distinguish a factory's images
 
 Data = str | os.PathLike[str] | Sequence[Sample] | Sequence[str | os.PathLike[str]]
@@ -430,10 +432,27 @@ class Detector:
         """Return the scores of the chosen rows, normal images that the network was not fitted on."""
         groups = splits.independent_groups(scanned.samples, scanned.hashes)
         scored = self.score_rows(scanned, chosen, unseen=self.network.can_exclude, cache=cache, progress=progress)
-        return [
-            HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding))
-            for number, own, excluding in scored
+        counts = Counter(category for category, _ in self.subclasses.values())
+        of_each = max(1, VARIED // max(1, len(chosen)))
+        result = []
+        for place, (number, own, excluding) in enumerate(scored):
+            varied: tuple[ImageScore, ...] = ()
+            if counts[scanned.samples[number].category] == 1 and place * of_each < VARIED and self.subclass_names:
+                varied = self._varied(scanned, number, first=place * of_each, count=of_each)
+            result.append(
+                HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding), varied)
+            )
+        return result
+
+    def _varied(self, scanned: rows.Rows, number: int, *, first: int, count: int) -> tuple[ImageScore, ...]:
+        """Return the scores of an image under some variations, which differ from image to image."""
+        tiles = np.stack([scanned.load(int(row)) for row in np.flatnonzero(scanned.owner == number)])
+        names = variations.applicable(tiles[0])
+        rendered = [
+            np.stack([variations.vary(tile, variation=names[(first + step) % len(names)]) for tile in tiles])
+            for step in range(min(count, len(names)))
         ]
+        return tuple(ImageScore.of(TileScores.compute(self.network, pixels, self.config)) for pixels in rendered)
 
     def draw_operating_points(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ class HeldOut(NamedTuple):
     group: int  # equal for images that are not independent
     own: ImageScore
     unseen: ImageScore | None  # without the expert of its own subclass; None: the network cannot leave one out
+    varied: tuple[ImageScore, ...] = ()  # of the image under harmless variations
 
 
 def anomaly_map(
@@ -179,11 +181,14 @@ class OperatingPoints(NamedTuple):
         def category(image: ImageScore) -> str | None:
             return None if image.subclass is None else categories[image.subclass]
 
-        # Without its own expert, an image that is routed to another category is a foreign material there.
+        # Without its own expert, an image that is routed to another category is a foreign material there. A category
+        # of one subclass has no such scores; there, harmless variations of its images stand for unseen subclasses.
+        single = {name for name, count in Counter(categories).items() if count == 1}
         same_category = [
-            (each.group, each.unseen)
+            (each.group, score)
             for each in held_out
-            if each.unseen is not None and category(each.own) == category(each.unseen)
+            for score in (each.varied if category(each.own) in single else (each.unseen,))
+            if score is not None and category(each.own) == category(score)
         ]
         enough = len({group for group, _ in same_category}) >= groups_needed(outcome.false_alarm_rate)
         drawn = calibration(

@@ -65,7 +65,7 @@ class Copy:
     ("name", "union", "tests", "part", "setting"),
     [
         ("add-a-head.md", "HeadConfig", "test_every_head.py", "autoencoder", "head.kind=autoencoder"),
-        ("add-an-expert.md", "ExpertConfig", "test_every_expert.py", "mean", "head.expert.kind=mean"),
+        ("add-an-expert.md", "SingleExpertConfig", "test_every_expert.py", "mean", "head.expert.kind=mean"),
     ],
 )
 def test_a_head_or_an_expert_is_added_as_the_page_shows(tmp_path, name, union, tests, part, setting):
@@ -73,7 +73,7 @@ def test_a_head_or_an_expert_is_added_as_the_page_shows(tmp_path, name, union, t
     file, config = re.findall(r"^## [12]\. .*`(src/normweave/\S+\.py)`$", text, flags=re.MULTILINE)
     copy = Copy(tmp_path)
     (tmp_path / file).write_text(module, "utf-8")
-    copy.replace(tmp_path / config, rf"^{union} = \(\n    \w+\n", f"{settings}\n\n{members}")
+    copy.replace(tmp_path / config, rf"^{union} = \(\n    \w+\s", f"{settings}\n\n{members}")
     copy.check(file=file, tests=tests, name=part, setting=setting)
 
 

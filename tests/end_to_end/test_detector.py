@@ -239,7 +239,9 @@ def test_unreadable_training_images_are_listed(cloth: Path, feature_cache: Path,
 
 
 def test_record_is_what_json_holds(detector: Detector):
-    assert detector.record["notes"]["experts"] == "gaussian"  # the position explains nothing on cloth
-    assert detector.record["notes"]["position_variance"] < 0.02
+    assert detector.record["notes"]["experts"] == "fusion"
+    (fusion,) = detector.record["notes"]["fusion"]
+    assert [each["name"] for each in fusion["experts"]] == ["memory", "layout", "gaussian"]
+    assert sum(each["weight"] for each in fusion["experts"]) == pytest.approx(1)
     assert json.loads(json.dumps(detector.record)) == detector.record
     assert settings.from_dict(detector.record["config"]) == detector.config

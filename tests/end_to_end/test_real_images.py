@@ -40,8 +40,11 @@ def test_defects_in_unseen_light_are_detected_better_than_by_memory_or_subspace(
             assert ours[number] > measured[peer][number], (peer, number, measured)
 
 
-def test_tiles_are_taken_for_a_layout(tiles: Detector):
-    assert tiles.record["notes"]["position_variance"] > 0.04
+def test_the_gaussian_experts_have_the_smallest_weight_on_tiles(tiles: Detector):
+    """Parts with a fixed position: the Gaussian experts do not know it."""
+    (fusion,) = tiles.record["notes"]["fusion"]
+    weights = {each["name"]: each["weight"] for each in fusion["experts"]}
+    assert min(weights, key=weights.__getitem__) == "gaussian", weights
 
 
 def test_a_board_is_unknown_to_a_detector_of_tiles(tiles: Detector, data_root: Path):

@@ -16,6 +16,7 @@ from normweave.bundle import FORMAT, read_tensors
 from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, DataError, ImageError
 from normweave.textiles import SEEN, render
+from normweave.types import Sample
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +301,15 @@ def test_names_without_a_subclass(copy):
     rewritten(copy, lambda record: record.update(subclasses={}))
     with pytest.raises(BundleError, match="routes to"):
         Detector.load(copy)
+
+
+def test_only_a_category_of_one_subclass_is_scored_under_variations(loaded, photos, monkeypatch):
+    scanned = loaded.scan([Sample(image_path=Path(photo), category="cloth") for photo in photos[:3]])
+    everything = np.arange(len(scanned))
+    assert all(each.varied == () for each in loaded.held_out_scores(scanned, everything))
+    name = loaded.subclass_names[0]
+    monkeypatch.setattr(loaded, "subclasses", {name: ("cloth", "only")})
+    monkeypatch.setattr("normweave.detector.VARIED", 4)
+    held_out = loaded.held_out_scores(scanned, everything)
+    assert [len(each.varied) for each in held_out] == [1, 1, 1]
+    assert all(each.varied[0].score != each.own.score for each in held_out)

@@ -140,6 +140,30 @@ def test_unseen_scores_count_only_within_the_category():
     assert draw(own, images(range(30), 2)).calibration.unseen is None
 
 
+def test_variations_stand_for_unseen_subclasses_of_a_category_with_one_subclass():
+    """The board is one subclass; cloth has two, so that its variations do not count."""
+    held_out = [
+        HeldOut(number, number, own, None, varied=tuple(images([100 + number, 200 + number], own.subclass)))
+        for number, own in enumerate(images(range(20), 2) + images(range(20, 30), 0))
+    ]
+    points = OperatingPoints.draw(
+        held_out, subclass_names=NAMES, subclasses=SUBCLASSES, outcome=OutcomeConfig(false_alarm_rate=0.1)
+    )
+    assert points.calibration.unseen.scores.tolist() == [*range(100, 120), *range(200, 220)]
+    assert points.calibration.unseen.independent_groups == 20
+
+
+def test_boxes_of_unseen_subclasses_have_the_threshold_of_unseen_peaks():
+    own = [each for k in range(30) for each in images([100 + k], 0, peak=k)]
+    unseen = [each for k in range(30) for each in images([200 + k], 1, peak=50 + k)]
+    points = draw(own, unseen)
+    assert points.box_threshold(threshold=127, unseen=False) == 27
+    assert points.box_threshold(threshold=227, unseen=True) == 77
+    assert OperatingPoints.from_dict(points.as_dict()).unseen_map_threshold == 77
+    assert draw(own, []).box_threshold(threshold=227, unseen=True) == 27
+    assert draw(images(range(30), 0), []).box_threshold(threshold=12.5, unseen=True) == 12.5
+
+
 def test_too_few_images_for_the_rate():
     with pytest.raises(CheckError, match=r"0\.01"):
         draw(images(range(30), 0), [], rate=0.01)

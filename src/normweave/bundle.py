@@ -33,7 +33,7 @@ FORMAT = 2
 RECORD = "bundle.json"
 WEIGHTS = "weights.safetensors"
 GRAPH = "model.onnx"
-OPERATING_POINTS = ("calibration", "map_threshold")
+OPERATING_POINTS = ("calibration", "map_threshold", "unseen_map_threshold")
 """Keys of the record that `normweave calibrate` replaces."""
 MAX_RECORD_BYTES = 64 * 2**20
 """The record is read into memory; with a hundred thousand calibration scores it has two million bytes."""

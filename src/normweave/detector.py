@@ -241,15 +241,15 @@ class Detector:
         """
         if tiles is None:
             return Outcome(image_path=image.path, error=image.error, model=self.model)
-        calibration, map_threshold = self._require_operating_points()
+        points = self._require_operating_points()
         scored = ImageScore.of(tiles)
-        decision = calibration.decide(score=scored.score, distance=scored.distance, subclass=scored.subclass)
+        decision = points.calibration.decide(score=scored.score, distance=scored.distance, subclass=scored.subclass)
         height, width = image.size
         full_map, found = None, tuple[DefectBox, ...]()
         if maps:
             full_map = anomaly_map(tiles.raw.scores, image.tiles, image.size, smoothing=self.smoothing)
             if decision.verdict != "normal":
-                found = boxes.find(full_map, decision.threshold if map_threshold is None else map_threshold)
+                found = boxes.find(full_map, points.box_threshold(threshold=decision.threshold, unseen=decision.unseen))
                 if self.network.references is not None and tiles.raw.nearest is not None:
                     found = self.network.references.mark(found, full_map, tiles.raw.nearest, image.tiles)
         category, subclass = None, None
@@ -515,7 +515,7 @@ class Detector:
         target = Path(folder)
         bundle.check_target(target, overwrite=overwrite)
         points = self.operating_points
-        record = self.record | ({"calibration": None, "map_threshold": None} if points is None else points.as_dict())
+        record = self.record | (dict.fromkeys(bundle.OPERATING_POINTS) if points is None else points.as_dict())
         self.network.write(target, record=record, calibration=self.calibration, overwrite=overwrite)
         self.bundle_hash = bundle.bundle_hash(target)
         return target

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from normweave import maps
 from normweave.config import Config, OutcomeConfig
 from normweave.outcome import image_score
-from normweave.outcome.operating_point import Calibration, draw_threshold, groups_needed
+from normweave.outcome.operating_point import Calibration, OperatingPoint, draw_threshold, groups_needed
 from normweave.types import RawOutput, Tile
 
 
@@ -136,6 +136,20 @@ class OperatingPoints(NamedTuple):
 
     calibration: Calibration
     map_threshold: float | None  # of boxes; None: the threshold of the image score is used
+    unseen_map_threshold: float | None = None  # of boxes in images of unseen subclasses; None: as for the others
+
+    def box_threshold(self, *, threshold: float, unseen: bool) -> float:
+        """Return the threshold of boxes, in units of the map.
+
+        Args:
+            threshold: of the image score.
+            unseen: whether the image was compared with scores of unseen subclasses.
+        """
+        if self.map_threshold is None:
+            return threshold
+        if unseen and self.unseen_map_threshold is not None:
+            return self.unseen_map_threshold
+        return self.map_threshold
 
     @classmethod
     def draw(
@@ -199,19 +213,28 @@ class OperatingPoints(NamedTuple):
         # If the head has an image score of its own, its units differ from the map's: boxes need another threshold.
         if all(each.own.score == each.own.peak for each in held_out):
             return cls(drawn, None)
-        boxes = draw_threshold(
-            [each.own.peak for each in held_out],
-            false_alarm_rate=drawn.point().false_alarm_rate,
-            groups=[each.group for each in held_out],
+
+        def boxes(of: Sequence[tuple[int, ImageScore]], point: OperatingPoint) -> float:
+            peaks, groups = [each.peak for _, each in of], [group for group, _ in of]
+            return draw_threshold(peaks, false_alarm_rate=point.false_alarm_rate, groups=groups).threshold
+
+        return cls(
+            drawn,
+            boxes([(each.group, each.own) for each in held_out], drawn.point()),
+            None if drawn.unseen is None else boxes(same_category, drawn.unseen.point()),
         )
-        return cls(drawn, boxes.threshold)
 
     def as_dict(self) -> dict[str, Any]:
         """Return both as the record of a bundle holds them."""
-        return {"calibration": self.calibration.as_dict(), "map_threshold": self.map_threshold}
+        return {
+            "calibration": self.calibration.as_dict(),
+            "map_threshold": self.map_threshold,
+            "unseen_map_threshold": self.unseen_map_threshold,
+        }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> OperatingPoints:
         """Read what `as_dict` returned; a missing key or a wrong type raises KeyError, TypeError or ValueError."""
-        threshold = record["map_threshold"]
-        return cls(Calibration.from_dict(record["calibration"]), None if threshold is None else float(threshold))
+        calibration = Calibration.from_dict(record["calibration"])
+        thresholds = [record["map_threshold"], record.get("unseen_map_threshold")]
+        return cls(calibration, *(None if each is None else float(each) for each in thresholds))

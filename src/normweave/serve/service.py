@@ -299,8 +299,9 @@ class InspectionService:
         routed = image = None
         if scored is not None:
             routed = ImageScore.of(scored).subclass
-            map_threshold = detector.map_threshold if detector.map_threshold is not None else outcome.threshold
-            assert map_threshold is not None  # every scored image has a threshold
+            assert detector.operating_points is not None  # every scored image has a threshold
+            assert outcome.threshold is not None
+            map_threshold = detector.operating_points.box_threshold(threshold=outcome.threshold, unseen=outcome.unseen)
             content, grids = job.upload.content, npy(scored.raw.scores)
             image = StoredImage(
                 image_hash=self.files.put(content),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from normweave import bundle
 from normweave.cli.terminal import Terminal
-from normweave.cli.train import compose_settings, int8_summary, point_row, report
+from normweave.cli.train import compose_settings, int8_summary, point_row, report, weights
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.detector import Detector
 from normweave.errors import ConfigError
@@ -182,6 +182,34 @@ def test_the_int8_accuracy_check_is_reported(cloth, tmp_path):
     assert output["int8_check"]["images"] == 10
     assert output["int8_check"]["image_auroc"] == [1, 1]
     assert run("predict", tmp_path / "b", cloth / "cloth").exit_code in (0, 1)
+
+
+FUSION = {
+    "category": "cloth",
+    "held_out_images": 24,
+    "synthetic_defects": 128,
+    "experts": [
+        {"name": "memory", "synthetic_auroc": 0.9, "weight": 0.222},
+        {"name": "layout", "synthetic_auroc": 0.5, "weight": 0.0},
+        {"name": "gaussian", "synthetic_auroc": 0.95, "weight": 0.778},
+    ],
+}
+
+
+def test_the_weights_of_the_experts_are_a_line_for_each_category():
+    assert weights(FUSION) == (
+        "cloth: memory 0.22, layout 0.00, gaussian 0.78 "
+        "(weights from 128 synthetic defects in 24 held-out good images; --set head.expert.kind=… uses one alone)"
+    )
+    assert "(equal weights, since no good image could be held out; " in weights(FUSION | {"synthetic_defects": 0})
+
+
+def test_train_prints_the_weights_that_the_bundle_holds(cloth, tmp_path):
+    result = run("train", cloth, "-o", tmp_path / "b", "--no-cache", *SMALL)
+    assert result.exit_code == 0, result.output
+    (fusion,) = bundle.read(tmp_path / "b")["notes"]["fusion"]
+    assert weights(fusion) in " ".join(result.stdout.split())
+    assert fusion["synthetic_defects"] > 0
 
 
 def test_the_summary_of_the_int8_check():

@@ -141,6 +141,23 @@ def test_the_page_loads_nothing(tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_the_weights_of_the_experts_are_shown_for_each_category(tmp_path):
+    experts = [
+        {"name": "memory", "synthetic_auroc": 0.912, "weight": 0.25},
+        {"name": "gaussian", "synthetic_auroc": 0.5, "weight": 0.75},
+    ]
+    fusion = [
+        {"category": "<cloth>", "held_out_images": 24, "synthetic_defects": 128, "experts": experts},
+        {"category": "bottle", "held_out_images": 5, "synthetic_defects": 0, "experts": experts},
+    ]
+    assert "Weights of the experts" not in page(tmp_path)
+    text = Checked(page(tmp_path, provenance=PROVENANCE | {"fusion": fusion})).text
+    assert "held-out good images synthetic defects memory gaussian" in " ".join(text.split())
+    assert "<cloth> 24 128 0.25 (91.2) 0.75 (50.0)" in " ".join(text.split())
+    assert "bottle – 0 0.25 0.75" in " ".join(text.split())
+    assert "synthetic_auroc" not in text  # in the provenance
+
+
 def test_the_summary_counts_rejected_images_and_compares_false_alarms_with_the_target(tmp_path):
     text = Checked(page(tmp_path)).text
     assert "Of 40 defective images, 30 were rejected" in text

@@ -157,6 +157,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
 
     record = detector.record
     calibration: dict[str, Any] = {} if detector.calibration is None else detector.calibration.as_dict()
+    fusion = record.get("notes", {}).get("fusion") or []
     refused = [{"image_path": refusal.image_path, "error": refusal.reason} for refusal in detector.refused]
     if terminal.json:
         keys = ("model", "categories", "fit_images", "calibration_images", "seed")
@@ -166,6 +167,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
             | {key: record[key] for key in keys}
             | {key: record[key] for key in ("precision", "int8_check") if key in record}
             | points
+            | {"fusion": fusion}
             | {"suspects": record.get("suspects", []), "refused": refused}
         )
         return UNREADABLE if refused else ALL_NORMAL
@@ -181,6 +183,8 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
         f"{calibration.get('false_alarm_rate', 0):g}",
         table,
     )
+    for category in fusion:
+        terminal.show(weights(category))
     if detector.calibration is not None:
         terminal.show(detector.calibration.promise)
     for path, score in record.get("suspects", []):
@@ -191,6 +195,18 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
         terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")
     return UNREADABLE if refused else ALL_NORMAL
+
+
+def weights(category: dict[str, Any]) -> str:
+    """Return the weights of the experts in a category as text."""
+    experts = ", ".join(f"{expert['name']} {expert['weight']:.2f}" for expert in category["experts"])
+    source = "equal weights, since no good image could be held out"
+    if category["synthetic_defects"]:
+        source = (
+            f"weights from {category['synthetic_defects']} synthetic defects in {category['held_out_images']} "
+            "held-out good images"
+        )
+    return f"{category['category']}: {experts} ({source}; --set head.expert.kind=… uses one alone)"
 
 
 def int8_summary(check: dict[str, Any] | None) -> str:

@@ -98,7 +98,7 @@ def write_page(
             called for at most 24 predictions.
             A NormweaveError is shown instead of the thumbnails.
         provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target, `promise`
-            what it rests on.
+            what it rests on, `fusion` the weights of the experts by category.
         suspects: training images that may be defective.
     """
     read = [row for row in predictions if row["error"] is None]
@@ -121,6 +121,7 @@ def write_page(
             (provenance.get("fit_images"), "fit the model"),
             (provenance.get("calibration_images"), "set the thresholds"),
         ],
+        fusion=_fusion(provenance.get("fusion")),
         histogram=_histogram(read),
         verdicts=VERDICTS,
         confusion=[
@@ -223,6 +224,28 @@ def _defects(metrics: Mapping[str, Any]) -> Section | None:
         metrics["by_defect"],
         {},
         columns=[column for column in COLUMNS if column[0] not in ("false_alarm_rate", "unknown_rate")],
+    )
+
+
+def _fusion(categories: Sequence[Row] | None) -> Section | None:
+    if not categories:
+        return None
+
+    def line(each: Row) -> Line:
+        measured = each["synthetic_defects"] > 0
+        cells: list[Cell] = [str(each["held_out_images"]) if measured else None, str(each["synthetic_defects"])]
+        for expert in each["experts"]:
+            weight = f"{expert['weight']:.2f}"
+            cells.append((weight, f"({percent(expert['synthetic_auroc'])})") if measured else weight)
+        return each["category"], None, cells
+
+    return Section(
+        "Weights of the experts",
+        "The score is a weighted mean of the scores of these experts. The better an expert detects synthetic defects "
+        "in held-out good images, the larger its weight. An expert with the weight 0 is not used. Test images have no "
+        "part in this.",
+        ["held-out good images", "synthetic defects", *(expert["name"] for expert in categories[0]["experts"])],
+        [line(each) for each in categories],
     )
 
 

@@ -3,7 +3,7 @@ import re
 import numpy as np
 
 from normweave.outcome.operating_point import Calibration
-from normweave.serve.pages.model import limits, training
+from normweave.serve.pages.model import limits, training, weights
 
 RECORD = {
     "categories": {"cloth": ["red", "<b>"], "bottle": []},
@@ -49,6 +49,23 @@ def test_every_product_has_a_row_with_its_limit():
     ]
     assert [row[3] for row in rows] == ["60 shared", "50", "60 shared", "30 shared"]
     assert rows[-1][4] == "–"
+
+
+def test_the_weights_of_each_category_are_shown_with_their_source():
+    methods = [
+        {"name": "memory", "synthetic_auroc": 0.912, "weight": 0.25},
+        {"name": "layout", "synthetic_auroc": 0.5, "weight": 0.75},
+    ]
+    categories = [
+        {"category": "<cloth>", "held_out_images": 24, "synthetic_defects": 128, "experts": methods},
+        {"category": "bottle", "held_out_images": 5, "synthetic_defects": 0, "experts": methods},
+    ]
+    text = weights(categories)
+    assert "<th>memory</th><th>layout</th>" in text
+    assert cells(text) == [
+        ["&lt;cloth&gt;", "24", "128", "0.25 (91.2)", "0.75 (50.0)"],
+        ["bottle", "–", "0", "0.25", "0.75"],
+    ]
 
 
 def test_the_training_data_is_escaped_and_products_without_subclasses_are_named():

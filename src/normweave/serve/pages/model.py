@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,6 +78,8 @@ class ModelPage(Page):
             self._histogram = ui.html()
         self._limits = ui.html().classes("sheet")
         detector = self._service.detector
+        if fusion := detector.record.get("notes", {}).get("fusion"):
+            ui.html(weights(fusion)).classes("sheet")
         ui.html(training(detector.record, detector.bundle_hash)).classes("sheet")
         self._draw()
         await ui.context.client.connected(CONNECT_SECONDS)
@@ -213,6 +215,11 @@ def _product_of(point: Mapping[str, Any]) -> str:
     if point["subclass"] is not None:
         return str(point["subclass"])
     return f"{point['category']}, all products" if point.get("category") else "all products in training"
+
+
+def weights(fusion: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table of the weights with which the scores of the experts are added, one row for each category."""
+    return render_macro(TEMPLATE, "weights", fusion=fusion)
 
 
 def training(record: Mapping[str, Any], bundle_hash: str | None) -> str:

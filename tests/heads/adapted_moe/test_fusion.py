@@ -1,0 +1,321 @@
+"""Fusion: its formula by hand, which images are held out, and that the experts have not seen these."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from builders import InMemory, begun, fit, head_config, random
+from normweave.config import FusionExpertConfig
+from normweave.heads import build
+from normweave.heads.adapted_moe.experts.base import Normals
+from normweave.heads.adapted_moe.fusion import (
+    FEWEST_HELD_OUT,
+    Fusion,
+    HeldOut,
+    auroc,
+    defects_per_image,
+    folds,
+)
+from normweave.types import FitData, SyntheticDefects
+
+SHAPE = (6, 8, 8)
+NAMES = ("bolt", "cloth")
+
+
+# ── the formula ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scored(category, *columns):
+    """Scores of images of one category, one column for each expert; the maximum of the map is twice as high."""
+    scores = np.array(columns, dtype=float).T
+    return HeldOut(np.stack([2 * scores, scores], axis=2), np.full(len(scores), category))
+
+
+def joined(*parts):
+    return HeldOut(np.concatenate([part.scores for part in parts]), np.concatenate([part.categories for part in parts]))
+
+
+NONE = HeldOut(np.empty((0, 2, 2)), np.empty(0, dtype=np.int64))
+
+
+def fused(normal, defective=NONE, *, categories=(0,), use=("memory", "gaussian"), **settings):
+    fusion = Fusion(FusionExpertConfig(use=use, **settings))
+    fusion.fit(normal, defective, categories=np.array(categories), names=NAMES)
+    return fusion
+
+
+def test_fusion_by_hand():
+    first, second = [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9]
+    # of the ten pairs with the two defects: 9 of the first expert are in order, of the second 7.5
+    fusion = fused(scored(0, first, second), scored(0, [11, 9], [8, 7]))
+    odds = [(9 / 10) / (1 / 10), (7.5 / 10) / (2.5 / 10)]
+    weights = [odd / sum(odds) for odd in odds]
+    np.testing.assert_allclose(fusion.weights[0], weights, rtol=1e-5)
+
+    medians = [2.0, 6.0]
+    highs = [3 + 0.6 * 7, 7 + 0.6 * 2]  # the quantile at 0.9 is 0.6 of the way from the fourth to the fifth
+    maps, images = {e: random(3, 4, 5, seed=e) for e in range(2)}, {e: random(3, seed=e + 9) for e in range(2)}
+    fused_map, fused_images = fusion(maps, images, torch.zeros(3, dtype=torch.int64))
+    for b in range(3):
+        expected = sum(weights[e] * (images[e][b].item() - medians[e]) / (highs[e] - medians[e]) for e in range(2))
+        assert fused_images[b].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        for y in range(4):
+            for x in range(5):
+                expected = sum(
+                    weights[e] * (maps[e][b, y, x].item() - 2 * medians[e]) / (2 * highs[e] - 2 * medians[e])
+                    for e in range(2)
+                )
+                assert fused_map[b, y, x].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("expert", [0, 1])
+def test_no_expert_is_ignored(expert):
+    fusion = fused(scored(0, [0.0, 1, 2, 3], [5.0, 6, 7, 9]))
+    maps, images = {e: random(2, 4, 5, seed=e) for e in range(2)}, {e: random(2, seed=e + 9) for e in range(2)}
+    before = fusion(maps, images, torch.zeros(2, dtype=torch.int64))
+    maps[expert], images[expert] = maps[expert] + 1, images[expert] + 1
+    after = fusion(maps, images, torch.zeros(2, dtype=torch.int64))
+    assert all((new > old + 1e-3).all() for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("sharpness", "share"), [(0, 1 / 2), (1, 9 / 10), (2, 81 / 82)])
+def test_sharpness_is_the_exponent_of_the_odds(sharpness, share):
+    normal = scored(0, range(10), [0] * 10)
+    fusion = fused(normal, scored(0, [8.5], [0]), sharpness=sharpness, smallest_weight=0.001)
+    np.testing.assert_allclose(fusion.weights[0], [share, 1 - share], rtol=1e-5)
+
+
+def test_without_defects_the_weights_are_equal():
+    fusion = fused(scored(0, range(10), range(10)))
+    assert fusion.weights.tolist() == [[0.5, 0.5]]
+    assert fusion.record[0]["synthetic_defects"] == 0
+
+
+def test_an_expert_below_the_smallest_weight_is_dropped_and_the_others_sum_to_one():
+    normal, defective = scored(0, range(10), [0] * 10), scored(0, [8.5], [0])  # odds of 9 to 1
+    assert fused(normal, defective, smallest_weight=0.09).used == [True, True]
+    dropped = fused(normal, defective, smallest_weight=0.11)
+    assert dropped.weights.tolist() == [[1, 0]]
+    assert dropped.used == [True, False]
+    equal = fused(normal, smallest_weight=0.9)  # all are below: those with the largest weight stay
+    assert equal.weights.tolist() == [[0.5, 0.5]]
+
+
+def test_each_category_has_its_own_weights_and_scales():
+    good = joined(scored(0, range(10), range(10)), scored(1, range(100, 110), range(10)))
+    bad = joined(scored(0, [20] * 4, [4.5] * 4), scored(1, [104.5] * 4, [20] * 4))
+    fusion = fused(good, bad, categories=(0, 1, 0), smallest_weight=0.001)
+    assert fusion.weights[0, 0] > 0.9
+    assert fusion.weights[1, 1] > 0.9
+    assert torch.equal(fusion.weights[0], fusion.weights[2])
+    assert fusion.centre[:, 0, 1].tolist() == [4.5, 104.5, 4.5]
+    assert [(each["category"], each["held_out_images"], each["synthetic_defects"]) for each in fusion.record] == [
+        ("bolt", 10, 4),
+        ("cloth", 10, 4),
+    ]
+    for each, row in zip(fusion.record, fusion.weights[:2], strict=True):
+        assert [expert["name"] for expert in each["experts"]] == ["memory", "gaussian"]
+        np.testing.assert_allclose([expert["weight"] for expert in each["experts"]], row, rtol=1e-5)
+
+
+def test_a_category_with_few_images_takes_the_scales_and_weights_of_all():
+    good = joined(scored(0, range(10), range(10)), scored(1, [50, 60, 70], [1, 2, 3]))
+    bad = joined(scored(0, [20] * 4, [4.5] * 4), scored(1, [0] * 4, [20] * 4))
+    fusion = fused(good, bad, categories=(0, 1))
+    scores = good.scores[:, 0, 1]
+    assert fusion.centre[1, 0, 1].item() == np.median(scores)
+    assert fusion.record[1]["held_out_images"] == 13
+    assert fusion.record[1]["experts"][0]["synthetic_auroc"] == auroc(scores, bad.scores[:, 0, 1])
+
+
+def test_auroc_counts_ties_half():
+    assert auroc(np.array([1.0, 2, 3]), np.array([2.0, 9])) == (1.5 + 3) / 6
+    assert auroc(np.array([1.0]), np.empty(0)) == 0.5
+
+
+# ── which images are held out ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def images(count, *, holdout=(), groups=None, subclasses=2, defects=None, seed=0):
+    """Fit data of subclasses that differ in the mean of the channels, each a category."""
+    subclass = np.arange(count) % subclasses
+    features = 0.5 * random(count, *SHAPE, seed=1) + random(subclasses, SHAPE[0], 1, 1, seed=2)[subclass]
+    return FitData(
+        features=InMemory(features),
+        subclasses=subclass,
+        names=tuple(f"{name}/good" for name in NAMES[:subclasses]),
+        groups=np.arange(count) if groups is None else np.asarray(groups),
+        holdout=np.isin(np.arange(count), holdout),
+        seed=seed,
+        category_names=NAMES[:subclasses],
+        given_categories=subclass,
+        defects=defects,
+    )
+
+
+def test_enough_held_out_images_are_the_only_fold():
+    data = images(60, holdout=range(FEWEST_HELD_OUT))
+    fold = folds(data, data.subclasses)
+    assert (fold == np.where(data.holdout, 0, -1)).all()
+
+
+def test_with_fewer_every_image_is_held_out_once_and_groups_stay_together():
+    data = images(60, holdout=range(FEWEST_HELD_OUT - 1), groups=np.arange(60) // 3)
+    fold = folds(data, np.zeros(60, dtype=np.int64))
+    assert sorted(set(fold)) == [0, 1, 2, 3]
+    assert np.bincount(fold).tolist() == [15] * 4
+    assert all(len(set(fold[data.groups == group])) == 1 for group in range(20))
+    assert not (fold == folds(replace(data, seed=1), np.zeros(60, dtype=np.int64))).all()
+
+
+def test_the_last_images_of_an_expert_are_never_held_out():
+    experts = np.r_[np.zeros(59, dtype=np.int64), 1]
+    assert folds(images(60), experts)[-1] == -1
+    data = images(60, holdout=range(30))
+    fold = folds(data, data.holdout.astype(np.int64))
+    assert (fold == -1).all()
+
+
+def test_one_group_holds_out_nothing():
+    assert (folds(images(8, groups=[0] * 8), np.zeros(8, dtype=np.int64)) == -1).all()
+
+
+@pytest.mark.parametrize(("held_out", "each"), [(0, 0), (1, 8), (16, 8), (24, 6), (128, 1), (500, 1)])
+def test_about_128_defects_are_wanted(held_out, each):
+    assert defects_per_image(held_out) == each
+
+
+# ── in the head ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def head(**expert):
+    small = {"memory.max_patches": 40, "memory.max_pool": 400, "layout.cells": 4}
+    return build(head_config(expert={"kind": "fusion"} | small | expert), shape=SHAPE)
+
+
+def with_defects(data, wanted, *, strength=6.0):
+    """The data with defective versions of the wanted images: a few patches that differ."""
+    features = data.features.features[torch.from_numpy(wanted)].clone()
+    features[:, :, 3:5, 3:5] += strength * random(SHAPE[0], seed=5).sign()[:, None, None]
+    return replace(data, defects=SyntheticDefects(InMemory(features), wanted))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    data = images(40)
+    one = head()
+    return fit(one, with_defects(data, one.defect_images(data)))
+
+
+def test_the_wanted_defects_are_of_held_out_images():
+    data = images(60, holdout=range(FEWEST_HELD_OUT))
+    wanted = head().defect_images(data)
+    assert wanted.tolist() == sorted([*range(FEWEST_HELD_OUT)] * 6)
+    assert len(build(head_config(expert="memory"), shape=SHAPE).defect_images(data)) == 0
+
+
+@pytest.mark.parametrize("holdout", [range(FEWEST_HELD_OUT), ()])
+def test_held_out_scores_come_from_experts_that_have_not_seen_the_image(holdout, monkeypatch):
+    """Scales and weights of each fold are measured before any of its images is in the fit."""
+    data = images(48, holdout=holdout)
+    one = head()
+    data = with_defects(data, one.defect_images(data))
+    seen, measured = set(), set()
+    fit_branch, held_out = one._fit_branch, one._held_out
+
+    def fitting(branch, data, rows):
+        seen.clear()
+        seen.update(rows.tolist())
+        fit_branch(branch, data, rows)
+
+    def measuring(source, rows, categories):
+        originals = rows if source is data.features else data.defects.images[rows]
+        assert not seen & set(originals.tolist())
+        measured.update((source is data.features, int(row)) for row in originals)
+        return held_out(source, rows, categories)
+
+    monkeypatch.setattr(one, "_fit_branch", fitting)
+    monkeypatch.setattr(one, "_held_out", measuring)
+    fit(one, data)
+    expected = list(holdout) or range(48)
+    assert measured == {(good, row) for good in (True, False) for row in expected}
+    assert seen == set(range(48))  # in the end the experts are fitted to all
+
+
+def test_the_scale_is_that_of_the_held_out_images():
+    """Experts score the images that they were fitted to lower, so that a scale of these would be too small."""
+    data = images(48, holdout=range(FEWEST_HELD_OUT))
+    one = fit(head(), data)
+    branch = next(iter(one.used.values()))
+    rows = np.flatnonzero(~data.holdout)
+    other = begun(head(), data).branch
+    generator = torch.Generator().manual_seed(data.seed)
+    other.experts.fit(Normals(data.features, rows, data.subclasses[rows], data.groups[rows]), generator=generator)
+    scores = one._branch_scores  # the memory bank alone: no adaption, all subclasses together
+    for k in range(2):
+        own = data.features.features[data.holdout & (data.subclasses == k)]
+        held_out = scores(other, own, None, chosen(own, k), None)[1].numpy()
+        assert one.fusion.centre[k, 0, 1].item() == pytest.approx(np.median(held_out), rel=1e-5)
+        after = scores(branch, own, None, chosen(own, k), None)[1].numpy()
+        assert np.median(after) < one.fusion.centre[k, 0, 1].item()
+
+
+def chosen(features, k):
+    class Choice:
+        experts = torch.full((len(features), 1), k)
+        weights = torch.ones(len(features), 1)
+
+    return Choice
+
+
+def test_both_categories_are_in_the_notes(fitted):
+    record = fitted.notes()["fusion"]
+    assert [each["category"] for each in record] == list(NAMES)
+    assert all(sum(expert["weight"] for expert in each["experts"]) == pytest.approx(1) for each in record)
+    assert all(each["synthetic_defects"] > 0 for each in record)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_the_head_fuses_every_expert(fitted, number):
+    """Doubling the scores of one expert changes the fused ones."""
+    head = build(fitted.config, shape=SHAPE)
+    head.load_state(fitted.state())
+    features = images(4).features.features + 0.1
+    before = head(features)
+    assert number in head.used
+    head.fusion.weights[:, number] *= 2
+    after = head(features)
+    assert not torch.allclose(after.scores, before.scores, rtol=1e-3)
+    assert not torch.allclose(after.image_scores, before.image_scores, rtol=1e-3)
+
+
+def test_an_expert_without_any_weight_is_removed_and_not_run_after_loading(monkeypatch):
+    data = images(40)
+    one = head(smallest_weight=0.33)
+    blind = one.branches[1]  # layout
+
+    measure = one._held_out
+
+    def held_out(source, rows, categories):
+        scores = measure(source, rows, categories)
+        scores.scores[:, 1] = 0  # an expert for which all images are the same
+        return scores
+
+    monkeypatch.setattr(one, "_held_out", held_out)
+    fit(one, with_defects(data, one.defect_images(data)))
+    assert one.fusion.used == [True, False, True]
+    assert list(one.used) == [0, 2]
+    assert all(len(tensor) == 0 for tensor in blind.experts.state_dict().values())
+
+    loaded = build(one.config, shape=SHAPE)
+    loaded.load_state(one.state())
+    assert list(loaded.used) == [0, 2]
+    features = images(4).features.features
+
+    def refuse(*_):
+        raise AssertionError("the removed expert was run")
+
+    monkeypatch.setattr(loaded.branches[1], "forward", refuse)
+    torch.testing.assert_close(loaded(features), one(features), rtol=0, atol=0)

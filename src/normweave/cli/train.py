@@ -199,6 +199,8 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
 
 def weights(category: dict[str, Any]) -> str:
     """Return the weights of the experts in a category as text."""
+    from normweave.validation import DISCRIMINATOR
+
     experts = ", ".join(f"{expert['name']} {expert['weight']:.2f}" for expert in category["experts"])
     source = "equal weights, since no good image could be held out"
     if category["synthetic_defects"]:
@@ -206,7 +208,7 @@ def weights(category: dict[str, Any]) -> str:
             f"weights from {category['synthetic_defects']} synthetic defects in {category['held_out_images']} "
             "held-out good images"
         )
-    return f"{category['category']}: {experts} ({source}; --set head.expert.kind=… uses one alone)"
+    return f"{category['category']}: {experts} ({source}; --set head.expert.{DISCRIMINATOR}=… uses one alone)"
 
 
 def int8_summary(check: dict[str, Any] | None) -> str:

@@ -18,6 +18,7 @@ from normweave.heads.adapted_moe.fusion import (
     defects_per_image,
     folds,
 )
+from normweave.heads.grid import replace_border
 from normweave.types import FitData, SyntheticDefects
 
 SHAPE = (6, 8, 8)
@@ -198,7 +199,7 @@ def head(**expert):
 def with_defects(data, wanted, *, strength=6.0):
     """The data with defective versions of the wanted images: a few patches that differ."""
     features = data.features.features[torch.from_numpy(wanted)].clone()
-    features[:, :, 3:5, 3:5] += strength * random(SHAPE[0], seed=5).sign()[:, None, None]
+    features[:, :, 3:5, 3:5] += strength * random(len(wanted), SHAPE[0], 1, 1, seed=5)
     return replace(data, defects=SyntheticDefects(InMemory(features), wanted))
 
 
@@ -222,25 +223,29 @@ def test_held_out_scores_come_from_experts_that_have_not_seen_the_image(holdout,
     data = images(48, holdout=holdout)
     one = head()
     data = with_defects(data, one.defect_images(data))
+    memory = one.branches[0].experts
+    pool = torch.cat([data.features.features, data.defects.features.features])
+    originals = np.concatenate([np.arange(48), data.defects.images])
     seen, measured = set(), set()
-    fit_branch, held_out = one._fit_branch, one._held_out
+    fit_memory, score = memory.fit, memory.score_united
 
-    def fitting(branch, data, rows):
+    def fitting(normals, *, generator):
         seen.clear()
-        seen.update(rows.tolist())
-        fit_branch(branch, data, rows)
+        seen.update(normals.rows.tolist())
+        fit_memory(normals, generator=generator)
 
-    def measuring(source, rows, categories):
-        originals = rows if source is data.features else data.defects.images[rows]
-        assert not seen & set(originals.tolist())
-        measured.update((source is data.features, int(row)) for row in originals)
-        return held_out(source, rows, categories)
+    def measuring(features, allowed):
+        for image in features:  # without adaption, as it is in the source
+            (row,) = np.flatnonzero((pool == image).flatten(1).all(dim=1).numpy())
+            assert originals[row] not in seen
+            measured.add(int(row))
+        return score(features, allowed)
 
-    monkeypatch.setattr(one, "_fit_branch", fitting)
-    monkeypatch.setattr(one, "_held_out", measuring)
+    monkeypatch.setattr(memory, "fit", fitting)
+    monkeypatch.setattr(memory, "score_united", measuring)
     fit(one, data)
-    expected = list(holdout) or range(48)
-    assert measured == {(good, row) for good in (True, False) for row in expected}
+    assert set(originals[sorted(measured)]) == set(holdout or range(48))
+    assert len(measured) == len(holdout or range(48)) + len(data.defects.images)
     assert seen == set(range(48))  # in the end the experts are fitted to all
 
 
@@ -253,21 +258,16 @@ def test_the_scale_is_that_of_the_held_out_images():
     other = begun(head(), data).branch
     generator = torch.Generator().manual_seed(data.seed)
     other.experts.fit(Normals(data.features, rows, data.subclasses[rows], data.groups[rows]), generator=generator)
-    scores = one._branch_scores  # the memory bank alone: no adaption, all subclasses together
+
+    def scores(experts, features):  # of the memory bank alone: no adaption, all subclasses together
+        maps = experts.score_united(features, None)[0][:, 0]
+        return replace_border(maps, 2, grid=SHAPE[1:]).amax(dim=(1, 2)).numpy()
+
     for k in range(2):
         own = data.features.features[data.holdout & (data.subclasses == k)]
-        held_out = scores(other, own, None, chosen(own, k), None)[1].numpy()
-        assert one.fusion.centre[k, 0, 1].item() == pytest.approx(np.median(held_out), rel=1e-5)
-        after = scores(branch, own, None, chosen(own, k), None)[1].numpy()
-        assert np.median(after) < one.fusion.centre[k, 0, 1].item()
-
-
-def chosen(features, k):
-    class Choice:
-        experts = torch.full((len(features), 1), k)
-        weights = torch.ones(len(features), 1)
-
-    return Choice
+        held_out = np.median(scores(other.experts, own))
+        assert one.fusion.centre[k, 0, 1].item() == pytest.approx(held_out, rel=1e-5)
+        assert np.median(scores(branch.experts, own)) < held_out
 
 
 def test_both_categories_are_in_the_notes(fitted):
@@ -293,25 +293,21 @@ def test_the_head_fuses_every_expert(fitted, number):
 
 def test_an_expert_without_any_weight_is_removed_and_not_run_after_loading(monkeypatch):
     data = images(40)
-    one = head(smallest_weight=0.33)
+    one = head()
     blind = one.branches[1]  # layout
 
-    measure = one._held_out
+    def same(features, samples, experts):  # for which all images are the same
+        return torch.zeros(*experts.shape, 2, *SHAPE[1:])
 
-    def held_out(source, rows, categories):
-        scores = measure(source, rows, categories)
-        scores.scores[:, 1] = 0  # an expert for which all images are the same
-        return scores
-
-    monkeypatch.setattr(one, "_held_out", held_out)
+    monkeypatch.setattr(blind, "forward", same)
     fit(one, with_defects(data, one.defect_images(data)))
-    assert one.fusion.used == [True, False, True]
-    assert list(one.used) == [0, 2]
+    assert one.fusion.used[:2] == [True, False]
+    assert 1 not in one.used
     assert all(len(tensor) == 0 for tensor in blind.experts.state_dict().values())
 
     loaded = build(one.config, shape=SHAPE)
     loaded.load_state(one.state())
-    assert list(loaded.used) == [0, 2]
+    assert list(loaded.used) == list(one.used)
     features = images(4).features.features
 
     def refuse(*_):

@@ -100,12 +100,12 @@ def test_the_threshold_is_computed_from_normals_outside_of_the_fit(detector: Det
     assert not fit & calibration
     samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
     assert len(fit) + len(calibration) == len(samples)
-    # The threshold is computed from the scores of the calibration images, to the half precision of the feature cache.
+    # The threshold is computed from the scores of the calibration images, to the half precision of the feature cache; 0 is the median.
     from normweave.data.images import content_hash
 
     held_out = [sample.image_path for sample in samples if content_hash(sample.image_path)[:16] in calibration]
     scores = sorted(outcome.pred_score for outcome in detector.score(held_out))
-    np.testing.assert_allclose(scores, detector.calibration.scores, rtol=5e-3)
+    np.testing.assert_allclose(scores, detector.calibration.scores, rtol=5e-3, atol=5e-3)
 
 
 def test_images_of_one_roll_stay_together(detector: Detector, cloth: Path):

@@ -103,7 +103,7 @@ class MemoryExpertConfig(_Expert):
     """Patches stored in a memory bank, at most."""
     max_pool: PositiveInt = 20_000
     """Patches drawn at random before the coreset, for each memory bank."""
-    dimensions: NaturalInt = 64
+    dimensions: NaturalInt = 128
     """Principal components in which distances are measured; 0 = all channels, as PatchCore."""
 
 

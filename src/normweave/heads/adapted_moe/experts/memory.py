@@ -18,7 +18,7 @@ class MemoryExperts(Experts):
     """Distance to the nearest normal patch in the memory bank.
 
     d(x) = |V'x - m|, m the nearest stored patch (arXiv 2106.08265, equations 5 and 6). V are the leading principal
-    components of the patches, which the paper does not have: they bring the search to a third of its time. The
+    components of the patches, which the paper does not have: they save part of the products of the search. The
     bank holds patches of all subclasses. With `shared` an image is compared with all of them, otherwise with those of
     the experts that it is routed to.
 

@@ -94,3 +94,49 @@ def test_a_defect_is_drawn_once_for_its_features_and_its_coverage(scanned, tmp_p
     for fits in (1, 2):  # the second finds the features in the cache
         made(scanned, tmp_path / "cache")
         assert len(calls) == fits * IMAGES * VARIANTS
+
+
+def defects(scanned, monkeypatch, *, fit, wanted, seed=0):
+    """Synthetic defects as (number of the image, number of the image that fills it, random draw)."""
+    seen = []
+
+    def add_defect(pixels, other, *, rng):
+        seen.append((int(pixels[0, 0, 0]) // 20, int(other[0, 0, 0]) // 20, rng.random()))
+        return pixels, np.ones((32, 32), dtype=bool)
+
+    monkeypatch.setattr(synthetic, "add_defect", add_defect)
+    extractor = features.build(
+        TimmConfig(backbone="resnet18", strides=(4, 8), weights="random", batch_images=4), height=32, width=32
+    )
+    data = FitData(
+        features=InMemory(torch.zeros(len(fit), *extractor.shape)),
+        subclasses=np.zeros(len(fit), dtype=np.int64),
+        names=("cloth",),
+        groups=fit,
+        holdout=np.zeros(len(fit), dtype=bool),
+        seed=seed,
+        category_names=("even", "odd"),
+        given_categories=fit % 2,
+    )
+    standard = ChannelStandardizer(channels=extractor.shape[0])
+    found = fitting.synthetic_defects(
+        FittedRows(scanned, fit, fit[:0]), extractor, standard, data, wanted=wanted, cache=None
+    )
+    found.features.read(np.arange(len(wanted)))
+    assert (found.images == wanted).all()
+    return sorted(seen)  # threads read ahead
+
+
+def test_defects_are_filled_from_the_same_category_and_do_not_depend_on_other_fit_images(scanned, monkeypatch):
+    everything = np.arange(IMAGES)
+    wanted = np.array([1, 1, 1, 4, 4])
+    seen = defects(scanned, monkeypatch, fit=everything, wanted=wanted)
+    assert [own for own, _, _ in seen] == [1, 1, 1, 4, 4]
+    assert all(own % 2 == other % 2 for own, other, _ in seen)
+    assert len({draw for _, _, draw in seen}) == 5
+    assert defects(scanned, monkeypatch, fit=everything, wanted=wanted) == seen
+    assert defects(scanned, monkeypatch, fit=everything, wanted=wanted, seed=1) != seen
+    without = np.setdiff1d(everything, [0])  # all numbers of the fit images move by one
+    again = defects(scanned, monkeypatch, fit=without, wanted=wanted - 1)
+    assert {draw for _, _, draw in again} == {draw for _, _, draw in seen}
+    assert set(again) >= {each for each in seen if each[1] != 0}

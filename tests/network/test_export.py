@@ -177,6 +177,17 @@ def compare(ours, theirs):
         np.testing.assert_allclose(other, value.detach().numpy(), rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+def test_a_fusion_without_one_of_its_experts_gives_the_scores_of_torch():
+    whole, module = network(head_config()), network(head_config())
+    number, head = len(module.head.fusion.config.use), module.head
+    head.fusion.weights = torch.tensor([0.75, 0.0, 0.25]).expand(len(head.fusion.weights), number).contiguous()
+    head.branches[1].remove()
+    content = to_onnx(module, height=SIZE[0], width=SIZE[1])
+    pixels, _ = make_images(5, seed=2)
+    compare(module.outputs(pixels), loaded(content)(pixels.numpy()))
+    assert len(content) < len(to_onnx(whole, height=SIZE[0], width=SIZE[1]))
+
+
 def test_minus_one_leaves_an_image_all_experts():
     module = network(HEAD)
     pixels, _ = make_images(5, seed=2)

@@ -100,7 +100,7 @@ def test_the_threshold_is_computed_from_normals_outside_of_the_fit(detector: Det
     assert not fit & calibration
     samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
     assert len(fit) + len(calibration) == len(samples)
-    # The threshold is computed from the scores of the calibration images, to the half precision of the feature cache; 0 is the median.
+    # The threshold follows from the scores of the calibration images, to the half precision of the feature cache.
     from normweave.data.images import content_hash
 
     held_out = [sample.image_path for sample in samples if content_hash(sample.image_path)[:16] in calibration]

@@ -22,7 +22,7 @@ TYPES = {
     "tensor(int64)": np.int64,
     "tensor(bool)": np.bool_,
 }
-TOLERANCE = {"rtol": 2e-3, "atol": 2e-3}
+TOLERANCE = {"rtol": 2e-3, "atol": 5e-3}
 """Cached features have half precision, and the libraries round differently."""
 REFUSES_NO_IMAGE = {"normweave.network.openvino.OpenVinoNetwork"}
 """They raise BundleError for no image; the others return empty outputs."""

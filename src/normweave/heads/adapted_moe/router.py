@@ -104,19 +104,13 @@ class RouterStage(TrainingStage):
     name = "router"
 
     def __init__(self, router: Router, *, assign: Callable[[Tensor, Tensor], Tensor]) -> None:
-        self.module = router
+        super().__init__(router, router.config.training)
         self.router = router
         self.assign = assign
-        training = router.config.training
-        self.epochs, self.batch_images, self.patience = (
-            training.epochs,
-            training.batch_images,
-            training.patience,
-        )
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Return Adam over the convolution and the classifier."""
-        return torch.optim.Adam(self.router.parameters(), lr=self.router.config.training.learning_rate)
+        return torch.optim.Adam(self.router.parameters(), lr=self.learning_rate)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool

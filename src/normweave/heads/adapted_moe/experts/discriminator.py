@@ -100,22 +100,14 @@ class DiscriminatorStage(TrainingStage):
     name = "experts"
 
     def __init__(self, experts: DiscriminatorExperts, *, assign: Assign, adapt: Adapt) -> None:
-        self.module: nn.Module = experts
+        super().__init__(experts, experts.config.training)
         self.experts = experts
         self.assign = assign
         self.adapt = adapt
-        training = experts.config.training
-        self.epochs, self.batch_images, self.patience = (
-            training.epochs,
-            training.batch_images,
-            training.patience,
-        )
 
     def optimiser(self) -> torch.optim.Optimizer:
         """Return Adam with SimpleNet's weight decay."""
-        return torch.optim.Adam(
-            self.experts.parameters(), lr=self.experts.config.training.learning_rate, weight_decay=1e-5
-        )
+        return torch.optim.Adam(self.experts.parameters(), lr=self.learning_rate, weight_decay=1e-5)
 
     def loss(
         self, features: Tensor, subclasses: Tensor, *, generator: torch.Generator, training: bool

@@ -213,7 +213,7 @@ def fitted():
 def test_the_wanted_defects_are_of_held_out_images():
     data = images(60, holdout=range(FEWEST_HELD_OUT))
     wanted = head().defect_images(data)
-    assert wanted.tolist() == sorted([*range(FEWEST_HELD_OUT)] * 6)
+    assert wanted.tolist() == sorted([*range(FEWEST_HELD_OUT)] * 8)
     assert len(build(head_config(expert="memory"), shape=SHAPE).defect_images(data)) == 0
 
 
@@ -251,7 +251,7 @@ def test_held_out_scores_come_from_experts_that_have_not_seen_the_image(holdout,
 
 def test_the_scale_is_that_of_the_held_out_images():
     """Experts score the images that they were fitted to lower, so that a scale of these would be too small."""
-    data = images(48, holdout=range(FEWEST_HELD_OUT))
+    data = images(48, holdout=range(24))
     one = fit(head(), data)
     branch = next(iter(one.used.values()))
     rows = np.flatnonzero(~data.holdout)

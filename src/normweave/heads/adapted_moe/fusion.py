@@ -15,7 +15,7 @@ from normweave.config import FusionExpertConfig
 from normweave.types import FitData
 
 FOLDS = 4
-FEWEST_HELD_OUT = 24
+FEWEST_HELD_OUT = 12
 """Held-out images that are enough for the scales and weights; with fewer, all images are held out in turn."""
 FEWEST_OF_CATEGORY = 4
 """Held-out images that a category needs for scales and weights of its own; with fewer it has those of all."""

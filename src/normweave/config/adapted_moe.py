@@ -142,7 +142,7 @@ class FusionExpertConfig:
         "gaussian",
     )
     """Experts that are fitted and fused."""
-    sharpness: NaturalFloat = 1.0
+    sharpness: NaturalFloat = 0.5
     """Weights are proportional to exp(sharpness * logit(AUROC)) on synthetic defects; 0 = equal weights."""
     smallest_weight: InnerShare = 0.1
     """An expert with a smaller weight in a category is not used there."""

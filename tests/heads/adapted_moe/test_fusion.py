@@ -50,7 +50,7 @@ def fused(normal, defective=NONE, *, categories=(0,), use=("memory", "gaussian")
 def test_fusion_by_hand():
     first, second = [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9]
     # of the ten pairs with the two defects: 9 of the first expert are in order, of the second 7.5
-    fusion = fused(scored(0, first, second), scored(0, [11, 9], [8, 7]))
+    fusion = fused(scored(0, first, second), scored(0, [11, 9], [8, 7]), sharpness=1.0)
     odds = [(9 / 10) / (1 / 10), (7.5 / 10) / (2.5 / 10)]
     weights = [odd / sum(odds) for odd in odds]
     np.testing.assert_allclose(fusion.weights[0], weights, rtol=1e-5)
@@ -96,8 +96,8 @@ def test_without_defects_the_weights_are_equal():
 
 def test_an_expert_below_the_smallest_weight_is_dropped_and_the_others_sum_to_one():
     normal, defective = scored(0, range(10), [0] * 10), scored(0, [8.5], [0])  # odds of 9 to 1
-    assert fused(normal, defective, smallest_weight=0.09).used == [True, True]
-    dropped = fused(normal, defective, smallest_weight=0.11)
+    assert fused(normal, defective, sharpness=1.0, smallest_weight=0.09).used == [True, True]
+    dropped = fused(normal, defective, sharpness=1.0, smallest_weight=0.11)
     assert dropped.weights.tolist() == [[1, 0]]
     assert dropped.used == [True, False]
     equal = fused(normal, smallest_weight=0.9)  # all are below: those with the largest weight stay

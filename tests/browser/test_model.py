@@ -35,7 +35,7 @@ def test_an_engineer_applies_another_rate(visit, server):
     before = rate(page, server)
     number = page.get_by_label("Rate in percent")
     number.fill("0.5")
-    expect(page.locator(".refused")).to_contain_text("needs at least 199 held-out normal images")
+    expect(page.locator(".refused")).to_contain_text("needs at least 199 independent groups")
     expect(apply).to_be_disabled()
     number.fill("30")
     expect(page.locator(".preview")).to_contain_text("would get another verdict at 30")

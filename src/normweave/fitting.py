@@ -433,11 +433,8 @@ def synthetic_anomalies(
         known[row] = True
         return pixels
 
-    if cache is None:
-        source = feature_cache.streamed(extractor, load, count)
-    else:
-        keys = [key(row) for row in range(count)]
-        source = feature_cache.cached(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
+    keys = [key(row) for row in range(count)]
+    source = feature_cache.source(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
     missing = np.flatnonzero(~known)  # their features were in the cache
     for number, row in enumerate(missing, start=1):
         load(int(row))
@@ -485,11 +482,8 @@ def synthetic_defects(
         parts = ["defects", synthetic.FORMAT, seed, int(variant[row]), own, other]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    if cache is None:
-        source = feature_cache.streamed(extractor, load, len(wanted))
-    else:
-        keys = [key(row) for row in range(len(wanted))]
-        source = feature_cache.cached(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
+    keys = [key(row) for row in range(len(wanted))]
+    source = feature_cache.source(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
     return SyntheticDefects(StandardizedFeatures(source, standard), wanted)
 
 

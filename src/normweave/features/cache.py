@@ -112,6 +112,21 @@ def streamed(extractor: FrozenFeatures, load: Load, count: int) -> FeatureSource
     return Streamed(extractor, load, count)
 
 
+def source(
+    extractor: FrozenFeatures,
+    keys: Sequence[str],
+    load: Load,
+    *,
+    folder: Path | None,
+    max_gib: float,
+    progress: Progress | None = None,
+) -> FeatureSource:
+    """Return a source of the features of rows 0..len(keys)-1 of `load`: `cached`, or `streamed` without a folder."""
+    if folder is None:
+        return streamed(extractor, load, len(keys))
+    return cached(extractor, keys, load, folder=folder, max_gib=max_gib, progress=progress)
+
+
 def contains(folder: Path, fingerprint: str, keys: Sequence[str]) -> list[bool]:
     """Return for each key whether the cache contains its row."""
     cached_keys = {key for segment in _segments(folder / fingerprint, row_bytes=1) for key in segment.keys}

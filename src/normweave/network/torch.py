@@ -219,6 +219,4 @@ def feature_source(
     extractor: FrozenFeatures, images: Rows, *, cache: Path | None, max_gib: float, progress: Progress | None
 ) -> FeatureSource:
     """Return the features of all rows: from the cache folder, or computed at each reading where there is none."""
-    if cache is None:
-        return feature_cache.streamed(extractor, images.load, len(images))
-    return feature_cache.cached(extractor, images.keys, images.load, folder=cache, max_gib=max_gib, progress=progress)
+    return feature_cache.source(extractor, images.keys, images.load, folder=cache, max_gib=max_gib, progress=progress)

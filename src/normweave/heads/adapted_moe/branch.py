@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normweave.config import AdaptionConfig, SingleExpertConfig
 from normweave.heads import locate
-from normweave.heads.adapted_moe.adaption import build_adaption
+from normweave.heads.adapted_moe.adaption import build_adaption, statistics
 from normweave.heads.adapted_moe.experts.base import Experts
 from normweave.heads.base import batches
 from normweave.types import FeatureSource
@@ -56,6 +56,11 @@ class ExpertBranch(nn.Module):
         for name, tensor in list(self.experts.state_dict().items()):
             module, _, leaf = name.rpartition(".")
             setattr(self.experts.get_submodule(module), leaf, tensor[:0].clone())
+
+    def adapt(self, features: Tensor, experts: Tensor) -> Tensor:
+        """Return training images adapted for their own experts (B,), (B, D, h, w)."""
+        adapted: Tensor = self.adaption(features, statistics(features), experts[:, None])
+        return adapted[:, 0]
 
     def measure(
         self, source: FeatureSource, rows: NDArray[np.int64], experts: NDArray[np.int64], *, number: int

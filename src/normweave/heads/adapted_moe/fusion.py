@@ -65,7 +65,8 @@ class Fusion(nn.Module):
             categories: (K,) the category of each subclass.
             names: of the categories.
         """
-        weights, centre, spread = [], [], []
+        shape = (len(categories), normal.scores.shape[1])
+        weights, centre, spread = np.empty(shape), np.empty((*shape, 2)), np.empty((*shape, 2))
         self.record = []
         for category in np.unique(categories):
             own = normal.scores[normal.categories == category]
@@ -75,10 +76,8 @@ class Fusion(nn.Module):
             median, high = np.quantile(own, [0.5, 0.9], axis=0)  # (E, 2) each
             aurocs = np.array([auroc(own[:, e, 1], bad[:, e, 1]) for e in range(own.shape[1])])
             chosen = self._weights(aurocs)
-            members = np.flatnonzero(categories == category)
-            weights += [(k, chosen) for k in members]
-            centre += [(k, median) for k in members]
-            spread += [(k, np.maximum(high - median, 1e-6)) for k in members]
+            members = categories == category
+            weights[members], centre[members], spread[members] = chosen, median, np.maximum(high - median, 1e-6)
             self.record.append(
                 {
                     "category": names[category],
@@ -90,10 +89,7 @@ class Fusion(nn.Module):
                     ],
                 }
             )
-        self.weights, self.centre, self.spread = (
-            torch.from_numpy(np.stack([value for _, value in sorted(rows, key=lambda row: row[0])])).float()
-            for rows in (weights, centre, spread)
-        )
+        self.weights, self.centre, self.spread = (torch.from_numpy(each).float() for each in (weights, centre, spread))
 
     def _weights(self, aurocs: NDArray[np.float64]) -> NDArray[np.float64]:
         limited = np.clip(aurocs, 0.5, HIGHEST_AUROC)
@@ -150,11 +146,13 @@ def folds(data: FitData, experts: NDArray[np.int64]) -> NDArray[np.int64]:
         if len(names) == 1:
             fold = np.full(len(data), -1)
     for number in range(int(fold.max(initial=-1)) + 1):
-        for expert in np.unique(experts):
-            own = experts == expert
-            if (fold[own] == number).all():
-                fold[own] = -1
+        fold[last_of_expert(fold == number, experts)] = -1
     return np.asarray(fold, dtype=np.int64)
+
+
+def last_of_expert(held_out: NDArray[np.bool_], experts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which images (n,) are of an expert whose images are all held out, so that they are needed for the fit."""
+    return ~np.isin(experts, experts[~held_out])
 
 
 def defects_per_image(held_out: int, *, wanted: int = 128, most: int = 8) -> int:

@@ -21,7 +21,7 @@ from normweave.heads.adapted_moe.discovery import (
     discover,
 )
 from normweave.heads.adapted_moe.experts.base import Normals
-from normweave.heads.adapted_moe.fusion import Fusion, HeldOut, defects_per_image, folds
+from normweave.heads.adapted_moe.fusion import Fusion, HeldOut, defects_per_image, folds, last_of_expert
 from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, select_experts
 from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
@@ -130,7 +130,7 @@ class AdaptedMoE(Head):
         routing: tuple[TrainingStage, ...] = ()
         if self.router is not None and len(self.subclass_names) > 1:
             routing = (RouterStage(self.router, assign=self._assign),)
-        return (*routing, *self.branch.experts.stages(assign=self._assign, adapt=self._adapt))
+        return (*routing, *self.branch.experts.stages(assign=self._assign, adapt=self.branch.adapt))
 
     @torch.no_grad()
     def finish(self, data: FitData) -> None:
@@ -146,16 +146,13 @@ class AdaptedMoE(Head):
         experts = self.branch.experts
         rows = np.arange(len(data))
         held_out = data.holdout.copy()
-        for expert in range(len(self.subclass_names)):
-            own = self._experts == expert
-            if held_out[own].all():  # all images of the subclass are needed for the fit
-                held_out[own] = False
+        held_out[last_of_expert(held_out, self._experts)] = False
         if experts.standardised:
             held_out[:] = False
         self._fit_branch(self.branch, data, rows[~held_out])
         measured = rows[held_out] if held_out.any() else rows
         self.branch.measure(
-            _Adapted(data.features, self, self.branch),
+            _Adapted(data.features, self.branch, self._experts),
             measured[:0] if experts.standardised else measured,
             self._experts,
             number=len(self.subclass_names),
@@ -164,7 +161,7 @@ class AdaptedMoE(Head):
     def _fit_branch(self, branch: ExpertBranch, data: FitData, rows: NDArray[np.int64]) -> None:
         """Fit the experts of a branch in closed form to these images."""
         branch.experts.fit(
-            Normals(_Adapted(data.features, self, branch), rows, self._experts[rows], data.groups[rows]),
+            Normals(_Adapted(data.features, branch, self._experts), rows, self._experts[rows], data.groups[rows]),
             generator=torch.Generator().manual_seed(data.seed),
         )
 
@@ -202,11 +199,8 @@ class AdaptedMoE(Head):
         """Return the scores of these images by each branch; `categories` are those of all images of the source."""
         found = []
         for _, features in batches(source, rows):
-            distances = self.novelty(block_statistics(features))
-            samples = statistics(features)
-            choice = self._route(features, distances, samples=samples, allowed=None)
-            scores = [self._branch_scores(each, features, samples, choice, None) for each in self.used.values()]
-            both = [torch.stack([maps.amax(dim=(1, 2)), images], dim=1) for maps, images, _ in scores]
+            _, _, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
+            both = [torch.stack([maps.amax(dim=(1, 2)), images], dim=1) for maps, images, _ in scored.values()]
             found.append(torch.stack(both, dim=1).numpy())
         empty = np.empty((0, len(self.used), 2))
         return HeldOut(np.concatenate([empty, *found]), categories[rows])
@@ -250,12 +244,7 @@ class AdaptedMoE(Head):
 
     def _score(self, features: Tensor, distances: Tensor, *, allowed: Tensor | None) -> PatchScores:
         """Score with distances (B, K) to the known subclasses, by the experts (B, K) allowed; None = all."""
-        samples = statistics(features)
-        choice = self._route(features, distances, samples=samples, allowed=allowed)
-        scored = {
-            number: self._branch_scores(branch, features, samples, choice, allowed)
-            for number, branch in self.used.items()
-        }
+        samples, choice, scored = self._route_and_score(features, distances, allowed=allowed)
         if self.fusion is None:
             ((scores, images, _),) = scored.values()
             own_scores = images if self.branch.experts.maps > 1 else None
@@ -278,6 +267,18 @@ class AdaptedMoE(Head):
             ),
             nearest=next((nearest for _, _, nearest in scored.values() if nearest is not None), None),
         )
+
+    def _route_and_score(
+        self, features: Tensor, distances: Tensor, *, allowed: Tensor | None
+    ) -> tuple[Tensor, Choice, dict[int, tuple[Tensor, Tensor, Tensor | None]]]:
+        """Return the statistics of each image, its experts, and the scores by each branch in use."""
+        samples = statistics(features)
+        choice = self._route(features, distances, samples=samples, allowed=allowed)
+        scored = {
+            number: self._branch_scores(branch, features, samples, choice, allowed)
+            for number, branch in self.used.items()
+        }
+        return samples, choice, scored
 
     def _route(self, features: Tensor, distances: Tensor, *, samples: Tensor, allowed: Tensor | None) -> Choice:
         """Select the experts of each image."""
@@ -318,11 +319,6 @@ class AdaptedMoE(Head):
             return subclasses
         return torch.from_numpy(self._found.predict(statistics(features).cpu().numpy())).to(features.device)
 
-    def _adapt(self, features: Tensor, experts: Tensor) -> Tensor:
-        """Return training images adapted for their own experts (B,), (B, D, h, w)."""
-        adapted: Tensor = self.branch.adaption(features, statistics(features), experts[:, None])
-        return adapted[:, 0]
-
     def notes(self) -> dict[str, Any]:
         """Return the type of the experts, the choice of the fusion, and the agreement of subclasses."""
         return {
@@ -335,10 +331,10 @@ class AdaptedMoE(Head):
 class _Adapted:
     """The fit data, each image adapted for its own expert."""
 
-    def __init__(self, source: FeatureSource, head: AdaptedMoE, branch: ExpertBranch) -> None:
+    def __init__(self, source: FeatureSource, branch: ExpertBranch, experts: NDArray[np.int64]) -> None:
         self.source = source
-        self.head = head
         self.branch = branch
+        self.experts = experts  # of each image of the source
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -348,10 +344,8 @@ class _Adapted:
         return len(self.source)
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        own = torch.from_numpy(self.head._experts[np.asarray(rows)])
-        features = self.source.read(rows)
-        adapted: Tensor = self.branch.adaption(features, statistics(features), own[:, None])
-        return adapted[:, 0]
+        own = torch.from_numpy(self.experts[np.asarray(rows)])
+        return self.branch.adapt(self.source.read(rows), own)
 
 
 def _joined(parts: Sequence[HeldOut], *, experts: int) -> HeldOut:

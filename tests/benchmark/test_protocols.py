@@ -51,8 +51,9 @@ def test_no_part_is_in_training_and_test(parts: int, seed: int):
             assert not {sample.subclass_name for sample in fold.tests.get("unseen", ())} & seen
 
 
-def test_no_file_is_in_training_and_test(tmp_path: Path):
-    """Copies of one file, without groups, are all in one of fit, calibration and test, under every protocol."""
+@pytest.mark.parametrize("method", ["split", "cross-validation"])
+def test_no_file_is_in_training_and_test(tmp_path: Path, method: str):
+    """Copies of one file, without groups, are in one of fit, calibration and test, or in one fold and no test."""
     samples = []
     for subclass in ("a", "b", "c"):
         for number in range(12):
@@ -64,10 +65,11 @@ def test_no_file_is_in_training_and_test(tmp_path: Path):
             path.with_suffix(".jpg").write_bytes(path.read_bytes())
     for protocol in PROTOCOLS:
         for fold in folds(samples, protocol, ProtocolSettings(unseen=("b",)), seed=0):
-            division = splits.divide(fold.samples, calibration_share=0.3, at_least=1, seed=0)
-            sets = (division.fit, division.calibration, *fold.tests.values())
+            division = splits.divide(fold.samples, method=method, calibration_share=0.3, at_least=1, seed=0)
+            held_out = division.folds or (division.fit, division.calibration)
+            sets = (*held_out, *fold.tests.values())
             contents = [{sample.image_path.read_bytes() for sample in rows} for rows in sets]
-            parts = [*contents[:2], set().union(*contents[2:])]
+            parts = [*contents[: len(held_out)], set().union(*contents[len(held_out) :])]
             assert all(parts)
             assert sum(map(len, parts)) == len(set().union(*parts))
 

@@ -15,6 +15,7 @@ from normweave.data import rows
 from normweave.data.prepare import Preparation
 from normweave.detector import Detector
 from normweave.errors import ConfigError
+from normweave.heads.adapted_moe.fusion import Fusion
 from normweave.outcome.operating_point import Calibration
 from normweave.scoring import HeldOut, ImageScore
 from normweave.textiles import SEEN, make_textures, render
@@ -139,6 +140,16 @@ def test_each_image_is_scored_by_a_head_that_was_fitted_to_the_other_folds(lots)
     assert [each.own.subclass for each in scores] == [number // 3 for number in range(18)]
     assert all(each.unseen.score == each.own.score == each.number for each in scores)
     assert [each.unseen.subclass for each in scores] == [3 + n % 3 for n in range(9)] + [n % 3 for n in range(9, 18)]
+
+
+def test_the_fusion_is_measured_once_and_reused_in_the_folds(good, monkeypatch):
+    measured, reused = [], []
+    fit, copy = Fusion.fit, Fusion.copy
+    monkeypatch.setattr(Fusion, "fit", lambda fusion, *data, **of: (measured.append(fusion), fit(fusion, *data, **of)))
+    monkeypatch.setattr(Fusion, "copy", lambda fusion, *of: (reused.append(fusion), copy(fusion, *of)))
+    small = head_config(expert={"kind": "fusion", "memory.max_patches": 40, "memory.max_pool": 400})
+    Detector.fit(good, config=replace(SMALL, head=small), use_cache=False, device="cpu")
+    assert (len(measured), len(reused)) == (1, 5)
 
 
 def test_a_subclass_that_the_fold_knows_is_matched_by_its_name(good):

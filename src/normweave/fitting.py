@@ -12,6 +12,7 @@ import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,14 @@ def fit(
     images, division = divide(samples, config, known=known, progress=progress)
     source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
 
-    def fit_rows(fit: NDArray[np.int64], calibration: NDArray[np.int64]) -> Detector:
+    def fit_rows(fit: NDArray[np.int64], calibration: NDArray[np.int64], *, reuse: Head | None = None) -> Detector:
         chosen = FittedRows(images, fit, calibration)
         standard, head = fit_head(
             chosen,
             extractor,
             source,
             config,
+            reuse=reuse,
             cache=folder,
             cache_gib=cache_gib,
             work=work,
@@ -111,7 +113,7 @@ def fit(
         network = TorchNetwork(
             extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen
         )
-        if config.outcome.references and head.origins is not None:
+        if config.outcome.references and head.origins is not None and reuse is None:
             network.references = References.collect(head.origins, grid=source.shape[1:], images=images, fit=fit)
         detector = Detector(
             network,
@@ -126,10 +128,12 @@ def fit(
 
     calibration = rows_of(images, division.calibration)
     detector = fit_rows(rows_of(images, division.fit), calibration)
+    assert isinstance(detector.network, TorchNetwork)
     detector.record |= _subclass_record(detector)
     if division.folds:
         folds = [rows_of(images, fold) for fold in division.folds]
-        held_out = cross_validation.held_out_scores(detector, images, folds, fit_rows, cache=folder, progress=progress)
+        fit_part = partial(fit_rows, reuse=detector.network.head)
+        held_out = cross_validation.held_out_scores(detector, images, folds, fit_part, cache=folder, progress=progress)
         detector.record |= cross_validation.record(held_out, images)
     else:
         held_out = detector.held_out_scores(images, calibration, cache=folder)
@@ -143,6 +147,7 @@ def fit_head(
     source: FeatureSource,
     config: Config,
     *,
+    reuse: Head | None,
     cache: Path | None,
     cache_gib: float,
     work: Path | None,
@@ -154,11 +159,14 @@ def fit_head(
 
     Args:
         source: features of all rows of `chosen.images`.
+        reuse: a head fitted to all images, whose weights are taken; see `Head.reuse`.
         cache, cache_gib, work, resume, device: as in `fit`.
     """
     standard = ChannelStandardizer(channels=source.shape[0])
     standard.fit(_Part(source, chosen.fit))
     head = build_head(config.head, shape=source.shape, dims=extractor.dims)
+    if reuse is not None:
+        head.reuse(reuse)
     fit_data = _fit_data(chosen, StandardizedFeatures(_Part(source, chosen.fit), standard), config)
     fit_data = replace(
         fit_data,

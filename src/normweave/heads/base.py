@@ -95,6 +95,13 @@ class Head(nn.Module):
     """(M, 3) row of the fit data, grid row and grid column of each stored patch that `PatchScores.nearest` refers to;
     known after `finish`, not part of the state. None: no such patches, or loaded."""
 
+    def reuse(self, fitted: Head) -> None:
+        """Take what a head of the same settings, fitted to all images, measured to weigh its parts (before `begin`).
+
+        The heads of a cross-validation do not measure it again: it is a few numbers of all images, while everything
+        else is fitted without the fold.
+        """
+
     def defect_images(self, data: FitData) -> NDArray[np.int64]:
         """Return the fit images that the head needs with a synthetic defect (`FitData.defects`), each as often."""
         return np.empty(0, dtype=np.int64)

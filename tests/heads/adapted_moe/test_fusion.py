@@ -277,6 +277,32 @@ def test_both_categories_are_in_the_notes(fitted):
     assert all(each["synthetic_defects"] > 0 for each in record)
 
 
+def test_a_head_of_a_fold_takes_scales_and_weights_and_fits_its_own_experts(fitted):
+    """By the name of the category, whose number in the fold is another one."""
+    data = images(40)
+    cloth = np.flatnonzero(data.categories == 1)
+    part = replace(
+        data,
+        features=InMemory(data.features.features[torch.from_numpy(cloth)]),
+        subclasses=np.zeros(len(cloth), dtype=np.int64),
+        names=("cloth",),
+        groups=data.groups[cloth],
+        holdout=data.holdout[cloth],
+        given_categories=np.zeros(len(cloth), dtype=np.int64),
+        category_names=("cloth",),
+    )
+    one = head()
+    one.reuse(fitted)
+    assert not len(one.defect_images(part))
+    fit(one, part)
+    for name in ("weights", "centre", "spread"):
+        own, theirs = getattr(one.fusion, name), getattr(fitted.fusion, name)
+        torch.testing.assert_close(own, theirs[1:], rtol=0, atol=0)
+        assert not torch.equal(own, theirs[:1])
+    features = images(4).features.features
+    assert not torch.allclose(one(features).scores, fitted(features).scores, rtol=1e-3)
+
+
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_head_fuses_every_expert(fitted, number):
     """Doubling the scores of one expert changes the fused ones."""

@@ -55,6 +55,7 @@ class Fusion(nn.Module):
         self.register_buffer("centre", torch.zeros(1, experts, 2))
         self.register_buffer("spread", torch.ones(1, experts, 2))
         self.record: list[dict[str, Any]] = []
+        self.names: tuple[str, ...] = ()  # category of each row of the buffers, known after fit
 
     def fit(self, normal: HeldOut, defective: HeldOut, *, categories: NDArray[np.int64], names: Sequence[str]) -> None:
         """Fit scales and weights.
@@ -90,6 +91,15 @@ class Fusion(nn.Module):
                 }
             )
         self.weights, self.centre, self.spread = (torch.from_numpy(each).float() for each in (weights, centre, spread))
+        self.names = tuple(names[category] for category in categories)
+
+    def copy(self, fitted: Fusion, categories: Sequence[str]) -> None:
+        """Take scales and weights of a fusion that was fitted to these categories, one for each subclass, or more."""
+        rows = [fitted.names.index(name) for name in categories]
+        self.weights, self.centre, self.spread = (
+            each[rows].clone() for each in (fitted.weights, fitted.centre, fitted.spread)
+        )
+        self.names = tuple(categories)
 
     def _weights(self, aurocs: NDArray[np.float64]) -> NDArray[np.float64]:
         limited = np.clip(aurocs, 0.5, HIGHEST_AUROC)

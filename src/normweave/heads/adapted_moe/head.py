@@ -58,6 +58,7 @@ class AdaptedMoE(Head):
         self.novelty = SubclassNovelty(statistics=2 * shape[0])
         self._found: Discovery | None = None
         self._experts = np.empty(0, dtype=np.int64)  # of each image of the fit data
+        self._fitted_fusion: Fusion | None = None  # of a head that was fitted to all images
 
     @property
     def _branches(self) -> list[ExpertBranch]:
@@ -77,6 +78,11 @@ class AdaptedMoE(Head):
     def can_exclude(self) -> bool:  # type: ignore[override]
         """Whether there is more than one expert."""
         return len(self.subclass_names) > 1
+
+    def reuse(self, fitted: Head) -> None:
+        """Take the scales and weights of the fusion."""
+        assert isinstance(fitted, AdaptedMoE)
+        self._fitted_fusion = fitted.fusion
 
     @torch.no_grad()
     def begin(self, data: FitData) -> None:
@@ -166,10 +172,23 @@ class AdaptedMoE(Head):
         )
 
     def _fit_fusion(self, data: FitData, fusion: Fusion) -> None:
-        """Fit scales and weights of the fusion on images that the experts were not fitted on, then fit them to all."""
+        """Fit scales and weights of the fusion, if there are none to reuse, and the experts to all images."""
         number = len(self.subclass_names)
+        categories = np.array([np.bincount(data.categories[self._experts == each]).argmax() for each in range(number)])
         for branch in self.used.values():
             branch.unit_scale(number)
+        if self._fitted_fusion is None:
+            self._measure(data, fusion, categories)
+        else:
+            fusion.copy(self._fitted_fusion, [data.category_names[category] for category in categories])
+        for branch, used in zip(self._branches, fusion.used, strict=True):
+            if not used:
+                branch.remove()
+        for branch in self.used.values():
+            self._fit_branch(branch, data, np.arange(len(data)))
+
+    def _measure(self, data: FitData, fusion: Fusion, categories: NDArray[np.int64]) -> None:
+        """Fit scales and weights of the fusion on images that the experts were not fitted on."""
         fold = folds(data, self._experts)
         normal, defective = [], []
         for part in range(int(fold.max()) + 1):
@@ -179,21 +198,16 @@ class AdaptedMoE(Head):
             if data.defects is not None:
                 rows = np.flatnonzero(fold[data.defects.images] == part)
                 defective.append(self._held_out(data.defects.features, rows, data.categories[data.defects.images]))
-        for branch in self.used.values():
-            self._fit_branch(branch, data, np.arange(len(data)))
         if not normal:  # one group only: nothing can be held out, and the scores come out too small
+            for branch in self.used.values():
+                self._fit_branch(branch, data, np.arange(len(data)))
             normal.append(self._held_out(data.features, np.arange(len(data)), data.categories))
         fusion.fit(
             _joined(normal, experts=len(self.branches)),
             _joined(defective, experts=len(self.branches)),
-            categories=np.array(
-                [np.bincount(data.categories[self._experts == each]).argmax() for each in range(number)]
-            ),
+            categories=categories,
             names=data.category_names,
         )
-        for branch, used in zip(self._branches, fusion.used, strict=True):
-            if not used:
-                branch.remove()
 
     def _held_out(self, source: FeatureSource, rows: NDArray[np.int64], categories: NDArray[np.int64]) -> HeldOut:
         """Return the scores of these images by each branch; `categories` are those of all images of the source."""
@@ -207,7 +221,7 @@ class AdaptedMoE(Head):
 
     def defect_images(self, data: FitData) -> NDArray[np.int64]:
         """Return the fit images that are wanted with synthetic defects, each as often as wanted, ascending."""
-        if self.fusion is None:
+        if self.fusion is None or self._fitted_fusion is not None:
             return np.empty(0, dtype=np.int64)
         held_out = np.flatnonzero(folds(data, np.zeros(len(data), dtype=np.int64)) >= 0)
         return np.repeat(held_out, defects_per_image(len(held_out)))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from normweave.benchmark.plan import read_plan
+from normweave.benchmark.plan import DataPlan, read_plan
 from normweave.benchmark.run import Run
 from normweave.errors import ConfigError
 from normweave.types import Sample
@@ -48,6 +48,27 @@ def test_a_plan_names_the_unseen_subclasses(tmp_path: Path):
     assert (len(first.tests["unseen"]), len(second.tests["unseen"])) == (3, 1)
 
 
+def test_changes_of_the_training_images_are_named_in_the_rows_and_are_part_of_the_key(tmp_path: Path):
+    def first(more: str) -> DataPlan:
+        return read_plan(written(tmp_path, GOOD.replace("protocols: [given]", f"protocols: [given]{more}"))).data[0]
+
+    items = [first(more) for more in ("", ", contamination: 0.1", ", contamination: 0.1, train_images: 10")]
+    assert [item.name for item in items] == [
+        "cloth",
+        "cloth (contamination 0.1)",
+        "cloth (train_images 10, contamination 0.1)",
+    ]
+    method = read_plan(written(tmp_path, GOOD)).methods[0]
+    runs = [Run(method=method, data=item, root="data", protocol="given", fold="all", seed=0) for item in items]
+    assert len({run.key for run in runs}) == 3
+    samples = [
+        Sample(image_path=tmp_path / f"{split}{label}{number}.png", split=split, label=label)
+        for split, label in (("train", "normal"), ("test", "normal"), ("test", "anomalous"))
+        for number in range(20)
+    ]
+    assert [len(item.folds(samples, "given", seed=0)[0].samples) for item in items] == [20, 22, 11]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -75,6 +96,15 @@ def test_a_plan_names_the_unseen_subclasses(tmp_path: Path):
             "cloth: parts: got no source of images. Give one of path, t",
         ),
         ("path: cloth, ", "parts: [{paht: tiles}], ", "Did you mean 'path'"),
+        ("[given]", "[given], contamination: 0.6", "cloth: contamination must be a share between 0 and 0.5, got 0.6"),
+        ("[given]", "[given], contamination: -0.1", "contamination must be a share between 0 and 0.5, got -0.1. 0.1 m"),
+        ("[given]", "[given], contamination: some", "contamination must be a share between 0 and 0.5, got 'some'"),
+        ("[given]", "[given], train_images: 2", "train_images must be at least 3, or 0 for all images, got 2. Set it"),
+        (
+            "[given]",
+            "[given], train_images: 5.0",
+            "cloth: train_images must be at least 3, or 0 for all images, got 5.0",
+        ),
         ("path: cloth, ", "parts: [{path: tiles, parts: []}], ", "Unknown key of .*: cloth: parts 'parts'"),
     ],
 )

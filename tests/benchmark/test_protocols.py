@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normweave.benchmark import protocols
@@ -194,6 +194,89 @@ def test_a_protocol_is_added_by_registering_a_function(tmp_path: Path, monkeypat
     source = Path(protocols.__file__)
     others = "".join(p.read_text() for p in source.parents[1].rglob("*.py") if p != source)
     assert not [name for name in PROTOCOLS if "-" in name and f'"{name}"' in others]
+
+
+@settings(max_examples=10)
+@given(parts=st.integers(20, 40), seed=st.integers(0, 9), share=st.sampled_from([0.05, 0.1, 0.2]))
+def test_defective_test_images_among_the_training_images_of_every_protocol(parts: int, seed: int, share: float):
+    for protocol in PROTOCOLS:
+        samples = tiles_and_boards(parts) if protocol == "multi-category" else tiles(parts)
+        defective = {sample.image_path for sample in samples if sample.label == "anomalous"}
+        chosen = ProtocolSettings(unseen=("exp1",), contamination=share)
+        clean = folds(samples, protocol, replace(chosen, contamination=0.0), seed=seed)
+        for fold, before in zip(folds(samples, protocol, chosen, seed=seed), clean, strict=True):
+            good = [sample for sample in fold.samples if sample.image_path not in defective]
+            added = [sample for sample in fold.samples if sample.image_path in defective]
+            assert tuple(good) == before.samples
+            assert abs(len(added) / len(fold.samples) - share) <= 0.6 / len(before.samples) or len(added) == 1
+            assert {(sample.label, sample.split, sample.mask_path) for sample in added} == {("normal", "train", None)}
+            assert {sample.subclass_name for sample in added} <= {sample.subclass_name for sample in good}
+            tests = [sample for rows in fold.tests.values() for sample in rows]
+            assert not groups(fold.samples) & groups(tests)
+            assert {sample for rows in before.tests.values() for sample in rows} - set(tests) == {
+                sample for rows in before.tests.values() for sample in rows if sample.group in groups(added)
+            }
+            assert "anomalous" in {sample.label for sample in tests}
+
+
+def test_defective_training_images_are_of_few_groups_and_about_the_same_share_of_each_subclass():
+    samples = [sample for sample in tiles(50) if sample.subclass != "exp2" or int(sample.group[4:]) % 2]
+    (fold,) = folds(samples, "seen", ProtocolSettings(contamination=0.1), seed=0)
+    defective = {sample.image_path for sample in samples if sample.label == "anomalous"}
+    added = [sample for sample in fold.samples if sample.image_path in defective]
+    shares = [
+        sum(sample.subclass == name for sample in added) / sum(sample.subclass == name for sample in fold.samples)
+        for name in ("exp0", "exp1", "exp2")
+    ]
+    assert max(shares) - min(shares) < 0.06
+    assert len(groups(added)) == max(sum(sample.subclass == name for sample in added) for name in ("exp0", "exp1"))
+    again, other = (folds(samples, "seen", ProtocolSettings(contamination=0.1), seed=seed)[0] for seed in (0, 1))
+    assert again.samples == fold.samples
+    assert other.samples != fold.samples
+
+
+def test_a_copy_of_a_defective_training_image_is_not_tested(tmp_path: Path):
+    samples = []
+    for number in range(12):
+        path = tmp_path / f"{number}.png"
+        path.write_bytes(f"image {number if number < 10 else 10}".encode())  # the two defective ones are copies
+        label, split = ("anomalous" if number >= 10 else "normal"), ("train" if number < 6 else "test")
+        samples.append(Sample(image_path=path, label=label, split=split))
+    with pytest.raises(DataError, match=r"without the 1 groups of the 1 defective .* has no defective test image"):
+        folds(samples, "given", ProtocolSettings(contamination=0.1), seed=0)
+    samples[-1].image_path.write_bytes(b"another defect")
+    (fold,) = folds(samples, "given", ProtocolSettings(contamination=0.1), seed=0)
+    assert [sample.label for sample in fold.tests["seen"]] == ["normal"] * 4 + ["anomalous"]
+    with pytest.raises(
+        DataError, match=r"0\.5 of the 6 training images .* needs 6 defective test images .*, got 2\. Set"
+    ):
+        folds(samples, "given", ProtocolSettings(contamination=0.5), seed=0)
+
+
+@pytest.mark.parametrize("protocol", sorted(PROTOCOLS))
+def test_few_training_images_of_every_protocol_are_of_many_groups_and_of_each_subclass(protocol: str):
+    samples = tiles_and_boards()
+    chosen = ProtocolSettings(unseen=("exp1",), train_images=10)
+    clean = folds(samples, protocol, replace(chosen, train_images=0), seed=0)
+    for fold, before in zip(folds(samples, protocol, chosen, seed=0), clean, strict=True):
+        assert len(fold.samples) == 10
+        assert set(fold.samples) <= set(before.samples)
+        assert fold.tests == before.tests
+        names = [sample.subclass_name for sample in before.samples]
+        drawn = [sum(sample.subclass_name == name for sample in fold.samples) for name in set(names)]
+        assert max(drawn) - min(drawn) <= 1
+        assert len(groups(fold.samples)) == min(10, len(groups(before.samples)))
+    drawn = {folds(samples, protocol, chosen, seed=seed)[0].samples for seed in (0, 0, 1)}
+    assert len(drawn) == 2
+    many = folds(samples, protocol, replace(chosen, train_images=1000), seed=0)
+    assert [fold.samples for fold in many] == [fold.samples for fold in clean]
+
+
+def test_few_training_images_with_defective_ones_and_fewer_than_subclasses():
+    (fold,) = folds(tiles(60), "seen", ProtocolSettings(train_images=9, contamination=0.1), seed=0)
+    assert len(fold.samples) == 10  # the defective image comes on top
+    with pytest.raises(DataError, match=r"3 images cannot hold one of each of the 6 subclasses of fold 'all'\. Set tr"):
+        folds(tiles_and_boards(), "seen", ProtocolSettings(train_images=3), seed=0)
 
 
 def test_an_unknown_protocol_is_an_error():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class DataPlan(PartPlan, ProtocolSettings):
     """One data set, its protocols and their settings."""
 
     name: str
+    """In the rows of the table; `read_plan` adds `train_images` and `contamination` to it."""
     parts: tuple[PartPlan, ...] = ()
     """Sources that are joined into one data set, each with its own categories; instead of `path` or `textures`."""
     protocols: tuple[str, ...] = ("seen",)
@@ -102,7 +103,12 @@ def _data(tree: Any, where: str) -> DataPlan:
     keys = _checked(tree, DataPlan, where)
     within = f"{where}: {keys['name']}: parts"
     parts = tuple(PartPlan(**_checked(part, PartPlan, within)) for part in keys.pop("parts", ()))
-    item = DataPlan(parts=parts, **keys)
+    try:
+        item = DataPlan(parts=parts, **keys)
+    except ConfigError as error:
+        raise ConfigError(f"{within.removesuffix(': parts')}: {error}") from error
+    if item.changes:
+        item = replace(item, name=f"{item.name} ({item.changes})")
     _check_source(item, ("path", "textures", "parts"), where)
     for part in parts:
         _check_source(part, ("path", "textures"), within)

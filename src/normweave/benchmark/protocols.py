@@ -1,18 +1,20 @@
 """Benchmark protocols: each divides a data set into folds of training and test images.
 
 To add a protocol, write a function from `DrawnSplits` to folds and register it with `@register("name")`. A setting
-of its own is a field of `ProtocolSettings`. Plans read and check both from here.
+of its own is a field of `ProtocolSettings`. Plans read and check both from here. `train_images` and `contamination`
+change the training images of the folds of every protocol.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from normweave.data import splits
-from normweave.errors import DataError, unknown
+from normweave.errors import ConfigError, DataError, unknown
 from normweave.types import Sample
 
 
@@ -24,6 +26,28 @@ class ProtocolSettings:
     """unseen-subclass: the subclasses that are only tested, as SUBCLASS or CATEGORY/SUBCLASS."""
     leave_out: int = 2
     """leave-k-out: the number of subclasses that a fold leaves out."""
+    train_images: int = 0
+    """Largest number of good training images of a fold, balanced over the subclasses; 0: all."""
+    contamination: float = 0.0
+    """Share of the training images of a fold that are defective, but labelled normal: drawn from its test images."""
+
+    def __post_init__(self) -> None:
+        count, share = self.train_images, self.contamination
+        if not isinstance(count, int) or isinstance(count, bool) or count < 0 or count in (1, 2):
+            raise ConfigError(
+                f"train_images must be at least 3, or 0 for all images, got {count!r}. Set it to 3 or more."
+            )
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 <= share <= 0.5:
+            raise ConfigError(
+                f"contamination must be a share between 0 and 0.5, got {share!r}. 0.1 makes a tenth of the training "
+                "images defective."
+            )
+
+    @property
+    def changes(self) -> str:
+        """The changes of the training images, as tables name them: `train_images 10, contamination 0.1`."""
+        values = {"train_images": self.train_images, "contamination": self.contamination}
+        return ", ".join(f"{name} {value}" for name, value in values.items() if value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +119,12 @@ def folds(
     """Return the folds of a protocol.
 
     Missing splits are drawn with the seed by whole groups: a physical part with test images has no training image
-    under any condition.
+    under any condition. `train_images` and `contamination` then change the training images of each fold.
 
     Raises:
         ConfigError: the protocol is unknown.
-        DataError: too few subclasses or categories for the protocol, or an unseen subclass that the data lacks.
+        DataError: too few subclasses or categories for the protocol, an unseen subclass that the data lacks, fewer
+            `train_images` than subclasses, or too few defective test images for `contamination`.
     """
     check_protocol(protocol)
     complete = splits.complete(samples, seed=seed)
@@ -109,7 +134,77 @@ def folds(
         seed=seed,
         settings=settings or ProtocolSettings(),
     )
-    return PROTOCOLS[protocol](split)
+    return [_contaminated(_reduced(fold, split), split) for fold in PROTOCOLS[protocol](split)]
+
+
+def _reduced(fold: Fold, split: DrawnSplits) -> Fold:
+    """Return the fold with at most `train_images` training images, drawn with the seed.
+
+    As many of each subclass as possible, and of as many groups as possible: images of one group are not independent.
+    """
+    amount = split.settings.train_images
+    if not amount or len(fold.samples) <= amount:
+        return fold
+    subclasses = {sample.subclass_name for sample in fold.samples}
+    if amount < len(subclasses):
+        raise DataError(
+            f"train_images: {amount} images cannot hold one of each of the {len(subclasses)} subclasses of fold "
+            f"{fold.name!r}. Set train_images to {len(subclasses)} or more."
+        )
+    groups = splits.independent_groups(fold.samples, [splits.file_content(sample) for sample in fold.samples])
+    left = np.random.default_rng(split.seed).permutation(len(fold.samples)).tolist()
+    of_subclass: Counter[str] = Counter()
+    of_group: Counter[int] = Counter()
+    chosen: set[int] = set()
+    while len(chosen) < amount:
+        row = min(left, key=lambda row: (of_subclass[fold.samples[row].subclass_name], of_group[groups[row]]))
+        left.remove(row)
+        chosen.add(row)
+        of_subclass[fold.samples[row].subclass_name] += 1
+        of_group[groups[row]] += 1
+    return replace(fold, samples=tuple(sample for row, sample in enumerate(fold.samples) if row in chosen))
+
+
+def _contaminated(fold: Fold, split: DrawnSplits) -> Fold:
+    """Return the fold with defective test images among its training images, drawn with the seed and labelled normal.
+
+    They are added to the good images, about the same share of each subclass, from as few groups as possible. Their
+    groups and copies leave the test images.
+    """
+    share = split.settings.contamination
+    if not share:
+        return fold
+    trained = Counter(sample.subclass_name for sample in fold.samples)
+    amount = max(1, round(share / (1 - share) * len(fold.samples)))
+    groups = splits.independent_groups(split.test, [splits.file_content(sample) for sample in split.test])
+    order = np.random.default_rng(split.seed).permutation(len(groups)).tolist()
+    left = [
+        row
+        for row in sorted(range(len(groups)), key=lambda row: order[groups[row]])
+        if split.test[row].label == "anomalous" and split.test[row].subclass_name in trained
+    ]
+    if len(left) < amount:
+        raise DataError(
+            f"contamination: {share} of the {len(fold.samples)} training images of fold {fold.name!r} needs {amount} "
+            f"defective test images of their subclasses, got {len(left)}. Set contamination or train_images lower."
+        )
+    names = [sample.subclass_name for sample in split.test]
+    drawn: list[int] = []
+    of_subclass: Counter[str] = Counter()
+    while len(drawn) < amount:
+        drawn.append(min(left, key=lambda row: of_subclass[names[row]] / trained[names[row]]))
+        left.remove(drawn[-1])
+        of_subclass[names[drawn[-1]]] += 1
+    added = [replace(split.test[row], split="train", label="normal", defect=None, mask_path=None) for row in drawn]
+    spent = {groups[row] for row in drawn}
+    kept = {sample for sample, group in zip(split.test, groups, strict=True) if group not in spent}
+    tests = {side: tuple(sample for sample in rows if sample in kept) for side, rows in fold.tests.items()}
+    if not any(sample.label == "anomalous" for rows in tests.values() for sample in rows):
+        raise DataError(
+            f"contamination: without the {len(spent)} groups of the {amount} defective images among the training "
+            f"images, fold {fold.name!r} has no defective test image. Set contamination or train_images lower."
+        )
+    return replace(fold, samples=(*fold.samples, *added), tests={side: rows for side, rows in tests.items() if rows})
 
 
 def check_protocol(name: str) -> None:

@@ -256,6 +256,23 @@ def test_the_same_variant_keeps_what_was_set():
     assert settings.override(config, ["head.kind=adapted_moe", "seed=1"]) == replace(config, seed=1)
 
 
+def test_named_settings_are_those_of_the_file_and_of_the_assignments(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("prepare: {height: 256}\nhead.top_k: 2\nseed: 1\n")
+    named = settings.named(
+        path, ["features.strides=[4, 8]", "data.subclass_regex=^(a|b)", "head.expert={kind: memory}"]
+    )
+    assert named == {
+        "prepare.height",
+        "head.top_k",
+        "seed",
+        "features.strides",
+        "data.subclass_regex",
+        "head.expert.kind",
+    }
+    assert settings.named(None, []) == frozenset()
+
+
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [

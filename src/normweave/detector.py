@@ -99,10 +99,10 @@ class Detector:
         config: Config | None = None,
         **options: Any,
     ) -> Detector:
-        """Fit a detector to good images; `normweave.fitting.fit` documents all options. Needs torch."""
-        # By name: fitting builds on this module, which runs without torch.
-        fitting = importlib.import_module("normweave.fitting")
-        detector: Detector = fitting.fit(data, model=model, subclass_from=subclass_from, config=config, **options)
+        """Fit a detector to good images; `normweave.budget.fit` documents all options. Needs torch."""
+        # By name: these modules build on this one, which runs without torch.
+        budget = importlib.import_module("normweave.budget")
+        detector: Detector = budget.fit(data, model=model, subclass_from=subclass_from, config=config, **options)
         return detector
 
     @classmethod

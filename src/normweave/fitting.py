@@ -83,7 +83,7 @@ def fit(
         DataError: there are no usable good images, or too few.
         ConfigError, MissingError: a setting is not possible, or a backbone is not available.
     """
-    config = _configured(config, model=model, subclass_from=subclass_from)
+    config = configured(config, model=model, subclass_from=subclass_from)
     device = torch_device(device)
     samples = samples_of(data, config, layout)
     extractor = build_features(config.features, height=config.prepare.height, width=config.prepare.width)
@@ -360,7 +360,8 @@ class _Part:
         return self.source.read(self.rows[np.asarray(rows, dtype=np.int64)])
 
 
-def _configured(config: Config | None, *, model: str | None, subclass_from: str | None) -> Config:
+def configured(config: Config | None, *, model: str | None, subclass_from: str | None) -> Config:
+    """Return the settings, or the default ones, with the head of a model and another source of subclasses."""
     config = config or Config()
     if model is not None:
         config = settings.with_model(config, model)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,30 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         except ConfigError as error:
             found.append(str(error))
     return _build(config, values, found, source="--set")
+
+
+def named(path: Path | None, assignments: Iterable[str]) -> frozenset[str]:
+    """Return the dotted keys of the settings that a YAML file and assignments name, also with their default values.
+
+    Raises:
+        ConfigError: as in `read` and `override`.
+    """
+    values: dict[Any, Any] = {}
+    if path is not None:
+        read(path)  # for its errors
+        values |= _parse(Path(path).read_text("utf-8"), source=str(path))
+    for assignment in assignments:
+        key, _, text = (part.strip() for part in assignment.partition("="))
+        values[key] = text if key in _texts(Config) else _parse(text, source=key)
+    return frozenset(_keys(_nested(values)))
+
+
+def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def _build(base: Config, values: Mapping[str, Any], found: list[str], *, source: str) -> Config:

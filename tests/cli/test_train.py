@@ -9,7 +9,7 @@ from PIL import Image
 
 from normweave import bundle
 from normweave.cli.terminal import Terminal
-from normweave.cli.train import compose_settings, int8_summary, point_row, report, weights
+from normweave.cli.train import compose_settings, int8_summary, point_row, report, show_budget, weights
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.detector import Detector
 from normweave.errors import ConfigError
@@ -212,6 +212,51 @@ def test_train_prints_the_weights_that_the_bundle_holds(cloth, tmp_path):
     assert fusion["synthetic_defects"] > 0
 
 
+def test_settings_that_are_given_are_never_changed_by_the_budget(cloth, tmp_path, monkeypatch):
+    kept = []
+
+    def stop(data, *, budget, keep, **options):
+        kept.append((budget, keep))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Detector, "fit", stop)
+    path = tmp_path / "config.yaml"
+    path.write_text("prepare: {width: 256}\n")
+    call = ["train", cloth, "-o", tmp_path / "b", "--budget=best", "-c", path, "--set=head.expert.kind=fusion"]
+    assert run(*call).exit_code == 2
+    assert kept == [("best", {"prepare.width", "head.expert.kind"})]
+
+
+def test_the_json_has_the_budget_and_the_time(trained):
+    output = json.loads(trained.output)
+    assert output["budget"] == bundle.read(trained.bundle)["budget"]
+    assert output["budget"]["name"] == "balanced"
+    assert output["image_ms"] > 0
+
+
+CANDIDATE = {
+    "height": 256,
+    "width": 256,
+    "tile_beyond": 4.0,
+    "cost": 1.0,
+    "auroc": 0.91,
+    "image_ms": 12.0,
+    "chosen": False,
+}
+
+
+def test_candidates_are_a_table(capsys):
+    chosen = CANDIDATE | {"height": 384, "width": 384, "cost": 2.25, "auroc": 0.98, "image_ms": 30.0, "chosen": True}
+    budget = chosen | {"name": "best", "candidates": [CANDIDATE, chosen]}
+    show_budget(Terminal(), budget, 28.04)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "budget best: input 384 x 384, tiles beyond 4 times this size; 28.0 ms an image on this machine"
+    assert [line.split()[-1] for line in lines[2:]] == ["12.0", "chosen"]
+    assert "0.9800" in lines[3]
+    show_budget(Terminal(), budget | {"candidates": [CANDIDATE | {"auroc": None}]}, None)
+    assert "No other input size or tiling was compared" in capsys.readouterr().out
+
+
 def test_the_summary_of_the_int8_check():
     assert "not checked" in int8_summary(None)
     assert int8_summary({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (
@@ -261,8 +306,10 @@ def test_a_pooled_threshold_names_its_group(point, row):
     assert point_row(point | {"normals": 7, "groups": 3, "threshold": 1.25}) == row
 
 
-def test_suspects_are_printed(trained, capsys):
+def test_suspects_and_the_budget_are_printed(trained, capsys):
     detector = Detector.load(trained.bundle, threads=1)
     detector.record["suspects"] = [["good/7.png", 12.5]]
     assert report(Terminal(), detector, trained.bundle) == 0
-    assert "suspect     good/7.png: score 12.5000, far above the others of its subclass." in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "suspect     good/7.png: score 12.5000, far above the others of its subclass." in printed
+    assert "budget balanced: input 64 x 64, tiles beyond 4 times this size\n" in printed

@@ -189,6 +189,32 @@ def test_the_same_seed_gives_the_same_defect_in_any_order() -> None:
 
 
 @pytest.mark.parametrize(
+    ("height", "width", "least", "most"), [(200, 320, 25, 100), (40, 40, 32, 32), (32, 900, 32, 32)]
+)
+def test_a_small_defect_is_in_a_window_and_nothing_else_changes(height: int, width: int, least: int, most: int) -> None:
+    extents = []
+    for index in range(30):
+        pixels, other = gravel(index, height, width), gravel(index + 1000, 48, 64)
+        before = pixels.copy()
+        defective, visible = synthetic.add_small_defect(pixels, other, rng=seeded(0, 0, index))
+        np.testing.assert_array_equal(pixels, before)
+        np.testing.assert_array_equal((defective != pixels).any(axis=0), visible)
+        rows, columns = np.nonzero(visible)
+        extents.append(max(np.ptp(rows), np.ptp(columns)) + 1)
+    assert min(extents) > 0
+    assert max(extents) <= most
+    assert max(extents) > least / 2
+
+
+def test_the_window_of_a_small_defect_is_bounded() -> None:
+    pixels = gravel(0, 1600, 1600)
+    for index in range(6):
+        _, visible = synthetic.add_small_defect(pixels, pixels, rng=seeded(0, 0, index))
+        rows, columns = np.nonzero(visible)
+        assert max(np.ptp(rows), np.ptp(columns)) < 512
+
+
+@pytest.mark.parametrize(
     ("size", "grid"), [((32, 32), (4, 4)), ((33, 50), (4, 7)), ((5, 9), (5, 9)), ((6, 5), (4, 10))]
 )
 def test_coverage_is_the_exact_average_over_each_cell(size: tuple[int, int], grid: tuple[int, int]) -> None:

@@ -158,6 +158,27 @@ def test_the_weights_of_the_experts_are_shown_for_each_category(tmp_path):
     assert "synthetic_auroc" not in text  # in the provenance
 
 
+def test_the_input_sizes_that_were_compared_are_shown(tmp_path):
+    first = {
+        "height": 256,
+        "width": 256,
+        "tile_beyond": 4.0,
+        "cost": 1.0,
+        "auroc": 0.9,
+        "image_ms": 9.5,
+        "chosen": False,
+    }
+    chosen = first | {"height": 384, "width": 384, "cost": 2.25, "auroc": 0.954, "chosen": True}
+    budget = chosen | {"name": "best", "candidates": [first, chosen]}
+    text = " ".join(Checked(page(tmp_path, provenance=PROVENANCE | {"budget": budget})).text.split())
+    assert "256 x 256, tiles beyond 4 90.0 1.00 9.5 –" in text
+    assert "384 x 384, tiles beyond 4 95.4 2.25 9.5 chosen" in text
+    assert "budget best: input 384 x 384, tiles beyond 4" in text
+    alone = PROVENANCE | {"budget": budget | {"name": "balanced", "candidates": []}}
+    assert "Input size and tiles" not in page(tmp_path, provenance=alone)
+    assert "budget" not in page(tmp_path, provenance=PROVENANCE | {"budget": None})  # an older bundle
+
+
 def test_the_summary_counts_rejected_images_and_compares_false_alarms_with_the_target(tmp_path):
     text = Checked(page(tmp_path)).text
     assert "Of 40 defective images, 30 were rejected" in text

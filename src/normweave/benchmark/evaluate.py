@@ -415,6 +415,7 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
         "fit_images": record["fit_images"],
         "calibration_images": record["calibration_images"],
         "trained_on": list(detector.subclasses),
+        "budget": record.get("budget"),
         "fusion": record.get("notes", {}).get("fusion"),
         "false_alarm_rate": calibration.point().false_alarm_rate,
         "guarantee": calibration.guarantee,

@@ -35,6 +35,13 @@ def train(
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the new bundle.", show_default=False)],
     model: Annotated[str | None, typer.Option(help="Model to train.", show_default=False)] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            help="Time for an image: fast (coarser grid, smaller memory bank), balanced (the default settings) or "
+            "best (compares input sizes and tilings on the good images). Settings that you give are never changed."
+        ),
+    ] = "balanced",
     clip_weights: Annotated[
         str | None,
         typer.Option(
@@ -76,6 +83,7 @@ def train(
 ) -> int:
     """Train on good images, compute the operating points and write a bundle."""
     from normweave import bundle
+    from normweave import settings as all_settings
 
     settings = compose_settings(
         config=config,
@@ -92,7 +100,8 @@ def train(
     if int8_check is not None and not int8:
         raise ConfigError("--int8-check needs --int8. Add --int8, or leave out --int8-check.")
 
-    from normweave.detector import Detector
+    from normweave.budget import image_ms
+    from normweave.detector import Detector, samples_of
 
     labelled = None
     if int8_check is not None:
@@ -104,6 +113,8 @@ def train(
         detector = Detector.fit(
             data,
             config=settings,
+            budget=budget,
+            keep=all_settings.named(config, set_ or []),
             layout=layout,
             cache=cache,
             use_cache=not no_cache,
@@ -118,7 +129,8 @@ def train(
             detector = quantize_and_check(detector, labelled, progress=progress)
         detector.save(output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
-    return report(terminal, detector, output)
+    timed = image_ms(Detector.load(output, device=terminal.device), samples_of(data, detector.config, layout))
+    return report(terminal, detector, output, timed)
 
 
 def compose_settings(
@@ -151,8 +163,12 @@ def compose_settings(
     return settings.override(result, given + assignments)
 
 
-def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
-    """Print the training data and operating points of a saved detector, and return the exit code."""
+def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: float | None = None) -> int:
+    """Print the training data and operating points of a saved detector, and return the exit code.
+
+    Args:
+        image_ms: measured time in ms from image file to verdict.
+    """
     from rich.table import Table
 
     record = detector.record
@@ -167,7 +183,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
             | {key: record[key] for key in keys}
             | {key: record[key] for key in ("precision", "int8_check") if key in record}
             | points
-            | {"fusion": fusion}
+            | {"fusion": fusion, "budget": record.get("budget"), "image_ms": image_ms}
             | {"suspects": record.get("suspects", []), "refused": refused}
         )
         return UNREADABLE if refused else ALL_NORMAL
@@ -185,6 +201,8 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
     )
     for category in fusion:
         terminal.show(weights(category))
+    if "budget" in record:
+        show_budget(terminal, record["budget"], image_ms)
     if detector.calibration is not None:
         terminal.show(detector.calibration.promise)
     for path, score in record.get("suspects", []):
@@ -195,6 +213,30 @@ def report(terminal: Terminal, detector: "Detector", folder: Path) -> int:
         terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")
     return UNREADABLE if refused else ALL_NORMAL
+
+
+def show_budget(terminal: Terminal, budget: dict[str, Any], image_ms: float | None) -> None:
+    """Print what was chosen within the budget, and the time for an image."""
+    from rich.table import Table
+
+    size = f"input {budget['height']} x {budget['width']}, tiles beyond {budget['tile_beyond']:g} times this size"
+    timed = "" if image_ms is None else f"; {image_ms:.1f} ms an image on this machine"
+    terminal.show(f"budget {budget['name']}: {size}{timed}")
+    compared = [each for each in budget["candidates"] if each["auroc"] is not None]
+    if compared:
+        table = Table("input", "tiles beyond", "AUROC of synthetic defects", "relative cost", "ms", "", box=None)
+        for each in compared:
+            table.add_row(
+                f"{each['height']} x {each['width']}",
+                f"{each['tile_beyond']:g}",
+                f"{each['auroc']:.4f}",
+                f"{each['cost']:.2f}",
+                f"{each['image_ms']:.1f}",
+                "chosen" if each["chosen"] else "",
+            )
+        terminal.show(table)
+    elif budget["name"] == "best":
+        terminal.show("No other input size or tiling was compared: none fits the images, or there are too few groups.")
 
 
 def weights(category: dict[str, Any]) -> str:

@@ -28,6 +28,8 @@ OPACITY = (0.4, 1.0)
 VISIBLE = 10.0  # grey levels (0..255), mean of 5 x 5 pixels: a smaller change does not count
 LEAST_SHARE = 0.002  # of the image, smallest visible change
 ATTEMPTS = 5
+WINDOW_SHARE = (0.125, 0.5)  # of the image's shorter side: side of the window of a small defect
+WINDOW_PIXELS = (32, 512)  # likewise, smallest and largest
 
 
 def seeded(seed: int, variant: int, index: int) -> np.random.Generator:
@@ -114,6 +116,30 @@ def add_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tu
     region = blobs(height, width, rng)
     shift = 120 if pixels[:, region].mean() < 128 else -120
     return blend(pixels, pixels.astype(np.float32) + shift, region, opacity=1.0)
+
+
+def add_small_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tuple[Pixels, Mask]:
+    """Return an image with a defect as of `add_defect` in a random square window, and the mask: (3, H, W) and (H, W).
+
+    The side of the window is 1/8 to 1/2 of the image's shorter side, between 32 and 512 pixels.
+
+    Args:
+        pixels: a normal image.
+        other: another image of any size, to copy pixels from.
+        rng: source of all random draws.
+    """
+    height, width = pixels.shape[1:]
+    shorter = min(height, width)
+    wanted = shorter * math.exp(rng.uniform(*np.log(WINDOW_SHARE)))
+    side = min(round(min(max(wanted, WINDOW_PIXELS[0]), WINDOW_PIXELS[1])), shorter)
+    top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+    window = (slice(None), slice(top, top + side), slice(left, left + side))
+    scale = np.array([other.shape[2] / width, other.shape[1] / height] * 2)
+    box = tuple(scale * [left, top, left + side, top + side])  # the same part of the other image
+    filling = Image.fromarray(other.transpose(1, 2, 0)).resize((side, side), Image.Resampling.BILINEAR, box=box)
+    defective, visible = pixels.copy(), np.zeros((height, width), dtype=np.bool_)
+    defective[window], visible[window[1:]] = add_defect(pixels[window], np.asarray(filling).transpose(2, 0, 1), rng=rng)
+    return defective, visible
 
 
 def blend(pixels: Pixels, fill: Field, region: Mask, *, opacity: float) -> tuple[Pixels, Mask]:

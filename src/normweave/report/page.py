@@ -98,7 +98,7 @@ def write_page(
             called for at most 24 predictions.
             A NormweaveError is shown instead of the thumbnails.
         provenance: origin of the numbers; `trained_on` lists the subclasses, `false_alarm_rate` the target, `promise`
-            what it rests on, `fusion` the weights of the experts by category.
+            what it rests on, `fusion` the weights of the experts by category, `budget` the choice of the input size.
         suspects: training images that may be defective.
     """
     read = [row for row in predictions if row["error"] is None]
@@ -121,6 +121,7 @@ def write_page(
             (provenance.get("fit_images"), "fit the model"),
             (provenance.get("calibration_images"), "set the thresholds"),
         ],
+        budget=_budget(provenance.get("budget")),
         fusion=_fusion(provenance.get("fusion")),
         histogram=_histogram(read),
         verdicts=VERDICTS,
@@ -246,6 +247,25 @@ def _fusion(categories: Sequence[Row] | None) -> Section | None:
         "part in this.",
         ["held-out good images", "synthetic defects", *(expert["name"] for expert in categories[0]["experts"])],
         [line(each) for each in categories],
+    )
+
+
+def _budget(budget: Row | None) -> Section | None:
+    compared = [each for each in (budget or {}).get("candidates", ()) if each["auroc"] is not None]
+    if not compared:
+        return None
+    lines: list[Line] = []
+    for each in compared:
+        cells: list[Cell] = [percent(each["auroc"]), f"{each['cost']:.2f}", f"{each['image_ms']:.1f}"]
+        name = f"{each['height']} x {each['width']}, tiles beyond {each['tile_beyond']:g}"
+        lines.append((name, None, [*cells, "chosen" if each["chosen"] else None]))
+    return Section(
+        "Input size and tiles",
+        "Held-out good images with and without small synthetic defects, by a head for each input size and tiling. The "
+        "cheapest one is chosen whose AUROC is within one standard error of the highest. Test images have no part in "
+        "this.",
+        ["AUROC", "relative cost", "ms an image", ""],
+        lines,
     )
 
 

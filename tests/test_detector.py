@@ -309,7 +309,6 @@ def test_only_a_category_of_one_subclass_is_scored_under_variations(loaded, phot
     assert all(each.varied == () for each in loaded.held_out_scores(scanned, everything))
     name = loaded.subclass_names[0]
     monkeypatch.setattr(loaded, "subclasses", {name: ("cloth", "only")})
-    monkeypatch.setattr("normweave.detector.VARIED", 4)
-    held_out = loaded.held_out_scores(scanned, everything)
+    held_out = loaded.held_out_scores(scanned, everything, most_varied=4)
     assert [len(each.varied) for each in held_out] == [1, 1, 1]
     assert all(each.varied[0].score != each.own.score for each in held_out)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.data import rows
-from normweave.detector import Detector
+from normweave.detector import VARIED, Detector
 from normweave.scoring import HeldOut, ImageScore
 from normweave.types import Progress
 
@@ -63,7 +63,8 @@ def held_out_scores(
         def renamed(image: ImageScore, index: Sequence[int] = index) -> ImageScore:
             return image if image.subclass is None else image._replace(subclass=index[image.subclass])
 
-        for each in detector.held_out_scores(images, fold, cache=cache, progress=progress):
+        most_varied = VARIED // len(folds)
+        for each in detector.held_out_scores(images, fold, most_varied=most_varied, cache=cache, progress=progress):
             own, unseen = renamed(each.own), each.unseen and renamed(each.unseen)
             varied = tuple(renamed(image) for image in each.varied)
             label = images.samples[each.number].subclass_name

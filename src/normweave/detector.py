@@ -426,18 +426,23 @@ class Detector:
         scanned: rows.Rows,
         chosen: NDArray[np.int64],
         *,
+        most_varied: int = VARIED,
         cache: Path | None = None,
         progress: Progress | None = None,
     ) -> list[HeldOut]:
-        """Return the scores of the chosen rows, normal images that the network was not fitted on."""
+        """Return the scores of the chosen rows, normal images that the network was not fitted on.
+
+        Args:
+            most_varied: largest number of variations that are scored, of all images together.
+        """
         groups = splits.independent_groups(scanned.samples, scanned.hashes)
         scored = self.score_rows(scanned, chosen, unseen=self.network.can_exclude, cache=cache, progress=progress)
         counts = Counter(category for category, _ in self.subclasses.values())
-        of_each = max(1, VARIED // max(1, len(chosen)))
+        of_each = max(1, most_varied // max(1, len(chosen)))
         result = []
         for place, (number, own, excluding) in enumerate(scored):
             varied: tuple[ImageScore, ...] = ()
-            if counts[scanned.samples[number].category] == 1 and place * of_each < VARIED and self.subclass_names:
+            if counts[scanned.samples[number].category] == 1 and place * of_each < most_varied and self.subclass_names:
                 varied = self._varied(scanned, number, first=place * of_each, count=of_each)
             result.append(
                 HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding), varied)

@@ -17,6 +17,7 @@ from normweave.heads.adapted_moe.fusion import (
     auroc,
     defects_per_image,
     folds,
+    level,
 )
 from normweave.heads.grid import replace_border
 from normweave.types import FitData, SyntheticDefects
@@ -28,17 +29,18 @@ NAMES = ("bolt", "cloth")
 # ── the formula ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def scored(category, *columns):
+def scored(category, *columns, level=1e6):
     """Scores of images of one category, one column for each expert; the maximum of the map is twice as high."""
     scores = np.array(columns, dtype=float).T
-    return HeldOut(np.stack([2 * scores, scores], axis=2), np.full(len(scores), category))
+    both = np.stack([2 * scores, scores], axis=2)
+    return HeldOut(both, np.full_like(scores, level), np.full(len(scores), category))
 
 
 def joined(*parts):
-    return HeldOut(np.concatenate([part.scores for part in parts]), np.concatenate([part.categories for part in parts]))
+    return HeldOut(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
-NONE = HeldOut(np.empty((0, 2, 2)), np.empty(0, dtype=np.int64))
+NONE = HeldOut(np.empty((0, 2, 2)), np.empty((0, 2)), np.empty(0, dtype=np.int64))
 
 
 def fused(normal, defective=NONE, *, categories=(0,), use=("memory", "gaussian"), **settings):
@@ -57,15 +59,17 @@ def test_fusion_by_hand():
 
     medians = [2.0, 6.0]
     highs = [3 + 0.6 * 7, 7 + 0.6 * 2]  # the quantile at 0.9 is 0.6 of the way from the fourth to the fifth
-    maps, images = {e: random(3, 4, 5, seed=e) for e in range(2)}, {e: random(3, seed=e + 9) for e in range(2)}
-    fused_map, fused_images = fusion(maps, images, torch.zeros(3, dtype=torch.int64))
+    patches = {e: random(3, 2, 4, 5, seed=e) for e in range(2)}
+    fused_map, fused_images = fusion(patches, torch.zeros(3, dtype=torch.int64))
     for b in range(3):
-        expected = sum(weights[e] * (images[e][b].item() - medians[e]) / (highs[e] - medians[e]) for e in range(2))
+        expected = sum(
+            weights[e] * (patches[e][b, 1].max().item() - medians[e]) / (highs[e] - medians[e]) for e in range(2)
+        )
         assert fused_images[b].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
         for y in range(4):
             for x in range(5):
                 expected = sum(
-                    weights[e] * (maps[e][b, y, x].item() - 2 * medians[e]) / (2 * highs[e] - 2 * medians[e])
+                    weights[e] * (patches[e][b, 0, y, x].item() - 2 * medians[e]) / (2 * highs[e] - 2 * medians[e])
                     for e in range(2)
                 )
                 assert fused_map[b, y, x].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -74,11 +78,46 @@ def test_fusion_by_hand():
 @pytest.mark.parametrize("expert", [0, 1])
 def test_no_expert_is_ignored(expert):
     fusion = fused(scored(0, [0.0, 1, 2, 3], [5.0, 6, 7, 9]))
-    maps, images = {e: random(2, 4, 5, seed=e) for e in range(2)}, {e: random(2, seed=e + 9) for e in range(2)}
-    before = fusion(maps, images, torch.zeros(2, dtype=torch.int64))
-    maps[expert], images[expert] = maps[expert] + 1, images[expert] + 1
-    after = fusion(maps, images, torch.zeros(2, dtype=torch.int64))
+    patches = {e: random(2, 2, 4, 5, seed=e) for e in range(2)}
+    before = fusion(patches, torch.zeros(2, dtype=torch.int64))
+    after = fusion(patches | {expert: patches[expert] + 1}, torch.zeros(2, dtype=torch.int64))
     assert all((new > old + 1e-3).all() for old, new in zip(before, after, strict=True))
+
+
+def test_the_level_is_the_quantile_at_a_tenth():
+    patches = random(2, 3, 4, 5)
+    expected = np.sort(patches.numpy().reshape(2, 3, 20))[:, :, 1]
+    np.testing.assert_array_equal(level(patches), expected)
+
+
+def test_a_higher_level_than_of_any_normal_image_is_taken_off():
+    """From the image score, as in an image of an unseen subclass; a defect on a part of the image changes nothing."""
+    columns = [0.0, 1, 2, 3], [5.0, 6, 7, 9]
+    fusion = fused(joined(scored(0, *columns, level=1.0), scored(0, *columns, level=0.5)))
+    never = fused(joined(scored(0, *columns), scored(0, *columns)))
+    patches = torch.rand(3, 2, 4, 5)  # levels below 1
+    patches[1, :, :2] += 8
+    brighter = patches + torch.tensor([0.0, 0.0, 5.0])[:, None, None, None]
+    subclass = torch.zeros(3, dtype=torch.int64)
+    maps, scores = fusion({0: brighter, 1: brighter}, subclass)
+    excess = (level(brighter[:, 1]) - 1).clamp(min=0)
+    assert excess[:2].max() == 0
+    corrected = brighter - excess[:, None, None, None]
+    torch.testing.assert_close(scores, never({0: corrected, 1: corrected}, subclass)[1])
+    torch.testing.assert_close(maps, never({0: brighter, 1: brighter}, subclass)[0])
+
+
+def test_each_category_has_its_own_highest_level():
+    good = joined(scored(0, range(10), range(10), level=1.0), scored(1, range(10), range(10), level=2.0))
+    fusion = fused(good, categories=(1, 0))
+    assert fusion.highest.tolist() == [[2.0, 2.0], [1.0, 1.0]]
+
+
+def test_defects_are_scored_as_later():
+    """A defective image whose level is higher than that of any normal image counts without its excess."""
+    normal = scored(0, range(10), range(10), level=0.0)
+    high = fused(normal, scored(0, [20], [20], level=15.0))
+    assert [each["synthetic_auroc"] for each in high.record[0]["experts"]] == [0.55, 0.55]  # 20 - 15 = 5, one tie
 
 
 @pytest.mark.parametrize(("sharpness", "share"), [(0, 1 / 2), (1, 9 / 10), (2, 81 / 82)])
@@ -295,7 +334,7 @@ def test_a_head_of_a_fold_takes_scales_and_weights_and_fits_its_own_experts(fitt
     one.reuse(fitted)
     assert not len(one.defect_images(part))
     fit(one, part)
-    for name in ("weights", "centre", "spread"):
+    for name in ("weights", "centre", "spread", "highest"):
         own, theirs = getattr(one.fusion, name), getattr(fitted.fusion, name)
         torch.testing.assert_close(own, theirs[1:], rtol=0, atol=0)
         assert not torch.equal(own, theirs[:1])

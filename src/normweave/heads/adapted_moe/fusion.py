@@ -19,6 +19,8 @@ FEWEST_HELD_OUT = 12
 """Held-out images that are enough for the scales and weights; with fewer, all images are held out in turn."""
 FEWEST_OF_CATEGORY = 4
 """Held-out images that a category needs for scales and weights of its own; with fewer it has those of all."""
+LEVEL = 0.1
+"""The level of a map is the quantile at this share of its patch scores."""
 HIGHEST_AUROC = 0.995
 """Higher values count as this one, since a small number of images cannot tell them apart."""
 
@@ -27,7 +29,17 @@ class HeldOut(NamedTuple):
     """Scores of m images that the experts were not fitted on."""
 
     scores: NDArray[np.float64]  # (m, E, 2) maximum of the map, and image score
+    levels: NDArray[np.float64]  # (m, E) of the patch scores whose maximum is the image score
     categories: NDArray[np.int64]  # (m,)
+
+    def of(self, category: int) -> HeldOut:
+        """Return the images of a category."""
+        chosen = self.categories == category
+        return HeldOut(self.scores[chosen], self.levels[chosen], self.categories[chosen])
+
+    def without_excess(self, highest: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the image scores (m, E), each less by what its level is above the highest level (E,)."""
+        return np.asarray(self.scores[:, :, 1] - np.maximum(self.levels - highest, 0))
 
 
 class Fusion(nn.Module):
@@ -35,17 +47,23 @@ class Fusion(nn.Module):
 
     Not from a paper. For the subclass k that an image is routed to,
 
-        score = sum over e of w_ke (score_e - median_ke) / (q90_ke - median_ke)
+        score = sum over e of w_ke (score_e - excess_e - median_ke) / (q90_ke - median_ke)
+        map = sum over e of w_ke (map_e - median_ke) / (q90_ke - median_ke)
 
     where median and q90, the quantile at 0.9, are those of the image scores of held-out normal images of the category
-    of k; for the map, those of its maximum. The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the
-    AUROC of expert e for held-out normal images of the category with and without synthetic defects. An expert whose
-    weight is below `smallest_weight` is not used in the category.
+    of k; for the map, those of its maximum. In an image of an unseen subclass the normal patches have higher scores,
+    too: `excess` is what the level of its patch scores, see `level`, is above the highest level of these held-out
+    images, or 0. A defect changes it only if it covers nine tenths of the image.
+
+    The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the AUROC of expert e for held-out normal
+    images of the category with and without synthetic defects. An expert whose weight is below `smallest_weight` is not
+    used in the category.
     """
 
     weights: Tensor  # (K, E), rows sum to 1
     centre: Tensor  # (K, E, 2) median, of the map's maximum and of the image score
     spread: Tensor  # (K, E, 2) q90 - median
+    highest: Tensor  # (K, E) highest level
 
     def __init__(self, config: FusionExpertConfig) -> None:
         super().__init__()
@@ -54,6 +72,7 @@ class Fusion(nn.Module):
         self.register_buffer("weights", torch.full((1, experts), 1 / experts))
         self.register_buffer("centre", torch.zeros(1, experts, 2))
         self.register_buffer("spread", torch.ones(1, experts, 2))
+        self.register_buffer("highest", torch.full((1, experts), torch.inf))
         self.record: list[dict[str, Any]] = []
         self.names: tuple[str, ...] = ()  # category of each row of the buffers, known after fit
 
@@ -67,17 +86,19 @@ class Fusion(nn.Module):
             names: of the categories.
         """
         shape = (len(categories), normal.scores.shape[1])
-        weights, centre, spread = np.empty(shape), np.empty((*shape, 2)), np.empty((*shape, 2))
+        (weights, highest), (centre, spread) = np.empty((2, *shape)), np.empty((2, *shape, 2))
         self.record = []
         for category in np.unique(categories):
-            own = normal.scores[normal.categories == category]
-            bad = defective.scores[defective.categories == category]
-            if len(own) < FEWEST_OF_CATEGORY:
-                own, bad = normal.scores, defective.scores
+            chosen_normal, chosen_defective = normal.of(category), defective.of(category)
+            if len(chosen_normal.scores) < FEWEST_OF_CATEGORY:
+                chosen_normal, chosen_defective = normal, defective
+            most = chosen_normal.levels.max(axis=0)  # (E,)
+            own, bad = chosen_normal.scores, chosen_defective.without_excess(most)
             median, high = np.quantile(own, [0.5, 0.9], axis=0)  # (E, 2) each
-            aurocs = np.array([auroc(own[:, e, 1], bad[:, e, 1]) for e in range(own.shape[1])])
+            aurocs = np.array([auroc(own[:, e, 1], bad[:, e]) for e in range(own.shape[1])])
             chosen = self._weights(aurocs)
             members = categories == category
+            highest[members] = most
             weights[members], centre[members], spread[members] = chosen, median, np.maximum(high - median, 1e-6)
             self.record.append(
                 {
@@ -90,14 +111,16 @@ class Fusion(nn.Module):
                     ],
                 }
             )
-        self.weights, self.centre, self.spread = (torch.from_numpy(each).float() for each in (weights, centre, spread))
+        self.weights, self.centre, self.spread, self.highest = (
+            torch.from_numpy(each).float() for each in (weights, centre, spread, highest)
+        )
         self.names = tuple(names[category] for category in categories)
 
     def copy(self, fitted: Fusion, categories: Sequence[str]) -> None:
         """Take scales and weights of a fusion that was fitted to these categories, one for each subclass, or more."""
         rows = [fitted.names.index(name) for name in categories]
-        self.weights, self.centre, self.spread = (
-            each[rows].clone() for each in (fitted.weights, fitted.centre, fitted.spread)
+        self.weights, self.centre, self.spread, self.highest = (
+            each[rows].clone() for each in (fitted.weights, fitted.centre, fitted.spread, fitted.highest)
         )
         self.names = tuple(categories)
 
@@ -113,12 +136,11 @@ class Fusion(nn.Module):
         """Whether each expert has a weight in any category."""
         return [bool(each) for each in (self.weights > 0).any(dim=0)]
 
-    def forward(
-        self, maps: Mapping[int, Tensor], images: Mapping[int, Tensor], subclass: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Fuse the maps (B, h, w) and the image scores (B,) of the experts in use, by their number.
+    def forward(self, scores: Mapping[int, Tensor], subclass: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse the patch scores of the experts in use.
 
         Args:
+            scores: by the number of the expert (B, 2, h, w): the map, and the scores whose maximum is the image score.
             subclass: (B,) the subclass that each image is routed to.
 
         Returns:
@@ -126,11 +148,19 @@ class Fusion(nn.Module):
         """
         weights, centre, spread = self.weights[subclass], self.centre[subclass], self.spread[subclass]
         factor = weights[..., None] / spread  # (B, E, 2)
-        fused_map = sum((each - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None] for e, each in maps.items())
-        fused_score = sum((each - centre[:, e, 1]) * factor[:, e, 1] for e, each in images.items())
-        assert isinstance(fused_map, Tensor)
-        assert isinstance(fused_score, Tensor)
-        return fused_map, fused_score
+        maps, images = [], []
+        for e, each in scores.items():
+            excess = (level(each[:, 1]) - self.highest[subclass, e]).clamp(min=0)
+            maps.append((each[:, 0] - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None])
+            images.append((each[:, 1].amax(dim=(1, 2)) - excess - centre[:, e, 1]) * factor[:, e, 1])
+        return torch.stack(maps).sum(dim=0), torch.stack(images).sum(dim=0)
+
+
+def level(maps: Tensor) -> Tensor:
+    """Return the quantile at `LEVEL` of the patch scores of each map (..., h, w), (...)."""
+    scores = maps.flatten(-2)
+    lowest = scores.topk(math.ceil(LEVEL * scores.shape[-1]), dim=-1, largest=False).values
+    return lowest.amax(dim=-1)
 
 
 def auroc(normal: NDArray[np.float64], defective: NDArray[np.float64]) -> float:

@@ -21,7 +21,7 @@ from normweave.heads.adapted_moe.discovery import (
     discover,
 )
 from normweave.heads.adapted_moe.experts.base import Normals
-from normweave.heads.adapted_moe.fusion import Fusion, HeldOut, defects_per_image, folds, last_of_expert
+from normweave.heads.adapted_moe.fusion import Fusion, HeldOut, defects_per_image, folds, last_of_expert, level
 from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, select_experts
 from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
@@ -211,13 +211,13 @@ class AdaptedMoE(Head):
 
     def _held_out(self, source: FeatureSource, rows: NDArray[np.int64], categories: NDArray[np.int64]) -> HeldOut:
         """Return the scores of these images by each branch; `categories` are those of all images of the source."""
-        found = []
+        scores, levels = [np.empty((0, len(self.used), 2))], [np.empty((0, len(self.used)))]
         for _, features in batches(source, rows):
             _, _, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
-            both = [torch.stack([maps.amax(dim=(1, 2)), images], dim=1) for maps, images, _ in scored.values()]
-            found.append(torch.stack(both, dim=1).numpy())
-        empty = np.empty((0, len(self.used), 2))
-        return HeldOut(np.concatenate([empty, *found]), categories[rows])
+            both = torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1)  # (B, E, 2, h, w)
+            scores.append(both.amax(dim=(3, 4)).numpy())
+            levels.append(level(both[:, :, 1]).numpy())
+        return HeldOut(np.concatenate(scores), np.concatenate(levels), categories[rows])
 
     def defect_images(self, data: FitData) -> NDArray[np.int64]:
         """Return the fit images that are wanted with synthetic defects, each as often as wanted, ascending."""
@@ -260,13 +260,12 @@ class AdaptedMoE(Head):
         """Score with distances (B, K) to the known subclasses, by the experts (B, K) allowed; None = all."""
         samples, choice, scored = self._route_and_score(features, distances, allowed=allowed)
         if self.fusion is None:
-            ((scores, images, _),) = scored.values()
-            own_scores = images if self.branch.experts.maps > 1 else None
+            ((both, _),) = scored.values()
+            scores = both[:, 0]
+            own_scores = both[:, 1].amax(dim=(1, 2)) if self.branch.experts.maps > 1 else None
         else:
             scores, own_scores = self.fusion(
-                {number: scores for number, (scores, _, _) in scored.items()},
-                {number: images for number, (_, images, _) in scored.items()},
-                choice.experts[:, 0],
+                {number: both for number, (both, _) in scored.items()}, choice.experts[:, 0]
             )
         adapted = torch.stack([branch.adaption.changes(samples) for branch in self.used.values()])
         weights = features.new_zeros(features.shape[0], self.branch.number)
@@ -279,12 +278,12 @@ class AdaptedMoE(Head):
                 distance=distances.amin(dim=1),
                 adapted=adapted.any(dim=0),
             ),
-            nearest=next((nearest for _, _, nearest in scored.values() if nearest is not None), None),
+            nearest=next((nearest for _, nearest in scored.values() if nearest is not None), None),
         )
 
     def _route_and_score(
         self, features: Tensor, distances: Tensor, *, allowed: Tensor | None
-    ) -> tuple[Tensor, Choice, dict[int, tuple[Tensor, Tensor, Tensor | None]]]:
+    ) -> tuple[Tensor, Choice, dict[int, tuple[Tensor, Tensor | None]]]:
         """Return the statistics of each image, its experts, and the scores by each branch in use."""
         samples = statistics(features)
         choice = self._route(features, distances, samples=samples, allowed=allowed)
@@ -311,8 +310,11 @@ class AdaptedMoE(Head):
 
     def _branch_scores(
         self, branch: ExpertBranch, features: Tensor, samples: Tensor, choice: Choice, allowed: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the map (B, h, w), the image score (B,) and the nearest stored patches by one branch."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the patch scores (B, 2, h, w) and the nearest stored patches by one branch.
+
+        The scores are the map, and the scores whose maximum is the image score.
+        """
         nearest = None
         if branch.experts.united:
             adapted = branch.adaption(features, samples, choice.experts[:, :1])[:, 0]
@@ -323,7 +325,7 @@ class AdaptedMoE(Head):
                 branch(features, samples, choice.experts), choice.weights, how=self.config.aggregation, counts=counts
             )
         scores = replace_border(fused[:, 0], self.config.border if branch.config.border else 0, grid=self.grid)
-        return scores, (fused[:, 1] if fused.shape[1] > 1 else scores).amax(dim=(1, 2)), nearest
+        return torch.stack([scores, fused[:, 1] if fused.shape[1] > 1 else scores], dim=1), nearest
 
     def _assign(self, features: Tensor, subclasses: Tensor) -> Tensor:
         """Return the expert of each training image, (B,)."""
@@ -363,9 +365,9 @@ class _Adapted:
 
 
 def _joined(parts: Sequence[HeldOut], *, experts: int) -> HeldOut:
-    scores = [np.empty((0, experts, 2)), *(part.scores for part in parts)]
-    categories = [np.empty(0, dtype=np.int64), *(part.categories for part in parts)]
-    return HeldOut(np.concatenate(scores), np.concatenate(categories))
+    empty = HeldOut(np.empty((0, experts, 2)), np.empty((0, experts)), np.empty(0, dtype=np.int64))
+    scores, levels, categories = zip(empty, *parts, strict=True)
+    return HeldOut(np.concatenate(scores), np.concatenate(levels), np.concatenate(categories))
 
 
 def aggregate(

@@ -236,12 +236,14 @@ def test_a_clearly_better_candidate_is_chosen_whatever_it_costs():
     assert cheapest_of_the_best([trial(0.2), trial(3.0)], [1, 9]) == 1
 
 
-def test_a_difference_within_noise_does_not_pay():
+def test_a_difference_within_noise_does_not_pay(monkeypatch):
     trials = [trial(1.0, seed=2), trial(1.0, seed=1)]
     assert trials[1].auroc() > trials[0].auroc()
     assert cheapest_of_the_best(trials, [1, 4]) == 0
     assert cheapest_of_the_best(trials, [4, 1]) == 1
     assert cheapest_of_the_best(trials, [4, 4]) == 1  # at the same cost the better one
+    monkeypatch.setattr(budget, "STANDARD_ERRORS", 0.0)
+    assert cheapest_of_the_best(trials, [1, 4]) == 1
 
 
 def test_a_small_difference_counts_if_every_group_has_it():

@@ -3,8 +3,8 @@
 `balanced` is the default settings. `fast` has a coarser grid and a smaller memory bank. `best` compares input sizes and
 tilings: for each candidate a head is fitted to some of the fit images, and scores the others as they are and with small
 synthetic defects, which are drawn on the image at its own size and are the same for all candidates. The cheapest
-candidate is chosen whose AUROC is within one standard error of the highest (Breiman et al. 1984, Classification and
-Regression Trees, section 3.4.3). Calibration and test images are not used.
+candidate is chosen whose AUROC is within two standard errors of the highest. That is the rule of Breiman et al. 1984
+(Classification and Regression Trees, section 3.4.3) with two in place of one. Calibration and test images are not used.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ DEFECTS = 96
 MOST_DEFECTS = 4
 HIGHEST_AUROC = 0.995
 """Higher values count as this one, since a small number of images cannot tell them apart."""
+STANDARD_ERRORS = 2.0
+"""A candidate must be better than a cheaper one by more than this many standard errors of the difference."""
 TIMED = 8  # images
 
 
@@ -374,7 +376,7 @@ def _part(mask: NDArray[np.bool_], tile: Tile) -> NDArray[np.bool_]:
 def cheapest_of_the_best(trials: Sequence[Trial], costs: Sequence[float]) -> int:
     """Return the number of the cheapest trial that is as good as the best, up to noise; 0 for no trial.
 
-    That is: its AUROC is lower than the highest by at most one standard error of the difference (jackknife over the
+    That is: its AUROC is lower than the highest by at most `STANDARD_ERRORS` of the difference (jackknife over the
     groups; both trials score the same images), or at least `HIGHEST_AUROC`.
     """
     if not trials:
@@ -387,7 +389,7 @@ def cheapest_of_the_best(trials: Sequence[Trial], costs: Sequence[float]) -> int
         own = trials[number]
         differences = np.array([top.auroc(name) - own.auroc(name) for name in names])  # each without a group
         error = np.sqrt((len(names) - 1) / len(names) * np.square(differences - differences.mean()).sum())
-        return aurocs[number] >= min(HIGHEST_AUROC, max(aurocs) - float(error))
+        return aurocs[number] >= min(HIGHEST_AUROC, max(aurocs) - STANDARD_ERRORS * float(error))
 
     good = [number for number in range(len(trials)) if as_good(number)]
     return min(good, key=lambda number: (costs[number], -aurocs[number]))

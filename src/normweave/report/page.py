@@ -262,7 +262,7 @@ def _budget(budget: Row | None) -> Section | None:
     return Section(
         "Input size and tiles",
         "Held-out good images with and without small synthetic defects, by a head for each input size and tiling. The "
-        "cheapest one is chosen whose AUROC is within one standard error of the highest. Test images have no part in "
+        "cheapest one is chosen whose AUROC is within two standard errors of the highest. Test images have no part in "
         "this.",
         ["AUROC", "relative cost", "ms an image", ""],
         lines,

@@ -233,7 +233,7 @@ def distances(features, bank):
 
 
 def test_memories_agree_with_brute_force(monkeypatch):
-    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.CHUNK", 3)
+    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.PRODUCTS", 300)
     experts = memories(shared=False)
     features = random(2, 1, D, H, W, seed=2)
 
@@ -246,7 +246,7 @@ def test_memories_agree_with_brute_force(monkeypatch):
 
 
 def test_united_memories_score_by_the_patches_of_all_allowed_experts(monkeypatch):
-    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.CHUNK", 7)
+    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.PRODUCTS", 700)
     experts = memories()
     features = random(2, D, H, W, seed=2)
     allowed = torch.tensor([[True, False, True], [False, True, False]])

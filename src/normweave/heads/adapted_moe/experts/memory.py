@@ -11,7 +11,8 @@ from normweave.config import MemoryExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals
 from normweave.heads.memory_bank import coreset, draw_patches
 
-CHUNK = 256  # stored patches compared at once; bounds memory to B * CHUNK * P numbers
+CHUNK = 256  # stored patches that are compared with all others at once
+PRODUCTS = 2**18  # of patches of one image and stored patches, at once: they stay in the processor's cache
 
 
 class MemoryExperts(Experts):
@@ -142,17 +143,11 @@ class MemoryExperts(Experts):
             allowed: (B, M) bool, the stored patches that count; None = all.
         """
         patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
-        offset = -0.5 * self.bank.square().sum(dim=1)  # (M,)
-        best = patches.new_full(patches.shape[:2], -torch.inf)
-        index = torch.zeros(patches.shape[:2], dtype=torch.int64, device=patches.device)
-        for start in range(0, self.bank.shape[0], CHUNK):
-            part = slice(start, start + CHUNK)
-            product = self.bank[part] @ patches.transpose(1, 2) + offset[part, None]  # (B, m, P)
-            if allowed is not None:
-                product = product.masked_fill(~allowed[:, part, None], -torch.inf)
-            value, row = product.max(dim=1)
-            index = torch.where(value > best, row + start, index)
-            best = torch.maximum(best, value)
+        offset = -0.5 * self.bank.square().sum(dim=1)[None]  # (1 or B, M)
+        if allowed is not None:
+            offset = offset.masked_fill(~allowed, -torch.inf)
+        parts = torch.split(patches, max(1, PRODUCTS // self.bank.shape[0]), dim=1)
+        index = torch.cat([(part @ self.bank.T + offset[:, None]).argmax(dim=2) for part in parts], dim=1)
         return (patches - self.bank[index]).square().sum(dim=2).sqrt(), index
 
 

@@ -219,6 +219,18 @@ def test_every_file_is_compared_with_its_hash(saved):
     assert bundle.read(saved) == RECORD
 
 
+def test_a_file_is_compared_with_its_hash_when_the_bundle_is_written_again(saved, tmp_path):
+    bundle.rewrite(saved, tmp_path / "same", record=RECORD | {"seed": 4})
+    assert bundle.read(tmp_path / "same") == RECORD | {"seed": 4}
+    (saved / "report.html").write_bytes(PAGE.replace(b"report", b"REPORT"))
+    for target, overwrite in ((tmp_path / "copy", False), (saved, True)):
+        refused(
+            lambda to=target, over=overwrite: bundle.rewrite(saved, to, record=RECORD, overwrite=over),
+            "report.html is not the file that was saved",
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cloth.bundle", "same"]
+
+
 def test_weights_are_compared_with_their_hash_where_they_are_read(saved):
     content = bytearray((saved / "weights.safetensors").read_bytes())
     content[-1] ^= 1

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from normweave.cli.predict import check_outputs, find_images, parse_shard, summary
+from normweave.detector import Detector
 from normweave.errors import ConfigError, DataError
 from normweave.types import DefectBox, Outcome
 
@@ -127,6 +129,66 @@ def test_the_summary_of_an_outcome():
     assert summary(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
     assert summary(normal).startswith("normal  ")
+
+
+# ── exit codes, with a detector whose verdicts are given ─────────────────────────────────────────────────────────────
+
+
+class Verdicts:
+    """In place of a detector: the verdict of an image is the start of its file name, `unreadable` is an error."""
+
+    batch_images = 2
+    bundle_hash = "b" * 64
+
+    def __init__(self):
+        self.judged = []
+
+    def stream(self, paths, **_):
+        for path in paths:
+            self.judged.append(path)
+            verdict = Path(path).name.partition("-")[0]
+            if verdict == "unreadable":
+                yield Outcome(image_path=path, error="cut short")
+            else:
+                yield replace(OUTCOME, image_path=path, verdict=verdict, bundle_hash=self.bundle_hash)
+
+
+@pytest.fixture
+def verdicts(monkeypatch):
+    detector = Verdicts()
+    monkeypatch.setattr(Detector, "load", lambda *_, **__: detector)
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("images", "exit_code"),
+    [
+        (["normal-1", "normal-2"], 0),
+        (["normal-1", "unknown-2"], 1),
+        (["anomalous-1", "normal-2"], 1),
+        (["unreadable-1", "normal-2"], 4),
+        (["anomalous-1", "unreadable-2"], 4),
+    ],
+)
+def test_every_verdict_has_its_exit_code(verdicts, images, exit_code):
+    result = run("predict", "x.bundle", *images, "--json")
+    assert result.exit_code == exit_code, result.output
+    assert len(result.stdout.splitlines()) == len(images)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "exit_code"), [("normal-0", 0), ("anomalous-0", 1), ("unknown-0", 1), ("unreadable-0", 4)]
+)
+def test_a_resumed_run_has_the_exit_code_of_all_its_images(verdicts, tmp_path, earlier, exit_code):
+    """The rows of the interrupted run count, although their images are not judged again."""
+    images = [earlier, "normal-1", "normal-2"]
+    table = tmp_path / "r.jsonl"
+    rows = [outcome.as_dict() for outcome in Verdicts().stream(images[:2])]
+    table.with_name("r.jsonl.partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("predict", "x.bundle", *images, "-o", table, "--resume")
+    assert result.exit_code == exit_code, result.output
+    assert verdicts.judged == images[2:]
+    assert [json.loads(text)["image_path"] for text in table.read_text("utf-8").splitlines()] == images
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────

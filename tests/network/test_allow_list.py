@@ -77,6 +77,13 @@ def test_a_loop():
     refused(model, "a graph inside an operator")
 
 
+def test_a_list_of_graphs():
+    """No operator of ONNX takes a list of graphs, but an attribute can hold one."""
+    model = plain()
+    model.graph.node[0].attribute.append(helper.make_attribute("branches", [plain().graph]))
+    refused(model, "a graph inside an operator")
+
+
 def test_functions_metadata_sparse_tensors_and_training():
     model = plain()
     model.functions.add().name = "f"

@@ -17,7 +17,7 @@ from normweave.features.frozen import Backbone, FrozenFeatures
 from normweave.features.standardize import ChannelStandardizer
 from normweave.heads import build
 from normweave.network import export, open_graph
-from normweave.network.export import check_parity, to_onnx
+from normweave.network.export import check_equal, check_parity, to_onnx
 from normweave.network.torch import TorchModule, named_outputs
 from normweave.outcome.operating_point import Calibration
 from normweave.scoring import TileScores
@@ -281,6 +281,18 @@ def test_an_altered_constant_is_noticed(module, content):
         CheckError, match=r"returns other scores than torch for \d+ of 12 calibration images, the first "
     ):
         check_parity(module, altered(content, lambda array: 1.01 * array), images(), CONFIG, None)
+
+
+@pytest.mark.parametrize(("apart", "passes"), [(0.9e-3, True), (1.1e-3, False), (5e-3, False)])
+def test_a_thousandth_of_a_score_is_the_tolerance(apart, passes):
+    ours, theirs = (
+        TileScores.of(RawOutput(np.full((8, 4, 4), score, dtype=np.float32)), CONFIG) for score in (1, 1 + apart)
+    )
+    if passes:
+        check_equal(ours, theirs, "", "ONNX Runtime")
+    else:
+        with pytest.raises(CheckError, match="ONNX Runtime returns other scores than torch for 8 of 8"):
+            check_equal(ours, theirs, "", "ONNX Runtime")
 
 
 def test_an_altered_constant_that_only_excluding_reaches_is_noticed():

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from normweave.data.integrity import check_complete
 from normweave.errors import DataError, ImageError
 
 ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
@@ -63,6 +64,7 @@ def decode(source: ImageInput) -> NDArray[np.uint8]:
     8-bit values are unchanged, 16-bit values are divided by 257 and floats in 0..1 multiplied by 255: fixed factors, so
     that brightness is comparable between images. Grey is repeated, alpha dropped, palettes and CMYK become RGB.
     (Pillow keeps only the higher byte of files with 16 bits per colour; 16-bit grey and arrays are rounded.)
+    Every byte of a PNG is checked; BMP, JPEG, TIFF and WebP have no checksums, so changed pixels cannot be seen.
 
     Raises:
         ImageError: missing, empty, truncated, corrupt, not an image, too small, too large, or invalid values.
@@ -70,7 +72,7 @@ def decode(source: ImageInput) -> NDArray[np.uint8]:
     if isinstance(source, np.ndarray):
         _array_size(source, "array")
         return _rgb(_eight_bits(source, "array"))
-    with _opened(source) as (image, name):
+    with _opened(source, whole=True) as (image, name):
         return _rgb(_eight_bits(_pixels(image, name), name))
 
 
@@ -134,7 +136,7 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
     file = _file(path)
     if file.suffix.lower() == ".txt":
         return _boxes(file, height=height, width=width)
-    with _opened(file, smallest_side=1) as (image, name):
+    with _opened(file, smallest_side=1, whole=True) as (image, name):
         pixels = _pixels(image, name)
     if pixels.shape[:2] != (height, width):
         raise DataError(
@@ -181,8 +183,13 @@ def _boxes(path: Path, *, height: int, width: int) -> NDArray[np.bool_]:
 
 
 @contextmanager
-def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterator[tuple[Image.Image, str]]:
-    """Yield the image, with its header read and its size checked, and its name; errors become ImageError."""
+def _opened(
+    source: ImageInput, *, smallest_side: int = SMALLEST_SIDE, whole: bool = False
+) -> Iterator[tuple[Image.Image, str]]:
+    """Yield the image, with its header read and its size checked, and its name; errors become ImageError.
+
+    `whole`: read and check the whole file, not only its header.
+    """
     if isinstance(source, Image.Image):
         _check_size(source.height, source.width, "PIL image", smallest_side)
         with _explained("PIL image"):
@@ -201,6 +208,10 @@ def _opened(source: ImageInput, *, smallest_side: int = SMALLEST_SIDE) -> Iterat
             "array (height, width, 3), a PIL image."
         )
     with _explained(name):
+        if whole and isinstance(source, Path):
+            source = source.read_bytes()
+        if whole and isinstance(source, bytes):
+            check_complete(source)
         with _quiet():
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
         with image:

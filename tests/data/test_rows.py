@@ -62,6 +62,17 @@ def test_keys_do_not_change_between_versions(samples):
     assert rows.scan(samples[2:3], PREPARATION).keys == (hashlib.sha256(content.encode()).hexdigest(),)
 
 
+def test_stored_features_of_tiff_are_those_of_this_way_to_read_it(tmp_path):
+    """Some layouts were misread before; features of those pixels must not be found again."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "part.tif")
+    sample = Sample(image_path=tmp_path / "part.tif")
+    settings = '{"height": 32, "tile_beyond": 1.5, "tile_overlap": 0.25, "width": 32}'
+    content = f"{content_hash(sample.image_path)} {settings} (0, 0, 40, 40) tiff 2"
+
+    assert rows.scan([sample], PREPARATION).keys == (hashlib.sha256(content.encode()).hexdigest(),)
+
+
 def test_images_with_stored_features_are_not_decoded(samples, monkeypatch):
     decoded = []
     decode = rows.decode

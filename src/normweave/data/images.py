@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from normweave.data import tiff
 from normweave.data.integrity import check_complete
 from normweave.errors import DataError, ImageError
 
@@ -59,11 +60,14 @@ _filters = threading.Lock()
 
 
 def decode(source: ImageInput) -> NDArray[np.uint8]:
-    """Return an RGB image (H, W, 3), upright according to EXIF; the first of several pages or frames.
+    """Return an RGB image (H, W, 3), upright according to EXIF; the first of several frames.
 
-    8-bit values are unchanged, 16-bit values are divided by 257 and floats in 0..1 multiplied by 255: fixed factors, so
-    that brightness is comparable between images. Grey is repeated, alpha dropped, palettes and CMYK become RGB.
-    (Pillow keeps only the higher byte of files with 16 bits per colour; 16-bit grey and arrays are rounded.)
+    Of a TIFF with several pages, the first that is no preview; if a later one is larger, the file is refused.
+
+    8-bit values are unchanged, 12-bit values of TIFF are divided by 4095 / 255 and 16-bit values by 257, and floats in
+    0..1 multiplied by 255: fixed factors, so that brightness is comparable between images. Grey is repeated, alpha
+    dropped, palettes and CMYK become RGB. (Pillow keeps only the higher byte of files with 16 bits per colour; 16-bit
+    grey and arrays are rounded.)
     Every byte of a PNG is checked; BMP, JPEG, TIFF and WebP have no checksums, so changed pixels cannot be seen.
 
     Raises:
@@ -73,7 +77,13 @@ def decode(source: ImageInput) -> NDArray[np.uint8]:
         _array_size(source, "array")
         return _rgb(_eight_bits(source, "array"))
     with _opened(source, whole=True) as (image, name):
-        return _rgb(_eight_bits(_pixels(image, name), name))
+        pixels = _pixels(image, name)
+        if np.issubdtype(pixels.dtype, np.integer) and pixels.dtype not in (np.uint8, np.uint16, ">u2"):
+            raise ImageError(
+                f"{name}: signed or 32-bit integers from {pixels.min()} to {pixels.max()}; the full range is not "
+                "known. Save it with 8 or 16 bits, unsigned."
+            )
+        return _rgb(_eight_bits(pixels, name))
 
 
 def size(source: ImageInput) -> tuple[int, int]:
@@ -109,6 +119,14 @@ def content_hash(source: ImageInput) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def reading_version(path: str | os.PathLike[str]) -> str:
+    """Return the version of the way in which a file's pixels are read, for the keys of what is computed from them.
+
+    It is empty for formats whose pixels have always been the same.
+    """
+    return " tiff 2" if tiff.is_tiff(_start(Path(path))) else ""
 
 
 def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
@@ -213,9 +231,20 @@ def _opened(
         if whole and isinstance(source, bytes):
             check_complete(source)
         with _quiet():
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            try:
+                image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+            except UnidentifiedImageError as error:
+                if tiff.is_tiff(_start(source)):
+                    raise ImageError(f"{name}: {tiff.UNKNOWN}") from error
+                raise
         with image:
+            if image.format == "TIFF":
+                with _quiet():
+                    tiff.select_page(image, name)
             _check_size(image.height, image.width, name, smallest_side)
+            if image.format == "TIFF":
+                length = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+                tiff.check_layout(image, name, length)
             yield image, name
 
 
@@ -258,6 +287,13 @@ def _file(path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _start(source: bytes | Path) -> bytes:
+    if isinstance(source, bytes):
+        return source[:4]
+    with source.open("rb") as file:
+        return file.read(4)
+
+
 def _unreadable(path: Path, error: Exception) -> ImageError:
     return ImageError(f"{path}: cannot be read ({error}). Check the file and its permissions.")
 
@@ -296,11 +332,13 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
-    """Return the stored values, upright: (H, W) uint8, uint16 or float32, or (H, W, 3) uint8."""
+    """Return the stored values, upright: (H, W) integers or float32, or (H, W, 3) uint8."""
     turn = _UPRIGHT.get(_orientation(image))
-    image.load()
-    if image.mode.startswith("I"):
-        pixels: NDArray[Any] = np.asarray(image)
+    _load(image)
+    if image.format == "TIFF" and image.mode == "I":  # 16 bits signed, or 32
+        pixels = np.asarray(image)
+    elif image.mode.startswith("I"):
+        pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ImageError(
                 f"{name}: integers from {pixels.min()} to {pixels.max()}. Allowed: 0..65535 (16 bits). Save it with 8 "
@@ -308,10 +346,25 @@ def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
             )
         pixels = pixels.astype(np.uint16)
     else:
+        converted = image
         for mode in _STEPS.get(image.mode, ("RGB",)):
-            image = image.convert(mode)
-        pixels = np.asarray(image)
+            converted = converted.convert(mode)
+        pixels = np.asarray(converted)
+    pixels = tiff.corrected(pixels, image)
     return pixels if turn is None else turn(pixels)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels; a TIFF from its file, because Pillow turns it wrongly if it maps the file into memory."""
+    path = getattr(image, "filename", "")
+    if image.format == "TIFF" and path:
+        image.filename = ""  # type: ignore[attr-defined]
+        try:
+            image.load()
+        finally:
+            image.filename = path  # type: ignore[attr-defined]
+    else:
+        image.load()
 
 
 def _array_size(array: NDArray[Any], name: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave.data.images import content_hash, decode, size
+from normweave.data.images import content_hash, decode, reading_version, size
 from normweave.data.prepare import Preparation
 from normweave.errors import ImageError
 from normweave.types import Progress, Sample, Tile
@@ -120,9 +120,10 @@ def _read_file(sample: Sample, preparation: Preparation) -> _File | ImageError:
         content = content_hash(sample.image_path)
         height, width = size(sample.image_path)
         tiles = preparation.tiles(height, width)
+        reading = reading_version(sample.image_path)
     except ImageError as error:
         return error
-    texts = [f"{content} {settings} {tuple(tile)}" for tile in tiles]
+    texts = [f"{content} {settings} {tuple(tile)}{reading}" for tile in tiles]
     return _File(content, (height, width), tiles, [hashlib.sha256(text.encode()).hexdigest() for text in texts])
 
 

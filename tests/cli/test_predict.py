@@ -1,6 +1,8 @@
 """Images to verdicts, tables and maps."""
 
+import io
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +100,58 @@ def test_paths_from_stdin_are_read_one_by_one(monkeypatch):
     assert read == ["one.png\n"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeffa.png\nK\u00f6per.png\n".encode(),
+        "a.png\r\nK\u00f6per.png".encode("utf-16"),
+        "\ufeffa.png\nK\u00f6per.png".encode("utf-16-be"),
+    ],
+)
+def test_a_list_with_a_byte_order_mark(tmp_path, content):
+    (tmp_path / "list.txt").write_bytes(content)
+    assert list(find_images([], tmp_path / "list.txt")) == ["a.png", "K\u00f6per.png"]
+
+
+def test_a_list_may_have_names_that_are_not_utf_8(tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xff.png\n")
+    assert [os.fsencode(path) for path in find_images([], tmp_path / "list.txt")] == [b"\xff.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", r"The list .*list\.txt has no path"),
+        (b"\xef\xbb\xbf\r\n\n", r"The list .*list\.txt has no path"),
+        ("a.png\nb.png\n".encode("utf-16-le"), r"Line 1 of .*list\.txt contains a zero byte"),
+        (b"a.png\nb.png\0c.png\0", r"Line 2 of .*list\.txt contains a zero byte"),
+        (b"\xff\xfea\0b\0c", r"list\.txt is not text in UTF-16 .* Save the list as UTF-8"),
+    ],
+)
+def test_a_list_without_paths_or_of_other_text_is_refused_before_the_first_image(tmp_path, content, what):
+    (tmp_path / "list.txt").write_bytes(content)
+    with pytest.raises(DataError, match=what):
+        find_images([], tmp_path / "list.txt")
+
+
+def stdin_of(content):
+    return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8")
+
+
+def test_stdin_may_have_a_byte_order_mark_and_names_that_are_not_utf_8(monkeypatch):
+    monkeypatch.setattr("sys.stdin", stdin_of(b"\xef\xbb\xbfa.png\n\xff.png\n"))
+    assert [os.fsencode(path) for path in find_images(["-"])] == [b"a.png", b"\xff.png"]
+
+
+def test_stdin_that_is_closed_or_in_utf_16_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.stdin", stdin_of("a.png\n".encode("utf-16")))
+    with pytest.raises(DataError, match="Line 1 of stdin contains a zero byte"):
+        next(find_images(["-"]))
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(DataError, match="stdin is closed"):
+        find_images(["-"])
+
+
 def test_shards():
     assert [list(range(10))[first::step] for first, step in map(parse_shard, ("1/3", "2/3", "3/3"))] == [
         [0, 3, 6, 9],
@@ -189,6 +243,34 @@ def test_a_resumed_run_has_the_exit_code_of_all_its_images(verdicts, tmp_path, e
     assert result.exit_code == exit_code, result.output
     assert verdicts.judged == images[2:]
     assert [json.loads(text)["image_path"] for text in table.read_text("utf-8").splitlines()] == images
+
+
+@pytest.mark.parametrize("arguments", [["-"], ["normal-1", "normal-2", "--shard", "3/3"]])
+def test_nothing_judged_is_not_all_normal(verdicts, tmp_path, arguments):
+    result = run("predict", "x.bundle", *arguments, "-o", tmp_path / "r.csv", stdin="\n")
+    assert result.exit_code == 2
+    assert "No image was judged" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_file_name_that_is_not_utf_8_in_every_output(verdicts, tmp_path, ending):
+    name = os.fsdecode(b"normal-\xff.png")
+    (tmp_path / "list.txt").write_bytes(os.fsencode(f"normal-0.png\n{name}\n"))
+    table = tmp_path / f"r{ending}"
+    rows = [outcome.as_dict() for outcome in Verdicts().stream([name])]
+    table.with_name(f"{table.name}.partial").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("predict", "x.bundle", name, "--list", tmp_path / "list.txt", "-o", table, "--resume")
+    assert result.exit_code == 0, result.output
+    assert r"normal-\udcff.png" in result.stdout
+    assert verdicts.judged == [name, "normal-0.png", name]  # the unfinished batch is repeated
+    assert table.exists()
+
+
+def test_a_folder_in_place_of_the_table_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "r.csv").mkdir()
+    with pytest.raises(DataError, match=r"r\.csv is a folder"):
+        check_outputs(tmp_path / "r.csv", None)
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -128,6 +129,26 @@ def test_a_file_name_that_is_not_utf_8(tmp_path):
     writer.__exit__(KeyboardInterrupt, None, None)
     with opened(tmp_path / "r.jsonl", resume=True) as writer:
         assert writer.skip(iter([name]), keep=1) == [name]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".parquet"])
+def test_a_table_with_a_file_name_that_is_not_utf_8_is_utf_8(tmp_path, ending):
+    from pyarrow import parquet
+
+    table = tmp_path / f"r{ending}"
+    name = b"\xff.png".decode(errors="surrogateescape")
+    box = DefectBox(1, 2, 3, 4, 1.5, name, 5, 6, 3, 4)
+    with opened(table) as writer:
+        for path in ("K\u00f6per.png", name):
+            writer.write(replace(OUTCOME, image_path=path, boxes=(box,)).as_dict())
+    if ending == ".parquet":
+        rows = parquet.read_table(table).to_pylist()
+    elif ending == ".csv":
+        rows = list(csv.DictReader(table.read_text("utf-8").splitlines()))
+    else:
+        rows = [json.loads(text) for text in table.read_text("utf-8").splitlines()]
+        assert rows[1]["boxes"][0]["reference"] == name
+    assert [row["image_path"] for row in rows] == ["K\u00f6per.png", name if ending == ".jsonl" else r"\udcff.png"]
 
 
 def test_resuming_without_an_interrupted_run(tmp_path):

@@ -52,7 +52,11 @@ def failing(error):
             70,
             "A bug in normweave: ZeroDivisionError: division. Please report it.",
         ),
-        (ModuleNotFoundError("No module named 'normweave.x'", name="normweave.x"), 1, ""),
+        (
+            ModuleNotFoundError("No module named 'normweave.x'", name="normweave.x"),
+            70,
+            "A bug in normweave: ModuleNotFoundError: No module named 'normweave.x'.",
+        ),
     ],
 )
 def test_an_error_becomes_a_message_and_an_exit_code(error, exit_code, message):
@@ -149,6 +153,69 @@ def test_a_closed_pipe_is_not_a_verdict(part):
         process.stdout.close()
         assert process.wait(timeout=60) == shared.PIPE_CLOSED
         assert process.stderr.read() == b""
+
+
+SCRIPT = r"""
+import typer
+from normweave.cli.terminal import command, run
+from normweave.errors import ConfigError
+app = typer.Typer()
+def own(terminal, fail: bool = False) -> int:
+    '''Print K\u00f6per.'''
+    if fail:
+        raise ConfigError("K\u00f6per \udcff")
+    text = "K\u00f6per \udcff"
+    terminal.record({"path": text}) if terminal.json else terminal.show(text)
+    return 0
+command(app, "own", own)
+run(app)
+"""
+
+
+def run_script(*arguments, **options):
+    """Run the command of the script in a process of its own."""
+    options = {"stdout": subprocess.PIPE} | options
+    command_line = [sys.executable, "-c", SCRIPT, *arguments]
+    return subprocess.run(command_line, stderr=options.pop("stderr", subprocess.PIPE), check=False, **options)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_results_that_cannot_be_written_are_an_error_with_exit_code_2():
+    with open("/dev/full", "wb") as full:
+        for arguments in (["--json"], [], ["--json", "--fail"], ["--help"]):
+            result = run_script(*arguments, stdout=full)
+            assert result.returncode == 2, (arguments, result)
+            assert b"Error: " in result.stderr
+            assert b"Traceback" not in result.stderr
+        for arguments in (["--fail"], ["--fail", "--verbose"]):
+            assert run_script(*arguments, stderr=full).returncode == 2
+
+
+def test_help_in_a_closed_pipe_is_not_a_verdict():
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert run_script("--help", stdout=writing).returncode == shared.PIPE_CLOSED
+    finally:
+        os.close(writing)
+
+
+def test_a_usage_error_keeps_its_exit_code():
+    assert run_script("--unknown").returncode == 2
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_lacks_a_character_shows_an_escape(encoding):
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    shown = {"ascii": b"K\\xf6per", "cp1252": b"K\xf6per", "utf-8": "K\u00f6per".encode()}[encoding]
+    result = run_script(env=environment)
+    assert (result.returncode, result.stdout) == (0, shown + b" \\udcff\n")
+    result = run_script("--json", env=environment)
+    assert (result.returncode, json.loads(result.stdout.decode(encoding))) == (0, {"path": "K\u00f6per \udcff"})
+    result = run_script("--fail", env=environment)
+    assert (result.returncode, shown in result.stderr) == (2, True)
+    result = run_script("--help", env=environment)
+    assert (result.returncode, shown in result.stdout) == (0, True)
 
 
 def test_progress_bars_are_drawn_on_a_terminal(monkeypatch, capsys):

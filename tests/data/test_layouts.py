@@ -174,6 +174,37 @@ def test_magnetic_tiles_by_table(tree):
         read(root, DataConfig())
 
 
+GROUPS = "image,group\nMT_Free/exp1_num_100.jpg,x\nMT_Free/exp2_num_190.jpg,y\nMT_Fray/exp1_num_281.jpg,x\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_magnetic_tiles_by_a_table_of_a_spreadsheet(tree, encoding):
+    root = tree(*TILES)
+    (root / "groups.csv").write_text(GROUPS, encoding)
+    assert [sample.group for sample in read(root, DataConfig())] == ["x", "x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (
+            GROUPS.replace(",", ";").encode(),
+            r"groups\.csv: columns are image;group. It needs image, group, sep",
+        ),
+        (GROUPS.replace("group", "tile").encode(), r"groups\.csv: columns are image, tile. It needs image, group"),
+        (b"", r"groups\.csv: columns are \(none\)"),
+        (GROUPS.replace(",y", "").encode(), r"groups\.csv, row 3: image or group is empty"),
+        (GROUPS.replace("x", "\u00e9").encode("latin-1"), r"groups\.csv: cannot be read as CSV .* Save it as UTF-8"),
+        (GROUPS.encode("utf-16-le"), r"groups\.csv: (cannot be read as CSV|columns are)"),
+    ],
+)
+def test_a_table_of_tiles_that_cannot_be_read_is_refused(tree, content, text):
+    root = tree(*TILES)
+    (root / "groups.csv").write_bytes(content)
+    with pytest.raises(DataError, match=text):
+        read(root, DataConfig())
+
+
 def test_magnetic_tiles_with_another_name(tree):
     with pytest.raises(DataError, match=r"photo\.jpg: magnetic tiles are named expN_num_NUMBER\.jpg"):
         read(tree(*TILES, "MT_Free/photo.jpg"), DataConfig())
@@ -220,6 +251,10 @@ def test_visa_reads_its_table_and_a_missing_image_stays_in_it(tree):
         ("train,normal", "fewshot,normal", r"row 2: split 'fewshot', label 'normal'"),
         ("test,anomaly", "test,bad", r"row 4: split 'test', label 'bad'"),
         ("Images/0.JPG", "", r"row 2: .*image ''"),
+        ("candle,train,normal,Images/0.JPG,\n", "candle\n", r"row 2: split None, label None, image None"),
+        (VISA, "", r"1cls\.csv: columns are \(none\)"),
+        (VISA, "\n\n", r"1cls\.csv: columns are \(none\)"),
+        (VISA[VISA.index("candle") :], "", "no images in the layout visa"),
     ],
 )
 def test_an_invalid_table_of_visa_is_refused(tree, old, new, text):

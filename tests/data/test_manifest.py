@@ -56,7 +56,7 @@ def test_every_column(table, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 def test_only_the_image_is_required(table, tmp_path, encoding):
     path = table("image_path\nKöper.png\n", encoding=encoding)
     assert read_manifest(path) == [Sample(image_path=tmp_path / "Köper.png")]
@@ -122,6 +122,29 @@ def test_wrong_rows_are_named(table, text, reason):
 def test_wrong_columns_get_a_hint(table, header, reason):
     with pytest.raises(ConfigError, match=reason):
         read_manifest(table(f"{header}\n1.png\n"))
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_column_that_is_given_twice_is_refused(tmp_path, ending):
+    path = tmp_path / f"manifest{ending}"
+    if ending == ".csv":
+        path.write_text("image_path,label,label\n1.png,good,bad\n")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        columns = [pyarrow.array([text]) for text in ("1.png", "good", "bad")]
+        parquet.write_table(pyarrow.Table.from_arrays(columns, names=["image_path", "label", "label"]), path)
+    with pytest.raises(DataError, match="column 'label' is given more than once"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("ending", [".csv", ".parquet"])
+def test_a_file_name_that_is_not_utf_8_is_refused_before_the_table_is_written(tmp_path, ending):
+    name = b"\xff.png".decode(errors="surrogateescape")
+    with pytest.raises(DataError, match=r"image_path '\\udcff\.png' is not UTF-8, .* Rename the file"):
+        write_manifest([Sample(image_path=tmp_path / name)], tmp_path / f"manifest{ending}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tables_that_cannot_be_read(table, tmp_path):

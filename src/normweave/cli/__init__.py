@@ -10,7 +10,7 @@ import typer
 
 from normweave import __version__
 from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, serve, train
-from normweave.cli.terminal import command
+from normweave.cli.terminal import command, run
 
 app = typer.Typer(
     name="normweave",
@@ -56,4 +56,4 @@ def _top(
 
 def main() -> None:
     """Run the command line."""
-    app()
+    run(app)

@@ -1,9 +1,11 @@
 """`normweave predict`: images to verdicts, one by one, so that memory does not grow with their number."""
 
 import glob
+import io
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from itertools import chain, islice
@@ -89,6 +91,12 @@ def predict(
                 terminal.show(summary(outcome))
             unreadable += outcome.error is not None
             not_normal += outcome.verdict in ("anomalous", "unknown")
+            done = number + 1
+        if not done:
+            raise DataError(
+                "No image was judged, so nothing is known to be normal: no path came from stdin, or --shard has more "
+                "parts than there are images. Give at least one image."
+            )
     # Unreadable images take precedence: each of them could be anomalous.
     return UNREADABLE if unreadable else NOT_NORMAL if not_normal else ALL_NORMAL
 
@@ -111,12 +119,13 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
     A file may have any suffix. A path that does not exist is returned too, so that it is reported in its position.
 
     Raises:
-        DataError: no image is given, a folder has no images, a pattern matches nothing, or the list does not exist.
+        DataError: no image is given, a folder has no images, a pattern matches nothing, stdin is closed, or the list
+            does not exist, has no path or is not text.
     """
     sources: list[Iterable[str]] = []
     for argument in arguments:
         if argument == STDIN:
-            sources.append(_lines(sys.stdin))
+            sources.append(_from_stdin())
         elif os.path.isdir(argument):
             if next(in_folder(argument), None) is None:
                 raise DataError(f"The folder {argument} contains no image. Give a folder with images, or image files.")
@@ -131,21 +140,46 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
     if listed is not None:
         if not listed.is_file():
             raise DataError(f"The list {listed} does not exist. Give a file with the path of an image on each line.")
+        if not any(deque(_listed(listed), maxlen=1)):  # read to its end, so that nothing is wrong with it later
+            raise DataError(f"The list {listed} has no path. Give a file with the path of an image on each line.")
         sources.append(_listed(listed))
     if not sources:
         raise DataError("No image is given. Give files, folders, patterns, - for stdin, or --list FILE.")
     return chain.from_iterable(sources)
 
 
+def _from_stdin() -> Iterator[str]:
+    if sys.stdin is None:
+        raise DataError("- reads paths from stdin, but stdin is closed. Pipe paths to it, or use --list FILE.")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as Python represents file names that are not UTF-8
+    return _lines(sys.stdin, "stdin")
+
+
 def _listed(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        yield from _lines(file)
+    from normweave.data.tables import encoding_of
+
+    encoding = encoding_of(path)
+    errors = "strict" if encoding == "utf-16" else "surrogateescape"
+    try:
+        with path.open(encoding=encoding, errors=errors) as file:
+            yield from _lines(file, str(path))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text in UTF-16 ({error}). Save the list as UTF-8.") from error
 
 
-def _lines(file: Iterable[str]) -> Iterator[str]:
+def _lines(file: Iterable[str], name: str) -> Iterator[str]:
     """Yield the path on each line that is not empty."""
-    for text in file:
-        if path := text.rstrip("\r\n"):
+    for number, text in enumerate(file, 1):
+        path = text.rstrip("\r\n")
+        if number == 1:
+            path = path.removeprefix("\ufeff")  # the byte order mark of UTF-8
+        if "\0" in path:
+            raise DataError(
+                f"Line {number} of {name} contains a zero byte. Allowed: one path on each line, in UTF-8. A list in "
+                "UTF-16 needs a byte order mark. Save it as UTF-8."
+            )
+        if path:
             yield path
 
 
@@ -177,6 +211,8 @@ def check_outputs(output: Path | None, maps: Path | None, *, resume: bool = Fals
     """Check the output paths before the first image is predicted."""
     if output is not None and output.suffix not in FORMATS:
         raise unknown("suffix of --output", output.suffix, FORMATS, f"Got {output}.")
+    if output is not None and output.is_dir():
+        raise DataError(f"{output} is a folder. Give the path of a table with --output.")
     if resume and output is None:
         raise ConfigError("--resume needs a table of an interrupted run. Give its path with --output.")
     if maps is not None and maps.exists() and (not maps.is_dir() or (any(maps.iterdir()) and not resume)):

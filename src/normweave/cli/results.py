@@ -115,9 +115,12 @@ class ResultWriter:
         return list(last)
 
     def write(self, row: Row) -> None:
-        """Append a row and flush it."""
-        text = json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n"
-        self._file.write(text.encode("utf-8", "surrogatepass"))
+        r"""Append a row and flush it. A file name that is not UTF-8 keeps its bytes as JSON escapes (\udcff)."""
+        try:
+            line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # Python represents bytes that are not UTF-8 by surrogates
+            line = json.dumps(row, allow_nan=False).encode()
+        self._file.write(line + b"\n")
         self._file.flush()
 
     def __enter__(self) -> Self:
@@ -141,12 +144,21 @@ class ResultWriter:
         self.path.unlink(missing_ok=True)
 
 
+def _readable(value: Any) -> Any:
+    r"""Return the value with bytes of file names that are not UTF-8 written as escapes (\udcff), as in JSON."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list):
+        return [_readable(item) for item in value]
+    return {name: _readable(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
 def write_csv(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
     """Write a CSV file with these columns. Lists are JSON in their cells."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, [column.name for column in columns])
         writer.writeheader()
-        for row in rows:
+        for row in map(_readable, rows):
             writer.writerow(
                 {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
             )
@@ -168,7 +180,7 @@ def write_parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColu
 
     schema = pyarrow.schema([(column.name, arrow_type(column)) for column in columns])
     with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while group := list(islice(rows, ROWS_A_GROUP)):
+        while group := list(islice(map(_readable, rows), ROWS_A_GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 

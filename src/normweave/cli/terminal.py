@@ -5,6 +5,7 @@ Results go to stdout, remarks and progress to stderr. With --json, stdout is JSO
 """
 
 import inspect
+import io
 import json as json_text
 import logging
 import os
@@ -13,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -59,22 +60,27 @@ class Terminal:
     )
 
     def record(self, values: dict[str, Any]) -> None:
-        """Print one JSON object on one line of stdout."""
-        typer.echo(json_text.dumps(values, allow_nan=False, ensure_ascii=False))
+        r"""Print one JSON object on one line of stdout. What stdout cannot encode is escaped as JSON does (\u00e9)."""
+        text = json_text.dumps(values, allow_nan=False, ensure_ascii=False)
+        try:
+            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            text = json_text.dumps(values, allow_nan=False)
+        _print(f"{text}\n")
 
     def show(self, *parts: "RenderableType") -> None:
         """Print text and tables to stdout."""
         for part in parts:
             if isinstance(part, str):
-                typer.echo(part)
+                _print(f"{part}\n")
                 continue
-            # Rich exits with code 1 at a closed pipe, but here 1 means an anomalous image: print by typer.echo.
+            # Rich exits with code 1 at a closed pipe, but here 1 means an anomalous image: let it write a text.
             console = _console(stderr=False)
             width = console.measure(part, options=console.options.update_width(1000)).maximum
             console.width = max(console.width, width)  # never truncate a number
             with console.capture() as text:
                 console.print(part)
-            typer.echo(text.get(), nl=False)
+            _print(text.get())
 
     def remark(self, text: str) -> None:
         """Print a remark to stderr, unless --quiet."""
@@ -102,6 +108,24 @@ class Terminal:
             yield report
 
 
+class CommandExit(SystemExit):
+    """The end of a command with its exit code. Exit code 1 of any other end is not a verdict."""
+
+
+def run(app: typer.Typer) -> None:
+    """Run the command line and exit. Exit code 1 means that an image is not normal; no error ends with it."""
+    _escape_unknown_characters()
+    try:
+        sys.exit(_exit_code(Terminal(), app))
+    except CommandExit:
+        raise
+    except SystemExit as end:
+        # Typer and Rich end with 1 where the reader has closed the pipe, as of `normweave --help | head -1`.
+        if end.code == 1:
+            end.code = PIPE_CLOSED
+        raise
+
+
 def command(
     app: typer.Typer, name: str, function: Callable[..., int], *, cls: type[TyperCommand] | None = None
 ) -> None:
@@ -112,7 +136,9 @@ def command(
         terminal = Terminal(**{option.name: values.pop(option.name) for option in common})
         if terminal.threads is not None:
             _limit_threads(terminal.threads)
-        raise typer.Exit(_exit_code(terminal, lambda: function(terminal, **values)))
+        _escape_unknown_characters()
+        logging.basicConfig(level=logging.INFO if terminal.verbose else logging.WARNING)
+        raise CommandExit(_exit_code(terminal, lambda: function(terminal, **values)))
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     _, *own = inspect.signature(function, eval_str=True).parameters.values()
@@ -129,7 +155,6 @@ def command(
 
 def _exit_code(terminal: Terminal, work: Callable[[], int]) -> int:
     """Call `work` and return its exit code. An exception is printed and never becomes 1: that is a verdict."""
-    logging.basicConfig(level=logging.INFO if terminal.verbose else logging.WARNING)
     try:
         return work()
     except NormweaveError as error:
@@ -137,32 +162,66 @@ def _exit_code(terminal: Terminal, work: Callable[[], int]) -> int:
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package == "normweave":
-            raise
+            return _fail_with_bug(terminal, error)
         message = f'This command needs {package}, which is not installed: pip install "normweave[train]"'
         return _fail(terminal, message, MissingError.exit_code)
     except BrokenPipeError:
-        # The reader has closed the pipe, as `head` does. The interpreter flushes stdout at exit: redirect it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)  # the reader has closed the pipe, as `head` does
         return PIPE_CLOSED
     except OSError as error:
         return _fail(terminal, f"{error}. Check the path, its permissions and the free space of the disk.", 2)
     except KeyboardInterrupt:
         return _fail(terminal, "Interrupted.", INTERRUPTED)
     except Exception as error:
-        traceback.print_exc()
-        return _fail(terminal, f"A bug in normweave: {type(error).__name__}: {error}. Please report it.", BUG)
+        return _fail_with_bug(terminal, error)
+
+
+def _fail_with_bug(terminal: Terminal, error: Exception) -> int:
+    return _fail(terminal, f"A bug in normweave: {type(error).__name__}: {error}. Please report it.", BUG)
 
 
 def _fail(terminal: Terminal, message: str, exit_code: int) -> int:
-    if terminal.verbose and exit_code != BUG:
-        traceback.print_exc()
+    """Print the message and return the exit code, which remains if nothing can be printed."""
+    shown = False
     if terminal.json:
-        terminal.record({"error": message, "exit_code": exit_code})
-    else:
-        from rich.text import Text
+        try:
+            terminal.record({"error": message, "exit_code": exit_code})
+            shown = True
+        except OSError:  # stdout is on a full disk, or closed
+            _discard(sys.stdout)
+    try:
+        if terminal.verbose or exit_code == BUG:
+            traceback.print_exc()
+        if not shown:
+            from rich.text import Text
 
-        _console(stderr=True).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+            _console(stderr=True).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+    except OSError:
+        _discard(sys.stderr)
+    try:
+        sys.stdout.flush()
+    except (OSError, AttributeError):  # there is no stdout if it was closed before the start
+        _discard(sys.stdout)
     return exit_code
+
+
+def _print(text: str) -> None:
+    if sys.stdout is not None:  # it is None if it was closed before the start
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Send what is printed from now on, and what the stream still holds, nowhere: else the flush at exit fails."""
+    if stream is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _escape_unknown_characters() -> None:
+    r"""Print characters that the terminal's encoding lacks, and file names that are not UTF-8, as escapes (\xe9)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _limit_threads(threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from normweave.config import DataConfig
 from normweave.data.manifest import ENDINGS, read_manifest
+from normweave.data.tables import read_csv
 from normweave.errors import ConfigError, DataError, unknown
 from normweave.types import Sample, Split
 
@@ -61,8 +61,10 @@ def read_magnetic_tiles(root: Path) -> list[Sample]:
     table = root / "groups.csv"
     tiles: dict[Path, str] = {}
     if table.is_file():
-        with table.open(newline="", encoding="utf-8") as file:
-            tiles = {root / row["image"]: row["group"] for row in csv.DictReader(file)}
+        for number, row in read_csv(table, required=("image", "group"))[1]:
+            if not row["image"] or not row["group"]:
+                raise DataError(f"{table}, row {number}: image or group is empty. Fill both, or remove the row.")
+            tiles[root / row["image"]] = row["group"]
     else:
         tile, last = 0, None
         for image, _, number in sorted(shots, key=lambda shot: shot[2]):
@@ -138,20 +140,15 @@ def read_visa(root: Path) -> list[Sample]:
     if not table.is_file():
         prepared = root / "1cls"
         return read_folders(prepared if prepared.is_dir() else root, masks=("{stem}.png",))
-    try:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table}: cannot be read as CSV ({error}). Unpack the data set again.") from error
+    header, rows = read_csv(table)
     columns = ["object", "split", "label", "image", "mask"]
-    if reader.fieldnames != columns:
+    if header != columns:
         raise DataError(
-            f"{table}: columns are {', '.join(reader.fieldnames or ())}. VisA's are {', '.join(columns)}: unpack the "
+            f"{table}: columns are {', '.join(header) or '(none)'}. VisA's are {', '.join(columns)}: unpack the "
             "data set again."
         )
     samples = []
-    for number, row in enumerate(rows, start=2):
+    for number, row in rows:
         split = SPLITS.get(row["split"] or "")
         if split is None or row["label"] not in ("normal", "anomaly") or not row["image"]:
             raise DataError(

@@ -13,6 +13,7 @@ from normweave.atomic import write_atomically
 from normweave.data.images import decode, read_mask
 from normweave.data.published import differences
 from normweave.data.splits import SPLITS, shared
+from normweave.data.tables import NumberedRows, read_csv, refuse_repeated
 from normweave.errors import DataError, ImageError, MissingError, unknown
 from normweave.types import Label, Sample, Split
 
@@ -55,13 +56,13 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
     else normal. Errors count rows as a spreadsheet does: the header is row 1.
 
     Raises:
-        DataError: a column is missing, or a value is invalid.
+        DataError: a column is missing or given twice, or a value is invalid.
         ConfigError: a column is unknown.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such manifest. Write one with: normweave data manifest DATA -o {path.name}")
-    readers = {".csv": _csv_rows, ".parquet": _parquet_rows}
+    readers = {".csv": read_csv, ".parquet": _parquet_rows}
     if path.suffix.lower() not in readers:
         raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Save the table as one of them.")
     columns, rows = readers[path.suffix.lower()](path)
@@ -78,11 +79,21 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
 
 
 def write_manifest(samples: Iterable[Sample], path: str | os.PathLike[str]) -> None:
-    """Write the table that `read_manifest` reads back, .csv or .parquet, with paths relative to its folder."""
+    """Write the table that `read_manifest` reads back, .csv or .parquet, with paths relative to its folder.
+
+    Raises:
+        DataError: the path has another ending, or the name of a file is not UTF-8.
+    """
     path = Path(path)
     rows = [_row(sample, path.parent) for sample in samples]
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Name the file so.")
+    for row in rows:
+        for column, value in row.items():
+            if not _is_text(value):
+                raise DataError(
+                    f"{path}: {column} {value!a} is not UTF-8, so no table can hold it. Rename the file or folder."
+                )
 
     def write(unfinished: Path) -> None:
         if path.suffix.lower() == ".csv":
@@ -169,31 +180,14 @@ def _image_faults(sample: Sample) -> Iterator[Fault]:
         yield Fault("marked normal", path, text)
 
 
-NumberedRows = list[tuple[int, dict[str | Any, Any]]]
-
-
-def _csv_rows(path: Path) -> tuple[list[str], NumberedRows]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            rows: NumberedRows = [(reader.line_num, row) for row in reader]
-            columns = list(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: cannot be read as CSV ({error}). Save it as UTF-8, separated by commas.") from error
-    for number, row in rows:
-        if None in row:
-            raise DataError(
-                f"{path}, row {number}: more values than the header has columns. Put values with commas in quotes."
-            )
-    return columns, rows
-
-
 def _parquet_rows(path: Path) -> tuple[list[str], NumberedRows]:
     pyarrow, parquet = _pyarrow(path)
     try:
-        table = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            table = file.read()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}). Write the table again.") from error
+    refuse_repeated(table.column_names, path)
     return table.column_names, list(enumerate(table.to_pylist(), start=2))
 
 
@@ -254,6 +248,14 @@ def _text(value: Any) -> str:
     if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
         value = int(value)
     return str(value).strip()
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # Python represents other bytes of file names by surrogates
+        return False
+    return True
 
 
 def _row(sample: Sample, folder: Path) -> dict[str, str]:

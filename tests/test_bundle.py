@@ -144,6 +144,22 @@ def test_an_empty_folder_may_be_filled(tmp_path):
     assert bundle.read(tmp_path) == RECORD
 
 
+@pytest.mark.parametrize("place", ["photo.jpg/b", "photo.jpg/new/b", "x" * 300, f"{'x' * 300}/b", "x" * 245])
+def test_a_place_that_cannot_be_written_is_noticed_before_training(tmp_path, place):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    refused(lambda: bundle.check_target(tmp_path / place, overwrite=False), "Cannot ", "Errno")
+    bundle.check_target(tmp_path / "a" / "b", overwrite=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.jpg"]
+
+
+def test_a_folder_without_permission_is_noticed_before_training(tmp_path, monkeypatch):
+    def forbidden(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "mkdir", forbidden)
+    refused(lambda: bundle.check_target(tmp_path / "b", overwrite=False), "Cannot write", "Permission denied")
+
+
 def test_parents_are_made(tmp_path):
     bundle.write(tmp_path / "a" / "b", tensors=tensors(), record=RECORD)
     assert bundle.read(tmp_path / "a" / "b") == RECORD

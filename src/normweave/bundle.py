@@ -139,10 +139,11 @@ def _write(
 
 
 def check_target(folder: Path, *, overwrite: bool) -> None:
-    """Check that `write` may write here; call it before a long training.
+    """Check that `write` may write here and can; call it before a long training.
 
     Raises:
-        BundleError: the folder exists; even with `overwrite`, only a bundle is replaced.
+        BundleError: the folder exists; even with `overwrite`, only a bundle is replaced. Or no folder can be made
+            beside it.
     """
     folder = Path(folder)
     try:
@@ -153,6 +154,17 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
         raise BundleError(f"{folder} exists and is not a bundle, so it is not replaced. Choose another name.")
     if taken and not overwrite:
         raise BundleError(f"{folder} exists. Choose another name, or allow replacing it (--overwrite).")
+    target = Path(os.path.realpath(folder))
+    trial, above = f"{target.name}.trial-{os.getpid()}", target.parent
+    try:
+        while not above.exists():
+            above = above.parent
+        (above / trial).mkdir()
+        (above / trial).rmdir()
+    except OSError as error:
+        raise BundleError(
+            f"Cannot write the bundle {folder}: {error}. Choose another place, or correct its permissions."
+        ) from error
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -390,3 +391,11 @@ def test_thresholds_know_the_categories_of_their_subclasses(data, decoder):
     assert varied.subclass_categories == ("plain", "twill")
     assert len(varied) > len(whole_calibration)
     assert set(varied.groups) <= set(whole_calibration.groups)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_first_image(tmp_path, monkeypatch):
+    monkeypatch.setattr("normweave.benchmark.evaluate.test_samples", lambda *_: [])
+    monkeypatch.setattr("normweave.benchmark.evaluate.measure", lambda *_, **__: pytest.fail("an image was scored"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError):
+        evaluate(SimpleNamespace(config=None), "data", output=tmp_path / "file")

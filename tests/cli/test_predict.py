@@ -62,6 +62,21 @@ def test_folders_files_and_patterns_in_the_order_of_the_call(photos):
     ]
 
 
+def test_a_folder_is_read_as_training_reads_it(photos, tmp_path_factory):
+    """Links are followed, except to a folder above; one that leads nowhere is an error or an unreadable image."""
+    other = tmp_path_factory.mktemp("other")
+    shutil.copy(photos / "a" / "2.png", other / "3.png")
+    (photos / "b" / "linked").symlink_to(other)
+    (photos / "b" / "up").symlink_to("..")
+    (other / "home").symlink_to(photos)
+    assert found(photos, "b") == ["b/1.png", "b/deep/0.png", "b/linked/3.png"]
+    (photos / "a" / "gone.png").symlink_to(photos / "deleted.png")
+    assert found(photos, "a") == ["a/1.JPG", "a/2.png", "a/gone.png"]
+    (other / "unmounted").symlink_to(photos / "deleted")
+    with pytest.raises(DataError, match=r"unmounted: is a link to .*deleted, which does not exist"):
+        find_images([str(photos / "b")])
+
+
 def test_a_pattern_over_folders(photos):
     assert found(photos, "**/1.*") == ["a/1.JPG", "b/1.png"]
 
@@ -265,6 +280,13 @@ def test_a_file_name_that_is_not_utf_8_in_every_output(verdicts, tmp_path, endin
     assert r"normal-\udcff.png" in result.stdout
     assert verdicts.judged == [name, "normal-0.png", name]  # the unfinished batch is repeated
     assert table.exists()
+
+
+def test_a_folder_for_maps_that_cannot_be_made_is_refused_before_the_first_image(verdicts, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("predict", "x.bundle", "normal-1", "--maps", tmp_path / "file" / "maps")
+    assert result.exit_code == 2
+    assert verdicts.judged == []
 
 
 def test_a_folder_in_place_of_the_table_is_refused_before_anything_is_loaded(tmp_path):

@@ -140,6 +140,20 @@ def test_an_existing_bundle_is_refused_before_training(trained, cloth, tmp_path)
     assert "allow replacing it (--overwrite)" in result.stderr
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_training(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"x")
+    result = run("train", tmp_path / "no-data-at-all", "-o", tmp_path / "photo.jpg" / "b")
+    assert result.exit_code == 2
+    assert "Cannot write the bundle" in result.stderr
+
+
+def test_a_bundle_may_fill_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run("train", tmp_path / "no-data-at-all", "-o", ".")
+    assert result.exit_code == 2
+    assert "no-data-at-all: no such file or folder" in result.stderr
+
+
 def test_a_rate_that_cannot_be_guaranteed_is_reported_and_the_verdicts_are_marked(cloth, tmp_path):
     result = run(
         "train",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from normweave.config import DataConfig
-from normweave.data.layouts import read, recognise
+from normweave.data.layouts import images_below, read, recognise
 from normweave.data.manifest import write_manifest
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
@@ -383,6 +383,30 @@ def test_a_missing_folder_is_refused(tmp_path):
 def test_the_category_of_the_working_folder(tree, monkeypatch):
     monkeypatch.chdir(tree("1.png"))
     assert read(".", DataConfig()) == [Sample(image_path=Path("1.png"), category="parts")]
+
+
+def test_links_are_followed_except_to_a_folder_above(tree, tmp_path):
+    root = tree("cloth/train/good/1.png", "cloth/train/good/2.png")
+    linked = tmp_path / "elsewhere" / "train" / "good"
+    linked.mkdir(parents=True)
+    (linked / "3.png").touch()
+    (root / "denim").symlink_to(tmp_path / "elsewhere")
+    (root / "cloth" / "train" / "good" / "up").symlink_to("..")
+    (linked.parent / "home").symlink_to(root)
+    names = ["cloth/train/good/1.png", "cloth/train/good/2.png", "denim/train/good/3.png"]
+    assert [path.relative_to(root).as_posix() for path in images_below(root)] == names
+    samples = read(root, DataConfig())
+    assert [sample.image_path.relative_to(root).as_posix() for sample in samples] == names
+    assert [sample.category for sample in samples] == ["cloth", "cloth", "denim"]
+
+
+def test_a_link_that_leads_nowhere_is_reported(tree):
+    root = tree("parts/1.png", "parts/2.png")
+    (root / "parts" / "3.png").symlink_to(root / "gone.png")
+    assert [sample.image_path.name for sample in read(root / "parts", DataConfig())] == ["1.png", "2.png", "3.png"]
+    (root / "more").symlink_to(root / "unmounted")
+    with pytest.raises(DataError, match=r"more: is a link to .*unmounted, which does not exist. Correct or remove it"):
+        read(root, DataConfig())
 
 
 @pytest.mark.data

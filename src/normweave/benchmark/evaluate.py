@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -80,11 +81,12 @@ def evaluate(
     """
     samples = test_samples(detector.config, data, layout)
     other = None if against is None else read_metrics(against, samples)
+    output.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=output).close()  # raises OSError before the first image if nothing can be written here
     metrics, predictions = measure(detector, samples, progress=progress)
     metrics["provenance"] = provenance(detector, data)
     if other is not None:
         compare(metrics, other)
-    output.mkdir(parents=True, exist_ok=True)
     write_atomically(output / "metrics.json", lambda path: path.write_text(json.dumps(metrics, indent=2) + "\n"))
     write_atomically(output / "predictions.csv", lambda path: _write_rows(path, predictions))
     by_path = {str(sample.image_path): sample for sample in samples}
@@ -426,7 +428,7 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

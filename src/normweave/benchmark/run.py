@@ -419,4 +419,4 @@ def _tested(result: dict[str, Any]) -> int:
 
 
 def _replace(path: Path, text: str) -> None:
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(text, "utf-8"))

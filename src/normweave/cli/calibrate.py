@@ -13,9 +13,11 @@ def calibrate(
     layout: options.Layout = None,
 ) -> int:
     """Compute new operating points from other normal images and replace the bundle. Needs no torch."""
+    from normweave.bundle import check_target
     from normweave.detector import Detector
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
+    check_target(bundle, overwrite=True)
     with terminal.progress() as progress:
         detector.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
     detector.save(bundle, overwrite=True)

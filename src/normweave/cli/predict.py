@@ -67,6 +67,8 @@ def predict(
     from normweave.detector import Detector
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
+    if maps is not None:
+        maps.mkdir(parents=True, exist_ok=True)  # fails before the first image
     batch = 1 if STDIN in (images or []) else detector.batch_images
     with_maps = terminal.json or output is not None or maps is not None
     not_normal = unreadable = 0
@@ -119,15 +121,15 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
     A file may have any suffix. A path that does not exist is returned too, so that it is reported in its position.
 
     Raises:
-        DataError: no image is given, a folder has no images, a pattern matches nothing, stdin is closed, or the list
-            does not exist, has no path or is not text.
+        DataError: no image is given, a folder has no images or a link that leads nowhere, a pattern
+            matches nothing, stdin is closed, or the list does not exist, has no path or is not text.
     """
     sources: list[Iterable[str]] = []
     for argument in arguments:
         if argument == STDIN:
             sources.append(_from_stdin())
         elif os.path.isdir(argument):
-            if next(in_folder(argument), None) is None:
+            if not any(deque(in_folder(argument), maxlen=1)):  # to its end: a link that leads nowhere is found now
                 raise DataError(f"The folder {argument} contains no image. Give a folder with images, or image files.")
             sources.append(in_folder(argument))
         elif glob.has_magic(argument) and not os.path.exists(argument):
@@ -184,14 +186,11 @@ def _lines(file: Iterable[str], name: str) -> Iterator[str]:
 
 
 def in_folder(folder: str) -> Iterator[str]:
-    """Yield every image below a folder, without hidden files and folders."""
-    from normweave.data.layouts import IMAGES
+    """Yield every image below a folder, as training finds them: links are followed, hidden files left out."""
+    from normweave.data.layouts import images_below
 
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and name.lower().endswith(IMAGES):
-                yield os.path.join(parent, name)
+    for path in images_below(Path(folder)):
+        yield os.path.join(folder, path.relative_to(folder))
 
 
 def summary(outcome: "Outcome") -> str:
@@ -235,7 +234,6 @@ def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
     assert outcome.threshold is not None
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(outcome.image_path).stem)[:80]
     path = folder / f"{number:06d}-{stem}.npy"
-    folder.mkdir(parents=True, exist_ok=True)
     np.save(path, outcome.anomaly_map, allow_pickle=False)
     image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=outcome.threshold)
     Image.fromarray(image).save(path.with_suffix(".png"))

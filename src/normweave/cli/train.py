@@ -1,5 +1,6 @@
 """`normweave train`: train a detector on good images and write a bundle."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,8 @@ def train(
         from normweave.benchmark.evaluate import test_samples
 
         labelled = test_samples(settings, int8_check, None)
-    work = output.with_name(f"{output.name}.work")
+    target = Path(os.path.abspath(output))  # `.` has no name
+    work = target.with_name(f"{target.name}.work")
     with terminal.progress() as progress:
         detector = Detector.fit(
             data,

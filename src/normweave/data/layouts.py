@@ -180,7 +180,7 @@ def read_texture_ad(root: Path) -> list[Sample]:
     found: list[tuple[Path, list[str], Split | None]] = []
     masks: dict[tuple[str, ...], Path] = {}
     masked: set[tuple[str, ...]] = set()
-    for image in _below(root):
+    for image in images_below(root):
         folders = list(image.relative_to(root).parts[:-1])
         splits = {SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
         names = [name for name in folders if name.lower() not in (*SPLITS, *MASK_FOLDERS)]
@@ -409,15 +409,26 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.is_dir()]
+    """Return the folders in a folder and the links to folders, except to one above: it would contain itself.
+
+    Raises:
+        DataError: a link leads nowhere.
+    """
+    entries = _entries(folder)
+    for entry in entries:
+        if entry.is_symlink() and not entry.exists() and entry.suffix.lower() not in IMAGES:
+            raise DataError(f"{entry}: is a link to {os.readlink(entry)}, which does not exist. Correct or remove it.")
+    above = {os.path.realpath(each) for each in (folder, *folder.absolute().parents)}
+    return [entry for entry in entries if entry.is_dir() and os.path.realpath(entry) not in above]
 
 
 def _images(folder: Path) -> list[Path]:
-    return [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGES and entry.is_file()]
+    """Return what has the name of an image, also if it cannot be read, so that it is reported."""
+    return [entry for entry in _entries(folder) if entry.suffix.lower() in IMAGES and not entry.is_dir()]
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield the images at any depth, in a stable order."""
+def images_below(folder: Path) -> Iterator[Path]:
+    """Yield the images of a folder at any depth, in a stable order, without hidden files and folders."""
     yield from _images(folder)
     for inner in _folders(folder):
-        yield from _below(inner)
+        yield from images_below(inner)

@@ -138,7 +138,7 @@ def write_page(
         listed=LISTED,
         provenance=provenance,
     )
-    write_atomically(path, lambda temporary: temporary.write_text(page, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(page, "utf-8", "backslashreplace"))
 
 
 def _cards(pooled: Row, target: float | None) -> Iterator[tuple[str, float | None, str]]:

@@ -338,7 +338,7 @@ def painted(colour):
     "mask",
     [
         TRUTH * np.uint8(255),
-        np.where(TRUTH, 128, 127).astype(np.uint8),
+        TRUTH * np.uint8(128),
         TRUTH * np.uint8(1),
         TRUTH * np.where(np.arange(20) % 2, 3, 9).astype(np.uint8),
         TRUTH,
@@ -350,7 +350,7 @@ def painted(colour):
     ],
     ids=[
         "0-255",
-        "127-128",
+        "0-128",
         "0-1",
         "defect types",
         "1-bit",

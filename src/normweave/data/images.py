@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from normweave.data import tiff
+from normweave.data import masks, tiff
 from normweave.data.integrity import check_complete
 from normweave.errors import DataError, ImageError
 
@@ -27,13 +28,12 @@ MAX_PIXELS = 150_000_000
 """Larger images are refused by their header: a file of some kilobytes can decode to gigabytes."""
 SMALLEST_SIDE = 8
 """Pixels."""
-MAX_DEFECT_TYPES = 15
-"""A mask without higher values holds the numbers of defect types."""
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 READ = "PNG, JPEG, BMP, TIFF and WebP"
 
-_STEPS = {  # mode -> modes that it is converted to, one after the other; modes that are not here: RGB
+# mode -> modes that it is converted to, one after the other; modes that are not here: RGB
+_STEPS: Mapping[str, tuple[str, ...]] = {
     "L": (),
     "F": (),
     "RGB": (),
@@ -42,6 +42,16 @@ _STEPS = {  # mode -> modes that it is converted to, one after the other; modes 
     "La": ("LA", "L"),  # colours multiplied by alpha: undone before alpha is dropped
     "P": ("RGBA", "RGB"),  # straight to RGB, Pillow warns of transparency
     "PA": ("RGBA", "RGB"),
+}
+_MASK_STEPS: Mapping[str, tuple[str, ...]] = {
+    # palettes and alpha stay: they mark the defects
+    **_STEPS,
+    "LA": (),
+    "La": ("LA",),
+    "RGBA": (),
+    "RGBa": ("RGBA",),
+    "P": (),
+    "PA": ("RGBA",),
 }
 
 _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
@@ -143,61 +153,65 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
     """Return the defect pixels (H, W) from an image, or from a text file of boxes.
 
     Image: a pixel is defective if its brightest channel is above 127 (of 255). If no value is above 15, every pixel
-    above 0 is defective: such masks number the types of defect (VisA) or mark defects with 1. Masks with higher values,
-    but none above 127, are refused, because they would be empty.
+    above 0 is defective: such masks number the types of defect (VisA) or mark defects with 1. In a palette every index
+    above 0 is defective, whatever its colour. If all colours are the same, the alpha channel is the mask.
+    Masks of which a part would be lost are refused: values none of which is above 127, a region of lower values beside
+    one above 127, a palette whose index 0 may not be the background, alpha and colours that differ.
     Text (`.txt`): one box per line, `x1 y1 x2 y2` and anything after, in pixels; rows y1..y2-1, columns x1..x2-1.
 
     Raises:
-        DataError: another size than its image, or invalid values or boxes.
+        DataError: another size than its image, or invalid or ambiguous values or boxes.
         ImageError: missing or unreadable (also a DataError).
     """
     file = _file(path)
     if file.suffix.lower() == ".txt":
-        return _boxes(file, height=height, width=width)
-    with _opened(file, smallest_side=1, whole=True) as (image, name):
-        pixels = _pixels(image, name)
-    if pixels.shape[:2] != (height, width):
-        raise DataError(
-            f"{file}: the mask has {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {height} x {width} "
-            "(height x width). A mask must be as large as its image: export it again at that size."
-        )
-    values = pixels if pixels.ndim == 2 else pixels[..., :3].max(axis=2)
-    highest = values.max()
-    if np.issubdtype(values.dtype, np.unsignedinteger) and highest <= MAX_DEFECT_TYPES:
-        return np.asarray(values > 0)
-    mask = _eight_bits(values, name) > 127
-    if highest > 0 and not mask.any():
-        raise DataError(
-            f"{file}: the mask has values up to {highest}, none of them above half of the range. Defect pixels are "
-            "those above 127 of 255, or above 0 where no value is above 15. Save the mask as black and white."
-        )
-    return mask
-
-
-def _boxes(path: Path, *, height: int, width: int) -> NDArray[np.bool_]:
-    mask = np.zeros((height, width), dtype=np.bool_)
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            left, top, right, bottom = (int(value) for value in line.replace(",", " ").split()[:4])
-        except ValueError:
+            return masks.from_boxes(file, height=height, width=width)
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unreadable(file, error) from error
+    with _opened(file, smallest_side=1, whole=True) as (image, name):
+        bits, mode = _stored_bits(image), image.mode
+        pixels = _pixels(image, name, _MASK_STEPS)
+        if pixels.shape[:2] != (height, width):
             raise DataError(
-                f"{path}: line {number} is {line.strip()!r}. Allowed: four integers x1 y1 x2 y2 in pixels, and "
-                "anything after them. Correct the line."
-            ) from None
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise DataError(
-                f"{path}: line {number}, box {left} {top} {right} {bottom} (x1 y1 x2 y2) is empty or exceeds "
-                f"its image of {height} x {width} (height x width). Allowed: 0 <= x1 < x2 <= {width} and "
-                f"0 <= y1 < y2 <= {height}."
+                f"{file}: the mask has {pixels.shape[0]} x {pixels.shape[1]} pixels, its image {height} x {width} "
+                "(height x width). A mask must be as large as its image: export it again at that size."
             )
-        mask[top:bottom, left:right] = True
-    return mask
+        if mode == "P":
+            return masks.from_indices(pixels, _colours(image), name)
+        how: dict[str, Any] = {"bits": bits, "is_lossy": _is_lossy(image)}
+        mask = masks.with_alpha if pixels.ndim == 3 and pixels.shape[2] != 3 else masks.from_values
+        marked = mask(pixels, name, **how)
+        if marked.all() and tiff.is_white_zero(image):
+            raise DataError(f"{name}: 0 is white, so every pixel is marked (tag 262). Save the mask with 0 as black.")
+        return marked
+
+
+def _stored_bits(image: Image.Image) -> int:
+    """Return the bits of a sample in the file; Pillow stretches 2 and 4 bits to 8, and shortens colours of 16."""
+    if image.format == "TIFF":
+        return tiff.bits(image)
+    mode = image.tile[0][3] if image.format == "PNG" and image.tile else None  # type: ignore[attr-defined]
+    digits = re.search(r";(\d+)", mode) if isinstance(mode, str) else None
+    return 8 if digits is None else int(digits[1])
+
+
+def _is_lossy(image: Image.Image) -> bool:
+    return image.format in ("JPEG", "MPO", "WEBP") or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+
+
+def _colours(image: Image.Image) -> NDArray[np.int64]:
+    """Return the palette as RGBA, (256, 4); entries that it lacks are black."""
+    colours = np.zeros((256, 4), dtype=np.int64)
+    colours[:, 3] = 255
+    palette = np.array(image.getpalette("RGB") or (), dtype=np.int64).reshape(-1, 3)[:256]
+    colours[: len(palette), :3] = palette
+    transparency = image.info.get("transparency")
+    if isinstance(transparency, bytes):
+        colours[: len(transparency), 3] = list(transparency[:256])
+    elif isinstance(transparency, int):
+        colours[transparency, 3] = 0
+    return colours
 
 
 @contextmanager
@@ -331,8 +345,8 @@ def _orientation(image: Image.Image) -> int:
             return 1
 
 
-def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
-    """Return the stored values, upright: (H, W) integers or float32, or (H, W, 3) uint8."""
+def _pixels(image: Image.Image, name: str, steps: Mapping[str, tuple[str, ...]] = _STEPS) -> NDArray[Any]:
+    """Return the stored values, upright: (H, W) integers or float32, or (H, W, channels) uint8."""
     turn = _UPRIGHT.get(_orientation(image))
     _load(image)
     if image.format == "TIFF" and image.mode == "I":  # 16 bits signed, or 32
@@ -347,7 +361,7 @@ def _pixels(image: Image.Image, name: str) -> NDArray[Any]:
         pixels = pixels.astype(np.uint16)
     else:
         converted = image
-        for mode in _STEPS.get(image.mode, ("RGB",)):
+        for mode in steps.get(image.mode, ("RGB",)):
             converted = converted.convert(mode)
         pixels = np.asarray(converted)
     pixels = tiff.corrected(pixels, image)

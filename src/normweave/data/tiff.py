@@ -119,6 +119,16 @@ def _check_length(tags: Any, samples: int, length: int) -> None:
         raise ValueError(f"a strip or tile lies beyond the end of the file of {length} bytes")
 
 
+def bits(image: Any) -> int:
+    """Return the most bits that a sample of the page has in the file."""
+    return int(max(image.tag_v2.get(_BITS, (1,))))
+
+
+def is_white_zero(image: Any) -> bool:
+    """Return whether the file is a TIFF that stores white as 0."""
+    return bool(image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO)
+
+
 def corrected(pixels: NDArray[Any], image: Image.Image) -> NDArray[Any]:
     """Return the values that the tags describe, from those that Pillow returns.
 

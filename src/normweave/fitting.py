@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from normweave import __version__, bundle, cross_validation, references, settings, training
 from normweave.config import Config
 from normweave.data import rows, splits, synthetic
+from normweave.data.degenerate import refuse_degenerate
 from normweave.data.prepare import Preparation
 from normweave.detector import HASH_LETTERS, Data, Detector, parse_record, samples_of
 from normweave.errors import BundleError, ConfigError, MissingError
@@ -298,6 +299,9 @@ def divide(
 
     Args:
         known: see `rows.scan`.
+
+    Raises:
+        DataError: there are too few images, or nothing can be learned from them.
     """
     complete = splits.complete(samples, seed=config.seed)
     train = [sample for sample in complete if sample.split != "test"]
@@ -312,6 +316,7 @@ def divide(
         seed=config.seed,
         content=lambda sample: hashes[sample.image_path],
     )
+    refuse_degenerate(images.samples)
     return images, division
 
 

@@ -399,3 +399,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_first_image(tmp_
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
         evaluate(SimpleNamespace(config=None), "data", output=tmp_path / "file")
+
+
+def test_a_file_name_that_is_not_utf_8_is_written_with_escapes(tmp_path, monkeypatch):
+    """The table remains UTF-8, whatever the encoding of the system."""
+    written = {"image_path": b"K\xc3\xb6per \xff.png".decode(errors="surrogateescape")}
+    for name, result in (
+        ("test_samples", []),
+        ("measure", ({}, [written])),
+        ("provenance", {}),
+        ("write_page", None),
+    ):
+        monkeypatch.setattr(f"normweave.benchmark.evaluate.{name}", lambda *_, result=result, **__: result)
+    monkeypatch.setattr("normweave.benchmark.evaluate.write_atomically", lambda path, write: write(path))
+    evaluate(SimpleNamespace(config=None, record={}), "data", output=tmp_path)
+    assert r"Köper \udcff.png" in (tmp_path / "predictions.csv").read_text("utf-8")

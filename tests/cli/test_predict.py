@@ -188,6 +188,8 @@ def test_arguments_without_an_image_are_refused_at_once(photos):
         find_images([])
     with pytest.raises(DataError, match=r"The list .*gone\.txt does not exist"):
         find_images([], photos / "gone.txt")
+    with pytest.raises(DataError, match="is no regular file: pipe its paths to -"):
+        find_images([], photos)
 
 
 # ── the text of an outcome ───────────────────────────────────────────────────────────────────────────────────────────

@@ -46,7 +46,7 @@ def saved(tmp_path):
         ([TEXTURE, BLACK] * 4, "show fewer than 3 pictures: 1 with any structure, 4 of one colour"),
         (
             [TEXTURE, NOISE[1]] * 4,
-            "show fewer than 3 pictures: 2 with any structure, 0 of one colour.* Give pictures of at least 3 different parts",
+            r"3 pictures: 2 with any structure, 0 of one colour\..* at least 3 different parts",
         ),
     ],
 )

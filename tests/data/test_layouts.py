@@ -248,10 +248,15 @@ def test_visa_reads_its_table_and_a_missing_image_stays_in_it(tree):
     ("old", "new", "text"),
     [
         ("object,", "thing,", r"columns are thing, split, .*VisA's are object, split, label, image, mask"),
-        ("train,normal", "fewshot,normal", r"row 2: split 'fewshot', label 'normal'"),
-        ("test,anomaly", "test,bad", r"row 4: split 'test', label 'bad'"),
+        ("train,normal", "fewshot,normal", r"row 2: object 'candle', split 'fewshot', label 'normal'"),
+        ("test,anomaly", "test,bad", r"row 4: object 'candle', split 'test', label 'bad'"),
         ("Images/0.JPG", "", r"row 2: .*image ''"),
-        ("candle,train,normal,Images/0.JPG,\n", "candle\n", r"row 2: split None, label None, image None"),
+        ("candle,train", ",train", r"row 2: object ''"),
+        (
+            "candle,train,normal,Images/0.JPG,\n",
+            "candle\n",
+            r"row 2: object 'candle', split None, label None, image None",
+        ),
         (VISA, "", r"1cls\.csv: columns are \(none\)"),
         (VISA, "\n\n", r"1cls\.csv: columns are \(none\)"),
         (VISA[VISA.index("candle") :], "", "no images in the layout visa"),

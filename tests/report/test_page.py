@@ -141,6 +141,11 @@ def test_the_page_loads_nothing(tmp_path):
     assert "prefers-color-scheme: dark" in text
 
 
+def test_a_file_name_that_is_not_utf_8_is_shown_with_escapes(tmp_path):
+    name = b"\xff.png".decode(errors="surrogateescape")
+    assert r"\udcff.png" in page(tmp_path, predictions=[row | {"image_path": name} for row in PREDICTIONS])
+
+
 def test_the_weights_of_the_experts_are_shown_for_each_category(tmp_path):
     experts = [
         {"name": "memory", "synthetic_auroc": 0.912, "weight": 0.25},

@@ -80,7 +80,7 @@ def read_plan(path: Path) -> Plan:
         ConfigError: the file is not valid YAML, a key is unknown or missing, or a name is unknown.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"Could not read the plan {path}: {error}. See plans/quick.yaml for an example.") from error
     top = _checked(tree, Plan, str(path))

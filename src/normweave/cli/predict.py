@@ -122,7 +122,7 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
 
     Raises:
         DataError: no image is given, a folder has no images or a link that leads nowhere, a pattern
-            matches nothing, stdin is closed, or the list does not exist, has no path or is not text.
+            matches nothing, stdin is closed, or the list is no file, has no path or is not text.
     """
     sources: list[Iterable[str]] = []
     for argument in arguments:
@@ -141,7 +141,8 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
             sources.append([argument])
     if listed is not None:
         if not listed.is_file():
-            raise DataError(f"The list {listed} does not exist. Give a file with the path of an image on each line.")
+            what = "is no regular file: pipe its paths to -" if listed.exists() else "does not exist"
+            raise DataError(f"The list {listed} {what}. Give a file with the path of an image on each line.")
         if not any(deque(_listed(listed), maxlen=1)):  # read to its end, so that nothing is wrong with it later
             raise DataError(f"The list {listed} has no path. Give a file with the path of an image on each line.")
         sources.append(_listed(listed))

@@ -150,10 +150,11 @@ def read_visa(root: Path) -> list[Sample]:
     samples = []
     for number, row in rows:
         split = SPLITS.get(row["split"] or "")
-        if split is None or row["label"] not in ("normal", "anomaly") or not row["image"]:
+        if split is None or row["label"] not in ("normal", "anomaly") or not row["image"] or not row["object"]:
             raise DataError(
-                f"{table}, row {number}: split {row['split']!r}, label {row['label']!r}, image {row['image']!r}. "
-                "Allowed: train or test, normal or anomaly, and a path: unpack the data set again."
+                f"{table}, row {number}: object {row['object']!r}, split {row['split']!r}, label {row['label']!r}, "
+                f"image {row['image']!r}. "
+                "Allowed: a name, train or test, normal or anomaly, and a path: unpack the data set again."
             )
         samples.append(
             Sample(

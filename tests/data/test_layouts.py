@@ -255,7 +255,7 @@ def test_visa_reads_its_table_and_a_missing_image_stays_in_it(tree):
         (
             "candle,train,normal,Images/0.JPG,\n",
             "candle\n",
-            r"row 2: object 'candle', split None, label None, image None",
+            "row 2: object 'candle', split None, label None",
         ),
         (VISA, "", r"1cls\.csv: columns are \(none\)"),
         (VISA, "\n\n", r"1cls\.csv: columns are \(none\)"),

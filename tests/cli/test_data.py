@@ -4,6 +4,8 @@ import csv
 import json
 import shutil
 
+from PIL import Image
+
 from .conftest import run
 
 
@@ -37,6 +39,20 @@ def test_faults_are_listed_with_exit_code_2(cloth, tmp_path):
     assert sum(row["good"] + row["anomalous"] for row in found["counts"]) == 42
     assert {"unreadable image", "missing mask"} == {fault["type"] for fault in found["faults"]}
     assert str(broken) in {fault["path"] for fault in found["faults"]}
+
+
+def test_remarks_are_shown_and_are_no_faults(tmp_path):
+    for number, name in enumerate(("good/1.png", "hole/2.png", "GT/hole/2.png", "GT/hole/9.png")):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 9), number + 200).save(path)
+    result = run("data", "check", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "remark: 1 images are not used, for example " in result.stdout
+    assert result.stdout.endswith("2 images, 0 faults\n")
+    found = json.loads(run("data", "check", tmp_path, "--json").stdout)
+    assert found["faults"] == []
+    assert "9.png" in found["remarks"][0]
 
 
 def test_a_manifest_can_be_read_back(cloth, tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from normweave.config import DataConfig
-from normweave.data.layouts import images_below, read, recognise
+from normweave.data.layouts import images_below, read, recognise, unused
 from normweave.data.manifest import write_manifest
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
@@ -441,3 +441,84 @@ def test_real_deep_pcb(data_root):
     assert sum(count for key, count in counts.items() if key[2] == "anomalous") == 140
     train, test = ({one.group for one in samples if one.split == split} for split in ("train", "test"))
     assert not train & test
+
+
+@pytest.mark.parametrize("name", ["ground_truth", "Ground_Truth", "ground truth", "GroundTruth", "GT", "mask", "Masks"])
+@pytest.mark.parametrize(
+    ("good", "bad", "home"),
+    [
+        ("train/good/1.png", "test/hole/2.png", ""),
+        ("good/1.png", "hole/2.png", ""),
+        ("cloth/red/train/good/1.png", "cloth/red/test/hole/2.png", "cloth/red/"),
+        ("train/good/1.png", "test/hole/2.png", "test/"),
+    ],
+    ids=["beside train and test", "beside good", "in a subclass", "in test"],
+)
+def test_folders_of_masks_are_known_by_one_list_of_names(name, good, bad, home, tree):
+    mask = f"{home}{name}/hole/2.png"
+    assert [(row[0], row[4], row[5]) for row in summaries(tree(good, bad, mask))] == sorted(
+        [(good, "good", None), (bad, "hole", mask)]
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "masks/hole/2.PNG",
+        "masks/hole/2.tif",
+        "masks/hole/2_mask.TIFF",
+        "masks/hole/2-gt.bmp",
+        "masks/hole/2_Mask.png",
+        "masks/hole/2.jpg.png",
+        "masks/Hole/2.png",
+        "masks/test/hole/2.png",
+        "masks/2.png",
+        "masks/2_mask.webp",
+        "test/hole/masks/2.png",
+    ],
+)
+def test_masks_are_found_whatever_their_ending_and_suffix(mask, tree):
+    root = tree("train/good/1.jpg", "test/hole/2.jpg", "test/hole/22.jpg", mask, "masks/hole/22.png")
+    rows = {row[0]: row[5] for row in summaries(root)}
+    assert rows["test/hole/2.jpg"] == mask
+    assert rows["test/hole/22.jpg"] == "masks/hole/22.png"
+
+
+def test_a_flat_mask_of_two_images_is_used_by_neither(tree):
+    root = tree("good/1.png", "hole/2.png", "scratch/2.png", "scratch/3.png", "masks/2.png", "masks/3.png")
+    rows = {row[0]: row[5] for row in summaries(root)}
+    assert rows == {
+        "good/1.png": None,
+        "hole/2.png": "masks/hole/2.png",
+        "scratch/2.png": "masks/scratch/2.png",
+        "scratch/3.png": "masks/3.png",
+    }
+
+
+def test_the_mask_named_as_the_layout_names_it_comes_first(tree):
+    root = tree("train/good/1.png", "test/hole/2.png", "ground_truth/hole/2.bmp", "ground_truth/hole/2_mask.png")
+    assert summaries(root, layout="mvtec_ad")[0][5] == "ground_truth/hole/2_mask.png"
+    assert summaries(root, layout="btad")[0][5] == "ground_truth/hole/2.bmp"
+
+
+@pytest.mark.parametrize("images", ["images/1.png", "1.png"])
+def test_masks_beside_images_without_labels_are_refused(images, tree):
+    """They mark defects, so these images are not all good."""
+    with pytest.raises(DataError, match=r"contains masks .*but no folder named good, ok or normal"):
+        read(tree(images, "Masks/1.png"), DataConfig())
+
+
+def test_texture_ad_finds_masks_by_the_same_names(tree):
+    root = tree("Cloth/c1/good/0.png", "Cloth/c1/hole/1.png", "Cloth/c1/GroundTruth/hole/1_GT.tif")
+    masks = {row[0]: row[5] for row in summaries(root, layout="texture_ad")}
+    assert masks["Cloth/c1/hole/1.png"] == "Cloth/c1/GroundTruth/hole/1_GT.tif"
+
+
+def test_unused_images(tree):
+    root = tree(
+        "train/good/1.png", "test/hole/2.png", "masks/hole/2.png", "masks/hole/9.png", "masks/good/1.png", "a.txt"
+    )
+    samples = read(root, DataConfig())
+    assert unused(root, samples) == [root / "masks/good/1.png", root / "masks/hole/9.png"]
+    write_manifest(samples, root / "manifest.csv")
+    assert unused(root, samples) == unused(root / "manifest.csv", samples) == []

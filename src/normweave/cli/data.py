@@ -12,7 +12,7 @@ WRONG_INPUT = 2
 
 
 def check(terminal: Terminal, data: options.Data, layout: options.Layout = None) -> int:
-    """Read every image, count the images and list all faults. Exit code 2 if there are faults.
+    """Read every image, count the images and list all faults. Exit code 2 if there are faults, not for remarks.
 
     With --layout mvtec_ad, visa, btad or mpdd, the counts are compared with the published ones.
     """
@@ -20,15 +20,17 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
     from normweave.data import layouts
     from normweave.data.manifest import check as find_faults
     from normweave.data.manifest import counts
+    from normweave.data.remarks import remarks
 
     samples = layouts.read(data, DataConfig(), layout=layout)
     faults = find_faults(samples, layout=layout)
+    notes = remarks(data, samples)
     if terminal.json:
         found = [
             {"type": fault.type, "path": None if fault.path is None else str(fault.path), "text": fault.text}
             for fault in faults
         ]
-        terminal.record({"images": len(samples), "counts": counts(samples), "faults": found})
+        terminal.record({"images": len(samples), "counts": counts(samples), "faults": found, "remarks": notes})
     else:
         for row in counts(samples):
             name = "/".join(str(row[key]) for key in ("category", "subclass") if row[key])
@@ -36,6 +38,8 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
             terminal.show(f"{name}, {split}: {row['good']} good, {row['anomalous']} anomalous")
         for fault in faults:
             terminal.show(f"{fault.type}: {fault.text}")
+        for note in notes:
+            terminal.show(f"remark: {note}")
         terminal.show(f"{len(samples)} images, {len(faults)} faults")
     return WRONG_INPUT if faults else ALL_NORMAL
 

@@ -109,6 +109,20 @@ def size(source: ImageInput) -> tuple[int, int]:
         return (width, height) if _orientation(image) in _SIDEWAYS else (height, width)
 
 
+def highest_of_16_bits(path: str | os.PathLike[str]) -> int | None:
+    """Return the highest value of a file with 16 bits a sample, 0..65535, or None for other files; colours rounded up.
+
+    Raises:
+        ImageError: the file cannot be read.
+    """
+    with _opened(path) as (image, name):
+        if _stored_bits(image) != 16:
+            return None
+        pixels = _pixels(image, name)
+        highest = int(pixels.max())
+        return highest * 256 + 255 if pixels.dtype == np.uint8 and highest else highest  # Pillow keeps the higher byte
+
+
 def content_hash(source: ImageInput) -> str:
     """Return the SHA-256 (hex) of a file's bytes, or of the shape, dtype and bytes of an array or decoded PIL image.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +18,11 @@ from normweave.types import Sample, Split
 
 IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 GOOD = ("good", "ok", "normal")
-MASKS = "ground_truth"
 SPLITS: dict[str, Split] = {"train": "train", "test": "test"}
-MASK_FOLDERS = ("ground_truth", "gt", "mask", "masks")
+MASK_FOLDERS = ("ground_truth", "groundtruth", "gt", "mask", "masks")
+"""Lower case; `-` and spaces count as `_`."""
+MASK_SUFFIX = re.compile(r"[-_ .](mask|gt|ground[-_ ]?truth)$", re.IGNORECASE)
+"""What the name of a mask may have after its image's name."""
 VISA_TABLE = Path("split_csv") / "1cls.csv"
 TILE_SPAN = 90
 """Magnetic tiles: the numbers of consecutive images of one tile differ by at most this."""
@@ -116,6 +119,12 @@ def read_good_images(root: Path) -> list[Sample]:
     """Read a folder of good images, or a folder with one folder of good images per subclass."""
     here = _images(root)
     folders = [folder for folder in _folders(root) if _images(folder)]
+    for folder in folders:
+        if _is_mask_folder(folder.name):
+            raise DataError(
+                f"{root} contains masks ({folder.name}), which mark defects, but no folder named good, ok or normal. "
+                "Put good images into one of these, and others into a folder named by their defect."
+            )
     if here and folders:
         raise DataError(
             f"{root} contains images ({here[0].name}) and folders of images ({folders[0].name}). Allowed: either good "
@@ -174,9 +183,9 @@ def read_texture_ad(root: Path) -> list[Sample]:
     One folder per category (cloth, wafer, metal), and in it one per subclass (product). Neither the paper nor the data
     card describes the folders below, so images are read by the names of the folders above them, in any order: train or
     test is the split, a name of `MASK_FOLDERS` marks a mask, the innermost of the others is good or the defect, those
-    before it are category and subclass. A mask has the stem of its image (or `STEM_mask`) and the same category and
-    subclass; its defect folder is optional. The root may itself be a category. `normweave data check` counts the images
-    that were found.
+    before it are category and subclass. A mask has the stem of its image (or `STEM_mask`, or another `MASK_SUFFIX`) and
+    the same category and subclass; its defect folder is optional. The root may itself be a category. `normweave data
+    check` counts the images that were found.
     """
     found: list[tuple[Path, list[str], Split | None]] = []
     masks: dict[tuple[str, ...], Path] = {}
@@ -184,9 +193,9 @@ def read_texture_ad(root: Path) -> list[Sample]:
     for image in images_below(root):
         folders = list(image.relative_to(root).parts[:-1])
         splits = {SPLITS[name.lower()] for name in folders if name.lower() in SPLITS}
-        names = [name for name in folders if name.lower() not in (*SPLITS, *MASK_FOLDERS)]
-        if any(name.lower() in MASK_FOLDERS for name in folders):
-            masks[*names, image.stem.removesuffix("_mask")] = image
+        names = [name for name in folders if name.lower() not in SPLITS and not _is_mask_folder(name)]
+        if any(map(_is_mask_folder, folders)):
+            masks[*names, MASK_SUFFIX.sub("", image.stem)] = image
             masked.add(tuple(names[:2]))
             continue
         if len(names) not in (2, 3) or len(splits) > 1:
@@ -205,7 +214,7 @@ def read_texture_ad(root: Path) -> list[Sample]:
             mask_path = None
             if any(marked[: len(parents)] == parents for marked in masked):
                 mask_path = masks.get((*names, image.stem)) or masks.get((*parents, image.stem))
-                mask_path = mask_path or root.joinpath(*parents, MASKS, defect, f"{image.stem}.png")
+                mask_path = mask_path or root.joinpath(*parents, MASK_FOLDERS[0], defect, f"{image.stem}.png")
             sample = _anomalous(sample, defect, mask_path)
         samples.append(sample)
     return samples
@@ -215,30 +224,34 @@ def read_folders(root: Path, *, masks: Sequence[str]) -> list[Sample]:
     """Read `category[/subclass]/{train,test}/{good,DEFECT}/STEM.*`; masks are in `ground_truth/DEFECT/` beside train.
 
     Without train and test the samples have no split. The root may itself be the category. Folders named good, ok or
-    normal contain normal images, all others the defect of their name. `masks` are the names that a mask may have;
-    {stem} is its image's name without the ending.
+    normal contain normal images, those named in `MASK_FOLDERS` masks, all others the defect of their name. `masks` are
+    the names that the layout gives a mask; {stem} is its image's name without the ending. Others are found as
+    `_MaskFiles` describes.
     """
-    samples = []
+    samples: list[Sample] = []
     for home, category, subclass in _subclass_folders(root):
         parts: list[tuple[Split | None, Path]] = [
             (SPLITS[folder.name.lower()], folder) for folder in _folders(home) if folder.name.lower() in SPLITS
         ]
+        begun = len(samples)
+        files = _MaskFiles(home, masks)
         for split, part in parts or [(None, home)]:
+            files.add_below(part)
             if stray := _images(part):
                 raise DataError(
                     f"{stray[0]}: is in {part.name} itself. Put it into {part.name}/good, or into {part.name}/DEFECT."
                 )
             for folder in _folders(part):
-                if folder.name == MASKS:
+                if _is_mask_folder(folder.name):
                     continue
-                if deep := [image for inner in _folders(folder) for image in _images(inner)]:
+                inner = [each for each in _folders(folder) if not _is_mask_folder(each.name)]
+                if deep := [image for each in inner for image in _images(each)]:
                     raise DataError(f"{deep[0]}: is too deep. Put it into {folder}, or write a manifest.")
+                files.add_below(folder, defect=folder.name)
                 for image in _images(folder):
                     sample = Sample(image_path=image, category=category, subclass=subclass, split=split)
-                    if not _is_good(folder.name):
-                        mask = _mask(home / MASKS, folder.name, image.stem, masks)
-                        sample = _anomalous(sample, folder.name, mask)
-                    samples.append(sample)
+                    samples.append(sample if _is_good(folder.name) else _anomalous(sample, folder.name, None))
+        samples[begun:] = files.assigned(samples[begun:])
     return samples
 
 
@@ -246,12 +259,66 @@ def _anomalous(sample: Sample, defect: str | None, mask: Path | None) -> Sample:
     return replace(sample, label="anomalous", defect=defect, mask_path=mask)
 
 
-def _mask(folder: Path, defect: str, stem: str, names: Sequence[str]) -> Path | None:
-    """Return the path of the mask, or its expected path if it is missing; None if the category has no masks."""
-    if not folder.is_dir():
-        return None
-    paths = [folder / defect / name.format(stem=stem) for name in names]
-    return next((path for path in paths if path.is_file()), paths[0])
+class _MaskFiles:
+    """The files in the mask folders of a category or subclass, beside train and test, in them, or beside its images.
+
+    A mask has the stem or the name of its image, with or without a `MASK_SUFFIX`, and any ending of `IMAGES`; letter
+    case does not count. It is in a folder named by the defect, or in none if no other anomalous image has its stem.
+    """
+
+    def __init__(self, home: Path, names: Sequence[str]) -> None:
+        self._names = names  # as the layout names masks; {stem} is the image's
+        self._folders: list[Path] = []
+        self._files: dict[tuple[str, str], list[Path]] = {}  # defect (or "") and stem, in lower case
+        self.add_below(home)
+
+    def add_below(self, folder: Path, *, defect: str = "") -> None:
+        """Add the masks in all mask folders of a folder; `defect`: of the masks that no folder names one for."""
+        for masks in _folders(folder):
+            if not _is_mask_folder(masks.name) or masks in self._folders:
+                continue
+            self._folders.append(masks)
+            for path in images_below(masks):
+                names = [name for name in path.relative_to(masks).parts[:-1] if name.lower() not in SPLITS]
+                if len(names) <= 1:
+                    key = "".join(names) or defect
+                    for stem in {path.stem.lower(), MASK_SUFFIX.sub("", path.stem).lower()}:
+                        self._files.setdefault((key.lower(), stem), []).append(path)
+
+    def assigned(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Return the samples of the folder with their masks; a mask that is missing has its expected path."""
+        stems = Counter(sample.image_path.stem.lower() for sample in samples if sample.label == "anomalous")
+        return [
+            replace(sample, mask_path=self._find(sample, is_alone=stems[sample.image_path.stem.lower()] == 1))
+            if sample.label == "anomalous" and self._folders
+            else sample
+            for sample in samples
+        ]
+
+    def _find(self, sample: Sample, *, is_alone: bool) -> Path:
+        image, defect = sample.image_path, sample.defect or ""
+        expected = [folder / defect / name.format(stem=image.stem) for folder in self._folders for name in self._names]
+        for path in expected:
+            if path.is_file():
+                return path
+        for key in (defect.lower(), "") if is_alone else (defect.lower(),):
+            for stem in (image.stem.lower(), image.name.lower()):
+                if found := self._files.get((key, stem)):
+                    return min(found, key=lambda path: (path.stem != image.stem, path))
+        return expected[0]
+
+
+def _is_mask_folder(name: str) -> bool:
+    return re.sub("[- ]", "_", name.lower()) in MASK_FOLDERS
+
+
+def unused(root: str | os.PathLike[str], samples: Sequence[Sample]) -> list[Path]:
+    """Return the images below a folder that are neither an image nor a mask of the samples; none for a manifest."""
+    root = Path(root)
+    if not root.is_dir() or _has_manifest(root):
+        return []
+    used = {path for sample in samples for path in (sample.image_path, sample.mask_path)}
+    return [path for path in images_below(root) if path not in used]
 
 
 def _subclass_folders(root: Path) -> Iterator[tuple[Path, str, str | None]]:
@@ -259,11 +326,11 @@ def _subclass_folders(root: Path) -> Iterator[tuple[Path, str, str | None]]:
     if _has_images(root):
         yield root, _name(root), None
         return
-    for category in _folders(root):
+    for category in (folder for folder in _folders(root) if not _is_mask_folder(folder.name)):
         if _has_images(category):
             yield category, category.name, None
             continue
-        for subclass in _folders(category):
+        for subclass in (folder for folder in _folders(category) if not _is_mask_folder(folder.name)):
             if _has_images(subclass):
                 yield subclass, category.name, subclass.name
 
@@ -276,15 +343,17 @@ def _is_good(name: str) -> bool:
     return name.lower() in GOOD
 
 
+def _has_manifest(root: Path) -> bool:
+    return any((root / f"manifest{ending}").is_file() for ending in ENDINGS)
+
+
 def _has_templates(root: Path) -> bool:
     return any(image.stem.endswith("_temp") for folder in _folders(root) for image in _images(folder))
 
 
 LAYOUTS: dict[str, Layout] = {
     # The first that matches is used.
-    "manifest": Layout(
-        read_manifest_folder, lambda root: any((root / f"manifest{ending}").is_file() for ending in ENDINGS)
-    ),
+    "manifest": Layout(read_manifest_folder, _has_manifest),
     "magnetic_tiles": Layout(read_magnetic_tiles, lambda root: (root / "MT_Free").is_dir()),
     "visa": Layout(read_visa, lambda root: (root / VISA_TABLE).is_file()),
     "deep_pcb": Layout(read_deep_pcb, _has_templates),

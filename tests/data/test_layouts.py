@@ -194,6 +194,7 @@ def test_magnetic_tiles_by_a_table_of_a_spreadsheet(tree, encoding):
         (GROUPS.replace("group", "tile").encode(), r"groups\.csv: columns are image, tile. It needs image, group"),
         (b"", r"groups\.csv: columns are \(none\)"),
         (GROUPS.replace(",y", "").encode(), r"groups\.csv, row 3: image or group is empty"),
+        ((GROUPS + "MT_Free/exp2_num_190.jpg,z\n").encode(), r"groups\.csv, row 5: .*190\.jpg has another group above"),
         (GROUPS.replace("x", "\u00e9").encode("latin-1"), r"groups\.csv: cannot be read as CSV .* Save it as UTF-8"),
         (GROUPS.encode("utf-16-le"), r"groups\.csv: (cannot be read as CSV|columns are)"),
     ],

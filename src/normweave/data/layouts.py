@@ -67,7 +67,8 @@ def read_magnetic_tiles(root: Path) -> list[Sample]:
         for number, row in read_csv(table, required=("image", "group"))[1]:
             if not row["image"] or not row["group"]:
                 raise DataError(f"{table}, row {number}: image or group is empty. Fill both, or remove the row.")
-            tiles[root / row["image"]] = row["group"]
+            if tiles.setdefault(root / row["image"], row["group"]) != row["group"]:
+                raise DataError(f"{table}, row {number}: {row['image']} has another group above. Keep one of the rows.")
     else:
         tile, last = 0, None
         for image, _, number in sorted(shots, key=lambda shot: shot[2]):

@@ -165,6 +165,14 @@ def test_white_is_zero(mask):
     assert "0 is white, so every pixel is marked" in mask(content.getvalue(), "tif")
 
 
+def test_bits_of_which_0_is_white_are_refused(mask):
+    """By the tag, marked pixels are black; but tifffile writes boolean arrays so, with 1 for True."""
+    tifffile = pytest.importorskip("tifffile")
+    content = io.BytesIO()
+    tifffile.imwrite(content, ONE)
+    assert "1 bit of which 0 is white" in mask(content.getvalue(), "tif")
+
+
 @pytest.mark.parametrize(
     "values", [(1, 255), (3, 200), (255, 100), (255, 64), (127, 128)], ids=lambda values: "-".join(map(str, values))
 )

@@ -241,6 +241,18 @@ def test_what_would_be_misread_is_refused(one, text, tmp_path):
             decode(source)
 
 
+@pytest.mark.parametrize("value", [1.0, 0.5])
+def test_compressed_floats_with_the_highest_byte_first_are_refused(value, tmp_path):
+    """Pillow swaps the bytes that the decoder has swapped: 1.0 becomes 4.6e-41, black."""
+    floats = np.full((12, 20), value, ">f4")
+    tags = {258: 32, 259: 8, 339: 3}
+    assert "highest byte first" in both(tiff((zlib.compress(floats.tobytes()), 12, 20, tags), order=">"), tmp_path)
+    np.testing.assert_array_equal(
+        both(tiff((zlib.compress(floats.astype("<f4").tobytes()), 12, 20, tags)), tmp_path),
+        np.full((12, 20, 3), round(value * 255)),
+    )
+
+
 @pytest.mark.parametrize("compression", [None, "lzw", "deflate", "zstd", "packbits"])
 @pytest.mark.parametrize("layout", ["strips", "tiles", "planes"])
 def test_files_of_an_independent_writer(compression, layout, tmp_path):

@@ -185,6 +185,11 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
             raise _unreadable(file, error) from error
     with _opened(file, smallest_side=1, whole=True) as (image, name):
         bits, mode = _stored_bits(image), image.mode
+        if bits == 1 and tiff.is_white_zero(image):
+            raise DataError(
+                f"{name}: a mask with 1 bit of which 0 is white (tag 262): by some programs 1 marks the defect, by "
+                "others it is black, the background. Save the mask with 8 bits, 0 and 255, or as PNG."
+            )
         pixels = _pixels(image, name, _MASK_STEPS)
         if pixels.shape[:2] != (height, width):
             raise DataError(

@@ -88,6 +88,10 @@ def check_layout(image: Any, name: str, length: int) -> None:
         and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)
     ):
         reason = "uncompressed YCbCr with fewer samples of colour is not read (tag 530)"
+    elif (
+        tags.prefix == b"MM" and tags.get(_COMPRESSION, 1) != 1 and (max(bits) == 32 or tags.get(_FORMAT) == (_SIGNED,))
+    ):
+        reason = "compressed floats, 32-bit or signed integers with the highest byte first are not read"
     if reason is not None:
         raise ImageError(f"{name}: {reason}. Save it as RGB or grey with samples side by side, or as PNG.")
     _check_length(tags, samples, length)

@@ -102,6 +102,10 @@ def test_a_palette_whose_colours_differ_in_transparency_only(mask):
     assert "index 0 is less transparent than index 1" in mask(clear, transparency=bytes([255, 0, 0]))
 
 
+def test_a_palette_with_an_alpha_channel_is_refused(mask):
+    assert "a palette with an alpha channel" in mask(indexed(two(1, 8), *voc()).convert("PA"), "tif")
+
+
 @pytest.mark.parametrize("colour", [0, 90, 255])
 def test_masks_in_the_alpha_channel(colour, mask):
     flat = np.full((HEIGHT, WIDTH), colour, np.uint8)

@@ -198,6 +198,15 @@ def test_separate_planes(tmp_path):
     assert "separate planes" in both(tiff(planes(np.uint8, 4, t338=1)), tmp_path)
 
 
+def test_an_opened_image_is_refused_as_its_file_is(tmp_path):
+    (tmp_path / "part.tif").write_bytes(tiff(planes(np.uint16)))
+    with (
+        Image.open(tmp_path / "part.tif") as image,
+        pytest.raises(ImageError, match="PIL image: separate planes of 16"),
+    ):
+        decode(image)
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.uint32])
 def test_integers_without_a_known_range_are_refused(dtype, tmp_path):
     pixels = (GREY // 2).astype(dtype)

@@ -51,7 +51,6 @@ _MASK_STEPS: Mapping[str, tuple[str, ...]] = {
     "RGBA": (),
     "RGBa": ("RGBA",),
     "P": (),
-    "PA": ("RGBA",),
 }
 
 _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
@@ -190,6 +189,8 @@ def read_mask(path: str | os.PathLike[str], *, height: int, width: int) -> NDArr
                 f"{name}: a mask with 1 bit of which 0 is white (tag 262): by some programs 1 marks the defect, by "
                 "others it is black, the background. Save the mask with 8 bits, 0 and 255, or as PNG."
             )
+        if mode == "PA":
+            raise DataError(f"{name}: a palette with an alpha channel. Save the mask as black and white.")
         pixels = _pixels(image, name, _MASK_STEPS)
         if pixels.shape[:2] != (height, width):
             raise DataError(
@@ -244,6 +245,8 @@ def _opened(
     if isinstance(source, Image.Image):
         _check_size(source.height, source.width, "PIL image", smallest_side)
         with _explained("PIL image"):
+            if source.format == "TIFF" and hasattr(source, "tag_v2"):
+                tiff.check_layout(source, "PIL image", None)
             yield source, "PIL image"
         return
     if isinstance(source, bytes):

@@ -65,8 +65,8 @@ def select_page(image: Any, name: str) -> None:
     image.seek(first)
 
 
-def check_layout(image: Any, name: str, length: int) -> None:
-    """Refuse pages that Pillow would misread. `length`: bytes of the file.
+def check_layout(image: Any, name: str, length: int | None) -> None:
+    """Refuse pages that Pillow would misread. `length`: bytes of the file, or None if they are not known.
 
     Raises:
         ImageError: the layout is not read.
@@ -94,7 +94,8 @@ def check_layout(image: Any, name: str, length: int) -> None:
         reason = "compressed floats, 32-bit or signed integers with the highest byte first are not read"
     if reason is not None:
         raise ImageError(f"{name}: {reason}. Save it as RGB or grey with samples side by side, or as PNG.")
-    _check_length(tags, samples, length)
+    if length is not None:
+        _check_length(tags, samples, length)
 
 
 def _planes_are_read(tags: Any) -> bool:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from normweave.data.images import content_hash, decode, read_mask, size
 from normweave.errors import DataError, ImageError
@@ -148,6 +148,17 @@ def test_exif_after_the_pixels_is_used(pixels):
     chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
     source = png(12, 20, rows=b"".join(b"\0" + row.tobytes() for row in pixels), extra=chunk)
     assert size(source) == (20, 12) == decode(source).shape[:2]
+
+
+def test_the_size_of_a_png_is_read_without_its_pixels(pixels, monkeypatch, tmp_path):
+    path = tmp_path / "part.png"
+    Image.fromarray(pixels).save(path)
+
+    def decoded(*_):
+        raise AssertionError("the pixels were decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
+    assert size(path) == size(path.read_bytes()) == pixels.shape[:2]
 
 
 def test_corrupt_exif_is_ignored():

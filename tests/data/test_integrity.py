@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from normweave.data.images import decode
+from normweave.data.integrity import text_follows
 from normweave.errors import ImageError
 
 SMOOTH = np.broadcast_to(np.linspace(40, 200, 64).astype(np.uint8)[:, None, None], (64, 48, 3))
@@ -94,3 +95,15 @@ def test_the_end_marker_of_an_embedded_preview_is_not_the_end(tmp_path):
 def test_bytes_between_the_segments_and_fill_bytes_are_skipped(tmp_path):
     content = saved("JPEG")
     assert refusal(content[:2] + b"\xff\xff" + content[2:], tmp_path) is None
+
+
+@pytest.mark.parametrize(("name", "found"), [(b"tEXt", True), (b"eXIf", True), (b"tIME", False)])
+def test_text_behind_the_pixels_is_noticed(name, found):
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    before = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(13)) + chunk(b"tEXt", b"a\0b")
+    file = io.BytesIO(before + chunk(b"IDAT", b"pixels") + chunk(name, b"a\0b") + chunk(b"IEND", b""))
+    file.seek(5)
+    assert text_follows(file) == found
+    assert file.tell() == 5

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from normweave.data import masks, tiff
-from normweave.data.integrity import check_complete
+from normweave.data.integrity import check_complete, text_follows
 from normweave.errors import DataError, ImageError
 
 ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
@@ -64,6 +64,7 @@ _UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
     8: lambda pixels: np.rot90(pixels),
 }
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
+_WITH_ORIENTATION = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # keys of `Image.info`
 
 _filters = threading.Lock()
 
@@ -359,7 +360,11 @@ def _orientation(image: Image.Image) -> int:
     if image.format == "TIFF":
         return 1  # Pillow makes TIFFs upright itself, and returns the size of the upright image
     if image.format == "PNG":
-        image.load()  # EXIF may follow the pixels; getexif would load them too, but inside `_quiet`
+        file = image.fp  # type: ignore[attr-defined]
+        if file is None or text_follows(file):  # None: decoded before
+            image.load()  # EXIF may be in it; getexif would load the pixels too, but inside `_quiet`
+        elif not image.info.keys() & _WITH_ORIENTATION:
+            return 1  # getexif would decode the pixels to look for it
     with _quiet():
         try:
             return int(image.getexif().get(0x0112, 1))

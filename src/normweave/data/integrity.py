@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from typing import IO
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
@@ -25,6 +26,23 @@ def check_complete(content: bytes) -> None:
         _check_png(content)
     elif content.startswith(_JPEG):
         _check_jpeg(content)
+
+
+def text_follows(file: IO[bytes]) -> bool:
+    """Return whether an open PNG has EXIF or text behind its pixels, from the headers of its chunks alone.
+
+    The position in the file stays the same.
+    """
+    place = file.tell()
+    file.seek(len(_PNG))
+    pixels = found = False
+    while not found and len(header := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", header)
+        pixels |= name == b"IDAT"
+        found = pixels and name in (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
+        file.seek(length + 4, 1)
+    file.seek(place)
+    return found
 
 
 def _check_png(content: bytes) -> None:

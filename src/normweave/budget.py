@@ -10,10 +10,11 @@ candidate is chosen whose AUROC is within two standard errors of the highest. Th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,13 @@ from normweave.errors import unknown
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
+from normweave.heads.adapted_moe.fusion import HIGHEST_AUROC
 from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
 from normweave.scoring import TileScores
 from normweave.types import FeatureSource, Progress, Sample, Tile
 
 Budget = Literal["fast", "balanced", "best"]
-BUDGETS = ("fast", "balanced", "best")
+BUDGETS: tuple[Budget, ...] = get_args(Budget)
 
 FAST_EXPERTS = ("head.expert.memory.max_patches=500", "head.expert.memory.dimensions=64", "head.border=1")
 """A memory bank of a quarter of the size. A border of one cell of the coarser grid is as wide as the default of two."""
@@ -51,8 +53,6 @@ FEWEST_GROUPS = 4
 DEFECTS = 96
 """Synthetic defects in all, at least one and at most `MOST_DEFECTS` for each image."""
 MOST_DEFECTS = 4
-HIGHEST_AUROC = 0.995
-"""Higher values count as this one, since a small number of images cannot tell them apart."""
 STANDARD_ERRORS = 2.0
 """A candidate must be better than a cheaper one by more than this many standard errors of the difference."""
 TIMED = 8  # images
@@ -290,9 +290,7 @@ def run_trial(
     prepare = config.prepare
     extractor = build_features(config.features, height=prepare.height, width=prepare.width)
     extractor.to(device)
-    known: Callable[[Sequence[str]], Sequence[bool]] | None = None
-    if cache is not None:
-        known = lambda keys: feature_cache.contains(cache, extractor.fingerprint, keys)  # noqa: E731
+    known = None if cache is None else partial(feature_cache.contains, cache, extractor.fingerprint)
     scanned = rows.scan(samples, Preparation(prepare), known=known)
     source = feature_source(extractor, scanned, cache=cache, max_gib=cache_gib, progress=None)
     order = np.random.default_rng(config.seed).permutation(int(groups.max()) + 1)

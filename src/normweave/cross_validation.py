@@ -54,6 +54,7 @@ def held_out_scores(
         folds: rows of each fold.
     """
     everything = np.concatenate(folds)
+    most_varied = VARIED // len(folds)
     result = []
     for fold in folds:
         others = np.setdiff1d(everything, fold)
@@ -63,7 +64,6 @@ def held_out_scores(
         def renamed(image: ImageScore, index: Sequence[int] = index) -> ImageScore:
             return image if image.subclass is None else image._replace(subclass=index[image.subclass])
 
-        most_varied = VARIED // len(folds)
         for each in detector.held_out_scores(images, fold, most_varied=most_varied, cache=cache, progress=progress):
             own, unseen = renamed(each.own), each.unseen and renamed(each.unseen)
             varied = tuple(renamed(image) for image in each.varied)

@@ -90,9 +90,7 @@ def fit(
     extractor = build_features(config.features, height=config.prepare.height, width=config.prepare.width)
     extractor.to(device)
     folder = (cache or cache_folder()) if use_cache else None
-    known = None
-    if folder is not None:
-        known = lambda keys: feature_cache.contains(folder, extractor.fingerprint, keys)  # noqa: E731
+    known = None if folder is None else partial(feature_cache.contains, folder, extractor.fingerprint)
     images, division = divide(samples, config, known=known, progress=progress)
     source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
 

@@ -103,6 +103,10 @@ def read(path: Path) -> Config:
     Raises:
         ConfigError: no such file, not YAML, or as in `from_dict`.
     """
+    return from_dict(_from_file(path), source=str(path))
+
+
+def _from_file(path: Path) -> Mapping[Any, Any]:
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -111,7 +115,7 @@ def read(path: Path) -> Config:
     if not isinstance(values, Mapping):
         known = ", ".join(fields_of(Config))
         raise ConfigError(f"{path} must hold `key: value` lines, with the keys {known}; got {values!r:.60}.")
-    return from_dict(values, source=str(path))
+    return values
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
@@ -131,7 +135,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             found.append(f"{assignment!r} must be of the form a.b=c, for example head.top_k=2")
             continue
         try:
-            values[key] = text if key in _texts(Config) else _parse(text, source=key)
+            values[key] = _value(key, text)
         except ConfigError as error:
             found.append(str(error))
     return _build(config, values, found, source="--set")
@@ -145,12 +149,17 @@ def named(path: Path | None, assignments: Iterable[str]) -> frozenset[str]:
     """
     values: dict[Any, Any] = {}
     if path is not None:
-        read(path)  # for its errors
-        values |= _parse(Path(path).read_text("utf-8"), source=str(path))
+        values |= _from_file(path)
+        from_dict(values, source=str(path))  # for its errors
     for assignment in assignments:
         key, _, text = (part.strip() for part in assignment.partition("="))
-        values[key] = text if key in _texts(Config) else _parse(text, source=key)
+        values[key] = _value(key, text)
     return frozenset(_keys(_nested(values)))
+
+
+def _value(key: str, text: str) -> Any:
+    """Return the value of an assignment to a dotted key."""
+    return text if key in _texts(Config) else _parse(text, source=key)
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from normweave.data.tables import encoding_of
 from normweave.errors import DataError
 
 MAX_DEFECT_TYPES = 15
@@ -129,7 +129,9 @@ def from_boxes(path: Path, *, height: int, width: int) -> Marked:
         OSError, UnicodeDecodeError: the file cannot be read.
     """
     mask = np.zeros((height, width), dtype=np.bool_)
-    for number, line in enumerate(_text(path.read_bytes()).splitlines(), start=1):
+    encoding = encoding_of(path)
+    text = path.read_text(encoding, errors="strict" if encoding == "utf-16" else "replace")
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -184,12 +186,6 @@ def _is_flat(values: NDArray[np.int32]) -> Marked:
             [inner == values[top : height - 2 + top, left : width - 2 + left] for top in range(3) for left in range(3)]
         )
     return flat
-
-
-def _text(content: bytes) -> str:
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    return content.decode("utf-8-sig", errors="replace")
 
 
 def _whole(value: str) -> int:

@@ -202,32 +202,32 @@ def saved(fitted, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["fitted", "graph", "torch"])
-def detector(request, fitted, saved):
+def either(request, fitted, saved):
     return {"fitted": lambda: fitted, "graph": lambda: Detector.load(saved), "torch": lambda: fitting.load(saved)}[
         request.param
     ]()
 
 
-def test_a_patch_of_a_fit_image_is_nearest_to_itself(detector, fitted):
+def test_a_patch_of_a_fit_image_is_nearest_to_itself(either, fitted):
     scanned, rows_of_fit, _ = fitted.network.rows
     for row in rows_of_fit[[0, 7, -1]]:
         sample = scanned.samples[scanned.owner[row]]
-        nearest = detector.network(scanned.load(int(row))[None]).nearest[0]
-        image, y, x = detector.network.references.patches[nearest].transpose(2, 0, 1)
-        names = {detector.network.references.images[number].name for number in image.flat}
+        nearest = either.network(scanned.load(int(row))[None]).nearest[0]
+        image, y, x = either.network.references.patches[nearest].transpose(2, 0, 1)
+        names = {either.network.references.images[number].name for number in image.flat}
         assert names == {"/".join(sample.image_path.parts[-4:])}
         cells = np.indices(nearest.shape)
         assert np.array_equal([y, x], cells * 8 + 4)
 
 
-def test_the_expected_region_is_that_of_the_good_image(detector, fitted):
+def test_the_expected_region_is_that_of_the_good_image(either, fitted):
     scanned, rows_of_fit, _ = fitted.network.rows
     path = scanned.samples[scanned.owner[rows_of_fit[4]]].image_path
-    outcomes = (detector.score(with_hole(decode(path), side)) for side in range(2, 16))
+    outcomes = (either.score(with_hole(decode(path), side)) for side in range(2, 16))
     box = next(outcome.boxes[0] for outcome in outcomes if outcome.verdict == "anomalous")
     assert box.reference is not None
-    assert detector.network.references.shows(box)
-    expected = detector.network.references.expected(box)
+    assert either.network.references.shows(box)
+    expected = either.network.references.expected(box)
     source = next(one for one in scanned.samples if str(one.image_path).endswith(box.reference))
     region = BOX._replace(x=box.reference_x, y=box.reference_y, width=box.reference_width, height=box.reference_height)
     np.testing.assert_allclose(

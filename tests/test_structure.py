@@ -58,6 +58,25 @@ def private_names(tree):
                     yield name
 
 
+def fixtures(path):
+    """Yield each fixture of a test module and the names that it takes."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.FunctionDef) and any("fixture" in ast.unparse(each) for each in node.decorator_list):
+            yield node.name, {argument.arg for argument in node.args.args}
+
+
+def test_no_fixture_replaces_one_that_a_shared_fixture_takes():
+    """Otherwise what the shared fixtures hold depends on which test asks first."""
+    taken = set().union(*(names for _, names in fixtures(TESTS / "builders.py")))
+    assert "cloth" in taken
+    found = {
+        str(path.relative_to(TESTS)): replaced
+        for path in sorted(TESTS.rglob("*.py"))
+        if path.name != "builders.py" and (replaced := taken & {name for name, _ in fixtures(path)})
+    }
+    assert not found
+
+
 def test_tests_use_public_names_only():
     found = {
         str(path.relative_to(TESTS)): names

@@ -155,7 +155,8 @@ def check_target(folder: Path, *, overwrite: bool) -> None:
     if taken and not overwrite:
         raise BundleError(f"{folder} exists. Choose another name, or allow replacing it (--overwrite).")
     target = Path(os.path.realpath(folder))
-    trial, above = f"{target.name}.trial-{os.getpid()}", target.parent
+    # As long as the longest name that `write` may need, so that the answer does not depend on the process id.
+    trial, above = f"{target.name}.trial-{os.getpid():010}", target.parent
     try:
         while not above.exists():
             above = above.parent

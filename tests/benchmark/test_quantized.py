@@ -28,7 +28,7 @@ CONFIG = Config(
 
 
 @pytest.fixture(scope="module")
-def cloth(tmp_path_factory):
+def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("int8") / "cloth"
     return make_textures(
         folder,
@@ -58,21 +58,21 @@ def tests(tmp_path_factory):
 
 
 @pytest.fixture
-def detector(cloth):
-    return Detector.fit(cloth, config=CONFIG, use_cache=False, device="cpu")
+def unquantized(images):
+    return Detector.fit(images, config=CONFIG, use_cache=False, device="cpu")
 
 
-def test_the_operating_points_are_drawn_from_the_scores_of_int8(detector, tests, tmp_path):
+def test_the_operating_points_are_drawn_from_the_scores_of_int8(unquantized, tests, tmp_path):
     paths = [str(sample.image_path) for sample in tests]
-    before = detector.score(paths)
-    detector.save(tmp_path / "float")
+    before = unquantized.score(paths)
+    unquantized.save(tmp_path / "float")
 
-    quantized = quantize_and_check(detector, tests)
+    quantized = quantize_and_check(unquantized, tests)
 
     after = quantized.score(paths)
     for ours, theirs in (
-        (detector.calibration, quantized.calibration),
-        (detector.calibration.unseen, quantized.calibration.unseen),
+        (unquantized.calibration, quantized.calibration),
+        (unquantized.calibration.unseen, quantized.calibration.unseen),
     ):
         assert not np.array_equal(ours.scores, theirs.scores)
         np.testing.assert_allclose(ours.scores, theirs.scores, atol=0.5)
@@ -89,28 +89,28 @@ def test_the_operating_points_are_drawn_from_the_scores_of_int8(detector, tests,
         fitting.load(bundle)
 
 
-def test_the_check_is_in_the_record(detector, tests):
-    check = quantize_and_check(detector, tests).record["int8_check"]
+def test_the_check_is_in_the_record(unquantized, tests):
+    check = quantize_and_check(unquantized, tests).record["int8_check"]
     assert check["images"] == len(tests)
     assert check["image_auroc"] == [1, 1]
     assert check["pixel_auroc"] == [None, None]  # there are no masks
-    assert "int8_check" not in detector.record
+    assert "int8_check" not in unquantized.record
 
 
-def test_pixels_count_where_there_are_masks(detector, tests, tmp_path):
+def test_pixels_count_where_there_are_masks(unquantized, tests, tmp_path):
     mask = tmp_path / "mask.png"
     Image.fromarray(np.repeat([[255] * 32 + [0] * 32], 64, axis=0).astype(np.uint8)).save(mask)
     masked = [replace(s, mask_path=mask if s.label == "anomalous" else None) for s in tests]
-    before, after = quantize_and_check(detector, masked).record["int8_check"]["pixel_auroc"]
+    before, after = quantize_and_check(unquantized, masked).record["int8_check"]["pixel_auroc"]
     assert 0.8 < before < 1
     assert after >= before - 0.005
 
 
-def test_without_labelled_images_nothing_is_checked(detector):
-    assert quantize_and_check(detector, None).record["int8_check"] is None
+def test_without_labelled_images_nothing_is_checked(unquantized):
+    assert quantize_and_check(unquantized, None).record["int8_check"] is None
 
 
-def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
+def test_a_spoiled_graph_is_refused(unquantized, tests, monkeypatch):
     unspoiled = fitting.quantize_backbone
 
     def spoiled(graph, images):
@@ -123,24 +123,24 @@ def test_a_spoiled_graph_is_refused(detector, tests, monkeypatch):
 
     monkeypatch.setattr(fitting, "quantize_backbone", spoiled)
     with pytest.raises(CheckError, match=r"int8 loses (image|pixel)_auroc from .* 0\.005 is allowed\. So no bundle"):
-        quantize_and_check(detector, tests)
+        quantize_and_check(unquantized, tests)
 
 
-def test_labelled_images_of_one_label_only(detector, tests):
+def test_labelled_images_of_one_label_only(unquantized, tests):
     good = [sample for sample in tests if sample.label == "normal"]
     with pytest.raises(DataError, match="5 normal and 0 anomalous images: both labels are needed"):
-        quantize_and_check(detector, good)
+        quantize_and_check(unquantized, good)
 
 
-def test_images_of_the_training_cannot_be_used_for_the_check(detector, cloth):
+def test_images_of_the_training_cannot_be_used_for_the_check(unquantized, images):
     from normweave.data.manifest import read_manifest
 
     with pytest.raises(DataError, match="was used in training, so it cannot be used for test"):
-        quantize_and_check(detector, read_manifest(cloth))
+        quantize_and_check(unquantized, read_manifest(images))
 
 
-def test_a_loaded_detector_cannot_be_quantized(detector, tmp_path):
-    detector.save(tmp_path / "b")
+def test_a_loaded_detector_cannot_be_quantized(unquantized, tmp_path):
+    unquantized.save(tmp_path / "b")
     for load in (Detector.load, fitting.load):
         with pytest.raises(ConfigError, match=r"Only a detector that was just fitted .* Train it again with --int8"):
             fitting.quantize(load(tmp_path / "b", device="cpu"))

@@ -31,7 +31,7 @@ def run(*arguments, stdin=None):
 
 
 @pytest.fixture(scope="session")
-def cloth(tmp_path_factory):
+def textiles(tmp_path_factory):
     """Two subclasses to train with, one unseen; the folder."""
     folder = tmp_path_factory.mktemp("data") / "cloth"
     make_textures(
@@ -47,8 +47,8 @@ def cloth(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(cloth, tmp_path_factory):
+def trained(textiles, tmp_path_factory):
     bundle = tmp_path_factory.mktemp("trained") / "cloth.bundle"
-    result = run("train", cloth, "-o", bundle, "--model", "dfm", "--no-cache", "--json", "--seed", "1", *SMALL)
+    result = run("train", textiles, "-o", bundle, "--model", "dfm", "--no-cache", "--json", "--seed", "1", *SMALL)
     assert result.exit_code == 0, result.output
     return Trained(bundle, result.stdout)

@@ -53,9 +53,9 @@ def test_unreadable_images_are_listed_and_change_the_exit_code(own, tmp_path):
     assert "calibrated on 11 others for a false-alarm rate of 0.25" in result.stdout
 
 
-def test_images_of_the_fit_are_refused(own, cloth):
+def test_images_of_the_fit_are_refused(own, textiles):
     before = bundle.bundle_hash(own)
-    result = run("calibrate", own, cloth)
+    result = run("calibrate", own, textiles)
     assert result.exit_code == 2
     assert "was used in training, so it cannot be used for calibration" in result.output
     assert bundle.bundle_hash(own) == before

@@ -9,8 +9,8 @@ from PIL import Image
 from .conftest import run
 
 
-def test_a_clean_data_set_has_no_fault(cloth):
-    result = run("data", "check", cloth)
+def test_a_clean_data_set_has_no_fault(textiles):
+    result = run("data", "check", textiles)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == [
         "cloth/plain-ecru-diffuse, test: 3 good, 3 anomalous",
@@ -22,9 +22,9 @@ def test_a_clean_data_set_has_no_fault(cloth):
     ]
 
 
-def test_faults_are_listed_with_exit_code_2(cloth, tmp_path):
+def test_faults_are_listed_with_exit_code_2(textiles, tmp_path):
     data = tmp_path / "cloth"
-    shutil.copytree(cloth, data)
+    shutil.copytree(textiles, data)
     broken = sorted(data.glob("cloth/*/train/good/*.png"))[0]
     broken.write_bytes(b"no image")
     mask = sorted(data.glob("cloth/*/ground_truth/*/*.png"))[0]
@@ -55,8 +55,8 @@ def test_remarks_are_shown_and_are_no_faults(tmp_path):
     assert "9.png" in found["remarks"][0]
 
 
-def test_a_manifest_can_be_read_back(cloth, tmp_path):
-    shutil.copytree(cloth / "cloth", tmp_path / "folders" / "cloth")
+def test_a_manifest_can_be_read_back(textiles, tmp_path):
+    shutil.copytree(textiles / "cloth", tmp_path / "folders" / "cloth")
     table = tmp_path / "cloth.csv"
     result = run("data", "manifest", tmp_path / "folders", "-o", table)
     assert result.exit_code == 0, result.output
@@ -72,20 +72,20 @@ def test_a_manifest_can_be_read_back(cloth, tmp_path):
     assert run("data", "check", table).exit_code == 0
 
 
-def test_a_manifest_of_chosen_subclasses(cloth, tmp_path):
+def test_a_manifest_of_chosen_subclasses(textiles, tmp_path):
     table = tmp_path / "cloth.csv"
-    result = run("data", "manifest", cloth, "-o", table, "--subclass", "satin-navy-diffuse", "--json")
+    result = run("data", "manifest", textiles, "-o", table, "--subclass", "satin-navy-diffuse", "--json")
     assert json.loads(result.stdout) == {"manifest": str(table), "images": 6}
 
 
-def test_several_folders_become_one_manifest(cloth, tmp_path):
+def test_several_folders_become_one_manifest(textiles, tmp_path):
     """Each in its own layout: a folder with a manifest, and one of good images."""
     parts = tmp_path / "parts"
     parts.mkdir()
-    for number, image in enumerate(sorted(cloth.glob("cloth/*/train/good/*.png"))):
+    for number, image in enumerate(sorted(textiles.glob("cloth/*/train/good/*.png"))):
         shutil.copy(image, parts / f"{number}.png")
     table = tmp_path / "all.csv"
-    result = run("data", "manifest", cloth, parts, "-o", table)
+    result = run("data", "manifest", textiles, parts, "-o", table)
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{table}: 66 images\n"
     with table.open(newline="") as file:
@@ -95,23 +95,23 @@ def test_several_folders_become_one_manifest(cloth, tmp_path):
     assert {row["group"].split("/")[0] for row in rows} == {"cloth", ""}
     assert run("data", "check", table).exit_code == 0
 
-    result = run("data", "manifest", cloth, parts, "-o", table, "--category", "parts", "--json")
+    result = run("data", "manifest", textiles, parts, "-o", table, "--category", "parts", "--json")
     assert json.loads(result.stdout)["images"] == 24
 
 
-def test_a_category_in_two_folders_is_refused(cloth, tmp_path):
-    result = run("data", "manifest", cloth, cloth, "-o", tmp_path / "all.csv")
+def test_a_category_in_two_folders_is_refused(textiles, tmp_path):
+    result = run("data", "manifest", textiles, textiles, "-o", tmp_path / "all.csv")
     assert result.exit_code == 2
     message = " ".join(result.stderr.split())
-    assert f"Category 'cloth' is in {cloth} and in {cloth}." in message
+    assert f"Category 'cloth' is in {textiles} and in {textiles}." in message
     assert "change its column category" in message
     assert not (tmp_path / "all.csv").exists()
 
 
-def test_a_named_layout_is_that_of_every_folder(cloth, tmp_path):
+def test_a_named_layout_is_that_of_every_folder(textiles, tmp_path):
     (tmp_path / "bare").mkdir()
-    shutil.copy(next(cloth.glob("cloth/*/train/good/*.png")), tmp_path / "bare")
-    result = run("data", "manifest", cloth, tmp_path / "bare", "-o", tmp_path / "a.csv", "--layout", "manifest")
+    shutil.copy(next(textiles.glob("cloth/*/train/good/*.png")), tmp_path / "bare")
+    result = run("data", "manifest", textiles, tmp_path / "bare", "-o", tmp_path / "a.csv", "--layout", "manifest")
     assert result.exit_code == 2
     assert "no manifest.csv" in result.stderr
 

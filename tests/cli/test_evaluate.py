@@ -126,10 +126,10 @@ def test_a_bundle_without_a_decoder_has_nothing_to_compare(metrics, tmp_path, ca
     assert "Nothing to compare: this model has no decoder" in capsys.readouterr().out
 
 
-def test_another_file_than_metrics_json_is_refused_with_exit_code_2(trained, cloth, tmp_path):
+def test_another_file_than_metrics_json_is_refused_with_exit_code_2(trained, textiles, tmp_path):
     other = tmp_path / "predictions.csv"
     other.write_text("image_path")
-    result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--against", other)
+    result = run("evaluate", trained.bundle, textiles, "-o", tmp_path / "results", "--against", other)
     assert result.exit_code == 2, result.output
     assert "is not a metrics.json of normweave" in result.stderr
     assert not (tmp_path / "results").exists()
@@ -150,8 +150,8 @@ def test_unreadable_images_give_exit_code_4(metrics, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["pooled"]["n_refused"] == 2
 
 
-def test_writes_its_files_with_seen_and_unseen_subclasses(trained, cloth, tmp_path):
-    result = run("evaluate", trained.bundle, cloth, "-o", tmp_path / "results", "--json")
+def test_writes_its_files_with_seen_and_unseen_subclasses(trained, textiles, tmp_path):
+    result = run("evaluate", trained.bundle, textiles, "-o", tmp_path / "results", "--json")
     assert result.exit_code == 0, result.output
     output = json.loads(result.stdout)
     assert json.loads((tmp_path / "results" / "metrics.json").read_text()) == {
@@ -166,7 +166,7 @@ def test_writes_its_files_with_seen_and_unseen_subclasses(trained, cloth, tmp_pa
     }
 
 
-def test_chosen_subclasses(trained, cloth, tmp_path):
-    result = run("evaluate", trained.bundle, cloth, "-o", tmp_path, "--subclass", "satin-navy-diffuse", "--json")
+def test_chosen_subclasses(trained, textiles, tmp_path):
+    result = run("evaluate", trained.bundle, textiles, "-o", tmp_path, "--subclass", "satin-navy-diffuse", "--json")
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)["by_subclass"]) == ["cloth/satin-navy-diffuse"]

@@ -301,10 +301,10 @@ def test_a_folder_in_place_of_the_table_is_refused_before_anything_is_loaded(tmp
 
 
 @pytest.fixture(scope="module")
-def predicted(trained, cloth, tmp_path_factory):
+def predicted(trained, textiles, tmp_path_factory):
     """Every test image, as JSON, table and maps."""
     folder = tmp_path_factory.mktemp("predicted")
-    images = sorted(str(path) for path in cloth.glob("cloth/*/test/*/*.png"))
+    images = sorted(str(path) for path in textiles.glob("cloth/*/test/*/*.png"))
     result = run("predict", trained.bundle, *images, "--json", "-o", folder / "r.jsonl", "--maps", folder / "maps")
     return images, result, folder
 

@@ -58,7 +58,7 @@ def test_the_same_model_keeps_the_settings_of_the_file(settings_file):
     assert composed(config=settings_file, model="simplenet").head == SimpleNetConfig()
 
 
-def test_pictures_of_good_images_can_be_left_out(cloth, tmp_path, monkeypatch):
+def test_pictures_of_good_images_can_be_left_out(textiles, tmp_path, monkeypatch):
     configs = []
 
     def stop(data, *, config, **options):
@@ -67,7 +67,7 @@ def test_pictures_of_good_images_can_be_left_out(cloth, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Detector, "fit", stop)
     for options in ([], ["--no-references"]):
-        assert run("train", cloth, "-o", tmp_path / "b", *options).exit_code == 2
+        assert run("train", textiles, "-o", tmp_path / "b", *options).exit_code == 2
     assert [config.outcome.references for config in configs] == [True, False]
 
 
@@ -122,9 +122,9 @@ def test_train_leaves_only_the_bundle(trained):
     assert [path.name for path in trained.bundle.parent.iterdir()] == ["cloth.bundle"]
 
 
-def test_unreadable_images_are_reported_and_skipped(cloth, tmp_path):
+def test_unreadable_images_are_reported_and_skipped(textiles, tmp_path):
     data = tmp_path / "cloth"
-    shutil.copytree(cloth, data)
+    shutil.copytree(textiles, data)
     broken = next(data.glob("*/*/train/good/*.png"))
     broken.write_bytes(broken.read_bytes()[:100])
     result = run("train", data, "-o", tmp_path / "b", "--model", "dfm", "--no-cache", *SMALL)
@@ -134,7 +134,7 @@ def test_unreadable_images_are_reported_and_skipped(cloth, tmp_path):
     assert bundle.read(tmp_path / "b")["fit_images"] > 0
 
 
-def test_an_existing_bundle_is_refused_before_training(trained, cloth, tmp_path):
+def test_an_existing_bundle_is_refused_before_training(trained, textiles, tmp_path):
     result = run("train", tmp_path / "no-data-at-all", "-o", trained.bundle)
     assert result.exit_code == 2
     assert "allow replacing it (--overwrite)" in result.stderr
@@ -154,10 +154,10 @@ def test_a_bundle_may_fill_the_current_folder(tmp_path, monkeypatch):
     assert "no-data-at-all: no such file or folder" in result.stderr
 
 
-def test_a_rate_that_cannot_be_guaranteed_is_reported_and_the_verdicts_are_marked(cloth, tmp_path):
+def test_a_rate_that_cannot_be_guaranteed_is_reported_and_the_verdicts_are_marked(textiles, tmp_path):
     result = run(
         "train",
-        cloth,
+        textiles,
         "-o",
         tmp_path / "b",
         "--model=dfm",
@@ -167,19 +167,19 @@ def test_a_rate_that_cannot_be_guaranteed_is_reported_and_the_verdicts_are_marke
         "--set=outcome.false_alarm_rate=0.01",
     )
     assert result.exit_code == 0, result.output
-    manifest = csv.DictReader((cloth / "manifest.csv").read_text().splitlines())
+    manifest = csv.DictReader((textiles / "manifest.csv").read_text().splitlines())
     groups = len({row["group"] for row in manifest if row["split"] == "train"})
     rate = f"{100 / (groups + 1):.3g} %"
     assert f"{groups} independent good parts can promise {rate} false alarms at best; 1 % needs 99." in result.stdout
     assert "Verdicts are marked uncalibrated." in result.stdout
     assert "fitted on 24 good images, calibrated on the same by cross-validation" in result.stdout
-    predicted = run("predict", tmp_path / "b", cloth, "--json")
+    predicted = run("predict", tmp_path / "b", textiles, "--json")
     outcomes = [json.loads(line) for line in predicted.stdout.splitlines()]
     assert {(each["guarantee"], each["false_alarm_rate"]) for each in outcomes} == {("uncalibrated", 1 / (groups + 1))}
-    assert "uncalibrated  " in run("predict", tmp_path / "b", cloth).stdout
+    assert "uncalibrated  " in run("predict", tmp_path / "b", textiles).stdout
 
 
-def test_the_int8_accuracy_check_is_reported(cloth, tmp_path):
+def test_the_int8_accuracy_check_is_reported(textiles, tmp_path):
     labelled = tmp_path / "labelled" / "cloth" / "test"
     for name in ("good", "green"):
         (labelled / name).mkdir(parents=True)
@@ -188,14 +188,14 @@ def test_the_int8_accuracy_check_is_reported(cloth, tmp_path):
             if name == "green":
                 image[:, :32] = (40, 250, 40)
             Image.fromarray(image).save(labelled / name / f"{number}.png")
-    call = ["train", cloth, "--model=dfm", "--no-cache", *SMALL, "--int8", "--json"]
+    call = ["train", textiles, "--model=dfm", "--no-cache", *SMALL, "--int8", "--json"]
     result = run(*call, "-o", tmp_path / "b", "--int8-check", tmp_path / "labelled")
     assert result.exit_code == 0, result.output
     output = json.loads(result.stdout)
     assert output["precision"] == bundle.read(tmp_path / "b")["precision"] == "int8"
     assert output["int8_check"]["images"] == 10
     assert output["int8_check"]["image_auroc"] == [1, 1]
-    assert run("predict", tmp_path / "b", cloth / "cloth").exit_code in (0, 1)
+    assert run("predict", tmp_path / "b", textiles / "cloth").exit_code in (0, 1)
 
 
 FUSION = {
@@ -218,15 +218,15 @@ def test_the_weights_of_the_experts_are_a_line_for_each_category():
     assert "(equal weights, since no good image could be held out; " in weights(FUSION | {"synthetic_defects": 0})
 
 
-def test_train_prints_the_weights_that_the_bundle_holds(cloth, tmp_path):
-    result = run("train", cloth, "-o", tmp_path / "b", "--no-cache", *SMALL)
+def test_train_prints_the_weights_that_the_bundle_holds(textiles, tmp_path):
+    result = run("train", textiles, "-o", tmp_path / "b", "--no-cache", *SMALL)
     assert result.exit_code == 0, result.output
     (fusion,) = bundle.read(tmp_path / "b")["notes"]["fusion"]
     assert weights(fusion) in " ".join(result.stdout.split())
     assert fusion["synthetic_defects"] > 0
 
 
-def test_settings_that_are_given_are_never_changed_by_the_budget(cloth, tmp_path, monkeypatch):
+def test_settings_that_are_given_are_never_changed_by_the_budget(textiles, tmp_path, monkeypatch):
     kept = []
 
     def stop(data, *, budget, keep, **options):
@@ -236,7 +236,7 @@ def test_settings_that_are_given_are_never_changed_by_the_budget(cloth, tmp_path
     monkeypatch.setattr(Detector, "fit", stop)
     path = tmp_path / "config.yaml"
     path.write_text("prepare: {width: 256}\n")
-    call = ["train", cloth, "-o", tmp_path / "b", "--budget=best", "-c", path, "--set=head.expert.kind=fusion"]
+    call = ["train", textiles, "-o", tmp_path / "b", "--budget=best", "-c", path, "--set=head.expert.kind=fusion"]
     assert run(*call).exit_code == 2
     assert kept == [("best", {"prepare.width", "head.expert.kind"})]
 
@@ -278,8 +278,8 @@ def test_the_summary_of_the_int8_check():
     )
 
 
-def test_int8_check_without_int8_is_refused(cloth, tmp_path):
-    result = run("train", cloth, "-o", tmp_path / "b", "--int8-check", cloth)
+def test_int8_check_without_int8_is_refused(textiles, tmp_path):
+    result = run("train", textiles, "-o", tmp_path / "b", "--int8-check", textiles)
     assert result.exit_code == 2
     assert "--int8-check needs --int8." in result.stderr
 

@@ -10,7 +10,7 @@ from normweave.textiles import SEEN, UNSEEN, make_textures
 
 
 @pytest.fixture(scope="session")
-def cloth(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def textiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of three seen subclasses of cloth and an unseen one."""
     folder = tmp_path_factory.mktemp("cloth") / "data"
     return make_textures(
@@ -32,6 +32,6 @@ def config() -> Config:
 
 
 @pytest.fixture(scope="session")
-def detector(cloth: Path, feature_cache: Path, config: Config) -> Detector:
+def default(textiles: Path, feature_cache: Path, config: Config) -> Detector:
     """The default model."""
-    return Detector.fit(cloth, config=config, cache=feature_cache)
+    return Detector.fit(textiles, config=config, cache=feature_cache)

@@ -21,14 +21,14 @@ def call(*words: object) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def bundle(data_root: Path, cloth: Path, feature_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(data_root: Path, textiles: Path, feature_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CNC on some tiles of two lights and three subclasses of cloth, joined by the command; without boards."""
     folder = tmp_path_factory.mktemp("categories")
     tiles = read(data_root / "magnetic-tiles", DataConfig(subclass=("exp1", "exp3")), layout="magnetic_tiles")
     few = {sample.group for sample in tiles if sample.label == "normal"}
     few = set(sorted(few)[:40])
     write_manifest([sample for sample in tiles if sample.group in few], folder / "tiles.csv")
-    call("data", "manifest", folder / "tiles.csv", cloth, "-o", folder / "all.csv", "--json")
+    call("data", "manifest", folder / "tiles.csv", textiles, "-o", folder / "all.csv", "--json")
     (trained,) = call(
         *("train", folder / "all.csv", "-o", folder / "all.bundle", "--json", "--cache", feature_cache),
         *("--model", "cnc", "--subclass-from", "column", "--set", "head.training.epochs=2"),
@@ -47,9 +47,9 @@ def test_evaluate_tells_the_categories_apart(bundle: Path, feature_cache: Path, 
         assert table["over_generalisation"]["cell_auroc"] > 0.5
 
 
-def test_predict_names_the_category(bundle: Path, cloth: Path, data_root: Path):
+def test_predict_names_the_category(bundle: Path, textiles: Path, data_root: Path):
     tile = sorted((data_root / "magnetic-tiles" / "MT_Free").glob("exp1_*.jpg"))[-1]
-    woven = next(s.image_path for s in read(cloth, DataConfig()) if s.split == "test" and s.label == "normal")
+    woven = next(s.image_path for s in read(textiles, DataConfig()) if s.split == "test" and s.label == "normal")
     outcomes = call("predict", bundle, tile, woven, "--json")
     assert [outcome["category"] for outcome in outcomes] == ["magnetic_tiles", "cloth"]
     assert outcomes[0]["subclass"] == "exp1"

@@ -33,8 +33,8 @@ def same(first: Outcome, second: Outcome) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
-def test_a_planted_defect_is_found_where_it_is(model: str, cloth: Path, feature_cache: Path, config: Config):
-    detector = Detector.fit(cloth, config=config, model=model, cache=feature_cache)
+def test_a_planted_defect_is_found_where_it_is(model: str, textiles: Path, feature_cache: Path, config: Config):
+    detector = Detector.fit(textiles, config=config, model=model, cache=feature_cache)
     offsets = []
     for seed, (y, x) in enumerate([(40, 60), (40, 200), (128, 128), (200, 64), (210, 180)]):
         image = good_cloth(seed=1000 + seed)
@@ -51,8 +51,8 @@ def test_a_planted_defect_is_found_where_it_is(model: str, cloth: Path, feature_
     assert np.abs(np.mean(offsets, axis=0)).max() < 4, offsets
 
 
-def test_defective_cloth_scores_higher_than_good_cloth(detector: Detector, cloth: Path, tmp_path: Path):
-    metrics = evaluate(detector, cloth, output=tmp_path / "evaluation")
+def test_defective_cloth_scores_higher_than_good_cloth(default: Detector, textiles: Path, tmp_path: Path):
+    metrics = evaluate(default, textiles, output=tmp_path / "evaluation")
     assert metrics["seen"]["image_auroc"] > 0.8
     assert metrics["seen"]["pixel_auroc"] > 0.85
     assert metrics["pooled"]["n_normal"] == 4 * 6
@@ -67,8 +67,8 @@ def test_defective_cloth_scores_higher_than_good_cloth(detector: Detector, cloth
     assert 'src="http' not in page
 
 
-def test_a_bad_mask_is_listed_and_stops_nothing(detector: Detector, cloth: Path, tmp_path: Path):
-    damaged = [sample for sample in read(cloth, DataConfig()) if sample.label == "anomalous"][:3]
+def test_a_bad_mask_is_listed_and_stops_nothing(default: Detector, textiles: Path, tmp_path: Path):
+    damaged = [sample for sample in read(textiles, DataConfig()) if sample.label == "anomalous"][:3]
     small = tmp_path / "small.png"
     Image.fromarray(np.full((9, 9), 255, np.uint8)).save(small)
     samples = [
@@ -76,7 +76,7 @@ def test_a_bad_mask_is_listed_and_stops_nothing(detector: Detector, cloth: Path,
         replace(damaged[1], mask_path=tmp_path / "gone.png"),
         damaged[2],
     ]
-    metrics = evaluate(detector, samples, output=tmp_path / "evaluation")
+    metrics = evaluate(default, samples, output=tmp_path / "evaluation")
     assert [fault["image_path"] for fault in metrics["mask_faults"]] == [str(s.image_path) for s in damaged[:2]]
     assert "9" in metrics["mask_faults"][0]["reason"]
     assert "gone.png" in metrics["mask_faults"][1]["reason"]
@@ -84,43 +84,43 @@ def test_a_bad_mask_is_listed_and_stops_nothing(detector: Detector, cloth: Path,
     assert metrics["pooled"]["n_anomalous"] == 3
 
 
-def test_a_bundle_read_into_torch_gives_the_scores_of_training(detector: Detector, cloth: Path, tmp_path: Path):
-    bundle = detector.save(tmp_path / "cloth.bundle")
+def test_a_bundle_read_into_torch_gives_the_scores_of_training(default: Detector, textiles: Path, tmp_path: Path):
+    bundle = default.save(tmp_path / "cloth.bundle")
     loaded = fitting.load(bundle)
-    paths = [sample.image_path for sample in read(cloth, DataConfig()) if sample.split == "test"][:9]
-    for before, after in zip(detector.score(paths), loaded.score(paths), strict=True):
+    paths = [sample.image_path for sample in read(textiles, DataConfig()) if sample.split == "test"][:9]
+    for before, after in zip(default.score(paths), loaded.score(paths), strict=True):
         assert same(before, after)
-    assert loaded.record == detector.record
-    assert loaded.config == detector.config
+    assert loaded.record == default.record
+    assert loaded.config == default.config
 
 
-def test_the_threshold_is_computed_from_normals_outside_of_the_fit(detector: Detector, cloth: Path):
-    fit, calibration = set(detector.record["fit_hashes"]), set(detector.record["calibration_hashes"])
+def test_the_threshold_is_computed_from_normals_outside_of_the_fit(default: Detector, textiles: Path):
+    fit, calibration = set(default.record["fit_hashes"]), set(default.record["calibration_hashes"])
     assert fit
     assert not fit & calibration
-    samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
+    samples = [sample for sample in read(textiles, DataConfig()) if sample.split == "train"]
     assert len(fit) + len(calibration) == len(samples)
     # The threshold follows from the scores of the calibration images, to the half precision of the feature cache.
     from normweave.data.images import content_hash
 
     held_out = [sample.image_path for sample in samples if content_hash(sample.image_path)[:16] in calibration]
-    scores = sorted(outcome.pred_score for outcome in detector.score(held_out))
-    np.testing.assert_allclose(scores, detector.calibration.scores, rtol=5e-3, atol=5e-3)
+    scores = sorted(outcome.pred_score for outcome in default.score(held_out))
+    np.testing.assert_allclose(scores, default.calibration.scores, rtol=5e-3, atol=5e-3)
 
 
-def test_images_of_one_roll_stay_together(detector: Detector, cloth: Path):
+def test_images_of_one_roll_stay_together(default: Detector, textiles: Path):
     from normweave.data.images import content_hash
 
-    fit = set(detector.record["fit_hashes"])
+    fit = set(default.record["fit_hashes"])
     side = {}
-    for sample in read(cloth, DataConfig()):
+    for sample in read(textiles, DataConfig()):
         if sample.split == "train":
             side.setdefault(sample.group, set()).add(content_hash(sample.image_path)[:16] in fit)
     assert all(len(sides) == 1 for sides in side.values())
 
 
-def test_no_test_image_is_opened_by_fit(cloth: Path, feature_cache: Path, config: Config, tmp_path: Path):
-    samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
+def test_no_test_image_is_opened_by_fit(textiles: Path, feature_cache: Path, config: Config, tmp_path: Path):
+    samples = [sample for sample in read(textiles, DataConfig()) if sample.split == "train"]
     trap = tmp_path / "trap.png"
     trap.write_text("opening this would be a refusal")
     with_test = [*samples, Sample(image_path=trap, category="cloth", split="test")]
@@ -128,51 +128,51 @@ def test_no_test_image_is_opened_by_fit(cloth: Path, feature_cache: Path, config
     assert detector.refused == ()
 
 
-def test_an_image_of_the_training_cannot_be_tested(detector: Detector, cloth: Path):
-    train = next(sample for sample in read(cloth, DataConfig()) if sample.split == "train")
+def test_an_image_of_the_training_cannot_be_tested(default: Detector, textiles: Path):
+    train = next(sample for sample in read(textiles, DataConfig()) if sample.split == "train")
     with pytest.raises(DataError, match="was used in training, so it cannot be used for test"):
-        list(detector.stream_samples([train]))
+        list(default.stream_samples([train]))
 
 
-def test_one_bad_image_never_stops_a_batch(detector: Detector, tmp_path: Path):
+def test_one_bad_image_never_stops_a_batch(default: Detector, tmp_path: Path):
     text = tmp_path / "text.png"
     text.write_text("not an image")
-    first, second, third = detector.score([good_cloth(2000), text, good_cloth(2001)])
+    first, second, third = default.score([good_cloth(2000), text, good_cloth(2001)])
     assert (first.error, third.error) == (None, None)
     assert second.verdict is None
     assert "text.png" in second.error
     with pytest.raises(ImageError, match=r"text\.png"):
-        detector.score(text)
+        default.score(text)
 
 
-def test_an_outcome_does_not_depend_on_its_company(detector: Detector):
+def test_an_outcome_does_not_depend_on_its_company(default: Detector):
     images = [good_cloth(seed) for seed in range(2100, 2111)]
-    together = detector.score(images)
+    together = default.score(images)
     for image, outcome in zip(images, together, strict=True):
-        alone = detector.score(image)
+        alone = default.score(image)
         np.testing.assert_allclose(alone.anomaly_map, outcome.anomaly_map, rtol=1e-4, atol=1e-4)
         assert alone.verdict == outcome.verdict
 
 
-def test_the_same_seed_gives_the_same_weights(detector: Detector, cloth: Path, config: Config, tmp_path: Path):
-    again = Detector.fit(cloth, config=config, use_cache=False)
-    first, second = detector.save(tmp_path / "first"), again.save(tmp_path / "second")
+def test_the_same_seed_gives_the_same_weights(default: Detector, textiles: Path, config: Config, tmp_path: Path):
+    again = Detector.fit(textiles, config=config, use_cache=False)
+    first, second = default.save(tmp_path / "first"), again.save(tmp_path / "second")
     assert (first / "weights.safetensors").read_bytes() == (second / "weights.safetensors").read_bytes()
     assert (first / "bundle.json").read_bytes() == (second / "bundle.json").read_bytes()
 
 
-def test_a_large_image_is_cut_into_tiles(detector: Detector):
+def test_a_large_image_is_cut_into_tiles(default: Detector):
     rng = np.random.default_rng(0)
     large = np.tile(good_cloth(2200), (5, 9, 1))  # 1280 x 2304, beyond four times the input
     large = large + rng.integers(0, 2, large.shape, dtype=np.uint8) // 2
-    assert len(detector.preparation.tiles(*large.shape[:2])) > 1
-    outcome = detector.score(large)
+    assert len(default.preparation.tiles(*large.shape[:2])) > 1
+    outcome = default.score(large)
     assert outcome.anomaly_map.shape == (1280, 2304)
     assert (outcome.height, outcome.width) == (1280, 2304)
 
 
-def test_calibrate_computes_the_threshold_again(detector: Detector, cloth: Path, tmp_path: Path):
-    loaded = Detector.load(detector.save(tmp_path / "bundle"))
+def test_calibrate_computes_the_threshold_again(default: Detector, textiles: Path, tmp_path: Path):
+    loaded = Detector.load(default.save(tmp_path / "bundle"))
     folder = tmp_path / "more"
     folder.mkdir()
     for seed in range(30):
@@ -186,11 +186,11 @@ def test_calibrate_computes_the_threshold_again(detector: Detector, cloth: Path,
         loaded.calibrate(folder, false_alarm_rate=0.001)
     assert loaded.config.outcome.false_alarm_rate == 0.1  # the failed call changed nothing
     with pytest.raises(DataError, match="cannot be used for calibration"):
-        loaded.calibrate(cloth)
+        loaded.calibrate(textiles)
 
 
-def test_a_changed_byte_is_refused(detector: Detector, tmp_path: Path):
-    bundle = detector.save(tmp_path / "bundle")
+def test_a_changed_byte_is_refused(default: Detector, tmp_path: Path):
+    bundle = default.save(tmp_path / "bundle")
     weights = bytearray((bundle / "weights.safetensors").read_bytes())
     weights[-1] ^= 1
     (bundle / "weights.safetensors").write_bytes(weights)
@@ -198,8 +198,8 @@ def test_a_changed_byte_is_refused(detector: Detector, tmp_path: Path):
         Detector.load(bundle)
 
 
-def test_subclasses_are_discovered_when_none_are_given(cloth: Path, feature_cache: Path):
-    detector = Detector.fit(cloth, config=Config(seed=7), subclass_from="auto", cache=feature_cache)
+def test_subclasses_are_discovered_when_none_are_given(textiles: Path, feature_cache: Path):
+    detector = Detector.fit(textiles, config=Config(seed=7), subclass_from="auto", cache=feature_cache)
     assert len(detector.subclass_names) >= 2
     outcome = detector.score(good_cloth(4000))
     assert outcome.category == "cloth"
@@ -212,22 +212,22 @@ def test_one_good_image_is_too_few(tmp_path: Path):
         Detector.fit(tmp_path)
 
 
-def test_a_rate_that_cannot_be_promised_is_not(cloth: Path, feature_cache: Path):
+def test_a_rate_that_cannot_be_promised_is_not(textiles: Path, feature_cache: Path):
     config = Config(data=DataConfig(subclass_from="column"), outcome=OutcomeConfig(false_alarm_rate=0.0001))
-    calibration = Detector.fit(cloth, config=config, model="dfm", cache=feature_cache).calibration
+    calibration = Detector.fit(textiles, config=config, model="dfm", cache=feature_cache).calibration
     assert calibration.guarantee == "uncalibrated"
     assert "0.01 % needs 9999" in calibration.promise
 
 
-def test_the_same_file_in_two_splits_is_refused(cloth: Path, feature_cache: Path, config: Config):
-    samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
+def test_the_same_file_in_two_splits_is_refused(textiles: Path, feature_cache: Path, config: Config):
+    samples = [sample for sample in read(textiles, DataConfig()) if sample.split == "train"]
     twice = [*samples, replace(samples[0], split="calibration", group="elsewhere")]
     with pytest.raises(DataError, match="split"):
         Detector.fit(twice, config=config, cache=feature_cache)
 
 
-def test_unreadable_training_images_are_listed(cloth: Path, feature_cache: Path, config: Config, tmp_path: Path):
-    samples = [sample for sample in read(cloth, DataConfig()) if sample.split == "train"]
+def test_unreadable_training_images_are_listed(textiles: Path, feature_cache: Path, config: Config, tmp_path: Path):
+    samples = [sample for sample in read(textiles, DataConfig()) if sample.split == "train"]
     broken = tmp_path / "broken.png"
     broken.write_bytes(samples[0].image_path.read_bytes()[:500])
     detector = Detector.fit(
@@ -238,10 +238,10 @@ def test_unreadable_training_images_are_listed(cloth: Path, feature_cache: Path,
     assert detector.record["refused"] == [[str(broken), refusal.reason]]
 
 
-def test_record_is_what_json_holds(detector: Detector):
-    assert detector.record["notes"]["experts"] == "fusion"
-    (fusion,) = detector.record["notes"]["fusion"]
+def test_record_is_what_json_holds(default: Detector):
+    assert default.record["notes"]["experts"] == "fusion"
+    (fusion,) = default.record["notes"]["fusion"]
     assert [each["name"] for each in fusion["experts"]] == ["memory", "layout", "gaussian"]
     assert sum(each["weight"] for each in fusion["experts"]) == pytest.approx(1)
-    assert json.loads(json.dumps(detector.record)) == detector.record
-    assert settings.from_dict(detector.record["config"]) == detector.config
+    assert json.loads(json.dumps(default.record)) == default.record
+    assert settings.from_dict(default.record["config"]) == default.config

@@ -54,9 +54,9 @@ def run(*command: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cloth: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(textiles: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("undisturbed")
-    arguments = [str(cloth), "-o", str(folder / "bundle"), "--cache", str(folder / "cache"), *TRAIN]
+    arguments = [str(textiles), "-o", str(folder / "bundle"), "--cache", str(folder / "cache"), *TRAIN]
     assert run("-m", "normweave", "train", *arguments) == 0
     return bundle_hash(folder / "bundle")
 
@@ -75,10 +75,10 @@ def undisturbed(cloth: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_resume_gives_the_bundle_of_an_undisturbed_run(
-    place: str, count: int, cloth: Path, undisturbed: str, tmp_path: Path
+    place: str, count: int, textiles: Path, undisturbed: str, tmp_path: Path
 ):
     bundle = tmp_path / "bundle"
-    arguments = ["train", str(cloth), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
+    arguments = ["train", str(textiles), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
     assert run("-c", KILLED, place, str(count), *arguments) == -signal.SIGKILL
     assert not bundle.exists()
     assert run("-m", "normweave", *arguments, "--resume") == 0

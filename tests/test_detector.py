@@ -13,6 +13,7 @@ from PIL import Image
 
 from normweave import fitting
 from normweave.bundle import FORMAT, read_tensors
+from normweave.data import prepare
 from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, DataError, ImageError
 from normweave.textiles import SEEN, render
@@ -72,6 +73,14 @@ def test_one_image_and_one_that_cannot_be_read(loaded, photos, tmp_path):
     assert loaded.score(photos[0], maps=False).anomaly_map is None
     with pytest.raises(ImageError, match=r"gone\.png"):
         loaded.score(tmp_path / "gone.png")
+
+
+def test_an_image_of_too_many_tiles(loaded, monkeypatch):
+    """It is refused before a tile is prepared."""
+    monkeypatch.setattr(prepare, "MAX_TILES", 5)
+    outcome, other = loaded.score([good_cloth(1, (300, 600)), good_cloth(1)])
+    assert (outcome.verdict, other.error) == (None, None)
+    assert "300 x 600 pixels (height x width) give 6 tiles" in outcome.error
 
 
 def test_an_outcome_does_not_depend_on_the_other_images(loaded, photos):

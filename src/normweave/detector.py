@@ -213,10 +213,10 @@ class Detector:
         path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
         try:
             pixels = images.decode(image)
+            height, width = pixels.shape[:2]
+            tiles = self.preparation.checked_tiles(height, width)
         except ImageError as error:
             return PreparedImage(path, (0, 0), (), None, str(error))
-        height, width = pixels.shape[:2]
-        tiles = self.preparation.tiles(height, width)
         prepared = np.stack([self.preparation.apply(pixels, tile) for tile in tiles])
         return PreparedImage(path, (height, width), tiles, prepared, None)
 

@@ -225,6 +225,8 @@ NAN = np.full((9, 9), np.nan, np.float32)
             "too large, refused before decoding: .*400000000 pixels.* Allowed: up to 150,000,000",
         ),
         (png(13000, 12000), r"too large, refused before decoding: 13000 x 12000 pixels \(height x width\)"),
+        (png(8, 6_000_000), r"too large, refused before decoding: 8 x 6000000 .*, and 65,535 on a side"),
+        (png(65_536, 9), "too large, refused before decoding: 65536 x 9 pixels"),
         (png(100, 100, rows=b"\0" * 50), "truncated or corrupt"),
         (np.zeros((9, 9), np.int64), "values of type int64. Allowed: uint8, uint16, or float in 0..1"),
         (np.zeros((9, 9), bool), "values of type bool"),

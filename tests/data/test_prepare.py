@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from normweave.config import PrepareConfig
 from normweave.data.prepare import Preparation
+from normweave.errors import ImageError
 from normweave.types import Tile
 
 
@@ -43,6 +44,17 @@ def test_up_to_the_limit_an_image_is_one_tile():
     assert settings.tiles(1024, 512) == (Tile(0, 0, 1024, 512),)
     assert len(settings.tiles(1025, 512)) == len(settings.tiles(1024, 513)) == 2
     assert preparation(tile_beyond=0).tiles(9000, 9000) == (Tile(0, 0, 9000, 9000),)
+
+
+def test_the_number_of_tiles_is_bounded():
+    strip, photo, largest = (256, 4096), (7000, 7000), (12_247, 12_247)  # the last one has 150 million pixels
+    assert [len(preparation().checked_tiles(*size)) for size in (strip, photo, largest)] == [4, 49, 144]
+    fine = preparation(tile_beyond=1.0)
+    assert len(fine.checked_tiles(8192, 8192)) == 1024
+    with pytest.raises(
+        ImageError, match=r"8193 x 8192 pixels .* give 1,056 tiles .*\. Allowed: 1,024\. Shrink the image"
+    ):
+        fine.checked_tiles(8193, 8192)
 
 
 def test_tiles_by_hand():

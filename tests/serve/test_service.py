@@ -2,7 +2,10 @@
 
 import asyncio
 import io
+import struct
 import threading
+import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +79,78 @@ def test_limits_of_an_image(start, photos):
     assert "more than 100 bytes" in bytes_.outcome.error
     (pixels,) = inspect_files(start(max_pixels=1000), photos[0])
     assert "64 x 64 pixels (height x width). The maximum of this server is 1,000 pixels" in pixels.outcome.error
+
+
+def blank(height, width):
+    """The header of a PNG of this size, without pixels."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b""))
+    packed = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def test_an_image_of_too_many_tiles_is_refused_before_decoding(start):
+    service = start(max_pixels=100_000_000)
+    uploads = [Upload("thin", blank(8, 6_000_000)), Upload("square", blank(8448, 8448))]
+    thin, square = asyncio.run(service.inspect(uploads, source="api", actor="test"))
+    assert "8 x 6000000 pixels (height x width). Allowed: up to 150,000,000 pixels, and 65,535" in thin.outcome.error
+    assert "8448 x 8448 pixels (height x width) give 1,089 tiles" in square.outcome.error
+
+
+def test_a_slow_image_delays_the_next_by_its_time_limit_at_most(start, photos, monkeypatch):
+    service = start(score_seconds=0.3)
+    scores = service.detector.scores
+    slow = threading.Event()
+
+    def slowly(batch):
+        if batch[0].size == (600, 600):
+            slow.set()
+            time.sleep(0.2)
+        return scores(batch)
+
+    monkeypatch.setattr(service.detector, "scores", slowly)
+    large = io.BytesIO()
+    Image.open(photos[0]).resize((600, 600)).save(large, "PNG")
+
+    async def walk():
+        first = asyncio.ensure_future(
+            service.inspect([Upload("large", large.getvalue())] * 2, source="api", actor="test")
+        )
+        await asyncio.to_thread(slow.wait, 10)
+        begun = time.monotonic()
+        (next_,) = await service.inspect([Upload("next", Path(photos[0]).read_bytes())], source="api", actor="test")
+        return await first, next_, time.monotonic() - begun
+
+    late, next_, seconds = asyncio.run(walk())
+    for one in late:
+        assert "not inspected: after 0.3 s, the maximum of this server, 8 of its 9 tiles" in one.outcome.error
+    assert next_.outcome.verdict is not None
+    assert seconds < 3
+
+
+def test_a_large_image_is_scored_like_any_other(service, loaded, photos, tmp_path):
+    large = tmp_path / "large.png"
+    Image.open(photos[0]).resize((600, 600)).save(large)
+    (one,) = inspect_files(service, large)
+    assert len(one.image.tiles) > loaded.batch_images
+    assert one.outcome.pred_score == pytest.approx(loaded.score(large).pred_score, rel=1e-5)
+
+
+def test_ready_tells_that_scoring_does_not_end(start, photos, monkeypatch):
+    service = start(score_seconds=0.05)
+    free, begun = threading.Event(), threading.Event()
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (begun.set(), free.wait(30), scores(batch))[2])
+    thread = threading.Thread(target=inspect_files, args=(service, photos[0]))
+    thread.start()
+    begun.wait(10)
+    time.sleep(0.2)
+    with pytest.raises(StoppedError, match=r"has been scoring the same images for .* Restart the server"):
+        service.check_ready()
+    free.set()
+    thread.join()
+    service.check_ready()
 
 
 def test_a_score_that_is_not_finite_is_an_error_of_that_image_only(service, photos, monkeypatch):

@@ -26,6 +26,8 @@ ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
 
 MAX_PIXELS = 150_000_000
 """Larger images are refused by their header: a file of some kilobytes can decode to gigabytes."""
+MAX_SIDE = 65_535
+"""Pixels, as in JPEG. A longer side is refused by the header: a thin image of few pixels would have many tiles."""
 SMALLEST_SIDE = 8
 """Pixels."""
 
@@ -305,7 +307,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _too_large(got: str) -> str:
-    allowed = f"Allowed: up to {MAX_PIXELS:,} pixels. Shrink it or cut it into pieces."
+    allowed = f"Allowed: up to {MAX_PIXELS:,} pixels, and {MAX_SIDE:,} on a side. Shrink it or cut it into pieces."
     return f"too large, refused before decoding: {got}. {allowed}"
 
 
@@ -341,7 +343,7 @@ def _check_size(height: int, width: int, name: str, smallest_side: int = SMALLES
             f"{name}: too small, {height} x {width} pixels (height x width). Allowed: {SMALLEST_SIDE} pixels or more "
             "per side. Give the original image, not its preview."
         )
-    if height * width > MAX_PIXELS:
+    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
         raise ImageError(f"{name}: {_too_large(f'{height} x {width} pixels (height x width)')}")
 
 

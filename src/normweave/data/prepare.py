@@ -11,7 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from normweave.config import PrepareConfig
+from normweave.errors import ImageError
 from normweave.types import Tile
+
+MAX_TILES = 1024
+"""Tiles of an image; with the default settings an image of 150 million pixels has fewer."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,21 @@ class Preparation:
             for top, rows in self._cuts(height, self.config.height)
             for left, columns in self._cuts(width, self.config.width)
         )
+
+    def checked_tiles(self, height: int, width: int) -> tuple[Tile, ...]:
+        """Return the tiles of an image, of which there may be at most 1,024: this bounds the time and the memory.
+
+        Raises:
+            ImageError: there are more.
+        """
+        tiles = self.tiles(height, width)
+        if len(tiles) > MAX_TILES:
+            raise ImageError(
+                f"too many tiles: {height} x {width} pixels (height x width) give {len(tiles):,} tiles of up to "
+                f"{tiles[0].height} x {tiles[0].width} pixels. Allowed: {MAX_TILES:,}. Shrink the image, cut it into "
+                "pieces, or train with a higher prepare.tile_beyond."
+            )
+        return tiles
 
     def _cuts(self, side: int, input_side: int) -> list[tuple[int, int]]:
         """Return (start, length) of each tile along one side."""

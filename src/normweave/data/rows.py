@@ -119,7 +119,7 @@ def _read_file(sample: Sample, preparation: Preparation) -> _File | ImageError:
     try:
         content = content_hash(sample.image_path)
         height, width = size(sample.image_path)
-        tiles = preparation.tiles(height, width)
+        tiles = preparation.checked_tiles(height, width)
         reading = reading_version(sample.image_path)
     except ImageError as error:
         return error

@@ -17,6 +17,9 @@ class ServeConfig:
     max_request_bytes: int = 128 * 2**20
     max_pixels: int = 50_000_000
     """Larger images are refused by their header, before decoding. Two images are decoded at a time."""
+    score_seconds: float = 30.0
+    """Time limit for scoring an image that is cut into tiles. Beyond it the image is stored as not inspected, with the
+    reason, and the next one is scored."""
     max_waiting: int = 64
     """Maximum number of images accepted and not yet answered; beyond it the answer is 429."""
     max_arriving_bytes: int = 512 * 2**20

@@ -135,6 +135,7 @@ class InspectionService:
         self._lock = threading.Lock()
         self.waiting = 0
         self._stopping = False
+        self._scoring_since: float | None = None
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(DECODERS, thread_name_prefix="read")
         self._opened: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -159,6 +160,13 @@ class InspectionService:
             raise StoppedError(
                 f"These threads of the server have stopped: {', '.join(stopped)}. Restart it and read its log."
             )
+        if (since := self._scoring_since) is not None:
+            seconds = time.monotonic() - since
+            if seconds > 2 * self.config.score_seconds:
+                raise StoppedError(
+                    f"The network has been scoring the same images for {seconds:.0f} s, which should take at most "
+                    f"{self.config.score_seconds:g} s. Restart the server if this does not end."
+                )
         if (free := shutil.disk_usage(self.files.folder).free) < self.config.max_request_bytes:
             raise StoreError(
                 f"The disk of {self.files.folder} has {free:,} bytes free, less than one request may have. "
@@ -229,6 +237,7 @@ class InspectionService:
             return f"too large: more than {self.config.max_image_bytes:,} bytes, the maximum of this server."
         try:
             height, width = images.size(content)
+            self.detector.preparation.checked_tiles(height, width)
         except ImageError as error:
             return str(error)
         if height * width > self.config.max_pixels:
@@ -251,16 +260,52 @@ class InspectionService:
                     self._opened.put(None)
                     break
                 batch.append(job)
-            try:
-                outputs = first.detector.scores([job.opened for job in batch])
-            except BaseException as error:
-                _fail(batch, error)
-                continue
-            for job, scored in zip(batch, outputs, strict=True):
-                job.scored = scored
-            self.metrics.batch.observe(len(batch))
-            self._scored.put(batch)
+            # Images of many tiles come last and one by one, so that they do not delay the others.
+            most = first.detector.batch_images
+            if small := [job for job in batch if len(job.opened.tiles) <= most]:
+                self._score(small, self._scores)
+            for job in batch:
+                if len(job.opened.tiles) > most:
+                    self._score([job], self._scores_of_large)
         self._scored.put(None)
+
+    def _score(self, batch: list[_Job], scores: Callable[[list[_Job]], Sequence[TileScores | None]]) -> None:
+        self._scoring_since = time.monotonic()
+        try:
+            outputs = scores(batch)
+        except BaseException as error:
+            _fail(batch, error)
+            return
+        finally:
+            self._scoring_since = None
+        for job, scored in zip(batch, outputs, strict=True):
+            job.scored = scored
+        self.metrics.batch.observe(len(batch))
+        self._scored.put(batch)
+
+    def _scores(self, batch: list[_Job]) -> Sequence[TileScores | None]:
+        return batch[0].detector.scores([job.opened for job in batch])
+
+    def _scores_of_large(self, batch: list[_Job]) -> Sequence[TileScores | None]:
+        """Score the tiles of one image in several passes; after `score_seconds`, give up and set the reason."""
+        (job,) = batch
+        opened, size, limit = job.opened, job.detector.batch_images, self.config.score_seconds
+        assert opened.pixels is not None  # an image that cannot be read has no tiles
+        end = time.monotonic() + limit
+        parts: list[TileScores] = []
+        for start in range(0, len(opened.tiles), size):
+            if time.monotonic() > end:
+                job.opened = opened._replace(
+                    pixels=None,
+                    error=f"not inspected: after {limit:g} s, the maximum of this server, {start} of its "
+                    f"{len(opened.tiles)} tiles were scored. Shrink the image or cut it into pieces.",
+                )
+                return [None]
+            some = slice(start, start + size)
+            (scored,) = job.detector.scores([opened._replace(tiles=opened.tiles[some], pixels=opened.pixels[some])])
+            assert scored is not None
+            parts.append(scored)
+        return [TileScores.concatenate(parts)]
 
     def _store_batches(self) -> None:
         """Write the files, then the records of a batch in one transaction, then answer."""

@@ -1,6 +1,6 @@
 """`normweave serve`: a server with a REST interface and web pages for a bundle."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -82,6 +82,7 @@ def serve(
         from normweave.serve.config import ServeConfig
         from normweave.serve.files import Files
         from normweave.serve.records import Role
+        from normweave.serve.seen import Seen
         from normweave.serve.service import InspectionService
         from normweave.serve.store import Store
         from normweave.serve.watch import Watch
@@ -128,11 +129,11 @@ def serve(
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
         service = InspectionService(detector, store=store, files=files, config=config)
         stack.callback(service.stop)
-        app = server.create_app(
-            service,
-            access=access,
-            watch=None if watch is None else Watch(watch.resolve(), service=service),
-        )
+        watching = None
+        if watch is not None:
+            seen = stack.enter_context(closing(Seen(folder / server.SEEN)))
+            watching = Watch(watch.resolve(), service=service, seen=seen)
+        app = server.create_app(service, access=access, watch=watching)
         address = listening.getsockname()
         name = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'http' if certificate is None else 'https'}://{name}:{address[1]}"

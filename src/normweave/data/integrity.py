@@ -12,6 +12,8 @@ _JPEG = b"\xff\xd8"
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # neither stuffing, fill bytes nor restart markers
 _END = 0xD9
 _WITHOUT_LENGTH = (0x01, 0xD8)
+CHECKED = (_PNG, _JPEG)
+"""First bytes of the files that `check_complete` checks."""
 
 
 def check_complete(content: bytes) -> None:

@@ -20,6 +20,8 @@ FILES = "files"
 """Folder of the images, inside the data folder of a server."""
 DATABASE = "store.sqlite"
 """SQLite file, inside the data folder of a server."""
+SEEN = "watched.sqlite"
+"""SQLite file of the watched folder, inside the data folder of a server."""
 
 
 def create_app(
@@ -39,7 +41,7 @@ def create_app(
             watch.start()
         yield
         if watch is not None:
-            watch.stop()
+            await watch.finish()
         await asyncio.to_thread(service.stop)
 
     app = FastAPI(
@@ -50,7 +52,7 @@ def create_app(
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
-    add_api(app, service, access)
+    add_api(app, service, access, watch)
     if pages:
         from normweave.serve.pages import add_pages
 

@@ -25,6 +25,7 @@ from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
 from normweave.serve.records import Filter, Inspection, NotFoundError, Source, StoredImage, Token
 from normweave.serve.service import BusyError, ImageReader, InspectionService, Upload, npy, png
+from normweave.serve.watch import Watch
 from normweave.types import Verdict
 
 IMAGES = "images"
@@ -36,13 +37,13 @@ FORM = "multipart/form-data"
 BYTES = "application/octet-stream"
 
 
-def add_api(app: FastAPI, service: InspectionService, access: Access | None) -> None:
+def add_api(app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None) -> None:
     """Add all routes, and the answers to errors.
 
     Args:
         access: None: the routes of tokens are left out.
     """
-    app.include_router(_open_routes(service))
+    app.include_router(_open_routes(service, watch))
     app.include_router(_routes(service))
     if access is not None:
         app.include_router(_token_routes(access))
@@ -97,17 +98,25 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 # ── routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _open_routes(service: InspectionService) -> APIRouter:
+def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
     router = APIRouter(tags=["health"])
 
     @router.get("/healthz", summary="Check that the process runs")
     async def healthz() -> schemas.Health:
         return schemas.Health()
 
-    @router.get("/readyz", summary="Check that the server can inspect and store images", responses=_problems(503))
-    async def readyz() -> schemas.Health:
+    @router.get(
+        "/readyz",
+        summary="Check that the server can inspect and store images",
+        responses=_problems(503),
+        response_model_exclude_unset=True,
+    )
+    async def readyz() -> schemas.Ready:
         await asyncio.to_thread(service.check_ready)
-        return schemas.Health()
+        if watch is None:
+            return schemas.Ready(status="ok")
+        watch.check_ready()
+        return schemas.Ready(status="ok", watch=schemas.WatchOut.model_validate(watch.state))
 
     return router
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from typing import get_args
 
-from normweave.serve.records import Inspection
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
+
+from normweave.serve.records import Inspection, WatchStatus
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -40,6 +42,17 @@ class Metrics:
         self.refused = Counter(
             "normweave_refused_images",
             "Images refused because too many were waiting.",
+            registry=self._registry,
+        )
+        self.watch = Enum(
+            "normweave_watch_state",
+            "The watched folder; off: there is none.",
+            states=["off", *get_args(WatchStatus)],
+            registry=self._registry,
+        )
+        self.files_behind = Gauge(
+            "normweave_watch_files_behind",
+            "Images in the watched folder that are not inspected yet.",
             registry=self._registry,
         )
 

@@ -16,6 +16,8 @@ Source = Literal["api", "page", "folder"]
 ReviewDecision = Literal["accept", "reject", "undo"]
 """Reviewer decision on a part: good, defective, or an earlier decision withdrawn."""
 Bucket = Literal["hour", "day", "week"]
+WatchStatus = Literal["watching", "paused", "folder missing", "failed"]
+"""State of the watched folder. failed: the folder, the store or the list of inspected files cannot be used."""
 
 
 class NotFoundError(NormweaveError):
@@ -147,3 +149,14 @@ class RateChange:
     bundle_hash: str
     false_alarm_rate: float
     actor: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchState:
+    """What the watcher of a folder does."""
+
+    state: WatchStatus
+    files_behind: int
+    """Number of images that are not inspected yet."""
+    last_error: str | None
+    """Why the folder or a file in it is not inspected; None if there is no such reason."""

@@ -225,6 +225,20 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class WatchOut(_FromRecord):
+    """The watched folder."""
+
+    state: records.WatchStatus
+    files_behind: int = Field(description="Images in the folder that are not inspected yet.")
+    last_error: str | None = Field(description="Why the folder or a file in it is not inspected.")
+
+
+class Ready(Health):
+    """The server can inspect and store images."""
+
+    watch: WatchOut | None = Field(default=None, description="Missing if no folder is watched.")
+
+
 def _fields(inspection: records.Inspection) -> dict[str, Any]:
     url = f"/v1/inspections/{inspection.id}"
     image = inspection.image

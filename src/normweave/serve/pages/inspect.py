@@ -102,7 +102,7 @@ class InspectPage(Page):
         """Read the newest results of the watched folder."""
         if self._watch is not None:
             self._watching.set_value(self._watch.running)
-            self._problem.set_text(self._watch.problem or "")
+            self._problem.set_text(self._watch.state.last_error or "")
             before = self._folder[0].id if self._folder else 0
             self._folder = await self._newest("folder")
             if self._folder and self._folder[0].id == before and self._shown is not None:

@@ -7,8 +7,11 @@ import io
 import shutil
 import subprocess
 
+import cv2
+import imagecodecs as codecs
 import numpy as np
 import pytest
+import tifffile
 
 from normweave.data.images import decode
 from normweave.errors import ImageError
@@ -138,12 +141,8 @@ def imagecodecs_encodings():
         yield f"{name} jpeg2k", codecs.jpeg2k_encode(pixels), None, False
         yield f"{name} jpegxl", codecs.jpegxl_encode(pixels, lossless=True), None, False
     yield "jpeg 4:4:4", codecs.jpeg8_encode(COLOUR, level=95, subsampling="444"), COLOUR, True
-    yield (
-        "jpeg stored as RGB",
-        codecs.jpeg8_encode(COLOUR, level=95, colorspace="RGB", outcolorspace="RGB"),
-        COLOUR,
-        True,
-    )
+    stored = codecs.jpeg8_encode(COLOUR, level=95, colorspace="RGB", outcolorspace="RGB")
+    yield "jpeg stored as RGB", stored, COLOUR, True
     yield "webp", codecs.webp_encode(COLOUR, lossless=True), COLOUR, False
     yield "png 16", codecs.png_encode(COLOUR.astype(np.uint16) * 257), COLOUR, False
     yield "grey lossless jpeg", codecs.ljpeg_encode(GREY), three(GREY), False

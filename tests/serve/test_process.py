@@ -1,14 +1,20 @@
 """Socket, TLS and timeouts; signals are tested in test_command.py."""
 
+import contextlib
+import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import uvicorn
 
 from normweave.errors import ConfigError
-from normweave.serve.process import check_certificate, listen, protocol_with_timeout
+from normweave.serve.process import MAX_HEADER_BYTES, check_certificate, listen, protocol_with_limits
+
+MOST = 3000
+"""Parts of an endless header, 200 MB; without a limit each of the last ones takes a tenth of a second."""
 
 
 async def answers(scope, receive, send):
@@ -22,7 +28,7 @@ async def answers(scope, receive, send):
 def port():
     """Port of a server with a timeout of 0.3 s for the request head."""
     with listen("127.0.0.1", 0) as listening:
-        settings = uvicorn.Config(answers, http=protocol_with_timeout(0.3), log_level="error", timeout_keep_alive=60)
+        settings = uvicorn.Config(answers, http=protocol_with_limits(0.3), log_level="error", timeout_keep_alive=60)
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -53,6 +59,70 @@ def test_a_connection_with_an_incomplete_second_request_is_closed(port):
         time.sleep(0.1)
         connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET /")
         assert closed_after(connection) < 5
+
+
+def answer_to(connection):
+    """Return everything that the server sends until it closes the connection."""
+    connection.settimeout(10)
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while part := connection.recv(10_000):
+            received += part
+    return received
+
+
+def slowest_request(port, stop):
+    """Send requests on new connections until `stop` is set; return the longest time of one."""
+    slowest = 0.0
+    while not stop.is_set():
+        begun = time.monotonic()
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert answer_to(connection).startswith(b"HTTP/1.1 200")
+        slowest = max(slowest, time.monotonic() - begun)
+    return slowest
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET / HTTP/1.1\r\nX: ",
+        b"GET /",
+        b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nX: ",
+        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX: ",
+    ],
+    ids=["header", "url", "second request", "trailer"],
+)
+def test_an_endless_header_is_refused_and_delays_no_other_request(port, begin):
+    stop, sent = threading.Event(), 0
+    with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", port)) as connection:
+        slowest = pool.submit(slowest_request, port, stop)
+        try:
+            connection.sendall(begin)
+            for _ in range(MOST):
+                sent += connection.send(b"a" * 65_536)
+        except OSError:  # the server has closed the connection
+            pass
+        finally:
+            stop.set()
+        assert slowest.result() < 2
+    assert sent < MOST * 65_536
+
+
+def test_the_answer_to_too_large_headers(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * MAX_HEADER_BYTES)
+        head, _, body = answer_to(connection).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ")
+    assert b"content-type: application/problem+json" in head
+    assert json.loads(body)["code"] == "headers_too_large"
+
+
+def test_large_headers_below_the_limit_and_a_large_body_are_accepted(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        head = b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 1000000\r\nX: "
+        connection.sendall(head + b"a" * (MAX_HEADER_BYTES - 200) + b"\r\n\r\n" + b"b" * 1_000_000)
+        assert answer_to(connection).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_port_in_use(port):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import socket
 import ssl
@@ -11,12 +12,16 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from normweave.errors import ConfigError
+from normweave.serve import problems
 from normweave.serve.config import ServeConfig
 
 BACKLOG = 2048
+MAX_HEADER_BYTES = 32 * 2**10
+LINGER_SECONDS = 0.5
+"""How long a connection with too large headers stays open after its answer."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,7 +76,7 @@ def run(
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=protocol_with_timeout(config.receive_seconds),
+            http=protocol_with_limits(config.receive_seconds),
             access_log=False,
             log_level="warning",
             server_header=False,
@@ -94,34 +99,89 @@ def run(
             signal.signal(number, handler)
 
 
-def protocol_with_timeout(seconds: float) -> type[asyncio.Protocol]:
-    """Return the HTTP protocol of uvicorn with a time limit for the headers of a request, which uvicorn lacks.
+class LimitedProtocol(HttpToolsProtocol):
+    """The HTTP protocol of uvicorn with limits of the bytes and the time for the headers of a request, which it lacks.
 
-    Args:
-        seconds: limit for the first request of a connection; later requests have up to twice this time.
+    The parser holds an unfinished header and copies it with every part that arrives, so an endless one would fill the
+    memory and stop all other requests. Here at most `MAX_HEADER_BYTES` arrive after which neither the headers nor a
+    part of the body is complete (trailers after the body count too); then the answer is 431.
+
+    Attributes:
+        seconds: time limit for the first request of a connection; later requests have up to twice this time.
     """
-    parent: Any = AutoHTTPProtocol
 
-    class ProtocolWithTimeout(parent):  # type: ignore[misc]
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            super().connection_made(transport)
-            self.last_answered: Any = None
-            self.timer = self.loop.call_later(seconds, self.close_if_idle)
+    seconds: float
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.timer.cancel()
-            super().connection_lost(exc)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the timer."""
+        super().connection_made(transport)
+        self.last_answered: Any = None
+        self.unfinished = 0
+        self.refused = False
+        self.timer = self.loop.call_later(self.seconds, self.close_if_idle)
 
-        def handle_websocket_upgrade(self, *event: Any) -> None:
-            self.timer.cancel()
-            super().handle_websocket_upgrade(*event)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timer."""
+        self.timer.cancel()
+        super().connection_lost(exc)
 
-        def close_if_idle(self) -> None:
-            """Close the connection if no request has begun since the check before."""
-            if self.cycle is None or (self.cycle.response_complete and self.cycle is self.last_answered):
-                self.transport.close()
+    def handle_websocket_upgrade(self) -> None:
+        """Stop the timer; the connection now belongs to another protocol."""
+        self.timer.cancel()
+        super().handle_websocket_upgrade()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse the bytes in parts, and refuse the request when too many of them complete nothing."""
+        for start in range(0, len(data), MAX_HEADER_BYTES):
+            if self.refused or self.transport.is_closing() or self.transport.get_protocol() is not self:
                 return
-            self.last_answered = self.cycle if self.cycle.response_complete else None
-            self.timer = self.loop.call_later(seconds, self.close_if_idle)
+            part = data[start : start + MAX_HEADER_BYTES]
+            self.unfinished += len(part)
+            super().data_received(part)
+            if self.unfinished >= MAX_HEADER_BYTES:
+                self.refuse_headers()
 
-    return ProtocolWithTimeout
+    def on_headers_complete(self) -> None:
+        """Begin to count anew."""
+        self.unfinished = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Begin to count anew."""
+        self.unfinished = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Begin to count anew."""
+        self.unfinished = 0
+        super().on_message_complete()
+
+    def refuse_headers(self) -> None:
+        """Answer 431, and close the connection a moment later, so that the client can read the answer.
+
+        A request whose trailers do not end has an answer under way: then the connection is closed at once.
+        """
+        self.refused = True
+        self.timer.cancel()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()
+            return
+        self.transport.pause_reading()
+        detail = f"The headers have more than {MAX_HEADER_BYTES:,} bytes, the maximum of this server. Send fewer."
+        body = json.dumps(problems.content(431, detail)).encode()
+        head = f"content-type: {problems.MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\n" + head.encode() + body)
+        self.timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def close_if_idle(self) -> None:
+        """Close the connection if no request has begun since the check before."""
+        if self.cycle is None or (self.cycle.response_complete and self.cycle is self.last_answered):
+            self.transport.close()
+            return
+        self.last_answered = self.cycle if self.cycle.response_complete else None
+        self.timer = self.loop.call_later(self.seconds, self.close_if_idle)
+
+
+def protocol_with_limits(seconds: float) -> type[LimitedProtocol]:
+    """Return the protocol with this time limit for the headers."""
+    return type("Protocol", (LimitedProtocol,), {"seconds": seconds})

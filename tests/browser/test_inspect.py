@@ -12,6 +12,17 @@ pytestmark = pytest.mark.browser
 WORDS = {"normal": "Good", "anomalous": "Defective", "unknown": "Unknown product"}
 
 
+@pytest.fixture
+def sent_by_a_program(server):
+    """Function that inspects an image over the REST interface."""
+
+    def send(name, path):
+        with server.client() as client:
+            client.post("/v1/inspect", files={"images": (name, path.read_bytes())}).raise_for_status()
+
+    return send
+
+
 def test_dropped_images_are_inspected_and_shown(visit, parts):
     page = visit("/")
     carry(page, [(path.name, path) for path in (parts.normal, parts.anomalous, parts.unknown)])
@@ -50,6 +61,97 @@ def test_an_unreadable_image_shows_the_reason(visit, parts, tmp_path):
     expect(page.locator(".banner .word")).to_have_text("Not readable")
     expect(page.locator(".banner .meaning")).to_contain_text("could not be read")
     expect(page.locator(".viewer-empty")).to_have_text("The image could not be read.")
+
+
+def word(page):
+    return page.locator(".banner .word")
+
+
+def test_images_of_every_source_are_shown_in_large_letters(visit, parts, server, sent_by_a_program):
+    page = visit("/", width=1440)
+    sent_by_a_program("by-program.png", parts.unknown)
+    expect(page.locator("h2.name")).to_have_text("by-program.png")
+    expect(listed(page, "by-program.png")).to_contain_text("other program")
+    expect(word(page)).to_have_text("Unknown product")
+    # Twenty millimetres on a screen of 24 inches with 1920 pixels, which is read from three metres.
+    assert word(page).evaluate("word => parseFloat(getComputedStyle(word).fontSize)") > 95
+    assert word(page).bounding_box()["y"] < 250
+    other = visit("/")
+    expect(other.locator("h2.name")).to_have_text("by-program.png")  # not only in the browser that was open
+
+
+def test_an_image_that_is_not_good_stays_until_a_person_continues(visit, parts, sent_by_a_program):
+    page = visit("/")
+    carry(page, [("hole.png", parts.anomalous), ("fine-1.png", parts.normal), ("fine-2.png", parts.normal)])
+    expect(page.locator(".progress")).to_be_empty(timeout=30_000)
+    expect(listed(page, "fine-1.png")).to_be_visible()
+    expect(listed(page, "fine-2.png")).to_be_visible()
+    expect(word(page)).to_have_text("Defective")
+    expect(page.locator("h2.name")).to_have_text("hole.png")
+    expect(page.locator(".held")).to_contain_text("1 not good since")
+    expect(page.locator(".held")).to_contain_text("The newest image: Good.")
+    sent_by_a_program("strange.png", parts.unknown)
+    expect(page.locator(".held")).to_contain_text("2 not good since")
+    expect(word(page)).to_have_text("Unknown product")
+    sent_by_a_program("fine-3.png", parts.normal)
+    page.get_by_role("button", name="Continue").click()
+    expect(page.locator("h2.name")).to_have_text("fine-3.png")
+    expect(word(page)).to_have_text("Good")
+    expect(page.locator(".held")).to_be_hidden()
+
+
+TONES = """() => {
+  window.tones = 0;
+  const start = OscillatorNode.prototype.start;
+  OscillatorNode.prototype.start = function (...given) {
+    window.tones += 1;
+    start.apply(this, given);
+  };
+}"""
+
+
+def test_a_sound_for_images_that_are_not_good(visit, parts, sent_by_a_program):
+    page = visit("/")
+    page.evaluate(TONES)
+    sent_by_a_program("quiet.png", parts.anomalous)
+    expect(page.locator("h2.name")).to_have_text("quiet.png")
+    assert page.evaluate("tones") == 0  # nobody wants it
+    page.get_by_label("Sound if not good").check()
+    page.wait_for_function("tones === 3")
+    page.reload()
+    page.evaluate(TONES)
+    expect(page.get_by_label("Sound if not good")).to_be_checked()
+    sent_by_a_program("fine.png", parts.normal)
+    sent_by_a_program("loud.png", parts.anomalous)
+    expect(page.locator("h2.name")).to_have_text("loud.png")
+    page.wait_for_function("tones === 3")
+
+
+def test_the_progress_counts_every_image_once(visit, parts):
+    page = visit("/")
+    page.evaluate(
+        """() => {
+          window.seen = new Set();
+          const progress = document.querySelector(".progress");
+          new MutationObserver(() => window.seen.add(progress.textContent)).observe(progress, { childList: true });
+        }"""
+    )
+    carry(page, [("one.png", parts.normal), ("two.png", parts.normal)])
+    expect(listed(page, "one.png")).to_be_visible()
+    expect(listed(page, "two.png")).to_be_visible()
+    expect(page.locator(".progress")).to_be_empty()
+    assert set(page.evaluate("[...window.seen]")) <= {"0 of 2 inspected …", "1 of 2 inspected …", ""}
+
+
+def test_the_state_of_the_watched_folder_is_shown(visit, server):
+    page = visit("/")
+    folder = page.locator(".folder")
+    expect(folder).to_contain_text("Watching")
+    server.watched.rename(server.watched.with_name("away"))
+    expect(folder).to_contain_text("Folder missing")
+    expect(folder).to_contain_text("No such file or directory")
+    server.watched.with_name("away").rename(server.watched)
+    expect(folder).to_contain_text("Watching")
 
 
 def test_many_images_are_all_inspected_and_the_list_is_bounded(visit, parts, server):

@@ -16,6 +16,11 @@ def left(page):
     return int(page.locator(".left").inner_text().split()[0])
 
 
+def ready(page):
+    """Wait until the picture is shown and can be decided."""
+    expect(page.locator(".accept")).to_have_attribute("aria-disabled", "false")
+
+
 @pytest.mark.usefixtures("sent")
 def test_parts_are_reviewed_by_keyboard_and_seen_in_history(visit, parts, server):
     page = visit("/")
@@ -31,6 +36,7 @@ def test_parts_are_reviewed_by_keyboard_and_seen_in_history(visit, parts, server
     page.keyboard.type("a scratch, nur außen")  # contains a, r, n and u
     expect(name).to_have_text("second.png")
     page.locator("h1").click()
+    ready(page)
     page.keyboard.press("r")
     expect(name).to_have_text("first.png")
     expect(page.locator(".left")).to_have_text(f"{count - 1} left")
@@ -40,6 +46,7 @@ def test_parts_are_reviewed_by_keyboard_and_seen_in_history(visit, parts, server
     assert second["review"]["comment"] == "a scratch, nur außen"
     assert second["review"]["reviewer"] == "operator"
 
+    ready(page)
     page.keyboard.press("a")
     expect(page.locator(".left")).to_have_text(f"{count - 2} left")
     page.keyboard.press("u")
@@ -64,13 +71,53 @@ def test_parts_are_reviewed_by_keyboard_and_seen_in_history(visit, parts, server
     expect(dialog.locator(".facts")).to_contain_text("not reviewed yet")
 
 
-def test_a_second_press_before_the_next_part_arrives_does_not_decide_it(visit, parts, server):
+def test_a_double_tap_decides_only_the_part_that_was_seen(visit, parts, server):
     page = visit("/")
     for name in ("pressed-1.png", "pressed-2.png"):
         inspect(page, name, parts.anomalous)
     page.goto(f"{server.url}/review")
     expect(page.locator("h2.name")).to_have_text("pressed-2.png")
-    page.evaluate("() => { const accept = document.querySelector('.accept'); accept.click(); accept.click(); }")
+    ready(page)
+    taps = "for (const after of [0, 30, 150, 250]) setTimeout(() => document.querySelector('.accept').click(), after)"
+    page.evaluate(f"() => {{ {taps} }}")
     expect(page.locator("h2.name")).to_have_text("pressed-1.png")
+    ready(page)
     (first,) = stored(page, server, name="pressed-1.png")
     assert first["review"] is None
+
+
+def test_a_decision_waits_for_the_picture(visit, parts, server):
+    page = visit("/")
+    inspect(page, "unseen.png", parts.anomalous)
+    held = []
+    page.route("**/image?**", lambda route: held.append(route))
+    page.goto(f"{server.url}/review", wait_until="domcontentloaded")
+    expect(page.locator("h2.name")).to_have_text("unseen.png")
+    expect(page.locator(".accept")).to_have_attribute("aria-disabled", "true")
+    page.wait_for_timeout(500)
+    page.keyboard.press("a")
+    page.locator(".reject").click(force=True)
+    page.wait_for_timeout(300)
+    expect(page.locator("h2.name")).to_have_text("unseen.png")
+    for route in held:
+        route.continue_()
+    ready(page)
+    page.keyboard.press("a")
+    expect(page.locator("h2.name")).not_to_have_text("unseen.png")
+
+
+def test_unreadable_images_are_reviewed_and_undo_survives_a_reload(visit, parts, server, tmp_path):
+    page = visit("/")
+    (tmp_path / "cut.png").write_bytes(parts.normal.read_bytes()[:200])
+    inspect(page, "not-readable.png", tmp_path / "cut.png")
+    page.goto(f"{server.url}/review")
+    expect(page.locator("h2.name")).to_have_text("not-readable.png")
+    ready(page)
+    page.keyboard.press("r")
+    expect(page.locator("h2.name")).not_to_have_text("not-readable.png")
+    page.reload()
+    expect(page.locator("h2.name")).not_to_have_text("not-readable.png")
+    page.keyboard.press("u")
+    expect(page.locator("h2.name")).to_have_text("not-readable.png")
+    (cut,) = stored(page, server, name="not-readable.png")
+    assert cut["review"] is None

@@ -233,6 +233,23 @@ def test_the_last_review_counts_and_all_are_stored(store):
     assert store.reviews(other.id) == []
 
 
+def test_decisions_of_a_reviewer_that_still_count(store):
+    first, second, third, fourth = (one.id for one in store.add([inspection() for _ in range(4)]))
+    for id, review in (
+        (first, accept(at=NOON - timedelta(days=2))),
+        (second, accept()),
+        (third, accept(at=NOON + timedelta(seconds=1))),
+        (third, accept(decision="undo", at=NOON + timedelta(seconds=2))),
+        (fourth, accept(reviewer="Bo")),
+        (first, accept(at=NOON + timedelta(seconds=3))),
+    ):
+        store.review(id, review)
+    assert store.decided("Ada", since=NOON - timedelta(days=1), limit=9) == [first, second]
+    assert store.decided("Ada", since=NOON - timedelta(days=1), limit=1) == [first]
+    store.review(second, accept(reviewer="Bo", at=NOON + timedelta(seconds=4)))
+    assert store.decided("Ada", since=NOON - timedelta(days=1), limit=9) == [first]
+
+
 def test_of_concurrent_reviews_the_last_stored_one_counts(store):
     (kept,) = store.add([inspection()])
     with ThreadPoolExecutor(8) as pool:

@@ -205,6 +205,22 @@ class Store:
         query = select(*columns).where(REVIEWS.c.inspection == _bounded(id)).order_by(REVIEWS.c.id)
         return [Review(**row._mapping) for row in self._read(query)]
 
+    def decided(self, reviewer: str, *, since: datetime, limit: int) -> list[int]:
+        """Return the ids of the inspections whose current decision is of this reviewer, the last decision first."""
+        query = (
+            select(REVIEWS.c.inspection)
+            .join(INSPECTIONS, _INSPECTION.id == REVIEWS.c.inspection)
+            .where(
+                REVIEWS.c.reviewer == reviewer,
+                REVIEWS.c.at >= since,
+                _INSPECTION.reviewer == REVIEWS.c.reviewer,
+                _INSPECTION.reviewed_at == REVIEWS.c.at,
+            )
+            .order_by(REVIEWS.c.id.desc())
+            .limit(limit)
+        )
+        return [row.inspection for row in self._read(query)]
+
     # ── rates and tokens ─────────────────────────────────────────────────────────────────────────────────────────
 
     def add_rate(self, change: RateChange) -> None:

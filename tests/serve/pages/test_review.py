@@ -7,11 +7,12 @@ from normweave.serve.pages.review import ACTIONS, queue
 from normweave.serve.records import Filter
 
 
-def test_the_queue_has_defective_unknown_and_borderline_parts():
+def test_the_queue_has_defective_unknown_unreadable_and_borderline_parts():
     calibration = Calibration(scores=np.arange(60.0), false_alarm_rate=0.05, unknown_rate=0.05)
     service = SimpleNamespace(detector=SimpleNamespace(calibration=calibration))
     assert queue(service) == (
         Filter(verdicts=("anomalous", "unknown"), reviewed=False),
+        Filter(unreadable=True, reviewed=False),
         Filter(verdicts=("normal",), reviewed=False, p_value_below=0.1),
     )
 

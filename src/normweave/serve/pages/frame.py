@@ -22,6 +22,8 @@ LOGIN_SECONDS = 30.0
 """Interval between two checks of the token of an open page; authentication checks new connections only."""
 EMIT_ID = "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
 """Click handler of a list: it sends the `data-id` of the row."""
+EMIT_SHOWN = "() => emit(window.normweave.shown())"
+"""Click handler of a decision: it sends the id of the inspection whose picture is shown; 0 if it is not yet."""
 
 
 def _text(name: str) -> str:

@@ -21,10 +21,12 @@ window.normweave = (() => {
   const waiting = [];
   let sending = 0;
   let sent = 0;
+  let total = 0;
 
   function take(files) {
     if (!document.querySelector(".drop") || !files.length) return false;
     waiting.push(...files);
+    total += files.length;
     while (sending < AT_ONCE && waiting.length) work();
     return true;
   }
@@ -42,7 +44,7 @@ window.normweave = (() => {
       sent += 1;
     }
     sending -= 1;
-    if (!sending) sent = 0;
+    if (!sending) sent = total = 0;
     showProgress();
   }
 
@@ -63,7 +65,7 @@ window.normweave = (() => {
 
   function showProgress() {
     const progress = document.querySelector(".progress");
-    if (progress) progress.textContent = sending ? `${sent} of ${sent + waiting.length + sending} inspected …` : "";
+    if (progress) progress.textContent = sending ? `${sent} of ${total} inspected …` : "";
   }
 
   function named(file) {
@@ -96,20 +98,66 @@ window.normweave = (() => {
     if (take([...(event.clipboardData?.files || [])].map(named))) event.preventDefault();
   });
 
-  // A decision carries the id of the inspection that the browser shows. After a second press before the next
-  // inspection has arrived, the server sees the old id and ignores it.
-  const seen = () => Number(document.querySelector("[data-seen]")?.dataset.seen || 0);
+  // A sound for images that are not good, if this browser wants it. Browsers allow it after the first touch or key.
+  const SOUND_KEY = "normweave-sound";
+  const TONES = [
+    [880, 0],
+    [660, 0.25],
+    [880, 0.5],
+  ]; // Hz, s
+  let audio;
+
+  function alarm() {
+    if (localStorage.getItem(SOUND_KEY) !== "on") return;
+    audio ??= new AudioContext();
+    audio.resume();
+    for (const [pitch, after] of TONES) {
+      const tone = new OscillatorNode(audio, { type: "square", frequency: pitch });
+      tone.connect(new GainNode(audio, { gain: 0.2 })).connect(audio.destination);
+      tone.start(audio.currentTime + after);
+      tone.stop(audio.currentTime + after + 0.2);
+    }
+  }
+
+  document.addEventListener("change", (event) => {
+    if (!event.target.matches(".sound")) return;
+    localStorage.setItem(SOUND_KEY, event.target.checked ? "on" : "off");
+    alarm(); // so that a person hears it
+  });
+
+  // A decision is for the inspection whose picture the browser has shown for a moment, and carries its id: a second tap
+  // before a person can have seen the next picture decides nothing.
+  const LOOK_MS = 300;
   const KEYS = { a: "accept", r: "reject", n: "next", u: "undo" };
+  let shown = 0;
+  let looking;
+
+  function show(id) {
+    clearTimeout(looking);
+    mark(0);
+    if (id) looking = setTimeout(mark, LOOK_MS, id);
+  }
+
+  function mark(id) {
+    shown = id;
+    document
+      .querySelectorAll("[data-decision=accept], [data-decision=reject]")
+      .forEach((button) => button.setAttribute("aria-disabled", String(!id)));
+  }
 
   document.addEventListener("keydown", (event) => {
     if (event.repeat || event.ctrlKey || event.altKey || event.metaKey) return;
     if (event.target.closest("input, textarea, select, [contenteditable], [role=dialog], [role=listbox]")) return;
     const button = document.querySelector(`[data-decision="${KEYS[event.key.toLowerCase()]}"]`);
-    if (!button || button.disabled) return;
+    if (!button || button.disabled || button.ariaDisabled === "true") return;
     event.preventDefault();
     button.click();
   });
 
-  document.addEventListener("DOMContentLoaded", showTheme); // NiceGUI has built the page by then
-  return { nextTheme, seen };
+  document.addEventListener("DOMContentLoaded", () => {
+    showTheme(); // NiceGUI has built the page by then
+    const sound = document.querySelector(".sound");
+    if (sound) sound.checked = localStorage.getItem(SOUND_KEY) === "on";
+  });
+  return { alarm, nextTheme, show, shown: () => shown };
 })();

@@ -1,9 +1,10 @@
-"""Review: defective parts, unknown products and borderline parts, one after the other, for a person to decide."""
+"""Review: defective, unknown, unreadable and borderline parts, one after the other, for a person to decide."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from nicegui import ui
@@ -11,7 +12,7 @@ from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
 from normweave.serve.pages import verdict
-from normweave.serve.pages.frame import Page, notify_error
+from normweave.serve.pages.frame import EMIT_SHOWN, Page, notify_error
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Filter, Inspection, Token
 from normweave.serve.service import InspectionService
@@ -20,6 +21,8 @@ from normweave.serve.watch import Watch
 
 REMEMBERED = 100
 """Number of decisions that can be undone, the last one first."""
+REMEMBERED_TIME = timedelta(hours=12)
+"""Age up to which decisions can be undone after the page was loaded again."""
 REFRESH_SECONDS = 5.0
 """Interval between two counts of the queue."""
 COMMENT = 500
@@ -35,12 +38,13 @@ ACTIONS: tuple[tuple[Action, str, str, str], ...] = (
 
 
 def queue(service: InspectionService) -> tuple[Filter, ...]:
-    """Return filters for the parts that need a decision: defective, unknown, and good but close to the limit."""
+    """Return filters for the parts that need a decision: defective, unknown, unreadable, and close to the limit."""
     calibration = service.detector.calibration
     assert calibration is not None  # a service has thresholds
     highest = verdict.BORDERLINE * calibration.false_alarm_rate
     return (
         Filter(verdicts=("anomalous", "unknown"), reviewed=False),
+        Filter(unreadable=True, reviewed=False),
         Filter(verdicts=("normal",), reviewed=False, p_value_below=highest),
     )
 
@@ -79,31 +83,34 @@ class ReviewPage(Page):
                     self._comment.props(f"outlined dense maxlength={COMMENT}").classes("comment")
                     self._buttons = {action[0]: self._button(*action) for action in ACTIONS}
                 self._details = ui.html().classes("sheet")
+        since = datetime.now(UTC) - REMEMBERED_TIME
+        done = await asyncio.to_thread(self._service.store.decided, self._token.name, since=since, limit=REMEMBERED)
+        self._done.extend(reversed(done))
         await self._advance()
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
 
     def _button(self, action: Action, key: str, word: str, effect: str) -> ui.element:
-        """Add a button that sends the id of the inspection shown in the browser; the server may have a newer one."""
+        """Add a button. A decision names the inspection whose picture is shown; the server may have a newer one."""
         button = ui.element("button").classes(f"decision {action}")
         button.props(f'type=button data-decision={action} aria-keyshortcuts="{key}"')
 
         async def pressed(event: GenericEventArguments) -> None:
             await self._pressed(action, int(event.args))
 
-        button.on("click", pressed, js_handler="() => emit(window.normweave.seen())")
+        button.on("click", pressed, js_handler=EMIT_SHOWN)
         with button:
             ui.html(render_macro("review.html", "button", word=word, effect=effect, key=key), tag="span")
         return button
 
     async def _pressed(self, action: Action, seen: int) -> None:
         async with self._deciding:
-            if seen != (0 if self._shown is None else self._shown.id):
-                return  # a second press of the same key, meant for the inspection before
             try:
                 if action == "undo":
                     await self._undo()
                 elif self._shown is not None:
                     if action != "next":
+                        if seen != self._shown.id:
+                            return  # its picture is not shown yet: a second tap, meant for the inspection before
                         await self._service.review(
                             self._shown.id,
                             decision=action,
@@ -169,7 +176,6 @@ class ReviewPage(Page):
         )
         self._details.set_visibility(available)
         self._comment.set_value("")
-        self._left.props(f"data-seen={0 if inspection is None else inspection.id}")
         for action, button in self._buttons.items():
             usable = bool(self._done) if action == "undo" else available
             button.props(remove="disabled") if usable else button.props("disabled")

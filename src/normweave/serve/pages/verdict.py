@@ -17,6 +17,7 @@ SOURCES: dict[Source, str] = {
     "folder": "from the watched folder",
     "api": "sent by another program",
 }
+SHORT_SOURCES: dict[Source, str] = {"page": "uploaded", "folder": "watched folder", "api": "other program"}
 BORDERLINE = 2.0
 """A good part is close to the limit if its p-value is at most this multiple of the false-alarm rate."""
 LEAST_WEIGHT = 0.005
@@ -140,6 +141,7 @@ def row(inspection: Inspection, *, shown: bool) -> str:
         inspection=inspection,
         result=result_of(outcome),
         product="" if outcome.category is None else product(outcome.category, outcome.subclass),
+        source=SHORT_SOURCES[inspection.source],
         decision=decision_word(inspection),
         shown=shown,
     )

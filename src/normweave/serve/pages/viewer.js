@@ -12,7 +12,7 @@ function stored() {
 }
 
 export default {
-  props: { image: String, heat: String, boxes: Array, height: Number, width: Number, label: String, missing: String },
+  props: { inspection: Number, image: String, heat: String, boxes: Array, height: Number, width: Number, label: String, missing: String },
   template: `
     <figure class="viewer">
       <div v-if="!image" class="viewer-empty">{{ missing }}</div>
@@ -21,7 +21,7 @@ export default {
            @wheel="wheel" @pointerdown="down" @pointermove="move" @pointerup="up" @pointercancel="up"
            @dblclick="double" @keydown="key">
         <div class="viewer-plane" :style="{ transform: 'translate(' + x + 'px,' + y + 'px) scale(' + scale + ')' }">
-          <img :src="image" alt="" draggable="false" @error="failed = true" @load="failed = false">
+          <img :src="image" alt="" draggable="false" @error="failed = true" @load="loaded">
           <img class="viewer-heat" :src="heat" alt="" draggable="false" :style="{ opacity: opacity / 100 }">
           <svg v-if="framed" :viewBox="'0 0 ' + width + ' ' + height" preserveAspectRatio="none" aria-hidden="true">
             <g v-for="box in boxes">
@@ -60,13 +60,28 @@ export default {
     this.fingers = new Map(); // not reactive: changes many times a second
   },
   watch: {
-    image() {
+    inspection() {
       this.fingers.clear();
       this.failed = false;
       this.fit();
+      this.begin();
     },
   },
+  mounted() {
+    this.begin();
+  },
+  unmounted() {
+    window.normweave.show(0);
+  },
   methods: {
+    begin() {
+      // Without an image the reason is shown instead; with one, `loaded` follows.
+      window.normweave.show(this.image ? 0 : this.inspection);
+    },
+    loaded(event) {
+      this.failed = false;
+      if (event.target.getAttribute("src") === this.image) window.normweave.show(this.inspection);
+    },
     keep() {
       localStorage.setItem(STORAGE_KEY, JSON.stringify({ opacity: this.opacity, framed: this.framed }));
     },

@@ -20,6 +20,7 @@ class Viewer(Element, component="viewer.js"):
     def show(self, inspection: Inspection | None) -> None:
         """Show the image of an inspection, or the reason why there is none."""
         props = self._props
+        props["inspection"] = 0 if inspection is None else inspection.id
         props["image"] = props["heat"] = props["label"] = props["missing"] = ""
         props["boxes"] = []
         props["height"] = props["width"] = 0

@@ -271,7 +271,7 @@ class Outcome:
     `columns()`. A further field also needs a migration in `serve/migrations/versions`.
     """
 
-    image_path: str | None
+    image_path: str | None = field(metadata={"max_length": 500})
     verdict: Verdict | None = None
     pred_score: float | None = None
     p_value: float | None = None

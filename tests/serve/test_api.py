@@ -273,15 +273,16 @@ def test_a_missing_or_changed_file_answers_503(client, service, inspected):
 
 
 def test_reviews(client, inspected):
-    given = {"decision": "reject", "reviewer": "Ada", "comment": "a scratch"}
+    given = {"decision": "reject", "comment": "a scratch"}
     answer = client.post("/v1/inspections/1/review", json=given).json()
     assert {key: answer["review"][key] for key in given} == given
-    assert client.post("/v1/inspections/1/review", json={"decision": "accept"}).json()["review"]["reviewer"] == (
-        "engineer"
-    )
+    assert client.post("/v1/inspections/1/review", json={"decision": "accept"}).status_code == 200
     detail = client.get("/v1/inspections/1").json()
     assert [review["decision"] for review in detail["reviews"]] == ["reject", "accept"]
     assert detail["review"]["decision"] == "accept"
+    for review in detail["reviews"]:  # the client does not choose who it is
+        assert (review["reviewer"], review["token"]) == ("engineer", 1)
+    assert client.post("/v1/inspections/1/review", json=given | {"reviewer": "Eve"}).status_code == 422
     undone = client.post("/v1/inspections/1/review", json={"decision": "undo"}).json()
     assert undone["review"] is None
     reviewed = client.get("/v1/inspections", params={"reviewed": True}).json()["inspections"]
@@ -345,6 +346,41 @@ def test_tokens(client, keys):
     assert client.delete("/v1/tokens/99").status_code == 404
 
 
+def test_the_last_engineer_is_not_revoked(client, access):
+    refused = client.delete("/v1/tokens/1")
+    assert (refused.status_code, "Create another one first: POST /v1/tokens" in refused.text) == (409, True)
+    access.create(name="was here", role="engineer", days=1e-9)
+    assert client.delete("/v1/tokens/1").status_code == 409
+    access.create(name="Ada", role="engineer")
+    assert client.delete("/v1/tokens/1").status_code == 200
+
+
+def test_the_audit(client, inspected):
+    before = client.get("/v1/audit").json()["entries"]
+    assert [(one["event"], one["actor"]) for one in before] == [
+        ("token_created", "server"),
+        ("token_created", "server"),
+        ("bundle_loaded", "server"),
+    ]
+    made = client.post("/v1/tokens", json={"name": "Ada"}).json()
+    client.delete(f"/v1/tokens/{made['id']}")
+    client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.3})
+    page = client.get("/v1/audit", params={"limit": 2}).json()
+    rest = client.get("/v1/audit", params={"before": page["next"]}).json()
+    assert rest["next"] is None
+    entries = page["entries"] + rest["entries"]
+    assert entries[3:] == before
+    assert [one["event"] for one in entries[:3]] == ["rate_changed", "token_revoked", "token_created"]
+    assert {(one["actor"], one["token"]) for one in entries[:3]} == {("engineer", 1)}
+    assert entries[0]["detail"]["false_alarm_rate"] == 0.3
+    assert entries[1]["detail"]["name"] == "Ada"
+    assert made["token"] not in json.dumps(entries)
+    (only,) = client.get("/v1/audit", params={"event": "rate_changed"}).json()["entries"]
+    assert only == entries[0]
+    for wrong in ("event=deleted", "before=0", "limit=0"):
+        assert client.get(f"/v1/audit?{wrong}").status_code == 422
+
+
 def test_health_and_metrics(client, service, monkeypatch, photos):
     assert client.get("/readyz").json() == {"status": "ok"}
     client.post("/v1/inspect", files=form(photos[0]))
@@ -387,6 +423,11 @@ def test_the_openapi_document_has_every_content_type(client):
     content_types = document["paths"]["/v1/inspect"]["post"]["requestBody"]["content"]
     assert set(content_types) == {"multipart/form-data", "application/json", "application/octet-stream"}
     assert client.get("/docs").status_code == 404  # its scripts would be loaded from another host
+
+
+def test_the_token_of_an_inspection_is_kept(client, photos):
+    (answer,) = client.post("/v1/inspect", files=form(photos[0])).json()["inspections"]
+    assert (answer["actor"], answer["token"]) == ("engineer", 1)
 
 
 def test_an_inspection_is_answered_as_stored(client, service, photos):

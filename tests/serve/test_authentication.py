@@ -73,6 +73,7 @@ def test_routes_for_engineers(app, browser, keys):
     assert closed == {
         ("PUT", "/v1/model/false-alarm-rate"),
         ("GET", "/v1/model/rates"),
+        ("GET", "/v1/audit"),
         ("GET", "/v1/tokens"),
         ("POST", "/v1/tokens"),
         ("DELETE", "/v1/tokens/1"),

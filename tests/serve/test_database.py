@@ -32,9 +32,17 @@ def test_sqlite_settings_are_durable(tmp_path):
     assert settings_ == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
 
 
+def differs(context, *types):
+    """Compare types as alembic does, but not the length of text in SQLite, which does not enforce it."""
+    found, wanted = types[-2:]
+    if context.dialect.name == "sqlite" and isinstance(found, sa.String) and isinstance(wanted.impl, sa.String):
+        return False
+    return None
+
+
 def test_the_migrations_create_the_tables_of_the_store(store):
     with store.database.reading() as connection:
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        context = MigrationContext.configure(connection, opts={"compare_type": differs})
         assert compare_metadata(context, tables.METADATA) == []
 
 
@@ -43,7 +51,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0002"
+down_revision = "0004"
 
 
 def upgrade():
@@ -63,7 +71,7 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0002. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0004. Upgrade with"):
         Store.open(database_url)
 
 

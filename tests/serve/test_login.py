@@ -26,6 +26,21 @@ def test_a_person_logs_in_and_out(browser, keys, log_in):
     assert browser.get("/v1/inspections").status_code == 401
 
 
+def test_logins_are_in_the_audit(browser, keys, log_in, service):
+    log_in(browser, "nw_wrong")
+    log_in(browser, keys["operator"])
+    browser.post("/logout")
+    browser.post("/logout")  # no one is logged in any more
+    browser.get("/v1/model", headers={"Authorization": "Bearer nw_wrong"})
+    browser.get("/v1/model")  # without a token, so not a failed login
+    out, in_, failed = service.store.audit(limit=3)
+    assert [(one.event, one.actor, one.token, one.address) for one in (in_, out)] == [
+        ("login", "operator", 2, "testclient"),
+        ("logout", "operator", 2, "testclient"),
+    ]
+    assert (failed.event, failed.detail) == ("login_failed", {"attempts": 1, "addresses": ["testclient"]})
+
+
 def test_cookies_over_tls_are_secure(app, keys, log_in):
     with TestClient(app, base_url="https://line", follow_redirects=False) as client:
         assert "; Secure" in log_in(client, keys["operator"]).headers["set-cookie"]

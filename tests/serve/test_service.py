@@ -370,3 +370,18 @@ def test_media_type(name):
     Image.new("RGB", (16, 16)).save(content, name)
     assert media_type(content.getvalue()) == f"image/{name.lower()}"
     assert media_type(b"<svg onload=alert(1)>") == "application/octet-stream"
+
+
+def test_each_start_records_the_bundle_and_the_one_before(service, loaded, monkeypatch):
+    def started():
+        other = InspectionService(loaded, store=service.store, files=service.files, config=service.config)
+        other.stop()
+
+    monkeypatch.setattr(loaded, "bundle_hash", "d" * 64)
+    started()
+    monkeypatch.undo()
+    started()
+    newest, other, first = service.store.audit(event="bundle_loaded", limit=9)
+    hashes = [(one.detail["before"], one.detail["bundle_hash"]) for one in (first, other, newest)]
+    assert hashes == [(None, loaded.bundle_hash), (loaded.bundle_hash, "d" * 64), ("d" * 64, loaded.bundle_hash)]
+    assert newest.detail["false_alarm_rate"] == 0.1

@@ -18,8 +18,9 @@ import sqlalchemy as sa
 from inspections import ALL, NOON, accept, inspection, many, stored_image, unreadable
 from normweave.errors import DataError
 from normweave.serve import store as module
+from normweave.serve.database import StoreError
 from normweave.serve.files import Files
-from normweave.serve.records import Count, Filter, RateChange, ScoredImage, Token
+from normweave.serve.records import Count, Filter, LastTokenError, RateChange, ScoredImage, Token
 from normweave.serve.store import Store
 
 
@@ -281,12 +282,85 @@ def test_tokens(store):
     assert kept == store.tokens() == [replace(token, id=number) for number, token in enumerate(made, start=1)]
     assert store.token("2" * 64) == kept[1]
     assert store.token("\0") is None
+    assert [(one.event, one.actor, one.detail["name"]) for one in store.audit(limit=9)] == [
+        ("token_created", "server", "Ada"),
+        ("token_created", "server", "line 1"),
+    ]
     revoked = replace(kept[0], revoked_at=NOON)
     assert store.revoke(1, NOON) == revoked
     assert store.revoke(1, NOON + timedelta(hours=1)) == revoked  # revoked before
     assert store.tokens() == [revoked, kept[1]]
     with pytest.raises(DataError, match=r"'again' is that of another token. Draw a new one"):
         store.add_token(replace(made[0], name="again"))
+
+
+def test_one_valid_token_of_an_engineer_remains(store):
+    """Also if several are revoked at the same time, and an expired one does not count."""
+    expired = Token(name="x", role="engineer", digest="9" * 64, created_at=NOON, expires_at=NOON - timedelta(hours=1))
+    store.add_token(expired)
+    for number in range(4):
+        store.add_token(replace(expired, digest=str(number) * 64, expires_at=None))
+
+    def revoke(id):
+        try:
+            return store.revoke(id, NOON, actor="Ada", by=id)
+        except LastTokenError:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        revoked = list(pool.map(revoke, (2, 3, 4, 5)))
+    assert revoked.count(None) == 1
+    assert [one.is_valid(NOON) for one in store.tokens()].count(True) == 1
+    assert store.revoke(1, NOON) is not None  # it has expired
+    entries = store.audit(event="token_revoked", limit=9)
+    assert sorted((one.actor, one.token) for one in entries) == [
+        *(("Ada", one.id) for one in revoked if one is not None),
+        ("server", None),
+    ]
+
+
+def test_a_rate_change_is_in_the_audit(store):
+    change = RateChange(at=NOON, bundle_hash="c" * 64, false_alarm_rate=0.01, actor="Ada")
+    store.add_rate(change, token=3)
+    (entry,) = store.audit(limit=2)
+    assert (entry.event, entry.actor, entry.token) == ("rate_changed", "Ada", 3)
+    assert entry.detail == {"bundle_hash": "c" * 64, "false_alarm_rate": 0.01}
+
+
+def test_pages_of_the_audit(store):
+    for number in range(7):
+        store.add_audit("login" if number % 2 else "logout", actor=str(number), address="10.0.0.7")
+    found = store.audit(limit=3)
+    assert store.audit(limit=9) == [
+        *found,
+        *store.audit(before=found[-1].id, limit=3),
+        *store.audit(before=found[-1].id - 3, limit=3),
+    ]
+    assert [one.actor for one in store.audit(event="login", limit=9)] == ["5", "3", "1"]
+    assert store.audit(line="press 4", limit=9) == []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE audit SET actor = 'Eve'",
+        "UPDATE audit SET at = 0 WHERE id = 1",
+        "DELETE FROM audit",
+        "DELETE FROM audit WHERE id = 2",
+        "INSERT OR REPLACE INTO audit SELECT id, at, event, 'Eve', token, address, detail, line FROM audit",
+        "REPLACE INTO audit SELECT id, at, event, 'Eve', token, address, detail, line FROM audit",
+        "TRUNCATE audit",
+    ],
+)
+def test_the_database_keeps_the_audit_as_it_is(store, statement):
+    for actor in ("Ada", "Bo"):
+        store.add_audit("login", actor=actor)
+    before = store.audit(limit=9)
+    with pytest.raises((StoreError, sa.exc.IntegrityError)), store.database.writing() as connection:
+        connection.exec_driver_sql(statement)
+    assert store.audit(limit=9) == before
+    store.add_audit("login", actor="Cy")
+    assert len(store.audit(limit=9)) == 3
 
 
 def inspections_with_shared_files(draw, count=40):

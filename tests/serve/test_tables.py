@@ -51,7 +51,7 @@ def test_unusual_text_times_and_numbers(store, name, reviewer, moment, score, pe
     box = DefectBox(0, 0, 1, 1, peak)
     made = inspection(name=name, received_at=moment, pred_score=score, boxes=(box,), error=name)
     (kept,) = store.add([made])
-    assert kept.name == stored_text(name)
+    assert kept.name == stored_text(name, 500)
     assert kept.outcome.error == stored_text(name, 4000)
     assert (kept.received_at, kept.received_at.tzinfo) == (moment, UTC)
     assert (kept.outcome.pred_score, kept.outcome.boxes) == (score, (box,))

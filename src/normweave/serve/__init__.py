@@ -43,6 +43,8 @@ def create_app(
         if watch is not None:
             await watch.finish()
         await asyncio.to_thread(service.stop)
+        if access is not None:
+            await asyncio.to_thread(access.close)
 
     app = FastAPI(
         title="normweave",

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from normweave.errors import DataError
-from normweave.serve.records import NotFoundError, Role, Token
+from normweave.serve.audit import FailedLogins
+from normweave.serve.records import SERVER, NotFoundError, Role, Token
 from normweave.serve.store import Store
 
 PREFIX = "nw_"
@@ -45,6 +46,7 @@ class Access:
 
     def __init__(self, store: Store, *, folder: Path, session_hours: float) -> None:
         self._store = store
+        self.failed_logins = FailedLogins(store)
         self._key = _read_or_create_key(folder / "session.key")
         self.session_seconds = session_hours * 3600
         self._lock = threading.Lock()
@@ -57,8 +59,19 @@ class Access:
             return []
         return [self.create(name=role, role=role) for role in ("engineer", "operator")]
 
-    def create(self, *, name: str, role: Role, days: float | None = None) -> NewToken:
-        """Create a token that expires after `days`; None: never."""
+    def close(self) -> None:
+        """Record the failed logins that are not recorded yet."""
+        self.failed_logins.close()
+
+    def create(
+        self, *, name: str, role: Role, days: float | None = None, actor: str = SERVER, by: int | None = None
+    ) -> NewToken:
+        """Create a token that expires after `days`; None: never.
+
+        Args:
+            actor: who creates it.
+            by: id of the token of the actor.
+        """
         secret = PREFIX + secrets.token_urlsafe(_KEY_BYTES)
         now = datetime.now(UTC)
         token = self._store.add_token(
@@ -68,7 +81,9 @@ class Access:
                 digest=_digest(secret),
                 created_at=now,
                 expires_at=None if days is None else now + timedelta(days=days),
-            )
+            ),
+            actor=actor,
+            by=by,
         )
         self._clear_cache()
         return NewToken(token, secret)
@@ -77,13 +92,18 @@ class Access:
         """Return all tokens, including expired and revoked ones."""
         return self._store.tokens()
 
-    def revoke(self, id: int) -> Token:
+    def revoke(self, id: int, *, actor: str = SERVER, by: int | None = None) -> Token:
         """Revoke a token and its sessions.
+
+        Args:
+            actor: who revokes it.
+            by: id of the token of the actor.
 
         Raises:
             NotFoundError: no token has this id.
+            LastTokenError: it is the last valid token of an engineer.
         """
-        token = self._store.revoke(id, datetime.now(UTC))
+        token = self._store.revoke(id, datetime.now(UTC), actor=actor, by=by)
         self._clear_cache()
         if token is None:
             raise NotFoundError(f"There is no token {id}. GET /v1/tokens lists them.")
@@ -92,6 +112,17 @@ class Access:
     def authenticate(self, secret: str) -> Token | None:
         """Return the token with this secret; None if it is unknown, expired or revoked."""
         return _if_valid(self._tokens().get(_digest(secret)))
+
+    def log_in(self, token: Token, *, address: str) -> str:
+        """Record a login, and return the value of a session cookie for this token."""
+        self._store.add_audit("login", actor=token.name, token=token.id, address=address)
+        return self.create_session(token)
+
+    def log_out(self, cookie: str, *, address: str) -> None:
+        """Record the end of a session."""
+        token = self.authenticate_session(cookie)
+        if token is not None:
+            self._store.add_audit("logout", actor=token.name, token=token.id, address=address)
 
     def create_session(self, token: Token, *, expires_at: float | None = None) -> str:
         """Return the value of a session cookie for a token.

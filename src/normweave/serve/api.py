@@ -20,10 +20,10 @@ from starlette.formparsers import MultiPartException
 from normweave.errors import CheckError, ConfigError, NormweaveError
 from normweave.maps.overlay import heat, overlay
 from normweave.references import seen
-from normweave.serve import metrics, schemas
+from normweave.serve import metrics, records, schemas
 from normweave.serve.access import Access
 from normweave.serve.limits import RETRY_SECONDS
-from normweave.serve.records import Filter, Inspection, NotFoundError, Source, StoredImage, Token
+from normweave.serve.records import Filter, Inspection, LastTokenError, NotFoundError, Source, StoredImage, Token
 from normweave.serve.service import BusyError, ImageReader, InspectionService, Upload, npy, png
 from normweave.serve.watch import Watch
 from normweave.types import Verdict
@@ -85,6 +85,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
         401: "No token, or one that is unknown, expired or revoked.",
         403: "The role of the token does not allow this, or a login was used where a token is needed.",
         404: "Not found.",
+        409: "The last valid token of an engineer cannot be revoked.",
         408: "The request did not arrive in time.",
         413: "Too many bytes or images.",
         415: "The content type is not supported.",
@@ -145,7 +146,7 @@ def _routes(service: InspectionService) -> APIRouter:
         uploads = await _uploads(request, service, name)
         try:
             async with asyncio.timeout(service.config.answer_seconds):
-                inspections = await service.inspect(uploads, source="api", actor=token.name)
+                inspections = await service.inspect(uploads, source="api", actor=token.name, token=token.id)
         except TimeoutError:
             raise HTTPException(
                 503,
@@ -251,7 +252,7 @@ def _routes(service: InspectionService) -> APIRouter:
     @router.post("/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=_problems(404, 422, 503))
     async def review(id: Id, body: schemas.ReviewIn, token: AnyToken) -> schemas.InspectionOut:
         inspection = await service.review(
-            id, decision=body.decision, reviewer=body.reviewer or token.name, comment=body.comment
+            id, decision=body.decision, reviewer=token.name, token=token.id, comment=body.comment
         )
         return schemas.InspectionOut.of(inspection)
 
@@ -276,7 +277,7 @@ def _routes(service: InspectionService) -> APIRouter:
         responses=_problems(422, 503),
     )
     async def change_rate(body: schemas.RateIn, engineer: Engineer) -> schemas.ModelOut:
-        await service.change_rate(body.false_alarm_rate, actor=engineer.name)
+        await service.change_rate(body.false_alarm_rate, actor=engineer.name, token=engineer.id)
         return _model(service)
 
     @router.get(
@@ -287,6 +288,23 @@ def _routes(service: InspectionService) -> APIRouter:
     async def rates(_: Engineer) -> list[schemas.RateChangeOut]:
         changes = await asyncio.to_thread(service.store.rates)
         return [schemas.RateChangeOut.model_validate(change) for change in changes]
+
+    @router.get(
+        "/v1/audit",
+        summary="List the events of the audit, newest first; for engineers",
+        responses=_problems(422, 503),
+    )
+    async def audit(
+        _: Engineer,
+        event: records.AuditEvent | None = None,
+        before: Annotated[int | None, Query(ge=1, le=2**53, description="Only entries with a lower id.")] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE)] = PAGE_SIZE,
+    ) -> schemas.AuditOut:
+        found = await asyncio.to_thread(service.store.audit, event=event, before=before, limit=limit)
+        return schemas.AuditOut(
+            entries=[schemas.AuditEntryOut.model_validate(entry) for entry in found],
+            next=found[-1].id if len(found) == limit else None,
+        )
 
     @router.get("/metrics", summary="Read the metrics for Prometheus", response_class=Response)
     async def counters() -> Response:
@@ -308,13 +326,21 @@ def _token_routes(access: Access) -> APIRouter:
         status_code=201,
         responses=_problems(422, 503),
     )
-    async def make(body: schemas.TokenIn, _: Engineer) -> schemas.TokenMade:
-        new = await asyncio.to_thread(access.create, name=body.name, role=body.role, days=body.expires_in_days)
+    async def make(body: schemas.TokenIn, engineer: Engineer) -> schemas.TokenMade:
+        new = await asyncio.to_thread(
+            access.create,
+            name=body.name,
+            role=body.role,
+            days=body.expires_in_days,
+            actor=engineer.name,
+            by=engineer.id,
+        )
         return schemas.TokenMade.model_validate(vars(new.token) | {"token": new.secret})
 
-    @router.delete("/v1/tokens/{id}", summary="Revoke a token; for engineers", responses=_problems(404, 422, 503))
-    async def revoke(id: Id, _: Engineer) -> schemas.TokenOut:
-        return schemas.TokenOut.model_validate(await asyncio.to_thread(access.revoke, id))
+    @router.delete("/v1/tokens/{id}", summary="Revoke a token; for engineers", responses=_problems(404, 409, 422, 503))
+    async def revoke(id: Id, engineer: Engineer) -> schemas.TokenOut:
+        token = await asyncio.to_thread(access.revoke, id, actor=engineer.name, by=engineer.id)
+        return schemas.TokenOut.model_validate(token)
 
     return router
 
@@ -530,6 +556,7 @@ _ERRORS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response
     RequestValidationError: _validation,
     BusyError: _answer(429),
     NotFoundError: _answer(404),
+    LastTokenError: _answer(409),
     CheckError: _answer(422),
     ConfigError: _answer(422),
     NormweaveError: _answer(503),  # of the store, a file, the bundle, or a stopping server: other requests fail too

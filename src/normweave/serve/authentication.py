@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from datetime import UTC, datetime
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -60,9 +59,11 @@ class AuthenticationMiddleware:
             elif authorization is not None:
                 token = await _by_token(access, authorization)
             else:
-                cookie = session_cookie(headers)
+                cookie = login.session_cookie(headers)
                 token = await _by_session(access, cookie, scope, headers)
         except _RefusedError as error:
+            if access is not None and authorization is not None:
+                await asyncio.to_thread(access.failed_logins.add, login.client_address(scope))
             if error.status == 401 and authorization is None and login.is_page_request(scope, headers):
                 await login.page(status=401)(scope, receive, send)
             else:
@@ -110,16 +111,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower() == "localhost"
-
-
-def session_cookie(headers: Headers) -> str | None:
-    """Return the value of the session cookie; None if there is none."""
-    try:
-        cookies: SimpleCookie = SimpleCookie(headers.get("cookie", ""))
-    except CookieError:
-        return None
-    morsel = cookies.get(login.COOKIE)
-    return None if morsel is None else morsel.value
 
 
 def _check_origin(scope: Scope, headers: Headers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl
 
 from starlette.datastructures import Headers
@@ -31,6 +32,22 @@ def is_page_request(scope: Scope, headers: Headers) -> bool:
     )
 
 
+def session_cookie(headers: Headers) -> str | None:
+    """Return the value of the session cookie; None if there is none."""
+    try:
+        cookies: SimpleCookie = SimpleCookie(headers.get("cookie", ""))
+    except CookieError:
+        return None
+    morsel = cookies.get(COOKIE)
+    return None if morsel is None else morsel.value
+
+
+def client_address(scope: Scope) -> str:
+    """Return the network address of the client; empty if it is unknown."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
+
+
 def page(*, status: int, wrong: bool = False) -> Response:
     """Return the login form, with a message if the token was wrong."""
     text = render("login.html", action=LOGIN, wrong=wrong)
@@ -46,14 +63,19 @@ async def answer(scope: Scope, receive: Receive, send: Send, *, access: Access) 
 async def _answer(request: Request, access: Access) -> Response:
     secure = request.url.scheme == "https"
     route = (request.method, request.url.path)
+    address = client_address(request.scope)
     if route == ("POST", LOGOUT):
+        if cookie := session_cookie(request.headers):
+            await asyncio.to_thread(access.log_out, cookie, address=address)
         return _redirect(set_cookie("", seconds=0, secure=secure))
     if route == ("POST", LOGIN):
         token = await asyncio.to_thread(access.authenticate, await _submitted(request))
         if token is None:
+            await asyncio.to_thread(access.failed_logins.add, address)
             await asyncio.sleep(WRONG_SECONDS)
             return page(status=401, wrong=True)
-        return _redirect(set_cookie(access.create_session(token), seconds=access.session_seconds, secure=secure))
+        cookie = await asyncio.to_thread(access.log_in, token, address=address)
+        return _redirect(set_cookie(cookie, seconds=access.session_seconds, secure=secure))
     if route in (("GET", LOGIN), ("HEAD", LOGIN)):
         return page(status=200)
     return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from normweave.errors import NormweaveError
 from normweave.types import Outcome, Tile, Verdict
@@ -18,10 +18,21 @@ ReviewDecision = Literal["accept", "reject", "undo"]
 Bucket = Literal["hour", "day", "week"]
 WatchStatus = Literal["watching", "paused", "folder missing", "failed"]
 """State of the watched folder. failed: the folder, the store or the list of inspected files cannot be used."""
+AuditEvent = Literal[
+    "login", "login_failed", "logout", "token_created", "token_revoked", "rate_changed", "bundle_loaded"
+]
+SERVER = "server"
+"""Actor of what the server does at its start, and of tokens made by the command line."""
+NAME_LENGTH = 500
+"""Maximum number of characters of the name of an image, the same in requests and in the database."""
 
 
 class NotFoundError(NormweaveError):
     """The store has no inspection or token with this id."""
+
+
+class LastTokenError(NormweaveError):
+    """The last valid token of an engineer cannot be revoked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +43,9 @@ class Review:
     """UTC."""
     decision: ReviewDecision
     reviewer: str
+    """Name of the token that the decision came with."""
+    token: int | None = None
+    """Id of this token; 0: a server without tokens; None: stored by an earlier version."""
     comment: str = ""
 
 
@@ -65,6 +79,10 @@ class Inspection:
     source: Source
     actor: str
     """Name of the token that the image came with."""
+    token: int | None = None
+    """Id of this token; 0: a server without tokens; None: the watched folder, or stored by an earlier version."""
+    line: str = ""
+    """Name of the line (`serve --name`)."""
     outcome: Outcome
     """Without its anomaly map."""
     routed: int | None = None
@@ -99,6 +117,7 @@ class Filter:
     name: str | None = None
     """The whole name."""
     source: Source | None = None
+    line: str | None = None
     bundle_hash: str | None = None
     reviewed: bool | None = None
     """Whether the inspection has a review that was not undone."""
@@ -160,3 +179,35 @@ class WatchState:
     """Number of images that are not inspected yet."""
     last_error: str | None
     """Why the folder or a file in it is not inspected; None if there is no such reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditEntry:
+    """An event of the audit table, whose entries the database neither changes nor removes."""
+
+    id: int = 0
+    at: datetime
+    """UTC."""
+    event: AuditEvent
+    actor: str = ""
+    """Name of the token, or `SERVER`; empty: unknown, since the login failed."""
+    token: int | None = None
+    """Id of the token of the actor."""
+    address: str = ""
+    """Network address of the client; empty: not of a request, or not recorded."""
+    detail: dict[str, Any] = field(default_factory=dict)
+    """What belongs to this event, as JSON values."""
+    line: str = ""
+    """Name of the line (`serve --name`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """A login of a person, without its secret."""
+
+    digest: str
+    """SHA-256 of the value of the cookie, in hex."""
+    token: int
+    """Id of the token."""
+    created_at: datetime
+    used_at: datetime

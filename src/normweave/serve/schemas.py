@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_mod
 from normweave.serve import records
 from normweave.types import Guarantee, Outcome
 
-Name = Annotated[str, StringConstraints(max_length=500)]
+Name = Annotated[str, StringConstraints(max_length=records.NAME_LENGTH)]
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Rate = Annotated[float, Field(gt=0, lt=1)]
 
@@ -44,7 +44,6 @@ class ReviewIn(RequestBody):
         records.ReviewDecision,
         Field(description="accept: the part is good; reject: it is defective; undo: no decision."),
     ]
-    reviewer: Annotated[Name, Field(description="If empty, the name of the token.")] = ""
     comment: Text = ""
 
 
@@ -110,7 +109,8 @@ class ReviewOut(_FromRecord):
 
     at: datetime
     decision: records.ReviewDecision
-    reviewer: str
+    reviewer: Annotated[str, Field(description="Name of the token that the decision came with.")]
+    token: Annotated[int | None, Field(description="Id of this token.")]
     comment: str
 
 
@@ -119,7 +119,9 @@ class _Arrival(BaseModel):
     received_at: datetime
     name: str
     source: records.Source
-    actor: str
+    actor: Annotated[str, Field(description="Name of the token that the image came with.")]
+    token: Annotated[int | None, Field(description="Id of this token; null: the watched folder.")]
+    line: Annotated[str, Field(description="Name of the line.")]
 
 
 if TYPE_CHECKING:
@@ -202,6 +204,26 @@ class RateChangeOut(_FromRecord):
     actor: str
 
 
+class AuditEntryOut(_FromRecord):
+    """An event of the audit."""
+
+    id: int
+    at: datetime
+    event: records.AuditEvent
+    actor: Annotated[str, Field(description="Name of the token, or `server`; empty: unknown.")]
+    token: Annotated[int | None, Field(description="Id of the token of the actor.")]
+    address: Annotated[str, Field(description="Network address of the client, if it was recorded.")]
+    detail: Annotated[dict[str, Any], Field(description="What belongs to this event.")]
+    line: Annotated[str, Field(description="Name of the line.")]
+
+
+class AuditOut(BaseModel):
+    """A page of the audit, newest first."""
+
+    entries: list[AuditEntryOut]
+    next: Annotated[int | None, Field(description="Value of `before` for the next page; null: this is the last page.")]
+
+
 class TokenOut(_FromRecord):
     """A token, without its secret."""
 
@@ -249,6 +271,8 @@ def _fields(inspection: records.Inspection) -> dict[str, Any]:
         "name": inspection.name,
         "source": inspection.source,
         "actor": inspection.actor,
+        "token": inspection.token,
+        "line": inspection.line,
         "image_hash": None if image is None else image.image_hash,
         "image_url": None if image is None else f"{url}/image",
         "map_url": None if image is None else f"{url}/map",

@@ -39,6 +39,7 @@ from normweave.serve.database import StoreError
 from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
 from normweave.serve.records import (
+    SERVER,
     Inspection,
     NotFoundError,
     RateChange,
@@ -98,6 +99,7 @@ class _Job:
     upload: Upload
     source: Source
     actor: str
+    token: int | None
     received_at: datetime
     started: float
     detector: Detector
@@ -129,6 +131,7 @@ class InspectionService:
         change = store.rate(detector.bundle_hash or "")
         self.detector = detector if change is None else detector.with_rate(change.false_alarm_rate)
         self.store = store
+        self._record_bundle()
         self.files = files
         self.config = config
         self.metrics = Metrics()
@@ -147,6 +150,20 @@ class InspectionService:
         ]
         for thread in self._threads:
             thread.start()
+
+    def _record_bundle(self) -> None:
+        """Add the bundle, and the one before it on this line, to the audit."""
+        calibration = self.detector.calibration
+        before = self.store.audit(event="bundle_loaded", line=self.store.line, limit=1)
+        self.store.add_audit(
+            "bundle_loaded",
+            actor=SERVER,
+            detail={
+                "bundle_hash": self.detector.bundle_hash,
+                "before": before[0].detail["bundle_hash"] if before else None,
+                "false_alarm_rate": None if calibration is None else calibration.false_alarm_rate,
+            },
+        )
 
     def check_ready(self) -> None:
         """Check that an image could be scored and stored now.
@@ -176,10 +193,16 @@ class InspectionService:
 
     # ── from an upload to a stored inspection ────────────────────────────────────────────────────────────────────────
 
-    async def inspect(self, uploads: Sequence[Upload], *, source: Source, actor: str) -> list[Inspection]:
+    async def inspect(
+        self, uploads: Sequence[Upload], *, source: Source, actor: str, token: int | None = None
+    ) -> list[Inspection]:
         """Score and store images, and return their inspections in the same order.
 
         All are stored when this method returns. Cancelling the call does not stop the inspection of its images.
+
+        Args:
+            actor: name of the token that the images came with.
+            token: id of this token.
 
         Raises:
             BusyError: too many images are waiting.
@@ -203,6 +226,7 @@ class InspectionService:
                     upload=upload,
                     source=source,
                     actor=actor,
+                    token=token,
                     received_at=now,
                     started=started,
                     detector=self.detector,
@@ -363,6 +387,8 @@ class InspectionService:
             name=job.upload.name,
             source=job.source,
             actor=job.actor,
+            token=job.token,
+            line=self.store.line,
             outcome=outcome,
             routed=routed,
             image=image,
@@ -381,13 +407,19 @@ class InspectionService:
             raise _not_found(id)
         return found
 
-    async def review(self, id: int, *, decision: ReviewDecision, reviewer: str, comment: str = "") -> Inspection:
+    async def review(
+        self, id: int, *, decision: ReviewDecision, reviewer: str, token: int | None = None, comment: str = ""
+    ) -> Inspection:
         """Add a reviewer decision.
+
+        Args:
+            reviewer: name of the token that the decision came with.
+            token: id of this token.
 
         Raises:
             NotFoundError: no inspection has this id.
         """
-        review = Review(at=datetime.now(UTC), decision=decision, reviewer=reviewer, comment=comment)
+        review = Review(at=datetime.now(UTC), decision=decision, reviewer=reviewer, token=token, comment=comment)
         try:
             return await self._read(lambda: self.store.review(id, review))
         except LookupError:
@@ -438,23 +470,27 @@ class InspectionService:
             changed += verdict != one.verdict
         return RatePreview(false_alarm_rate=rate, n=now.total(), now=dict(now), then=dict(then), changed=changed)
 
-    async def change_rate(self, rate: float, *, actor: str) -> None:
+    async def change_rate(self, rate: float, *, actor: str, token: int | None = None) -> None:
         """Use the thresholds for this false-alarm rate from now on, also after a restart with this bundle.
+
+        Args:
+            actor: name of the token of the engineer.
+            token: id of this token.
 
         Raises:
             CheckError: there are too few calibration images for this rate.
             ConfigError: the rate is not in (0, 1).
         """
-        await self._read(lambda: self._change_rate(rate, actor))
+        await self._read(lambda: self._change_rate(rate, actor, token))
 
-    def _change_rate(self, rate: float, actor: str) -> None:
+    def _change_rate(self, rate: float, actor: str, token: int | None) -> None:
         with self._lock:
             detector = self.detector.with_rate(rate)
             assert detector.bundle_hash is not None  # it was loaded from a folder
             change = RateChange(
                 at=datetime.now(UTC), bundle_hash=detector.bundle_hash, false_alarm_rate=rate, actor=actor
             )
-            self.store.add_rate(change)
+            self.store.add_rate(change, token=token)
             self.detector = detector
 
     # ── retention, stopping ──────────────────────────────────────────────────────────────────────────────────────────

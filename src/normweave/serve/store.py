@@ -1,9 +1,9 @@
-"""Queries over inspections, reviews, tokens and rate changes. The image files are in `files.Files`."""
+"""Queries over inspections, reviews, tokens, rate changes and the audit. The image files are in `files.Files`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,26 @@ from sqlalchemy.exc import IntegrityError
 
 from normweave.errors import DataError
 from normweave.serve.database import Database
-from normweave.serve.records import Bucket, Count, Filter, Inspection, RateChange, Review, ScoredImage, Token
+from normweave.serve.records import (
+    SERVER,
+    AuditEntry,
+    AuditEvent,
+    Bucket,
+    Count,
+    Filter,
+    Inspection,
+    LastTokenError,
+    RateChange,
+    Review,
+    ScoredImage,
+    Token,
+)
 from normweave.serve.tables import (
+    AUDIT,
     EPOCH,
     INSPECTIONS,
     RATES,
+    REVIEW,
     REVIEWS,
     STORED_IMAGE,
     TOKENS,
@@ -55,13 +70,18 @@ class Store:
     when the database fails.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, line: str = "") -> None:
         self.database = database
+        self.line = line
 
     @classmethod
-    def open(cls, where: str | Path) -> Store:
-        """Connect to an SQLite file or a database URL; arguments and errors are those of `Database.open`."""
-        return cls(Database.open(where))
+    def open(cls, where: str | Path, *, line: str = "") -> Store:
+        """Connect to an SQLite file or a database URL; arguments and errors are those of `Database.open`.
+
+        Args:
+            line: the name of the line, which the entries of the audit get.
+        """
+        return cls(Database.open(where), line=line)
 
     def close(self) -> None:
         """Close all connections."""
@@ -187,7 +207,7 @@ class Store:
             LookupError: no inspection has this id.
         """
         values = vars(review)
-        current = {"reviewed_at" if name == "at" else name: value for name, value in values.items()}
+        current = {REVIEW[name]: value for name, value in values.items()}
         if review.decision == "undo":
             current = dict.fromkeys(current)
         with self.database.writing() as connection:
@@ -201,7 +221,7 @@ class Store:
 
     def reviews(self, id: int) -> list[Review]:
         """Return all reviewer decisions on an inspection, oldest first, including withdrawn ones."""
-        columns = (REVIEWS.c.at, REVIEWS.c.decision, REVIEWS.c.reviewer, REVIEWS.c.comment)
+        columns = [REVIEWS.c[name] for name in REVIEW]
         query = select(*columns).where(REVIEWS.c.inspection == _bounded(id)).order_by(REVIEWS.c.id)
         return [Review(**row._mapping) for row in self._read(query)]
 
@@ -223,10 +243,16 @@ class Store:
 
     # ── rates and tokens ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def add_rate(self, change: RateChange) -> None:
-        """Store a change of the false-alarm rate."""
+    def add_rate(self, change: RateChange, *, token: int | None = None) -> None:
+        """Store a change of the false-alarm rate, also in the audit.
+
+        Args:
+            token: id of the token of the actor.
+        """
+        detail = {"bundle_hash": change.bundle_hash, "false_alarm_rate": change.false_alarm_rate}
         with self.database.writing() as connection:
             connection.execute(insert(RATES).values(**vars(change)))
+            self._audit(connection, "rate_changed", actor=change.actor, token=token, detail=detail)
 
     def rate(self, bundle_hash: str) -> RateChange | None:
         """Return the last change of the rate of a bundle, or None."""
@@ -238,8 +264,12 @@ class Store:
         """Return all rate changes, oldest first."""
         return [_rate(row) for row in self._read(select(RATES).order_by(RATES.c.id))]
 
-    def add_token(self, token: Token) -> Token:
-        """Store a token and return it with its id.
+    def add_token(self, token: Token, *, actor: str = SERVER, by: int | None = None) -> Token:
+        """Store a token, also in the audit, and return it with its id.
+
+        Args:
+            actor: who creates it.
+            by: id of the token of the actor.
 
         Raises:
             DataError: another token has the same digest.
@@ -247,11 +277,13 @@ class Store:
         values = {name: value for name, value in vars(token).items() if name != "id"}
         try:
             with self.database.writing() as connection:
-                return Token(**connection.execute(insert(TOKENS).values(values).returning(TOKENS)).one()._mapping)
+                stored = Token(**connection.execute(insert(TOKENS).values(values).returning(TOKENS)).one()._mapping)
+                self._audit(connection, "token_created", actor=actor, token=by, detail=_token_detail(stored))
         except IntegrityError as error:
             raise DataError(
                 f"The secret of the token {token.name!r} is that of another token. Draw a new one."
             ) from error
+        return stored
 
     def token(self, digest: str) -> Token | None:
         """Return the token with this digest, or None. It may be expired or revoked."""
@@ -262,13 +294,75 @@ class Store:
         """Return all tokens, including expired and revoked ones, oldest first."""
         return [Token(**row._mapping) for row in self._read(select(TOKENS).order_by(TOKENS.c.id))]
 
-    def revoke(self, id: int, at: datetime) -> Token | None:
-        """Revoke the token with this id and return it, or None. A revoked token keeps its time of revocation."""
-        revoked_at = func.coalesce(TOKENS.c.revoked_at, type_coerce(at, Timestamp))
+    def revoke(self, id: int, at: datetime, *, actor: str = SERVER, by: int | None = None) -> Token | None:
+        """Revoke the token with this id, also in the audit, and return it, or None.
+
+        A revoked token keeps its time of revocation.
+
+        Args:
+            actor: who revokes it.
+            by: id of the token of the actor.
+
+        Raises:
+            LastTokenError: it is the last valid token of an engineer.
+        """
         with self.database.writing() as connection:
-            query = update(TOKENS).where(_has_id(TOKENS, id)).values(revoked_at=revoked_at).returning(TOKENS)
-            row = connection.execute(query).one_or_none()
-        return None if row is None else Token(**row._mapping)
+            if connection.dialect.name == "postgresql":  # SQLite has one writer at a time
+                connection.exec_driver_sql("LOCK TABLE tokens IN SHARE ROW EXCLUSIVE MODE")
+            tokens = {row.id: Token(**row._mapping) for row in connection.execute(select(TOKENS))}
+            token = tokens.get(id)
+            if token is None or token.revoked_at is not None:
+                return token
+            if [one.id for one in tokens.values() if one.role == "engineer" and one.is_valid(at)] == [id]:
+                raise LastTokenError(
+                    f"The token {id} ({token.name!r}) is the last valid token of an engineer, so it cannot be revoked. "
+                    "Create another one first: POST /v1/tokens with the role engineer, or start the server with "
+                    "--new-token engineer."
+                )
+            query = update(TOKENS).where(TOKENS.c.id == id).values(revoked_at=at).returning(TOKENS)
+            revoked = Token(**connection.execute(query).one()._mapping)
+            self._audit(connection, "token_revoked", actor=actor, token=by, detail=_token_detail(revoked))
+        return revoked
+
+    # ── audit ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _audit(self, connection: Connection, event: AuditEvent, **given: Any) -> None:
+        entry = AuditEntry(at=datetime.now(UTC), event=event, line=self.line, **given)
+        values = {name: value for name, value in vars(entry).items() if name != "id"}
+        connection.execute(insert(AUDIT).values(values))
+
+    def add_audit(
+        self,
+        event: AuditEvent,
+        *,
+        actor: str = "",
+        token: int | None = None,
+        address: str = "",
+        detail: dict[str, Any] | None = None,
+    ) -> None:
+        """Add an entry to the audit; arguments are the fields of `AuditEntry`."""
+        with self.database.writing() as connection:
+            self._audit(connection, event, actor=actor, token=token, address=address, detail=detail or {})
+
+    def audit(
+        self, *, event: AuditEvent | None = None, line: str | None = None, before: int | None = None, limit: int
+    ) -> list[AuditEntry]:
+        """Return a page of the audit, newest first.
+
+        Args:
+            event: only entries of this event.
+            line: only entries of this line.
+            before: only entries with lower ids; the last id of the page before.
+            limit: at least 1.
+        """
+        query = select(AUDIT).order_by(AUDIT.c.id.desc()).limit(limit)
+        if event is not None:
+            query = query.where(AUDIT.c.event == event)
+        if line is not None:
+            query = query.where(AUDIT.c.line == line)
+        if before is not None:
+            query = query.where(AUDIT.c.id < _bounded(before))
+        return [AuditEntry(**row._mapping) for row in self._read(query)]
 
     # ── retention ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -344,6 +438,11 @@ def _rate(row: Row[Any]) -> RateChange:
     return RateChange(**{name: value for name, value in row._mapping.items() if name != "id"})
 
 
+def _token_detail(token: Token) -> dict[str, Any]:
+    expires_at = None if token.expires_at is None else token.expires_at.isoformat()
+    return {"id": token.id, "name": token.name, "role": token.role, "expires_at": expires_at}
+
+
 def _bounded(id: int) -> int:
     """Return an id that the database can compare; no stored id is outside of these bounds."""
     return max(0, min(id, _MAX_ID))
@@ -356,7 +455,7 @@ def _has_id(table: Table, id: int) -> ColumnElement[bool]:
 def _conditions(chosen: Filter) -> list[ColumnElement[bool]]:
     conditions = [
         _INSPECTION[name] == value
-        for name in ("category", "subclass", "name", "source", "bundle_hash", "decision")
+        for name in ("category", "subclass", "name", "source", "line", "bundle_hash", "decision")
         if (value := getattr(chosen, name)) is not None
     ]
     if chosen.since is not None:

@@ -30,11 +30,11 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-from normweave.serve.records import Inspection, Review, StoredImage
+from normweave.serve.records import NAME_LENGTH, Inspection, Review, StoredImage
 from normweave.types import Outcome, OutcomeColumn, Tile
 
 SHORT, LONG = 255, 4000
-"""Maximum number of characters of a name, and of a comment."""
+"""Maximum number of characters of the name of a token, a product or a line, and of a comment."""
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -108,9 +108,11 @@ INSPECTIONS = Table(
     METADATA,
     _id(),
     Column("received_at", Timestamp, nullable=False),
-    Column("name", BoundedText(SHORT), nullable=False),
+    Column("name", BoundedText(NAME_LENGTH), nullable=False),
     Column("source", BoundedText(SHORT), nullable=False),
     Column("actor", BoundedText(SHORT), nullable=False),
+    Column("token", BigInteger),
+    Column("line", BoundedText(SHORT), nullable=False, server_default=""),
     Column("routed", Integer),
     *outcome_columns(Outcome),
     # StoredImage; all NULL without one
@@ -126,6 +128,7 @@ INSPECTIONS = Table(
     Column("decision", BoundedText(SHORT)),
     Column("reviewed_at", Timestamp),
     Column("reviewer", BoundedText(SHORT)),
+    Column("reviewer_token", BigInteger),
     Column("comment", BoundedText(LONG)),
     Index("inspections_received_at", "received_at"),
     Index("inspections_verdict", "verdict", "id"),
@@ -143,6 +146,7 @@ REVIEWS = Table(
     Column("at", Timestamp, nullable=False),
     Column("decision", BoundedText(SHORT), nullable=False),
     Column("reviewer", BoundedText(SHORT), nullable=False),
+    Column("token", BigInteger),
     Column("comment", BoundedText(LONG), nullable=False),
 )
 TOKENS = Table(
@@ -165,11 +169,41 @@ RATES = Table(
     Column("false_alarm_rate", Float(53), nullable=False),
     Column("actor", BoundedText(SHORT), nullable=False),
 )
+AUDIT = Table(
+    "audit",
+    METADATA,
+    _id(),
+    Column("at", Timestamp, nullable=False),
+    Column("event", BoundedText(SHORT), nullable=False),
+    Column("actor", BoundedText(SHORT), nullable=False),
+    Column("token", BigInteger),
+    Column("address", BoundedText(SHORT), nullable=False),
+    Column("detail", Json, nullable=False),
+    Column("line", BoundedText(SHORT), nullable=False),
+)
+"""Triggers refuse changes and removals."""
+SESSIONS = Table(
+    "sessions",
+    METADATA,
+    _id(),
+    Column("digest", BoundedText(64), nullable=False, unique=True),
+    Column("token", BigInteger, nullable=False),
+    Column("created_at", Timestamp, nullable=False),
+    Column("used_at", Timestamp, nullable=False),
+)
 
 STORED_IMAGE = tuple(field.name for field in fields(StoredImage))
 """Columns of a `StoredImage`."""
 _OUTCOME = tuple(column for column in Outcome.columns() if not column.in_file)
-_ARRIVAL = ("received_at", "name", "source", "actor", "routed")
+_ARRIVAL = ("received_at", "name", "source", "actor", "token", "line", "routed")
+REVIEW = {
+    "at": "reviewed_at",
+    "decision": "decision",
+    "reviewer": "reviewer",
+    "token": "reviewer_token",
+    "comment": "comment",
+}
+"""Column of the inspection for each field of its current `Review`."""
 
 
 def to_row(inspection: Inspection) -> dict[str, Any]:
@@ -195,6 +229,6 @@ def to_inspection(row: Row[Any]) -> Inspection:
         image = StoredImage(**{name: values[name] for name in STORED_IMAGE})
         image = replace(image, tiles=tuple(Tile(*tile) for tile in row.tiles))
     if row.decision is not None:
-        review = Review(at=row.reviewed_at, decision=row.decision, reviewer=row.reviewer, comment=row.comment)
+        review = Review(**{name: values[column] for name, column in REVIEW.items()})
     arrival = {name: values[name] for name in _ARRIVAL}
     return Inspection(id=row.id, outcome=Outcome(**outcome), image=image, review=review, **arrival)

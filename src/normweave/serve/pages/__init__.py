@@ -49,7 +49,8 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
                 most = f"{service.config.max_image_bytes:,}"
                 return JSONResponse({"error": f"only images of up to {most} bytes are accepted."}, status_code=413)
         image = Upload(name=name, content=bytes(content))
-        (inspection,) = await service.inspect([image], source="page", actor=_person(request).name)
+        person = _person(request)
+        (inspection,) = await service.inspect([image], source="page", actor=person.name, token=person.id)
         return JSONResponse({"id": inspection.id})
 
     @app.get("/history.csv", include_in_schema=False)

@@ -41,12 +41,14 @@ class Page(ABC):
         title: the name in the navigation and the heading.
         purpose: the sentence below the heading.
         position: the rank in the navigation, ascending.
+        engineers_only: whether operators neither see it in the navigation nor may open it.
     """
 
     path: ClassVar[str]
     title: ClassVar[str]
     purpose: ClassVar[str]
     position: ClassVar[int]
+    engineers_only: ClassVar[bool] = False
 
     def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
         self._service = service
@@ -63,7 +65,8 @@ class Page(ABC):
         ui.context.client.on_exception(_notify_failure)
         with ui.element("header").classes("top"):
             ui.html('<a href="/">normweave</a>', tag="div").classes("brand")
-            links = render_macro(TEMPLATE, "navigation", pages=registered_pages(), path=self.path)
+            pages = [page for page in registered_pages() if page.is_open_to(self._token)]
+            links = render_macro(TEMPLATE, "navigation", pages=pages, path=self.path)
             ui.html(links, tag="nav").props('aria-label="Pages"')
             with ui.element("div").classes("person"):
                 theme = ui.html(render_macro(TEMPLATE, "theme"), tag="button").classes("theme")
@@ -75,7 +78,16 @@ class Page(ABC):
         if self._token.digest:  # empty if the server runs without tokens
             self._check_login()
         with ui.element("div").classes("page"):
-            await self.content()
+            if self.is_open_to(self._token):
+                await self.content()
+            else:
+                self.heading()
+                ui.label("This page is for engineers.")
+
+    @classmethod
+    def is_open_to(cls, token: Token) -> bool:
+        """Return whether the person with this token may open the page."""
+        return token.role == "engineer" or not cls.engineers_only
 
     def heading(self) -> None:
         """Add the title and the purpose."""

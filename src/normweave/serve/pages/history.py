@@ -243,7 +243,7 @@ class HistoryPage(Page):
         if self._open is None:
             return
         try:
-            await self._service.review(self._open, decision=decision, reviewer=self._token.name)
+            await self._service.review(self._open, decision=decision, reviewer=self._token.name, token=self._token.id)
         except NormweaveError as error:
             notify_error(error)
             return

@@ -146,7 +146,7 @@ class ModelPage(Page):
         if self._token.role != "engineer":
             return  # the button is disabled, but a browser can send the event all the same
         try:
-            await self._service.change_rate(self._rate, actor=self._token.name)
+            await self._service.change_rate(self._rate, actor=self._token.name, token=self._token.id)
         except NormweaveError as error:
             notify_error(error)
             return

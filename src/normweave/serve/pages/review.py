@@ -115,6 +115,7 @@ class ReviewPage(Page):
                             self._shown.id,
                             decision=action,
                             reviewer=self._token.name,
+                            token=self._token.id,
                             comment=str(self._comment.value or "").strip()[:COMMENT],
                         )
                         self._done.append(self._shown.id)
@@ -127,7 +128,7 @@ class ReviewPage(Page):
         if not self._done:
             return
         id = self._done.pop()
-        inspection = await self._service.review(id, decision="undo", reviewer=self._token.name)
+        inspection = await self._service.review(id, decision="undo", reviewer=self._token.name, token=self._token.id)
         self._before = id + 1
         self._show(inspection)
         await self._count()

@@ -35,8 +35,7 @@ class Postgres:
         self._as = {} if os.geteuid() else {"user": user, "group": group, "extra_groups": []}
         shutil.chown(folder, user, group)
         self._run("initdb", "--username=tests", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync")
-        options = f"-F -c listen_addresses= -c unix_socket_directories={folder}"
-        self._run("pg_ctl", "start", "--wait", f"--log={folder}/log", f"--options={options}")
+        self.start()
 
     def _run(self, program, *arguments):
         subprocess.run(
@@ -61,6 +60,11 @@ class Postgres:
             self.sql(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0")
         self.sql("DROP SCHEMA public CASCADE; CREATE SCHEMA public", database=name)
         return f"postgresql://tests@/{name}?host={self._folder}"
+
+    def start(self):
+        """Start it."""
+        options = f"-F -c listen_addresses= -c unix_socket_directories={self._folder}"
+        self._run("pg_ctl", "start", "--wait", f"--log={self._folder}/log", f"--options={options}")
 
     def stop(self):
         """Stop it without a checkpoint."""

@@ -18,6 +18,7 @@ from normweave.errors import BundleError, DataError
 from normweave.maps.overlay import outlined_crop
 from normweave.references import GoodImage, References
 from normweave.serve import create_app
+from normweave.serve import service as service_module
 from normweave.serve.records import Inspection
 from normweave.types import DefectBox
 
@@ -108,7 +109,7 @@ def test_a_name_is_never_a_path(client, service, photos, name):
 )
 def test_malformed_requests(client, request_, status, words):
     answer = client.post("/v1/inspect", **request_)
-    assert (answer.status_code, words in answer.json()["error"]) == (status, True), answer.text
+    assert (answer.status_code, words in answer.json()["detail"]) == (status, True), answer.text
 
 
 def test_a_request_with_an_image_that_is_too_large(start, access, keys, photos):
@@ -116,7 +117,7 @@ def test_a_request_with_an_image_that_is_too_large(start, access, keys, photos):
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert answer.status_code == 413
-        assert "but at most 1,000 are allowed for one image" in answer.json()["error"]
+        assert "but at most 1,000 are allowed for one image" in answer.json()["detail"]
 
 
 def test_a_full_queue_answers_429(start, access, keys, photos, monkeypatch):
@@ -132,7 +133,7 @@ def test_a_full_queue_answers_429(start, access, keys, photos, monkeypatch):
             pass
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
-        assert "1 images are waiting and 1 more were sent" in answer.json()["error"]
+        assert "1 images are waiting and 1 more were sent" in answer.json()["detail"]
         free.set()
         first.join()
         assert client.post("/v1/inspect", files=form(photos[0])).status_code == 200
@@ -147,7 +148,7 @@ def test_a_timeout_answers_503_and_the_images_are_inspected(start, access, keys,
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert "The images were accepted and will be inspected" in answer.json()["error"]
+        assert "The images were accepted and will be inspected" in answer.json()["detail"]
         free.set()
         while service.waiting:
             pass
@@ -202,7 +203,7 @@ def test_filters(client, inspected):
 def test_malformed_filters(client, query):
     answer = client.get(f"/v1/inspections?{query}")
     assert answer.status_code == 422
-    assert query.partition("=")[0] in answer.json()["error"]
+    assert query.partition("=")[0] in answer.json()["detail"]
 
 
 def test_image_map_and_overlay(client, loaded, photos, inspected):
@@ -242,14 +243,14 @@ def test_a_box_and_the_good_image_that_it_was_compared_with(client, service, pho
     assert answer(1, "seen").status_code == 200
     for missing in (answer(1, "expected"), answer(2, "seen"), answer(0, "expected", id=other.id)):
         assert missing.status_code == 404
-        assert missing.json()["error"]
+        assert missing.json()["detail"]
 
 
 def test_an_unreadable_image_has_no_image_map_and_overlay(client, service):
     client.post("/v1/inspect", files=[("images", ("bad", b"x"))])
     for what in ("image", "map", "overlay"):
         answer = client.get(f"/v1/inspections/1/{what}")
-        assert (answer.status_code, answer.json()["error"]) == (
+        assert (answer.status_code, answer.json()["detail"]) == (
             404,
             "The image of inspection 1 could not be read.",
         )
@@ -258,18 +259,20 @@ def test_an_unreadable_image_has_no_image_map_and_overlay(client, service):
 def test_an_image_that_retention_removed(client, service, inspected):
     list(service.store.shrink(max_bytes=0))
     answer = client.get("/v1/inspections/1/image")
-    assert (answer.status_code, "was removed by retention" in answer.json()["error"]) == (404, True)
+    assert (answer.status_code, answer.json()["code"]) == (410, "image_gone")
+    assert "was removed by retention" in answer.json()["detail"]
     assert client.get("/v1/inspections/1").json()["verdict"] == inspected[-1]["verdict"]
 
 
-def test_a_missing_or_changed_file_answers_503(client, service, inspected):
+def test_a_changed_file_answers_503_and_a_missing_one_410(client, service, inspected):
     stored = service.store.inspection(1).image
     path = service.files.folder / stored.image_hash[:2] / stored.image_hash
     path.write_bytes(b"changed")
     answer = client.get("/v1/inspections/1/image")
-    assert (answer.status_code, "changed on disk" in answer.json()["error"]) == (503, True)
+    assert (answer.status_code, "changed on disk" in answer.json()["detail"]) == (503, True)
     path.unlink()
-    assert client.get("/v1/inspections/1/overlay").status_code == 503
+    answer = client.get("/v1/inspections/1/overlay")
+    assert (answer.status_code, answer.json()["code"]) == (410, "image_gone")
 
 
 def test_reviews(client, inspected):
@@ -294,11 +297,11 @@ def test_reviews(client, inspected):
 
 def test_not_found(client):
     answer = client.get("/v1/inspections/99")
-    assert (answer.status_code, answer.json()["error"]) == (
+    assert (answer.status_code, answer.json()["detail"]) == (
         404,
         "There is no inspection 99. GET /v1/inspections lists them.",
     )
-    assert client.get("/nowhere").json() == {"error": "Not Found"}
+    assert client.get("/nowhere").json()["code"] == "not_found"
     assert client.delete("/v1/model").status_code == 405
 
 
@@ -324,7 +327,7 @@ def test_change_of_the_false_alarm_rate(client, inspected):
     refused = client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.001})
     assert (
         refused.status_code,
-        "at least 999 independent groups of held-out normal images" in refused.json()["error"],
+        "at least 999 independent groups of held-out normal images" in refused.json()["detail"],
     ) == (
         422,
         True,
@@ -391,9 +394,10 @@ def test_health_and_metrics(client, service, monkeypatch, photos):
     def away():
         raise DataError("the database is away")
 
-    monkeypatch.setattr(service.store, "ping", away)
+    monkeypatch.setattr(service.store, "check_writable", away)
+    monkeypatch.setattr(service_module, "PROBE_SECONDS", 0)
     answer = client.get("/readyz")
-    assert (answer.status_code, answer.json()["error"]) == (503, "the database is away")
+    assert (answer.status_code, answer.json()["detail"]) == (503, "the database is away")
     assert client.get("/healthz").status_code == 200
 
 
@@ -413,7 +417,7 @@ def test_internal_errors_are_answered_without_details(client, service, photos, m
 
     monkeypatch.setattr(service.detector, "scores", fail)
     answer = client.post("/v1/inspect", files=form(photos[0]))
-    assert (answer.status_code, words in answer.json()["error"]) == (status, True)
+    assert (answer.status_code, words in answer.json()["detail"]) == (status, True)
     assert "secret" not in answer.text
 
 

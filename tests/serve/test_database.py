@@ -51,7 +51,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0004"
+down_revision = "0005"
 
 
 def upgrade():
@@ -71,7 +71,7 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0004. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0005. Upgrade with"):
         Store.open(database_url)
 
 
@@ -224,7 +224,7 @@ def test_a_lost_connection_is_replaced(postgres):
     with closing(Store.open(url)) as store:
         store.add([inspection()])
         postgres.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
-        store.ping()
+        store.check_writable()
         assert store.count(ALL) == 1
 
 

@@ -94,7 +94,7 @@ def test_a_body_that_exceeds_the_limit_is_refused(limits):
         await request.part(60)
         await request.part(41)
         assert await ended(request) == 413
-        assert "more than 100 bytes" in json.loads(request.body)["error"]
+        assert "more than 100 bytes" in json.loads(request.body)["detail"]
         following = Request(limits)
         await following.part(100, last=True)
         assert await ended(following) == 200
@@ -132,7 +132,7 @@ def test_a_body_that_does_not_arrive_in_time(limits):
         request = Request(limits)
         await request.part(10)
         assert await ended(request) == 408
-        assert "had not arrived after 0.2 s" in json.loads(request.body)["error"]
+        assert "had not arrived after 0.2 s" in json.loads(request.body)["detail"]
 
     asyncio.run(walk())
 

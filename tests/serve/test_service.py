@@ -18,7 +18,7 @@ from normweave.errors import BundleError, CheckError
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
 from normweave.serve.records import Filter, NotFoundError
-from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload, media_type, png
+from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload
 
 
 @pytest.fixture
@@ -356,20 +356,6 @@ def test_a_file_with_a_newer_reference_is_not_removed(start, photos):
 
 
 # ── images ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_png_shrinks_and_never_enlarges():
-    pixels = np.zeros((40, 80, 3), np.uint8)
-    assert Image.open(io.BytesIO(png(pixels, max_side=20))).size == (20, 10)
-    assert Image.open(io.BytesIO(png(pixels, max_side=200))).size == (80, 40)
-
-
-@pytest.mark.parametrize("name", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])
-def test_media_type(name):
-    content = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(content, name)
-    assert media_type(content.getvalue()) == f"image/{name.lower()}"
-    assert media_type(b"<svg onload=alert(1)>") == "application/octet-stream"
 
 
 def test_each_start_records_the_bundle_and_the_one_before(service, loaded, monkeypatch):

@@ -5,36 +5,42 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException
 
-from normweave.errors import CheckError, ConfigError, NormweaveError
 from normweave.maps.overlay import heat, overlay
 from normweave.references import seen
-from normweave.serve import metrics, records, schemas
+from normweave.serve import handlers, metrics, records, schemas
 from normweave.serve.access import Access
-from normweave.serve.limits import RETRY_SECONDS
-from normweave.serve.records import Filter, Inspection, LastTokenError, NotFoundError, Source, StoredImage, Token
-from normweave.serve.service import BusyError, ImageReader, InspectionService, Upload, npy, png
+from normweave.serve.handlers import messages, refuse_unknown_parameters
+from normweave.serve.openapi import (
+    BODY,
+    BYTES,
+    FORM,
+    IMAGES,
+    INSPECT_BODY,
+    JSON,
+    TOKEN,
+    complete_document,
+    image_response,
+    problem_responses,
+)
+from normweave.serve.problems import ProblemError
+from normweave.serve.records import Filter, Inspection, Source, StoredImage, Token
+from normweave.serve.rendering import ImageReader, npy, png
+from normweave.serve.service import InspectionService, Upload
 from normweave.serve.watch import Watch
 from normweave.types import Verdict
 
-IMAGES = "images"
-"""Form field of the images."""
 PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
-JSON = "application/json"
-FORM = "multipart/form-data"
-BYTES = "application/octet-stream"
 
 
 def add_api(app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None) -> None:
@@ -43,12 +49,11 @@ def add_api(app: FastAPI, service: InspectionService, access: Access | None, wat
     Args:
         access: None: the routes of tokens are left out.
     """
-    app.include_router(_open_routes(service, watch))
-    app.include_router(_routes(service))
-    if access is not None:
-        app.include_router(_token_routes(access))
-    for error, answer in _ERRORS.items():
-        app.add_exception_handler(error, answer)
+    routers = [_open_routes(service, watch), _routes(service), *([] if access is None else [_token_routes(access)])]
+    for router in routers:
+        app.include_router(router)
+    complete_document(app)
+    handlers.add_handlers(app, [route for router in routers for route in router.routes])
 
 
 # ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -72,28 +77,11 @@ def _engineer(request: Request) -> Token:
 AnyToken = Annotated[Token, Depends(_token)]
 Engineer = Annotated[Token, Depends(_engineer)]
 Id = Annotated[int, Path(ge=1, le=2**53)]
+_DEPENDENCIES: list[Any] = [Security(TOKEN), Depends(refuse_unknown_parameters)]
 MaxSide = Annotated[
     int | None,
     Query(ge=16, le=20_000, description="Maximum width and height in pixels; larger images are shrunk."),
 ]
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the OpenAPI descriptions of these error answers."""
-    reasons = {
-        400: "The request cannot be understood.",
-        401: "No token, or one that is unknown, expired or revoked.",
-        403: "The role of the token does not allow this, or a login was used where a token is needed.",
-        404: "Not found.",
-        409: "The last valid token of an engineer cannot be revoked.",
-        408: "The request did not arrive in time.",
-        413: "Too many bytes or images.",
-        415: "The content type is not supported.",
-        422: "A value is out of range.",
-        429: "Too many images are waiting. Send the request again after Retry-After seconds.",
-        503: "The server cannot answer at the moment.",
-    }
-    return {status: {"model": schemas.Problem, "description": reasons[status]} for status in statuses}
 
 
 # ── routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -102,14 +90,16 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
     router = APIRouter(tags=["health"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="Check that the process runs")
     async def healthz() -> schemas.Health:
         return schemas.Health()
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz",
         summary="Check that the server can inspect and store images",
-        responses=_problems(503),
+        responses=problem_responses(503),
         response_model_exclude_unset=True,
     )
     async def readyz() -> schemas.Ready:
@@ -123,7 +113,7 @@ def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
 
 
 def _routes(service: InspectionService) -> APIRouter:
-    router = APIRouter(responses=_problems(401, 403))
+    router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
 
     async def render(
         stored: StoredImage, work: Callable[[ImageReader], bytes], *, media_type: str = "image/png"
@@ -135,8 +125,8 @@ def _routes(service: InspectionService) -> APIRouter:
         summary="Inspect images",
         description="Inspections are answered in the order of the images, and stored before the answer is sent. An "
         "image that cannot be read has `error` set and does not affect the others.",
-        responses=_problems(400, 408, 413, 415, 422, 429, 503),
-        openapi_extra=_INSPECT_BODY,
+        responses=problem_responses(*BODY, 415),
+        openapi_extra=INSPECT_BODY,
     )
     async def inspect(
         request: Request,
@@ -148,15 +138,15 @@ def _routes(service: InspectionService) -> APIRouter:
             async with asyncio.timeout(service.config.answer_seconds):
                 inspections = await service.inspect(uploads, source="api", actor=token.name, token=token.id)
         except TimeoutError:
-            raise HTTPException(
+            raise ProblemError(
                 503,
                 f"No answer within {service.config.answer_seconds:g} s. The images were accepted and will be "
                 "inspected: read the results with GET /v1/inspections.",
-                headers={"Retry-After": str(RETRY_SECONDS)},
+                code="answer_timeout",
             ) from None
         return schemas.InspectOut(inspections=[schemas.InspectionOut.of(one) for one in inspections])
 
-    @router.get("/v1/inspections", summary="List inspections, newest first", responses=_problems(422, 503))
+    @router.get("/v1/inspections", summary="List inspections, newest first")
     async def inspections(
         chosen: Annotated[Filter, Depends(_filter)],
         before: Annotated[int | None, Query(ge=1, le=2**53, description="Only inspections with a lower id.")] = None,
@@ -168,7 +158,7 @@ def _routes(service: InspectionService) -> APIRouter:
             next=found[-1].id if len(found) == limit else None,
         )
 
-    @router.get("/v1/inspections/{id}", summary="Read an inspection", responses=_problems(404, 422, 503))
+    @router.get("/v1/inspections/{id}", summary="Read an inspection", responses=problem_responses(404))
     async def inspection(id: Id) -> schemas.InspectionDetail:
         found = await service.inspection(id)
         reviews = await asyncio.to_thread(service.store.reviews, id)
@@ -178,7 +168,7 @@ def _routes(service: InspectionService) -> APIRouter:
         "/v1/inspections/{id}/image",
         summary="Read the image",
         response_class=Response,
-        responses=_problems(404, 422, 503) | _content("image/*"),
+        responses=problem_responses(404, 410) | image_response("image/*"),
     )
     async def image(
         id: Id,
@@ -198,7 +188,7 @@ def _routes(service: InspectionService) -> APIRouter:
         summary="Read the anomaly map",
         description="A PNG with transparency to show over the image, or the (height, width) float32 values as .npy.",
         response_class=Response,
-        responses=_problems(404, 422, 503) | _content("image/png", BYTES),
+        responses=problem_responses(404, 410) | image_response("image/png", BYTES),
     )
     async def anomaly_map(id: Id, format: Literal["png", "npy"] = "png", max_side: MaxSide = None) -> Response:
         stored = _stored_image(await service.inspection(id))
@@ -215,7 +205,7 @@ def _routes(service: InspectionService) -> APIRouter:
         operation_id="laid_over_v1_inspections__id__overlay_get",  # used by clients generated from the schema
         summary="Read the image in grey, with the regions above the threshold in colour",
         response_class=Response,
-        responses=_problems(404, 422, 503) | _content("image/png"),
+        responses=problem_responses(404, 410) | image_response("image/png"),
     )
     async def map_overlay(id: Id, max_side: MaxSide = None) -> Response:
         stored = _stored_image(await service.inspection(id))
@@ -230,7 +220,7 @@ def _routes(service: InspectionService) -> APIRouter:
         "/v1/inspections/{id}/boxes/{number}/{side}",
         summary="Read the surroundings of a box, or of the region of a good image that it was compared with",
         response_class=Response,
-        responses=_problems(404, 422, 503) | _content("image/png"),
+        responses=problem_responses(404, 410) | image_response("image/png"),
     )
     async def box(
         id: Id,
@@ -249,7 +239,9 @@ def _routes(service: InspectionService) -> APIRouter:
             raise HTTPException(404, f"This bundle has no picture of the good image of box {number}.")
         return await render(stored, lambda _: png(references.expected(chosen)))
 
-    @router.post("/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=_problems(404, 422, 503))
+    @router.post(
+        "/v1/inspections/{id}/review", summary="Add a reviewer decision", responses=problem_responses(*BODY, 404)
+    )
     async def review(id: Id, body: schemas.ReviewIn, token: AnyToken) -> schemas.InspectionOut:
         inspection = await service.review(
             id, decision=body.decision, reviewer=token.name, token=token.id, comment=body.comment
@@ -263,7 +255,6 @@ def _routes(service: InspectionService) -> APIRouter:
     @router.get(
         "/v1/model/preview",
         summary="Preview verdicts of the newest inspections at another false-alarm rate",
-        responses=_problems(422, 503),
     )
     async def preview(
         false_alarm_rate: Annotated[float, Query(gt=0, lt=1)],
@@ -274,7 +265,7 @@ def _routes(service: InspectionService) -> APIRouter:
     @router.put(
         "/v1/model/false-alarm-rate",
         summary="Change the false-alarm rate; for engineers",
-        responses=_problems(422, 503),
+        responses=problem_responses(*BODY),
     )
     async def change_rate(body: schemas.RateIn, engineer: Engineer) -> schemas.ModelOut:
         await service.change_rate(body.false_alarm_rate, actor=engineer.name, token=engineer.id)
@@ -283,7 +274,6 @@ def _routes(service: InspectionService) -> APIRouter:
     @router.get(
         "/v1/model/rates",
         summary="List changes of the false-alarm rate, oldest first; for engineers",
-        responses=_problems(503),
     )
     async def rates(_: Engineer) -> list[schemas.RateChangeOut]:
         changes = await asyncio.to_thread(service.store.rates)
@@ -292,7 +282,6 @@ def _routes(service: InspectionService) -> APIRouter:
     @router.get(
         "/v1/audit",
         summary="List the events of the audit, newest first; for engineers",
-        responses=_problems(422, 503),
     )
     async def audit(
         _: Engineer,
@@ -314,9 +303,9 @@ def _routes(service: InspectionService) -> APIRouter:
 
 
 def _token_routes(access: Access) -> APIRouter:
-    router = APIRouter(responses=_problems(401, 403), tags=["tokens"])
+    router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503), tags=["tokens"])
 
-    @router.get("/v1/tokens", summary="List tokens, without their secrets; for engineers", responses=_problems(503))
+    @router.get("/v1/tokens", summary="List tokens, without their secrets; for engineers")
     async def tokens(_: Engineer) -> list[schemas.TokenOut]:
         return [schemas.TokenOut.model_validate(token) for token in await asyncio.to_thread(access.tokens)]
 
@@ -324,7 +313,7 @@ def _token_routes(access: Access) -> APIRouter:
         "/v1/tokens",
         summary="Create a token; the answer is the only one with its secret; for engineers",
         status_code=201,
-        responses=_problems(422, 503),
+        responses=problem_responses(*BODY),
     )
     async def make(body: schemas.TokenIn, engineer: Engineer) -> schemas.TokenMade:
         new = await asyncio.to_thread(
@@ -337,7 +326,7 @@ def _token_routes(access: Access) -> APIRouter:
         )
         return schemas.TokenMade.model_validate(vars(new.token) | {"token": new.secret})
 
-    @router.delete("/v1/tokens/{id}", summary="Revoke a token; for engineers", responses=_problems(404, 409, 422, 503))
+    @router.delete("/v1/tokens/{id}", summary="Revoke a token; for engineers", responses=problem_responses(404, 409))
     async def revoke(id: Id, engineer: Engineer) -> schemas.TokenOut:
         token = await asyncio.to_thread(access.revoke, id, actor=engineer.name, by=engineer.id)
         return schemas.TokenOut.model_validate(token)
@@ -346,29 +335,6 @@ def _token_routes(access: Access) -> APIRouter:
 
 
 # ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_INSPECT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            FORM: {
-                "schema": {
-                    "type": "object",
-                    "required": [IMAGES],
-                    "properties": {
-                        IMAGES: {
-                            "type": "array",
-                            "minItems": 1,
-                            "items": {"type": "string", "contentMediaType": BYTES},
-                        }
-                    },
-                }
-            },
-            JSON: {"schema": schemas.InspectIn.model_json_schema()},
-            BYTES: {"schema": {"type": "string", "contentMediaType": BYTES}},
-        },
-    }
-}
 
 
 async def _uploads(request: Request, service: InspectionService, name: str) -> list[Upload]:
@@ -430,7 +396,7 @@ def _from_json(body: bytes) -> list[Upload]:
     try:
         parsed = schemas.InspectIn.model_validate_json(body)
     except ValidationError as error:
-        raise HTTPException(422, _messages(error.errors(include_url=False, include_input=False))) from error
+        raise HTTPException(422, messages(error.errors(include_url=False, include_input=False))) from error
     uploads = []
     for image in parsed.images:
         try:
@@ -484,14 +450,11 @@ def _utc(time: datetime | None) -> datetime | None:
 
 def _stored_image(inspection: Inspection) -> StoredImage:
     if inspection.image is None:
-        why = "could not be read" if inspection.outcome.error is not None else "was removed by retention"
-        raise HTTPException(404, f"The image of inspection {inspection.id} {why}.")
+        what = f"The image of inspection {inspection.id}"
+        if inspection.outcome.error is not None:
+            raise ProblemError(404, f"{what} could not be read.", code="image_unreadable")
+        raise ProblemError(410, f"{what} was removed by retention.", code="image_gone")
     return inspection.image
-
-
-def _content(*types: str) -> dict[int | str, dict[str, Any]]:
-    schema = {"type": "string", "contentMediaType": BYTES}
-    return {200: {"content": {name: {"schema": schema} for name in types}, "description": "The image."}}
 
 
 def _model(service: InspectionService) -> schemas.ModelOut:
@@ -512,53 +475,3 @@ def _model(service: InspectionService) -> schemas.ModelOut:
         operating_points=calibration.as_dict()["operating_points"],
         waiting=service.waiting,
     )
-
-
-# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _problem(status: int, reason: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": reason}, status_code=status, headers=headers)
-
-
-def _messages(errors: Any) -> str:
-    """Return the first ten validation errors in one line."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in error['loc']) or 'body'}: {error['msg']}" for error in list(errors)[:10]
-    )
-
-
-async def _http(_: Request, error: Exception) -> Response:
-    assert isinstance(error, StarletteHTTPException)
-    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
-
-
-async def _validation(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return _problem(422, _messages(error.errors()))
-
-
-async def _internal(_: Request, error: Exception) -> Response:
-    return _problem(500, f"Internal error of the server: {type(error).__name__}. See its log for details.")
-
-
-def _answer(status: int) -> Callable[[Request, Exception], Awaitable[Response]]:
-    headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else None
-
-    async def answer(_: Request, error: Exception) -> Response:
-        return _problem(status, str(error), headers)
-
-    return answer
-
-
-_ERRORS: dict[type[Exception], Callable[[Request, Exception], Awaitable[Response]]] = {
-    StarletteHTTPException: _http,
-    RequestValidationError: _validation,
-    BusyError: _answer(429),
-    NotFoundError: _answer(404),
-    LastTokenError: _answer(409),
-    CheckError: _answer(422),
-    ConfigError: _answer(422),
-    NormweaveError: _answer(503),  # of the store, a file, the bundle, or a stopping server: other requests fail too
-    Exception: _internal,
-}

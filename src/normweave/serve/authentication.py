@@ -9,10 +9,9 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from normweave.serve import login
+from normweave.serve import login, problems
 from normweave.serve.access import Access
 from normweave.serve.records import Token
 
@@ -136,8 +135,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: _RefusedErr
         await send({"type": "websocket.close", "code": 4000 + error.status, "reason": error.reason})
         return
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
-    response: Response = JSONResponse({"error": error.reason}, status_code=error.status, headers=headers)
-    await response(scope, receive, send)
+    await problems.answer(error.status, error.reason, headers=headers)(scope, receive, send)
 
 
 def _with_header(send: Send, name: bytes, value: bytes) -> Send:

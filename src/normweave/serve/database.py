@@ -98,11 +98,6 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
 
-    def ping(self) -> None:
-        """Raise StoreError if the database does not answer."""
-        with self.reading() as connection:
-            connection.execute(select(1))
-
     def reading(self) -> AbstractContextManager[Connection]:
         """Return a transaction that only reads.
 

@@ -31,6 +31,10 @@ class ContentError(DataError):
     """A file is missing, was changed, or its hash is malformed."""
 
 
+class MissingFileError(ContentError):
+    """A file is missing."""
+
+
 class Files:
     """A folder of files, for one server at a time.
 
@@ -70,6 +74,14 @@ class Files:
         """Release the folder for another server."""
         self._lock.close()
 
+    def check_writable(self) -> None:
+        """Raise OSError if no file can be written now."""
+        probe = self.folder / f"{self._partial}probe"
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
+
     def put(self, content: bytes) -> str:
         """Write a content and return its hash. The file survives a power failure once this method has returned.
 
@@ -107,7 +119,7 @@ class Files:
         try:
             content = self._path(digest).read_bytes()
         except FileNotFoundError as error:
-            raise ContentError(
+            raise MissingFileError(
                 f"The file {digest} is not in {self.folder}. It was removed by retention or by another program."
             ) from error
         if hashlib.sha256(content).hexdigest() != digest:

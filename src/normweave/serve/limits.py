@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from normweave.errors import NormweaveError
+from normweave.serve import handlers, problems
 from normweave.serve.config import ServeConfig
 
-RETRY_SECONDS = 1
+log = logging.getLogger(__name__)
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -105,6 +107,10 @@ class LimitsMiddleware:
             if (length := _length(scope)) is not None and length > self._config.max_request_bytes:
                 take(length)
             await self._app(scope, limited_receive, send_with_headers)
+        except NormweaveError as error:  # of the authentication; those of routes are answered there
+            if refused is None and not started:
+                log.warning("A request could not be authenticated: %s", error)
+                await handlers.unavailable(scope)(scope, receive, send_with_headers)
         except Exception:
             if refused is None or started:
                 raise
@@ -112,8 +118,7 @@ class LimitsMiddleware:
             self._arriving -= held
         if refused is not None and not started:
             started = True
-            headers = {"Connection": "close"} | ({"Retry-After": str(RETRY_SECONDS)} if refused.status == 429 else {})
-            answer = JSONResponse({"error": str(refused)}, status_code=refused.status, headers=headers)
+            answer = problems.answer(refused.status, str(refused), headers={"Connection": "close"})
             await answer(scope, receive, send_with_headers)
 
 

@@ -19,6 +19,7 @@ CODES = {
     404: "not_found",
     405: "method_not_allowed",
     408: "request_timeout",
+    409: "conflict",
     410: "gone",
     413: "too_large",
     415: "unsupported_content_type",

@@ -66,6 +66,16 @@ class StoredImage:
     """Threshold of the anomaly map, in its own units."""
 
 
+class RequestPart(NamedTuple):
+    """The place of an image in a request that was sent with an Idempotency-Key."""
+
+    key: str
+    hash: str
+    """SHA-256 of all names and images of the request."""
+    place: int
+    """Counts from 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
     """An image with its outcome, who sent it, and its review."""
@@ -91,6 +101,8 @@ class Inspection:
     """None: the image could not be read, or retention has removed it."""
     review: Review | None = None
     """The last decision, unless it was undone."""
+    request: RequestPart | None = None
+    """None: it was sent without a key."""
 
 
 class ScoredImage(NamedTuple):

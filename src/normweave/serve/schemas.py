@@ -95,9 +95,13 @@ def outcome_model(outcome: type[Outcome], *, base: type[BaseModel] = BaseModel) 
 
 
 class Problem(BaseModel):
-    """Reason why a request failed."""
+    """Reason why a request failed (RFC 9457)."""
 
-    error: str
+    type: str
+    title: Annotated[str, Field(description="Name of the status.")]
+    status: int
+    detail: Annotated[str, Field(description="What is wrong and what to do, for people; its text may change.")]
+    code: Annotated[str, Field(description="What is wrong, for programs; it does not change.")]
 
 
 class _FromRecord(BaseModel):

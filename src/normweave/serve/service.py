@@ -10,7 +10,6 @@ are in the service at a time; further ones are refused with BusyError.
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import queue
 import shutil
@@ -24,11 +23,6 @@ from datetime import UTC, datetime, timedelta
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from normweave import scoring
 from normweave.data import images
 from normweave.detector import Detector
 from normweave.errors import DataError, ImageError, NormweaveError
@@ -48,6 +42,7 @@ from normweave.serve.records import (
     Source,
     StoredImage,
 )
+from normweave.serve.rendering import ImageReader, media_type, npy
 from normweave.serve.store import Store
 from normweave.types import Outcome
 
@@ -58,6 +53,8 @@ DECODERS = 2
 """Number of threads that decode images."""
 RETENTION_SECONDS = 600.0
 """Time between two runs of the retention."""
+PROBE_SECONDS = 0.3
+"""How long the result of a test whether the store can be written is used again."""
 PREVIEW_IMAGES = 10_000
 """Number of inspections that the preview of a false-alarm rate uses."""
 
@@ -139,6 +136,9 @@ class InspectionService:
         self.waiting = 0
         self._stopping = False
         self._scoring_since: float | None = None
+        self._probe_lock = threading.Lock()
+        self._probed: NormweaveError | None = None
+        self._probed_at = -PROBE_SECONDS
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(DECODERS, thread_name_prefix="read")
         self._opened: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -184,12 +184,28 @@ class InspectionService:
                     f"The network has been scoring the same images for {seconds:.0f} s, which should take at most "
                     f"{self.config.score_seconds:g} s. Restart the server if this does not end."
                 )
-        if (free := shutil.disk_usage(self.files.folder).free) < self.config.max_request_bytes:
-            raise StoreError(
-                f"The disk of {self.files.folder} has {free:,} bytes free, less than one request may have. "
-                "Free disk space, or keep less (--keep-days, --keep-gib)."
-            )
-        self.store.ping()
+        with self._probe_lock:  # one test a second for all callers, since anyone may ask
+            if time.monotonic() >= self._probed_at + PROBE_SECONDS:
+                self._probed, self._probed_at = None, time.monotonic()
+                try:
+                    self._check_writable()
+                except NormweaveError as error:
+                    self._probed, self._probed_at = error, time.monotonic()
+            if self._probed is not None:
+                raise self._probed
+
+    def _check_writable(self) -> None:
+        try:
+            free = shutil.disk_usage(self.files.folder).free
+            if free < self.config.max_request_bytes:
+                raise StoreError(
+                    f"The disk of {self.files.folder} has {free:,} bytes free, less than one request may have. "
+                    "Free disk space, or keep less (--keep-days, --keep-gib)."
+                )
+            self.files.check_writable()
+        except OSError as error:
+            raise _not_written(self.files, error) from error
+        self.store.check_writable()
 
     # ── from an upload to a stored inspection ────────────────────────────────────────────────────────────────────────
 
@@ -338,12 +354,7 @@ class InspectionService:
                 with self.files.write_lock:
                     stored = self.store.add([self._inspection(job) for job in batch])
             except BaseException as error:
-                if isinstance(error, OSError):
-                    error = StoreError(
-                        f"The images cannot be written to {self.files.folder}: {error}. Free disk space, or repair "
-                        "the disk."
-                    )
-                _fail(batch, error)
+                _fail(batch, _not_written(self.files, error) if isinstance(error, OSError) else error)
                 continue
             for job, inspection in zip(batch, stored, strict=True):
                 self.metrics.observe(inspection, seconds=job.seconds)
@@ -525,55 +536,8 @@ class InspectionService:
         self._readers.shutdown(wait=True)
 
 
-class ImageReader:
-    """The image of an inspection and its anomaly map, both computed on each call."""
-
-    def __init__(self, files: Files, stored: StoredImage) -> None:
-        self._files = files
-        self._stored = stored
-
-    def image(self) -> NDArray[np.uint8]:
-        """Return the image, (H, W, 3)."""
-        return images.decode(self._files.read(self._stored.image_hash))
-
-    def anomaly_map(self) -> NDArray[np.float32]:
-        """Return the anomaly map, (H, W)."""
-        grids = np.load(io.BytesIO(self._files.read(self._stored.grids_hash)), allow_pickle=False)
-        tiles = self._stored.tiles
-        size = (max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles))
-        return scoring.anomaly_map(grids, tiles, size, smoothing=self._stored.smoothing)
-
-
-def png(pixels: NDArray[np.uint8], *, max_side: int | None = None) -> bytes:
-    """Encode (H, W, 3 or 4) pixels as PNG, shrunk so that height and width are at most `max_side`."""
-    image = Image.fromarray(pixels)
-    if max_side is not None:
-        image.thumbnail((max_side, max_side))
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=3)
-    return content.getvalue()
-
-
-def npy(array: NDArray[np.float32]) -> bytes:
-    """Encode an array as an .npy file."""
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=False)
-    return content.getvalue()
-
-
-_MEDIA_TYPES = (
-    (b"\x89PNG", "image/png"),
-    (b"\xff\xd8", "image/jpeg"),
-    (b"BM", "image/bmp"),
-    (b"II", "image/tiff"),
-    (b"MM", "image/tiff"),
-    (b"RIFF", "image/webp"),
-)
-
-
-def media_type(content: bytes) -> str:
-    """Return the MIME type of an image file by its first bytes."""
-    return next((name for start, name in _MEDIA_TYPES if content.startswith(start)), "application/octet-stream")
+def _not_written(files: Files, error: OSError) -> StoreError:
+    return StoreError(f"The images cannot be written to {files.folder}: {error}. Free disk space, or repair the disk.")
 
 
 def _not_found(id: int) -> NotFoundError:

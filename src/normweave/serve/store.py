@@ -44,6 +44,7 @@ from normweave.serve.tables import (
     AUDIT,
     EPOCH,
     INSPECTIONS,
+    PROBE,
     RATES,
     REVIEW,
     REVIEWS,
@@ -87,9 +88,10 @@ class Store:
         """Close all connections."""
         self.database.close()
 
-    def ping(self) -> None:
-        """Raise StoreError if the database does not answer."""
-        self.database.ping()
+    def check_writable(self) -> None:
+        """Raise StoreError if the database does not answer, or a record could not be stored now."""
+        with self.database.writing() as connection:
+            connection.execute(update(PROBE).values(at=datetime.now(UTC)))
 
     def _read(self, query: Executable) -> Sequence[Row[Any]]:
         with self.database.reading() as connection:

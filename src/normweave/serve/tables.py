@@ -30,7 +30,7 @@ from sqlalchemy import (
     TypeDecorator,
 )
 
-from normweave.serve.records import NAME_LENGTH, Inspection, Review, StoredImage
+from normweave.serve.records import NAME_LENGTH, Inspection, RequestPart, Review, StoredImage
 from normweave.types import Outcome, OutcomeColumn, Tile
 
 SHORT, LONG = 255, 4000
@@ -124,6 +124,10 @@ INSPECTIONS = Table(
     Column("tiles", Json),
     Column("smoothing", Float(53)),
     Column("map_threshold", Float(53)),
+    # RequestPart; all NULL without one
+    Column("request_key", BoundedText(SHORT)),
+    Column("request_hash", BoundedText(64)),
+    Column("request_place", Integer),
     # a copy of the current review, so that lists need no join
     Column("decision", BoundedText(SHORT)),
     Column("reviewed_at", Timestamp),
@@ -135,6 +139,7 @@ INSPECTIONS = Table(
     Index("inspections_name", "name", "id"),
     Index("inspections_decision", "decision", "id"),
     Index("inspections_bundle_hash", "bundle_hash", "id"),
+    Index("inspections_request_key", "request_key", "id"),
     Index("inspections_image_hash", "image_hash", "id", "image_bytes"),
     Index("inspections_grids_hash", "grids_hash", "id", "grids_bytes"),
 )
@@ -191,6 +196,8 @@ SESSIONS = Table(
     Column("created_at", Timestamp, nullable=False),
     Column("used_at", Timestamp, nullable=False),
 )
+PROBE = Table("probe", METADATA, Column("id", Integer, primary_key=True), Column("at", Timestamp))
+"""One row, written to test whether the database can be written."""
 
 STORED_IMAGE = tuple(field.name for field in fields(StoredImage))
 """Columns of a `StoredImage`."""
@@ -212,6 +219,7 @@ def to_row(inspection: Inspection) -> dict[str, Any]:
         {name: getattr(inspection, name) for name in _ARRIVAL}
         | {column.name: getattr(inspection.outcome, column.name) for column in _OUTCOME}
         | {name: getattr(inspection.image, name, None) for name in STORED_IMAGE}
+        | {f"request_{name}": getattr(inspection.request, name, None) for name in RequestPart._fields}
     )
 
 
@@ -224,11 +232,13 @@ def to_inspection(row: Row[Any]) -> Inspection:
         else values[column.name]
         for column in _OUTCOME
     }
-    image = review = None
+    image = review = request = None
     if row.image_hash is not None:
         image = StoredImage(**{name: values[name] for name in STORED_IMAGE})
         image = replace(image, tiles=tuple(Tile(*tile) for tile in row.tiles))
     if row.decision is not None:
         review = Review(**{name: values[column] for name, column in REVIEW.items()})
+    if row.request_key is not None:
+        request = RequestPart(row.request_key, row.request_hash, row.request_place)
     arrival = {name: values[name] for name in _ARRIVAL}
-    return Inspection(id=row.id, outcome=Outcome(**outcome), image=image, review=review, **arrival)
+    return Inspection(id=row.id, outcome=Outcome(**outcome), image=image, review=review, request=request, **arrival)

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from nicegui import app as nicegui
 from nicegui import ui
 
+from normweave.serve import handlers, problems
 from normweave.serve.pages.frame import TEMPLATE, Page, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.records import Token
@@ -47,7 +48,7 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
             content += part
             if len(content) > service.config.max_image_bytes:
                 most = f"{service.config.max_image_bytes:,}"
-                return JSONResponse({"error": f"only images of up to {most} bytes are accepted."}, status_code=413)
+                return problems.answer(413, f"only images of up to {most} bytes are accepted.")
         image = Upload(name=name, content=bytes(content))
         person = _person(request)
         (inspection,) = await service.inspect([image], source="page", actor=person.name, token=person.id)
@@ -58,10 +59,11 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
         try:
             chosen = filter_of(request.query_params)
         except ValueError as error:
-            return JSONResponse({"error": str(error)}, status_code=422)
+            return problems.answer(422, str(error))
         headers = {"Content-Disposition": 'attachment; filename="normweave-history.csv"'}
         return StreamingResponse(csv_lines(service.store, chosen), media_type="text/csv", headers=headers)
 
+    handlers.add_page_handlers(app, nicegui)
     nicegui.storage.max_tab_storage_age = TAB_SECONDS
     ui.run_with(
         app,

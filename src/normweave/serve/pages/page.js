@@ -54,11 +54,11 @@ window.normweave = (() => {
     const until = Date.now() + RETRY_MS;
     for (;;) {
       const answer = await fetch(`/upload?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file }).catch(
-        () => ({ status: 0, json: () => ({ error: "the server cannot be reached." }) }),
+        () => ({ status: 0, json: () => ({ detail: "the server cannot be reached." }) }),
       );
       const result = await answer.json();
       if (answer.status === 200) return result.id;
-      if (![0, 429, 503].includes(answer.status) || Date.now() > until) throw new Error(result.error);
+      if (![0, 429, 503].includes(answer.status) || Date.now() > until) throw new Error(result.detail);
       await new Promise((resolve) => setTimeout(resolve, 500));
     }
   }

@@ -37,6 +37,10 @@ def test_an_engineer_applies_another_rate(visit, server):
     number.fill("0.5")
     expect(page.locator(".refused")).to_contain_text("needs at least 199 independent groups")
     expect(apply).to_be_disabled()
+    expect(page.locator(".refused")).not_to_contain_text("_")
+    number.fill("100")
+    expect(page.locator(".refused")).to_contain_text("below 100")
+    expect(number).to_have_value("100")  # the slider ends at 50 %
     number.fill("30")
     expect(page.locator(".preview")).to_contain_text("would get another verdict at 30")
     expect(page.get_by_text("new limit")).to_be_visible()

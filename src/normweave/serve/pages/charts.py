@@ -26,26 +26,39 @@ STEPS: dict[Bucket, timedelta] = {
 }
 
 
-def histogram(normals: ArrayLike, stored: ArrayLike, *, limit: float, moved: float | None) -> str:
+def histogram(
+    normals: ArrayLike,
+    stored: ArrayLike,
+    *,
+    limit: float,
+    moved: float | None,
+    relative: bool = False,
+    limits: tuple[str, str | None] | None = None,
+) -> str:
     """Draw scores of held-out good parts upwards, of stored inspections downwards, and the limit across both.
 
     Args:
         limit: the threshold.
         moved: another threshold to compare with, if any.
+        relative: the scores are distances from the limit of each product, which is 0.
+        limits: text for the limit and for the other one, if any; None: the numbers.
     """
     upper, lower = np.asarray(normals, dtype=np.float64), np.asarray(stored, dtype=np.float64)
     everything = np.concatenate([upper, lower, [limit, limit if moved is None else moved]])
     low = everything.min()
     highest = low + REACH * max(everything[-2:].max() - low, 1e-9)
+    name = "score minus the limit of its product" if relative else "score"
     figure = score_histogram(
         Series("normal", np.minimum(upper, highest), "good parts, below", "good parts, above"),
         Series("plain", np.minimum(lower, highest), "inspections, below", "inspections, above"),
         threshold=limit,
-        axis="score (higher scores are in the last bar)" if everything.max() > highest else "score",
+        axis=f"{name} (higher scores are in the last bar)" if everything.max() > highest else name,
         proposed=moved,
         label="limit",
     )
-    return render_macro(TEMPLATE, "histogram", figure=figure, limit=limit, moved=moved)
+    if limits is None:
+        limits = f"{limit:.4g}", None if moved is None else f"{moved:.4g}"
+    return render_macro(TEMPLATE, "histogram", figure=figure, limit=limits[0], moved=limits[1])
 
 
 def over_time(counts: Sequence[Count], *, bucket: Bucket, shares: bool) -> str:

@@ -11,12 +11,12 @@ import numpy as np
 from nicegui import ui
 from numpy.typing import NDArray
 
-from normweave.errors import NormweaveError
-from normweave.outcome.operating_point import Calibration
+from normweave.errors import CheckError, NormweaveError
+from normweave.outcome.operating_point import LOWEST_RATE, Calibration, groups_needed
 from normweave.serve.pages import charts
 from normweave.serve.pages.frame import Page, notify_error
 from normweave.serve.pages.verdict import Result, product
-from normweave.serve.records import Token
+from normweave.serve.records import ScoredImage, Token
 from normweave.serve.service import PREVIEW_IMAGES, InspectionService
 from normweave.serve.templating import percent, render_macro
 from normweave.serve.watch import Watch
@@ -33,9 +33,10 @@ ALL, UNSEEN = "all", "unseen"
 
 
 class Stored(NamedTuple):
-    """Scores of the newest inspections with this bundle."""
+    """Scores of the newest inspections with this bundle that a limit was applied to."""
 
     scores: NDArray[np.float64]  # (n,)
+    limits: NDArray[np.float64]  # (n,) the limit of each
     subclasses: NDArray[np.int64]  # (n,) index of the subclass, -1 if the head does not route
     unseen: NDArray[np.bool_]  # (n,)
 
@@ -52,7 +53,7 @@ class ModelPage(Page):
         super().__init__(service, token, watch)
         self._rate = self._calibration.false_alarm_rate
         self._requested = 0  # number of the newest preview; the results of earlier ones are dropped
-        self._stored = Stored(np.zeros(0), np.zeros(0, np.int64), np.zeros(0, np.bool_))
+        self._stored = decided(self._calibration, [])
 
     @property
     def _calibration(self) -> Calibration:
@@ -100,18 +101,21 @@ class ModelPage(Page):
             self._apply = ui.button("Apply", color=None, on_click=self._change)
             self._apply.props("unelevated no-caps").classes("main-button")
         self._role = ui.label().classes("soft")
-        # A value that the page sets is reported as a change too: `_move` ignores values that do not differ.
-        self._slider.on_value_change(lambda change: self._move(float(f"{10 ** float(change.value):.3g}")))
+        # A value that the page sets is reported as a change too, and a rate beyond the slider sets it to its end.
+        self._slider.on_value_change(lambda change: self._slide(10 ** float(change.value)))
         self._number.on_value_change(lambda change: self._move((change.value or 0) / 100))
+
+    async def _slide(self, rate: float) -> None:
+        if not math.isclose(rate, _on_slider(self._rate), rel_tol=0.012):  # the step of the slider
+            await self._move(float(f"{rate:.3g}"))
 
     async def _move(self, rate: float) -> None:
         """Show another rate from the slider or the number, and set the other of the two."""
-        if math.isclose(rate, self._rate, rel_tol=0.012):  # the step of the slider
+        if math.isclose(rate, self._rate, rel_tol=1e-9):
             return
         self._rate = rate
         self._number.set_value(100 * rate)
-        if rate > 0:
-            self._slider.set_value(min(max(math.log10(rate), math.log10(LOWEST)), math.log10(HIGHEST)))
+        self._slider.set_value(math.log10(_on_slider(rate)))
         self._draw()
         self._requested += 1
         requested = self._requested
@@ -125,7 +129,10 @@ class ModelPage(Page):
         try:
             preview = await self._service.preview_rate(self._rate)
         except NormweaveError as error:
-            possible, text = False, render_macro(TEMPLATE, "refused", reason=str(error))
+            possible, text = (
+                False,
+                render_macro(TEMPLATE, "refused", reason=refusal(error, self._rate, self._calibration)),
+            )
         else:
             rate, results = self._calibration.false_alarm_rate, list(Result)[:3]
             possible = True
@@ -148,9 +155,10 @@ class ModelPage(Page):
         try:
             await self._service.change_rate(self._rate, actor=self._token.name, token=self._token.id)
         except NormweaveError as error:
-            notify_error(error)
+            notify_error(refusal(error, self._rate, self._calibration))
             return
         ui.notify(f"From now on at most {percent(self._rate)} of good parts are rejected.", type="positive")
+        self._stored = await asyncio.to_thread(self._read_stored)
         self._draw()
         await self._preview()
 
@@ -166,40 +174,98 @@ class ModelPage(Page):
         return groups
 
     def _read_stored(self) -> Stored:
-        rows = self._service.store.scored_images(self._service.detector.bundle_hash or "", newest=PREVIEW_IMAGES)
-        return Stored(
-            np.array([row.score for row in rows], dtype=np.float64),
-            np.array([-1 if row.routed is None else row.routed for row in rows], dtype=np.int64),
-            np.array([row.unseen for row in rows], dtype=np.bool_),
-        )
+        bundle_hash = self._service.detector.bundle_hash or ""
+        return decided(self._calibration, self._service.store.scored_images(bundle_hash, newest=PREVIEW_IMAGES))
 
     def _draw(self) -> None:
-        calibration, group, stored = self._calibration, str(self._group.value), self._stored
+        calibration = self._calibration
         try:
             moved = calibration.with_rate(self._rate)
         except NormweaveError:  # `_preview` shows the reason
             moved = calibration
-        subclass = int(group) if group.isdigit() else None
-        if group == UNSEEN and calibration.unseen is not None:
-            normals, selected = calibration.unseen.scores, stored.unseen
-            limit = calibration.unseen.point().threshold
-            new_limit = limit if moved.unseen is None else moved.unseen.point().threshold
-        else:
-            normals, selected = calibration.scores, ~stored.unseen
-            limit, new_limit = calibration.point(subclass).threshold, moved.point(subclass).threshold
-            if subclass is not None:
-                assert calibration.subclasses is not None  # else the subclass is not in the list
-                normals = normals[calibration.subclasses == subclass]
-                selected = selected & (stored.subclasses == subclass)
-        self._histogram.set_content(
-            charts.histogram(
-                normals,
-                stored.scores[selected],
-                limit=limit,
-                moved=None if new_limit == limit else new_limit,
-            )
-        )
+        self._histogram.set_content(score_chart(calibration, moved, self._stored, str(self._group.value)))
         self._limits.set_content(limits(calibration))
+
+
+def decided(calibration: Calibration, images: Sequence[ScoredImage]) -> Stored:
+    """Return the images that the calibration compares with a limit; not those of unknown products."""
+    rows = []
+    for one in images:
+        decision = calibration.decide(score=one.score, distance=one.distance, subclass=one.routed)
+        if decision.verdict != "unknown":
+            subclass = -1 if one.routed is None else one.routed
+            rows.append((one.score, decision.threshold, subclass, decision.unseen))
+    scores, thresholds, subclasses, unseen = zip(*rows, strict=True) if rows else ((),) * 4
+    return Stored(
+        np.array(scores, dtype=np.float64),
+        np.array(thresholds, dtype=np.float64),
+        np.array(subclasses, dtype=np.int64),
+        np.array(unseen, dtype=np.bool_),
+    )
+
+
+def score_chart(calibration: Calibration, moved: Calibration, stored: Stored, group: str) -> str:
+    """Return the histogram of a group of products.
+
+    If they have several limits, it shows how far each score is from its own limit.
+
+    Args:
+        moved: with the limits of another rate.
+        group: ALL, UNSEEN, or the index of a subclass.
+    """
+    normals, own = _held_out(calibration, group)
+    _, new = _held_out(moved, group)
+    subclass = int(group) if group.isdigit() else None
+    chosen = (stored.unseen if group == UNSEEN else ~stored.unseen) & (
+        subclass is None or stored.subclasses == subclass
+    )
+    scores, their = stored.scores[chosen], stored.limits[chosen]
+    texts = _span(own), None if np.array_equal(own, new) else _span(new)
+    if len(np.unique(np.concatenate([own, their]))) > 1:
+        return charts.histogram(normals - own, scores - their, limit=0.0, moved=None, relative=True, limits=texts)
+    single = len(np.unique(new)) == 1 and new[0] != own[0]
+    return charts.histogram(normals, scores, limit=float(own[0]), moved=float(new[0]) if single else None, limits=texts)
+
+
+def _span(limits: NDArray[np.float64]) -> str:
+    low, high = float(limits.min()), float(limits.max())
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}, by product"
+
+
+def _held_out(calibration: Calibration, group: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the scores of the held-out good parts of a group, (n,), and the limit of each, (n,)."""
+    if group == UNSEEN and calibration.unseen is not None:
+        unseen = calibration.unseen
+        points = unseen.as_dict()["operating_points"]
+        shared = {point.get("category"): point["threshold"] for point in points if point["subclass"] is None}
+        limits = np.full(len(unseen.scores), shared[None])
+        if unseen.subclasses is not None and unseen.subclass_categories:  # an image of a new product: of its category
+            names = [unseen.subclass_categories[k] for k in unseen.subclasses]
+            limits = np.array([shared.get(name, shared[None]) for name in names])
+        return unseen.scores, limits
+    if calibration.subclasses is None:
+        return calibration.scores, np.full(len(calibration.scores), calibration.point().threshold)
+    own = np.array([calibration.point(k).threshold for k in range(len(calibration.subclass_names))])
+    members = calibration.subclasses == int(group) if group.isdigit() else np.ones(len(calibration.scores), np.bool_)
+    return calibration.scores[members], own[calibration.subclasses[members]]
+
+
+def refusal(error: NormweaveError, rate: float, calibration: Calibration) -> str:
+    """Return why a rate cannot be used, in the terms of the page."""
+    if not LOWEST_RATE <= rate < 1:
+        return f"The rate must be above 0\u00a0% and below 100\u00a0%, and is {percent(rate)}."
+    groups, needed = calibration.independent_groups, groups_needed(rate)
+    if not isinstance(error, CheckError):
+        return str(error)
+    return (
+        f"A rate of {percent(rate)} needs at least {needed:,} independent groups of good parts held out in training; "
+        f"this model has {groups:,}. Its lowest possible rate is {percent(1 / (groups + 1))}. For a lower one, train "
+        "or calibrate with more good parts."
+    )
+
+
+def _on_slider(rate: float) -> float:
+    return min(max(rate, LOWEST), HIGHEST)
 
 
 def limits(calibration: Calibration) -> str:

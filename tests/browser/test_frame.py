@@ -43,6 +43,39 @@ def test_after_log_out_nothing_is_served(login_form, server):
     assert page.request.get(f"{server.url}/history.csv").status == 401
 
 
+def test_log_out_ends_the_other_tabs_too(login_form, server):
+    page = login_form()
+    page.fill("#token", server.tokens["engineer"])
+    page.get_by_role("button", name="Log in").click()
+    expect(page.locator(".who")).to_contain_text("engineer")
+    other = page.context.new_page()
+    other.goto(f"{server.url}/audit")
+    expect(other.locator("table tbody tr").first).to_be_visible()
+    cookies = page.context.cookies()
+    page.get_by_role("button", name="Log out").click()
+    expect(page.locator("#token")).to_be_visible()
+    other.get_by_label("Event").click()  # the socket is closed with this message
+    expect(other.locator("#token")).to_be_visible()
+    page.context.add_cookies(cookies)  # a copy of the cookie is worth nothing
+    assert page.request.get(f"{server.url}/history.csv").status == 401
+
+
+def test_a_tab_of_the_person_before_does_not_act_with_the_new_login(login_form, server):
+    page = login_form()
+    page.fill("#token", server.tokens["engineer"])
+    page.get_by_role("button", name="Log in").click()
+    other = page.context.new_page()
+    other.goto(f"{server.url}/audit")
+    expect(other.locator("table tbody tr").first).to_be_visible()
+    page.context.clear_cookies()
+    page.goto(server.url)
+    page.fill("#token", server.tokens["operator"])
+    page.get_by_role("button", name="Log in").click()
+    expect(page.locator(".who")).to_contain_text("operator")
+    other.evaluate("window.socket.disconnect().connect()")
+    expect(other.get_by_text("This page is for engineers.")).to_be_visible()
+
+
 @pytest.mark.slow
 def test_a_revoked_token_closes_its_pages(login_form, server):
     page = login_form()

@@ -142,8 +142,8 @@ def service(start):
 
 
 @pytest.fixture
-def access(service, tmp_path):
-    return Access(service.store, folder=tmp_path, session_hours=12)
+def access(service):
+    return Access(service.store, session_hours=12)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Which requests are allowed: by token, by session, and without either."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from normweave.serve import create_app
-from normweave.serve.authentication import OPEN
+from normweave.serve.authentication import OPEN, AuthenticationMiddleware
 
 
 @pytest.fixture
@@ -133,16 +132,61 @@ def test_a_websocket_needs_a_session(browser):
     assert closed.value.code == 4401
 
 
-def test_a_session_in_use_is_renewed(app, access, keys):
-    token = access.authenticate(keys["operator"])
-    with TestClient(app) as client:
-        fresh = client.get("/v1/model", headers={"Cookie": f"normweave={access.create_session(token)}"})
-        assert "set-cookie" not in fresh.headers
-        late = access.create_session(token, expires_at=time.time() + access.session_seconds / 3)
-        renewed = client.get("/v1/model", headers={"Cookie": f"normweave={late}"})
-        cookie = renewed.headers["set-cookie"].split(";")[0].removeprefix("normweave=")
-        assert access.authenticate_session(cookie) == token
-        assert not access.needs_renewal(cookie)
+def test_pages_of_other_origins_neither_log_in_nor_out(browser, keys, log_in):
+    log_in(browser, keys["engineer"])
+    for origin in ("http://evil.example", "null", "http://line:8081"):
+        headers = {"Origin": origin}
+        assert browser.post("/logout", headers=headers).status_code == 403
+        answer = browser.post("/login", headers=headers, data={"token": keys["operator"]})
+        assert (answer.status_code, "set-cookie" in answer.headers) == (403, False)
+    assert browser.get("/v1/tokens").status_code == 200
+    assert browser.post("/logout", headers={"Origin": "http://line:8080"}).status_code == 303
+    assert browser.get("/v1/tokens").status_code == 401
+
+
+def test_a_websocket_does_nothing_more_after_its_session_has_ended(service, access):
+    """The application behind the middleware answers each message with the same text."""
+
+    async def echo(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (message := await receive())["type"] == "websocket.receive":
+            done.append(message["text"])
+            await send({"type": "websocket.send", "text": message["text"]})
+
+    made = access.create(name="Ada", role="operator")
+    for end in (
+        lambda cookie: access.log_out(cookie, address=""),
+        lambda cookie: access.revoke(made.token.id),
+    ):
+        done = []
+        cookie = access.log_in(made.token, address="")
+        client = TestClient(AuthenticationMiddleware(echo, access=access))
+        with client.websocket_connect("/socket", headers={"Cookie": f"normweave={cookie}"}) as socket:
+            socket.send_text("42first")
+            assert socket.receive_text() == "42first"
+            end(cookie)
+            socket.send_text("42second")
+            with pytest.raises(WebSocketDisconnect) as closed:
+                socket.receive_text()
+        assert (closed.value.code, done) == (4401, ["42first"])
+
+
+def test_a_websocket_sends_nothing_more_after_its_session_has_ended(service, access):
+    async def push(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        await send({"type": "websocket.send", "text": "first"})
+        await asyncio.to_thread(access.log_out, cookie, address="")
+        await send({"type": "websocket.send", "text": "second"})
+
+    cookie = access.log_in(access.create(name="Ada", role="operator").token, address="")
+    client = TestClient(AuthenticationMiddleware(push, access=access))
+    with client.websocket_connect("/socket", headers={"Cookie": f"normweave={cookie}"}) as socket:
+        assert socket.receive_text() == "first"
+        with pytest.raises(WebSocketDisconnect) as closed:
+            socket.receive_text()
+    assert closed.value.code == 4401
 
 
 def test_the_name_of_the_token_is_stored(browser, keys, service, photos):

@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import ssl
-import stat
 import subprocess
 import sys
 import threading
@@ -112,10 +111,6 @@ def test_a_taken_port(server, bundle, tmp_path):
     result = run("serve", bundle, "--port", server.url.rpartition(":")[2], "--data", tmp_path)
     assert result.exit_code == 2
     assert "Choose another --port" in result.output
-
-
-def test_the_session_key_is_readable_by_its_owner_only(server):
-    assert stat.S_IMODE((server.data / "session.key").stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,11 @@ def test_a_database_that_is_down_and_back(bundle, photos, postgres, tmp_path):
 
 
 def test_log_in_while_the_database_is_down(browser, service, keys, monkeypatch, caplog):
-    def away():
+    def away(*_):
         raise StoreError("The database postgresql://user@host/name failed.")
 
     monkeypatch.setattr(service.store, "tokens", away)
+    monkeypatch.setattr(service.store, "session", away)
     monkeypatch.setattr(access_module, "CACHE_SECONDS", 0)
     answers = [
         browser.post("/login", data={"token": keys["operator"]}, headers=HTML),

@@ -17,7 +17,7 @@ def test_a_person_logs_in_and_out(browser, keys, log_in):
 
     good = log_in(browser, f" {keys['operator']} ")
     assert (good.status_code, good.headers["location"]) == (303, "/")
-    for word in ("HttpOnly", "SameSite=Strict", "Path=/", "Max-Age=43200"):
+    for word in ("HttpOnly", "SameSite=Strict", "Path=/", "Max-Age=604800"):
         assert word in good.headers["set-cookie"]
     assert keys["operator"] not in good.headers["set-cookie"]
     assert browser.get("/v1/inspections").status_code == 200

@@ -123,7 +123,9 @@ def serve(
         store = Store.open(database or folder / server.DATABASE)
         stack.callback(store.close)
         listening = stack.enter_context(process.listen(host, port))
-        access = None if no_token else Access(store, folder=folder, session_hours=config.session_hours)
+        access = None
+        if not no_token:
+            access = Access(store, session_hours=config.session_hours, session_max_hours=config.session_max_hours)
         tokens = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))

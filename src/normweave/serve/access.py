@@ -1,31 +1,34 @@
 """Access tokens of programs, and login sessions of people.
 
 A program sends its token with each request (`Authorization: Bearer …`). A person enters a token once at /login and gets
-a session cookie with the id of the token and the time of expiry, signed with the key of this server. The server stores
-no secrets: of a token its SHA-256, of a session nothing.
+a session cookie with a random secret. The server stores no secrets: of a token and of a session the SHA-256.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
-import os
+import logging
 import secrets
 import threading
 import time
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import NamedTuple
 
-from normweave.errors import DataError
 from normweave.serve.audit import FailedLogins
-from normweave.serve.records import SERVER, NotFoundError, Role, Token
+from normweave.serve.database import StoreError
+from normweave.serve.records import SERVER, NotFoundError, Role, Session, Token
 from normweave.serve.store import Store
+
+log = logging.getLogger(__name__)
 
 PREFIX = "nw_"
 """Start of every token, by which secret scanners can recognise it."""
 CACHE_SECONDS = 5.0
-"""Lifetime of the cached tokens: a token that another process revokes is refused after at most this time."""
+"""Lifetime of cached tokens and sessions: what another process revokes or ends is refused after at most this time."""
+USE_SECONDS = 60.0
+"""The time of the last use of a session is stored at most once in this time."""
+MOST_CACHED = 1000
+"""Maximum number of cached sessions."""
 _KEY_BYTES = 32
 
 
@@ -40,18 +43,19 @@ class Access:
     """The tokens and sessions of a server.
 
     Args:
-        folder: contains the key that signs sessions; the first start creates it.
         session_hours: lifetime of a session after its last use.
+        session_max_hours: lifetime of a session after the login.
     """
 
-    def __init__(self, store: Store, *, folder: Path, session_hours: float) -> None:
+    def __init__(self, store: Store, *, session_hours: float, session_max_hours: float = 168.0) -> None:
         self._store = store
         self.failed_logins = FailedLogins(store)
-        self._key = _read_or_create_key(folder / "session.key")
-        self.session_seconds = session_hours * 3600
+        self._idle, self._longest = timedelta(hours=session_hours), timedelta(hours=session_max_hours)
+        self.session_max_seconds = session_max_hours * 3600
         self._lock = threading.Lock()
         self._cache: dict[str, Token] = {}
         self._cached_at = -CACHE_SECONDS
+        self._sessions: dict[str, tuple[float, Session | None]] = {}  # by digest, with the time of reading
 
     def create_first_tokens(self) -> list[NewToken]:
         """Create a token for each role if the store has none; return the new tokens."""
@@ -114,45 +118,56 @@ class Access:
         return _if_valid(self._tokens().get(_digest(secret)))
 
     def log_in(self, token: Token, *, address: str) -> str:
-        """Record a login, and return the value of a session cookie for this token."""
-        self._store.add_audit("login", actor=token.name, token=token.id, address=address)
-        return self.create_session(token)
-
-    def log_out(self, cookie: str, *, address: str) -> None:
-        """Record the end of a session."""
-        token = self.authenticate_session(cookie)
-        if token is not None:
-            self._store.add_audit("logout", actor=token.name, token=token.id, address=address)
-
-    def create_session(self, token: Token, *, expires_at: float | None = None) -> str:
-        """Return the value of a session cookie for a token.
+        """Start a session, and return the value of its cookie.
 
         Args:
-            expires_at: seconds since 1970; None: after the lifetime of a session.
+            address: network address of the browser, for the audit.
         """
-        return self._signed(token, int(time.time() + self.session_seconds if expires_at is None else expires_at))
+        secret = secrets.token_urlsafe(_KEY_BYTES)
+        now = datetime.now(UTC)
+        session = Session(digest=_digest(secret), token=token.id, created_at=now, used_at=now)
+        self._store.remove_sessions(created_before=now - self._longest, used_before=now - self._idle)
+        self._store.add_session(session, actor=token.name, address=address)
+        return secret
 
-    def authenticate_session(self, cookie: str) -> Token | None:
-        """Return the token of a session; None if the cookie is malformed, forged or expired, or the token not valid."""
-        number, _, rest = cookie.partition(".")
-        expiry, _, _ = rest.partition(".")
-        if not (number.isascii() and number.isdigit() and expiry.isascii() and expiry.isdigit()):
-            return None
-        if len(expiry) > 12 or int(expiry) < time.time():
-            return None
-        token = next((token for token in self._tokens().values() if str(token.id) == number), None)
-        if token is None or not hmac.compare_digest(self._signed(token, int(expiry)), cookie):
-            return None
-        return _if_valid(token)
+    def log_out(self, cookie: str, *, address: str) -> None:
+        """End a session; without effect if it has ended."""
+        token = self.authenticate_session(cookie)
+        if token is not None:
+            self._store.end_session(_digest(cookie), actor=token.name, token=token.id, address=address)
+        with self._lock:
+            self._sessions.clear()
 
-    def needs_renewal(self, cookie: str) -> bool:
-        """Return whether less than half of the lifetime of a valid session remains."""
-        return int(cookie.split(".")[1]) - time.time() < self.session_seconds / 2
+    def authenticate_session(self, cookie: str, *, use: bool = False) -> Token | None:
+        """Return the token of a session; None if the cookie is unknown, the session has ended, or the token is invalid.
 
-    def _signed(self, token: Token, expiry: int) -> str:
-        text = f"{token.id}.{expiry}"
-        signature = hmac.new(self._key, f"{text}.{token.digest}".encode(), hashlib.sha256).hexdigest()
-        return f"{text}.{signature}"
+        Args:
+            use: a person does something, which extends the session.
+        """
+        digest, now = _digest(cookie), datetime.now(UTC)
+        session = self._session(digest)
+        if session is None or now >= session.created_at + self._longest or now >= session.used_at + self._idle:
+            return None
+        if use and now >= session.used_at + min(timedelta(seconds=USE_SECONDS), self._idle / 2):
+            try:
+                self._store.use_session(digest, now)
+            except StoreError as error:  # what is stored can be read all the same
+                log.warning("The use of a login is not stored: %s", error)
+            with self._lock:
+                self._sessions.pop(digest, None)
+        return _if_valid(next((token for token in self._tokens().values() if token.id == session.token), None))
+
+    def _session(self, digest: str) -> Session | None:
+        with self._lock:
+            read_at, session = self._sessions.get(digest, (-CACHE_SECONDS, None))
+        now = time.monotonic()
+        if now - read_at >= CACHE_SECONDS:
+            session = self._store.session(digest)
+            with self._lock:
+                if len(self._sessions) >= MOST_CACHED:
+                    self._sessions.clear()
+                self._sessions[digest] = now, session
+        return session
 
     def _tokens(self) -> dict[str, Token]:
         with self._lock:
@@ -172,23 +187,3 @@ def _if_valid(token: Token | None) -> Token | None:
 
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _read_or_create_key(path: Path) -> bytes:
-    """Return the key in this file, which only its owner may read."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        key = path.read_bytes()
-        if len(key) != _KEY_BYTES:
-            raise DataError(
-                f"{path} has {len(key)} bytes, but a key has {_KEY_BYTES}. Remove the file: the next start creates a "
-                "new key, and everyone has to log in again."
-            ) from None
-        return key
-    key = secrets.token_bytes(_KEY_BYTES)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key)
-        file.flush()
-        os.fsync(file.fileno())
-    return key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 from datetime import UTC, datetime
-from typing import Any
+from typing import NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
@@ -13,12 +13,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normweave.serve import login, problems
 from normweave.serve.access import Access
+from normweave.serve.database import StoreError
 from normweave.serve.records import Token
 
 OPEN = ("/healthz", "/readyz")
 """Routes that need no token."""
 ANONYMOUS = Token(name="anyone", role="engineer", digest="", created_at=datetime.fromtimestamp(0, UTC))
 """Token of every request to a server without tokens."""
+_EVENT = "42"
+"""Start of a message of socket.io in which a person does something, unlike the answer to a ping."""
 
 
 class _RefusedError(Exception):
@@ -29,7 +32,7 @@ class _RefusedError(Exception):
 
 
 class AuthenticationMiddleware:
-    """ASGI middleware that refuses requests without a valid token and sets `request.state.token`.
+    """ASGI middleware that refuses requests without a valid token, and sets `request.state.token` and `.login`.
 
     A session cookie allows less than a token: pages, and GET requests to the REST interface, from the same origin.
 
@@ -48,35 +51,81 @@ class AuthenticationMiddleware:
             await self._app(scope, receive, send)
             return
         access, headers = self._access, Headers(scope=scope)
-        if access is not None and scope["type"] == "http" and scope["path"] in (login.LOGIN, login.LOGOUT):
-            await login.answer(scope, receive, send, access=access)
-            return
-        authorization, cookie = headers.get("authorization"), None
         try:
-            if access is None:
-                token = _anonymous(scope, headers)
-            elif authorization is not None:
-                token = await _by_token(access, authorization)
-            else:
-                cookie = login.session_cookie(headers)
-                token = await _by_session(access, cookie, scope, headers)
+            if access is not None and scope["type"] == "http" and scope["path"] in (login.LOGIN, login.LOGOUT):
+                _check_origin(scope, headers)
+                await login.answer(scope, receive, send, access=access)
+                return
+            authenticated = await _authenticate(access, scope, headers, use=scope["type"] == "http")
         except _RefusedError as error:
-            if access is not None and authorization is not None:
+            if access is not None and "authorization" in headers:
                 await asyncio.to_thread(access.failed_logins.add, login.client_address(scope))
-            if error.status == 401 and authorization is None and login.is_page_request(scope, headers):
+            if error.status == 401 and "authorization" not in headers and login.is_page_request(scope, headers):
                 await login.page(status=401)(scope, receive, send)
             else:
                 await _refuse(scope, receive, send, error)
             return
-        scope.setdefault("state", {})["token"] = token
-        if access is not None and cookie is not None and access.needs_renewal(cookie):
-            renewed = login.set_cookie(
-                access.create_session(token),
-                seconds=access.session_seconds,
-                secure=scope["scheme"] in ("https", "wss"),
-            )
-            send = _with_header(send, b"set-cookie", renewed.encode())
+        scope.setdefault("state", {}).update(authenticated._asdict())
+        if access is not None and scope["type"] == "websocket":
+            receive, send = _while_logged_in(access, scope, receive, send)
         await self._app(scope, receive, send)
+
+
+class Authenticated(NamedTuple):
+    """Who sends a request; `request.state` has these attributes."""
+
+    token: Token
+    login: str
+    """Identifies the session, or the token of a request without a session."""
+
+
+async def _authenticate(access: Access | None, scope: Scope, headers: Headers, *, use: bool) -> Authenticated:
+    """Return who sends a request.
+
+    Args:
+        use: a person does something, which extends the session.
+
+    Raises:
+        _RefusedError: nobody who may.
+    """
+    if access is None:
+        return Authenticated(_anonymous(scope, headers), "")
+    authorization = headers.get("authorization")
+    if authorization is not None:
+        return Authenticated(await _by_token(access, authorization), authorization)
+    cookie = login.session_cookie(headers)
+    return Authenticated(await _by_session(access, cookie, scope, headers, use=use), cookie or "")
+
+
+def _while_logged_in(access: Access, scope: Scope, receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """Return functions that close a websocket with the first message, in either direction, after its login ended."""
+    headers = Headers(scope=scope)
+    closed = False
+
+    async def refused(*, use: bool = False) -> bool:
+        nonlocal closed
+        if not closed:
+            try:
+                await _authenticate(access, scope, headers, use=use)
+            except (_RefusedError, StoreError) as error:
+                closed = True
+                status = error.status if isinstance(error, _RefusedError) else 503
+                await send({"type": "websocket.close", "code": 4000 + status, "reason": "No valid login."})
+        return closed
+
+    async def bound_receive() -> Message:
+        message = await receive()
+        if message["type"] == "websocket.receive":
+            event = (message.get("text") or "").startswith(_EVENT)
+            if await refused(use=event):
+                return {"type": "websocket.disconnect", "code": 1008}
+        return message
+
+    async def bound_send(message: Message) -> None:
+        if message["type"] != "websocket.send" or not await refused():
+            await send(message)
+
+    return bound_receive, bound_send
 
 
 def _anonymous(scope: Scope, headers: Headers) -> Token:
@@ -94,8 +143,8 @@ async def _by_token(access: Access, authorization: str) -> Token:
     return token
 
 
-async def _by_session(access: Access, cookie: str | None, scope: Scope, headers: Headers) -> Token:
-    token = await asyncio.to_thread(access.authenticate_session, cookie) if cookie else None
+async def _by_session(access: Access, cookie: str | None, scope: Scope, headers: Headers, *, use: bool) -> Token:
+    token = await asyncio.to_thread(access.authenticate_session, cookie, use=use) if cookie else None
     if token is None:
         raise _RefusedError(401, "A token is needed: send 'Authorization: Bearer TOKEN'.")
     _check_origin(scope, headers)
@@ -136,13 +185,3 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, error: _RefusedErr
         return
     headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
     await problems.answer(error.status, error.reason, headers=headers)(scope, receive, send)
-
-
-def _with_header(send: Send, name: bytes, value: bytes) -> Send:
-    async def wrapped(message: Message) -> None:
-        if message["type"] in ("http.response.start", "websocket.accept"):
-            headers: list[Any] = list(message.get("headers", []))
-            message = {**message, "headers": [*headers, (name, value)]}
-        await send(message)
-
-    return wrapped

@@ -32,6 +32,8 @@ class ServeConfig:
     """Time limit from the last byte of a request to its answer."""
     session_hours: float = 12.0
     """Lifetime of a login after its last use."""
+    session_max_hours: float = 168.0
+    """Lifetime of a login, however often it is used."""
     keep_days: float = 0.0
     """Age at which inspections and their images are removed; 0: never."""
     keep_gib: float = 0.0

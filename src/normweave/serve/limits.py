@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
-    (b"referrer-policy", b"no-referrer"),
+    (b"referrer-policy", b"same-origin"),  # a browser names no origin with a form under no-referrer
     # NiceGUI compiles templates in the browser and sets inline styles; nothing is loaded from other hosts.
     (
         b"content-security-policy",

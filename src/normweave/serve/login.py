@@ -75,7 +75,7 @@ async def _answer(request: Request, access: Access) -> Response:
             await asyncio.sleep(WRONG_SECONDS)
             return page(status=401, wrong=True)
         cookie = await asyncio.to_thread(access.log_in, token, address=address)
-        return _redirect(set_cookie(cookie, seconds=access.session_seconds, secure=secure))
+        return _redirect(set_cookie(cookie, seconds=access.session_max_seconds, secure=secure))
     if route in (("GET", LOGIN), ("HEAD", LOGIN)):
         return page(status=200)
     return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})

@@ -38,6 +38,7 @@ from normweave.serve.records import (
     RateChange,
     Review,
     ScoredImage,
+    Session,
     Token,
 )
 from normweave.serve.tables import (
@@ -48,6 +49,7 @@ from normweave.serve.tables import (
     RATES,
     REVIEW,
     REVIEWS,
+    SESSIONS,
     STORED_IMAGE,
     TOKENS,
     Timestamp,
@@ -325,6 +327,46 @@ class Store:
             revoked = Token(**connection.execute(query).one()._mapping)
             self._audit(connection, "token_revoked", actor=actor, token=by, detail=_token_detail(revoked))
         return revoked
+
+    # ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add_session(self, session: Session, *, actor: str, address: str) -> None:
+        """Store a session, also in the audit.
+
+        Args:
+            actor: name of its token.
+        """
+        with self.database.writing() as connection:
+            connection.execute(insert(SESSIONS).values(**vars(session)))
+            self._audit(connection, "login", actor=actor, token=session.token, address=address)
+
+    def session(self, digest: str) -> Session | None:
+        """Return the session with this digest, or None. It may have expired."""
+        columns = [SESSIONS.c[name] for name in ("digest", "token", "created_at", "used_at")]
+        row = self._read_one(select(*columns).where(SESSIONS.c.digest == digest))
+        return None if row is None else Session(**row._mapping)
+
+    def use_session(self, digest: str, at: datetime) -> None:
+        """Store the time of the last use of a session."""
+        with self.database.writing() as connection:
+            connection.execute(update(SESSIONS).where(SESSIONS.c.digest == digest).values(used_at=at))
+
+    def end_session(self, digest: str, *, actor: str, token: int, address: str) -> None:
+        """Remove a session, and add its end to the audit.
+
+        Args:
+            actor: name of its token.
+            token: id of its token.
+        """
+        with self.database.writing() as connection:
+            if connection.execute(delete(SESSIONS).where(SESSIONS.c.digest == digest)).rowcount:
+                self._audit(connection, "logout", actor=actor, token=token, address=address)
+
+    def remove_sessions(self, *, created_before: datetime, used_before: datetime) -> None:
+        """Remove the sessions that were created or last used before these times."""
+        old = (SESSIONS.c.created_at < created_before) | (SESSIONS.c.used_at < used_before)
+        with self.database.writing() as connection:
+            connection.execute(delete(SESSIONS).where(old))
 
     # ── audit ────────────────────────────────────────────────────────────────────────────────────────────────────
 

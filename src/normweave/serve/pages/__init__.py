@@ -13,6 +13,7 @@ from nicegui import ui
 from normweave.serve import handlers, problems
 from normweave.serve.pages.frame import TEMPLATE, Page, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
+from normweave.serve.pages.sockets import bind_sockets
 from normweave.serve.records import Token
 from normweave.serve.service import InspectionService, Upload
 from normweave.serve.templating import render_macro
@@ -64,6 +65,7 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
         return StreamingResponse(csv_lines(service.store, chosen), media_type="text/csv", headers=headers)
 
     handlers.add_page_handlers(app, nicegui)
+    bind_sockets()
     nicegui.storage.max_tab_storage_age = TAB_SECONDS
     ui.run_with(
         app,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from datetime import UTC, datetime
 from importlib import resources
 from typing import Any, ClassVar
 
@@ -18,8 +16,6 @@ from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
 TEMPLATE = "frame.html"
-LOGIN_SECONDS = 30.0
-"""Interval between two checks of the token of an open page; authentication checks new connections only."""
 EMIT_ID = "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
 """Click handler of a list: it sends the `data-id` of the row."""
 EMIT_SHOWN = "() => emit(window.normweave.shown())"
@@ -75,8 +71,6 @@ class Page(ABC):
                 ui.html(render_macro(TEMPLATE, "who", token=self._token)).classes("who")
                 with ui.element("form").props("method=post action=/logout"):
                     ui.html("Log out", tag="button").classes("plain-button").props("type=submit")
-        if self._token.digest:  # empty if the server runs without tokens
-            self._check_login()
         with ui.element("div").classes("page"):
             if self.is_open_to(self._token):
                 await self.content()
@@ -92,20 +86,6 @@ class Page(ABC):
     def heading(self) -> None:
         """Add the title and the purpose."""
         ui.html(render_macro(TEMPLATE, "heading", page=self)).classes("heading")
-
-    def _check_login(self) -> None:
-        """Close the page after its token is revoked or has expired."""
-        client = ui.context.client
-
-        async def check() -> None:
-            token = await asyncio.to_thread(self._service.store.token, self._token.digest)
-            if token is None or not token.is_valid(datetime.now(UTC)):
-                ui.navigate.to("/")
-                await asyncio.sleep(1)  # for the browser to leave, before NiceGUI removes the page
-                if client.has_socket_connection:
-                    client.delete()
-
-        ui.timer(LOGIN_SECONDS, check, immediate=False)
 
 
 def registered_pages() -> list[type[Page]]:

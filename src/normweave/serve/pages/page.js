@@ -159,5 +159,19 @@ window.normweave = (() => {
     const sound = document.querySelector(".sound");
     if (sound) sound.checked = localStorage.getItem(SOUND_KEY) === "on";
   });
+
+  // The server closes and refuses the socket of a login that has ended: show the form.
+  async function leaveIfLoggedOut() {
+    const answer = await fetch("/v1/model").catch(() => null); // null: the server cannot be reached
+    if (answer?.status === 401) location.assign("/");
+  }
+
+  function watchLogin() {
+    if (!window.socket) return setTimeout(watchLogin, 200);
+    window.socket.on("disconnect", leaveIfLoggedOut);
+    window.socket.on("connect_error", leaveIfLoggedOut);
+  }
+
+  document.addEventListener("DOMContentLoaded", watchLogin);
   return { alarm, nextTheme, show, shown: () => shown };
 })();

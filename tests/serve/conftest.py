@@ -6,10 +6,12 @@ import pwd
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import psycopg
 import pytest
+import uvicorn
 from starlette.testclient import TestClient
 
 from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
@@ -18,6 +20,7 @@ from normweave.serve import create_app
 from normweave.serve.access import Access
 from normweave.serve.config import ServeConfig
 from normweave.serve.files import Files
+from normweave.serve.process import listen, protocol_with_limits
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
 from required import absent
@@ -164,6 +167,19 @@ def client(service, access, keys):
 @pytest.fixture
 def app(service, access, keys):
     return create_app(service, access=access, pages=False)
+
+
+@pytest.fixture
+def live(app):
+    """URL of the application in a real server, in a thread."""
+    with listen("127.0.0.1", 0) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol_with_limits(30), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        app.state.streams.end()
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture

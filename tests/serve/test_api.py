@@ -177,6 +177,16 @@ def test_pages_of_inspections(client, inspected):
     assert got == inspected
 
 
+def test_pages_after_an_id(client, inspected):
+    got, after = [], 0
+    while page := client.get("/v1/inspections", params={"limit": 4, "after": after}).json()["inspections"]:
+        got += page
+        after = page[-1]["id"]
+    assert got == inspected[::-1]
+    some = client.get("/v1/inspections", params={"after": 2, "before": 5, "limit": 2}).json()
+    assert ([one["id"] for one in some["inspections"]], some["next"]) == ([3, 4], 4)
+
+
 def test_filters(client, inspected):
     for key, values in (("verdict", ["anomalous", "unknown"]), ("subclass", None), ("name", None)):
         for value in values or {one[key] for one in inspected}:

@@ -7,12 +7,13 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from normweave.serve import create_app
+from normweave.serve import create_app, events
 from normweave.serve.authentication import OPEN, AuthenticationMiddleware
 
 
 @pytest.fixture
-def app(service, access, keys):
+def app(service, access, keys, monkeypatch):
+    monkeypatch.setattr(events, "STREAM_SECONDS", 0.0)  # the client of the tests reads answers to their end
     return create_app(service, access=access, pages=False)
 
 

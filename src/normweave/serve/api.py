@@ -9,7 +9,8 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response, Security
+from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -17,7 +18,7 @@ from starlette.formparsers import MultiPartException
 
 from normweave.maps.overlay import heat, overlay
 from normweave.references import seen
-from normweave.serve import handlers, metrics, records, schemas
+from normweave.serve import events, handlers, metrics, records, schemas
 from normweave.serve.access import Access
 from normweave.serve.handlers import messages, refuse_unknown_parameters
 from normweave.serve.openapi import (
@@ -35,6 +36,7 @@ from normweave.serve.openapi import (
 from normweave.serve.problems import ProblemError
 from normweave.serve.records import Filter, Inspection, Source, StoredImage, Token
 from normweave.serve.rendering import ImageReader, npy, png
+from normweave.serve.repeats import KeyedRequests
 from normweave.serve.service import InspectionService, Upload
 from normweave.serve.watch import Watch
 from normweave.types import Verdict
@@ -49,7 +51,12 @@ def add_api(app: FastAPI, service: InspectionService, access: Access | None, wat
     Args:
         access: None: the routes of tokens are left out.
     """
-    routers = [_open_routes(service, watch), _routes(service), *([] if access is None else [_token_routes(access)])]
+    app.state.streams = streams = events.EventStreams(service)
+    routers = [
+        _open_routes(service, watch),
+        _routes(service, streams),
+        *([] if access is None else [_token_routes(access)]),
+    ]
     for router in routers:
         app.include_router(router)
     complete_document(app)
@@ -112,7 +119,8 @@ def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
     return router
 
 
-def _routes(service: InspectionService) -> APIRouter:
+def _routes(service: InspectionService, streams: events.EventStreams) -> APIRouter:
+    keyed = KeyedRequests(service)
     router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
 
     async def render(
@@ -124,7 +132,8 @@ def _routes(service: InspectionService) -> APIRouter:
         "/v1/inspect",
         summary="Inspect images",
         description="Inspections are answered in the order of the images, and stored before the answer is sent. An "
-        "image that cannot be read has `error` set and does not affect the others.",
+        "image that cannot be read has `error` set and does not affect the others. With an Idempotency-Key, a request "
+        "can be sent again: equal images and names are answered from the store.",
         responses=problem_responses(*BODY, 415),
         openapi_extra=INSPECT_BODY,
     )
@@ -132,11 +141,18 @@ def _routes(service: InspectionService) -> APIRouter:
         request: Request,
         token: AnyToken,
         name: Annotated[schemas.Name, Query(description="File name of an image that is sent as the body.")] = "",
+        idempotency_key: Annotated[
+            str | None,
+            Header(min_length=1, max_length=255, description="Different for each request; equal when it is repeated."),
+        ] = None,
     ) -> schemas.InspectOut:
         uploads = await _uploads(request, service, name)
         try:
             async with asyncio.timeout(service.config.answer_seconds):
-                inspections = await service.inspect(uploads, source="api", actor=token.name, token=token.id)
+                if idempotency_key is None:
+                    inspections = await service.inspect(uploads, source="api", actor=token.name, token=token.id)
+                else:
+                    inspections = await keyed.inspect(uploads, key=idempotency_key, actor=token.name, token=token.id)
         except TimeoutError:
             raise ProblemError(
                 503,
@@ -146,17 +162,37 @@ def _routes(service: InspectionService) -> APIRouter:
             ) from None
         return schemas.InspectOut(inspections=[schemas.InspectionOut.of(one) for one in inspections])
 
-    @router.get("/v1/inspections", summary="List inspections, newest first")
+    @router.get(
+        "/v1/inspections",
+        summary="List inspections, newest first",
+        description="With `after`, oldest first: to read what is new, ask with the id of the last inspection read.",
+    )
     async def inspections(
         chosen: Annotated[Filter, Depends(_filter)],
         before: Annotated[int | None, Query(ge=1, le=2**53, description="Only inspections with a lower id.")] = None,
+        after: Annotated[int | None, Query(ge=0, le=2**53, description="Only inspections with a higher id.")] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE)] = PAGE_SIZE,
     ) -> schemas.InspectionsOut:
-        found = await asyncio.to_thread(service.store.inspections, chosen, before=before, limit=limit)
+        found = await asyncio.to_thread(service.store.inspections, chosen, before=before, after=after, limit=limit)
         return schemas.InspectionsOut(
             inspections=[schemas.InspectionOut.of(one) for one in found],
             next=found[-1].id if len(found) == limit else None,
         )
+
+    @router.get(
+        "/v1/inspections/events",
+        summary="Follow new inspections",
+        description="Server-sent events: each has the id of an inspection and its JSON. It begins after Last-Event-ID, "
+        "without it with the next inspection; it ends after some minutes, and clients connect again.",
+        response_class=StreamingResponse,
+        responses={200: {"content": {events.MEDIA_TYPE: {"schema": {"type": "string"}}}, "description": "Events."}},
+    )
+    async def follow(
+        last_event_id: Annotated[int | None, Header(ge=0, le=2**53, description="Only later inspections.")] = None,
+    ) -> StreamingResponse:
+        stream = await streams.start(last_event_id)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(stream, media_type=events.MEDIA_TYPE, headers=headers)
 
     @router.get("/v1/inspections/{id}", summary="Read an inspection", responses=problem_responses(404))
     async def inspection(id: Id) -> schemas.InspectionDetail:

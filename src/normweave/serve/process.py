@@ -89,6 +89,7 @@ def run(
 
     def stop(*_: Any) -> None:
         server.should_exit = True
+        app.state.streams.end()
 
     # uvicorn raises the signal again after stopping; this must not end the process before the store is closed.
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

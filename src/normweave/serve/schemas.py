@@ -159,7 +159,7 @@ class InspectionsOut(BaseModel):
     """A page of inspections, newest first."""
 
     inspections: list[InspectionOut]
-    next: Annotated[int | None, Field(description="Value of `before` for the next page; null: this is the last page.")]
+    next: Annotated[int | None, Field(description="`before`, or `after`, of the next page; null: this is the last.")]
 
 
 class InspectionDetail(InspectionOut):

@@ -37,6 +37,7 @@ from normweave.serve.records import (
     Inspection,
     NotFoundError,
     RateChange,
+    RequestPart,
     Review,
     ReviewDecision,
     Source,
@@ -101,6 +102,7 @@ class _Job:
     started: float
     detector: Detector
     """With the thresholds at the time of arrival."""
+    request: RequestPart | None
     done: Future[Inspection] = field(default_factory=Future)
     opened: PreparedImage = field(default=PreparedImage(None, (0, 0), (), None, None))
     scored: TileScores | None = None
@@ -122,6 +124,7 @@ class InspectionService:
     Attributes:
         detector: with the current thresholds.
         waiting: number of images accepted and not yet answered.
+        listeners: called from another thread when inspections have been stored.
     """
 
     def __init__(self, detector: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
@@ -134,6 +137,7 @@ class InspectionService:
         self.metrics = Metrics()
         self._lock = threading.Lock()
         self.waiting = 0
+        self.listeners: set[Callable[[], None]] = set()
         self._stopping = False
         self._scoring_since: float | None = None
         self._probe_lock = threading.Lock()
@@ -210,7 +214,13 @@ class InspectionService:
     # ── from an upload to a stored inspection ────────────────────────────────────────────────────────────────────────
 
     async def inspect(
-        self, uploads: Sequence[Upload], *, source: Source, actor: str, token: int | None = None
+        self,
+        uploads: Sequence[Upload],
+        *,
+        source: Source,
+        actor: str,
+        token: int | None = None,
+        parts: Sequence[RequestPart] | None = None,
     ) -> list[Inspection]:
         """Score and store images, and return their inspections in the same order.
 
@@ -219,12 +229,14 @@ class InspectionService:
         Args:
             actor: name of the token that the images came with.
             token: id of this token.
+            parts: the place of each image in a request with a key.
 
         Raises:
             BusyError: too many images are waiting.
             StoppedError: the server is stopping.
             NormweaveError: the images could not be stored, or the bundle failed.
         """
+        places: Sequence[RequestPart | None] = parts or [None] * len(uploads)
         with self._lock:
             if self._stopping:
                 raise StoppedError("The server is stopping. Send the images again when it is back.")
@@ -246,8 +258,9 @@ class InspectionService:
                     received_at=now,
                     started=started,
                     detector=self.detector,
+                    request=part,
                 )
-                for upload in uploads
+                for upload, part in zip(uploads, places, strict=True)
             ]
             for job in jobs:
                 job.done.add_done_callback(self._count_answered)
@@ -359,6 +372,8 @@ class InspectionService:
             for job, inspection in zip(batch, stored, strict=True):
                 self.metrics.observe(inspection, seconds=job.seconds)
                 job.done.set_result(inspection)
+            for notify in tuple(self.listeners):
+                notify()
 
     def _inspection(self, job: _Job) -> Inspection:
         """Return the inspection of a scored image, with its files written."""
@@ -403,6 +418,7 @@ class InspectionService:
             outcome=outcome,
             routed=routed,
             image=image,
+            request=job.request,
         )
 
     # ── stored inspections ───────────────────────────────────────────────────────────────────────────────────────────

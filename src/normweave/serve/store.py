@@ -128,16 +128,28 @@ class Store:
         row = self._read_one(select(INSPECTIONS).where(_has_id(INSPECTIONS, id)))
         return None if row is None else to_inspection(row)
 
-    def inspections(self, chosen: Filter, *, before: int | None = None, limit: int) -> list[Inspection]:
-        """Return a page of inspections, newest first.
+    def inspections(
+        self, chosen: Filter, *, before: int | None = None, after: int | None = None, limit: int
+    ) -> list[Inspection]:
+        """Return a page of inspections, newest first; with `after`, oldest first.
 
         Args:
             before: only inspections with lower ids; the last id of the page before.
+            after: only inspections with higher ids; the last id of the page before.
             limit: at least 1.
         """
-        query = select(INSPECTIONS).where(*_conditions(chosen)).order_by(_INSPECTION.id.desc()).limit(limit)
+        order = _INSPECTION.id.desc() if after is None else _INSPECTION.id
+        query = select(INSPECTIONS).where(*_conditions(chosen)).order_by(order).limit(limit)
+        if after is not None:
+            query = query.where(_INSPECTION.id > _bounded(after))
         if before is not None:
             query = query.where(_INSPECTION.id < _bounded(before))
+        return [to_inspection(row) for row in self._read(query)]
+
+    def of_request(self, key: str, *, token: int | None) -> list[Inspection]:
+        """Return the inspections of the request that came with this Idempotency-Key and token."""
+        same = _INSPECTION.token.is_(None) if token is None else _INSPECTION.token == token
+        query = select(INSPECTIONS).where(_INSPECTION.request_key == key, same)
         return [to_inspection(row) for row in self._read(query)]
 
     def iter_inspections(self, chosen: Filter) -> Iterator[Inspection]:

@@ -234,6 +234,21 @@ def test_the_last_review_counts_and_all_are_stored(store):
     assert store.reviews(other.id) == []
 
 
+def test_a_part_of_a_name(store):
+    names = ["lot 7/Part-12.png", "lot 8/part-12.png", "100%.png", "1000.png", "a_b.png", "acb.png", "\0.png"]
+    store.add([inspection(name=name) for name in names])
+
+    def found(text):
+        return [one.name for one in reversed(store.inspections(Filter(name_contains=text), limit=99))]
+
+    assert found("part-12") == names[:2]
+    assert found("LOT 8") == [names[1]]
+    assert found("0%") == ["100%.png"]
+    assert found("a_b") == ["a_b.png"]
+    assert found("\0") == ["\ufffd.png"]
+    assert store.count(Filter(name_contains=".png")) == len(names)
+
+
 def test_decisions_of_a_reviewer_that_still_count(store):
     first, second, third, fourth = (one.id for one in store.add([inspection() for _ in range(4)]))
     for id, review in (

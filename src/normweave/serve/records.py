@@ -128,6 +128,8 @@ class Filter:
     subclass: str | None = None
     name: str | None = None
     """The whole name."""
+    name_contains: str | None = None
+    """A part of the name, letter case ignored (SQLite: of ASCII letters only)."""
     source: Source | None = None
     line: str | None = None
     bundle_hash: str | None = None

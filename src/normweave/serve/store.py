@@ -514,6 +514,8 @@ def _conditions(chosen: Filter) -> list[ColumnElement[bool]]:
         for name in ("category", "subclass", "name", "source", "line", "bundle_hash", "decision")
         if (value := getattr(chosen, name)) is not None
     ]
+    if chosen.name_contains is not None:
+        conditions.append(_INSPECTION.name.icontains(chosen.name_contains, autoescape=True))
     if chosen.since is not None:
         conditions.append(_INSPECTION.received_at >= chosen.since)
     if chosen.until is not None:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from normweave.serve.pages.history import COLUMNS, csv_lines, filter_of, table
+from normweave.serve.pages.history import COLUMNS, choices_of, csv_lines, filter_of, table
 from normweave.serve.records import Filter, Inspection, Review
 from normweave.serve.store import Store
 from normweave.types import Outcome
@@ -65,7 +65,7 @@ def test_choices_become_a_filter():
         {"product": "cloth\nred", "verdict": "unknown", "source": "folder", "review": "reject", "name": "a"}
     )
     assert chosen == Filter(
-        category="cloth", subclass="red", verdicts=("unknown",), source="folder", decision="reject", name="a"
+        category="cloth", subclass="red", verdicts=("unknown",), source="folder", decision="reject", name_contains="a"
     )
     assert filter_of({"verdict": "unreadable", "review": "none", "product": "cloth"}) == Filter(
         unreadable=True, reviewed=False, category="cloth"
@@ -83,6 +83,14 @@ def test_a_value_that_cannot_be_chosen_is_refused(given):
         ValueError, match=f"{name} must be one of '.*', got '{given[name]}'. Choose on the History page"
     ):
         filter_of(given)
+
+
+def test_the_address_gives_the_choices_and_wrong_values_are_ignored():
+    assert choices_of({})["days"] == "7"
+    assert choices_of({"days": ""})["days"] == ""  # everything
+    chosen = choices_of({"days": "8", "verdict": "unknown", "source": "x", "name": "<b>", "id": "3"})
+    assert filter_of(chosen | {"days": ""}) == Filter(verdicts=("unknown",), name_contains="<b>")
+    assert chosen["days"] == "7"
 
 
 def test_the_table_escapes_names_and_shows_missing_numbers_as_dashes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from itertools import chain
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -21,6 +22,8 @@ from normweave.serve.watch import Watch
 
 TAB_SECONDS = 3600.0
 """How long NiceGUI keeps the storage of a closed tab; no page uses it."""
+BYTE_ORDER_MARK = "\ufeff"
+"""Spreadsheets read a CSV file that begins with it as UTF-8."""
 SLOW_SECONDS = 30.0
 """How long a page may wait for the store before it fails."""
 
@@ -62,7 +65,8 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
         except ValueError as error:
             return problems.answer(422, str(error))
         headers = {"Content-Disposition": 'attachment; filename="normweave-history.csv"'}
-        return StreamingResponse(csv_lines(service.store, chosen), media_type="text/csv", headers=headers)
+        text = chain([BYTE_ORDER_MARK], csv_lines(service.store, chosen))
+        return StreamingResponse(text, media_type="text/csv", headers=headers)
 
     handlers.add_page_handlers(app, nicegui)
     bind_sockets()

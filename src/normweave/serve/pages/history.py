@@ -17,7 +17,7 @@ from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
 from normweave.serve.pages import charts, verdict
-from normweave.serve.pages.frame import EMIT_ID, Page, notify_error, plain_button
+from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, notify_error, plain_button
 from normweave.serve.pages.verdict import Result
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Bucket, Filter, Inspection, Token
@@ -30,6 +30,8 @@ from normweave.types import Outcome
 TEMPLATE = "history.html"
 ROWS = 25
 """Rows of one page of the table."""
+COMMENT = 500
+"""Length of a comment in characters."""
 CSV_ROWS = 200
 """Rows that are written at a time."""
 REFRESH_SECONDS = 15.0
@@ -85,7 +87,7 @@ def filter_of(given: Mapping[str, str]) -> Filter:
         unreadable=True if result == "unreadable" else None,
         category=category or None,
         subclass=subclass or None,
-        name=chosen["name"] or None,
+        name_contains=chosen["name"] or None,
         source=chosen["source"] or None,  # type: ignore[arg-type]  # checked above
         reviewed=None if review in (ANY, "accept", "reject") else review == "any",
         decision=review if review in ("accept", "reject") else None,  # type: ignore[arg-type]  # checked above
@@ -102,7 +104,7 @@ class HistoryPage(Page):
 
     def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
         super().__init__(service, token, watch)
-        self._chosen = dict.fromkeys(CHOICES, ANY) | {"days": "7"}
+        self._chosen = choices_of(ui.context.client.request.query_params)
         self._befores: list[int | None] = [None]  # id at which each table page begins, up to the shown one
         self._open: int | None = None
 
@@ -112,7 +114,10 @@ class HistoryPage(Page):
         with ui.element("section").classes("sheet"):
             with ui.element("div").classes("choices"):
                 self._select("days", "Time", SPANS)
-                self._select("product", "Product", self._products())
+                products = self._products()
+                if self._chosen["product"] not in products:
+                    self._chosen["product"] = ANY
+                self._select("product", "Product", products)
                 self._bucket = ui.select(BUCKETS, value="day", label="Columns", on_change=self._draw)
                 self._bucket.props("outlined dense options-dense").classes("choice")
                 self._shares = ui.switch("As shares", on_change=self._draw)
@@ -122,7 +127,8 @@ class HistoryPage(Page):
                 self._select("verdict", "Verdict", VERDICTS)
                 self._select("source", "Source", SOURCES)
                 self._select("review", "Review", REVIEWS)
-                name = ui.input("File name, exactly").props("outlined dense clearable debounce=400")
+                name = ui.input("File name contains", value=self._chosen["name"])
+                name.props("outlined dense clearable debounce=400")
                 name.classes("choice").on_value_change(lambda change: self._choose("name", change.value))
                 self._export = ui.link("Export CSV", "/history.csv").classes("plain-button export")
                 self._export.props("download")
@@ -134,6 +140,9 @@ class HistoryPage(Page):
                 self._older = plain_button("Older", self._next_rows)
         self._dialog = self._add_dialog()
         await self._update()
+        asked = ui.context.client.request.query_params.get("id", "")
+        if asked.isdecimal() and await self._fill(int(asked)):
+            self._dialog.open()
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
 
     def _products(self) -> dict[str, str]:
@@ -152,7 +161,15 @@ class HistoryPage(Page):
     async def _choose(self, name: str, value: Any) -> None:
         self._chosen[name] = str(value or ANY)
         self._befores = [None]
+        self._show_address()
         await self._update()
+
+    def _show_address(self) -> None:
+        """Put the filters and the open inspection into the address of the browser."""
+        query = {name: value for name, value in self._chosen.items() if value or name == "days"}
+        if self._open is not None:
+            query["id"] = str(self._open)
+        ui.run_javascript(f"window.history.replaceState(null, '', '{self.path}?{urlencode(query)}')")
 
     # ── chart and table ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -200,55 +217,89 @@ class HistoryPage(Page):
 
     def _add_dialog(self) -> ui.dialog:
         with (
-            ui.dialog().props('aria-label="Inspection"') as dialog,
+            ui.dialog().props('aria-label="Inspection"').on("hide", self._closed) as dialog,
             ui.element("div").classes("sheet one-sheet"),
         ):
             with ui.element("div").classes("list-head"):
-                self._title = ui.label().classes("soft")
-                plain_button("Close", dialog.close)
+                self._title = ui.html()
+                with ui.element("div").classes("pager"):
+                    self._next = plain_button("Next", self._show_next)
+                    plain_button("Close", dialog.close)
             self._banner = ui.html()
             self._viewer = Viewer()
             self._details = ui.html()
             self._reviews = ui.html()
+            self._comment = ui.input("Comment (optional)")
+            self._comment.props(f"outlined dense maxlength={COMMENT}").classes("comment")
             with ui.element("div").classes("pager"):
                 for decision, word in (("accept", "Accept"), ("reject", "Reject"), ("undo", "Undo")):
                     button = ui.element("button").classes(f"decision small {decision}").props("type=button")
-                    button.on("click", partial(self._decide, decision), args=[])
+                    button.on("click", partial(self._decide, decision), js_handler=EMIT_SHOWN)
                     with button:
                         ui.label(word)
         return dialog
 
     async def _show(self, event: GenericEventArguments) -> None:
-        self._open = int(event.args)
-        if await self._fill():
+        if await self._fill(int(event.args)):
             self._dialog.open()
 
-    async def _fill(self) -> bool:
-        if self._open is None:
-            return False
+    async def _show_next(self) -> None:
+        """Show the next older inspection of the table."""
+        store, chosen = self._service.store, filter_of(self._chosen)
+        found = await asyncio.to_thread(store.inspections, chosen, before=self._open, limit=1)
+        if found:
+            await self._fill(found[0].id)
+        else:
+            self._next.set_enabled(False)
+
+    def _closed(self) -> None:
+        self._open = None
+        self._show_address()
+
+    async def _fill(self, id: int) -> bool:
         store = self._service.store
-        inspection = await asyncio.to_thread(store.inspection, self._open)
+        inspection = await asyncio.to_thread(store.inspection, id)
         if inspection is None:
-            ui.notify("This inspection is no longer stored.", type="warning")
+            ui.notify(f"Inspection {id} is not stored, or no longer.", type="warning")
             return False
-        reviews = await asyncio.to_thread(store.reviews, self._open)
-        self._title.set_text(f"Inspection {inspection.id}")
+        reviews = await asyncio.to_thread(store.reviews, id)
+        if id != self._open:
+            self._comment.set_value("")
+        self._open = id
+        self._show_address()
+        self._next.set_enabled(True)
+        self._title.set_content(render_macro(TEMPLATE, "link", id=id, path=self.path))
         self._banner.set_content(verdict.banner(inspection))
         self._viewer.show(inspection)
         self._details.set_content(verdict.details(inspection, self._service.references(inspection)))
         self._reviews.set_content(render_macro(TEMPLATE, "reviews", reviews=reviews))
         return True
 
-    async def _decide(self, decision: Any) -> None:
-        if self._open is None:
-            return
+    async def _decide(self, decision: Any, event: GenericEventArguments) -> None:
+        id = self._open
+        if id is None or (decision != "undo" and int(event.args) != id):
+            return  # its picture is not shown yet
+        comment = str(self._comment.value or "").strip()[:COMMENT]
         try:
-            await self._service.review(self._open, decision=decision, reviewer=self._token.name, token=self._token.id)
+            await self._service.review(
+                id, decision=decision, reviewer=self._token.name, token=self._token.id, comment=comment
+            )
         except NormweaveError as error:
             notify_error(error)
             return
-        await self._fill()
+        self._comment.set_value("")
+        await self._fill(id)
         await self._list()
+
+
+def choices_of(address: Mapping[str, str]) -> dict[str, str]:
+    """Return the choices in the address of the page; those that are missing or not allowed have their first value."""
+    chosen = dict.fromkeys(CHOICES, ANY) | {"days": "7"}
+    for name, allowed in CHOICES.items():
+        value = address.get(name)
+        if value is not None and (allowed is None or value in allowed):
+            chosen[name] = value
+    return chosen
 
 
 def table(inspections: list[Inspection]) -> str:

@@ -141,7 +141,7 @@ window.normweave = (() => {
   function mark(id) {
     shown = id;
     document
-      .querySelectorAll("[data-decision=accept], [data-decision=reject]")
+      .querySelectorAll(".decision.accept, .decision.reject")
       .forEach((button) => button.setAttribute("aria-disabled", String(!id)));
   }
 
@@ -153,6 +153,11 @@ window.normweave = (() => {
     event.preventDefault();
     button.click();
   });
+
+  // Quasar makes the list inside a menu focusable, which no child of a list box may be but its options.
+  new MutationObserver(() =>
+    document.querySelectorAll(".q-virtual-scroll__content[tabindex]").forEach((list) => list.removeAttribute("tabindex")),
+  ).observe(document.documentElement, { childList: true, subtree: true });
 
   document.addEventListener("DOMContentLoaded", () => {
     showTheme(); // NiceGUI has built the page by then

@@ -43,9 +43,9 @@ def routes(app):
         {"Authorization": "Bearer"},
         {"Authorization": "Basic b3A6b3A="},
         {"Authorization": ""},
-        {"Cookie": "normweave=1.9999999999.abc"},
-        {"Cookie": "normweave=x"},
-        {"Cookie": 'normweave="; a\\'},
+        {"Cookie": "normweave_8080=1.9999999999.abc"},
+        {"Cookie": "normweave_8080=x"},
+        {"Cookie": 'normweave_8080="; a\\'},
     ],
 )
 def test_without_a_valid_token_only_the_health_routes_answer(app, browser, headers):
@@ -118,7 +118,7 @@ def test_pages_of_other_origins_are_refused(browser, keys, log_in):
         ("http://line:8080", 404),
     ):
         assert browser.post("/elsewhere", headers={"Origin": origin}).status_code == status
-    headers = {"Origin": "http://evil.example", "Cookie": f"normweave={browser.cookies['normweave']}"}
+    headers = {"Origin": "http://evil.example", "Cookie": f"normweave={browser.cookies['normweave_8080']}"}
     with (
         pytest.raises(WebSocketDisconnect) as closed,
         browser.websocket_connect("/_nicegui_ws/socket.io", headers=headers),

@@ -123,6 +123,8 @@ def test_a_taken_port(server, bundle, tmp_path):
         (("--tls-key", "x.pem"), "TLS needs both"),
         (("--watch", "nowhere"), "The folder nowhere does not exist"),
         (("--new-token", "boss"), "Unknown role 'boss'"),
+        (("--name", "x" * 61), "--name must have at most 60 printable characters"),
+        (("--name", "a\nb"), "--name must have at most 60 printable characters"),
         (("--host", "256.1.1.1"), "Cannot listen on 256.1.1.1"),
         (("--database", "mysql://x"), "mysql"),
         (("--max-megapixels", "0"), "max_pixels must be above 0"),
@@ -131,6 +133,26 @@ def test_a_taken_port(server, bundle, tmp_path):
 def test_invalid_options(bundle, tmp_path, options, words):
     result = run("serve", bundle, "--port", "0", "--data", tmp_path / "data", *options)
     assert (result.exit_code, words in result.output) == (2, True), result.output
+
+
+def test_the_name_of_the_line(bundle, photos, tmp_path):
+    with Server(bundle, tmp_path / "data", "--name", " Press <4> ") as server:
+        with server.client() as client:
+            sent = client.post("/v1/inspect", files={"images": Path(photos[0]).read_bytes()}).json()
+            assert sent["inspections"][0]["line"] == "Press <4>"
+            assert len(client.get("/v1/inspections", params={"line": "Press <4>"}).json()["inspections"]) == 1
+            assert client.get("/v1/inspections", params={"line": "Press 5"}).json()["inspections"] == []
+            assert client.get("/v1/model").json()["line"] == "Press <4>"
+            assert 'line="Press <4>"' in client.get("/metrics").text
+        with server.client("engineer") as client:
+            assert {one["line"] for one in client.get("/v1/audit").json()["entries"]} == {"Press <4>"}
+        with server.client(role=None, follow_redirects=True) as browser:
+            page = browser.post("/login", data={"token": server.tokens["operator"]})
+            assert [name.startswith("normweave_Press_4_") for name in browser.cookies] == [True]
+            for path in ("/", "/review", "/model", "/history"):
+                page = browser.get(path).text
+                assert "Press &lt;4&gt; · normweave</title>" in page
+                assert page.count("Press") > 1
 
 
 def test_without_tokens(bundle, tmp_path):

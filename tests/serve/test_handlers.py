@@ -111,7 +111,7 @@ def test_log_in_while_the_database_is_down(browser, service, keys, monkeypatch, 
     monkeypatch.setattr(access_module, "CACHE_SECONDS", 0)
     answers = [
         browser.post("/login", data={"token": keys["operator"]}, headers=HTML),
-        browser.get("/review", headers=HTML | {"Cookie": "normweave=1.9999999999.abc"}),
+        browser.get("/review", headers=HTML | {"Cookie": "normweave_8080=1.9999999999.abc"}),
         browser.get("/v1/model", headers={"Authorization": f"Bearer {keys['operator']}"}),
     ]
     assert [(one.status_code, one.headers["retry-after"]) for one in answers] == [(503, "1")] * 3

@@ -1,10 +1,16 @@
 """The login form."""
 
+from contextlib import closing
+
 import pytest
 from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
 from starlette.testclient import TestClient
 
 from normweave.serve import login
+from normweave.serve.access import Access
+from normweave.serve.authentication import AuthenticationMiddleware
+from normweave.serve.store import Store
 
 
 def test_a_person_logs_in_and_out(browser, keys, log_in):
@@ -13,7 +19,7 @@ def test_a_person_logs_in_and_out(browser, keys, log_in):
     assert '<form method="post" action="/login">' in page.text
     wrong = log_in(browser, "nw_wrong")
     assert (wrong.status_code, "unknown, expired or revoked" in wrong.text) == (401, True)
-    assert "normweave" not in browser.cookies
+    assert not browser.cookies
 
     good = log_in(browser, f" {keys['operator']} ")
     assert (good.status_code, good.headers["location"]) == (303, "/")
@@ -78,8 +84,49 @@ def test_programs_get_an_error_instead_of_the_form(request_, headers):
     assert not login.is_page_request(request_, headers)
 
 
+@pytest.mark.parametrize(
+    ("host", "line", "name"),
+    [
+        ("line-pc", "", "normweave"),
+        ("line-pc:8080", "", "normweave_8080"),
+        ("line-pc:8081", "Press 4, <Süd>", "normweave_Press_4_S_d_8081"),
+        ("[::1]:8080", "", "normweave_8080"),
+        ("line-pc:x", "", "normweave"),
+        ("[", "", "normweave"),
+    ],
+)
+def test_the_name_of_the_cookie_has_line_and_port(host, line, name):
+    assert login.cookie_name(Headers({"host": host}), line) == name
+
+
+def test_two_lines_on_one_pc_do_not_log_each_other_out(service, access, keys, tmp_path, log_in):
+    """One browser, two servers on the same host; a real browser sends each cookie to all ports of the host."""
+    with closing(Store.open(tmp_path / "other.sqlite", line="Press 5")) as store:
+        other = Access(store, session_hours=1)
+        (engineer, _) = other.create_first_tokens()
+        apps = {
+            "http://line:8080": (AuthenticationMiddleware(hello, access=access), keys["engineer"]),
+            "http://line:8081": (AuthenticationMiddleware(hello, access=other), engineer.secret),
+            "http://line:8082": (AuthenticationMiddleware(hello, access=other), engineer.secret),
+        }
+        jar = {}
+        for base_url, (app, secret) in apps.items():
+            client = TestClient(app, base_url=base_url, follow_redirects=False)
+            jar |= log_in(client, secret).cookies
+        cookies = "; ".join(f"{name}={value}" for name, value in jar.items())
+        for base_url, (app, _) in apps.items():
+            client = TestClient(app, base_url=base_url, headers={"Cookie": cookies})
+            assert client.get("/").text == "hello"
+        assert "<b>Press 5</b>" in TestClient(apps["http://line:8081"][0]).get("/login").text
+
+
+async def hello(scope, receive, send):
+    await PlainTextResponse("hello")(scope, receive, send)
+
+
 def test_the_form_is_not_cached_and_reports_a_wrong_token():
-    first, again = login.page(status=401), login.page(status=401, wrong=True)
+    first, again = login.page(status=401, line=""), login.page(status=401, line="<b>", wrong=True)
+    assert b"&lt;b&gt;" in again.body
     assert first.headers["cache-control"] == "no-store"
     assert b'role="alert"' not in first.body
     assert b"unknown, expired or revoked" in again.body

@@ -3,6 +3,11 @@
 import json
 
 from inspections import inspect_files
+from normweave.serve.metrics import Metrics
+
+
+def test_the_line_is_named():
+    assert 'normweave_line_info{line="Press 4"} 1.0' in Metrics(line="Press 4").text().decode()
 
 
 def test_metrics_of_inspections(service, photos):

@@ -12,6 +12,8 @@ from normweave.errors import ConfigError, DataError, MissingError, unknown
 
 MIB = 2**20
 _LIMITS = "Limits"
+NAME_LENGTH = 60
+"""Maximum number of characters of the name of a line."""
 
 
 def serve(
@@ -27,6 +29,10 @@ def serve(
         str | None,
         typer.Option(help="postgresql://… instead of SQLite in the folder of the inspections.", show_default=False),
     ] = None,
+    name: Annotated[
+        str,
+        typer.Option(help="Name of the line, shown on all pages and kept with each inspection.", show_default=False),
+    ] = "",
     watch: Annotated[
         Path | None,
         typer.Option(help="Folder of a camera. New images in it are inspected.", show_default=False),
@@ -72,6 +78,8 @@ def serve(
     """
     if (tls_certificate is None) != (tls_key is None):
         raise ConfigError("TLS needs both --tls-certificate and --tls-key.")
+    if len(name) > NAME_LENGTH or not name.isprintable():
+        raise ConfigError(f"--name must have at most {NAME_LENGTH} printable characters, got {name[:200]!r}.")
     if watch is not None and not watch.is_dir():
         raise DataError(f"The folder {watch} does not exist. Create it, or leave out --watch.")
     try:
@@ -120,7 +128,7 @@ def serve(
         files = Files(folder / server.FILES)
         stack.callback(files.close)
         files.sweep()
-        store = Store.open(database or folder / server.DATABASE)
+        store = Store.open(database or folder / server.DATABASE, line=name.strip())
         stack.callback(store.close)
         listening = stack.enter_context(process.listen(host, port))
         access = None
@@ -137,8 +145,8 @@ def serve(
             watching = Watch(watch.resolve(), service=service, seen=seen)
         app = server.create_app(service, access=access, watch=watching)
         address = listening.getsockname()
-        name = f"[{address[0]}]" if ":" in address[0] else address[0]
-        url = f"{'http' if certificate is None else 'https'}://{name}:{address[1]}"
+        shown = f"[{address[0]}]" if ":" in address[0] else address[0]
+        url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"
         if terminal.json:
             terminal.record(
                 {

@@ -42,6 +42,9 @@ class NewToken(NamedTuple):
 class Access:
     """The tokens and sessions of a server.
 
+    Attributes:
+        line: the name of the line.
+
     Args:
         session_hours: lifetime of a session after its last use.
         session_max_hours: lifetime of a session after the login.
@@ -49,6 +52,7 @@ class Access:
 
     def __init__(self, store: Store, *, session_hours: float, session_max_hours: float = 168.0) -> None:
         self._store = store
+        self.line = store.line
         self.failed_logins = FailedLogins(store)
         self._idle, self._longest = timedelta(hours=session_hours), timedelta(hours=session_max_hours)
         self.session_max_seconds = session_max_hours * 3600

@@ -460,6 +460,7 @@ def _filter(
     subclass: schemas.Name | None = None,
     name: schemas.Name | None = None,
     source: Source | None = None,
+    line: schemas.Name | None = None,
     reviewed: Annotated[bool | None, Query(description="Whether it has a reviewer decision.")] = None,
     decision: Literal["accept", "reject"] | None = None,
     bundle_hash: schemas.Name | None = None,
@@ -473,6 +474,7 @@ def _filter(
         subclass=subclass,
         name=name,
         source=source,
+        line=line,
         reviewed=reviewed,
         decision=decision,
         bundle_hash=bundle_hash,
@@ -499,6 +501,7 @@ def _model(service: InspectionService) -> schemas.ModelOut:
     assert calibration is not None  # a bundle without operating points is not loaded
     record = detector.record
     return schemas.ModelOut(
+        line=service.store.line,
         model=record["model"],
         bundle_hash=detector.bundle_hash,
         categories=record["categories"],

@@ -58,10 +58,11 @@ class AuthenticationMiddleware:
                 return
             authenticated = await _authenticate(access, scope, headers, use=scope["type"] == "http")
         except _RefusedError as error:
-            if access is not None and "authorization" in headers:
+            with_token = "authorization" in headers
+            if access is not None and with_token:
                 await asyncio.to_thread(access.failed_logins.add, login.client_address(scope))
-            if error.status == 401 and "authorization" not in headers and login.is_page_request(scope, headers):
-                await login.page(status=401)(scope, receive, send)
+            if access is not None and error.status == 401 and not with_token and login.is_page_request(scope, headers):
+                await login.page(status=401, line=access.line)(scope, receive, send)
             else:
                 await _refuse(scope, receive, send, error)
             return
@@ -93,7 +94,7 @@ async def _authenticate(access: Access | None, scope: Scope, headers: Headers, *
     authorization = headers.get("authorization")
     if authorization is not None:
         return Authenticated(await _by_token(access, authorization), authorization)
-    cookie = login.session_cookie(headers)
+    cookie = login.session_cookie(headers, line=access.line)
     return Authenticated(await _by_session(access, cookie, scope, headers, use=use), cookie or "")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -15,7 +16,6 @@ from normweave.serve.access import Access
 from normweave.serve.templating import render
 
 LOGIN, LOGOUT = "/login", "/logout"
-COOKIE = "normweave"
 MAX_BYTES = 4096
 """Largest body of the form that is read."""
 WRONG_SECONDS = 0.5
@@ -32,13 +32,25 @@ def is_page_request(scope: Scope, headers: Headers) -> bool:
     )
 
 
-def session_cookie(headers: Headers) -> str | None:
+def cookie_name(headers: Headers, line: str) -> str:
+    """Return the name of the session cookie, which has the name of the line and the port.
+
+    A browser sends a cookie to all ports of a host, so two lines on one PC need two names.
+    """
+    try:
+        port = urlsplit(f"//{headers.get('host', '')}").port
+    except ValueError:
+        port = None
+    return "_".join(("normweave", *re.findall("[A-Za-z0-9]+", line), *([] if port is None else [str(port)])))
+
+
+def session_cookie(headers: Headers, *, line: str) -> str | None:
     """Return the value of the session cookie; None if there is none."""
     try:
         cookies: SimpleCookie = SimpleCookie(headers.get("cookie", ""))
     except CookieError:
         return None
-    morsel = cookies.get(COOKIE)
+    morsel = cookies.get(cookie_name(headers, line))
     return None if morsel is None else morsel.value
 
 
@@ -48,9 +60,9 @@ def client_address(scope: Scope) -> str:
     return str(client[0]) if client else ""
 
 
-def page(*, status: int, wrong: bool = False) -> Response:
-    """Return the login form, with a message if the token was wrong."""
-    text = render("login.html", action=LOGIN, wrong=wrong)
+def page(*, status: int, line: str, wrong: bool = False) -> Response:
+    """Return the login form with the name of the line, and with a message if the token was wrong."""
+    text = render("login.html", action=LOGIN, line=line, wrong=wrong)
     return HTMLResponse(text, status_code=status, headers={"Cache-Control": "no-store"})
 
 
@@ -61,23 +73,24 @@ async def answer(scope: Scope, receive: Receive, send: Send, *, access: Access) 
 
 
 async def _answer(request: Request, access: Access) -> Response:
-    secure = request.url.scheme == "https"
+    secure, line = request.url.scheme == "https", access.line
+    name = cookie_name(request.headers, line)
     route = (request.method, request.url.path)
     address = client_address(request.scope)
     if route == ("POST", LOGOUT):
-        if cookie := session_cookie(request.headers):
+        if cookie := session_cookie(request.headers, line=line):
             await asyncio.to_thread(access.log_out, cookie, address=address)
-        return _redirect(set_cookie("", seconds=0, secure=secure))
+        return _redirect(set_cookie(name, "", seconds=0, secure=secure))
     if route == ("POST", LOGIN):
         token = await asyncio.to_thread(access.authenticate, await _submitted(request))
         if token is None:
             await asyncio.to_thread(access.failed_logins.add, address)
             await asyncio.sleep(WRONG_SECONDS)
-            return page(status=401, wrong=True)
+            return page(status=401, line=line, wrong=True)
         cookie = await asyncio.to_thread(access.log_in, token, address=address)
-        return _redirect(set_cookie(cookie, seconds=access.session_max_seconds, secure=secure))
+        return _redirect(set_cookie(name, cookie, seconds=access.session_max_seconds, secure=secure))
     if route in (("GET", LOGIN), ("HEAD", LOGIN)):
-        return page(status=200)
+        return page(status=200, line=line)
     return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})
 
 
@@ -96,6 +109,6 @@ async def _submitted(request: Request) -> str:
     return fields.get("token", "").strip()
 
 
-def set_cookie(value: str, *, seconds: float, secure: bool) -> str:
+def set_cookie(name: str, value: str, *, seconds: float, secure: bool) -> str:
     """Return a Set-Cookie header that scripts cannot read and other sites cannot send."""
-    return f"{COOKIE}={value}; Path=/; Max-Age={int(seconds)}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"
+    return f"{name}={value}; Path=/; Max-Age={int(seconds)}; HttpOnly; SameSite=Strict{'; Secure' if secure else ''}"

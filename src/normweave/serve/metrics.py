@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info, generate_latest
 
 from normweave.serve.records import Inspection, WatchStatus
 
@@ -14,10 +14,15 @@ _BATCH = (1, 2, 4, 8, 16, 32)
 
 
 class Metrics:
-    """Metrics of one server."""
+    """Metrics of one server.
 
-    def __init__(self) -> None:
+    Args:
+        line: the name of the line.
+    """
+
+    def __init__(self, *, line: str = "") -> None:
         self._registry = CollectorRegistry()
+        Info("normweave_line", "The line of this server.", registry=self._registry).info({"line": line})
         self.inspections = Counter(
             "normweave_inspections",
             "Images inspected and stored; the verdict is error if the image could not be read.",

@@ -176,6 +176,7 @@ class InspectionDetail(InspectionOut):
 class ModelOut(BaseModel):
     """The model and its operating points."""
 
+    line: Annotated[str, Field(description="Name of the line.")]
     model: str
     bundle_hash: str | None
     categories: dict[str, Any]

@@ -134,7 +134,7 @@ class InspectionService:
         self._record_bundle()
         self.files = files
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = Metrics(line=store.line)
         self._lock = threading.Lock()
         self.waiting = 0
         self.listeners: set[Callable[[], None]] = set()

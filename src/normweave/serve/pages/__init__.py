@@ -86,7 +86,9 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
 
 
 def _add_page(page: type[Page], service: InspectionService, watch: Watch | None) -> None:
-    @ui.page(page.path, title=f"{page.title} · normweave", response_timeout=SLOW_SECONDS)
+    title = " · ".join(filter(None, (page.title, service.store.line, "normweave")))
+
+    @ui.page(page.path, title=title, response_timeout=SLOW_SECONDS)
     async def build(request: Request) -> None:
         await page(service, _person(request), watch).build()
 

@@ -67,7 +67,7 @@ class AuditPage(Page):
         )
         shown = found[:ROWS]
         self._last = shown[-1].id if shown else None
-        self._table.set_content(table(shown))
+        self._table.set_content(table(shown, line=self._service.store.line))
         self._newer.set_enabled(len(self._befores) > 1)
         self._older.set_enabled(len(found) > ROWS)
 
@@ -81,10 +81,10 @@ class AuditPage(Page):
         await self._list()
 
 
-def table(entries: list[AuditEntry]) -> str:
-    """Return an HTML table of entries."""
+def table(entries: list[AuditEntry], *, line: str = "") -> str:
+    """Return an HTML table of entries; those of other lines than `line` name theirs."""
     rows = [(entry, EVENTS[entry.event], described(entry)) for entry in entries]
-    return render_macro("audit.html", "table", rows=rows)
+    return render_macro("audit.html", "table", rows=rows, line=line)
 
 
 def described(entry: AuditEntry) -> str:

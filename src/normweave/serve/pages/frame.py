@@ -60,7 +60,7 @@ class Page(ABC):
         ui.add_head_html(HEAD)
         ui.context.client.on_exception(_notify_failure)
         with ui.element("header").classes("top"):
-            ui.html('<a href="/">normweave</a>', tag="div").classes("brand")
+            ui.html(render_macro(TEMPLATE, "brand", line=self._service.store.line), tag="div").classes("brand")
             pages = [page for page in registered_pages() if page.is_open_to(self._token)]
             links = render_macro(TEMPLATE, "navigation", pages=pages, path=self.path)
             ui.html(links, tag="nav").props('aria-label="Pages"')

@@ -76,6 +76,9 @@ def test_images_of_every_source_are_shown_in_large_letters(visit, parts, server,
     # Twenty millimetres on a screen of 24 inches with 1920 pixels, which is read from three metres.
     assert word(page).evaluate("word => parseFloat(getComputedStyle(word).fontSize)") > 95
     assert word(page).bounding_box()["y"] < 250
+    page.set_viewport_size({"width": 1024, "height": 768})
+    for part in (".viewer-stage", ".facts"):  # on a tablet, without scrolling
+        assert page.locator(part).bounding_box()["y"] < 600
     other = visit("/")
     expect(other.locator("h2.name")).to_have_text("by-program.png")  # not only in the browser that was open
 

@@ -226,9 +226,11 @@ class HistoryPage(Page):
                     self._next = plain_button("Next", self._show_next)
                     plain_button("Close", dialog.close)
             self._banner = ui.html()
-            self._viewer = Viewer()
-            self._details = ui.html()
-            self._reviews = ui.html()
+            with ui.element("div").classes("seen"):
+                self._viewer = Viewer()
+                with ui.element("div"):
+                    self._details = ui.html()
+                    self._reviews = ui.html()
             self._comment = ui.input("Comment (optional)")
             self._comment.props(f"outlined dense maxlength={COMMENT}").classes("comment")
             with ui.element("div").classes("pager"):

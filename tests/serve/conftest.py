@@ -173,7 +173,7 @@ def app(service, access, keys):
 def live(app):
     """URL of the application in a real server, in a thread."""
     with listen("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(app, http=protocol_with_limits(30), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(app, http=protocol_with_limits(30, send_seconds=30), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"

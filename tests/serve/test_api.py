@@ -15,9 +15,9 @@ from starlette.testclient import TestClient
 
 from inspections import inspect_files
 from normweave.errors import BundleError, DataError
-from normweave.maps.overlay import outlined_crop
+from normweave.maps.overlay import outlined_crop, overlay
 from normweave.references import GoodImage, References
-from normweave.serve import create_app
+from normweave.serve import api, create_app
 from normweave.serve import service as service_module
 from normweave.serve.records import Inspection
 from normweave.types import DefectBox
@@ -230,6 +230,25 @@ def test_image_map_and_overlay(client, loaded, photos, inspected):
     # The threshold has the middle colour of the scale, so lighter pixels are above it.
     assert ((colours[..., 1] > 55) & (colours[..., 3] == 255) == (anomaly_map > one["threshold"])).mean() > 0.99
     assert Image.open(io.BytesIO(client.get(one["overlay_url"]).content)).size == (64, 64)
+    for url in (one["overlay_url"], one["map_url"]):
+        assert Image.open(io.BytesIO(client.get(url, params={"max_side": 16}).content)).size == (16, 16)
+
+
+def test_maps_and_overlays_of_large_images_are_drawn_small(client, service, photos, monkeypatch):
+    """At most 2048 pixels a side, unless more is asked for; the numbers have the size of the image."""
+    content = io.BytesIO()
+    Image.open(photos[0]).resize((2400, 1200)).save(content, "JPEG")
+    (one,) = client.post("/v1/inspect", files=[("images", ("large", content.getvalue()))]).json()["inspections"]
+    drawn = []
+    monkeypatch.setattr(
+        api, "overlay", lambda *given, **named: (drawn.append(given[0].shape), overlay(*given, **named))[1]
+    )
+    for url in (one["overlay_url"], one["map_url"]):
+        assert Image.open(io.BytesIO(client.get(url).content)).size == (2048, 1024)
+        assert Image.open(io.BytesIO(client.get(url, params={"max_side": 2400}).content)).size == (2400, 1200)
+    assert drawn == [(1024, 2048, 3), (1200, 2400, 3)]  # shrunk before it is drawn
+    numbers = client.get(one["map_url"], params={"format": "npy"}).content
+    assert np.load(io.BytesIO(numbers), allow_pickle=False).shape == (1200, 2400)
 
 
 def test_a_box_and_the_good_image_that_it_was_compared_with(client, service, photos, monkeypatch):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from normweave.serve import limits as limits_module
 from normweave.serve.config import ServeConfig
 from normweave.serve.limits import LimitsMiddleware
 
@@ -150,6 +151,26 @@ def test_a_slow_answer_is_not_a_slow_request():
         request = Request(LimitsMiddleware(slow, config=ServeConfig(receive_seconds=0.2)))
         await request.part(1, last=True)
         assert await ended(request) == 200
+
+    asyncio.run(walk())
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 10, 11, 20, 25, 30])
+def test_a_large_answer_is_sent_in_parts(monkeypatch, size):
+    monkeypatch.setattr(limits_module, "PART_BYTES", 10)
+    content = bytes(range(size))
+
+    async def large(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": content})
+
+    async def walk():
+        request = Request(LimitsMiddleware(large, config=ServeConfig()))
+        assert await ended(request) == 200
+        assert request.body == content
+        assert [len(message["body"]) <= 10 for message in request.sent[1:]] == [True] * max(1, -(-size // 10))
+        more = [message.get("more_body", False) for message in request.sent[1:]]
+        assert more == [True] * (len(more) - 1) + [False]
 
     asyncio.run(walk())
 

@@ -11,6 +11,8 @@ import pytest
 import uvicorn
 
 from normweave.errors import ConfigError
+from normweave.serve.config import ServeConfig
+from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.process import MAX_HEADER_BYTES, check_certificate, listen, protocol_with_limits
 
 MOST = 3000
@@ -24,11 +26,35 @@ async def answers(scope, receive, send):
         await send({"type": "http.response.body", "body": b"ok"})
 
 
+LARGE, ended = 50_000_000, []
+"""Bytes of a large answer, and the requests for one that have ended."""
+
+
+async def answers_at_length(scope, receive, send):
+    """ASGI application whose answer is one large body, sent in parts by the limits."""
+    if scope["type"] == "http" and scope["path"] == "/large":
+        await LimitsMiddleware(large, config=ServeConfig())(scope, receive, send)
+        ended.append(scope)
+    else:
+        await answers(scope, receive, send)
+
+
+async def large(scope, receive, send):
+    headers = [(b"content-length", str(LARGE).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": bytes(LARGE)})
+
+
 @pytest.fixture
 def port():
     """Port of a server with a timeout of 0.3 s for the request head."""
     with listen("127.0.0.1", 0) as listening:
-        settings = uvicorn.Config(answers, http=protocol_with_limits(0.3), log_level="error", timeout_keep_alive=60)
+        settings = uvicorn.Config(
+            answers_at_length,
+            http=protocol_with_limits(0.3, send_seconds=0.3),
+            log_level="error",
+            timeout_keep_alive=60,
+        )
         server = uvicorn.Server(settings)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -66,7 +92,7 @@ def answer_to(connection):
     connection.settimeout(10)
     received = b""
     with contextlib.suppress(ConnectionError):
-        while part := connection.recv(10_000):
+        while part := connection.recv(2**20):
             received += part
     return received
 
@@ -123,6 +149,24 @@ def test_large_headers_below_the_limit_and_a_large_body_are_accepted(port):
         head = b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 1000000\r\nX: "
         connection.sendall(head + b"a" * (MAX_HEADER_BYTES - 200) + b"\r\n\r\n" + b"b" * 1_000_000)
         assert answer_to(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_client_that_does_not_read_is_closed_and_holds_little_memory(port):
+    ended.clear()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        end = time.monotonic() + 10
+        while not ended and time.monotonic() < end:
+            time.sleep(0.02)
+        assert ended
+        assert len(answer_to(connection)) < LARGE
+
+
+def test_a_client_that_reads_gets_a_large_answer(port):
+    ended.clear()
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert len(answer_to(connection).partition(b"\r\n\r\n")[2]) == LARGE
 
 
 def test_a_port_in_use(port):

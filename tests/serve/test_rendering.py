@@ -1,18 +1,46 @@
 """Encoding of images and maps."""
 
 import io
+from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from normweave.serve.rendering import media_type, png
+from inspections import stored_image
+from normweave.config import PrepareConfig
+from normweave.data.prepare import Preparation
+from normweave.serve.files import Files
+from normweave.serve.rendering import ImageReader, media_type, npy, png, shrunk
 
 
-def test_png_shrinks_and_never_enlarges():
-    pixels = np.zeros((40, 80, 3), np.uint8)
-    assert Image.open(io.BytesIO(png(pixels, max_side=20))).size == (20, 10)
-    assert Image.open(io.BytesIO(png(pixels, max_side=200))).size == (80, 40)
+def test_sizes_shrink_and_are_never_enlarged():
+    assert shrunk((40, 80), None) == shrunk((40, 80), 200) == (40, 80)
+    assert shrunk((40, 80), 20) == (10, 20)
+    assert shrunk((8, 60_000), 16) == (1, 16)
+    assert Image.open(io.BytesIO(png(np.zeros((40, 80, 3), np.uint8)))).size == (80, 40)
+
+
+@pytest.mark.parametrize(
+    ("size", "max_side"), [((700, 900), 100), ((16, 3000), 1500), ((1500, 333), 1499), ((64, 64), 16)]
+)
+def test_a_small_map_is_the_large_one_shrunk(tmp_path, size, max_side):
+    """The map is computed at the small size, from tiles that still cover it."""
+    tiles = Preparation(PrepareConfig(height=64, width=64)).tiles(*size)
+    cells = np.arange(8) + 0.5
+    rows = [np.sin(4 * (tile.top + cells * tile.height / 8) / size[0]) for tile in tiles]
+    columns = [np.cos(4 * (tile.left + cells * tile.width / 8) / size[1]) for tile in tiles]
+    grids = np.stack([np.add.outer(*pair) for pair in zip(rows, columns, strict=True)]).astype(np.float32)
+    with closing(Files(tmp_path)) as files:
+        stored = replace(stored_image(), grids_hash=files.put(npy(grids)), tiles=tiles, smoothing=4.0)
+        reader = ImageReader(files, stored)
+        large, small = reader.anomaly_map(), reader.anomaly_map(max_side=max_side)
+        assert reader.anomaly_map(max_side=16).shape == shrunk(size, 16)
+    assert large.shape == size
+    assert small.shape == shrunk(size, max_side)
+    expected = np.asarray(Image.fromarray(large).resize(small.shape[::-1], Image.Resampling.BOX))
+    assert np.abs(small - expected).mean() < 0.05  # of values in -2..2
 
 
 @pytest.mark.parametrize("name", ["PNG", "JPEG", "BMP", "TIFF", "WEBP"])

@@ -70,10 +70,12 @@ def stitch(maps: Sequence[NDArray[np.float32]], tiles: Sequence[Tile], height: i
     """
     total = np.zeros((height, width), dtype=np.float32)
     weights = np.zeros((height, width), dtype=np.float32)
+    weight = np.zeros((0, 0), dtype=np.float32)
     for part, tile in zip(maps, tiles, strict=True):
         if part.shape != (tile.height, tile.width):
             raise DataError(f"The map of {tile} must have shape {(tile.height, tile.width)}, got {part.shape}.")
-        weight = np.outer(_tent(tile.height), _tent(tile.width))
+        if weight.shape != part.shape:
+            weight = np.outer(_tent(tile.height), _tent(tile.width))
         window = (slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width))
         total[window] += weight * part
         weights[window] += weight

@@ -40,6 +40,8 @@ CROP = 200
 """Longer side of a crop in pixels."""
 CONTEXT, LEAST_CONTEXT = 2.0, 0.25
 """A crop is this many times as long as the region in it, and at least this share of the longer side of the image."""
+BAND = 128
+"""Rows of pixels that are coloured at a time."""
 WHITE, CYAN = (255, 255, 255), (0, 229, 255)
 SMALLEST_SPAN = 1e-12
 """Smallest divisor, for maps with a single value."""
@@ -52,19 +54,29 @@ def heat(anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.ui
     the lowest score is below it. Pixels far below the threshold are transparent.
     """
     span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
-    level = np.clip(0.5 + (anomaly_map - threshold) / (2 * span), 0, 1).astype(np.float32)
-    alpha = np.clip((level - HIDDEN) / (0.5 - HIDDEN), 0, 1)[..., None] * 255
-    return np.concatenate([inferno(level), alpha], axis=2).round().astype(np.uint8)
+    result = np.empty((*anomaly_map.shape, 4), dtype=np.uint8)
+    for rows in _bands(anomaly_map):
+        level = np.clip(0.5 + (anomaly_map[rows] - threshold) / (2 * span), 0, 1).astype(np.float32)
+        alpha = np.clip((level - HIDDEN) / (0.5 - HIDDEN), 0, 1)[..., None] * 255
+        result[rows] = np.concatenate([inferno(level), alpha], axis=2).round()
+    return result
 
 
 def overlay(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.uint8]:
     """Return the image (H, W, 3) in grey, with the pixels above the threshold in yellow to red."""
-    grey = image.mean(axis=2, keepdims=True)
     span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
-    level = np.clip((anomaly_map - threshold) / span, 0, 1)[..., None]  # 0 at the threshold
-    colour = np.concatenate([np.full_like(level, 255), 220 * (1 - level), np.zeros_like(level)], axis=2)
-    mixed = np.where(anomaly_map[..., None] > threshold, 0.5 * grey + 0.5 * colour, grey)
-    return np.broadcast_to(mixed, image.shape).round().astype(np.uint8)
+    result = np.empty_like(image)
+    for rows in _bands(anomaly_map):
+        scores, grey = anomaly_map[rows, :, None], image[rows].mean(axis=2, keepdims=True)
+        level = np.clip((scores - threshold) / span, 0, 1)  # 0 at the threshold
+        colour = np.concatenate([np.full_like(level, 255), 220 * (1 - level), np.zeros_like(level)], axis=2)
+        result[rows] = np.where(scores > threshold, 0.5 * grey + 0.5 * colour, grey).round()
+    return result
+
+
+def _bands(anomaly_map: NDArray[np.float32]) -> list[slice]:
+    """Return slices of rows, which bound the memory for the steps between."""
+    return [slice(top, top + BAND) for top in range(0, len(anomaly_map), BAND)]
 
 
 def thumbnails(

@@ -20,6 +20,7 @@ from normweave.maps.overlay import heat, overlay
 from normweave.references import seen
 from normweave.serve import events, handlers, metrics, records, schemas
 from normweave.serve.access import Access
+from normweave.serve.answers import HeldAnswers
 from normweave.serve.handlers import messages, refuse_unknown_parameters
 from normweave.serve.openapi import (
     BODY,
@@ -43,6 +44,8 @@ from normweave.types import Verdict
 
 PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+DRAWN_SIDE = 2048
+"""Default of the longest side of a map or overlay: drawing 49 million pixels takes longer than scoring them."""
 
 
 def add_api(app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None) -> None:
@@ -85,6 +88,9 @@ AnyToken = Annotated[Token, Depends(_token)]
 Engineer = Annotated[Token, Depends(_engineer)]
 Id = Annotated[int, Path(ge=1, le=2**53)]
 _DEPENDENCIES: list[Any] = [Security(TOKEN), Depends(refuse_unknown_parameters)]
+DrawnSide = Annotated[
+    int, Query(ge=16, le=20_000, description="Maximum width and height in pixels of a PNG; drawn at this size.")
+]
 MaxSide = Annotated[
     int | None,
     Query(ge=16, le=20_000, description="Maximum width and height in pixels; larger images are shrunk."),
@@ -120,13 +126,14 @@ def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
 
 
 def _routes(service: InspectionService, streams: events.EventStreams) -> APIRouter:
-    keyed = KeyedRequests(service)
+    keyed, held = KeyedRequests(service), HeldAnswers(service.config.max_held_bytes)
     router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
 
     async def render(
         stored: StoredImage, work: Callable[[ImageReader], bytes], *, media_type: str = "image/png"
     ) -> Response:
-        return Response(await service.render(stored, work), media_type=media_type, headers=_CACHED)
+        content = await service.render(stored, work)
+        return held.answer(content, media_type=media_type, headers=_CACHED)
 
     @router.post(
         "/v1/inspect",
@@ -216,8 +223,8 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         stored = _stored_image(await service.inspection(id))
         if format == "original":
             content = await service.read_image(stored)
-            return Response(content, media_type=stored.image_type, headers=_CACHED)
-        return await render(stored, lambda reader: png(reader.image(), max_side=max_side))
+            return held.answer(content, media_type=stored.image_type, headers=_CACHED)
+        return await render(stored, lambda reader: png(reader.image(max_side=max_side)))
 
     @router.get(
         "/v1/inspections/{id}/map",
@@ -226,13 +233,13 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         response_class=Response,
         responses=problem_responses(404, 410) | image_response("image/png", BYTES),
     )
-    async def anomaly_map(id: Id, format: Literal["png", "npy"] = "png", max_side: MaxSide = None) -> Response:
+    async def anomaly_map(id: Id, format: Literal["png", "npy"] = "png", max_side: DrawnSide = DRAWN_SIDE) -> Response:
         stored = _stored_image(await service.inspection(id))
         if format == "npy":
             return await render(stored, lambda reader: npy(reader.anomaly_map()), media_type=BYTES)
 
         def draw(reader: ImageReader) -> bytes:
-            return png(heat(reader.anomaly_map(), threshold=stored.map_threshold), max_side=max_side)
+            return png(heat(reader.anomaly_map(max_side=max_side), threshold=stored.map_threshold))
 
         return await render(stored, draw)
 
@@ -243,12 +250,12 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         response_class=Response,
         responses=problem_responses(404, 410) | image_response("image/png"),
     )
-    async def map_overlay(id: Id, max_side: MaxSide = None) -> Response:
+    async def map_overlay(id: Id, max_side: DrawnSide = DRAWN_SIDE) -> Response:
         stored = _stored_image(await service.inspection(id))
 
         def draw(reader: ImageReader) -> bytes:
-            pixels = overlay(reader.image(), reader.anomaly_map(), threshold=stored.map_threshold)
-            return png(pixels, max_side=max_side)
+            pixels, scores = reader.image(max_side=max_side), reader.anomaly_map(max_side=max_side)
+            return png(overlay(pixels, scores, threshold=stored.map_threshold))
 
         return await render(stored, draw)
 

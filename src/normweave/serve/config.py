@@ -24,10 +24,14 @@ class ServeConfig:
     """Maximum number of images accepted and not yet answered; beyond it the answer is 429."""
     max_arriving_bytes: int = 512 * 2**20
     """Maximum size of all requests being received or answered; beyond it the answer is 429."""
+    max_held_bytes: int = 256 * 2**20
+    """Maximum size of all images and maps that clients are reading; beyond it the answer is 429."""
     max_clients: int = 1024
     """Maximum number of open connections."""
     receive_seconds: float = 30.0
     """Time limit for receiving the body of a request."""
+    send_seconds: float = 30.0
+    """Time limit for a client to read 256 KiB of an answer; then the connection is closed."""
     answer_seconds: float = 60.0
     """Time limit from the last byte of a request to its answer."""
     session_hours: float = 12.0

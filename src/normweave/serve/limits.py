@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +14,7 @@ from normweave.serve import handlers, problems
 from normweave.serve.config import ServeConfig
 
 log = logging.getLogger(__name__)
+PART_BYTES = 256 * 2**10
 _SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -101,7 +103,8 @@ class LimitsMiddleware:
                 names = {name for name, _ in headers}
                 headers += [pair for pair in _SECURITY_HEADERS if pair[0] not in names]
                 message = {**message, "headers": headers}
-            await send(message)
+            for part in _parts(message):
+                await send(part)
 
         try:
             if (length := _length(scope)) is not None and length > self._config.max_request_bytes:
@@ -120,6 +123,15 @@ class LimitsMiddleware:
             started = True
             answer = problems.answer(refused.status, str(refused), headers={"Connection": "close"})
             await answer(scope, receive, send_with_headers)
+
+
+def _parts(message: Message) -> Iterator[Message]:
+    """Yield a message, its body in parts: the server waits for a slow client between them, not within one."""
+    body = message.get("body", b"")
+    for start in range(0, len(body) - PART_BYTES, PART_BYTES):
+        yield {**message, "body": body[start : start + PART_BYTES], "more_body": True}
+    rest = (len(body) - 1) // PART_BYTES * PART_BYTES if body else 0
+    yield {**message, "body": body[rest:]} if rest else message
 
 
 def _length(scope: Scope) -> int | None:

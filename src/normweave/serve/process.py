@@ -76,7 +76,7 @@ def run(
     server = uvicorn.Server(
         uvicorn.Config(
             app,
-            http=protocol_with_limits(config.receive_seconds),
+            http=protocol_with_limits(config.receive_seconds, send_seconds=config.send_seconds),
             access_log=False,
             log_level="warning",
             server_header=False,
@@ -109,9 +109,11 @@ class LimitedProtocol(HttpToolsProtocol):
 
     Attributes:
         seconds: time limit for the first request of a connection; later requests have up to twice this time.
+        send_seconds: time limit for the client to read a part of an answer; then the connection is closed.
     """
 
     seconds: float
+    send_seconds: float
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer."""
@@ -119,17 +121,34 @@ class LimitedProtocol(HttpToolsProtocol):
         self.last_answered: Any = None
         self.unfinished = 0
         self.refused = False
+        self.stalled: asyncio.TimerHandle | None = None
         self.timer = self.loop.call_later(self.seconds, self.close_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
+        """Stop the timers."""
         self.timer.cancel()
+        self._stop_waiting()
         super().connection_lost(exc)
 
     def handle_websocket_upgrade(self) -> None:
         """Stop the timer; the connection now belongs to another protocol."""
         self.timer.cancel()
         super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        """Wait for a client that does not read, but not for ever: it holds memory and one of the connections."""
+        super().pause_writing()
+        self._stop_waiting()
+        self.stalled = self.loop.call_later(self.send_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Stop waiting."""
+        self._stop_waiting()
+        super().resume_writing()
+
+    def _stop_waiting(self) -> None:
+        if self.stalled is not None:
+            self.stalled.cancel()
 
     def data_received(self, data: bytes) -> None:
         """Parse the bytes in parts, and refuse the request when too many of them complete nothing."""
@@ -183,6 +202,6 @@ class LimitedProtocol(HttpToolsProtocol):
         self.timer = self.loop.call_later(self.seconds, self.close_if_idle)
 
 
-def protocol_with_limits(seconds: float) -> type[LimitedProtocol]:
-    """Return the protocol with this time limit for the headers."""
-    return type("Protocol", (LimitedProtocol,), {"seconds": seconds})
+def protocol_with_limits(seconds: float, *, send_seconds: float) -> type[LimitedProtocol]:
+    """Return the protocol with these time limits for the headers and for a client that reads."""
+    return type("Protocol", (LimitedProtocol,), {"seconds": seconds, "send_seconds": send_seconds})

@@ -12,6 +12,7 @@ from normweave import scoring
 from normweave.data import images
 from normweave.serve.files import Files
 from normweave.serve.records import StoredImage
+from normweave.types import Tile
 
 
 class ImageReader:
@@ -21,25 +22,45 @@ class ImageReader:
         self._files = files
         self._stored = stored
 
-    def image(self) -> NDArray[np.uint8]:
-        """Return the image, (H, W, 3)."""
-        return images.decode(self._files.read(self._stored.image_hash))
+    def image(self, *, max_side: int | None = None) -> NDArray[np.uint8]:
+        """Return the image, (H, W, 3); with `max_side` shrunk so that height and width are at most that."""
+        pixels = images.decode(self._files.read(self._stored.image_hash))
+        size = shrunk(pixels.shape[:2], max_side)
+        if size == pixels.shape[:2]:
+            return pixels
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX, reducing_gap=2))
 
-    def anomaly_map(self) -> NDArray[np.float32]:
-        """Return the anomaly map, (H, W)."""
+    def anomaly_map(self, *, max_side: int | None = None) -> NDArray[np.float32]:
+        """Return the anomaly map, (H, W); with `max_side` computed at the size of the shrunk image."""
         grids = np.load(io.BytesIO(self._files.read(self._stored.grids_hash)), allow_pickle=False)
         tiles = self._stored.tiles
-        size = (max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles))
+        whole = (max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles))
+        size = shrunk(whole, max_side)
+        if size != whole:
+            tiles = tuple(_shrunk_tile(tile, whole, size) for tile in tiles)
         return scoring.anomaly_map(grids, tiles, size, smoothing=self._stored.smoothing)
 
 
-def png(pixels: NDArray[np.uint8], *, max_side: int | None = None) -> bytes:
-    """Encode (H, W, 3 or 4) pixels as PNG, shrunk so that height and width are at most `max_side`."""
-    image = Image.fromarray(pixels)
-    if max_side is not None:
-        image.thumbnail((max_side, max_side))
+def shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
+    """Return (height, width) with the same ratio and both sides at most `max_side`, at least 1; never enlarged."""
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _shrunk_tile(tile: Tile, whole: tuple[int, int], size: tuple[int, int]) -> Tile:
+    """Return the tile in the shrunk image. Edges are rounded alike, so that the tiles still cover it."""
+    spans = []
+    for start, length, old, new in zip((tile.top, tile.left), (tile.height, tile.width), whole, size, strict=True):
+        first = min(start * new // old, new - 1)
+        spans.append((first, max(1, -(-(start + length) * new // old) - first)))
+    (top, height), (left, width) = spans
+    return Tile(top, left, height, width)
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """Encode (H, W, 3 or 4) pixels as PNG."""
     content = io.BytesIO()
-    image.save(content, "PNG", compress_level=3)
+    Image.fromarray(pixels).save(content, "PNG", compress_level=3)
     return content.getvalue()
 
 

@@ -146,17 +146,6 @@ def test_the_progress_counts_every_image_once(visit, parts):
     assert set(page.evaluate("[...window.seen]")) <= {"0 of 2 inspected …", "1 of 2 inspected …", ""}
 
 
-def test_the_state_of_the_watched_folder_is_shown(visit, server):
-    page = visit("/")
-    folder = page.locator(".folder")
-    expect(folder).to_contain_text("Watching")
-    server.watched.rename(server.watched.with_name("away"))
-    expect(folder).to_contain_text("Folder missing")
-    expect(folder).to_contain_text("No such file or directory")
-    server.watched.with_name("away").rename(server.watched)
-    expect(folder).to_contain_text("Watching")
-
-
 def test_many_images_are_all_inspected_and_the_list_is_bounded(visit, parts, server):
     page = visit("/")
     carry(page, [(f"many-{number}.png", parts.normal) for number in range(80)])
@@ -178,5 +167,13 @@ def test_images_in_the_watched_folder_are_inspected_until_it_is_switched_off(vis
     expect(switch).not_to_be_checked()
     other = visit("/")
     expect(other.get_by_role("switch", name="Inspect new images")).not_to_be_checked()  # one for all browsers
+    folder = other.locator(".folder")
+    expect(folder).to_contain_text("Paused")
     switch.click()
     expect(switch).to_be_checked()
+    expect(folder).to_contain_text("Watching")
+    server.watched.rename(server.watched.with_name("away"))
+    expect(folder).to_contain_text("Folder missing")
+    expect(folder).to_contain_text("No such file or directory")
+    server.watched.with_name("away").rename(server.watched)
+    expect(folder).to_contain_text("Watching")

@@ -94,10 +94,10 @@ def test_a_decision_waits_for_the_picture(visit, parts, server):
     page.goto(f"{server.url}/review", wait_until="domcontentloaded")
     expect(page.locator("h2.name")).to_have_text("unseen.png")
     expect(page.locator(".accept")).to_have_attribute("aria-disabled", "true")
-    page.wait_for_timeout(500)
+    page.wait_for_timeout(400)
     page.keyboard.press("a")
     page.locator(".reject").click(force=True)
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(200)
     expect(page.locator("h2.name")).to_have_text("unseen.png")
     for route in held:
         route.continue_()

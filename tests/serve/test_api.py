@@ -73,7 +73,7 @@ def test_inspections_are_in_the_order_of_the_images(client, photos):
     assert (bad["verdict"], bad["image_url"]) == (None, None)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\x.png", "/etc/x", "a\x00b", "<img src=x>", "x" * 900])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "C:\\x.png", "/etc/x", "a\x00b", "<img src=x>", "x" * 500])
 def test_a_name_is_never_a_path(client, service, photos, name):
     content = Path(photos[0]).read_bytes()
     (one,) = client.post("/v1/inspect", files=[("images", (name, content))]).json()["inspections"]
@@ -81,6 +81,20 @@ def test_a_name_is_never_a_path(client, service, photos, name):
     kept = {path.name for path in service.files.folder.rglob("*") if path.is_file()}
     inspection = service.store.inspection(one["id"])
     assert kept == {".lock", inspection.image.image_hash, inspection.image.grids_hash}
+
+
+def test_a_name_has_the_same_limit_everywhere(client, photos):
+    content = Path(photos[0]).read_bytes()
+    for length, status in ((500, 200), (501, 422)):
+        name = "ä" * length
+        answers = [
+            client.post("/v1/inspect", files=[("images", (name, content))]),
+            client.post("/v1/inspect", json={"images": [encoded(photos[0], name)]}),
+            client.post("/v1/inspect", params={"name": name}, content=content, headers={"Content-Type": "image/png"}),
+        ]
+        assert [answer.status_code for answer in answers] == [status] * 3
+    found = client.get("/v1/inspections", params={"name": "ä" * 500}).json()["inspections"]
+    assert [one["name"] for one in found] == ["ä" * 500] * 3
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from normweave.errors import DataError
+from normweave.serve import files as module
 from normweave.serve.files import ContentError, Files
 
 
@@ -45,6 +47,60 @@ def test_the_same_content_is_written_once(files):
     files.put(b"part")
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
     assert len(on_disk(files)) == 1
+
+
+def test_a_damaged_file_is_replaced_when_its_content_comes_again(files, caplog):
+    for damage in (b"pirt", b"par", b""):
+        digest = files.put(b"part")
+        path = files.folder / digest[:2] / digest
+        path.write_bytes(damage)
+        assert files.put(b"part") == digest
+        assert files.read(digest) == b"part"
+    assert caplog.text.count("was changed on disk and is replaced") == 3
+    assert len(on_disk(files)) == 1
+
+
+@pytest.fixture
+def orphans(files):
+    """Three files with a record and three without."""
+    with_record = {files.put(bytes([number])) for number in range(3)}
+    without = {files.put(bytes([number])) for number in range(3, 6)}
+    return with_record, without
+
+
+def test_files_that_a_killed_server_left_are_removed(files, orphans):
+    with_record, _ = orphans
+    assert files.remove_orphans(lambda hashes: hashes - with_record, stopped=Event()) == 3
+    assert set(files.all_hashes()) == with_record
+    assert files.remove_orphans(lambda hashes: hashes - with_record, stopped=Event()) == 0
+
+
+def test_a_file_that_gets_its_record_in_the_meantime_is_kept(files, orphans):
+    with_record, without = orphans
+    asked = []
+
+    def unreferenced(hashes):
+        asked.append(hashes)
+        return hashes - with_record if len(asked) == 1 else set()
+
+    assert files.remove_orphans(unreferenced, stopped=Event()) == 0
+    assert set(files.all_hashes()) == with_record | without
+
+
+def test_files_of_another_database_are_not_removed(files, orphans, caplog, monkeypatch):
+    with_record, without = orphans
+    assert files.remove_orphans(lambda hashes: hashes, stopped=Event()) == 0  # an empty database
+    assert "6 files in" in caplog.text
+    fewer = set(sorted(with_record)[:2])
+    assert files.remove_orphans(lambda hashes: hashes - fewer, stopped=Event()) == 0
+    monkeypatch.setattr(module, "MOST_ORPHANS", 2)  # a database of an older backup
+    monkeypatch.setattr(module, "CHUNK", 2)
+    assert files.remove_orphans(lambda hashes: hashes - with_record, stopped=Event()) == 0
+    stopped = Event()
+    stopped.set()
+    monkeypatch.undo()
+    assert files.remove_orphans(lambda hashes: hashes - with_record, stopped=stopped) == 0
+    assert set(files.all_hashes()) == with_record | without
 
 
 def test_concurrent_writes(files):

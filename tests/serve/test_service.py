@@ -371,3 +371,22 @@ def test_each_start_records_the_bundle_and_the_one_before(service, loaded, monke
     hashes = [(one.detail["before"], one.detail["bundle_hash"]) for one in (first, other, newest)]
     assert hashes == [(None, loaded.bundle_hash), (loaded.bundle_hash, "d" * 64), ("d" * 64, loaded.bundle_hash)]
     assert newest.detail["false_alarm_rate"] == 0.1
+
+
+def test_the_start_removes_what_a_killed_server_left(service, loaded, photos):
+    (kept,) = inspect_files(service, photos[0])
+    orphan = service.files.put(b"written before the kill, without a record")
+    again = InspectionService(loaded, store=service.store, files=service.files, config=service.config)
+    end = time.monotonic() + 10
+    while orphan in service.files.all_hashes() and time.monotonic() < end:
+        time.sleep(0.01)
+    again.stop()
+    assert set(service.files.all_hashes()) == {kept.image.image_hash, kept.image.grids_hash}
+
+
+def test_a_damaged_image_is_mended_by_the_same_image(service, photos):
+    (first,) = inspect_files(service, photos[0])
+    path = service.files.folder / first.image.image_hash[:2] / first.image.image_hash
+    path.write_bytes(path.read_bytes()[:-10])
+    inspect_files(service, photos[0])
+    assert service.files.read(first.image.image_hash) == Path(photos[0]).read_bytes()

@@ -418,6 +418,7 @@ def test_expire_removes_old_inspections_and_returns_unreferenced_files(store, mo
         assert store.bytes_used() == sum(contents(left).values())
         assert not any(store.is_referenced(digest) for digest in gone)
         assert all(store.is_referenced(digest) for digest in contents(left))
+        assert store.unreferenced(set(gone) | contents(left).keys()) == set(gone)
         kept = left
     assert store.reviews(1) == []
 

@@ -94,6 +94,22 @@ def test_what_retention_removed_is_not_inspected_again(start, camera, photos):
     assert names(service) == []
 
 
+def test_long_names(service, camera, photos):
+    """Of a name that is longer than the records hold, the end is kept."""
+    folder = camera / ("a" * 250) / ("b" * 245)
+    folder.mkdir(parents=True)
+    for name in ("1.png", "20.png", "21.png"):
+        shutil.copy(photos[0], folder / name)
+
+    async def walk(watch):
+        await until(lambda: len(names(service)) == 3)
+
+    watching(service, camera, walk)
+    below = f"{'a' * 250}/{'b' * 245}/"
+    expected = [f"…{(below + name)[-499:]}" for name in ("1.png", "20.png", "21.png")]
+    assert sorted(names(service)) == sorted(expected)
+
+
 def test_a_changed_file_is_inspected_again(service, camera, photos):
     async def walk(watch):
         shutil.copy(photos[0], camera / "last.png")

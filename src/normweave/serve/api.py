@@ -424,9 +424,14 @@ async def _from_form(request: Request, max_images: int) -> list[Upload]:
                 raise HTTPException(
                     422, f"{IMAGES!r} must contain files, got text. With curl: -F '{IMAGES}=@part.png'."
                 )
-            return [
-                Upload((part.filename or "")[:500], await part.read()) for part in parts if isinstance(part, UploadFile)
-            ]
+            files = [part for part in parts if isinstance(part, UploadFile)]
+            if long := [part for part in files if len(part.filename or "") > records.NAME_LENGTH]:
+                raise HTTPException(
+                    422,
+                    f"The name {long[0].filename!r:.100} has {len(long[0].filename or '')} characters, but at most "
+                    f"{records.NAME_LENGTH} are allowed. Send a shorter one.",
+                )
+            return [Upload(part.filename or "", await part.read()) for part in files]
     except (StarletteHTTPException, MultiPartException) as error:
         if isinstance(error, HTTPException):
             raise

@@ -10,12 +10,14 @@ Names given by senders never become part of a path.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from normweave.errors import DataError
@@ -25,6 +27,12 @@ if sys.platform != "win32":
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = ".partial-"
+CHUNK = 500
+"""Number of files that are looked up in the database at a time."""
+MOST_ORPHANS = 1200
+"""Most files without a record that one kill leaves: those of 500 inspections in retention, or of one batch."""
+
+log = logging.getLogger(__name__)
 
 
 class ContentError(DataError):
@@ -85,12 +93,23 @@ class Files:
     def put(self, content: bytes) -> str:
         """Write a content and return its hash. The file survives a power failure once this method has returned.
 
+        A file that was changed on disk is replaced.
+
         Raises:
             OSError: the disk is full or broken; no partial file remains.
         """
         digest = hashlib.sha256(content).hexdigest()
         path = self._path(digest)
-        if not path.exists():
+        try:
+            stored = path.read_bytes()
+        except FileNotFoundError:
+            stored = None
+        except OSError as error:
+            log.warning("The file %s cannot be read and is written again: %s", path, error)
+            stored = None
+        if stored != content:
+            if stored is not None:
+                log.warning("The file %s was changed on disk and is replaced. Check the disk.", path)
             self._write(path, content)
         # Also if the file exists: another thread may have written it and not yet synced the folder.
         _sync_folder(path.parent)
@@ -147,10 +166,41 @@ class Files:
 
     def sweep(self) -> None:
         """Remove partial files of a killed server; files that are being written now are kept."""
-        for shard in self._shards():
-            for partial in shard.glob(f"{_PARTIAL}*"):
+        for folder in [self.folder, *self._shards()]:
+            for partial in folder.glob(f"{_PARTIAL}*"):
                 if not partial.name.startswith(self._partial):
                     partial.unlink(missing_ok=True)
+
+    def remove_orphans(self, unreferenced: Callable[[set[str]], set[str]], *, stopped: threading.Event) -> int:
+        """Remove the files without a record that a killed server has left, and return their number.
+
+        More than `MOST_ORPHANS`, or than files with a record, are not from a kill: the folder belongs to another
+        database, or the database is restored from an older backup. Then nothing is removed.
+
+        Args:
+            unreferenced: returns those of some hashes that no record refers to.
+            stopped: ends the search.
+        """
+        orphans: list[str] = []
+        referenced = 0
+        hashes = self.all_hashes()
+        while (chunk := set(islice(hashes, CHUNK))) and not stopped.is_set() and len(orphans) <= MOST_ORPHANS:
+            free = unreferenced(chunk)
+            orphans += sorted(free)
+            referenced += len(chunk) - len(free)
+        if stopped.is_set() or not orphans:
+            return 0
+        if len(orphans) > min(MOST_ORPHANS, referenced):
+            log.warning(
+                "%s files in %s belong to no inspection, too many for a killed server, so none is removed. Check that "
+                "the database belongs to this folder.",
+                f"{len(orphans):,}{' or more' if len(orphans) > MOST_ORPHANS else ''}",
+                self.folder,
+            )
+            return 0
+        removed = sum(self.remove_unless(lambda digest: not unreferenced({digest}), digest) for digest in orphans)
+        log.warning("%d files of a killed server, which belong to no inspection, are removed.", removed)
+        return removed
 
     def all_hashes(self) -> Iterator[str]:
         """Yield the hashes of all files in order."""

@@ -523,6 +523,10 @@ class InspectionService:
     # ── retention, stopping ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _run_retention(self) -> None:
+        try:
+            self.files.remove_orphans(self.store.unreferenced, stopped=self._stopped)
+        except (NormweaveError, OSError) as error:  # the next start tries again
+            log.warning("Files without an inspection are not removed: %s", error)
         while not self._stopped.wait(RETENTION_SECONDS):
             try:
                 self.apply_retention()

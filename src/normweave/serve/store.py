@@ -474,6 +474,11 @@ class Store:
             if len(rows) < CHUNK:
                 return
 
+    def unreferenced(self, hashes: set[str]) -> set[str]:
+        """Return those of these hashes that no inspection refers to."""
+        with self.database.reading() as connection:
+            return hashes - _last_references(connection, hashes).keys()
+
     def is_referenced(self, digest: str) -> bool:
         """Return whether an inspection refers to the file with this hash."""
         with self.database.reading() as connection:

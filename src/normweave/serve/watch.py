@@ -22,7 +22,7 @@ from normweave.data.integrity import CHECKED, check_complete
 from normweave.data.layouts import IMAGES
 from normweave.errors import ImageError, NormweaveError
 from normweave.serve.database import StoreError
-from normweave.serve.records import WatchState, WatchStatus
+from normweave.serve.records import NAME_LENGTH, WatchState, WatchStatus
 from normweave.serve.seen import File, Seen
 from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload
 
@@ -268,6 +268,8 @@ class Watch:
             one.not_before = one.since + INCOMPLETE_SECONDS
             return False
         name = os.fsdecode(one.file.name).replace(os.sep, "/")
+        if len(name) > NAME_LENGTH:  # the end has the name of the file
+            name = f"…{name[1 - NAME_LENGTH :]}"
         await self._service.inspect([Upload(name, content)], source="folder", actor=ACTOR)
         return True
 

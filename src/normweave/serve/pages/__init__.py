@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from nicegui import app as nicegui
 from nicegui import ui
 
-from normweave.serve import handlers, problems
+from normweave.serve import handlers, problems, schemas
 from normweave.serve.pages.frame import TEMPLATE, Page, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.pages.sockets import bind_sockets
@@ -45,7 +45,7 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
         _add_page(page, service, watch)
 
     @app.post("/upload", include_in_schema=False)
-    async def upload(request: Request, name: str) -> Response:
+    async def upload(request: Request, name: schemas.Name) -> Response:
         """Inspect an image from the Inspect page, whose login the REST interface does not accept."""
         content = bytearray()
         async for part in request.stream():

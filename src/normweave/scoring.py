@@ -124,11 +124,11 @@ def anomaly_map(
     grids: NDArray[np.float32], tiles: Sequence[Tile], size: tuple[int, int], *, smoothing: float
 ) -> NDArray[np.float32]:
     """Return the map (height, width) of an image of this size from the patch scores (n, h, w) of its tiles."""
-    parts = [
+    parts = (  # one at a time, since together they are larger than the map
         maps.upsample(grid[None], tile.height, tile.width, smoothing=smoothing)[0]
         for grid, tile in zip(grids, tiles, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else maps.stitch(parts, tiles, *size)
+    )
+    return next(parts) if len(tiles) == 1 else maps.stitch(parts, tiles, *size)
 
 
 class OperatingPoints(NamedTuple):

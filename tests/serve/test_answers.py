@@ -24,12 +24,16 @@ def test_answers_that_clients_read_slowly_are_bounded():
 
         slow = asyncio.ensure_future(answer(held, 80)({"type": "http"}, None, send))
         await asyncio.sleep(0)
+        with pytest.raises(ProblemError, match="at most 100"), held.expected(30):  # before it is computed
+            pass
         with pytest.raises(ProblemError, match="of 80 bytes, at most 100 may be read at a time") as refused:
             answer(held, 30)
         assert (refused.value.status_code, refused.value.code) == (429, "too_many_readers")
         free.set()
         await slow
         assert sent[0]["status"] == 200
+        with held.expected(70), pytest.raises(ProblemError):
+            answer(held, 40)
         assert held.held == 0
 
     asyncio.run(walk())

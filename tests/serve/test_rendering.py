@@ -13,6 +13,7 @@ from normweave.config import PrepareConfig
 from normweave.data.prepare import Preparation
 from normweave.serve.files import Files
 from normweave.serve.rendering import ImageReader, media_type, npy, png, shrunk
+from normweave.types import Tile
 
 
 def test_sizes_shrink_and_are_never_enlarged():
@@ -49,3 +50,20 @@ def test_media_type(name):
     Image.new("RGB", (16, 16)).save(content, name)
     assert media_type(content.getvalue()) == f"image/{name.lower()}"
     assert media_type(b"<svg onload=alert(1)>") == "application/octet-stream"
+
+
+def test_a_small_image_is_the_large_one_shrunk_and_upright(tmp_path):
+    """A JPEG is decoded at a fraction of its size; both are turned as its orientation says."""
+    pixels = np.zeros((300, 500, 3), np.uint8)
+    pixels[:, :200], pixels[:100] = (200, 40, 0), (0, 90, 160)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    with closing(Files(tmp_path)) as files:
+        small = []
+        for name in ("JPEG", "PNG"):
+            content = io.BytesIO()
+            Image.fromarray(pixels).save(content, name, exif=turned)
+            stored = replace(stored_image(), image_hash=files.put(content.getvalue()), tiles=(Tile(0, 0, 500, 300),))
+            small.append(ImageReader(files, stored).image(max_side=50).astype(int))
+    assert small[0].shape == small[1].shape == (50, 30, 3)
+    assert np.abs(small[0] - small[1]).mean() < 3

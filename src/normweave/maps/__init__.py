@@ -6,7 +6,7 @@ for the columns: map = M_h · scores · M_wᵀ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -60,7 +60,7 @@ def upsample(scores: NDArray[np.float32], height: int, width: int, *, smoothing:
     return rows @ wide  # (B, H, W)
 
 
-def stitch(maps: Sequence[NDArray[np.float32]], tiles: Sequence[Tile], height: int, width: int) -> NDArray[np.float32]:
+def stitch(maps: Iterable[NDArray[np.float32]], tiles: Sequence[Tile], height: int, width: int) -> NDArray[np.float32]:
     """Return one map (height, width) of the maps of its tiles: a weighted mean where tiles overlap.
 
     The weight of a pixel rises with its distance to the edges of its tile, so that no seam is visible.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -21,20 +22,37 @@ class HeldAnswers:
         self.held = 0
         self._most = most
 
+    @contextmanager
+    def expected(self, size: int) -> Iterator[None]:
+        """Count an answer of about this size while it is computed.
+
+        Raises:
+            ProblemError: there are too many bytes already.
+        """
+        self._check(size)
+        self.held += size
+        try:
+            yield
+        finally:
+            self.held -= size
+
     def answer(self, content: bytes, *, media_type: str, headers: Mapping[str, str]) -> Response:
         """Return a response that counts until it is sent or its client is gone.
 
         Raises:
             ProblemError: there are too many bytes already.
         """
-        if self.held and self.held + len(content) > self._most:
+        self._check(len(content))
+        return _Held(self, content, media_type=media_type, headers=headers)
+
+    def _check(self, size: int) -> None:
+        if self.held and self.held + size > self._most:
             raise ProblemError(
                 429,
                 f"Clients are reading images and maps of {self.held:,} bytes, at most {self._most:,} may be read at a "
                 "time. Send the request again in a moment.",
                 code="too_many_readers",
             )
-        return _Held(self, content, media_type=media_type, headers=headers)
 
 
 class _Held(Response):

@@ -16,7 +16,7 @@ from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException
 
-from normweave.maps.overlay import heat, overlay
+from normweave.maps.overlay import CROP, heat, overlay
 from normweave.references import seen
 from normweave.serve import events, handlers, metrics, records, schemas
 from normweave.serve.access import Access
@@ -36,7 +36,7 @@ from normweave.serve.openapi import (
 )
 from normweave.serve.problems import ProblemError
 from normweave.serve.records import Filter, Inspection, Source, StoredImage, Token
-from normweave.serve.rendering import ImageReader, npy, png
+from normweave.serve.rendering import ImageReader, npy, png, shrunk
 from normweave.serve.repeats import KeyedRequests
 from normweave.serve.service import InspectionService, Upload
 from normweave.serve.watch import Watch
@@ -130,9 +130,15 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
     router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
 
     async def render(
-        stored: StoredImage, work: Callable[[ImageReader], bytes], *, media_type: str = "image/png"
+        stored: StoredImage,
+        work: Callable[[ImageReader], bytes],
+        *,
+        media_type: str = "image/png",
+        max_side: int | None = CROP,
     ) -> Response:
-        content = await service.render(stored, work)
+        height, width = shrunk(ImageReader(service.files, stored).size, max_side)
+        with held.expected(4 * height * width):  # the bytes of a map, or of colours with transparency
+            content = await service.render(stored, work)
         return held.answer(content, media_type=media_type, headers=_CACHED)
 
     @router.post(
@@ -224,7 +230,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         if format == "original":
             content = await service.read_image(stored)
             return held.answer(content, media_type=stored.image_type, headers=_CACHED)
-        return await render(stored, lambda reader: png(reader.image(max_side=max_side)))
+        return await render(stored, lambda reader: png(reader.image(max_side=max_side)), max_side=max_side)
 
     @router.get(
         "/v1/inspections/{id}/map",
@@ -236,12 +242,12 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
     async def anomaly_map(id: Id, format: Literal["png", "npy"] = "png", max_side: DrawnSide = DRAWN_SIDE) -> Response:
         stored = _stored_image(await service.inspection(id))
         if format == "npy":
-            return await render(stored, lambda reader: npy(reader.anomaly_map()), media_type=BYTES)
+            return await render(stored, lambda reader: npy(reader.anomaly_map()), media_type=BYTES, max_side=None)
 
         def draw(reader: ImageReader) -> bytes:
             return png(heat(reader.anomaly_map(max_side=max_side), threshold=stored.map_threshold))
 
-        return await render(stored, draw)
+        return await render(stored, draw, max_side=max_side)
 
     @router.get(
         "/v1/inspections/{id}/overlay",
@@ -257,7 +263,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
             pixels, scores = reader.image(max_side=max_side), reader.anomaly_map(max_side=max_side)
             return png(overlay(pixels, scores, threshold=stored.map_threshold))
 
-        return await render(stored, draw)
+        return await render(stored, draw, max_side=max_side)
 
     @router.get(
         "/v1/inspections/{id}/boxes/{number}/{side}",

@@ -24,17 +24,28 @@ class ImageReader:
 
     def image(self, *, max_side: int | None = None) -> NDArray[np.uint8]:
         """Return the image, (H, W, 3); with `max_side` shrunk so that height and width are at most that."""
-        pixels = images.decode(self._files.read(self._stored.image_hash))
-        size = shrunk(pixels.shape[:2], max_side)
-        if size == pixels.shape[:2]:
-            return pixels
-        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX, reducing_gap=2))
+        content = self._files.read(self._stored.image_hash)
+        size = shrunk(self.size, max_side)
+        if size == self.size:
+            return images.decode(content)
+        if content.startswith(_JPEG):
+            with Image.open(io.BytesIO(content)) as image:
+                image.draft(None, size[::-1])  # decoded at a half, a quarter or an eighth of its size
+                pixels = images.decode(image)
+        else:
+            pixels = images.decode(content)
+        return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BOX))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The (height, width) of the image."""
+        tiles = self._stored.tiles
+        return max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles)
 
     def anomaly_map(self, *, max_side: int | None = None) -> NDArray[np.float32]:
         """Return the anomaly map, (H, W); with `max_side` computed at the size of the shrunk image."""
         grids = np.load(io.BytesIO(self._files.read(self._stored.grids_hash)), allow_pickle=False)
-        tiles = self._stored.tiles
-        whole = (max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles))
+        tiles, whole = self._stored.tiles, self.size
         size = shrunk(whole, max_side)
         if size != whole:
             tiles = tuple(_shrunk_tile(tile, whole, size) for tile in tiles)
@@ -71,9 +82,10 @@ def npy(array: NDArray[np.float32]) -> bytes:
     return content.getvalue()
 
 
+_JPEG = b"\xff\xd8"
 _MEDIA_TYPES = (
     (b"\x89PNG", "image/png"),
-    (b"\xff\xd8", "image/jpeg"),
+    (_JPEG, "image/jpeg"),
     (b"BM", "image/bmp"),
     (b"II", "image/tiff"),
     (b"MM", "image/tiff"),

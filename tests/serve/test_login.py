@@ -101,14 +101,15 @@ def test_the_name_of_the_cookie_has_line_and_port(host, line, name):
 
 def test_two_lines_on_one_pc_do_not_log_each_other_out(service, access, keys, tmp_path, log_in):
     """One browser, two servers on the same host; a real browser sends each cookie to all ports of the host."""
-    with closing(Store.open(tmp_path / "other.sqlite", line="Press 5")) as store:
-        other = Access(store, session_hours=1)
-        (engineer, _) = other.create_first_tokens()
-        apps = {
-            "http://line:8080": (AuthenticationMiddleware(hello, access=access), keys["engineer"]),
-            "http://line:8081": (AuthenticationMiddleware(hello, access=other), engineer.secret),
-            "http://line:8082": (AuthenticationMiddleware(hello, access=other), engineer.secret),
-        }
+    with (
+        closing(Store.open(tmp_path / "second.sqlite", line="Press 5")) as second,
+        closing(Store.open(tmp_path / "third.sqlite")) as third,
+    ):
+        apps = {"http://line:8080": (AuthenticationMiddleware(hello, access=access), keys["engineer"])}
+        for port, store in ((8081, second), (8082, third)):
+            other = Access(store, session_hours=1)
+            (engineer, _) = other.create_first_tokens()
+            apps[f"http://line:{port}"] = AuthenticationMiddleware(hello, access=other), engineer.secret
         jar = {}
         for base_url, (app, secret) in apps.items():
             client = TestClient(app, base_url=base_url, follow_redirects=False)

@@ -7,7 +7,7 @@ from typing import get_args
 
 from nicegui import ui
 
-from normweave.serve.pages.frame import Page, plain_button
+from normweave.serve.pages.frame import Page, Pager
 from normweave.serve.records import AuditEntry, AuditEvent, Token
 from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
@@ -39,8 +39,6 @@ class AuditPage(Page):
     def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
         super().__init__(service, token, watch)
         self._event: AuditEvent | None = None
-        self._befores: list[int | None] = [None]  # of each page up to the shown one
-        self._last: int | None = None
 
     async def content(self) -> None:
         """Build the table and its buttons."""
@@ -51,34 +49,19 @@ class AuditPage(Page):
                 choice.props("outlined dense options-dense").classes("choice")
                 choice.on_value_change(lambda change: self._choose(str(change.value)))
             self._table = ui.html()
-            with ui.element("div").classes("pager"):
-                self._newer = plain_button("Newer", self._previous_rows)
-                self._older = plain_button("Older", self._next_rows)
+            self._pager = Pager(ROWS, self._list)
         await self._list()
 
     async def _choose(self, event: str) -> None:
         self._event = next((one for one in get_args(AuditEvent) if one == event), None)
-        self._befores = [None]
+        self._pager.restart()
         await self._list()
 
     async def _list(self) -> None:
         found = await asyncio.to_thread(
-            self._service.store.audit, event=self._event, before=self._befores[-1], limit=ROWS + 1
+            self._service.store.audit, event=self._event, before=self._pager.before, limit=self._pager.limit
         )
-        shown = found[:ROWS]
-        self._last = shown[-1].id if shown else None
-        self._table.set_content(table(shown, line=self._service.store.line))
-        self._newer.set_enabled(len(self._befores) > 1)
-        self._older.set_enabled(len(found) > ROWS)
-
-    async def _next_rows(self) -> None:
-        self._befores.append(self._last)
-        await self._list()
-
-    async def _previous_rows(self) -> None:
-        if len(self._befores) > 1:
-            self._befores.pop()
-        await self._list()
+        self._table.set_content(table(self._pager.shown(found), line=self._service.store.line))
 
 
 def table(entries: list[AuditEntry], *, line: str = "") -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from nicegui import ui
 
 from normweave.errors import NormweaveError
-from normweave.serve.records import Token
+from normweave.serve.records import AuditEntry, Inspection, Token
 from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
+
+Row = TypeVar("Row", AuditEntry, Inspection)
 
 TEMPLATE = "frame.html"
 EMIT_ID = "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
@@ -96,6 +98,63 @@ def registered_pages() -> list[type[Page]]:
 def plain_button(word: str, action: Callable[[], Any]) -> ui.button:
     """Add a button without a colour."""
     return ui.button(word, color=None, on_click=action).props("flat no-caps").classes("plain-button")
+
+
+class Pager:
+    """The buttons below a table that show its older and newer rows.
+
+    Args:
+        rows: number of rows of a page of the table.
+        update: fills the table again.
+    """
+
+    def __init__(self, rows: int, update: Callable[[], Awaitable[None]]) -> None:
+        self._rows, self._update = rows, update
+        self._befores: list[int | None] = [None]  # id at which each page of the table begins, up to the shown one
+        self._last: int | None = None
+        with ui.element("div").classes("pager"):
+            self._newer = plain_button("Newer", self._show_newer)
+            self._range = ui.label().classes("soft").props('aria-live="polite"')
+            self._older = plain_button("Older", self._show_older)
+
+    @property
+    def before(self) -> int | None:
+        """All rows of the shown page have lower ids; None: it is the first page."""
+        return self._befores[-1]
+
+    @property
+    def limit(self) -> int:
+        """Number of entries to read: one more than are shown tells whether there are older ones."""
+        return self._rows + 1
+
+    def restart(self) -> None:
+        """Go to the first page."""
+        self._befores = [None]
+
+    def shown(self, found: Sequence[Row], *, total: int | None = None) -> list[Row]:
+        """Return those of the entries that are shown, and set the buttons.
+
+        Args:
+            found: up to `limit` entries before `before`.
+            total: number of all entries, if it is known.
+        """
+        rows = list(found[: self._rows])
+        self._last = rows[-1].id if rows else None
+        first = (len(self._befores) - 1) * self._rows
+        of_all = "" if total is None else f" of {total:,}"
+        self._range.set_text(f"{first + 1 if rows else 0}–{first + len(rows)}{of_all}")
+        self._newer.set_enabled(self.before is not None)
+        self._older.set_enabled(len(found) > self._rows)
+        return rows
+
+    async def _show_older(self) -> None:
+        self._befores.append(self._last)
+        await self._update()
+
+    async def _show_newer(self) -> None:
+        if self.before is not None:
+            self._befores.pop()
+        await self._update()
 
 
 def notify_error(message: object) -> None:

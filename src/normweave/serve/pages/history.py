@@ -17,7 +17,7 @@ from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
 from normweave.serve.pages import charts, verdict
-from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, notify_error, plain_button
+from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, Pager, notify_error, plain_button
 from normweave.serve.pages.verdict import Result
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Bucket, Filter, Inspection, Token
@@ -105,7 +105,6 @@ class HistoryPage(Page):
     def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
         super().__init__(service, token, watch)
         self._chosen = choices_of(ui.context.client.request.query_params)
-        self._befores: list[int | None] = [None]  # id at which each table page begins, up to the shown one
         self._open: int | None = None
 
     async def content(self) -> None:
@@ -134,10 +133,7 @@ class HistoryPage(Page):
                 self._export.props("download")
             self._table = ui.html()
             self._table.on("click", self._show, js_handler=EMIT_ID)
-            with ui.element("div").classes("pager"):
-                self._newer = plain_button("Newer", self._previous_rows)
-                self._range = ui.label().classes("soft").props('aria-live="polite"')
-                self._older = plain_button("Older", self._next_rows)
+            self._pager = Pager(ROWS, self._list)
         self._dialog = self._add_dialog()
         await self._update()
         asked = ui.context.client.request.query_params.get("id", "")
@@ -160,7 +156,7 @@ class HistoryPage(Page):
 
     async def _choose(self, name: str, value: Any) -> None:
         self._chosen[name] = str(value or ANY)
-        self._befores = [None]
+        self._pager.restart()
         self._show_address()
         await self._update()
 
@@ -180,7 +176,7 @@ class HistoryPage(Page):
         await self._list()
 
     async def _refresh(self) -> None:
-        if self._befores == [None]:
+        if self._pager.before is None:
             await self._update()
 
     async def _draw(self) -> None:
@@ -194,24 +190,10 @@ class HistoryPage(Page):
 
     async def _list(self) -> None:
         store, chosen = self._service.store, filter_of(self._chosen)
-        found = await asyncio.to_thread(store.inspections, chosen, before=self._befores[-1], limit=ROWS + 1)
+        before, limit = self._pager.before, self._pager.limit
+        found = await asyncio.to_thread(store.inspections, chosen, before=before, limit=limit)
         total = await asyncio.to_thread(store.count, chosen)
-        shown = found[:ROWS]
-        self._last = shown[-1].id if shown else None
-        self._table.set_content(table(shown))
-        first = (len(self._befores) - 1) * ROWS
-        self._range.set_text(f"{first + 1 if shown else 0}–{first + len(shown)} of {total:,}")
-        self._newer.set_enabled(len(self._befores) > 1)
-        self._older.set_enabled(len(found) > ROWS)
-
-    async def _next_rows(self) -> None:
-        self._befores.append(self._last)
-        await self._list()
-
-    async def _previous_rows(self) -> None:
-        if len(self._befores) > 1:
-            self._befores.pop()
-        await self._list()
+        self._table.set_content(table(self._pager.shown(found, total=total)))
 
     # ── one inspection ───────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -188,7 +188,7 @@ class InspectionService:
                     f"The network has been scoring the same images for {seconds:.0f} s, which should take at most "
                     f"{self.config.score_seconds:g} s. Restart the server if this does not end."
                 )
-        with self._probe_lock:  # one test a second for all callers, since anyone may ask
+        with self._probe_lock:  # all callers share a result, since anyone may ask
             if time.monotonic() >= self._probed_at + PROBE_SECONDS:
                 self._probed, self._probed_at = None, time.monotonic()
                 try:

@@ -1,7 +1,9 @@
 """Throughput, latency and memory of a server under load on the loopback, and a check that no inspection is lost.
 
 Every image has unique bytes, so that its answer can be identified. At the end each answer must be in the store, with
-its image and patch scores on disk. Exit code 1 if an inspection is lost or wrong, or if the memory grows.
+its image and patch scores on disk. With --attack each number of clients is measured a second time, beside two clients
+without a token that send headers without an end, and one that sends a PNG of 8 x 6,000,000 pixels again and again. Exit
+code 1 if an inspection is lost or wrong, or if the memory grows.
 
 python perf/bench_serve.py                # 1, 8 and 100 clients, 60 s each; then one JSON line
 python perf/bench_serve.py --bundle DIR --images DIR --clients 100 --seconds 10
@@ -12,18 +14,22 @@ import asyncio
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import platform
 import sqlite3
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import httpx2
 import psutil
@@ -144,6 +150,56 @@ async def load(
     return answers
 
 
+def thin_png() -> bytes:
+    """Return a PNG of 8 x 6,000,000 black pixels, some 50 kB."""
+    height, width = 6_000_000, 8
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((width + 1) * height), 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+async def send_endless_headers(url: str, end: float) -> None:
+    """Send headers that do not end; connect again whenever the server closes the connection."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    while time.monotonic() < end:
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: line\r\nx: ")
+            while time.monotonic() < end and not reader.at_eof():
+                writer.write(b"a" * 65536)
+                await asyncio.wait_for(writer.drain(), 1)
+                await asyncio.sleep(0)
+        except (OSError, TimeoutError):
+            await asyncio.sleep(0.01)
+        finally:
+            writer.close()
+
+
+async def send_thin_images(url: str, token: str, end: float) -> None:
+    """Send a thin image of very many rows, one after the other."""
+    content, headers = thin_png(), {"Authorization": f"Bearer {token}"}
+    async with httpx2.AsyncClient(base_url=url, headers=headers, timeout=120, trust_env=False) as http:
+        while time.monotonic() < end:
+            await http.post("/v1/inspect", files={"images": ("thin.png", content)})
+
+
+def attack(server_url: str, token: str, seconds: float) -> None:
+    """Send endless headers on two connections and thin images on a third one; the work of a process of its own."""
+
+    async def all_of_them(end: float) -> None:
+        await asyncio.gather(
+            send_endless_headers(server_url, end),
+            send_endless_headers(server_url, end),
+            send_thin_images(server_url, token, end),
+        )
+
+    asyncio.run(all_of_them(time.monotonic() + seconds))
+
+
 def lost(data: Path, answers: Answers) -> list[str]:
     """Return the answers that are missing in the store, differ from it, or lack a file."""
     files = {path.name for path in (data / "files").glob("??/*")}
@@ -167,6 +223,7 @@ def main() -> int:
     parser.add_argument("--images", type=Path, help="folder of test images for the bundle")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 100])
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--attack", action="store_true", help="measure each number of clients beside attacks too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -181,8 +238,13 @@ def main() -> int:
         try:
             stream = unique_images(photos)
             warm = asyncio.run(load(server, stream, expected, clients=8, seconds=WARM_UP_SECONDS))
-            for clients in arguments.clients:
+            for clients, attacked in itertools.product(arguments.clients, [False, True][: 1 + arguments.attack]):
+                attacker = multiprocessing.Process(target=attack, args=(server.url, server.token, arguments.seconds))
+                if attacked:
+                    attacker.start()
                 answers = asyncio.run(load(server, stream, expected, clients=clients, seconds=arguments.seconds))
+                if attacked:
+                    attacker.join()
                 gone = lost(folder / "data", answers)
                 growth = max(answers.memory_mib) - warm.memory_mib[-1]
                 faults += answers.wrong + gone + ([f"grew by {growth:.0f} MiB"] if growth > GROWTH_MIB else [])
@@ -190,6 +252,7 @@ def main() -> int:
                 rows.append(
                     {
                         "clients": clients,
+                        "attacked": attacked,
                         "seconds": arguments.seconds,
                         "images": len(answers.kept),
                         "per_second": len(answers.kept) / arguments.seconds,
@@ -203,9 +266,9 @@ def main() -> int:
                     }
                 )
                 print(
-                    "clients {clients:>3}  {images:>5} images  {per_second:6.1f}/s  median {median_ms:7.1f} ms  "
-                    "p99 {p99_ms:7.1f} ms  refused {refused:>5}  wrong {wrong}  lost {lost}  "
-                    "memory {memory_mib:.0f} MiB (+{growth_mib:.0f})".format(**rows[-1]),
+                    "clients {clients:>3}  attacked {attacked!s:>5}  {images:>5} images  {per_second:6.1f}/s  "
+                    "median {median_ms:7.1f} ms  p99 {p99_ms:7.1f} ms  refused {refused:>5}  "
+                    "wrong {wrong}  lost {lost}  memory {memory_mib:.0f} MiB (+{growth_mib:.0f})".format(**rows[-1]),
                     flush=True,
                 )
         finally:

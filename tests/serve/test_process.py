@@ -15,7 +15,7 @@ from normweave.serve.config import ServeConfig
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.process import MAX_HEADER_BYTES, check_certificate, listen, protocol_with_limits
 
-MOST = 3000
+MOST, LETTERS = 3000, b"a" * 65_536
 """Parts of an endless header, 200 MB; without a limit each of the last ones takes a tenth of a second."""
 
 
@@ -31,11 +31,13 @@ LARGE, ended = 50_000_000, []
 
 
 async def answers_at_length(scope, receive, send):
-    """ASGI application whose answer is one large body, sent in parts by the limits."""
+    """ASGI application that answers /large with one large body, sent in parts by the limits, and reads that to /body."""
     if scope["type"] == "http" and scope["path"] == "/large":
         await LimitsMiddleware(large, config=ServeConfig())(scope, receive, send)
         ended.append(scope)
     else:
+        while scope["path"] == "/body" and (await receive()).get("more_body"):
+            pass
         await answers(scope, receive, send)
 
 
@@ -110,29 +112,47 @@ def slowest_request(port, stop):
 
 
 @pytest.mark.parametrize(
-    "begin",
+    ("begin", "part"),
     [
-        b"GET / HTTP/1.1\r\nX: ",
-        b"GET /",
-        b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nX: ",
-        b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX: ",
+        (b"GET / HTTP/1.1\r\nX: ", LETTERS),
+        (b"GET /", LETTERS),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\nX: ", LETTERS),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX: ", LETTERS),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 10_000),
+        (b"", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 2_000),
     ],
-    ids=["header", "url", "second request", "trailer"],
+    ids=["header", "url", "second request", "trailer", "small chunks", "requests"],
 )
-def test_an_endless_header_is_refused_and_delays_no_other_request(port, begin):
+def test_an_endless_request_is_refused_and_delays_no_other_request(port, begin, part):
     stop, sent = threading.Event(), 0
     with ThreadPoolExecutor(1) as pool, socket.create_connection(("127.0.0.1", port)) as connection:
         slowest = pool.submit(slowest_request, port, stop)
         try:
             connection.sendall(begin)
             for _ in range(MOST):
-                sent += connection.send(b"a" * 65_536)
+                connection.sendall(part)
+                sent += 1
         except OSError:  # the server has closed the connection
             pass
         finally:
             stop.set()
         assert slowest.result() < 2
-    assert sent < MOST * 65_536
+    assert sent < MOST
+
+
+@pytest.mark.parametrize("size", [500, 65_536])
+def test_a_large_body_in_chunks_is_accepted(port, size):
+    chunk = b"%x\r\n%s\r\n" % (size, b"b" * size)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"POST /body HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(chunk * (10_000_000 // size) + b"0\r\n\r\n")
+        assert answer_to(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_some_requests_ahead_of_their_answers_are_answered(port):
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10)
+        assert answer_to(connection).count(b"HTTP/1.1 200 ") == 10
 
 
 def test_the_answer_to_too_large_headers(port):

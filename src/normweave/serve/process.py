@@ -20,6 +20,10 @@ from normweave.serve.config import ServeConfig
 
 BACKLOG = 2048
 MAX_HEADER_BYTES = 32 * 2**10
+BODY_SHARE = 32
+"""Of a body in chunks, their sizes may take this part of its bytes, beyond `MAX_HEADER_BYTES`."""
+MAX_PIPELINED = 16
+"""Requests of one connection that wait for the answer to the one before."""
 LINGER_SECONDS = 0.5
 """How long a connection with too large headers stays open after its answer."""
 
@@ -100,12 +104,17 @@ def run(
             signal.signal(number, handler)
 
 
+class _TooManyRequestsError(Exception):
+    """A connection has sent more than `MAX_PIPELINED` requests ahead of their answers."""
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """The HTTP protocol of uvicorn with limits of the bytes and the time for the headers of a request, which it lacks.
 
     The parser holds an unfinished header and copies it with every part that arrives, so an endless one would fill the
-    memory and stop all other requests. Here at most `MAX_HEADER_BYTES` arrive after which neither the headers nor a
-    part of the body is complete (trailers after the body count too); then the answer is 431.
+    memory and stop all other requests. Here at most `MAX_HEADER_BYTES` arrive that are neither complete headers nor a
+    body (trailers and the sizes of chunks count, beyond a share of the body); then the answer is 431. A connection that
+    sends more than `MAX_PIPELINED` requests ahead of their answers is closed.
 
     Attributes:
         seconds: time limit for the first request of a connection; later requests have up to twice this time.
@@ -162,13 +171,17 @@ class LimitedProtocol(HttpToolsProtocol):
                 self.refuse_headers()
 
     def on_headers_complete(self) -> None:
-        """Begin to count anew."""
+        """Begin to count anew, and close a connection with too many requests; the exception stops the parser."""
         self.unfinished = 0
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.refused = True
+            self.transport.abort()
+            raise _TooManyRequestsError
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Begin to count anew."""
-        self.unfinished = 0
+        """Count no body, and less of the sizes of its chunks: each costs a call, so many small ones stop the server."""
+        self.unfinished = max(0, self.unfinished - len(body) - len(body) // BODY_SHARE)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -187,7 +200,10 @@ class LimitedProtocol(HttpToolsProtocol):
             self.transport.abort()
             return
         self.transport.pause_reading()
-        detail = f"The headers have more than {MAX_HEADER_BYTES:,} bytes, the maximum of this server. Send fewer."
+        detail = (
+            f"The headers, or the sizes of the chunks of the body, have more than {MAX_HEADER_BYTES:,} bytes, the "
+            "maximum of this server. Send fewer headers, or larger chunks."
+        )
         body = json.dumps(problems.content(431, detail)).encode()
         head = f"content-type: {problems.MEDIA_TYPE}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\n" + head.encode() + body)

@@ -19,6 +19,7 @@ def entry(event, **given):
     ("one", "words"),
     [
         (entry("login"), ""),
+        (entry("login_failed", detail={"attempts": 1, "addresses": ["10.0.0.7"]}), "once, from 10.0.0.7"),
         (entry("login_failed", detail={"attempts": 7, "addresses": ["10.0.0.7"]}), "7 times, from 10.0.0.7"),
         (entry("token_revoked", detail=TOKEN), f"{HOSTILE} (token 3), operator"),
         (entry("rate_changed", detail=BUNDLE), "1 % for bundle cccccccccccc"),

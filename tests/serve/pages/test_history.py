@@ -99,3 +99,7 @@ def test_the_table_escapes_names_and_shows_missing_numbers_as_dashes():
     assert "<b>" not in text
     assert text.count("–") == 4  # product of both; score and p-value of the second
     assert "No inspections found." in table([])
+
+
+def test_an_inspection_without_a_name_can_be_opened():
+    assert '">no name<small>' in table([inspection("")])

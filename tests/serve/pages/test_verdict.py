@@ -61,6 +61,12 @@ def test_values_from_outside_are_escaped():
     assert "&lt;img src=x" in verdict.banner(UNREADABLE)
 
 
+def test_an_inspection_without_a_name_says_so():
+    nameless = replace(INSPECTION, name="")
+    assert '<h2 class="name">no name</h2>' in verdict.details(nameless)
+    assert '<span class="file">no name</span>' in verdict.row(nameless, shown=False)
+
+
 def test_every_result_has_its_own_word_and_shape():
     outcomes = [replace(OUTCOME, verdict=one) for one in ("normal", "anomalous", "unknown", None)]
     rows = [verdict.row(replace(INSPECTION, outcome=outcome), shown=False) for outcome in outcomes]

@@ -75,7 +75,8 @@ def described(entry: AuditEntry) -> str:
     detail = entry.detail
     match entry.event:
         case "login_failed":
-            return f"{detail['attempts']} times, from {', '.join(detail['addresses'])}"
+            times = "once" if detail["attempts"] == 1 else f"{detail['attempts']} times"
+            return f"{times}, from {', '.join(detail['addresses'])}"
         case "token_created" | "token_revoked":
             return f"{detail['name']} (token {detail['id']}), {detail['role']}"
         case "rate_changed":

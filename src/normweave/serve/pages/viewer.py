@@ -34,7 +34,7 @@ class Viewer(Element, component="viewer.js"):
             address = f"/v1/inspections/{inspection.id}"
             props["image"] = f"{address}/image?format=png&max_side={MAX_SIDE}"
             props["heat"] = f"{address}/map?format=png&max_side={MAX_SIDE}"
-            props["label"] = inspection.name
+            props["label"] = inspection.name or "no name"
             props["boxes"] = [list(box[:4]) for box in outcome.boxes]
             props["height"], props["width"] = outcome.height or 0, outcome.width or 0
         self.update()

@@ -397,6 +397,9 @@ def test_the_last_engineer_is_not_revoked(client, access):
     assert (refused.status_code, "Create another one first: POST /v1/tokens" in refused.text) == (409, True)
     access.create(name="was here", role="engineer", days=1e-9)
     assert client.delete("/v1/tokens/1").status_code == 409
+    guest = access.create(name="guest", role="engineer", days=1).token
+    assert "that does not expire" in client.delete("/v1/tokens/1").json()["detail"]
+    assert client.delete(f"/v1/tokens/{guest.id}").status_code == 200
     access.create(name="Ada", role="engineer")
     assert client.delete("/v1/tokens/1").status_code == 200
 

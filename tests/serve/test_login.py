@@ -54,7 +54,13 @@ def test_cookies_over_tls_are_secure(app, keys, log_in):
 
 def test_a_form_that_is_too_long_is_refused(browser):
     assert browser.post("/login", data={"token": "x" * 100_000}).status_code == 401
-    assert browser.delete("/login").status_code == 405
+
+
+def test_other_methods_are_answered_with_those_that_are_allowed(browser):
+    for method, path, allowed in (("DELETE", "/login", "GET, HEAD, POST"), ("GET", "/logout", "POST")):
+        wrong = browser.request(method, path)
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, allowed)
+        assert wrong.json()["code"] == "method_not_allowed"
 
 
 def scope(method="GET", path="/", type_="http"):

@@ -31,7 +31,7 @@ LARGE, ended = 50_000_000, []
 
 
 async def answers_at_length(scope, receive, send):
-    """ASGI application that answers /large with one large body, sent in parts by the limits, and reads that to /body."""
+    """ASGI application whose answer to /large is large and sent in parts by the limits; it reads the body to /body."""
     if scope["type"] == "http" and scope["path"] == "/large":
         await LimitsMiddleware(large, config=ServeConfig())(scope, receive, send)
         ended.append(scope)

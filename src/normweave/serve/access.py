@@ -109,7 +109,7 @@ class Access:
 
         Raises:
             NotFoundError: no token has this id.
-            LastTokenError: it is the last valid token of an engineer.
+            LastTokenError: it is the last valid token of an engineer, or the last one that does not expire.
         """
         token = self._store.revoke(id, datetime.now(UTC), actor=actor, by=by)
         self._clear_cache()

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from normweave.serve import problems
 from normweave.serve.access import Access
 from normweave.serve.templating import render
 
@@ -91,7 +92,9 @@ async def _answer(request: Request, access: Access) -> Response:
         return _redirect(set_cookie(name, cookie, seconds=access.session_max_seconds, secure=secure))
     if route in (("GET", LOGIN), ("HEAD", LOGIN)):
         return page(status=200, line=line)
-    return Response("Not allowed here.", status_code=405, headers={"Allow": "GET, POST"})
+    allowed = "POST" if request.url.path == LOGOUT else "GET, HEAD, POST"
+    detail = f"{request.method} is not allowed for {request.url.path}. Allowed: {allowed}."
+    return problems.answer(405, detail, headers={"Allow": allowed})
 
 
 def _redirect(cookie: str) -> Response:

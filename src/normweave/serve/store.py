@@ -320,7 +320,7 @@ class Store:
             by: id of the token of the actor.
 
         Raises:
-            LastTokenError: it is the last valid token of an engineer.
+            LastTokenError: it is the last valid token of an engineer, or the last one that does not expire.
         """
         with self.database.writing() as connection:
             if connection.dialect.name == "postgresql":  # SQLite has one writer at a time
@@ -329,9 +329,13 @@ class Store:
             token = tokens.get(id)
             if token is None or token.revoked_at is not None:
                 return token
-            if [one.id for one in tokens.values() if one.role == "engineer" and one.is_valid(at)] == [id]:
+            engineers = {one.id: one for one in tokens.values() if one.role == "engineer" and one.is_valid(at)}
+            if token.expires_at is None:  # others that expire would leave no engineer soon
+                engineers = {one.id: one for one in engineers.values() if one.expires_at is None}
+            if list(engineers) == [id]:
+                last = "that does not expire" if token.expires_at is None else "that is valid"
                 raise LastTokenError(
-                    f"The token {id} ({token.name!r}) is the last valid token of an engineer, so it cannot be revoked. "
+                    f"The token {id} ({token.name!r}) is the last one of an engineer {last}, so it cannot be revoked. "
                     "Create another one first: POST /v1/tokens with the role engineer, or start the server with "
                     "--new-token engineer."
                 )

@@ -387,6 +387,7 @@ class InspectionService:
         outcome = replace(
             outcome,
             image_path=job.upload.name,
+            error=outcome.error and outcome.error.removeprefix("bytes: "),  # the inspection has the name of the image
             anomaly_map=None,
             latency_ms=None if scored is None else job.seconds * 1000,
             bundle_hash=detector.bundle_hash,

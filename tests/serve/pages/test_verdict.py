@@ -61,6 +61,11 @@ def test_values_from_outside_are_escaped():
     assert "&lt;img src=x" in verdict.banner(UNREADABLE)
 
 
+def test_the_reason_why_an_image_cannot_be_read_is_a_sentence():
+    cut = replace(INSPECTION, outcome=Outcome(image_path=None, error="cut: it ends early."), image=None)
+    assert "so it was not inspected. Cut: it ends early." in verdict.banner(cut)
+
+
 def test_an_inspection_without_a_name_says_so():
     nameless = replace(INSPECTION, name="")
     assert '<h2 class="name">no name</h2>' in verdict.details(nameless)

@@ -32,6 +32,11 @@ def test_a_person_logs_in_and_out(browser, keys, log_in):
     assert browser.get("/v1/inspections").status_code == 401
 
 
+def test_a_scanner_types_the_address_of_a_card(browser, keys, log_in):
+    good = log_in(browser, f"http://line-pc:8080/login#{keys['operator']}\r")
+    assert (good.status_code, good.headers["location"]) == (303, "/")
+
+
 def test_logins_are_in_the_audit(browser, keys, log_in, service):
     log_in(browser, "nw_wrong")
     log_in(browser, keys["operator"])

@@ -58,7 +58,7 @@ def create_app(
     if pages:
         from normweave.serve.pages import add_pages
 
-        add_pages(app, service, watch=watch)
+        add_pages(app, service, access=access, watch=watch)
     app.add_middleware(AuthenticationMiddleware, access=access)
     app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost
     return app

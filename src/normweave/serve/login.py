@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from normweave.serve import problems
-from normweave.serve.access import Access
+from normweave.serve.access import PREFIX, Access
 from normweave.serve.templating import render
 
 LOGIN, LOGOUT = "/login", "/logout"
@@ -63,7 +63,7 @@ def client_address(scope: Scope) -> str:
 
 def page(*, status: int, line: str, wrong: bool = False) -> Response:
     """Return the login form with the name of the line, and with a message if the token was wrong."""
-    text = render("login.html", action=LOGIN, line=line, wrong=wrong)
+    text = render("login.html", action=LOGIN, line=line, wrong=wrong, prefix=PREFIX)
     return HTMLResponse(text, status_code=status, headers={"Cache-Control": "no-store"})
 
 
@@ -102,14 +102,17 @@ def _redirect(cookie: str) -> Response:
 
 
 async def _submitted(request: Request) -> str:
-    """Return the token from the form; an empty string if the form has none or is too large."""
+    """Return the token from the form; an empty string if the form has none or is too large.
+
+    A hand-held scanner types the whole address of a card into the form: the token is what follows the #.
+    """
     body = b""
     async for part in request.stream():
         body += part
         if len(body) > MAX_BYTES:
             return ""
     fields = dict(parse_qsl(body.decode("utf-8", "replace"), max_num_fields=8))
-    return fields.get("token", "").strip()
+    return fields.get("token", "").rpartition("#")[2].strip()
 
 
 def set_cookie(name: str, value: str, *, seconds: float, secure: bool) -> str:

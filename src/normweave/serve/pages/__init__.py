@@ -1,4 +1,4 @@
-"""The web pages of the server: Inspect, Review, Model, History. They load nothing from other hosts."""
+"""The web pages of the server, one module each. They load nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nicegui import app as nicegui
 from nicegui import ui
 
 from normweave.serve import handlers, problems, schemas
+from normweave.serve.access import Access
 from normweave.serve.pages.frame import TEMPLATE, Page, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.pages.sockets import bind_sockets
@@ -35,14 +36,15 @@ def every_page() -> list[type[Page]]:
     return registered_pages()
 
 
-def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) -> None:
+def add_pages(app: FastAPI, service: InspectionService, *, access: Access | None, watch: Watch | None) -> None:
     """Add the pages to a server after all its other routes; once per process, because NiceGUI has one app.
 
     Args:
+        access: None: requests need no token.
         watch: the watched folder, if any.
     """
     for page in every_page():
-        _add_page(page, service, watch)
+        _add_page(page, service, access, watch)
 
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request, name: schemas.Name) -> Response:
@@ -85,12 +87,12 @@ def add_pages(app: FastAPI, service: InspectionService, *, watch: Watch | None) 
     )
 
 
-def _add_page(page: type[Page], service: InspectionService, watch: Watch | None) -> None:
+def _add_page(page: type[Page], service: InspectionService, access: Access | None, watch: Watch | None) -> None:
     title = " · ".join(filter(None, (page.title, service.store.line, "normweave")))
 
     @ui.page(page.path, title=title, response_timeout=SLOW_SECONDS)
     async def build(request: Request) -> None:
-        await page(service, _person(request), watch).build()
+        await page(service, _person(request), watch, access).build()
 
 
 def _person(request: Request) -> Token:

@@ -7,6 +7,7 @@ from typing import get_args
 
 from nicegui import ui
 
+from normweave.serve.access import Access
 from normweave.serve.pages.frame import Page, Pager
 from normweave.serve.records import AuditEntry, AuditEvent, Token
 from normweave.serve.service import InspectionService
@@ -36,8 +37,8 @@ class AuditPage(Page):
     position = 5
     engineers_only = True
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
-        super().__init__(service, token, watch)
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
+        super().__init__(service, token, watch, access)
         self._event: AuditEvent | None = None
 
     async def content(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 from nicegui import ui
 
 from normweave.errors import NormweaveError
+from normweave.serve.access import Access
 from normweave.serve.records import AuditEntry, Inspection, Token
 from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
@@ -48,10 +49,11 @@ class Page(ABC):
     position: ClassVar[int]
     engineers_only: ClassVar[bool] = False
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
         self._service = service
         self._token = token
         self._watch = watch
+        self._access = access
 
     @abstractmethod
     async def content(self) -> None:

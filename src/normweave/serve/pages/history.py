@@ -16,6 +16,7 @@ from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
+from normweave.serve.access import Access
 from normweave.serve.pages import charts, verdict
 from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, Pager, notify_error, plain_button
 from normweave.serve.pages.verdict import Result
@@ -102,8 +103,8 @@ class HistoryPage(Page):
     purpose = "All inspections and their reviews. Times are those of the server."
     position = 4
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
-        super().__init__(service, token, watch)
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
+        super().__init__(service, token, watch, access)
         self._chosen = choices_of(ui.context.client.request.query_params)
         self._open: int | None = None
 

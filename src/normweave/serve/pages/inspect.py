@@ -7,6 +7,7 @@ import asyncio
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
+from normweave.serve.access import Access
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import EMIT_ID, Page, notify_error, plain_button
 from normweave.serve.pages.viewer import Viewer
@@ -35,8 +36,8 @@ class InspectPage(Page):
     purpose = "The newest inspections of all sources. Drop an image to inspect it as well."
     position = 1
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
-        super().__init__(service, token, watch)
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
+        super().__init__(service, token, watch, access)
         self._listed: list[Inspection] = []  # newest first
         self._held: list[Inspection] = []  # not good and not confirmed, newest first
         self._shown: Inspection | None = None

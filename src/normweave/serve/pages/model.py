@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from normweave.errors import CheckError, NormweaveError
 from normweave.outcome.operating_point import LOWEST_RATE, Calibration, groups_needed
+from normweave.serve.access import Access
 from normweave.serve.pages import charts
 from normweave.serve.pages.frame import Page, notify_error
 from normweave.serve.pages.verdict import Result, product
@@ -49,8 +50,8 @@ class ModelPage(Page):
     purpose = "The limits of the detector, and what it was trained on."
     position = 3
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
-        super().__init__(service, token, watch)
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
+        super().__init__(service, token, watch, access)
         self._rate = self._calibration.false_alarm_rate
         self._requested = 0  # number of the newest preview; the results of earlier ones are dropped
         self._stored = decided(self._calibration, [])

@@ -11,6 +11,7 @@ from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
+from normweave.serve.access import Access
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import EMIT_SHOWN, Page, notify_error
 from normweave.serve.pages.viewer import Viewer
@@ -57,8 +58,8 @@ class ReviewPage(Page):
     purpose = "Decide for each part whether it is good. Your decision is stored beside the verdict of the model."
     position = 2
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None) -> None:
-        super().__init__(service, token, watch)
+    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
+        super().__init__(service, token, watch, access)
         self._shown: Inspection | None = None
         self._before: int | None = None  # inspections from this id on were shown in this round
         self._done: deque[int] = deque(maxlen=REMEMBERED)

@@ -73,7 +73,9 @@ def test_the_number_of_streams_is_bounded(service, monkeypatch):
         with pytest.raises(ProblemError, match="1 event streams are open, at most 1 may be"):
             await streams.start(None)
         await stream.aclose()
-        await streams.start(None)
+        first, second = await streams.start(None), await streams.start(None)  # at the same time
+        await anext(first)
+        assert await anext(second, None) is None
 
     asyncio.run(walk())
 

@@ -57,6 +57,8 @@ class EventStreams:
         return self._stream(after)
 
     async def _stream(self, after: int) -> AsyncIterator[str]:
+        if self._count >= MAX_STREAMS:  # others have begun since `start`; the client connects again and is refused
+            return
         loop, news = asyncio.get_running_loop(), asyncio.Event()
 
         def notify() -> None:

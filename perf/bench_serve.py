@@ -65,6 +65,8 @@ def start(bundle: Path, data: Path) -> Serving:
     """Start a server on a free port."""
     command = [
         sys.executable,
+        "-X",
+        "faulthandler",
         "-m",
         "normweave",
         "serve",
@@ -272,6 +274,8 @@ def main() -> int:
                     flush=True,
                 )
         finally:
+            if (code := server.process.poll()) is not None:
+                print(f"The server ended by itself with exit code {code}.")
             server.process.terminate()
             server.process.wait(120)
         for fault in faults[:20]:

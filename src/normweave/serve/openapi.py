@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from fastapi import FastAPI
@@ -70,6 +71,7 @@ def complete_document(app: FastAPI) -> None:
     """Add the schemas to which the parts above refer, so that every reference of the document can be resolved."""
     derive = app.openapi
 
+    @cache
     def openapi() -> dict[str, Any]:
         document = derive()
         for model in (schemas.Problem, schemas.InspectIn):

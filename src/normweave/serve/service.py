@@ -190,11 +190,12 @@ class InspectionService:
                 )
         with self._probe_lock:  # all callers share a result, since anyone may ask
             if time.monotonic() >= self._probed_at + PROBE_SECONDS:
-                self._probed, self._probed_at = None, time.monotonic()
+                self._probed = None
                 try:
                     self._check_writable()
                 except NormweaveError as error:
-                    self._probed, self._probed_at = error, time.monotonic()
+                    self._probed = error
+                self._probed_at = time.monotonic()
             if self._probed is not None:
                 raise self._probed
 

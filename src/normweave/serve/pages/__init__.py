@@ -13,7 +13,7 @@ from nicegui import ui
 
 from normweave.serve import handlers, problems, schemas
 from normweave.serve.access import Access
-from normweave.serve.pages.frame import TEMPLATE, Page, registered_pages
+from normweave.serve.pages.frame import TEMPLATE, Page, Serving, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.pages.sockets import bind_sockets
 from normweave.serve.records import Token
@@ -92,7 +92,7 @@ def _add_page(page: type[Page], service: InspectionService, access: Access | Non
 
     @ui.page(page.path, title=title, response_timeout=SLOW_SECONDS)
     async def build(request: Request) -> None:
-        await page(service, _person(request), watch, access).build()
+        await page(Serving(service, _person(request), watch, access)).build()
 
 
 def _person(request: Request) -> Token:

@@ -7,12 +7,9 @@ from typing import get_args
 
 from nicegui import ui
 
-from normweave.serve.access import Access
-from normweave.serve.pages.frame import Page, Pager
-from normweave.serve.records import AuditEntry, AuditEvent, Token
-from normweave.serve.service import InspectionService
+from normweave.serve.pages.frame import Page, Pager, Serving
+from normweave.serve.records import AuditEntry, AuditEvent
 from normweave.serve.templating import render_macro
-from normweave.serve.watch import Watch
 
 ROWS = 50
 """Rows of one page of the table."""
@@ -37,8 +34,8 @@ class AuditPage(Page):
     position = 5
     engineers_only = True
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        super().__init__(service, token, watch, access)
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(serving)
         self._event: AuditEvent | None = None
 
     async def content(self) -> None:

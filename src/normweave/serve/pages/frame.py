@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from nicegui import ui
 
@@ -32,6 +32,18 @@ def _text(name: str) -> str:
 HEAD = f"<style>{_text('page.css')}</style><script>{_text('page.js')}</script>"
 
 
+class Serving(NamedTuple):
+    """What a page serves, and to whom."""
+
+    service: InspectionService
+    token: Token
+    """Token of the person."""
+    watch: Watch | None
+    """None: no folder is watched."""
+    access: Access | None
+    """None: requests need no token."""
+
+
 class Page(ABC):
     """One page in one browser. A subclass in this package is served at its `path` and listed in the navigation.
 
@@ -49,11 +61,8 @@ class Page(ABC):
     position: ClassVar[int]
     engineers_only: ClassVar[bool] = False
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        self._service = service
-        self._token = token
-        self._watch = watch
-        self._access = access
+    def __init__(self, serving: Serving) -> None:
+        self._service, self._token, self._watch, self._access = serving
 
     @abstractmethod
     async def content(self) -> None:

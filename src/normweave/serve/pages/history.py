@@ -16,16 +16,13 @@ from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
-from normweave.serve.access import Access
 from normweave.serve.pages import charts, verdict
-from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, Pager, notify_error, plain_button
+from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, Pager, Serving, notify_error, plain_button
 from normweave.serve.pages.verdict import Result
 from normweave.serve.pages.viewer import Viewer
-from normweave.serve.records import Bucket, Filter, Inspection, Token
-from normweave.serve.service import InspectionService
+from normweave.serve.records import Bucket, Filter, Inspection
 from normweave.serve.store import Store
 from normweave.serve.templating import render_macro
-from normweave.serve.watch import Watch
 from normweave.types import Outcome
 
 TEMPLATE = "history.html"
@@ -103,8 +100,8 @@ class HistoryPage(Page):
     purpose = "All inspections and their reviews. Times are those of the server."
     position = 4
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        super().__init__(service, token, watch, access)
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(serving)
         self._chosen = choices_of(ui.context.client.request.query_params)
         self._open: int | None = None
 

@@ -7,12 +7,10 @@ import asyncio
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
-from normweave.serve.access import Access
 from normweave.serve.pages import verdict
-from normweave.serve.pages.frame import EMIT_ID, Page, notify_error, plain_button
+from normweave.serve.pages.frame import EMIT_ID, Page, Serving, notify_error, plain_button
 from normweave.serve.pages.viewer import Viewer
-from normweave.serve.records import Filter, Inspection, Token
-from normweave.serve.service import InspectionService
+from normweave.serve.records import Filter, Inspection
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
@@ -36,8 +34,8 @@ class InspectPage(Page):
     purpose = "The newest inspections of all sources. Drop an image to inspect it as well."
     position = 1
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        super().__init__(service, token, watch, access)
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(serving)
         self._listed: list[Inspection] = []  # newest first
         self._held: list[Inspection] = []  # not good and not confirmed, newest first
         self._shown: Inspection | None = None

@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 
 from normweave.errors import CheckError, NormweaveError
 from normweave.outcome.operating_point import LOWEST_RATE, Calibration, groups_needed
-from normweave.serve.access import Access
 from normweave.serve.pages import charts
-from normweave.serve.pages.frame import Page, notify_error
+from normweave.serve.pages.frame import Page, Serving, notify_error
 from normweave.serve.pages.verdict import Result, product
-from normweave.serve.records import ScoredImage, Token
-from normweave.serve.service import PREVIEW_IMAGES, InspectionService
+from normweave.serve.records import ScoredImage
+from normweave.serve.service import PREVIEW_IMAGES
 from normweave.serve.templating import percent, render_macro
-from normweave.serve.watch import Watch
 from normweave.validation import DISCRIMINATOR
 
 TEMPLATE = "model.html"
@@ -50,8 +48,8 @@ class ModelPage(Page):
     purpose = "The limits of the detector, and what it was trained on."
     position = 3
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        super().__init__(service, token, watch, access)
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(serving)
         self._rate = self._calibration.false_alarm_rate
         self._requested = 0  # number of the newest preview; the results of earlier ones are dropped
         self._stored = decided(self._calibration, [])

@@ -11,14 +11,12 @@ from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
-from normweave.serve.access import Access
 from normweave.serve.pages import verdict
-from normweave.serve.pages.frame import EMIT_SHOWN, Page, notify_error
+from normweave.serve.pages.frame import EMIT_SHOWN, Page, Serving, notify_error
 from normweave.serve.pages.viewer import Viewer
-from normweave.serve.records import Filter, Inspection, Token
+from normweave.serve.records import Filter, Inspection
 from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
-from normweave.serve.watch import Watch
 
 REMEMBERED = 100
 """Number of decisions that can be undone, the last one first."""
@@ -58,8 +56,8 @@ class ReviewPage(Page):
     purpose = "Decide for each part whether it is good. Your decision is stored beside the verdict of the model."
     position = 2
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        super().__init__(service, token, watch, access)
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(serving)
         self._shown: Inspection | None = None
         self._before: int | None = None  # inspections from this id on were shown in this round
         self._done: deque[int] = deque(maxlen=REMEMBERED)

@@ -15,11 +15,9 @@ from normweave.errors import NormweaveError
 from normweave.serve.access import Access, NewToken
 from normweave.serve.authentication import is_loopback
 from normweave.serve.login import LOGIN
-from normweave.serve.pages.frame import EMIT_ID, Page, notify_error, plain_button
+from normweave.serve.pages.frame import EMIT_ID, Page, Serving, notify_error, plain_button
 from normweave.serve.records import Role, Token
-from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
-from normweave.serve.watch import Watch
 
 TEMPLATE = "tokens.html"
 NEVER = 0
@@ -41,8 +39,8 @@ class TokensPage(Page):
     position = 6
     engineers_only = True
 
-    def __init__(self, service: InspectionService, token: Token, watch: Watch | None, access: Access | None) -> None:
-        super().__init__(service, token, watch, access)
+    def __init__(self, serving: Serving) -> None:
+        super().__init__(serving)
         self._asked: Token | None = None  # whether to revoke it
 
     async def content(self) -> None:

@@ -80,7 +80,10 @@ def test_a_card_logs_in_until_it_is_revoked(engineer, chromium, server):
 
 def test_the_last_engineer_is_kept(engineer):
     revoke(engineer, "engineer")
-    expect(engineer.get_by_role("alert")).to_contain_text("the last one of an engineer")
+    expect(engineer.get_by_role("alert")).to_contain_text("the last valid one of an engineer")
+    expect(engineer.get_by_role("alert")).to_contain_text(
+        "First create another token with the role engineer that does not expire"
+    )
     expect(row(engineer, "engineer").get_by_role("button")).to_be_visible()
 
 

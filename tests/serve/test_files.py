@@ -138,7 +138,7 @@ def test_a_changed_file_is_refused(files):
 
 def test_a_referenced_file_is_not_removed(files):
     kept, gone = files.put(b"kept"), files.put(b"gone")
-    assert [files.remove_unless(lambda digest: digest == kept, digest) for digest in (kept, gone)] == [
+    assert [files.remove_unreferenced(lambda hashes: hashes - {kept}, digest) for digest in (kept, gone)] == [
         False,
         True,
     ]

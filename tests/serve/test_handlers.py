@@ -22,12 +22,12 @@ HTML = {"Accept": "text/html"}
         ("POST", "/v1/nowhere", 404, None),
         ("GET", "/v1/model/", 404, None),
         ("GET", "/healthz/", 404, None),
-        ("DELETE", "/v1/model", 405, "GET"),
-        ("HEAD", "/v1/model", 405, "GET"),
-        ("PUT", "/v1/tokens", 405, "GET, POST"),
+        ("DELETE", "/v1/model", 405, "GET, HEAD"),
+        ("HEAD", "/v1/inspect", 405, "POST"),
+        ("PUT", "/v1/tokens", 405, "GET, HEAD, POST"),
         ("POST", "/healthz", 405, "GET, HEAD"),
         ("GET", "/v1/inspect", 405, "POST"),
-        ("TRACE", "/v1/inspections/7", 405, "GET"),
+        ("TRACE", "/v1/inspections/7", 405, "GET, HEAD"),
     ],
 )
 def test_unknown_routes_and_methods(client, method, path, status, allow):
@@ -40,9 +40,17 @@ def test_unknown_routes_and_methods(client, method, path, status, allow):
         assert (problem["status"], problem["code"]) == (status, "not_found" if status == 404 else "method_not_allowed")
 
 
-def test_head_on_the_health_routes(browser):
+def test_head_is_answered_as_get_without_the_body(client, browser, photos):
+    file = {"images": Path(photos[0]).read_bytes()}
+    (made,) = client.post("/v1/inspect", files=file).json()["inspections"]
+    one = f"/v1/inspections/{made['id']}"
+    for path in ("/v1/model", "/v1/inspections", one, f"{one}/image", f"{one}/map", "/v1/inspections/0", "/nowhere"):
+        answer, head = client.get(path), client.head(path)
+        assert (head.status_code, head.headers, head.content) == (answer.status_code, answer.headers, b"")
+    assert client.head("/v1/inspections/events").headers["content-type"].startswith("text/event-stream")  # and ends
     for path in ("/healthz", "/readyz"):
         assert browser.head(path).status_code == 200
+    assert browser.head("/v1/model").status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,7 @@ def test_a_database_that_is_down_and_back(bundle, photos, postgres, tmp_path):
             assert person.get("/nowhere", headers=HTML | cookie).headers["content-type"].startswith("text/html")
             wrong = [
                 client.delete("/v1/model"),
-                client.head("/v1/model"),
+                client.put("/v1/model"),
                 client.get("/upload"),
                 client.post("/review"),
             ]

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from normweave.serve.access import Access
 from normweave.serve.api import add_api
 from normweave.serve.authentication import AuthenticationMiddleware
+from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.service import InspectionService
 from normweave.serve.watch import Watch
@@ -59,6 +60,7 @@ def create_app(
         from normweave.serve.pages import add_pages
 
         add_pages(app, service, access=access, watch=watch)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(AuthenticationMiddleware, access=access)
     app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost
     return app

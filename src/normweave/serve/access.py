@@ -130,8 +130,13 @@ class Access:
         secret = secrets.token_urlsafe(_KEY_BYTES)
         now = datetime.now(UTC)
         session = Session(digest=_digest(secret), token=token.id, created_at=now, used_at=now)
-        self._store.remove_sessions(created_before=now - self._longest, used_before=now - self._idle)
-        self._store.add_session(session, actor=token.name, address=address)
+        self._store.add_session(
+            session,
+            actor=token.name,
+            address=address,
+            created_before=now - self._longest,
+            used_before=now - self._idle,
+        )
         return secret
 
     def log_out(self, cookie: str, *, address: str) -> None:

@@ -103,12 +103,10 @@ MaxSide = Annotated[
 def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
     router = APIRouter(tags=["health"])
 
-    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="Check that the process runs")
     async def healthz() -> schemas.Health:
         return schemas.Health()
 
-    @router.head("/readyz", include_in_schema=False)
     @router.get(
         "/readyz",
         summary="Check that the server can inspect and store images",

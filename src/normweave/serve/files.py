@@ -47,7 +47,7 @@ class Files:
     """A folder of files, for one server at a time.
 
     Retention removes unreferenced files while new images arrive, which may have the same content. Therefore hold
-    `write_lock` from `put` until the store has the record; `remove_unless` checks and removes under the same lock.
+    `write_lock` from `put` until the store has the record; `remove_unreferenced` checks and removes under that lock.
 
     Args:
         folder: created if it does not exist.
@@ -156,10 +156,14 @@ class Files:
         """
         self._path(digest).unlink(missing_ok=True)
 
-    def remove_unless(self, is_referenced: Callable[[str], bool], digest: str) -> bool:
-        """Remove a file unless it is referenced, and return whether it was removed."""
+    def remove_unreferenced(self, unreferenced: Callable[[set[str]], set[str]], digest: str) -> bool:
+        """Remove a file unless a record refers to it, and return whether it was removed.
+
+        Args:
+            unreferenced: returns those of some hashes that no record refers to.
+        """
         with self.write_lock:
-            if is_referenced(digest):
+            if not unreferenced({digest}):
                 return False
             self.remove(digest)
             return True
@@ -198,7 +202,7 @@ class Files:
                 self.folder,
             )
             return 0
-        removed = sum(self.remove_unless(lambda digest: not unreferenced({digest}), digest) for digest in orphans)
+        removed = sum(self.remove_unreferenced(unreferenced, digest) for digest in orphans)
         log.warning("%d files of a killed server, which belong to no inspection, are removed.", removed)
         return removed
 

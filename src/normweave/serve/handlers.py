@@ -1,4 +1,4 @@
-"""Answers to the errors of all routes, to unknown routes and methods, and to unknown query parameters."""
+"""Answers to the errors of all routes, to HEAD, to unknown routes and methods, and to unknown query parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
-from starlette.types import Scope
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normweave.errors import CheckError, ConfigError, NormweaveError
 from normweave.serve import problems
@@ -34,6 +34,26 @@ _PROBLEMS: dict[type[Exception], tuple[int, str | None]] = {
     NormweaveError: (503, None),  # of a file, the bundle, or a part of the server: other requests fail too
 }
 """Status and code of each error; None: the code of the status."""
+
+
+class HeadMiddleware:
+    """ASGI middleware that answers HEAD with the status and the headers of GET, which the routes of FastAPI lack."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Call the application."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body"})  # this also ends a stream
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
 
 
 def add_handlers(app: FastAPI, routes: Iterable[BaseRoute]) -> None:
@@ -101,6 +121,8 @@ def no_route(request: Request, routes: Iterable[BaseRoute]) -> Response:
     for route in routes:
         if isinstance(route, Route) and route.matches(request.scope)[0] != Match.NONE:
             allowed |= route.methods or set()
+    if "GET" in allowed:
+        allowed.add("HEAD")
     if allowed:
         names = ", ".join(sorted(allowed))
         return problems.answer(

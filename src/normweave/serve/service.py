@@ -544,7 +544,7 @@ class InspectionService:
         if self.config.keep_gib:
             unreferenced.append(self.store.shrink(max_bytes=int(self.config.keep_gib * 2**30)))
         for digest in chain.from_iterable(unreferenced):
-            self.files.remove_unless(self.store.is_referenced, digest)
+            self.files.remove_unreferenced(self.store.unreferenced, digest)
 
     def stop(self) -> None:
         """Accept no more images, finish the accepted ones, and end the threads."""

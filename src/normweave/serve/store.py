@@ -333,10 +333,10 @@ class Store:
             if token.expires_at is None:  # others that expire would leave no engineer soon
                 engineers = {one.id: one for one in engineers.values() if one.expires_at is None}
             if list(engineers) == [id]:
-                last = "that does not expire" if token.expires_at is None else "that is valid"
+                lasting = " that does not expire" if token.expires_at is None else ""
                 raise LastTokenError(
-                    f"The token {id} ({token.name!r}) is the last one of an engineer {last}, so it cannot be revoked. "
-                    "Create another one first: POST /v1/tokens with the role engineer, or start the server with "
+                    f"The token {id} ({token.name!r}) is the last valid one of an engineer{lasting}, so it cannot be "
+                    f"revoked. First create another token with the role engineer{lasting}, or start the server with "
                     "--new-token engineer."
                 )
             query = update(TOKENS).where(TOKENS.c.id == id).values(revoked_at=at).returning(TOKENS)
@@ -346,13 +346,19 @@ class Store:
 
     # ── sessions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def add_session(self, session: Session, *, actor: str, address: str) -> None:
-        """Store a session, also in the audit.
+    def add_session(
+        self, session: Session, *, actor: str, address: str, created_before: datetime, used_before: datetime
+    ) -> None:
+        """Store a session, also in the audit, and remove the ended ones.
 
         Args:
             actor: name of its token.
+            created_before: sessions created before this time have ended.
+            used_before: sessions last used before this time have ended.
         """
+        ended = (SESSIONS.c.created_at < created_before) | (SESSIONS.c.used_at < used_before)
         with self.database.writing() as connection:
+            connection.execute(delete(SESSIONS).where(ended))
             connection.execute(insert(SESSIONS).values(**vars(session)))
             self._audit(connection, "login", actor=actor, token=session.token, address=address)
 
@@ -377,12 +383,6 @@ class Store:
         with self.database.writing() as connection:
             if connection.execute(delete(SESSIONS).where(SESSIONS.c.digest == digest)).rowcount:
                 self._audit(connection, "logout", actor=actor, token=token, address=address)
-
-    def remove_sessions(self, *, created_before: datetime, used_before: datetime) -> None:
-        """Remove the sessions that were created or last used before these times."""
-        old = (SESSIONS.c.created_at < created_before) | (SESSIONS.c.used_at < used_before)
-        with self.database.writing() as connection:
-            connection.execute(delete(SESSIONS).where(old))
 
     # ── audit ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -482,11 +482,6 @@ class Store:
         """Return those of these hashes that no inspection refers to."""
         with self.database.reading() as connection:
             return hashes - _last_references(connection, hashes).keys()
-
-    def is_referenced(self, digest: str) -> bool:
-        """Return whether an inspection refers to the file with this hash."""
-        with self.database.reading() as connection:
-            return bool(_last_references(connection, {digest}))
 
     def bytes_used(self) -> int:
         """Return the total size of all files, each counted once. Scans two indexes."""

@@ -17,6 +17,7 @@ from normweave.detector import Detector
 from required import absent
 from serving import Server
 
+expect.set_options(timeout=20_000)  # ms; a busy machine is slow
 HOSTILE = "<img src=x onerror=alert(1)>.png"
 TRANSFER = """
 ([files, type]) => {
@@ -31,6 +32,23 @@ TRANSFER = """
       : new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true }),
   );
 }
+"""
+BROKEN = """
+() => [
+  ...document.querySelectorAll(".tag:not(.plain), thead th, dt, nav a, .decision b, .plain-button, .rare, td > span"),
+]
+  .filter((element) => element.checkVisibility())
+  .filter((element) => {
+    const inside = (node) => node.nodeType === Node.TEXT_NODE && node.data.trim();
+    const lines = (text) => {
+      const range = new Range();
+      range.selectNodeContents(text);
+      return range.getClientRects().length;
+    };
+    return (element.clientWidth && element.scrollWidth > element.clientWidth)
+      || [...element.childNodes].filter(inside).some((text) => lines(text) > text.data.trim().split(/\\s+/).length);
+  })
+  .map((element) => element.outerHTML.slice(0, 120))
 """
 
 
@@ -136,6 +154,21 @@ def login_form(chromium, server):
     yield opened
     for context in contexts:
         context.close()
+
+
+def settle(page):
+    """Wait until nothing fades, moves or changes its colour any more."""
+    page.evaluate(
+        """async () => {
+          for (let frame = 0; frame < 2; frame += 1) await new Promise(requestAnimationFrame);
+          await Promise.allSettled(document.getAnimations().map((animation) => animation.finished));
+        }"""
+    )
+
+
+def broken(page):
+    """The short texts of the page that are broken within a word, or wider than their place."""
+    return page.evaluate(BROKEN)
 
 
 def carry(page, files, *, how="drop"):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from playwright.sync_api import expect
 
+from browsing import broken
+
 pytestmark = pytest.mark.browser
 
 
@@ -50,7 +52,7 @@ def test_a_card_logs_in_until_it_is_revoked(engineer, chromium, server):
     station = context.new_page()
     sent = []
     station.on("request", lambda request: request.method == "POST" and sent.append(request.url))
-    station.goto(address)
+    station.goto(address, wait_until="commit")  # the page sends the form before it has loaded
     expect(station.locator(".who")).to_contain_text("press 4")
     assert station.url == f"{server.url}/"
     expect(station.get_by_label("Pages").get_by_role("link", name="Tokens")).to_have_count(0)
@@ -62,11 +64,11 @@ def test_a_card_logs_in_until_it_is_revoked(engineer, chromium, server):
     station.goto(server.url)
     expect(station.locator("#token")).to_be_visible()
     sent.clear()
-    station.goto(address)
+    station.goto(address, wait_until="commit")
     expect(station.get_by_role("alert")).to_contain_text("revoked")
-    with station.expect_navigation():  # also if the form is open already
-        # Later, since the call itself fails if the page is left before it has returned.
-        station.evaluate("void setTimeout(() => { location.hash = 'nw_wrong' }, 100)")
+    # Also if the form is open already. Later, since the call itself fails if the page is left before it has returned.
+    station.evaluate("window.left = false; void setTimeout(() => { location.hash = 'nw_wrong' }, 100)")
+    station.wait_for_function("window.left === undefined")  # another document
     expect(station.get_by_role("alert")).to_contain_text("revoked")
     assert sent == [f"{server.url}/login"] * 2
     assert not [url for url in station.evaluate("navigation.entries().map((entry) => entry.url)") if "#" in url]
@@ -85,6 +87,18 @@ def test_the_last_engineer_is_kept(engineer):
         "First create another token with the role engineer that does not expire"
     )
     expect(row(engineer, "engineer").get_by_role("button")).to_be_visible()
+
+
+def test_a_long_name_leaves_room_for_the_other_columns(engineer, server):
+    create(engineer, "Ferdinand-" + "W" * 140)
+    for path in ("/tokens", "/audit"):
+        engineer.goto(server.url + path)
+        table = engineer.locator(".scroll")
+        expect(table).to_contain_text("Ferdinand")
+        for width in (390, 1024, 1440):
+            engineer.set_viewport_size({"width": width, "height": 900})
+            assert broken(engineer) == [], f"{path} at {width} pixels"
+            assert table.evaluate("table => table.scrollWidth - table.clientWidth") == 0, f"{path} at {width} pixels"
 
 
 def test_without_script_the_form_is_as_before(login_form, server):

@@ -5,7 +5,7 @@ import re
 import pytest
 from playwright.sync_api import expect
 
-from browsing import chromium, inspect, login_form, parts, sent, server, visit  # noqa: F401
+from browsing import broken, chromium, inspect, login_form, parts, sent, server, settle, visit  # noqa: F401
 from builders import bundle, cloth, detector, photos  # noqa: F401
 from normweave.serve.pages import every_page
 
@@ -98,7 +98,7 @@ def violations(page, schemes=("light", "dark")):
     found = []
     for scheme in schemes:
         page.emulate_media(color_scheme=scheme)
-        page.wait_for_timeout(300)  # the colours change with a transition
+        settle(page)
         # preload=False: axe does not request the style sheets again, which would show a loading bar
         results = axe.Axe().run(page, options={"resultTypes": ["violations"], "preload": False})
         found += [
@@ -121,15 +121,17 @@ def test_no_state_of_a_page_has_an_accessibility_violation(visit, sent, parts): 
     page = visit("/")
     inspect(page, "held.png", parts.anomalous)
     expect(page.locator(".held")).to_be_visible()
-    page.evaluate("emitEvent('not_inspected', 'a.png: too large.')")
+    page.evaluate(f"emitEvent('not_inspected', '{LONG}: too large.')")
     expect(page.get_by_role("button", name="Close")).to_be_visible()
-    page.wait_for_timeout(500)  # until it is opaque
+    assert page.locator(".q-notification").evaluate("toast => toast.scrollWidth - toast.clientWidth") <= 0
     found = violations(page)
     page.goto(page.url + "model")
     page.get_by_label("Rate in percent").fill("0.1")
     expect(page.locator(".refused")).to_be_visible()
     page.locator(".q-select").click()
     expect(page.get_by_role("listbox")).to_be_visible()
+    settle(page)
+    assert page.get_by_role("option").first.bounding_box()["height"] >= 44
     found += [one for one in violations(page, ["light"]) if ": region:" not in one]  # a list box is below the body
     page.goto(page.url.replace("model", "review"))
     page.locator(".accept[aria-disabled=false]").hover()
@@ -142,6 +144,9 @@ def test_no_state_of_a_page_has_an_accessibility_violation(visit, sent, parts): 
     page.get_by_label("Name of the person").fill(LONG)
     page.get_by_role("button", name="Create").click()
     expect(page.locator(".card")).to_be_visible()
+    found += violations(page)
+    page.locator(".tokens tbody button").first.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
     assert found + violations(page) == []
 
 
@@ -152,3 +157,4 @@ def test_it_fits_every_screen_and_every_finger(filled):
         beyond = page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth")
         assert beyond <= 0, f"{beyond} pixels beyond {width}"
         assert page.evaluate(SMALL) == [], f"at {width} pixels"
+        assert broken(page) == [], f"at {width} pixels"

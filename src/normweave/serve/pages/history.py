@@ -46,11 +46,11 @@ BUCKETS: dict[Bucket, str] = {"hour": "by the hour", "day": "by the day", "week"
 VERDICTS = {ANY: "any verdict"} | {result.value: result.word for result in Result}
 SOURCES = {ANY: "any source", "page": "this page", "folder": "watched folder", "api": "other programs"}
 REVIEWS = {
-    ANY: "reviewed or not",
+    ANY: "all",
     "none": "not reviewed",
     "any": "reviewed",
-    "accept": "accepted as good",
-    "reject": "rejected as defective",
+    "accept": "accepted",
+    "reject": "rejected",
 }
 CHOICES: dict[str, Mapping[str, str] | None] = {
     "days": SPANS,

@@ -1,10 +1,13 @@
 """The header of the pages and the login in a real browser, against a real server."""
 
+import re
 import time
 
 import httpx2
 import pytest
 from playwright.sync_api import expect
+
+from browsing import settle
 
 pytestmark = pytest.mark.browser
 
@@ -12,9 +15,13 @@ pytestmark = pytest.mark.browser
 def test_light_and_dark_follow_the_system_until_one_is_chosen(visit, server):
     page = visit("/", color_scheme="dark")
     ground = "() => getComputedStyle(document.body).backgroundColor"
+    body = page.locator("body")
+    expect(body).to_have_class(re.compile("body--dark"))
+    settle(page)
     dark = page.evaluate(ground)
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(f"dark => ({ground})() !== dark", arg=dark)
+    expect(body).not_to_have_class(re.compile("body--dark"))
+    settle(page)
     light = page.evaluate(ground)
     theme = page.get_by_label("Light or dark")
     expect(theme).to_have_text("system")
@@ -22,7 +29,7 @@ def test_light_and_dark_follow_the_system_until_one_is_chosen(visit, server):
     expect(theme).to_have_text("light")
     theme.click()
     expect(theme).to_have_text("dark")
-    assert page.evaluate(ground) == dark
+    page.wait_for_function(f"dark => ({ground})() === dark", arg=dark)
     page.goto(f"{server.url}/model")
     expect(page.get_by_label("Light or dark")).to_have_text("dark")  # stored in the browser
     page.wait_for_function(f"dark => ({ground})() === dark", arg=dark)

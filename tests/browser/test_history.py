@@ -57,6 +57,7 @@ def test_filters_and_the_open_inspection_are_in_the_address(visit, parts, server
     dialog.get_by_role("button", name="Next").click()
     expect(dialog.locator("h2.name")).to_have_text("linked-1.png")
     dialog.get_by_label("Comment").fill("a new product")
+    expect(dialog.locator(".reject")).to_have_attribute("aria-disabled", "false")
     dialog.get_by_role("button", name="Reject").click()
     expect(dialog.locator("ul")).to_contain_text("a new product")
     (one,) = stored(page, server, name="linked-1.png")
@@ -65,6 +66,7 @@ def test_filters_and_the_open_inspection_are_in_the_address(visit, parts, server
         "href", f"/history?id={one['id']}"
     )
 
+    page.wait_for_function("id => location.search.endsWith(`id=${id}`)", arg=one["id"])
     page.reload()
     expect(page.get_by_label("File name contains")).to_have_value("LINKED")
     expect(rows).to_have_count(2)

@@ -1,6 +1,7 @@
 """The Review page in a real browser, against a real server."""
 
 import re
+from threading import Event
 
 import pytest
 from playwright.sync_api import expect
@@ -49,6 +50,7 @@ def test_parts_are_reviewed_by_keyboard_and_seen_in_history(visit, parts, server
     ready(page)
     page.keyboard.press("a")
     expect(page.locator(".left")).to_have_text(f"{count - 2} left")
+    expect(page.locator("[data-decision=undo]")).to_be_enabled()
     page.keyboard.press("u")
     expect(name).to_have_text("first.png")
     expect(page.locator(".left")).to_have_text(f"{count - 1} left")
@@ -89,19 +91,22 @@ def test_a_double_tap_decides_only_the_part_that_was_seen(visit, parts, server):
 def test_a_decision_waits_for_the_picture(visit, parts, server):
     page = visit("/")
     inspect(page, "unseen.png", parts.anomalous)
-    held = []
-    page.route("**/image?**", lambda route: held.append(route))
-    page.goto(f"{server.url}/review", wait_until="domcontentloaded")
+    held, released = [], Event()
+    page.route("**/image?**", lambda route: route.continue_() if released.is_set() else held.append(route))
+    with page.expect_request("**/image?**"):
+        page.goto(f"{server.url}/review", wait_until="domcontentloaded")
     expect(page.locator("h2.name")).to_have_text("unseen.png")
     expect(page.locator(".accept")).to_have_attribute("aria-disabled", "true")
-    page.wait_for_timeout(400)
+    page.wait_for_timeout(400)  # longer than a picture must be shown
     page.keyboard.press("a")
     page.locator(".reject").click(force=True)
-    page.wait_for_timeout(200)
-    expect(page.locator("h2.name")).to_have_text("unseen.png")
+    released.set()
     for route in held:
         route.continue_()
     ready(page)
+    expect(page.locator("h2.name")).to_have_text("unseen.png")
+    (unseen,) = stored(page, server, name="unseen.png")
+    assert unseen["review"] is None
     page.keyboard.press("a")
     expect(page.locator("h2.name")).not_to_have_text("unseen.png")
 
@@ -116,6 +121,7 @@ def test_unreadable_images_are_reviewed_and_undo_survives_a_reload(visit, parts,
     page.keyboard.press("r")
     expect(page.locator("h2.name")).not_to_have_text("not-readable.png")
     page.reload()
+    expect(page.locator("[data-decision=undo]")).to_be_enabled()
     expect(page.locator("h2.name")).not_to_have_text("not-readable.png")
     page.keyboard.press("u")
     expect(page.locator("h2.name")).to_have_text("not-readable.png")

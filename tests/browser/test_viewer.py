@@ -19,7 +19,7 @@ def test_the_slider_sets_the_opacity_of_the_map_and_boxes_can_be_hidden(visit, p
     after = float(heat.evaluate("map => getComputedStyle(map).opacity"))
     assert (before, after) == (0.6, 0.15)
     boxes = page.locator(".viewer-plane rect:not(.under)")
-    assert boxes.count() >= 1
+    expect(boxes).not_to_have_count(0)
     page.get_by_label("Boxes").uncheck()
     expect(boxes).to_have_count(0)
 

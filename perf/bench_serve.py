@@ -1,5 +1,7 @@
 """Throughput, latency and memory of a server under load on the loopback, and a check that no inspection is lost.
 
+The throughput is also given as a share of the runtime's without a server, which is measured first.
+
 Every image has unique bytes, so that its answer can be identified. At the end each answer must be in the store, with
 its image and patch scores on disk. With --attack each number of clients is measured a second time, beside two clients
 without a token that send headers without an end, and one that sends a PNG of 8 x 6,000,000 pixels again and again. Exit
@@ -219,6 +221,14 @@ def lost(data: Path, answers: Answers) -> list[str]:
     return missing
 
 
+def direct(detector: Detector, paths: list[Path], seconds: float) -> float:
+    """Return the images a second of the runtime without a server, which reads the same files in batches."""
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        done += sum(1 for _ in detector.stream(paths, maps=False))
+    return done / (time.perf_counter() - start)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bundle", type=Path, help="default: trained on synthetic cloth")
@@ -234,7 +244,10 @@ def main() -> int:
             bundle, images = train_on_cloth(folder)
         paths = sorted(images.rglob("*.png"))
         photos = [path.read_bytes() for path in paths]
-        expected = [outcome.as_dict() for outcome in Detector.load(bundle, threads=1).stream(paths, maps=False)]
+        detector = Detector.load(bundle, threads=1)
+        expected = [outcome.as_dict() for outcome in detector.stream(paths, maps=False)]
+        alone = direct(detector, paths, arguments.seconds / 4)
+        print(f"direct runtime, one thread: {alone:.1f}/s", flush=True)
         server = start(bundle, folder / "data")
         rows, faults = [], []
         try:
@@ -258,6 +271,7 @@ def main() -> int:
                         "seconds": arguments.seconds,
                         "images": len(answers.kept),
                         "per_second": len(answers.kept) / arguments.seconds,
+                        "of_direct": len(answers.kept) / arguments.seconds / alone,
                         "median_ms": 1000 * statistics.median(times),
                         "p99_ms": 1000 * times[int(0.99 * (len(times) - 1))],
                         "refused": answers.refused,
@@ -268,9 +282,10 @@ def main() -> int:
                     }
                 )
                 print(
-                    "clients {clients:>3}  attacked {attacked!s:>5}  {images:>5} images  {per_second:6.1f}/s  "
-                    "median {median_ms:7.1f} ms  p99 {p99_ms:7.1f} ms  refused {refused:>5}  "
-                    "wrong {wrong}  lost {lost}  memory {memory_mib:.0f} MiB (+{growth_mib:.0f})".format(**rows[-1]),
+                    "clients {clients:>3}  attacked {attacked!s:>5}  {images:>5} images  {per_second:6.1f}/s "
+                    "({of_direct:4.0%} of direct)  median {median_ms:7.1f} ms  p99 {p99_ms:7.1f} ms  "
+                    "refused {refused:>5}  wrong {wrong}  lost {lost}  "
+                    "memory {memory_mib:.0f} MiB (+{growth_mib:.0f})".format(**rows[-1]),
                     flush=True,
                 )
         finally:
@@ -280,7 +295,7 @@ def main() -> int:
             server.process.wait(120)
         for fault in faults[:20]:
             print(fault)
-    print(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "rows": rows}))
+    print(json.dumps({"machine": platform.platform(), "cores": os.cpu_count(), "direct": alone, "rows": rows}))
     return 1 if faults else 0
 
 

@@ -13,9 +13,10 @@ from PIL import Image
 
 from normweave import fitting
 from normweave.bundle import FORMAT, read_tensors
-from normweave.data import prepare
+from normweave.data import prepare, variations
 from normweave.detector import Detector
 from normweave.errors import BundleError, CheckError, DataError, ImageError
+from normweave.scoring import ImageScore, TileScores
 from normweave.textiles import SEEN, render
 from normweave.types import Sample
 
@@ -321,3 +322,18 @@ def test_only_a_category_of_one_subclass_is_scored_under_variations(loaded, phot
     held_out = loaded.held_out_scores(scanned, everything, most_varied=4)
     assert [len(each.varied) for each in held_out] == [1, 1, 1]
     assert all(each.varied[0].score != each.own.score for each in held_out)
+
+
+def test_each_image_gets_the_scores_of_its_own_variations(loaded, photos, monkeypatch):
+    monkeypatch.setattr(loaded, "subclasses", {loaded.subclass_names[0]: ("cloth", "only")})
+    samples = [Sample(image_path=Path(photo), category="cloth") for photo in photos[:3]]
+    scanned = loaded.scan(samples)
+    held_out = loaded.held_out_scores(scanned, np.arange(len(scanned)), most_varied=9)  # the passes hold other images
+    assert [len(each.varied) for each in held_out] == [3, 3, 3]
+    names = variations.applicable(scanned.load(0))
+    for place, each in enumerate(held_out):
+        pixels = np.stack(
+            [variations.vary(scanned.load(place), variation=names[3 * place + step]) for step in range(3)]
+        )
+        expected = [ImageScore.of(TileScores.compute(loaded.network, one[None], loaded.config)).score for one in pixels]
+        np.testing.assert_allclose([image.score for image in each.varied], expected, rtol=1e-5)

@@ -439,25 +439,29 @@ class Detector:
         scored = self.score_rows(scanned, chosen, unseen=self.network.can_exclude, cache=cache, progress=progress)
         counts = Counter(category for category, _ in self.subclasses.values())
         of_each = max(1, most_varied // max(1, len(chosen)))
-        result = []
+        result: list[HeldOut] = []
+        vary: list[int] = []
         for place, (number, own, excluding) in enumerate(scored):
-            varied: tuple[ImageScore, ...] = ()
             if counts[scanned.samples[number].category] == 1 and place * of_each < most_varied and self.subclass_names:
-                varied = self._varied(scanned, number, first=place * of_each, count=of_each)
-            result.append(
-                HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding), varied)
+                vary.append(place)
+            result.append(HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding)))
+        rendered = (  # (place, tiles)
+            (place, tiles)
+            for place in vary
+            for tiles in variations.some(
+                np.stack([scanned.load(int(row)) for row in np.flatnonzero(scanned.owner == result[place].number)]),
+                first=place * of_each,
+                count=of_each,
             )
-        return result
-
-    def _varied(self, scanned: rows.Rows, number: int, *, first: int, count: int) -> tuple[ImageScore, ...]:
-        """Return the scores of an image under some variations, which differ from image to image."""
-        tiles = np.stack([scanned.load(int(row)) for row in np.flatnonzero(scanned.owner == number)])
-        names = variations.applicable(tiles[0])
-        rendered = [
-            np.stack([variations.vary(tile, variation=names[(first + step) % len(names)]) for tile in tiles])
-            for step in range(min(count, len(names)))
-        ]
-        return tuple(ImageScore.of(TileScores.compute(self.network, pixels, self.config)) for pixels in rendered)
+        )
+        varied: dict[int, list[ImageScore]] = {}
+        while batch := list(islice(rendered, self.batch_images)):
+            scores = TileScores.compute(self.network, np.concatenate([tiles for _, tiles in batch]), self.config)
+            end = 0
+            for place, tiles in batch:
+                start, end = end, end + len(tiles)
+                varied.setdefault(place, []).append(ImageScore.of(scores.part(start, end)))
+        return [each._replace(varied=tuple(varied.get(place, ()))) for place, each in enumerate(result)]
 
     def draw_operating_points(
         self,

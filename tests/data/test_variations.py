@@ -93,3 +93,12 @@ def test_an_unknown_variation_is_refused() -> None:
     with pytest.raises(ConfigError, match="sepia") as error:
         vary(scene(), variation="sepia")
     assert "darker" in str(error.value)
+
+
+def test_some_variations_of_all_tiles_start_at_the_first() -> None:
+    tiles = np.stack([scene(), scene()[:, ::-1]])
+    names = applicable(tiles[0])
+    got = list(variations.some(tiles, first=len(names) - 1, count=2))
+    for pixels, name in zip(got, (names[-1], names[0]), strict=True):
+        np.testing.assert_array_equal(pixels, [vary(tile, variation=name) for tile in tiles])
+    assert len(list(variations.some(tiles, first=0, count=99))) == len(names)

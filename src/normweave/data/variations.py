@@ -7,6 +7,7 @@ strengths are *ours*: lamps that age, another exposure, lenses slightly out of f
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,18 @@ def vary(pixels: Pixels, *, variation: str) -> Pixels:
         return _rounded(255 * light ** GAMMAS[variation])[pixels]
     tables = [_rounded(255 * gain * light) for gain in GAINS[variation]]
     return np.stack([table[channel] for table, channel in zip(tables, pixels, strict=True)])
+
+
+def some(tiles: Pixels, *, first: int, count: int) -> Iterator[Pixels]:
+    """Yield the tiles (n, 3, H, W) uint8 of an image under `count` variations, at most under each of them.
+
+    Args:
+        first: number of the first one, so that other images are seen under others.
+    """
+    names = applicable(tiles[0])
+    for step in range(min(count, len(names))):
+        name = names[(first + step) % len(names)]
+        yield np.stack([vary(tile, variation=name) for tile in tiles])
 
 
 def _rounded(values: NDArray[np.floating[Any]]) -> Pixels:

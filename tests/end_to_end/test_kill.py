@@ -39,6 +39,10 @@ TRAIN = (
     "head.expert.kind=discriminator",
     "--set",
     "head.routing.method=network",
+    "--set",
+    "head.routing.training.epochs=4",
+    "--set",
+    "head.expert.training.epochs=6",
     "--seed",
     "5",
     "-q",
@@ -61,26 +65,21 @@ def undisturbed(textiles: Path, tmp_path_factory: pytest.TempPathFactory) -> str
     return bundle_hash(folder / "bundle")
 
 
+KILLS = {
+    "while features are cached": ("normweave.data.prepare:Preparation.apply", 45),
+    "while training, before a checkpoint of the second stage": ("normweave.training:write_checkpoint", 7),
+    "while saving, before the rename": ("normweave.bundle:os.replace", 1),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "count"),
-    [
-        pytest.param("normweave.data.prepare:Preparation.apply", 45, id="while features are cached"),
-        pytest.param(
-            "normweave.training:write_checkpoint",
-            13,
-            id="while training, before a checkpoint of the second stage",
-        ),
-        pytest.param("normweave.bundle:os.replace", 1, id="while saving, before the rename"),
-    ],
-)
-def test_resume_gives_the_bundle_of_an_undisturbed_run(
-    place: str, count: int, textiles: Path, undisturbed: str, tmp_path: Path
-):
+def test_resume_gives_the_bundle_of_an_undisturbed_run(textiles: Path, undisturbed: str, tmp_path: Path):
+    """One training that is killed at each place, each time further on."""
     bundle = tmp_path / "bundle"
     arguments = ["train", str(textiles), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
-    assert run("-c", KILLED, place, str(count), *arguments) == -signal.SIGKILL
-    assert not bundle.exists()
+    for moment, (place, count) in KILLS.items():
+        assert run("-c", KILLED, place, str(count), *arguments, "--resume") == -signal.SIGKILL, moment
+        assert not bundle.exists(), moment
     assert run("-m", "normweave", *arguments, "--resume") == 0
     assert bundle_hash(bundle) == undisturbed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "cache"]

@@ -68,8 +68,8 @@ def refusal(values):
     return None
 
 
-def read(values, monkeypatch):
-    """Return the dotted keys that building, fitting and scoring read."""
+def unread(values, named, monkeypatch):
+    """Return which of the named keys building, fitting and scoring do not read, on labelled or unlabelled images."""
     config = settings.from_dict({f"head.{key}": value for key, value in values.items()}).head
     keys = {id(config): ""}
     for section in ("expert", "routing", "adaption"):
@@ -88,6 +88,8 @@ def read(values, monkeypatch):
         for cls in classes:
             patch.setattr(cls, "__getattribute__", recorded, raising=False)
         for data in DATA:
+            if named <= found:
+                break
             head = build(config, shape=SHAPE)
             head.begin(data)
             for stage in head.stages(data):
@@ -96,7 +98,7 @@ def read(values, monkeypatch):
                 stage.loss(batch, labels, generator=seeded(), training=True)
             head.finish(data)
             head(data.features.read(range(2)))
-    return found
+    return named - found
 
 
 def test_every_setting_is_in_the_list():
@@ -135,8 +137,9 @@ def test_every_pair_is_read_or_refused(monkeypatch):
             continue
         accepted += 1
         named = {key for key in both if not key.endswith((".kind", ".method"))}  # these two choose the class
-        unread = named - read(both, monkeypatch)
-        assert not unread, (both, unread)
+        if not any(key.startswith("expert.") for key in both):
+            both["expert.kind"] = "gaussian"  # fitted in a tenth of the time of the fusion, which has pairs of its own
+        assert not unread(both, named, monkeypatch), both
     assert accepted > 300
 
 

@@ -195,10 +195,18 @@ def images(count, *, holdout=(), groups=None, subclasses=2, defects=None, seed=0
     )
 
 
-def test_enough_held_out_images_are_the_only_fold():
-    data = images(60, holdout=range(FEWEST_HELD_OUT))
+def test_enough_held_out_images_of_each_category_are_the_only_fold():
+    data = images(60, holdout=range(2 * FEWEST_HELD_OUT))
     fold = folds(data, data.subclasses)
     assert (fold == np.where(data.holdout, 0, -1)).all()
+
+
+def test_a_category_with_fewer_has_every_image_held_out():
+    """Many of the other category do not help: the scales are those of each category."""
+    enough = images(60, holdout=range(0, 2 * FEWEST_HELD_OUT, 2), subclasses=1)
+    assert (folds(enough, enough.subclasses) == np.where(enough.holdout, 0, -1)).all()
+    two = images(60, holdout=range(0, 2 * FEWEST_HELD_OUT, 2))
+    assert (folds(two, np.zeros(60, dtype=np.int64)) >= 0).all()
 
 
 def test_with_fewer_every_image_is_held_out_once_and_groups_stay_together():
@@ -250,13 +258,13 @@ def fitted():
 
 
 def test_the_wanted_defects_are_of_held_out_images():
-    data = images(60, holdout=range(FEWEST_HELD_OUT))
+    data = images(60, holdout=range(2 * FEWEST_HELD_OUT))
     wanted = head().defect_images(data)
-    assert wanted.tolist() == sorted([*range(FEWEST_HELD_OUT)] * 8)
+    assert wanted.tolist() == sorted([*range(2 * FEWEST_HELD_OUT)] * 6)
     assert len(build(head_config(expert="memory"), shape=SHAPE).defect_images(data)) == 0
 
 
-@pytest.mark.parametrize("holdout", [range(FEWEST_HELD_OUT), ()])
+@pytest.mark.parametrize("holdout", [range(2 * FEWEST_HELD_OUT), ()])
 def test_held_out_scores_come_from_experts_that_have_not_seen_the_image(holdout, monkeypatch):
     """Scales and weights of each fold are measured before any of its images is in the fit."""
     data = images(48, holdout=holdout)

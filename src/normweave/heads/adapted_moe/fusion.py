@@ -16,7 +16,7 @@ from normweave.types import FitData
 
 FOLDS = 4
 FEWEST_HELD_OUT = 12
-"""Held-out images that are enough for the scales and weights; with fewer, all images are held out in turn."""
+"""Held-out images of a category that are enough for its scales and weights; with fewer, all are held out in turn."""
 FEWEST_OF_CATEGORY = 4
 """Held-out images that a category needs for scales and weights of its own; with fewer it has those of all."""
 LEVEL = 0.1
@@ -174,10 +174,11 @@ def auroc(normal: NDArray[np.float64], defective: NDArray[np.float64]) -> float:
 def folds(data: FitData, experts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the fold (n,) in which each fit image is held out; -1: in none.
 
-    The held-out images of `data` are one fold if there are at least `FEWEST_HELD_OUT`. Otherwise the groups are divided
-    into `FOLDS` folds. The last images of an expert are never held out.
+    The held-out images of `data` are one fold if each category has at least `FEWEST_HELD_OUT`. Otherwise the groups are
+    divided into `FOLDS` folds. The last images of an expert are never held out.
     """
-    if data.holdout.sum() >= FEWEST_HELD_OUT:
+    held_out = np.bincount(data.categories[data.holdout], minlength=len(data.category_names))
+    if held_out.min() >= FEWEST_HELD_OUT:
         fold = np.where(data.holdout, 0, -1)
     else:
         names, members = np.unique(data.groups, return_inverse=True)

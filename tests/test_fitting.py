@@ -62,6 +62,7 @@ def test_pieces_come_from_the_same_side_of_the_holdout(scanned, monkeypatch):
     monkeypatch.setattr(synthetic, "add_defect", add_defect)
     found = made(scanned)
     assert len(found.features) == IMAGES * VARIANTS
+    found.coverage(np.arange(IMAGES * VARIANTS))
     assert [own for own, _ in seen] == [*range(IMAGES)] * VARIANTS
     assert all(HOLDOUT[own] == HOLDOUT[other] for own, other in seen)
     assert len({other for own, other in seen if not HOLDOUT[own]}) > 3
@@ -92,7 +93,7 @@ def test_a_defect_is_drawn_once_for_its_features_and_its_coverage(scanned, tmp_p
 
     monkeypatch.setattr(synthetic, "add_defect", counted)
     for fits in (1, 2):  # the second finds the features in the cache
-        made(scanned, tmp_path / "cache")
+        made(scanned, tmp_path / "cache").coverage(np.arange(IMAGES * VARIANTS))
         assert len(calls) == fits * IMAGES * VARIANTS
 
 
@@ -102,7 +103,9 @@ def defects(scanned, monkeypatch, *, fit, wanted, seed=0):
 
     def add_defect(pixels, other, *, rng):
         seen.append((int(pixels[0, 0, 0]) // 20, int(other[0, 0, 0]) // 20, rng.random()))
-        return pixels, np.ones((32, 32), dtype=bool)
+        mask = np.zeros((32, 32), dtype=bool)
+        mask[:, :16] = True
+        return pixels, mask
 
     monkeypatch.setattr(synthetic, "add_defect", add_defect)
     extractor = features.build(
@@ -123,6 +126,9 @@ def defects(scanned, monkeypatch, *, fit, wanted, seed=0):
         FittedRows(scanned, fit, fit[:0]), extractor, standard, data, wanted=wanted, cache=None
     )
     found.features.read(np.arange(len(wanted)))
+    covered = found.coverage(np.arange(len(wanted)))
+    assert (covered[:, :, :2] == 1).all()
+    assert (covered[:, :, 2:] == 0).all()
     assert (found.images == wanted).all()
     return sorted(seen)  # threads read ahead
 

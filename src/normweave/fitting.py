@@ -10,7 +10,7 @@ import hashlib
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -434,10 +434,35 @@ def synthetic_anomalies(
         parts = ["pseudo", synthetic.FORMAT, seed, row // n, row % n, own, other]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    count = n * variants
+    features, coverage = _with_coverage(
+        extractor,
+        [key(row) for row in range(n * variants)],
+        add_defect,
+        cache=cache,
+        max_gib=max_gib,
+        progress=progress,
+    )
+    return SyntheticAnomalies(StandardizedFeatures(features, standard), coverage)
+
+
+def _with_coverage(
+    extractor: FrozenFeatures,
+    keys: Sequence[str],
+    add_defect: Callable[[int], tuple[NDArray[np.uint8], NDArray[np.bool_]]],
+    *,
+    cache: Path | None,
+    max_gib: float,
+    progress: Progress | None,
+) -> tuple[FeatureSource, Callable[[NDArray[np.int64]], Tensor]]:
+    """Return the features of images with defects, and the share of each cell of the grid that is defective.
+
+    Args:
+        keys: of the features in the cache.
+        add_defect: row to the image with its defect (3, H, W), and the mask (H, W).
+    """
     # One byte a cell, read again and again, while the image behind it takes milliseconds to make.
-    shares = np.empty((count, *extractor.grid), dtype=np.uint8)
-    known = np.zeros(count, dtype=np.bool_)
+    shares = np.empty((len(keys), *extractor.grid), dtype=np.uint8)
+    known = np.zeros(len(keys), dtype=np.bool_)
 
     def load(row: int) -> NDArray[np.uint8]:
         pixels, mask = add_defect(row)
@@ -445,16 +470,14 @@ def synthetic_anomalies(
         known[row] = True
         return pixels
 
-    keys = [key(row) for row in range(count)]
     source = feature_cache.source(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
-    missing = np.flatnonzero(~known)  # their features were in the cache
-    for number, row in enumerate(missing, start=1):
-        load(int(row))
-        if progress is not None and (number % 16 == 0 or number == len(missing)):
-            progress("adding synthetic defects", number, len(missing))
-    return SyntheticAnomalies(
-        StandardizedFeatures(source, standard), lambda batch: torch.from_numpy(shares[batch]).float() / 255
-    )
+
+    def coverage(batch: NDArray[np.int64]) -> Tensor:
+        for row in batch[~known[batch]]:  # their features were in the cache
+            load(int(row))
+        return torch.from_numpy(shares[batch]).float() / 255
+
+    return source, coverage
 
 
 def synthetic_defects(
@@ -484,19 +507,19 @@ def synthetic_defects(
         same = np.flatnonzero(data.categories == data.categories[wanted[row]])
         return int(same[np.argmin(numbers[same] ^ rng.integers(2**48))]), rng
 
-    def load(row: int) -> NDArray[np.uint8]:
+    def add_defect(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         other, rng = source_of(row)
-        pixels, filling = images.load(fit_rows[wanted[row]]), images.load(fit_rows[other])
-        return synthetic.add_defect(pixels, filling, rng=rng)[0]
+        return synthetic.add_defect(images.load(fit_rows[wanted[row]]), images.load(fit_rows[other]), rng=rng)
 
     def key(row: int) -> str:
         own, other = images.keys[fit_rows[wanted[row]]], images.keys[fit_rows[source_of(row)[0]]]
         parts = ["defects", synthetic.FORMAT, seed, int(variant[row]), own, other]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    keys = [key(row) for row in range(len(wanted))]
-    source = feature_cache.source(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
-    return SyntheticDefects(StandardizedFeatures(source, standard), wanted)
+    features, coverage = _with_coverage(
+        extractor, [key(row) for row in range(len(wanted))], add_defect, cache=cache, max_gib=max_gib, progress=progress
+    )
+    return SyntheticDefects(StandardizedFeatures(features, standard), wanted, coverage)
 
 
 def _name_discovered(detector: Detector, chosen: FittedRows, *, cache: Path | None) -> None:

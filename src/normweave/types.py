@@ -146,6 +146,8 @@ class SyntheticDefects(NamedTuple):
 
     features: FeatureSource
     images: NDArray[np.int64]  # (m,) the fit image of each
+    coverage: Callable[[NDArray[np.int64]], Tensor]
+    """As of `SyntheticAnomalies`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ SingleExpertConfig = (
 
 @checked
 class FusionExpertConfig:
-    """Memory, layout and Gaussian experts, weighted by how well they detect synthetic defects in held-out normals."""
+    """Memory, layout and Gaussian experts, weighted by how well they find synthetic defects in held-out normals."""
 
     border: ClassVar[bool] = True
     kind: Literal["fusion"] = "fusion"
@@ -142,8 +142,8 @@ class FusionExpertConfig:
         "gaussian",
     )
     """Experts that are fitted and fused."""
-    sharpness: NaturalFloat = 0.5
-    """Weights are proportional to exp(sharpness * logit(AUROC)) on synthetic defects; 0 = equal weights."""
+    sharpness: NaturalFloat = 1.5
+    """Weights are proportional to exp(sharpness * logit(AUROC)) of patches of synthetic defects; 0 = equal weights."""
     smallest_weight: InnerShare = 0.1
     """An expert with a smaller weight in a category is not used there."""
 

@@ -242,7 +242,7 @@ def _fusion(categories: Sequence[Row] | None) -> Section | None:
 
     return Section(
         "Weights of the experts",
-        "The score is a weighted mean of the scores of these experts. The better an expert detects synthetic defects "
+        "The score is a weighted mean of the scores of these experts. The better an expert finds synthetic defects "
         "in held-out good images, the larger its weight. An expert with the weight 0 is not used. Test images have no "
         "part in this.",
         ["held-out good images", "synthetic defects", *(expert["name"] for expert in categories[0]["experts"])],

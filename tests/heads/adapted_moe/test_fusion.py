@@ -12,12 +12,13 @@ from normweave.heads import build
 from normweave.heads.adapted_moe.experts.base import Normals
 from normweave.heads.adapted_moe.fusion import (
     FEWEST_HELD_OUT,
+    Defective,
     Fusion,
     HeldOut,
-    auroc,
     defects_per_image,
     folds,
     level,
+    patch_auroc,
 )
 from normweave.heads.grid import replace_border
 from normweave.types import FitData, SyntheticDefects
@@ -30,20 +31,24 @@ NAMES = ("bolt", "cloth")
 
 
 def scored(category, *columns, level=1e6):
-    """Scores of images of one category, one column for each expert; the maximum of the map is twice as high."""
+    """Images of one category and of one patch, one column for each expert; the maximum of the map is twice as high."""
     scores = np.array(columns, dtype=float).T
     both = np.stack([2 * scores, scores], axis=2)
-    return HeldOut(both, np.full_like(scores, level), np.full(len(scores), category))
+    maps = scores[:, :, None, None].astype(np.float32)
+    return HeldOut(both, np.full_like(scores, level), maps, np.full(len(scores), category))
+
+
+def defects(category, *columns):
+    """Defects of one patch, one column for each expert."""
+    maps = np.array(columns, dtype=np.float32).T[:, :, None, None]
+    return Defective(maps, np.ones((len(maps), 1, 1), dtype=np.float32), np.full(len(maps), category))
 
 
 def joined(*parts):
-    return HeldOut(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+    return type(parts[0])(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
-NONE = HeldOut(np.empty((0, 2, 2)), np.empty((0, 2)), np.empty(0, dtype=np.int64))
-
-
-def fused(normal, defective=NONE, *, categories=(0,), use=("memory", "gaussian"), **settings):
+def fused(normal, defective=None, *, categories=(0,), use=("memory", "gaussian"), **settings):
     fusion = Fusion(FusionExpertConfig(use=use, **settings))
     fusion.fit(normal, defective, categories=np.array(categories), names=NAMES)
     return fusion
@@ -52,7 +57,7 @@ def fused(normal, defective=NONE, *, categories=(0,), use=("memory", "gaussian")
 def test_fusion_by_hand():
     first, second = [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9]
     # of the ten pairs with the two defects: 9 of the first expert are in order, of the second 7.5
-    fusion = fused(scored(0, first, second), scored(0, [11, 9], [8, 7]), sharpness=1.0)
+    fusion = fused(scored(0, first, second), defects(0, [11, 9], [8, 7]), sharpness=1.0)
     odds = [(9 / 10) / (1 / 10), (7.5 / 10) / (2.5 / 10)]
     weights = [odd / sum(odds) for odd in odds]
     np.testing.assert_allclose(fusion.weights[0], weights, rtol=1e-5)
@@ -113,17 +118,10 @@ def test_each_category_has_its_own_highest_level():
     assert fusion.highest.tolist() == [[2.0, 2.0], [1.0, 1.0]]
 
 
-def test_defects_are_scored_as_later():
-    """A defective image whose level is higher than that of any normal image counts without its excess."""
-    normal = scored(0, range(10), range(10), level=0.0)
-    high = fused(normal, scored(0, [20], [20], level=15.0))
-    assert [each["synthetic_auroc"] for each in high.record[0]["experts"]] == [0.55, 0.55]  # 20 - 15 = 5, one tie
-
-
 @pytest.mark.parametrize(("sharpness", "share"), [(0, 1 / 2), (1, 9 / 10), (2, 81 / 82)])
 def test_sharpness_is_the_exponent_of_the_odds(sharpness, share):
     normal = scored(0, range(10), [0] * 10)
-    fusion = fused(normal, scored(0, [8.5], [0]), sharpness=sharpness, smallest_weight=0.001)
+    fusion = fused(normal, defects(0, [8.5], [0]), sharpness=sharpness, smallest_weight=0.001)
     np.testing.assert_allclose(fusion.weights[0], [share, 1 - share], rtol=1e-5)
 
 
@@ -134,7 +132,7 @@ def test_without_defects_the_weights_are_equal():
 
 
 def test_an_expert_below_the_smallest_weight_is_dropped_and_the_others_sum_to_one():
-    normal, defective = scored(0, range(10), [0] * 10), scored(0, [8.5], [0])  # odds of 9 to 1
+    normal, defective = scored(0, range(10), [0] * 10), defects(0, [8.5], [0])  # odds of 9 to 1
     assert fused(normal, defective, sharpness=1.0, smallest_weight=0.09).used == [True, True]
     dropped = fused(normal, defective, sharpness=1.0, smallest_weight=0.11)
     assert dropped.weights.tolist() == [[1, 0]]
@@ -145,7 +143,7 @@ def test_an_expert_below_the_smallest_weight_is_dropped_and_the_others_sum_to_on
 
 def test_each_category_has_its_own_weights_and_scales():
     good = joined(scored(0, range(10), range(10)), scored(1, range(100, 110), range(10)))
-    bad = joined(scored(0, [20] * 4, [4.5] * 4), scored(1, [104.5] * 4, [20] * 4))
+    bad = joined(defects(0, [20] * 4, [4.5] * 4), defects(1, [104.5] * 4, [20] * 4))
     fusion = fused(good, bad, categories=(0, 1, 0), smallest_weight=0.001)
     assert fusion.weights[0, 0] > 0.9
     assert fusion.weights[1, 1] > 0.9
@@ -162,17 +160,37 @@ def test_each_category_has_its_own_weights_and_scales():
 
 def test_a_category_with_few_images_takes_the_scales_and_weights_of_all():
     good = joined(scored(0, range(10), range(10)), scored(1, [50, 60, 70], [1, 2, 3]))
-    bad = joined(scored(0, [20] * 4, [4.5] * 4), scored(1, [0] * 4, [20] * 4))
+    bad = joined(defects(0, [20] * 4, [4.5] * 4), defects(1, [0] * 4, [20] * 4))
     fusion = fused(good, bad, categories=(0, 1))
     scores = good.scores[:, 0, 1]
     assert fusion.centre[1, 0, 1].item() == np.median(scores)
     assert fusion.record[1]["held_out_images"] == 13
-    assert fusion.record[1]["experts"][0]["synthetic_auroc"] == auroc(scores, bad.scores[:, 0, 1])
+    assert fusion.record[1]["experts"][0]["synthetic_auroc"] == patch_auroc(
+        good.maps[:, 0], bad.maps[:, 0], bad.coverage
+    )
 
 
-def test_auroc_counts_ties_half():
-    assert auroc(np.array([1.0, 2, 3]), np.array([2.0, 9])) == (1.5 + 3) / 6
-    assert auroc(np.array([1.0]), np.empty(0)) == 0.5
+def test_ties_count_half():
+    normal = np.array([1, 2, 3], dtype=np.float32).reshape(3, 1, 1)
+    bad = np.array([[[2]], [[9]]], dtype=np.float32)
+    assert patch_auroc(normal, bad, np.ones((2, 1, 1), dtype=np.float32)) == pytest.approx((1.5 + 3) / 6)
+
+
+def test_only_patches_that_the_defect_covers_count():
+    """Half of a patch is enough, or as much as of any other; what covers nothing does not count."""
+    normal = np.arange(10, dtype=np.float32).reshape(1, 2, 5)
+    bad = np.array([[[4.5, 0]], [[0, 8.5]], [[0, 0]]], dtype=np.float32)
+    coverage = np.array([[[0.5, 0.4]], [[0.1, 0.2]], [[0, 0]]], dtype=np.float32)
+    assert patch_auroc(normal, bad, coverage) == pytest.approx((0.5 + 0.9) / 2)
+    assert patch_auroc(normal, bad[2:], coverage[2:]) == 0.5
+    assert patch_auroc(normal, bad[:0], coverage[:0]) == 0.5
+
+
+def test_each_defect_counts_the_same_whatever_its_size():
+    normal = np.arange(10, dtype=np.float32).reshape(1, 2, 5)
+    bad = np.array([[[20, 20, 20, 20]], [[0.5, 0, 0, 0]]], dtype=np.float32)
+    coverage = np.array([[[1, 1, 1, 1]], [[1, 0, 0, 0]]], dtype=np.float32)
+    assert patch_auroc(normal, bad, coverage) == pytest.approx((1 + 0.1) / 2)
 
 
 # ── which images are held out ────────────────────────────────────────────────────────────────────────────────────────
@@ -247,14 +265,16 @@ def with_defects(data, wanted, *, strength=6.0):
     """The data with defective versions of the wanted images: a few patches that differ."""
     features = data.features.features[torch.from_numpy(wanted)].clone()
     features[:, :, 3:5, 3:5] += strength * random(len(wanted), SHAPE[0], 1, 1, seed=5)
-    return replace(data, defects=SyntheticDefects(InMemory(features), wanted))
+    coverage = torch.zeros(len(wanted), *SHAPE[1:])
+    coverage[:, 3:5, 3:5] = 1
+    return replace(data, defects=SyntheticDefects(InMemory(features), wanted, lambda rows: coverage[rows]))
 
 
 @pytest.fixture(scope="module")
 def fitted():
     data = images(40)
     one = head()
-    return fit(one, with_defects(data, one.defect_images(data)))
+    return fit(one, with_defects(data, one.defect_images(data), strength=1.0))  # AUROCs below the highest
 
 
 def test_the_wanted_defects_are_of_held_out_images():

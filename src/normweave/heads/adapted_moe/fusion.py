@@ -1,4 +1,4 @@
-"""Fusion of experts: their scores on one scale, weighted by how well they detect synthetic defects."""
+"""Fusion of experts: their scores on one scale, weighted by how well they find synthetic defects."""
 
 from __future__ import annotations
 
@@ -21,25 +21,37 @@ FEWEST_OF_CATEGORY = 4
 """Held-out images that a category needs for scales and weights of its own; with fewer it has those of all."""
 LEVEL = 0.1
 """The level of a map is the quantile at this share of its patch scores."""
+COVERED = 0.5
+"""A cell of the grid belongs to a defect that covers this share of it, or as much of it as of any other cell."""
 HIGHEST_AUROC = 0.995
 """Higher values count as this one, since a small number of images cannot tell them apart."""
 
 
 class HeldOut(NamedTuple):
-    """Scores of m images that the experts were not fitted on."""
+    """Scores of m normal images that the experts were not fitted on."""
 
     scores: NDArray[np.float64]  # (m, E, 2) maximum of the map, and image score
     levels: NDArray[np.float64]  # (m, E) of the patch scores whose maximum is the image score
+    maps: NDArray[np.float32]  # (m, E, h, w)
     categories: NDArray[np.int64]  # (m,)
 
     def of(self, category: int) -> HeldOut:
         """Return the images of a category."""
         chosen = self.categories == category
-        return HeldOut(self.scores[chosen], self.levels[chosen], self.categories[chosen])
+        return HeldOut(*(each[chosen] for each in self))
 
-    def without_excess(self, highest: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the image scores (m, E), each less by what its level is above the highest level (E,)."""
-        return np.asarray(self.scores[:, :, 1] - np.maximum(self.levels - highest, 0))
+
+class Defective(NamedTuple):
+    """Maps of m images with a synthetic defect that the experts were not fitted on."""
+
+    maps: NDArray[np.float32]  # (m, E, h, w)
+    coverage: NDArray[np.float32]  # (m, h, w) share of each cell that the defect covers
+    categories: NDArray[np.int64]  # (m,)
+
+    def of(self, category: int) -> Defective:
+        """Return the images of a category."""
+        chosen = self.categories == category
+        return Defective(*(each[chosen] for each in self))
 
 
 class Fusion(nn.Module):
@@ -55,9 +67,9 @@ class Fusion(nn.Module):
     too: `excess` is what the level of its patch scores, see `level`, is above the highest level of these held-out
     images, or 0. A defect changes it only if it covers nine tenths of the image.
 
-    The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the AUROC of expert e for held-out normal
-    images of the category with and without synthetic defects. An expert whose weight is below `smallest_weight` is not
-    used in the category.
+    The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the mean over synthetic defects in held-out
+    normal images of the category of `patch_auroc`, by expert e. An expert whose weight is below `smallest_weight` is
+    not used in the category.
     """
 
     weights: Tensor  # (K, E), rows sum to 1
@@ -76,12 +88,14 @@ class Fusion(nn.Module):
         self.record: list[dict[str, Any]] = []
         self.names: tuple[str, ...] = ()  # category of each row of the buffers, known after fit
 
-    def fit(self, normal: HeldOut, defective: HeldOut, *, categories: NDArray[np.int64], names: Sequence[str]) -> None:
+    def fit(
+        self, normal: HeldOut, defective: Defective | None, *, categories: NDArray[np.int64], names: Sequence[str]
+    ) -> None:
         """Fit scales and weights.
 
         Args:
             normal: held-out normal images.
-            defective: held-out normal images with synthetic defects; none gives equal weights.
+            defective: held-out normal images with synthetic defects; none, or None, gives equal weights.
             categories: (K,) the category of each subclass.
             names: of the categories.
         """
@@ -89,22 +103,22 @@ class Fusion(nn.Module):
         (weights, highest), (centre, spread) = np.empty((2, *shape)), np.empty((2, *shape, 2))
         self.record = []
         for category in np.unique(categories):
-            chosen_normal, chosen_defective = normal.of(category), defective.of(category)
-            if len(chosen_normal.scores) < FEWEST_OF_CATEGORY:
-                chosen_normal, chosen_defective = normal, defective
-            most = chosen_normal.levels.max(axis=0)  # (E,)
-            own, bad = chosen_normal.scores, chosen_defective.without_excess(most)
-            median, high = np.quantile(own, [0.5, 0.9], axis=0)  # (E, 2) each
-            aurocs = np.array([auroc(own[:, e, 1], bad[:, e]) for e in range(own.shape[1])])
+            own, bad = normal.of(category), defective and defective.of(category)
+            if len(own.scores) < FEWEST_OF_CATEGORY:
+                own, bad = normal, defective
+            median, high = np.quantile(own.scores, [0.5, 0.9], axis=0)  # (E, 2) each
+            aurocs = np.full(shape[1], 0.5)
+            if bad is not None:
+                aurocs[:] = [patch_auroc(own.maps[:, e], bad.maps[:, e], bad.coverage) for e in range(shape[1])]
             chosen = self._weights(aurocs)
             members = categories == category
-            highest[members] = most
+            highest[members] = own.levels.max(axis=0)
             weights[members], centre[members], spread[members] = chosen, median, np.maximum(high - median, 1e-6)
             self.record.append(
                 {
                     "category": names[category],
-                    "held_out_images": len(own),
-                    "synthetic_defects": len(bad),
+                    "held_out_images": len(own.maps),
+                    "synthetic_defects": 0 if bad is None else len(bad.maps),
                     "experts": [
                         {"name": name, "synthetic_auroc": float(value), "weight": float(weight)}
                         for name, value, weight in zip(self.config.use, aurocs, chosen, strict=True)
@@ -163,12 +177,30 @@ def level(maps: Tensor) -> Tensor:
     return lowest.amax(dim=-1)
 
 
-def auroc(normal: NDArray[np.float64], defective: NDArray[np.float64]) -> float:
-    """Return the share of pairs in which the defective image has the higher score, ties counted half; 0.5 for none."""
-    if not len(normal) or not len(defective):
+def patch_auroc(normal: NDArray[np.float32], defective: NDArray[np.float32], coverage: NDArray[np.float32]) -> float:
+    """Return the mean over defects of the AUROC of their patches against all patches of normal images.
+
+    That is the share of pairs in which the patch of the defect has the higher score, ties counted half. Each defect
+    counts the same, whatever its size.
+
+    Args:
+        normal: (n, h, w) maps of normal images.
+        defective: (m, h, w) maps of images with a defect.
+        coverage: (m, h, w) share of each cell that the defect covers; a defect that covers nothing does not count.
+
+    Returns:
+        0..1; 0.5 for no defect.
+    """
+    most = coverage.max(axis=(1, 2), keepdims=True, initial=0)
+    belongs = (coverage >= np.minimum(COVERED, most)) & (most > 0)
+    defect = np.nonzero(belongs)[0]  # of each patch
+    if len(defect) == 0:
         return 0.5
-    higher = (defective[:, None] > normal).mean() + 0.5 * (defective[:, None] == normal).mean()
-    return float(higher)
+    ascending = np.sort(normal, axis=None)
+    lower, equal_or_lower = (np.searchsorted(ascending, defective[belongs], side=side) for side in ("left", "right"))
+    shares = (lower + equal_or_lower) / (2 * len(ascending))
+    counts = np.bincount(defect)
+    return float((np.bincount(defect, weights=shares)[counts > 0] / counts[counts > 0]).mean())
 
 
 def folds(data: FitData, experts: NDArray[np.int64]) -> NDArray[np.int64]:

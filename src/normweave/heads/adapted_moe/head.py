@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +21,20 @@ from normweave.heads.adapted_moe.discovery import (
     discover,
 )
 from normweave.heads.adapted_moe.experts.base import Normals
-from normweave.heads.adapted_moe.fusion import Fusion, HeldOut, defects_per_image, folds, last_of_expert, level
+from normweave.heads.adapted_moe.fusion import (
+    Defective,
+    Fusion,
+    HeldOut,
+    defects_per_image,
+    folds,
+    last_of_expert,
+    level,
+)
 from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, select_experts
 from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
-from normweave.types import FeatureSource, FitData, PatchScores, Routing
+from normweave.types import FeatureSource, FitData, PatchScores, Routing, SyntheticDefects
 from normweave.validation import DISCRIMINATOR
 
 
@@ -194,30 +202,42 @@ class AdaptedMoE(Head):
         for part in range(int(fold.max()) + 1):
             for branch in self.used.values():
                 self._fit_branch(branch, data, np.flatnonzero(fold != part))
-            normal.append(self._held_out(data.features, np.flatnonzero(fold == part), data.categories))
+            normal.append(self._held_out(data, np.flatnonzero(fold == part)))
             if data.defects is not None:
-                rows = np.flatnonzero(fold[data.defects.images] == part)
-                defective.append(self._held_out(data.defects.features, rows, data.categories[data.defects.images]))
+                defective.append(self._defective(data, data.defects, np.flatnonzero(fold[data.defects.images] == part)))
         if not normal:  # one group only: nothing can be held out, and the scores come out too small
             for branch in self.used.values():
                 self._fit_branch(branch, data, np.arange(len(data)))
-            normal.append(self._held_out(data.features, np.arange(len(data)), data.categories))
+            normal.append(self._held_out(data, np.arange(len(data))))
         fusion.fit(
-            _joined(normal, experts=len(self.branches)),
-            _joined(defective, experts=len(self.branches)),
+            HeldOut(*map(np.concatenate, zip(*normal, strict=True))),
+            Defective(*map(np.concatenate, zip(*defective, strict=True))) if defective else None,
             categories=categories,
             names=data.category_names,
         )
 
-    def _held_out(self, source: FeatureSource, rows: NDArray[np.int64], categories: NDArray[np.int64]) -> HeldOut:
-        """Return the scores of these images by each branch; `categories` are those of all images of the source."""
-        scores, levels = [np.empty((0, len(self.used), 2))], [np.empty((0, len(self.used)))]
-        for _, features in batches(source, rows):
-            _, _, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
-            both = torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1)  # (B, E, 2, h, w)
+    def _held_out(self, data: FitData, rows: NDArray[np.int64]) -> HeldOut:
+        """Return the scores of these images by each branch."""
+        number = len(self.used)
+        scores, levels = [np.empty((0, number, 2))], [np.empty((0, number))]
+        maps = [np.empty((0, number, *self.grid), dtype=np.float32)]
+        for both in self._scores_by_branch(data.features, rows):
             scores.append(both.amax(dim=(3, 4)).numpy())
             levels.append(level(both[:, :, 1]).numpy())
-        return HeldOut(np.concatenate(scores), np.concatenate(levels), categories[rows])
+            maps.append(both[:, :, 0].numpy())
+        return HeldOut(np.concatenate(scores), np.concatenate(levels), np.concatenate(maps), data.categories[rows])
+
+    def _defective(self, data: FitData, defects: SyntheticDefects, rows: NDArray[np.int64]) -> Defective:
+        """Return the maps of these images with defects by each branch."""
+        maps = [np.empty((0, len(self.used), *self.grid), dtype=np.float32)]
+        maps += [both[:, :, 0].numpy() for both in self._scores_by_branch(defects.features, rows)]
+        return Defective(np.concatenate(maps), defects.coverage(rows).numpy(), data.categories[defects.images[rows]])
+
+    def _scores_by_branch(self, source: FeatureSource, rows: NDArray[np.int64]) -> Iterator[Tensor]:
+        """Yield the patch scores of a few images at a time by each branch, (B, E, 2, h, w)."""
+        for _, features in batches(source, rows):
+            _, _, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
+            yield torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1)
 
     def defect_images(self, data: FitData) -> NDArray[np.int64]:
         """Return the fit images that are wanted with synthetic defects, each as often as wanted, ascending."""
@@ -362,12 +382,6 @@ class _Adapted:
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         own = torch.from_numpy(self.experts[np.asarray(rows)])
         return self.branch.adapt(self.source.read(rows), own)
-
-
-def _joined(parts: Sequence[HeldOut], *, experts: int) -> HeldOut:
-    empty = HeldOut(np.empty((0, experts, 2)), np.empty((0, experts)), np.empty(0, dtype=np.int64))
-    scores, levels, categories = zip(empty, *parts, strict=True)
-    return HeldOut(np.concatenate(scores), np.concatenate(levels), np.concatenate(categories))
 
 
 def aggregate(

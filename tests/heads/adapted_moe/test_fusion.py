@@ -12,6 +12,7 @@ from normweave.heads import build
 from normweave.heads.adapted_moe.experts.base import Normals
 from normweave.heads.adapted_moe.fusion import (
     FEWEST_HELD_OUT,
+    MOST_OF_CATEGORY,
     Defective,
     Fusion,
     HeldOut,
@@ -64,6 +65,8 @@ def test_fusion_by_hand():
 
     medians = [2.0, 6.0]
     highs = [3 + 0.6 * 7, 7 + 0.6 * 2]  # the quantile at 0.9 is 0.6 of the way from the fourth to the fifth
+    lows, spreads = medians, [2 * highs[e] - 2 * medians[e] for e in range(2)]  # of the map, see `scored`
+    divisor = sum(weights[e] * (2 * medians[e] - lows[e]) / spreads[e] for e in range(2))
     patches = {e: random(3, 2, 4, 5, seed=e) for e in range(2)}
     fused_map, fused_images = fusion(patches, torch.zeros(3, dtype=torch.int64))
     for b in range(3):
@@ -74,10 +77,19 @@ def test_fusion_by_hand():
         for y in range(4):
             for x in range(5):
                 expected = sum(
-                    weights[e] * (patches[e][b, 0, y, x].item() - 2 * medians[e]) / (2 * highs[e] - 2 * medians[e])
-                    for e in range(2)
+                    weights[e] * (patches[e][b, 0, y, x].item() - lows[e]) / spreads[e] / divisor for e in range(2)
                 )
                 assert fused_map[b, y, x].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_maps_of_all_categories_have_one_scale():
+    """A typical normal patch is 0 and a typical maximum of a normal image is 1, whatever the experts' scores are."""
+    wide = scored(1, [100.0, 300, 500, 700, 900], [50.0, 55, 60, 65, 70])
+    fusion = fused(joined(scored(0, [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9]), wide), categories=(0, 1))
+    for subclass, lows in enumerate(([2.0, 6.0], [500.0, 60.0])):
+        patches = {e: torch.tensor([low, 2 * low]).expand(1, 2, 1, 2) for e, low in enumerate(lows)}
+        fused_map, _ = fusion(patches, torch.tensor([subclass]))
+        np.testing.assert_allclose(fused_map[0, 0], [0, 1], atol=1e-5)
 
 
 @pytest.mark.parametrize("expert", [0, 1])
@@ -242,6 +254,16 @@ def test_the_last_images_of_an_expert_are_never_held_out():
     data = images(60, holdout=range(30))
     fold = folds(data, data.holdout.astype(np.int64))
     assert (fold == -1).all()
+
+
+def test_of_a_large_category_whole_groups_are_held_out_up_to_a_limit():
+    count, few = 4 * MOST_OF_CATEGORY, range(1, 40, 2)  # of the second category, which has every other image
+    data = images(count, holdout=[*range(0, count, 2), *few], groups=np.arange(count) // 4 * 2 + np.arange(count) % 2)
+    fold = folds(data, data.subclasses)
+    first = data.categories == 0
+    assert (fold[first] == 0).sum() == MOST_OF_CATEGORY
+    assert all(len(set(fold[data.groups == group])) == 1 for group in set(data.groups[first]))
+    assert (np.flatnonzero(~first & (fold == 0)) == few).all()
 
 
 def test_one_group_holds_out_nothing():

@@ -19,6 +19,8 @@ FEWEST_HELD_OUT = 12
 """Held-out images of a category that are enough for its scales and weights; with fewer, all are held out in turn."""
 FEWEST_OF_CATEGORY = 4
 """Held-out images that a category needs for scales and weights of its own; with fewer it has those of all."""
+MOST_OF_CATEGORY = 200
+"""Images of a category that are held out, about; more do not change scales and weights, but need memory and time."""
 LEVEL = 0.1
 """The level of a map is the quantile at this share of its patch scores."""
 COVERED = 0.5
@@ -60,12 +62,14 @@ class Fusion(nn.Module):
     Not from a paper. For the subclass k that an image is routed to,
 
         score = sum over e of w_ke (score_e - excess_e - median_ke) / (q90_ke - median_ke)
-        map = sum over e of w_ke (map_e - median_ke) / (q90_ke - median_ke)
+        map = sum over e of w_ke (map_e - low_ke) / (q90_ke - median_ke) / c_k
 
     where median and q90, the quantile at 0.9, are those of the image scores of held-out normal images of the category
-    of k; for the map, those of its maximum. In an image of an unseen subclass the normal patches have higher scores,
-    too: `excess` is what the level of its patch scores, see `level`, is above the highest level of these held-out
-    images, or 0. A defect changes it only if it covers nine tenths of the image.
+    of k; for the map, those of its maximum, and low is the median of its patch scores. The divisor c_k, the sum over e
+    of w_ke (median_ke - low_ke) / (q90_ke - median_ke), gives the maps of all categories one scale: 0 is a typical
+    normal patch, 1 about the maximum of a normal image. In an image of an unseen subclass the normal patches have
+    higher scores, too: `excess` is what the level of its patch scores, see `level`, is above the highest level of these
+    held-out images, or 0. A defect changes it only if it covers nine tenths of the image.
 
     The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the mean over synthetic defects in held-out
     normal images of the category of `patch_auroc`, by expert e. An expert whose weight is below `smallest_weight` is
@@ -73,8 +77,8 @@ class Fusion(nn.Module):
     """
 
     weights: Tensor  # (K, E), rows sum to 1
-    centre: Tensor  # (K, E, 2) median, of the map's maximum and of the image score
-    spread: Tensor  # (K, E, 2) q90 - median
+    centre: Tensor  # (K, E, 2) low of the map, median of the image score
+    spread: Tensor  # (K, E, 2) c (q90 - median) of the map, q90 - median of the image score
     highest: Tensor  # (K, E) highest level
 
     def __init__(self, config: FusionExpertConfig) -> None:
@@ -113,7 +117,10 @@ class Fusion(nn.Module):
             chosen = self._weights(aurocs)
             members = categories == category
             highest[members] = own.levels.max(axis=0)
-            weights[members], centre[members], spread[members] = chosen, median, np.maximum(high - median, 1e-6)
+            weights[members] = chosen
+            low, wide = np.median(own.maps, axis=(0, 2, 3)), np.maximum(high - median, 1e-6)  # (E,) and (E, 2)
+            wide[:, 0] *= max(float(chosen @ ((median[:, 0] - low) / wide[:, 0])), 1e-6)
+            centre[members], spread[members] = np.stack([low, median[:, 1]], axis=1), wide
             self.record.append(
                 {
                     "category": names[category],
@@ -207,7 +214,8 @@ def folds(data: FitData, experts: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the fold (n,) in which each fit image is held out; -1: in none.
 
     The held-out images of `data` are one fold if each category has at least `FEWEST_HELD_OUT`. Otherwise the groups are
-    divided into `FOLDS` folds. The last images of an expert are never held out.
+    divided into `FOLDS` folds. Of a category with more than `MOST_OF_CATEGORY` such images only some groups, drawn at
+    random, are held out, with about this number of images. The last images of an expert are never held out.
     """
     held_out = np.bincount(data.categories[data.holdout], minlength=len(data.category_names))
     if held_out.min() >= FEWEST_HELD_OUT:
@@ -218,6 +226,12 @@ def folds(data: FitData, experts: NDArray[np.int64]) -> NDArray[np.int64]:
         fold = order[members] % min(FOLDS, len(names))
         if len(names) == 1:
             fold = np.full(len(data), -1)
+    for category in range(len(data.category_names)):
+        members = (data.categories == category) & (fold >= 0)
+        groups = np.unique(data.groups[members])
+        most = math.ceil(len(groups) * MOST_OF_CATEGORY / max(members.sum(), MOST_OF_CATEGORY))
+        kept = np.random.default_rng(data.seed).permutation(groups)[:most]
+        fold[members & ~np.isin(data.groups, kept)] = -1
     for number in range(int(fold.max(initial=-1)) + 1):
         fold[last_of_expert(fold == number, experts)] = -1
     return np.asarray(fold, dtype=np.int64)

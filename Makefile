@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND := Agg
 
-.PHONY: help demo test check perf commands docs
+.PHONY: help demo test test-threads check perf commands docs
 
 help:
-	@echo "make demo      synthetic textile images: train, test on unseen subclasses, write a report"
-	@echo "make test      all tests"
-	@echo "make check     lint, format, types, import contracts"
-	@echo "make perf      speed and memory benchmarks"
-	@echo "make commands  write the command reference from the code"
-	@echo "make docs      the documentation as a site"
+	@echo "make demo          synthetic textile images: train, test on unseen subclasses, write a report"
+	@echo "make test          all tests"
+	@echo "make test-threads  the numerical tests again, with two threads"
+	@echo "make check         lint, format, types, import contracts"
+	@echo "make perf          speed and memory benchmarks"
+	@echo "make commands      write the command reference from the code"
+	@echo "make docs          the documentation as a site"
 
 .venv/.train: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -28,6 +29,10 @@ demo: .venv/.train
 # One process a core, each with one thread, files in the order of their names: files of few slow tests do not come last.
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=20
+
+# test_settings.py has no numerical result.
+test-threads: .venv/.dev
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow" --ignore tests/heads/adapted_moe/test_settings.py tests/heads tests/features tests/maps tests/outcome tests/test_scoring.py tests/test_fitting.py tests/test_cross_validation.py
 
 check: .venv/.dev
 	$(BIN)/ruff check

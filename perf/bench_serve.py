@@ -3,9 +3,9 @@
 The throughput is also given as a share of the runtime's without a server, which is measured first.
 
 Every image has unique bytes, so that its answer can be identified. At the end each answer must be in the store, with
-its image and patch scores on disk. With --attack each number of clients is measured a second time, beside two clients
-without a token that send headers without an end, and one that sends a PNG of 8 x 6,000,000 pixels again and again. Exit
-code 1 if an inspection is lost or wrong, or if the memory grows.
+its image and patch scores on disk. With --attack each number of clients is measured a second time, beside four clients
+without a token, two that send headers without an end and two that send bodies in chunks of one byte, and one that sends
+a PNG of 8 x 6,000,000 pixels again and again. Exit code 1 if an inspection is lost or wrong, or if the memory grows.
 
 python perf/bench_serve.py                # 1, 8 and 100 clients, 60 s each; then one JSON line
 python perf/bench_serve.py --bundle DIR --images DIR --clients 100 --seconds 10
@@ -183,6 +183,23 @@ async def send_endless_headers(url: str, end: float) -> None:
             writer.close()
 
 
+async def send_small_chunks(url: str, end: float) -> None:
+    """Send a body in chunks of one byte, without a token; connect again whenever the server closes the connection."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    while time.monotonic() < end:
+        reader, writer = await asyncio.open_connection(host, port)
+        try:
+            writer.write(b"POST /v1/inspect HTTP/1.1\r\nhost: line\r\ntransfer-encoding: chunked\r\n\r\n")
+            while time.monotonic() < end and not reader.at_eof():
+                writer.write(b"1\r\na\r\n" * 8000)
+                await asyncio.wait_for(writer.drain(), 1)
+                await asyncio.sleep(0)
+        except (OSError, TimeoutError):
+            await asyncio.sleep(0.01)
+        finally:
+            writer.close()
+
+
 async def send_thin_images(url: str, token: str, end: float) -> None:
     """Send a thin image of very many rows, one after the other."""
     content, headers = thin_png(), {"Authorization": f"Bearer {token}"}
@@ -192,12 +209,14 @@ async def send_thin_images(url: str, token: str, end: float) -> None:
 
 
 def attack(server_url: str, token: str, seconds: float) -> None:
-    """Send endless headers on two connections and thin images on a third one; the work of a process of its own."""
+    """Send endless headers and small chunks, two connections each, and thin images, in a process of its own."""
 
     async def all_of_them(end: float) -> None:
         await asyncio.gather(
             send_endless_headers(server_url, end),
             send_endless_headers(server_url, end),
+            send_small_chunks(server_url, end),
+            send_small_chunks(server_url, end),
             send_thin_images(server_url, token, end),
         )
 

@@ -65,8 +65,6 @@ def test_fusion_by_hand():
 
     medians = [2.0, 6.0]
     highs = [3 + 0.6 * 7, 7 + 0.6 * 2]  # the quantile at 0.9 is 0.6 of the way from the fourth to the fifth
-    lows, spreads = medians, [2 * highs[e] - 2 * medians[e] for e in range(2)]  # of the map, see `scored`
-    divisor = sum(weights[e] * (2 * medians[e] - lows[e]) / spreads[e] for e in range(2))
     patches = {e: random(3, 2, 4, 5, seed=e) for e in range(2)}
     fused_map, fused_images = fusion(patches, torch.zeros(3, dtype=torch.int64))
     for b in range(3):
@@ -77,19 +75,27 @@ def test_fusion_by_hand():
         for y in range(4):
             for x in range(5):
                 expected = sum(
-                    weights[e] * (patches[e][b, 0, y, x].item() - lows[e]) / spreads[e] / divisor for e in range(2)
+                    weights[e] * (patches[e][b, 0, y, x].item() - 2 * medians[e]) / (2 * highs[e] - 2 * medians[e])
+                    for e in range(2)
                 )
                 assert fused_map[b, y, x].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_the_maps_of_all_categories_have_one_scale():
-    """A typical normal patch is 0 and a typical maximum of a normal image is 1, whatever the experts' scores are."""
+    """A typical maximum of a normal image is 0, and typical normal patches are equally far below it."""
+    narrow = scored(0, [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9])
     wide = scored(1, [100.0, 300, 500, 700, 900], [50.0, 55, 60, 65, 70])
-    fusion = fused(joined(scored(0, [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9]), wide), categories=(0, 1))
-    for subclass, lows in enumerate(([2.0, 6.0], [500.0, 60.0])):
-        patches = {e: torch.tensor([low, 2 * low]).expand(1, 2, 1, 2) for e, low in enumerate(lows)}
-        fused_map, _ = fusion(patches, torch.tensor([subclass]))
-        np.testing.assert_allclose(fused_map[0, 0], [0, 1], atol=1e-5)
+    typical = [{0: 2.0, 1: 6.0}, {0: 500.0, 1: 60.0}]  # of the patches; of the maximum, twice as high
+
+    def on_scale(fusion, subclass):
+        patches = {e: torch.tensor([low, 2 * low]).expand(1, 2, 1, 2) for e, low in typical[subclass].items()}
+        return fusion(patches, torch.tensor([subclass]))[0][0, 0].tolist()
+
+    both = fused(joined(narrow, wide), categories=(0, 1))
+    alone = [fused(each, categories=(each.categories[0],) * 2) for each in (narrow, wide)]
+    depths = [on_scale(fusion, subclass)[0] for subclass, fusion in enumerate(alone)]
+    for subclass in range(2):
+        assert on_scale(both, subclass) == pytest.approx([np.mean(depths), 0], abs=1e-4)
 
 
 @pytest.mark.parametrize("expert", [0, 1])

@@ -62,14 +62,15 @@ class Fusion(nn.Module):
     Not from a paper. For the subclass k that an image is routed to,
 
         score = sum over e of w_ke (score_e - excess_e - median_ke) / (q90_ke - median_ke)
-        map = sum over e of w_ke (map_e - low_ke) / (q90_ke - median_ke) / c_k
+        map = sum over e of w_ke (map_e - median_ke) / (q90_ke - median_ke) * depth / depth_k
 
     where median and q90, the quantile at 0.9, are those of the image scores of held-out normal images of the category
-    of k; for the map, those of its maximum, and low is the median of its patch scores. The divisor c_k, the sum over e
-    of w_ke (median_ke - low_ke) / (q90_ke - median_ke), gives the maps of all categories one scale: 0 is a typical
-    normal patch, 1 about the maximum of a normal image. In an image of an unseen subclass the normal patches have
-    higher scores, too: `excess` is what the level of its patch scores, see `level`, is above the highest level of these
-    held-out images, or 0. A defect changes it only if it covers nine tenths of the image.
+    of k; for the map, those of its maximum. depth_k is how far a typical normal patch is below 0, sum over e of
+    w_ke (median_ke - low_ke) / (q90_ke - median_ke) with the median low of all patch scores, and depth the median over
+    the subclasses k: maps of all categories have one scale, and that of one category is as if there were no others.
+    In an image of an unseen subclass the normal patches have higher scores, too: `excess` is what the level of its
+    patch scores, see `level`, is above the highest level of these held-out images, or 0. A defect changes it only if it
+    covers nine tenths of the image.
 
     The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the mean over synthetic defects in held-out
     normal images of the category of `patch_auroc`, by expert e. An expert whose weight is below `smallest_weight` is
@@ -77,8 +78,8 @@ class Fusion(nn.Module):
     """
 
     weights: Tensor  # (K, E), rows sum to 1
-    centre: Tensor  # (K, E, 2) low of the map, median of the image score
-    spread: Tensor  # (K, E, 2) c (q90 - median) of the map, q90 - median of the image score
+    centre: Tensor  # (K, E, 2) median, of the map's maximum and of the image score
+    spread: Tensor  # (K, E, 2) q90 - median; of the map, times depth_k / depth
     highest: Tensor  # (K, E) highest level
 
     def __init__(self, config: FusionExpertConfig) -> None:
@@ -105,6 +106,7 @@ class Fusion(nn.Module):
         """
         shape = (len(categories), normal.scores.shape[1])
         (weights, highest), (centre, spread) = np.empty((2, *shape)), np.empty((2, *shape, 2))
+        depth = np.empty(len(categories))
         self.record = []
         for category in np.unique(categories):
             own, bad = normal.of(category), defective and defective.of(category)
@@ -117,10 +119,9 @@ class Fusion(nn.Module):
             chosen = self._weights(aurocs)
             members = categories == category
             highest[members] = own.levels.max(axis=0)
-            weights[members] = chosen
-            low, wide = np.median(own.maps, axis=(0, 2, 3)), np.maximum(high - median, 1e-6)  # (E,) and (E, 2)
-            wide[:, 0] *= max(float(chosen @ ((median[:, 0] - low) / wide[:, 0])), 1e-6)
-            centre[members], spread[members] = np.stack([low, median[:, 1]], axis=1), wide
+            weights[members], centre[members], spread[members] = chosen, median, np.maximum(high - median, 1e-6)
+            low = np.median(own.maps, axis=(0, 2, 3))  # (E,)
+            depth[members] = max(float(chosen @ ((median - low[:, None]) / spread[members][0])[:, 0]), 1e-6)
             self.record.append(
                 {
                     "category": names[category],
@@ -132,6 +133,7 @@ class Fusion(nn.Module):
                     ],
                 }
             )
+        spread[:, :, 0] *= (depth / np.median(depth))[:, None]
         self.weights, self.centre, self.spread, self.highest = (
             torch.from_numpy(each).float() for each in (weights, centre, spread, highest)
         )

@@ -505,6 +505,11 @@ class Detector:
         other.record = self.record | {"config": settings.as_dict(other.config)}
         return other
 
+    def box_threshold(self, outcome: Outcome) -> float:
+        """Return the threshold above which the map of an outcome is marked, in units of the map."""
+        assert outcome.threshold is not None
+        return self._require_operating_points().box_threshold(threshold=outcome.threshold, unseen=outcome.unseen)
+
     def _require_operating_points(self) -> OperatingPoints:
         if self.operating_points is None:
             raise BundleError(

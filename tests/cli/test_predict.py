@@ -333,6 +333,15 @@ def test_every_image_has_its_map(predicted):
     assert len(list((folder / "maps").iterdir())) == 2 * len(images)
 
 
+def test_the_overlay_marks_what_is_above_the_threshold_of_the_boxes(trained, textiles, tmp_path, monkeypatch):
+    image = next(textiles.glob("cloth/*/test/*/*.png"))
+    monkeypatch.setattr(Detector, "box_threshold", lambda self, outcome: float(np.median(outcome.anomaly_map)))
+    assert run("predict", trained.bundle, image, "--maps", tmp_path / "maps").exit_code in (0, 1)
+    (scores,) = (np.load(path) for path in (tmp_path / "maps").glob("*.npy"))
+    (marked,) = (np.asarray(Image.open(path)) for path in (tmp_path / "maps").glob("*.png"))
+    np.testing.assert_array_equal(np.ptp(marked, axis=2) > 0, scores > np.median(scores))
+
+
 def test_the_exit_code_is_the_verdict(predicted, trained, tmp_path):
     _, result, _ = predicted
     rows = [json.loads(text) for text in result.stdout.splitlines()]

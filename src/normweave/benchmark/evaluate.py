@@ -381,7 +381,6 @@ def _mask(sample: Sample, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
 def _render(detector: Detector, sample: Sample) -> tuple[dict[str, NDArray[np.uint8]], list[Comparison]]:
     outcome = detector.score(str(sample.image_path))
     assert outcome.anomaly_map is not None
-    assert outcome.threshold is not None
     try:
         mask = _mask(sample, outcome.anomaly_map.shape)
     except DataError:  # listed by `measure`
@@ -391,7 +390,7 @@ def _render(detector: Detector, sample: Sample) -> tuple[dict[str, NDArray[np.ui
     if (references := detector.network.references) is not None:
         boxes = [box for box in outcome.boxes if references.shows(box)][:COMPARED_BOXES]
         compared = [Comparison(seen(image, box), references.expected(box), str(box.reference)) for box in boxes]
-    return thumbnails(image, outcome.anomaly_map, mask, threshold=outcome.threshold), compared
+    return thumbnails(image, outcome.anomaly_map, mask, threshold=detector.box_threshold(outcome)), compared
 
 
 def _suspect(detector: Detector, image_path: str, score: float) -> Suspect:

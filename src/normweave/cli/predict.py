@@ -84,7 +84,7 @@ def predict(
         for number, outcome in enumerate(islice(outcomes, repeated, None), done):
             row = outcome.as_dict()
             if maps is not None and outcome.error is None:
-                row["anomaly_map"] = str(save_map(maps, number, outcome))
+                row["anomaly_map"] = str(save_map(maps, number, outcome, threshold=detector.box_threshold(outcome)))
             if writer is not None:
                 writer.write(row)
             if terminal.json:
@@ -219,8 +219,11 @@ def check_outputs(output: Path | None, maps: Path | None, *, resume: bool = Fals
         raise DataError(f"{maps} is not empty: the maps of two runs would mix. Give a new folder with --maps.")
 
 
-def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
+def save_map(folder: Path, number: int, outcome: "Outcome", *, threshold: float) -> Path:
     """Save an anomaly map as .npy and as a .png overlay on the image, and return the path of the .npy file.
+
+    Args:
+        threshold: above which the overlay is coloured, as that of the boxes.
 
     File names consist of the number of the image in the run and its name, so that they are unique.
     """
@@ -232,10 +235,9 @@ def save_map(folder: Path, number: int, outcome: "Outcome") -> Path:
 
     assert outcome.anomaly_map is not None  # `stream` was called with maps=True
     assert outcome.image_path is not None  # the images are files
-    assert outcome.threshold is not None
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(outcome.image_path).stem)[:80]
     path = folder / f"{number:06d}-{stem}.npy"
     np.save(path, outcome.anomaly_map, allow_pickle=False)
-    image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=outcome.threshold)
+    image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=threshold)
     Image.fromarray(image).save(path.with_suffix(".png"))
     return path

@@ -95,7 +95,7 @@ def thumbnails(
         image: (H, W, 3).
         anomaly_map: (H, W).
         mask: (H, W), True where defective. The marked defect is left out if it is None or empty.
-        threshold: the threshold of the image.
+        threshold: in units of the map.
     """
     height, width = image.shape[:2]
     scale = min(1.0, THUMBNAIL / max(height, width))

@@ -396,9 +396,6 @@ class InspectionService:
         routed = image = None
         if scored is not None:
             routed = ImageScore.of(scored).subclass
-            assert detector.operating_points is not None  # every scored image has a threshold
-            assert outcome.threshold is not None
-            map_threshold = detector.operating_points.box_threshold(threshold=outcome.threshold, unseen=outcome.unseen)
             content, grids = job.upload.content, npy(scored.raw.scores)
             image = StoredImage(
                 image_hash=self.files.put(content),
@@ -408,7 +405,7 @@ class InspectionService:
                 grids_bytes=len(grids),
                 tiles=opened.tiles,
                 smoothing=detector.smoothing,
-                map_threshold=map_threshold,
+                map_threshold=detector.box_threshold(outcome),
             )
         return Inspection(
             received_at=job.received_at,

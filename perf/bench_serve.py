@@ -42,6 +42,13 @@ WARM_UP_SECONDS = 3.0
 MEMORY_SECONDS = 0.5
 GROWTH_MIB = 200.0
 """Maximum growth of the memory after the warm-up; waiting images and their maps need a part of it."""
+ENDLESS_HEADERS = (b"GET /healthz HTTP/1.1\r\nhost: line\r\nx: ", b"a" * 65536)
+"""Start of a request, and the part that is sent after it without an end."""
+SMALL_CHUNKS = (
+    b"POST /v1/inspect HTTP/1.1\r\nhost: line\r\ntransfer-encoding: chunked\r\n\r\n",
+    b"1\r\na\r\n" * 8000,
+)
+"""The same, with a body in chunks of one byte."""
 
 
 @dataclass
@@ -166,32 +173,15 @@ def thin_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-async def send_endless_headers(url: str, end: float) -> None:
-    """Send headers that do not end; connect again whenever the server closes the connection."""
+async def send_without_end(url: str, start: bytes, part: bytes, end: float) -> None:
+    """Send the start of a request, then a part again and again; connect again when the server closes the connection."""
     host, port = urlsplit(url).hostname, urlsplit(url).port
     while time.monotonic() < end:
         reader, writer = await asyncio.open_connection(host, port)
         try:
-            writer.write(b"GET /healthz HTTP/1.1\r\nhost: line\r\nx: ")
+            writer.write(start)
             while time.monotonic() < end and not reader.at_eof():
-                writer.write(b"a" * 65536)
-                await asyncio.wait_for(writer.drain(), 1)
-                await asyncio.sleep(0)
-        except (OSError, TimeoutError):
-            await asyncio.sleep(0.01)
-        finally:
-            writer.close()
-
-
-async def send_small_chunks(url: str, end: float) -> None:
-    """Send a body in chunks of one byte, without a token; connect again whenever the server closes the connection."""
-    host, port = urlsplit(url).hostname, urlsplit(url).port
-    while time.monotonic() < end:
-        reader, writer = await asyncio.open_connection(host, port)
-        try:
-            writer.write(b"POST /v1/inspect HTTP/1.1\r\nhost: line\r\ntransfer-encoding: chunked\r\n\r\n")
-            while time.monotonic() < end and not reader.at_eof():
-                writer.write(b"1\r\na\r\n" * 8000)
+                writer.write(part)
                 await asyncio.wait_for(writer.drain(), 1)
                 await asyncio.sleep(0)
         except (OSError, TimeoutError):
@@ -213,10 +203,7 @@ def attack(server_url: str, token: str, seconds: float) -> None:
 
     async def all_of_them(end: float) -> None:
         await asyncio.gather(
-            send_endless_headers(server_url, end),
-            send_endless_headers(server_url, end),
-            send_small_chunks(server_url, end),
-            send_small_chunks(server_url, end),
+            *(send_without_end(server_url, *request, end) for request in (ENDLESS_HEADERS, SMALL_CHUNKS) * 2),
             send_thin_images(server_url, token, end),
         )
 

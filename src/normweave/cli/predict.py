@@ -222,10 +222,10 @@ def check_outputs(output: Path | None, maps: Path | None, *, resume: bool = Fals
 def save_map(folder: Path, number: int, outcome: "Outcome", *, threshold: float) -> Path:
     """Save an anomaly map as .npy and as a .png overlay on the image, and return the path of the .npy file.
 
-    Args:
-        threshold: above which the overlay is coloured, as that of the boxes.
-
     File names consist of the number of the image in the run and its name, so that they are unique.
+
+    Args:
+        threshold: of the boxes, in units of the map; what is above it is coloured.
     """
     import numpy as np
     from PIL import Image

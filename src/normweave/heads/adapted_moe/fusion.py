@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -37,11 +37,6 @@ class HeldOut(NamedTuple):
     maps: NDArray[np.float32]  # (m, E, h, w)
     categories: NDArray[np.int64]  # (m,)
 
-    def of(self, category: int) -> HeldOut:
-        """Return the images of a category."""
-        chosen = self.categories == category
-        return HeldOut(*(each[chosen] for each in self))
-
 
 class Defective(NamedTuple):
     """Maps of m images with a synthetic defect that the experts were not fitted on."""
@@ -50,10 +45,14 @@ class Defective(NamedTuple):
     coverage: NDArray[np.float32]  # (m, h, w) share of each cell that the defect covers
     categories: NDArray[np.int64]  # (m,)
 
-    def of(self, category: int) -> Defective:
-        """Return the images of a category."""
-        chosen = self.categories == category
-        return Defective(*(each[chosen] for each in self))
+
+Images = TypeVar("Images", HeldOut, Defective)
+
+
+def of_category(images: Images, category: int) -> Images:
+    """Return the images of a category."""
+    chosen = images.categories == category
+    return type(images)(*(each[chosen] for each in images))
 
 
 class Fusion(nn.Module):
@@ -109,19 +108,20 @@ class Fusion(nn.Module):
         depth = np.empty(len(categories))
         self.record = []
         for category in np.unique(categories):
-            own, bad = normal.of(category), defective and defective.of(category)
+            own, bad = of_category(normal, category), defective and of_category(defective, category)
             if len(own.scores) < FEWEST_OF_CATEGORY:
                 own, bad = normal, defective
             median, high = np.quantile(own.scores, [0.5, 0.9], axis=0)  # (E, 2) each
+            wide = np.maximum(high - median, 1e-6)
+            low = np.median(own.maps, axis=(0, 2, 3))  # (E,)
             aurocs = np.full(shape[1], 0.5)
             if bad is not None:
                 aurocs[:] = [patch_auroc(own.maps[:, e], bad.maps[:, e], bad.coverage) for e in range(shape[1])]
             chosen = self._weights(aurocs)
             members = categories == category
             highest[members] = own.levels.max(axis=0)
-            weights[members], centre[members], spread[members] = chosen, median, np.maximum(high - median, 1e-6)
-            low = np.median(own.maps, axis=(0, 2, 3))  # (E,)
-            depth[members] = max(float(chosen @ ((median - low[:, None]) / spread[members][0])[:, 0]), 1e-6)
+            weights[members], centre[members], spread[members] = chosen, median, wide
+            depth[members] = max(float(chosen @ ((median[:, 0] - low) / wide[:, 0])), 1e-6)
             self.record.append(
                 {
                     "category": names[category],

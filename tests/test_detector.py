@@ -158,7 +158,11 @@ def test_calibration_gives_the_operating_points_of_torch(bundle, more, photos, t
         np.testing.assert_allclose(np.sort(other.distances), np.sort(mine.distances), rtol=1e-2)
         np.testing.assert_array_equal(np.sort(other.subclasses), np.sort(mine.subclasses))
     assert not np.allclose(theirs.calibration.scores, theirs.calibration.unseen.scores)
-    assert ours.record == theirs.record
+    assert ours.record | {"drift": None} == theirs.record | {"drift": None}
+    for mine, other in zip(ours.record["drift"]["subclasses"], theirs.record["drift"]["subclasses"], strict=True):
+        np.testing.assert_allclose(
+            np.array(other["values"], float), np.array(mine["values"], float), rtol=0.02, atol=0.02
+        )
 
     theirs.save(tmp_path / "again")
     back = Detector.load(tmp_path / "again", threads=1)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import replace
 from itertools import islice
@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 from normweave import bundle, references, settings
 from normweave.config import Config, OutcomeConfig
 from normweave.data import images, layouts, rows, splits, variations
-from normweave.data.images import ImageInput
+from normweave.data.images import ImageInput, read_ahead
 from normweave.data.prepare import Preparation
+from normweave.drift import reference, statistics
 from normweave.errors import BundleError, DataError, ImageError
 from normweave.network import open_graph
 from normweave.network.base import Network
 from normweave.outcome import boxes
 from normweave.outcome.operating_point import Calibration
-from normweave.scoring import HeldOut, ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map
+from normweave.scoring import HeldOut, ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map, drift_record
 from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
 
 AHEAD = 2  # batches decoded while the network works
@@ -196,7 +197,7 @@ class Detector:
         with ThreadPoolExecutor(max_workers=WORKERS) as pool:
             # The images of a list exist already, so that reading ahead delays none of them.
             count = AHEAD * size if size > 1 or isinstance(images, Sequence) else 0
-            opened = _read_ahead(pool, self.open, images, count)
+            opened = read_ahead(pool, self.open, images, count)
             while batch := list(islice(opened, size)):
                 start = time.perf_counter()
                 outcomes = [
@@ -252,12 +253,9 @@ class Detector:
                 found = boxes.find(full_map, points.box_threshold(threshold=decision.threshold, unseen=decision.unseen))
                 if self.network.references is not None and tiles.raw.nearest is not None:
                     found = self.network.references.mark(found, full_map, tiles.raw.nearest, image.tiles)
-        category, subclass = None, None
+        category, subclass = self.product(scored.subclass)
         names = self.subclass_names
-        if scored.subclass is not None and names:
-            category, subclass = self.subclasses[names[scored.subclass]]
-        elif len({known for known, _ in self.subclasses.values()}) == 1:
-            category = next(iter(self.subclasses.values()))[0]
+        seen = None if image.pixels is None else statistics.of_image(image.pixels)
         experts: tuple[ExpertWeight, ...] = ()
         if scored.weights is not None:
             order = np.lexsort((-scored.weights,))  # stable
@@ -279,11 +277,20 @@ class Detector:
             boxes=found,
             guarantee=decision.guarantee,
             anomaly_map=full_map,
+            **({} if seen is None else seen._asdict()),
+            **statistics.of_map(tiles.raw.scores, image.tiles, image.size)._asdict(),
             height=height,
             width=width,
             model=self.model,
             bundle_hash=self.bundle_hash,
         )
+
+    def product(self, subclass: int | None) -> tuple[str | None, str | None]:
+        """Return category and subclass of an image that was routed to this subclass; None: the head does not route."""
+        if subclass is not None and self.subclass_names:
+            return self.subclasses[self.subclass_names[subclass]]
+        categories = {category for category, _ in self.subclasses.values()}
+        return (categories.pop() if len(categories) == 1 else None), None
 
     def stream_samples(
         self,
@@ -305,7 +312,7 @@ class Detector:
         refuse_used(scanned, self.record, "test")
         everything = np.arange(len(scanned))
         for number, tiles, _ in self.score_rows(scanned, everything, cache=cache, progress=progress):
-            cut = tuple(scanned.tiles[row] for row in np.flatnonzero(scanned.owner == number))
+            cut = scanned.tiles_of(number)
             sample = scanned.samples[number]
             image = PreparedImage(str(sample.image_path), scanned.sizes[number], cut, None, None)
             yield SampleOutcome(sample, self.outcome(image, tiles, maps=maps), cut, tiles.raw.reconstruction)
@@ -441,18 +448,19 @@ class Detector:
         of_each = max(1, most_varied // max(1, len(chosen)))
         result: list[HeldOut] = []
         vary: list[int] = []
+        routed: Counter[int | None] = Counter()
         for place, (number, own, excluding) in enumerate(scored):
             if counts[scanned.samples[number].category] == 1 and place * of_each < most_varied and self.subclass_names:
                 vary.append(place)
-            result.append(HeldOut(number, groups[number], ImageScore.of(own), excluding and ImageScore.of(excluding)))
+            score = ImageScore.of(own)
+            routed[score.subclass] += 1
+            vary_light = routed[score.subclass] <= reference.VARIED_IMAGES
+            described = reference.describe(scanned, number, own.raw.scores, vary=vary_light)
+            result.append(HeldOut(number, groups[number], score, excluding and ImageScore.of(excluding), (), described))
         rendered = (  # (place, tiles)
             (place, tiles)
             for place in vary
-            for tiles in variations.some(
-                np.stack([scanned.load(int(row)) for row in np.flatnonzero(scanned.owner == result[place].number)]),
-                first=place * of_each,
-                count=of_each,
-            )
+            for tiles in variations.some(scanned.load_image(result[place].number), first=place * of_each, count=of_each)
         )
         varied: dict[int, list[ImageScore]] = {}
         while batch := list(islice(rendered, self.batch_images)):
@@ -487,6 +495,7 @@ class Detector:
             cross_validated=cross_validated,
             attainable=attainable,
         )
+        self.record[reference.KEY] = drift_record(held_out, self.product, cross_validated=cross_validated)
 
     def with_rate(self, false_alarm_rate: float) -> Detector:
         """Return the same network with thresholds for another false-alarm rate, from the same held-out images.
@@ -585,16 +594,3 @@ def refuse_used(scanned: rows.Rows, record: Mapping[str, Any], purpose: str) -> 
                 f"{sample.image_path} was used in training, so it cannot be used for {purpose}: the result would be "
                 "too good. Give images that training has not seen (the same content counts as the same file)."
             )
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Any], PreparedImage], items: Iterable[Any], count: int
-) -> Iterator[PreparedImage]:
-    """Return the results of `work` in order, computed at most `count` items ahead."""
-    running: deque[Future[PreparedImage]] = deque()
-    for item in items:
-        running.append(pool.submit(work, item))
-        if len(running) > count:
-            yield running.popleft().result()
-    while running:
-        yield running.popleft().result()

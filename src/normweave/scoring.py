@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from normweave import maps
 from normweave.config import Config, OutcomeConfig
+from normweave.drift import reference
+from normweave.drift.reference import Described
 from normweave.outcome import image_score
 from normweave.outcome.operating_point import Calibration, OperatingPoint, draw_threshold, groups_needed
 from normweave.types import RawOutput, Tile
@@ -118,6 +120,24 @@ class HeldOut(NamedTuple):
     own: ImageScore
     unseen: ImageScore | None  # without the expert of its own subclass; None: the network cannot leave one out
     varied: tuple[ImageScore, ...] = ()  # of the image under harmless variations
+    described: Described | None = None  # its statistics, for `normweave drift`
+
+
+def drift_record(
+    held_out: Sequence[HeldOut], product: Callable[[int | None], reference.Product], *, cross_validated: bool
+) -> dict[str, Any]:
+    """Return the statistics of held-out images as the record of a bundle holds them, for `normweave drift`.
+
+    Args:
+        product: category and subclass of an image that was routed to this subclass.
+    """
+    images = (
+        reference.CalibrationImage(
+            product(each.own.subclass), each.group, each.own.score, each.own.distance, each.described
+        )
+        for each in held_out
+    )
+    return reference.record(images, cross_validated=cross_validated)
 
 
 def anomaly_map(

@@ -299,6 +299,25 @@ class Outcome:
     """What `false_alarm_rate` rests on."""
     anomaly_map: NDArray[np.float32] | None = field(default=None, repr=False, compare=False, metadata={"in_file": True})
     """(H, W) at the size of the image on disk."""
+    brightness: float | None = None
+    """Mean of the prepared pixels, 0 to 1. This and the next seven are what `normweave drift` compares.
+
+    They are None where the pixels were not read, as for images of `evaluate` whose features are cached.
+    """
+    contrast: float | None = None
+    """Standard deviation of the grey values, 0 to 0.5."""
+    warmth: float | None = None
+    """Logarithm of mean red divided by mean blue."""
+    tint: float | None = None
+    """Logarithm of mean green divided by the mean of red and blue."""
+    sharpness: float | None = None
+    """Logarithm of the share of high frequencies in the variance of the grey values."""
+    map_level: float | None = None
+    """Median of the patch scores, in units of the anomaly map."""
+    peak_x: float | None = None
+    """Place of the highest patch score, as share of the width, 0 to 1."""
+    peak_y: float | None = None
+    """As share of the height."""
     height: int | None = None
     width: int | None = None
     latency_ms: float | None = None

@@ -8,10 +8,12 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from normweave.data import masks, tiff
 from normweave.data.integrity import check_complete, text_follows
 from normweave.errors import DataError, ImageError
 
+T = TypeVar("T")
 ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
 """Path, the bytes of a file, array (height, width[, 1 | 3 | 4]), or PIL image."""
 
@@ -452,3 +455,14 @@ def _rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
     return np.array(pixels[:, :, :3], order="C")
+
+
+def read_ahead(pool: ThreadPoolExecutor, work: Callable[[Any], T], items: Iterable[Any], count: int) -> Iterator[T]:
+    """Yield the results of `work` in order, computed at most `count` items ahead."""
+    running: deque[Future[T]] = deque()
+    for item in items:
+        running.append(pool.submit(work, item))
+        if len(running) > count:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()

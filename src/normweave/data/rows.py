@@ -60,6 +60,14 @@ class Rows:
         """Return the prepared pixels of a row, (3, height, width)."""
         return self.preparation.apply(self._decode(int(self.owner[row])), self.tiles[row])
 
+    def tiles_of(self, number: int) -> tuple[Tile, ...]:
+        """Return the tiles of an image."""
+        return tuple(self.tiles[row] for row in np.flatnonzero(self.owner == number))
+
+    def load_image(self, number: int) -> NDArray[np.uint8]:
+        """Return the prepared pixels of all tiles of an image, (tiles, 3, height, width)."""
+        return np.stack([self.load(int(row)) for row in np.flatnonzero(self.owner == number)])
+
 
 def scan(
     samples: Sequence[Sample],

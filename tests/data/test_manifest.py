@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from normweave.config import DataConfig
 from normweave.data import layouts
-from normweave.data.manifest import COLUMNS, check, counts, read_manifest, write_manifest
+from normweave.data.manifest import COLUMNS, NOTES, check, counts, read_manifest, write_manifest
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
 
@@ -330,3 +330,18 @@ def test_counts_per_category_subclass_and_split():
         ("cloth", "red", "test", 0, 1),
         ("cloth", "red", "train", 2, 0),
     ]
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_notes_are_written_for_people_and_not_read(tmp_path, ending):
+    samples = [
+        Sample(image_path=tmp_path / "1.png", defect="hole", label="anomalous"),
+        Sample(image_path=tmp_path / "2.png"),
+    ]
+    path = tmp_path / f"reviewed.{ending}"
+    notes = [dict.fromkeys(NOTES, "") | {"comment": "at the edge", "reviewer": "Ada"}, dict.fromkeys(NOTES, "")]
+    write_manifest(samples, path, notes=notes)
+    assert read_manifest(path) == samples
+    if ending == "csv":
+        assert path.read_text("utf-8").splitlines()[0] == ",".join(COLUMNS + NOTES)
+        assert "at the edge" in path.read_text("utf-8")

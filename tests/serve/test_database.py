@@ -51,7 +51,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0006"
+down_revision = "0007"
 
 
 def upgrade():
@@ -71,8 +71,18 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0006. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0007. Upgrade with"):
         Store.open(database_url)
+
+
+def test_a_reader_does_not_migrate(database_url):
+    """A server of another version may use the tables."""
+    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0007. Start the server"):
+        Store.open(database_url, migrate=False)
+    with closing(Store.open(database_url)) as store:
+        kept = store.add([inspection()])
+    with closing(Store.open(database_url, migrate=False)) as store:
+        assert list(store.iter_inspections(ALL)) == kept
 
 
 def test_a_failed_migration_is_rolled_back(database_url, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from normweave import __version__
-from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, serve, train
+from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, reviews, serve, train
 from normweave.cli.terminal import command, run
 
 app = typer.Typer(
@@ -30,9 +30,12 @@ command(app, "evaluate", evaluate.evaluate)
 command(app, "predict", predict.predict)
 command(app, "calibrate", calibrate.calibrate)
 command(app, "serve", serve.serve)
-data_app = typer.Typer(help="Check data sets, write manifests, make synthetic images.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Check data sets, write manifests, export reviewed images, make synthetic images.", no_args_is_help=True
+)
 command(data_app, "check", data.check)
 command(data_app, "manifest", data.manifest)
+command(data_app, "from-reviews", reviews.from_reviews)
 command(data_app, "make-textures", data.make_textures)
 app.add_typer(data_app, name="data")
 command(app, "doctor", doctor.doctor)

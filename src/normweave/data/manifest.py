@@ -19,6 +19,8 @@ from normweave.types import Label, Sample, Split
 
 COLUMNS = ("image_path", "category", "subclass", "group", "split", "label", "defect", "mask_path")
 """Only image_path is required. Paths are relative to the table's own folder."""
+NOTES = ("name", "verdict", "decided_at", "reviewer", "comment", "boxes")
+"""Further columns, for people: they are written for reviewed images, and not read."""
 ENDINGS = (".csv", ".parquet")
 NORMAL_LABELS = ("good", "ok", "normal", "0")
 ANOMALOUS_LABELS = ("anomalous", "bad", "defect", "1")
@@ -67,7 +69,7 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
         raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Save the table as one of them.")
     columns, rows = readers[path.suffix.lower()](path)
     for column in columns:
-        if column not in COLUMNS:
+        if column not in COLUMNS + NOTES:
             cure = "Rename it, or remove it; CSV is separated by commas."
             raise unknown(f"column in {path}", column, COLUMNS, cure)
     if "image_path" not in columns:
@@ -78,14 +80,25 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
     return samples
 
 
-def write_manifest(samples: Iterable[Sample], path: str | os.PathLike[str]) -> None:
+def write_manifest(
+    samples: Iterable[Sample],
+    path: str | os.PathLike[str],
+    *,
+    notes: Sequence[Mapping[str, str]] | None = None,
+) -> None:
     """Write the table that `read_manifest` reads back, .csv or .parquet, with paths relative to its folder.
+
+    Args:
+        notes: values of the columns `NOTES` of each sample; None: without these columns.
 
     Raises:
         DataError: the path has another ending, or the name of a file is not UTF-8.
     """
     path = Path(path)
     rows = [_row(sample, path.parent) for sample in samples]
+    columns = COLUMNS if notes is None else COLUMNS + NOTES
+    if notes is not None:
+        rows = [row | dict(note) for row, note in zip(rows, notes, strict=True)]
     if path.suffix.lower() not in ENDINGS:
         raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Name the file so.")
     for row in rows:
@@ -98,12 +111,12 @@ def write_manifest(samples: Iterable[Sample], path: str | os.PathLike[str]) -> N
     def write(unfinished: Path) -> None:
         if path.suffix.lower() == ".csv":
             with unfinished.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
         else:
             pyarrow, parquet = _pyarrow(path)
-            schema = pyarrow.schema([(column, "string") for column in COLUMNS])
+            schema = pyarrow.schema([(column, "string") for column in columns])
             parquet.write_table(pyarrow.Table.from_pylist(rows, schema), unfinished)
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException
 
 from normweave.maps.overlay import CROP, heat, overlay
+from normweave.outcome.measured import WRONG_REVIEWS
 from normweave.references import seen
 from normweave.serve import events, handlers, metrics, records, schemas
 from normweave.serve.access import Access
@@ -35,6 +36,7 @@ from normweave.serve.openapi import (
     problem_responses,
 )
 from normweave.serve.problems import ProblemError
+from normweave.serve.rates import DETECTION, NEWEST, measured_rates
 from normweave.serve.records import Filter, Inspection, Source, StoredImage, Token
 from normweave.serve.rendering import ImageReader, npy, png, shrunk
 from normweave.serve.repeats import KeyedRequests
@@ -291,9 +293,34 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
     )
     async def review(id: Id, body: schemas.ReviewIn, token: AnyToken) -> schemas.InspectionOut:
         inspection = await service.review(
-            id, decision=body.decision, reviewer=token.name, token=token.id, comment=body.comment
+            id, decision=body.decision, reviewer=token.name, token=token.id, comment=body.comment, defect=body.defect
         )
         return schemas.InspectionOut.of(inspection)
+
+    @router.get(
+        "/v1/reviews/rates",
+        summary="Measure the detection rate and the false-alarm rate by the reviews",
+        description="Of the newest inspections with this bundle, weighted by which of them were reviewed. Each image "
+        "counts once. The proposed rate is not used by itself.",
+    )
+    async def review_rates(
+        wrong_reviews: Annotated[
+            float, Query(ge=0, lt=0.5, description="Largest share of wrong decisions.")
+        ] = WRONG_REVIEWS,
+        detection: Annotated[float, Query(gt=0, le=1, description="That the proposed rate must reach.")] = DETECTION,
+        last: Annotated[int, Query(ge=1, le=NEWEST)] = NEWEST,
+    ) -> schemas.ReviewRatesOut:
+        detector = service.detector
+        found = await asyncio.to_thread(
+            measured_rates,
+            service.store,
+            detector.bundle_hash or "",
+            calibration=detector.calibration,
+            wrong_reviews=wrong_reviews,
+            detection=detection,
+            newest=last,
+        )
+        return schemas.ReviewRatesOut.model_validate(found)
 
     @router.get("/v1/model", summary="Describe the model")
     async def model() -> schemas.ModelOut:

@@ -42,18 +42,20 @@ class Database:
         self._name = name
 
     @classmethod
-    def open(cls, where: str | Path) -> Database:
+    def open(cls, where: str | Path, *, migrate: bool = True) -> Database:
         """Connect, and migrate the tables to the current revision.
 
         Args:
             where: an SQLite file, or a URL: sqlite:///FILE, or postgresql://USER:PASSWORD@HOST/DATABASE with options
                 of libpq after a `?`.
+            migrate: whether tables of an older version are migrated; else they are refused, since a server may use
+                them.
 
         Raises:
             ConfigError: the URL is not valid.
             MissingError: psycopg is not installed.
             StoreError: the database does not answer.
-            DataError: it was written by a newer normweave, or its encoding is not UTF-8.
+            DataError: it was written by a newer normweave, its encoding is not UTF-8, or it is not migrated.
         """
         url = URL.create("sqlite", database=str(where)) if isinstance(where, Path) else _read_url(where)
         hidden = {key: "***" for key in url.query if "password" in key}
@@ -61,13 +63,13 @@ class Database:
         database = cls(make_engine(url), name=name)
         try:
             with database.writing() as connection:
-                database._migrate(connection)
+                database._migrate(connection, allowed=migrate)
         except BaseException:
             database.close()
             raise
         return database
 
-    def _migrate(self, connection: Connection) -> None:
+    def _migrate(self, connection: Connection, *, allowed: bool) -> None:
         from alembic import command  # the import takes a third of a second, and is needed here only
         from alembic.config import Config
         from alembic.migration import MigrationContext
@@ -86,10 +88,16 @@ class Database:
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
         config.attributes["connection"] = connection
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        if foreign := set(MigrationContext.configure(connection).get_current_heads()) - known:
+        current = set(MigrationContext.configure(connection).get_current_heads())
+        if foreign := current - known:
             raise DataError(
                 f"The database {self._name} is at revision {', '.join(sorted(foreign))}, and this normweave knows up "
                 f"to {max(known)}. Upgrade with: pip install -U normweave"
+            )
+        if not allowed and current != {max(known)}:
+            raise DataError(
+                f"The database {self._name} is at revision {', '.join(sorted(current)) or 'none'}, and this normweave "
+                f"reads {max(known)}. Start the server of this version once, or use the version of the server."
             )
         with _alembic:
             command.upgrade(config, "head")

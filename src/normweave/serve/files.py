@@ -135,18 +135,7 @@ class Files:
         Raises:
             ContentError: the file is missing or was changed, or the hash is malformed.
         """
-        try:
-            content = self._path(digest).read_bytes()
-        except FileNotFoundError as error:
-            raise MissingFileError(
-                f"The file {digest} is not in {self.folder}. It was removed by retention or by another program."
-            ) from error
-        if hashlib.sha256(content).hexdigest() != digest:
-            raise ContentError(
-                f"The file {digest} in {self.folder} was changed on disk. Check the disk, and restore the file "
-                "from a backup."
-            )
-        return content
+        return read_content(self.folder, digest)
 
     def remove(self, digest: str) -> None:
         """Remove the file with this hash, if it exists.
@@ -215,11 +204,32 @@ class Files:
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and len(path.name) == 2)
 
     def _path(self, digest: str) -> Path:
-        if not _SHA256.fullmatch(digest):
-            raise ContentError(
-                f"The hash of a file must be a SHA-256 in 64 lowercase hex digits, got {digest[:100]!r}."
-            )
-        return self.folder / digest[:2] / digest
+        return _path(self.folder, digest)
+
+
+def read_content(folder: Path, digest: str) -> bytes:
+    """Return the content with this hash from the folder of a server, which may be running.
+
+    Raises:
+        ContentError: the file is missing or was changed, or the hash is malformed.
+    """
+    try:
+        content = _path(folder, digest).read_bytes()
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"The file {digest} is not in {folder}. It was removed by retention or by another program."
+        ) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ContentError(
+            f"The file {digest} in {folder} was changed on disk. Check the disk, and restore the file from a backup."
+        )
+    return content
+
+
+def _path(folder: Path, digest: str) -> Path:
+    if not _SHA256.fullmatch(digest):
+        raise ContentError(f"The hash of a file must be a SHA-256 in 64 lowercase hex digits, got {digest[:100]!r}.")
+    return folder / digest[:2] / digest
 
 
 def _sync_folder(folder: Path) -> None:

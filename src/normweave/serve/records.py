@@ -47,6 +47,8 @@ class Review:
     token: int | None = None
     """Id of this token; 0: a server without tokens; None: stored by an earlier version."""
     comment: str = ""
+    defect: str = ""
+    """Name of the defect; empty: not named."""
 
 
 @dataclass(frozen=True, kw_only=True)

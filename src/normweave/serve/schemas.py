@@ -5,8 +5,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, model_validator
 
+from normweave.outcome import measured
 from normweave.serve import records
 from normweave.types import Guarantee, Outcome
 
@@ -45,6 +46,15 @@ class ReviewIn(RequestBody):
         Field(description="accept: the part is good; reject: it is defective; undo: no decision."),
     ]
     comment: Text = ""
+    defect: Annotated[str, StringConstraints(max_length=255), Field(description="Name of the defect.")] = ""
+
+    @model_validator(mode="after")
+    def _is_of_a_defective_part(self) -> ReviewIn:
+        if self.defect and self.decision != "reject":
+            raise ValueError(
+                f"defect is {self.defect!r:.100}, but the decision is {self.decision}. Send it with reject."
+            )
+        return self
 
 
 class RateIn(RequestBody):
@@ -116,6 +126,7 @@ class ReviewOut(_FromRecord):
     reviewer: Annotated[str, Field(description="Name of the token that the decision came with.")]
     token: Annotated[int | None, Field(description="Id of this token.")]
     comment: str
+    defect: Annotated[str, Field(description="Name of the defect; empty: not named.")]
 
 
 class _Arrival(BaseModel):
@@ -207,6 +218,61 @@ class RateChangeOut(_FromRecord):
     bundle_hash: str
     false_alarm_rate: float
     actor: str
+
+
+class RateOut(_FromRecord):
+    """A measured rate with its interval."""
+
+    estimate: Annotated[float | None, Field(description="null: it cannot be measured.")]
+    low: float
+    high: float
+    reviewed: Annotated[int, Field(description="Number of reviewed defective images, or of good ones.")]
+    reason: Annotated[str | None, Field(description="Why it cannot be measured.")]
+
+
+class StratumOut(_FromRecord):
+    """Images that were shown alike, and how many of them are reviewed."""
+
+    shown: measured.Shown
+    images: int
+    reviewed: int
+    defective: int
+
+
+class MeasuredOut(_FromRecord):
+    """Rates at the present operating point."""
+
+    detection: RateOut
+    false_alarms: RateOut
+    strata: list[StratumOut]
+    detection_by_subclass: dict[str, RateOut]
+    detection_by_defect: dict[str, RateOut]
+    false_alarms_by_subclass: dict[str, RateOut]
+    wrong_reviews: float
+    level: float
+
+
+class OperatingPointRatesOut(_FromRecord):
+    """Rates at the operating point of a false-alarm rate."""
+
+    false_alarm_rate: float
+    threshold: float
+    detection: RateOut
+    false_alarms: RateOut
+
+
+class ReviewRatesOut(_FromRecord):
+    """Rates measured by reviews."""
+
+    bundle_hash: str
+    inspections: int
+    measured: MeasuredOut
+    operating_points: list[OperatingPointRatesOut]
+    present: Annotated[float | None, Field(description="Present false-alarm rate.")]
+    proposed: Annotated[
+        float | None, Field(description="Lowest false-alarm rate that reaches `detection`; it is not used by itself.")
+    ]
+    detection: float
 
 
 class AuditEntryOut(_FromRecord):

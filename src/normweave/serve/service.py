@@ -434,18 +434,28 @@ class InspectionService:
         return found
 
     async def review(
-        self, id: int, *, decision: ReviewDecision, reviewer: str, token: int | None = None, comment: str = ""
+        self,
+        id: int,
+        *,
+        decision: ReviewDecision,
+        reviewer: str,
+        token: int | None = None,
+        comment: str = "",
+        defect: str = "",
     ) -> Inspection:
         """Add a reviewer decision.
 
         Args:
             reviewer: name of the token that the decision came with.
             token: id of this token.
+            defect: name of the defect of a rejected part.
 
         Raises:
             NotFoundError: no inspection has this id.
         """
-        review = Review(at=datetime.now(UTC), decision=decision, reviewer=reviewer, token=token, comment=comment)
+        review = Review(
+            at=datetime.now(UTC), decision=decision, reviewer=reviewer, token=token, comment=comment, defect=defect
+        )
         try:
             return await self._read(lambda: self.store.review(id, review))
         except LookupError:

@@ -78,13 +78,13 @@ class Store:
         self.line = line
 
     @classmethod
-    def open(cls, where: str | Path, *, line: str = "") -> Store:
+    def open(cls, where: str | Path, *, line: str = "", migrate: bool = True) -> Store:
         """Connect to an SQLite file or a database URL; arguments and errors are those of `Database.open`.
 
         Args:
             line: the name of the line, which the entries of the audit get.
         """
-        return cls(Database.open(where), line=line)
+        return cls(Database.open(where, migrate=migrate), line=line)
 
     def close(self) -> None:
         """Close all connections."""

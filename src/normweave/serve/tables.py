@@ -134,6 +134,7 @@ INSPECTIONS = Table(
     Column("reviewer", BoundedText(SHORT)),
     Column("reviewer_token", BigInteger),
     Column("comment", BoundedText(LONG)),
+    Column("defect", BoundedText(SHORT)),
     Index("inspections_received_at", "received_at"),
     Index("inspections_verdict", "verdict", "id"),
     Index("inspections_name", "name", "id"),
@@ -153,6 +154,7 @@ REVIEWS = Table(
     Column("reviewer", BoundedText(SHORT), nullable=False),
     Column("token", BigInteger),
     Column("comment", BoundedText(LONG), nullable=False),
+    Column("defect", BoundedText(SHORT), nullable=False, server_default=""),
 )
 TOKENS = Table(
     "tokens",
@@ -209,6 +211,7 @@ REVIEW = {
     "reviewer": "reviewer",
     "token": "reviewer_token",
     "comment": "comment",
+    "defect": "defect",
 }
 """Column of the inspection for each field of its current `Review`."""
 

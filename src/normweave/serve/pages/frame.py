@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
@@ -12,13 +13,17 @@ from nicegui import ui
 from normweave.errors import NormweaveError
 from normweave.serve.access import Access
 from normweave.serve.records import AuditEntry, Inspection, Token
+from normweave.serve.reviews import defect_names
 from normweave.serve.service import InspectionService
+from normweave.serve.store import Store
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
 Row = TypeVar("Row", AuditEntry, Inspection)
 
 TEMPLATE = "frame.html"
+COMMENT, DEFECT = 500, 100
+"""Length of a comment, and of the name of a defect, in characters."""
 EMIT_ID = "(event) => { const row = event.target.closest('[data-id]'); if (row) emit(Number(row.dataset.id)); }"
 """Click handler of a list: it sends the `data-id` of the row."""
 EMIT_SHOWN = "() => emit(window.normweave.shown())"
@@ -166,6 +171,19 @@ class Pager:
         if self.before is not None:
             self._befores.pop()
         await self._update()
+
+
+async def defect_input(store: Store) -> ui.input:
+    """Add the field for the name of a defect, which proposes the names that were given before."""
+    names = await asyncio.to_thread(defect_names, store)
+    field = ui.input("Name of the defect (optional)", autocomplete=names)
+    field.props(f"outlined dense maxlength={DEFECT}").classes("comment")
+    return field
+
+
+def entered(field: ui.input, length: int) -> str:
+    """Return the text of a field, of at most `length` characters."""
+    return str(field.value or "").strip()[:length]
 
 
 def notify_error(message: object) -> None:

@@ -17,7 +17,19 @@ from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
 from normweave.serve.pages import charts, verdict
-from normweave.serve.pages.frame import EMIT_ID, EMIT_SHOWN, Page, Pager, Serving, notify_error, plain_button
+from normweave.serve.pages.frame import (
+    COMMENT,
+    DEFECT,
+    EMIT_ID,
+    EMIT_SHOWN,
+    Page,
+    Pager,
+    Serving,
+    defect_input,
+    entered,
+    notify_error,
+    plain_button,
+)
 from normweave.serve.pages.verdict import Result
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.records import Bucket, Filter, Inspection
@@ -28,8 +40,6 @@ from normweave.types import Outcome
 TEMPLATE = "history.html"
 ROWS = 25
 """Rows of one page of the table."""
-COMMENT = 500
-"""Length of a comment in characters."""
 CSV_ROWS = 200
 """Rows that are written at a time."""
 REFRESH_SECONDS = 15.0
@@ -132,7 +142,7 @@ class HistoryPage(Page):
             self._table = ui.html()
             self._table.on("click", self._show, js_handler=EMIT_ID)
             self._pager = Pager(ROWS, self._list)
-        self._dialog = self._add_dialog()
+        self._dialog = await self._add_dialog()
         await self._update()
         asked = ui.context.client.request.query_params.get("id", "")
         if asked.isdecimal() and await self._fill(int(asked)):
@@ -195,7 +205,7 @@ class HistoryPage(Page):
 
     # ── one inspection ───────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _add_dialog(self) -> ui.dialog:
+    async def _add_dialog(self) -> ui.dialog:
         with (
             ui.dialog().props('aria-label="Inspection"').on("hide", self._closed) as dialog,
             ui.element("div").classes("sheet one-sheet"),
@@ -213,6 +223,7 @@ class HistoryPage(Page):
                     self._reviews = ui.html()
             self._comment = ui.input("Comment (optional)")
             self._comment.props(f"outlined dense maxlength={COMMENT}").classes("comment")
+            self._defect = await defect_input(self._service.store)
             with ui.element("div").classes("pager"):
                 for decision, word in (("accept", "Accept"), ("reject", "Reject"), ("undo", "Undo")):
                     button = ui.element("button").classes(f"decision small {decision}").props("type=button")
@@ -247,6 +258,7 @@ class HistoryPage(Page):
         reviews = await asyncio.to_thread(store.reviews, id)
         if id != self._open:
             self._comment.set_value("")
+            self._defect.set_value("")
         self._open = id
         self._show_address()
         self._next.set_enabled(True)
@@ -261,15 +273,20 @@ class HistoryPage(Page):
         id = self._open
         if id is None or (decision != "undo" and int(event.args) != id):
             return  # its picture is not shown yet
-        comment = str(self._comment.value or "").strip()[:COMMENT]
         try:
             await self._service.review(
-                id, decision=decision, reviewer=self._token.name, token=self._token.id, comment=comment
+                id,
+                decision=decision,
+                reviewer=self._token.name,
+                token=self._token.id,
+                comment=entered(self._comment, COMMENT),
+                defect=entered(self._defect, DEFECT) if decision == "reject" else "",
             )
         except NormweaveError as error:
             notify_error(error)
             return
         self._comment.set_value("")
+        self._defect.set_value("")
         await self._fill(id)
         await self._list()
 
@@ -304,7 +321,7 @@ _OUTCOME = tuple(column.name for column in Outcome.columns() if not column.in_fi
 COLUMNS = (
     *("id", "received_at", "name", "source", "actor"),
     *_OUTCOME,
-    *("decision", "reviewer", "reviewed_at", "comment"),
+    *("decision", "reviewer", "reviewed_at", "comment", "defect"),
 )
 """Columns of the export."""
 
@@ -330,7 +347,7 @@ def _csv_row(inspection: Inspection) -> dict[str, object]:
     row["experts"] = " ".join(f"{name}={weight:.4f}" for name, weight in inspection.outcome.experts)
     row["boxes"] = len(inspection.outcome.boxes)
     if inspection.review is not None:
-        row |= {name: getattr(inspection.review, name) for name in ("decision", "reviewer", "comment")}
+        row |= {name: getattr(inspection.review, name) for name in ("decision", "reviewer", "comment", "defect")}
         row["reviewed_at"] = inspection.review.at.isoformat()
     return row
 

@@ -12,8 +12,9 @@ from nicegui.events import GenericEventArguments
 
 from normweave.errors import NormweaveError
 from normweave.serve.pages import verdict
-from normweave.serve.pages.frame import EMIT_SHOWN, Page, Serving, notify_error
+from normweave.serve.pages.frame import COMMENT, DEFECT, EMIT_SHOWN, Page, Serving, defect_input, entered, notify_error
 from normweave.serve.pages.viewer import Viewer
+from normweave.serve.rates import BORDERLINE
 from normweave.serve.records import Filter, Inspection
 from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
@@ -24,8 +25,6 @@ REMEMBERED_TIME = timedelta(hours=12)
 """Age up to which decisions can be undone after the page was loaded again."""
 REFRESH_SECONDS = 5.0
 """Interval between two counts of the queue."""
-COMMENT = 500
-"""Length of a comment in characters."""
 Action = Literal["accept", "reject", "next", "undo"]
 ACTIONS: tuple[tuple[Action, str, str, str], ...] = (
     ("accept", "A", "Accept", "the part is good"),
@@ -40,7 +39,7 @@ def queue(service: InspectionService) -> tuple[Filter, ...]:
     """Return filters for the parts that need a decision: defective, unknown, unreadable, and close to the limit."""
     calibration = service.detector.calibration
     assert calibration is not None  # a service has thresholds
-    highest = verdict.BORDERLINE * calibration.false_alarm_rate
+    highest = BORDERLINE * calibration.false_alarm_rate
     return (
         Filter(verdicts=("anomalous", "unknown"), reviewed=False),
         Filter(unreadable=True, reviewed=False),
@@ -80,6 +79,7 @@ class ReviewPage(Page):
                 with ui.element("div").classes("sheet decide"):
                     self._comment = ui.input("Comment (optional)")
                     self._comment.props(f"outlined dense maxlength={COMMENT}").classes("comment")
+                    self._defect = await defect_input(self._service.store)
                     self._buttons = {action[0]: self._button(*action) for action in ACTIONS}
                 self._details = ui.html().classes("sheet")
         since = datetime.now(UTC) - REMEMBERED_TIME
@@ -115,7 +115,8 @@ class ReviewPage(Page):
                             decision=action,
                             reviewer=self._token.name,
                             token=self._token.id,
-                            comment=str(self._comment.value or "").strip()[:COMMENT],
+                            comment=entered(self._comment, COMMENT),
+                            defect=entered(self._defect, DEFECT) if action == "reject" else "",
                         )
                         self._done.append(self._shown.id)
                     self._before = self._shown.id
@@ -176,6 +177,7 @@ class ReviewPage(Page):
         )
         self._details.set_visibility(available)
         self._comment.set_value("")
+        self._defect.set_value("")
         for action, button in self._buttons.items():
             usable = bool(self._done) if action == "undo" else available
             button.props(remove="disabled") if usable else button.props("disabled")

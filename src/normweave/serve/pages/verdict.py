@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Self
 
 from normweave.references import References
+from normweave.serve.rates import BORDERLINE
 from normweave.serve.records import Inspection, Source
 from normweave.serve.templating import render_macro
 from normweave.types import Outcome
@@ -18,8 +19,6 @@ SOURCES: dict[Source, str] = {
     "api": "sent by another program",
 }
 SHORT_SOURCES: dict[Source, str] = {"page": "uploaded", "folder": "watched folder", "api": "other program"}
-BORDERLINE = 2.0
-"""A good part is close to the limit if its p-value is at most this multiple of the false-alarm rate."""
 LEAST_WEIGHT = 0.005
 """Products with a smaller weight are not listed."""
 MOST_COMPARED = 3

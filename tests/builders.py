@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from normweave import settings
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig, TrainingConfig
+from normweave.data import layouts
 from normweave.detector import Detector
 from normweave.textiles import SEEN, UNSEEN, make_textures
 from normweave.training import train
@@ -220,3 +221,24 @@ def bundle(detector, tmp_path_factory):
 def photos(cloth):
     """The test images: seen and unseen subclasses, normal and anomalous."""
     return sorted(str(path) for path in cloth.parent.glob("cloth/*/test/*/*.png"))
+
+
+@pytest.fixture(scope="session")
+def fusion_bundle(cloth, tmp_path_factory):
+    """A bundle of the default head, fitted to two of the three subclasses, with few stored patches."""
+    samples = layouts.read(cloth, DataConfig(subclass_from="column"))
+    names = sorted({each.subclass for each in samples if each.split == "train"})
+    small = {"memory": {"max_patches": 100, "max_pool": 2000}, "layout": {"cells": 4}}
+    fitted = Detector.fit(
+        [each for each in samples if each.subclass in names[:2]],
+        config=Config(
+            data=DataConfig(subclass_from="column", calibration="split"),
+            prepare=PrepareConfig(height=64, width=64),
+            features=TimmConfig(weights="random", strides=(8,), batch_images=4),
+            head=head_config(expert={"kind": "fusion"} | small),
+            outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
+        ),
+        use_cache=False,
+        device="cpu",
+    )
+    return fitted.save(tmp_path_factory.mktemp("fusion") / "fusion.bundle")

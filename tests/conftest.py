@@ -6,7 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
+from builders import bundle, cloth, detector, fusion_bundle, photos  # noqa: F401 - fixtures
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 hypothesis.settings.load_profile("no deadline")

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +41,25 @@ MAX_RECORD_BYTES = 64 * 2**20
 # A plain file name, which cannot leave the folder on any system.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def subclass_record(subclasses: Mapping[str, tuple[str, str | None]], names: Sequence[str]) -> dict[str, Any]:
+    """Return the subclasses as the record holds them.
+
+    Args:
+        subclasses: category and subclass of each name, and of the training data.
+        names: of those that images are routed to.
+    """
+    categories: dict[str, list[str]] = {}
+    for category, subclass in sorted(subclasses.values(), key=str):
+        categories.setdefault(category, [])
+        if subclass is not None:
+            categories[category].append(subclass)
+    return {
+        "categories": categories,
+        "subclasses": {name: list(pair) for name, pair in subclasses.items()},
+        "subclass_names": list(names),
+    }
 
 
 class _Listing(NamedTuple):

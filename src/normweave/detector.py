@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import bundle, references, settings
+from normweave import bundle, history, references, settings
 from normweave.config import Config, OutcomeConfig
 from normweave.data import images, layouts, rows, splits, variations
 from normweave.data.images import ImageInput, read_ahead
@@ -39,7 +39,6 @@ AHEAD = 2  # batches decoded while the network works
 WORKERS = 2  # threads that decode
 VARIED = 256
 """Images under harmless variations that are scored for the threshold of unseen subclasses, at most."""
-HASH_LETTERS = 16  # of a SHA-256 in the record: 64 bits distinguish a factory's images
 
 Data = str | os.PathLike[str] | Sequence[Sample] | Sequence[str | os.PathLike[str]]
 """A manifest, a folder in a known layout, or samples or paths of images."""
@@ -309,7 +308,7 @@ class Detector:
             DataError: an image was used for fitting or calibration.
         """
         scanned = self.scan(samples, cache=cache, progress=progress)
-        refuse_used(scanned, self.record, "test")
+        rows.refuse_used(scanned, self.record, "test")
         everything = np.arange(len(scanned))
         for number, tiles, _ in self.score_rows(scanned, everything, cache=cache, progress=progress):
             cut = scanned.tiles_of(number)
@@ -411,7 +410,7 @@ class Detector:
         samples = samples_of(data, replace(config, data=everything), layout)
         normals = [each for each in samples if each.label == "normal" and each.split != "test"]
         scanned = rows.scan(normals, self.preparation, progress=progress)
-        refuse_used(scanned, self.record, "calibration")
+        rows.refuse_used(scanned, self.record, "calibration")
         if not len(scanned):
             raise DataError(
                 f"No normal image to calibrate with among {len(normals)} candidates. "
@@ -423,9 +422,13 @@ class Detector:
         self.record |= {
             "config": settings.as_dict(config),
             "calibration_images": len(scanned.samples),
-            "calibration_hashes": sorted(text[:HASH_LETTERS] for text in scanned.hashes),
-            "calibrated_on": rows.fingerprint(scanned.hashes),
+            "calibration_hashes": sorted(text[: rows.HASH_LETTERS] for text in scanned.hashes),
+            "calibrated_on": (fingerprint := rows.fingerprint(scanned.hashes)),
         }
+        step = history.step(
+            "calibrated", images=len(scanned.samples), parent=self.bundle_hash, data_fingerprint=fingerprint
+        )
+        self.record[history.KEY] = history.extended(self.record, step)
         self.refused = scanned.refused
 
     def held_out_scores(
@@ -526,6 +529,20 @@ class Detector:
             )
         return self.operating_points
 
+    # ---------------------------------------------------------------- subclasses
+
+    def with_subclass(self, data: Data, *, category: str, subclass: str | None, **options: Any) -> Detector:
+        """Return a detector that also knows a subclass, from a few good images; see `subclasses`. Needs torch."""
+        subclasses = importlib.import_module("normweave.subclasses")
+        result: Detector = subclasses.with_subclass(self, data, category=category, subclass=subclass, **options)
+        return result
+
+    def without_subclass(self, *, category: str, subclass: str | None, **options: Any) -> Detector:
+        """Return a detector without a subclass that was added; see `subclasses`. Needs torch."""
+        subclasses = importlib.import_module("normweave.subclasses")
+        result: Detector = subclasses.without_subclass(self, category=category, subclass=subclass, **options)
+        return result
+
     # ---------------------------------------------------------------- on disk
 
     def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -577,20 +594,3 @@ def samples_of(data: Data, config: Config, layout: str | None) -> list[Sample]:
     if isinstance(data, str | os.PathLike):
         return layouts.read(Path(data), config.data, layout=layout)
     return [item if isinstance(item, Sample) else Sample(image_path=Path(item)) for item in data]
-
-
-def refuse_used(scanned: rows.Rows, record: Mapping[str, Any], purpose: str) -> None:
-    """Check that no image was used in the fit; for the purpose "test", nor for calibration.
-
-    Raises:
-        DataError: one was.
-    """
-    used = set(record["fit_hashes"])
-    if purpose == "test":
-        used |= set(record["calibration_hashes"])
-    for sample, content in zip(scanned.samples, scanned.hashes, strict=True):
-        if content[:HASH_LETTERS] in used:
-            raise DataError(
-                f"{sample.image_path} was used in training, so it cannot be used for {purpose}: the result would be "
-                "too good. Give images that training has not seen (the same content counts as the same file)."
-            )

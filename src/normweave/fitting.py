@@ -22,12 +22,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, cross_validation, references, settings, training
+from normweave import __version__, bundle, checks, cross_validation, history, references, settings, training
+from normweave.checks import Checks
 from normweave.config import Config
 from normweave.data import rows, splits, synthetic
 from normweave.data.degenerate import refuse_degenerate
 from normweave.data.prepare import Preparation
-from normweave.detector import HASH_LETTERS, Data, Detector, parse_record, samples_of
+from normweave.detector import Data, Detector, parse_record, samples_of
 from normweave.errors import BundleError, ConfigError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
@@ -128,7 +129,7 @@ def fit(
     calibration = rows_of(images, division.calibration)
     detector = fit_rows(rows_of(images, division.fit), calibration)
     assert isinstance(detector.network, TorchNetwork)
-    detector.record |= _subclass_record(detector)
+    detector.record |= bundle.subclass_record(detector.subclasses, detector.subclass_names)
     if division.folds:
         folds = [rows_of(images, fold) for fold in division.folds]
         fit_part = partial(fit_rows, reuse=detector.network.head)
@@ -198,7 +199,7 @@ def fit_head(
     )
     if work is not None:  # a checkpoint is valid only for the same features of the same images
         keys = [extractor.fingerprint, *(chosen.images.keys[row] for row in chosen.fit)]
-        work = work / rows.fingerprint(keys)[:HASH_LETTERS]
+        work = work / rows.fingerprint(keys)[: rows.HASH_LETTERS]
     head.begin(fit_data)
     for stage in head.stages(fit_data):
         training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
@@ -244,7 +245,7 @@ def load(folder: str | os.PathLike[str], *, device: str = "auto") -> Detector:
         device=torch_device(device),
         graph=bundle.read_file(path, bundle.GRAPH),
     )
-    network.references = references.read(path)
+    network.references, network.checks = references.read(path), checks.read(path)
     return Detector(network, bundle_hash=bundle.bundle_hash(path), **parts)
 
 
@@ -277,6 +278,7 @@ def quantize(detector: Detector, *, progress: Progress | None = None) -> Detecto
     int8 = open_graph(graph, where="The quantized graph", size=size, device="cpu")
     int8.weights = network.tensors()
     int8.references = network.references
+    int8.checks = network.checks and Checks.compute(int8, network.checks.pixels)
     result = Detector(
         int8,
         config=config,
@@ -556,6 +558,11 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
         "refused": [[refusal.image_path, refusal.reason] for refusal in images.refused],
         "software": {"normweave": __version__, "python": platform.python_version()}
         | {name: version(name) for name in packages},
+        history.KEY: [
+            history.step(
+                "trained", images=len(images.samples), parent=None, data_fingerprint=rows.fingerprint(images.hashes)
+            )
+        ],
     }
 
 
@@ -566,21 +573,10 @@ def data_record(images: rows.Rows, division: splits.Division) -> dict[str, Any]:
         "fit_images": len(division.fit),
         "calibration_images": len(division.calibration),
         "data_fingerprint": rows.fingerprint(images.hashes),
-        "fit_hashes": [text[:HASH_LETTERS] for text in sorted(content[each] for each in division.fit)],
-        "calibration_hashes": [text[:HASH_LETTERS] for text in sorted(content[each] for each in division.calibration)],
-    }
-
-
-def _subclass_record(detector: Detector) -> dict[str, Any]:
-    categories: dict[str, list[str]] = {}
-    for category, subclass in sorted(detector.subclasses.values(), key=str):
-        categories.setdefault(category, [])
-        if subclass is not None:
-            categories[category].append(subclass)
-    return {
-        "categories": categories,
-        "subclasses": {name: list(pair) for name, pair in detector.subclasses.items()},
-        "subclass_names": list(detector.subclass_names),
+        "fit_hashes": [text[: rows.HASH_LETTERS] for text in sorted(content[each] for each in division.fit)],
+        "calibration_hashes": [
+            text[: rows.HASH_LETTERS] for text in sorted(content[each] for each in division.calibration)
+        ],
     }
 
 

@@ -83,6 +83,20 @@ class References:
             found.append(GoodImage(name, images.sizes[owner], tile_size[number], path_of[owner]))
         return cls(tuple(found), np.concatenate([image[:, None], centres.astype(np.int64)], axis=1))
 
+    def joined(self, others: References, *, prefix: str) -> References:
+        """Return these references followed by others, whose names get a prefix."""
+        named = tuple(image._replace(name=f"{prefix}/{image.name}") for image in others.images)
+        moved = others.patches + np.array([len(self.images), 0, 0])
+        return References(self.images + named, np.concatenate([self.patches, moved]))
+
+    def kept(self, patches: NDArray[np.bool_]) -> References:
+        """Return the references of some of the stored patches (M,), and their images."""
+        chosen = self.patches[patches]
+        used, image = np.unique(chosen[:, 0], return_inverse=True)
+        return References(
+            tuple(self.images[number] for number in used), np.concatenate([image[:, None], chosen[:, 1:]], axis=1)
+        )
+
     def mark(
         self,
         boxes: Sequence[DefectBox],

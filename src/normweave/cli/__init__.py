@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from normweave import __version__
-from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, reviews, serve, train
+from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, reviews, serve, subclasses, train
 from normweave.cli.terminal import command, run
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ command(app, "train", train.train, cls=train.TrainCommand)
 command(app, "evaluate", evaluate.evaluate)
 command(app, "predict", predict.predict)
 command(app, "calibrate", calibrate.calibrate)
+command(app, "add-subclass", subclasses.add_subclass)
+command(app, "remove-subclass", subclasses.remove_subclass)
 command(app, "serve", serve.serve)
 data_app = typer.Typer(
     help="Check data sets, write manifests, export reviewed images, make synthetic images.", no_args_is_help=True

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from normweave.data.images import content_hash, decode, reading_version, size
 from normweave.data.prepare import Preparation
-from normweave.errors import ImageError
+from normweave.errors import DataError, ImageError
 from normweave.types import Progress, Sample, Tile
+
+HASH_LETTERS = 16  # of a SHA-256 in the record of a detector: 64 bits distinguish a factory's images
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,23 @@ def _read_file(sample: Sample, preparation: Preparation) -> _File | ImageError:
         return error
     texts = [f"{content} {settings} {tuple(tile)}{reading}" for tile in tiles]
     return _File(content, (height, width), tiles, [hashlib.sha256(text.encode()).hexdigest() for text in texts])
+
+
+def refuse_used(scanned: Rows, record: Mapping[str, Any], purpose: str) -> None:
+    """Check that no image was used in the fit; for the purpose "test", nor for calibration.
+
+    Raises:
+        DataError: one was.
+    """
+    used = set(record["fit_hashes"])
+    if purpose == "test":
+        used |= set(record["calibration_hashes"])
+    for sample, content in zip(scanned.samples, scanned.hashes, strict=True):
+        if content[:HASH_LETTERS] in used:
+            raise DataError(
+                f"{sample.image_path} was used in training, so it cannot be used for {purpose}: the result would be "
+                "too good. Give images that training has not seen (the same content counts as the same file)."
+            )
 
 
 def fingerprint(hashes: Iterable[str]) -> str:

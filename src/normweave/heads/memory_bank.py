@@ -125,11 +125,14 @@ def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> 
     return patches @ matrix
 
 
-def coreset(points: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
+def coreset(points: Tensor, keep: int, *, generator: torch.Generator, given: Tensor | None = None) -> Tensor:
     """Choose rows of (N, d) points such that every point is near a chosen one: greedy k-centre, a 2-approximation.
 
     Gonzalez 1985; algorithm 1 of arXiv 2106.08265: from a first point drawn at random, always add the point
     that is farthest from the chosen ones.
+
+    Args:
+        given: (M, d) points that are chosen already; the first new one is then the farthest from them.
 
     Returns:
         (keep,) int64, all different, in the order in which they were chosen.
@@ -139,6 +142,9 @@ def coreset(points: Tensor, keep: int, *, generator: torch.Generator) -> Tensor:
     distance = torch.empty_like(squares)
     chosen = torch.empty(keep, dtype=torch.int64)
     latest = int(torch.randint(len(points), (1,), generator=generator))
+    if given is not None:
+        farness = nearest(points, given)[0].square()
+        latest = int(farness.argmax())
     for step in range(keep):
         chosen[step] = latest
         torch.addmv(squares, points, points[latest], alpha=-2, out=distance)

@@ -58,6 +58,7 @@ class SubclassNovelty(nn.Module):
     whitener: Tensor  # (N, N) W with W W' = S^-1 / N
 
     shrinkage = 0.5
+    by_subclass = ("means",)
 
     def __init__(self, *, statistics: int) -> None:
         super().__init__()
@@ -70,6 +71,11 @@ class SubclassNovelty(nn.Module):
         inverse_root = np.linalg.inv(np.linalg.cholesky(within)) / np.sqrt(len(within))  # L^-1 / sqrt(N)
         self.means = torch.from_numpy(means @ inverse_root.T).float()
         self.whitener = torch.from_numpy(inverse_root.T.copy()).float()
+
+    def add(self, samples: NDArray[np.float32]) -> None:
+        """Append a subclass with these statistics (n, N); the covariance stays that of the fit."""
+        mean = torch.from_numpy(samples.astype(np.float64).mean(axis=0))
+        self.means = torch.cat([self.means, (mean @ self.whitener.double()).float()[None]])
 
     def whitened(self, samples: Tensor) -> Tensor:
         """Return the whitened statistics, (B, N) -> (B, N); distances are Euclidean there."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +52,15 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             setattr(owner, leaf, nn.Parameter(new, requires_grad=parameter.requires_grad))
         else:
             setattr(owner, leaf, new)
+
+
+def drop_row(module: nn.Module, number: int) -> None:
+    """Remove a row from each buffer of a module and of those in it that `by_subclass` names; empty ones stay."""
+    for part in module.modules():
+        for name in getattr(part, "by_subclass", ()):
+            tensor = getattr(part, name)
+            if len(tensor):
+                setattr(part, name, torch.from_numpy(np.delete(tensor.numpy(), number, axis=0)))
 
 
 def _describe(tensor: Tensor) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import bundle
+from normweave import bundle, checks
+from normweave.checks import Checks
 from normweave.data.rows import Rows
 from normweave.errors import BundleError
 from normweave.network import allow_list
@@ -47,6 +48,7 @@ class Network(ABC):
         embeds: whether its readers return embeddings.
         parameters: how many floating-point numbers it has; 0 if unknown.
         references: the good images that `RawOutput.nearest` refers to; None if there are none.
+        checks: images with the outputs of the graph; None: there are none, or the graph is not exported yet.
     """
 
     library: str
@@ -54,6 +56,7 @@ class Network(ABC):
     parameters: int = 0
     embeds: bool = False
     references: References | None = None
+    checks: Checks | None = None
 
     @abstractmethod
     def __call__(self, pixels: NDArray[np.uint8], excluded: NDArray[np.int64] | None = None) -> RawOutput:
@@ -184,6 +187,6 @@ class GraphNetwork(Network):
             bundle.rewrite(self.bundle, folder, record=record, overwrite=overwrite)
         else:
             assert self.weights is not None  # a graph comes from a bundle or from a fit
-            files = {bundle.GRAPH: self.content} | bundle_files(self.references)
+            files = {bundle.GRAPH: self.content} | bundle_files(self.references) | checks.bundle_files(self.checks)
             bundle.write(folder, tensors=self.weights, record=record, files=files, overwrite=overwrite)
         self.bundle = folder

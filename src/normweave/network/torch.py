@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import bundle
+from normweave import bundle, checks
+from normweave.checks import Checks
 from normweave.config import Config
 from normweave.data.rows import Rows
 from normweave.features import cache as feature_cache
@@ -153,7 +154,9 @@ class TorchNetwork(Network):
             folder,
             tensors=self.tensors(),
             record=record,
-            files={bundle.GRAPH: self.exported(calibration)} | bundle_files(self.references),
+            files={bundle.GRAPH: self.exported(calibration)}
+            | bundle_files(self.references)
+            | checks.bundle_files(self.checks),
             overwrite=overwrite,
         )
 
@@ -164,7 +167,6 @@ class TorchNetwork(Network):
             CheckError: it cannot be exported, or does not give the scores of torch.
         """
         if self._graph is None:
-            assert self.rows is not None  # a network from a bundle has its graph
             parts = (self.extractor, self.standard, self.head)
             size = (self.config.prepare.height, self.config.prepare.width)
             try:
@@ -172,15 +174,24 @@ class TorchNetwork(Network):
                     part.to("cpu")
                 module = TorchModule(extractor=self.extractor, standard=self.standard, head=self.head).eval()
                 graph = export.to_onnx(module, height=size[0], width=size[1])
-                images = self.rows.tiles(self.rows.calibration, at_most=PARITY_IMAGES)
+                images = self._parity_images()
                 for device in ("cpu", *([OPENVINO] if find_spec("openvino") else [])):
                     network = open_graph(graph, where="The exported graph", size=size, device=device)
                     export.check_parity(module, network, images, self.config, calibration)
+                    if device == "cpu" and self.config.outcome.references and self.checks is None:
+                        self.checks = Checks.compute(network, some_tiles(images, at_most=checks.MOST))
             finally:
                 for part in parts:
                     part.to(self.device)
             self._graph = graph
         return self._graph
+
+    def _parity_images(self) -> list[NDArray[np.uint8]]:
+        """Return tiles (n, 3, height, width) of calibration images, or without those the images of the checks."""
+        if self.rows is not None:
+            return self.rows.tiles(self.rows.calibration, at_most=PARITY_IMAGES)
+        assert self.checks is not None  # a network from a bundle has its graph
+        return [tile[None] for tile in self.checks.pixels]
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything fitted by name, as a bundle holds it."""
@@ -190,6 +201,13 @@ class TorchNetwork(Network):
             for prefix, part in parts.items()
             for name, tensor in part.state_dict().items()
         }
+
+
+def some_tiles(images: Sequence[NDArray[np.uint8]], *, at_most: int) -> NDArray[np.uint8]:
+    """Return tiles (n, 3, height, width) spread evenly over those of all images."""
+    tiles = np.concatenate(images)
+    chosen: NDArray[np.uint8] = tiles[np.linspace(0, len(tiles) - 1, min(at_most, len(tiles))).astype(int)]
+    return chosen
 
 
 class FeatureReader(Reader):

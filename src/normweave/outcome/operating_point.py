@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -150,6 +151,16 @@ def _p_value(score: float, scores: NDArray[np.float64], weights: NDArray[np.floa
     return min(1.0, float((1 + weights @ (scores >= score)) / (groups + 1)))  # a sum of thirds may round above 1
 
 
+class Added(NamedTuple):
+    """The operating points of a subclass that was added after the training."""
+
+    calibration: Calibration
+    """From held-out normal images of this subclass only, all of which were routed to it."""
+    category: str
+    unseen: bool
+    """An image beyond the threshold of the distance is compared with leave-one-subclass-out scores of the category."""
+
+
 class Calibration:
     """The scores of a detector's held-out normal images, and the operating points computed from them.
 
@@ -168,6 +179,9 @@ class Calibration:
     category. A category with a single subclass has no such scores, because without that subclass the
     head has no expert for the category.
 
+    A subclass that was added later has operating points of its own (`added`), which nothing else depends on: those of
+    the others are as before.
+
     Args:
         scores: (n,) anomaly scores of held-out normal images.
         distances: (n,) routing distances to the nearest subclass. None if the head does not route.
@@ -177,6 +191,7 @@ class Calibration:
         cross_validated: each score is of a head that was fitted without the image's group, not of the detector's head.
         attainable: accept too few groups for the false-alarm rate, and use the lowest rate that they allow.
         unseen: leave-one-subclass-out scores: the same images, each scored without the experts of its own subclass.
+        added: subclasses that follow `subclass_names`.
 
     Raises:
         CheckError: there are too few groups for the false-alarm rate, without `attainable`.
@@ -197,8 +212,10 @@ class Calibration:
         false_alarm_rate: float,
         unknown_rate: float,
         unseen: Calibration | None = None,
+        added: Sequence[Added] = (),
     ) -> None:
         self.unseen = unseen
+        self.added = tuple(added)
         given = _finite(scores, "scores of held-out normal images")
         n = len(given)
         for name, values in (("distances", distances), ("subclasses", subclasses), ("groups", groups)):
@@ -302,6 +319,8 @@ class Calibration:
 
     def point(self, subclass: int | None = None) -> OperatingPoint:
         """Return the operating point for images of this subclass, its own or a pooled one."""
+        if (added := self._added(subclass)) is not None:
+            return added.calibration.point()
         return self._score_points[self._available(self._score_points, subclass)]
 
     def decide(self, *, score: float, distance: float | None = None, subclass: int | None = None) -> Decision:
@@ -314,7 +333,25 @@ class Calibration:
             raise DataError(f"Score and distance of an image must be finite, got {score} and {distance}.")
         return self._decide(float(score), None if distance is None else float(distance), subclass)
 
+    def _added(self, own: _Pool) -> Added | None:
+        """Return the added subclass of this index."""
+        number = own - len(self.subclass_names) if isinstance(own, int) else -1
+        return self.added[number] if number >= 0 else None
+
+    def with_added(self, added: Sequence[Added]) -> Calibration:
+        """Return the same calibration with these added subclasses."""
+        other = copy(self)
+        other.added = tuple(added)
+        return other
+
     def _decide(self, score: float, distance: float | None, own: _Pool) -> Decision:
+        if (added := self._added(own)) is not None:
+            decision = replace(added.calibration._decide(score, distance, None), pooled_over="subclass")
+            if decision.verdict == "unknown" and added.unseen and self.unseen is not None:
+                pool: _Pool = added.category if added.category in self.unseen._members else None
+                unseen = self.unseen._decide(score, distance, pool)
+                return replace(unseen, subclass_p_value=decision.subclass_p_value, unseen=True)
+            return decision
         pool = self._available(self._score_points, own)
         point = self._score_points[pool]
         subclass_p_value, unknown = None, False
@@ -371,6 +408,19 @@ class Calibration:
             false_alarm_rate=false_alarm_rate,
             unknown_rate=self.unknown_rate,
             unseen=self.unseen.with_rate(false_alarm_rate) if self.unseen and enough else None,
+            added=[each._replace(calibration=each.calibration.lowered(false_alarm_rate)) for each in self.added],
+        )
+
+    def lowered(self, false_alarm_rate: float) -> Calibration:
+        """Return `with_rate`, with the lowest attainable rate where there are too few groups."""
+        return Calibration(
+            scores=self.scores,
+            distances=self.distances,
+            groups=self.groups,
+            cross_validated=self.cross_validated,
+            attainable=True,
+            false_alarm_rate=false_alarm_rate,
+            unknown_rate=self.unknown_rate,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -413,6 +463,8 @@ class Calibration:
         }
         if self.subclass_categories:
             record["subclass_categories"] = list(self.subclass_categories)
+        if self.added:
+            record["added"] = [each._asdict() | {"calibration": each.calibration.as_dict()} for each in self.added]
         return record
 
     @classmethod
@@ -436,6 +488,10 @@ class Calibration:
                 false_alarm_rate=record["false_alarm_rate"],
                 unknown_rate=record["unknown_rate"],
                 unseen=None if record["unseen"] is None else cls.from_dict(record["unseen"]),
+                added=[
+                    Added(cls.from_dict(each["calibration"]), str(each["category"]), bool(each["unseen"]))
+                    for each in record.get("added", ())
+                ],
             )
             consistent = calibration.as_dict() == record
         except KeyError as error:

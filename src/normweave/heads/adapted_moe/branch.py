@@ -30,6 +30,8 @@ class ExpertBranch(nn.Module):
     scale_mean: Tensor  # (K,) of each expert's patch scores on held-out normals of its own subclass
     scale_std: Tensor  # (K,)
 
+    by_subclass = ("scale_mean", "scale_std")
+
     def __init__(self, expert: SingleExpertConfig, adaption: AdaptionConfig, *, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.config = expert

@@ -81,6 +81,8 @@ class Fusion(nn.Module):
     spread: Tensor  # (K, E, 2) q90 - median; of the map, times depth_k / depth
     highest: Tensor  # (K, E) highest level
 
+    by_subclass = ("weights", "centre", "spread", "highest")
+
     def __init__(self, config: FusionExpertConfig) -> None:
         super().__init__()
         self.config = config
@@ -111,28 +113,14 @@ class Fusion(nn.Module):
             own, bad = of_category(normal, category), defective and of_category(defective, category)
             if len(own.scores) < FEWEST_OF_CATEGORY:
                 own, bad = normal, defective
-            median, high = np.quantile(own.scores, [0.5, 0.9], axis=0)  # (E, 2) each
-            wide = np.maximum(high - median, 1e-6)
-            low = np.median(own.maps, axis=(0, 2, 3))  # (E,)
-            aurocs = np.full(shape[1], 0.5)
-            if bad is not None:
-                aurocs[:] = [patch_auroc(own.maps[:, e], bad.maps[:, e], bad.coverage) for e in range(shape[1])]
+            aurocs = _aurocs(own, bad)
             chosen = self._weights(aurocs)
             members = categories == category
             highest[members] = own.levels.max(axis=0)
-            weights[members], centre[members], spread[members] = chosen, median, wide
-            depth[members] = max(float(chosen @ ((median[:, 0] - low) / wide[:, 0])), 1e-6)
-            self.record.append(
-                {
-                    "category": names[category],
-                    "held_out_images": len(own.maps),
-                    "synthetic_defects": 0 if bad is None else len(bad.maps),
-                    "experts": [
-                        {"name": name, "synthetic_auroc": float(value), "weight": float(weight)}
-                        for name, value, weight in zip(self.config.use, aurocs, chosen, strict=True)
-                    ],
-                }
-            )
+            weights[members] = chosen
+            centre[members], spread[members], depth[members] = _scales(own, chosen)
+            found = dict(zip(self.config.use, aurocs.tolist(), strict=True))
+            self.record.append(self._note(names[category], own, bad, found, chosen, float(depth[members][0])))
         spread[:, :, 0] *= (depth / np.median(depth))[:, None]
         self.weights, self.centre, self.spread, self.highest = (
             torch.from_numpy(each).float() for each in (weights, centre, spread, highest)
@@ -146,6 +134,60 @@ class Fusion(nn.Module):
             each[rows].clone() for each in (fitted.weights, fitted.centre, fitted.spread, fitted.highest)
         )
         self.names = tuple(categories)
+
+    def append(
+        self, normal: HeldOut, defective: Defective | None, *, category: str, like: int | None, depth: float | None
+    ) -> None:
+        """Append scales and weights of an added subclass; those of the others do not change.
+
+        Args:
+            normal, defective: held-out images of the subclass, by the experts in use.
+            category: of the subclass.
+            like: another subclass of the category, whose weights it takes, and with fewer than `FEWEST_HELD_OUT`
+                held-out images the scales, too. None: there is no other.
+            depth: of the maps of the first training; None: not known, or one category.
+        """
+        used = np.flatnonzero(self.used)
+        E = len(self.config.use)
+        weights, highest, centre, spread = np.zeros(E), np.zeros(E), np.zeros((E, 2)), np.ones((E, 2))
+        aurocs = np.full(len(used), 0.5) if like is not None else _aurocs(normal, defective)
+        if like is not None:
+            weights = self.weights[like].double().numpy()
+        else:
+            weights[used] = self._weights(aurocs)
+        if like is not None and len(normal.scores) < FEWEST_HELD_OUT:
+            highest, centre, spread = (each[like].double().numpy() for each in (self.highest, self.centre, self.spread))
+            own_depth = None
+        else:
+            highest[used] = normal.levels.max(axis=0)
+            centre[used], spread[used], own_depth = _scales(normal, weights[used])
+            spread[:, 0] *= 1 if depth is None else own_depth / depth
+        for name, row in (("weights", weights), ("centre", centre), ("spread", spread), ("highest", highest)):
+            setattr(self, name, torch.cat([getattr(self, name), torch.from_numpy(row).float()[None]]))
+        if like is None:
+            found = dict(zip((self.config.use[e] for e in used), aurocs.tolist(), strict=True))
+            self.record.append(self._note(category, normal, defective, found, weights, own_depth))
+
+    def _note(
+        self,
+        category: str,
+        normal: HeldOut,
+        defective: Defective | None,
+        aurocs: Mapping[str, float],
+        weights: NDArray[np.float64],
+        depth: float | None,
+    ) -> dict[str, Any]:
+        """Return what was measured in a category, as JSON values; an expert that is not in use has AUROC 0.5."""
+        return {
+            "category": category,
+            "held_out_images": len(normal.maps),
+            "synthetic_defects": 0 if defective is None else len(defective.maps),
+            "depth": depth,
+            "experts": [
+                {"name": name, "synthetic_auroc": aurocs.get(name, 0.5), "weight": float(weight)}
+                for name, weight in zip(self.config.use, weights, strict=True)
+            ],
+        }
 
     def _weights(self, aurocs: NDArray[np.float64]) -> NDArray[np.float64]:
         limited = np.clip(aurocs, 0.5, HIGHEST_AUROC)
@@ -177,6 +219,22 @@ class Fusion(nn.Module):
             maps.append((each[:, 0] - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None])
             images.append((each[:, 1].amax(dim=(1, 2)) - excess - centre[:, e, 1]) * factor[:, e, 1])
         return torch.stack(maps).sum(dim=0), torch.stack(images).sum(dim=0)
+
+
+def _aurocs(normal: HeldOut, defective: Defective | None) -> NDArray[np.float64]:
+    """Return `patch_auroc` of each expert, (E,); 0.5 without defects."""
+    if defective is None:
+        return np.full(normal.scores.shape[1], 0.5)
+    pairs = zip(normal.maps.swapaxes(0, 1), defective.maps.swapaxes(0, 1), strict=True)
+    return np.array([patch_auroc(own, bad, defective.coverage) for own, bad in pairs])
+
+
+def _scales(normal: HeldOut, weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Return the median (E, 2) of the scores, q90 - median (E, 2), and depth_k for these weights (E,)."""
+    median, high = np.quantile(normal.scores, [0.5, 0.9], axis=0)  # (E, 2) each
+    wide = np.maximum(high - median, 1e-6)
+    low = np.median(normal.maps, axis=(0, 2, 3))  # (E,)
+    return median, wide, max(float(weights @ ((median[:, 0] - low) / wide[:, 0])), 1e-6)
 
 
 def level(maps: Tensor) -> Tensor:

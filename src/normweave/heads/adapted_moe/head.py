@@ -34,6 +34,7 @@ from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, sele
 from normweave.heads.base import Head, TrainingStage, batches
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
+from normweave.heads.state import drop_row
 from normweave.types import FeatureSource, FitData, PatchScores, Routing, SyntheticDefects
 from normweave.validation import DISCRIMINATOR
 
@@ -67,6 +68,7 @@ class AdaptedMoE(Head):
         self._found: Discovery | None = None
         self._experts = np.empty(0, dtype=np.int64)  # of each image of the fit data
         self._fitted_fusion: Fusion | None = None  # of a head that was fitted to all images
+        self._first: int | None = None  # subclasses of the first training; None: all
 
     @property
     def _branches(self) -> list[ExpertBranch]:
@@ -202,13 +204,14 @@ class AdaptedMoE(Head):
         for part in range(int(fold.max()) + 1):
             for branch in self.used.values():
                 self._fit_branch(branch, data, np.flatnonzero(fold != part))
-            normal.append(self._held_out(data, np.flatnonzero(fold == part)))
+            normal.append(self.held_out(data, np.flatnonzero(fold == part))[0])
             if data.defects is not None:
-                defective.append(self._defective(data, data.defects, np.flatnonzero(fold[data.defects.images] == part)))
+                own = np.flatnonzero(fold[data.defects.images] == part)
+                defective.append(self.held_out_defects(data, data.defects, own)[0])
         if not normal:  # one group only: nothing can be held out, and the scores come out too small
             for branch in self.used.values():
                 self._fit_branch(branch, data, np.arange(len(data)))
-            normal.append(self._held_out(data, np.arange(len(data))))
+            normal.append(self.held_out(data, np.arange(len(data)))[0])
         fusion.fit(
             HeldOut(*map(np.concatenate, zip(*normal, strict=True))),
             Defective(*map(np.concatenate, zip(*defective, strict=True))) if defective else None,
@@ -216,28 +219,37 @@ class AdaptedMoE(Head):
             names=data.category_names,
         )
 
-    def _held_out(self, data: FitData, rows: NDArray[np.int64]) -> HeldOut:
-        """Return the scores of these images by each branch."""
-        number = len(self.used)
+    @torch.no_grad()
+    def held_out(self, data: FitData, rows: NDArray[np.int64]) -> tuple[HeldOut, NDArray[np.int64]]:
+        """Return the scores of these images by each branch in use, and the subclass that each is routed to."""
+        number, routed = len(self.used), [np.empty(0, dtype=np.int64)]
         scores, levels = [np.empty((0, number, 2))], [np.empty((0, number))]
         maps = [np.empty((0, number, *self.grid), dtype=np.float32)]
-        for both in self._scores_by_branch(data.features, rows):
+        for both, subclass in self._scores_by_branch(data.features, rows):
+            routed.append(subclass.numpy())
             scores.append(both.amax(dim=(3, 4)).numpy())
             levels.append(level(both[:, :, 1]).numpy())
             maps.append(both[:, :, 0].numpy())
-        return HeldOut(np.concatenate(scores), np.concatenate(levels), np.concatenate(maps), data.categories[rows])
+        found = HeldOut(np.concatenate(scores), np.concatenate(levels), np.concatenate(maps), data.categories[rows])
+        return found, np.concatenate(routed)
 
-    def _defective(self, data: FitData, defects: SyntheticDefects, rows: NDArray[np.int64]) -> Defective:
-        """Return the maps of these images with defects by each branch."""
-        maps = [np.empty((0, len(self.used), *self.grid), dtype=np.float32)]
-        maps += [both[:, :, 0].numpy() for both in self._scores_by_branch(defects.features, rows)]
-        return Defective(np.concatenate(maps), defects.coverage(rows).numpy(), data.categories[defects.images[rows]])
+    @torch.no_grad()
+    def held_out_defects(
+        self, data: FitData, defects: SyntheticDefects, rows: NDArray[np.int64]
+    ) -> tuple[Defective, NDArray[np.int64]]:
+        """Return the maps of these images with defects by each branch in use, and the subclass of each."""
+        maps, routed = [np.empty((0, len(self.used), *self.grid), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
+        for both, subclass in self._scores_by_branch(defects.features, rows):
+            maps.append(both[:, :, 0].numpy())
+            routed.append(subclass.numpy())
+        coverage, categories = defects.coverage(rows).numpy(), data.categories[defects.images[rows]]
+        return Defective(np.concatenate(maps), coverage, categories), np.concatenate(routed)
 
-    def _scores_by_branch(self, source: FeatureSource, rows: NDArray[np.int64]) -> Iterator[Tensor]:
-        """Yield the patch scores of a few images at a time by each branch, (B, E, 2, h, w)."""
+    def _scores_by_branch(self, source: FeatureSource, rows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the patch scores (B, E, 2, h, w) of a few images by each branch, and the subclass (B,) of each."""
         for _, features in batches(source, rows):
-            _, _, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
-            yield torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1)
+            _, choice, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
+            yield torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1), choice.experts[:, 0]
 
     def defect_images(self, data: FitData) -> NDArray[np.int64]:
         """Return the fit images that are wanted with synthetic defects, each as often as wanted, ascending."""
@@ -276,6 +288,92 @@ class AdaptedMoE(Head):
             return embedding
         return self.novelty.whitened(block_statistics(features))
 
+    # ---------------------------------------------------------------- subclasses after the training
+
+    @property
+    def first(self) -> int:
+        """The number of subclasses of the first training; those after them were added."""
+        return self.branch.number if self._first is None else self._first
+
+    @torch.no_grad()
+    def add(self, data: FitData) -> None:
+        """Append a subclass that is fitted to these images of it; nothing of the others changes.
+
+        An image uses only experts of the first training and of subclasses that were added before that to which it is
+        nearest, so that the scores of images that are nearer to other subclasses keep every bit. The fusion is not
+        fitted: `fusion.append` follows.
+
+        Args:
+            data: standardised features of images of one subclass, its name in `names`.
+        """
+        first, expert = self.first, self.branch.number
+        _, robust = self._statistics(data.features)
+        rows = np.arange(len(data))
+        for branch in self.used.values():
+            adapted = _Adapted(data.features, branch, np.full(len(data), expert))
+            branch.experts.add(
+                Normals(adapted, rows, np.zeros(len(data), dtype=np.int64), data.groups),
+                first=first,
+                generator=torch.Generator().manual_seed(data.seed),
+            )
+            branch.unit_scale(expert + 1)
+        self.novelty.add(robust)
+        self.subclass_names += data.names
+        self._set_first(first)
+        self.origins = next(
+            (each for branch in self.used.values() if (each := branch.experts.origins) is not None), None
+        )
+
+    @torch.no_grad()
+    def remove(self, subclass: int) -> None:
+        """Remove an added subclass."""
+        first = self.first
+        for branch in self.used.values():
+            branch.experts.remove(subclass, first=first)
+        drop_row(self, subclass)
+        self.subclass_names = tuple(name for k, name in enumerate(self.subclass_names) if k != subclass)
+        self._set_first(first)
+
+    def stored_by(self) -> NDArray[np.int64] | None:
+        """Return the expert of each stored patch that `PatchScores.nearest` refers to; None if there are none."""
+        owners = (getattr(branch.experts, "owner", None) for branch in self.used.values())
+        return next((owner.numpy() for owner in owners if owner is not None), None)
+
+    def _set_first(self, first: int) -> None:
+        """Keep the number of subclasses of the first training, as a buffer too if there are others."""
+        number = self.branch.number
+        self._first = first if number > first else None
+        self._buffers.pop("first_subclasses", None)
+        if self._first is not None:
+            self.register_buffer("first_subclasses", torch.tensor([first]))
+        for branch in self.used.values():
+            branch.experts.set_number(number, first=first)
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `state` returned; raise BundleError if it does not fit."""
+        first = tensors.get("first_subclasses")
+        if first is None:
+            super().load_state(tensors)
+            return
+        self.register_buffer("first_subclasses", torch.zeros(1, dtype=torch.int64))
+        for branch in self._branches:  # make room, except in those that are not used
+            name = f"branches.{self._branches.index(branch)}.scale_mean"
+            if len(tensors.get(name, ())):
+                branch.experts.set_number(2, first=1)
+        super().load_state(tensors)
+        self._set_first(int(first))
+
+    def usable(self, distances: Tensor, allowed: Tensor | None) -> Tensor | None:
+        """Return which of the allowed experts (B, K) may score each image; see `add`. None = all."""
+        if self._first is None:
+            return allowed
+        number = torch.arange(distances.shape[1], device=distances.device)
+        latest = distances.argmin(dim=1, keepdim=True).clamp(min=self._first - 1)  # (B, 1)
+        usable = number <= latest
+        return usable if allowed is None else usable & allowed
+
+    # ---------------------------------------------------------------- scores
+
     def _score(self, features: Tensor, distances: Tensor, *, allowed: Tensor | None) -> PatchScores:
         """Score with distances (B, K) to the known subclasses, by the experts (B, K) allowed; None = all."""
         samples, choice, scored = self._route_and_score(features, distances, allowed=allowed)
@@ -306,6 +404,7 @@ class AdaptedMoE(Head):
     ) -> tuple[Tensor, Choice, dict[int, tuple[Tensor, Tensor | None]]]:
         """Return the statistics of each image, its experts, and the scores by each branch in use."""
         samples = statistics(features)
+        allowed = self.usable(distances, allowed)
         choice = self._route(features, distances, samples=samples, allowed=allowed)
         scored = {
             number: self._branch_scores(branch, features, samples, choice, allowed)
@@ -326,7 +425,8 @@ class AdaptedMoE(Head):
         similarity = similarity[:, :number]  # there may be one expert for several subclasses
         if allowed is not None:
             similarity = similarity.masked_fill(~allowed, -torch.inf)  # weight 0
-        return select_experts(similarity, temperature=self.config.temperature, top_k=self.config.top_k)
+        top_k = self.config.top_k if self._first is None else min(self.config.top_k, self._first)
+        return select_experts(similarity, temperature=self.config.temperature, top_k=top_k)
 
     def _branch_scores(
         self, branch: ExpertBranch, features: Tensor, samples: Tensor, choice: Choice, allowed: Tensor | None

@@ -19,14 +19,17 @@ class Choice(NamedTuple):
 
 
 def select_experts(similarity: Tensor, *, temperature: float, top_k: int) -> Choice:
-    """Select the top k experts by softmax and renormalise their weights.
+    """Select the top k experts; their weights are the softmax over them.
+
+    This is the softmax over all, renormalised, but does not depend on the number of the others: their sum may round
+    differently.
 
     Args:
         similarity: (B, K), higher = more similar.
     """
     top_k = min(top_k, similarity.shape[1])
-    weights, experts = (similarity / temperature).softmax(dim=1).topk(top_k, dim=1)  # (B, T) each
-    return Choice(weights / weights.sum(dim=1, keepdim=True), experts)
+    highest, experts = similarity.topk(top_k, dim=1)  # (B, T) each
+    return Choice((highest / temperature).softmax(dim=1), experts)
 
 
 class Router(nn.Module):

@@ -80,6 +80,22 @@ class Experts(nn.Module):
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
         """Fit everything in closed form, after the stages."""
 
+    def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
+        """Append an expert that is fitted to images of one new subclass; the others do not change.
+
+        Only for experts of the fusion; `set_number` follows.
+
+        Args:
+            first: number of experts of the first training.
+        """
+        raise NotImplementedError
+
+    def remove(self, expert: int, *, first: int) -> None:
+        """Remove what an added expert has beside its row of the buffers in `by_subclass`; `set_number` follows."""
+
+    def set_number(self, number: int, *, first: int) -> None:
+        """Note the number of experts and that of the first training: an exported graph needs them as constants."""
+
     @abstractmethod
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Score patches by some of the experts.

@@ -21,6 +21,7 @@ class GaussianExperts(Experts):
     offset: Tensor  # (K, D') -W m
 
     default_adaption = "full"
+    by_subclass = ("whitener", "offset")
 
     def __init__(self, config: GaussianExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:
         super().__init__()
@@ -35,29 +36,57 @@ class GaussianExperts(Experts):
         count = torch.zeros(normals.number, dtype=torch.float64)
         total = torch.zeros(normals.number, channels, dtype=torch.float64)
         square = torch.zeros(normals.number, channels, channels, dtype=torch.float64)
+        self._sum(normals, count, total, square)
+        together = _covariance(square.sum(dim=0)[None], total.sum(dim=0)[None], count.sum()[None])
+        self.whitener, self.offset = self._whitening(
+            _covariance(square, total, count), together, total / count[:, None]
+        )
+
+    def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
+        """Append an expert. Its covariance is mixed with the mean of those of the first training, from their W."""
+        channels = self.offset.shape[1]
+        count, total = torch.zeros(1, dtype=torch.float64), torch.zeros(1, channels, dtype=torch.float64)
+        square = torch.zeros(1, channels, channels, dtype=torch.float64)
+        self._sum(normals, count, total, square)
+        together = covariances(self.whitener[:first]).mean(dim=0, keepdim=True)
+        whitener, offset = self._whitening(_covariance(square, total, count), together, total / count[:, None])
+        self.whitener, self.offset = torch.cat([self.whitener, whitener]), torch.cat([self.offset, offset])
+
+    def _sum(self, normals: Normals, count: Tensor, total: Tensor, square: Tensor) -> None:
+        """Add number (K,), sum (K, D') and sum of x x' (K, D', D') of the patches of each expert, in float64."""
         for batch, features in normals.batches():
-            for row, image in zip(batch, features[:, :channels].flatten(2).double(), strict=True):
+            for row, image in zip(batch, features[:, : total.shape[1]].flatten(2).double(), strict=True):
                 expert = normals.experts[row]
                 count[expert] += image.shape[1]
                 total[expert] += image.sum(dim=1)
                 square[expert] += image @ image.T
-        mean = total / count[:, None]  # (K, D')
-        own = _covariance(square, total, count)  # (K, D', D')
-        together = _covariance(square.sum(dim=0)[None], total.sum(dim=0)[None], count.sum()[None])
+
+    def _whitening(self, own: Tensor, together: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return W (K, D', D') and -W m (K, D') for the covariances (K, D', D') and means (K, D') of experts.
+
+        Args:
+            together: (1, D', D') covariance that is mixed with each.
+        """
         mixed = (1 - self.config.pooled) * own + self.config.pooled * together
         variance = mixed.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-6)  # (K,)
-        identity = torch.eye(channels, dtype=torch.float64)
+        identity = torch.eye(own.shape[1], dtype=torch.float64)
         shrunk = (1 - self.config.shrinkage) * mixed + self.config.shrinkage * variance[:, None, None] * identity
         factor = torch.linalg.cholesky(shrunk)
         whitener = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-        self.whitener = whitener.float()
-        self.offset = -(whitener @ mean[..., None]).squeeze(2).float()
+        return whitener.float(), -(whitener @ mean[..., None]).squeeze(2).float()
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Return the distance of every patch, (B, T, 1, h, w)."""
         used = features[:, :, : self.offset.shape[1]]  # (B, S, D', h, w)
         whitened = products(used, self.whitener[experts], self.offset[experts])  # (B, T, D', P)
         return (whitened * whitened).sum(dim=2).sqrt().view(*experts.shape, 1, *features.shape[3:])
+
+
+def covariances(whitener: Tensor) -> Tensor:
+    """Return the covariances (K, D, D), in float64, whose inverses are W' W, for lower triangular W (K, D, D)."""
+    identity = torch.eye(whitener.shape[1], dtype=torch.float64).expand(whitener.shape)
+    factor = torch.linalg.solve_triangular(whitener.double(), identity, upper=False)
+    return torch.bmm(factor, factor.mT)
 
 
 def _covariance(square: Tensor, total: Tensor, count: Tensor) -> Tensor:

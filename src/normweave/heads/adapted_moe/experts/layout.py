@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normweave.config import LayoutExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals, fine_channels, to_cells, to_grid
+from normweave.heads.adapted_moe.experts.gaussian import covariances
 from normweave.heads.dfm import principal_components
 
 
@@ -24,6 +25,9 @@ class LayoutExperts(Experts):
 
     The first map uses all channels. It is the maximum over both cell sizes and over `Detail`, the residual at the full
     resolution of the features. The second map uses the channels of the coarsest stage and gives the image score.
+
+    An added expert keeps the subspace of the first training and has a second one, of the residuals of its own images;
+    see `View.add`. Images that are routed to it have the residual of both.
     """
 
     standardised = True
@@ -41,6 +45,7 @@ class LayoutExperts(Experts):
             for side in (config.cells, max(1, config.cells // 2))
         )
         self.detail = Detail(shape=shape, cells=self._views[0].cells, own=config.own)
+        self._first: int | None = None  # experts of the first training; None: all
 
     @property
     def _views(self) -> list[View]:
@@ -64,16 +69,39 @@ class LayoutExperts(Experts):
         ]
         self.detail.fit(normals, drawn, left_out[0])
 
+    def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
+        """Append an expert with a subspace of its own to each view."""
+        drawn = np.arange(len(normals.rows))[: self.config.max_images]
+        features = torch.cat([batch for _, batch in normals.batches(drawn)])  # (n, D, h, w)
+        fold = _folds(normals.groups[drawn], View.folds, generator=generator)
+        left_out = [view.add(features, fold, first=first) for view in self._views]
+        self.detail.add(features, fold, left_out[0], first=first)
+
+    def remove(self, expert: int, *, first: int) -> None:
+        """Remove the subspace of an added expert."""
+        for view in self._views:
+            view.remove(expert - first)
+        self.detail.remove(expert - first)
+
+    def set_number(self, number: int, *, first: int) -> None:
+        """Note the number of experts of the first training; make room for what the added ones have."""
+        self._first = first if number > first else None
+        for view in self._views:
+            view.set_number(number - first)
+        self.detail.set_number(number - first)
+
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Return the map and the map of the image score, (B, T, 2, h, w)."""
         B, S, _, h, w = features.shape
         images = features.flatten(0, 1)  # (B*S, D, h, w)
         chosen = experts.reshape(B * S, experts.shape[1] // S)  # of each of these; S = 1 or T
-        residuals = [view.residual(images) for view in self._views]
+        # The added subspace of each image, -1: none. An image is routed to the first of its experts.
+        added = None if self._first is None else (chosen[:, 0] - self._first).clamp(min=-1)
+        residuals = [view.residual(images, added) for view in self._views]
         fine, coarse, fine_last, coarse_last = (
             to_grid(view(residual, chosen), (h, w)) for view, residual in zip(self._views, residuals, strict=True)
         )
-        maps = torch.maximum(torch.maximum(fine, coarse), self.detail(images, residuals[0], chosen))
+        maps = torch.maximum(torch.maximum(fine, coarse), self.detail(images, residuals[0], chosen, added))
         both = torch.stack([maps, 0.5 * (fine_last + coarse_last)], dim=2)  # (B*S, T/S, 2, h, w)
         return both.view(*experts.shape, 2, h, w)
 
@@ -103,8 +131,12 @@ class View(nn.Module):
     usual: Tensor  # otherwise: (K, cells, cells) root mean square of |whitener r|
     centre: Tensor  # (K,)
     std: Tensor  # (K,)
+    added_mean: Tensor  # (A, F) of each added expert; only if there are any
+    added_components: Tensor  # (A, F, most_added)
 
     folds = 4
+    most_added = 24
+    """Components of an added subspace, at most; with fewer the others are zero, so that all have one size."""
 
     def __init__(
         self,
@@ -126,8 +158,10 @@ class View(nn.Module):
         self.register_buffer("mean", torch.zeros(numbers))
         self.register_buffer("components", torch.zeros(numbers, 1))
         if by_cells:
+            self.by_subclass: tuple[str, ...] = ("weights", "centre", "std")
             self.register_buffer("weights", torch.ones(1, width, *self.cells))
         else:
+            self.by_subclass = ("whitener", "usual", "centre", "std")
             self.register_buffer("whitener", torch.eye(width)[None])
             self.register_buffer("usual", torch.ones(1, *self.cells))
         self.register_buffer("centre", torch.zeros(1))
@@ -162,6 +196,70 @@ class View(nn.Module):
         left_out = residual.view(len(pooled), -1, *self.cells)
         self._measure(left_out, torch.from_numpy(experts))
         return left_out
+
+    def add(self, features: Tensor, fold: NDArray[np.int64], *, first: int) -> Tensor:
+        """Append an expert that is fitted to the features (n, D, h, w) of its images.
+
+        The variances are mixed with the mean of those of the first training, which follow from its weights.
+
+        Args:
+            fold: (n,) in which each image is left out of the fit of its subspace.
+            first: number of experts of the first training.
+
+        Returns:
+            (n, D', cells, cells) residuals of each image by a subspace that was not fitted on its fold.
+        """
+        self.set_number(1)
+        rest = _residual(self.pool(features), self.mean, self.components)  # (n, F)
+        residual = torch.empty_like(rest)
+        for part in range(int(fold.max()) + 1):
+            out = torch.from_numpy(fold == part)
+            mean, components = self._added_components(rest if out.all() else rest[~out])
+            residual[out] = _residual(rest[out], mean, components)
+        mean, components = self._added_components(rest)
+        self.added_mean = torch.cat([self.added_mean, mean[None]])
+        self.added_components = torch.cat([self.added_components, components[None]])
+        left_out = residual.view(len(rest), -1, *self.cells)
+        own, tiny, expert = self.config.own, 1e-6, len(self.centre)
+        if self.by_cells:
+            square = left_out.square().mean(dim=0)  # (D', cells, cells)
+            square = 0.5 * square + 0.5 * square.mean(dim=(1, 2), keepdim=True) + tiny
+            together = (1 / self.weights[:first]).mean(dim=0)
+            self.weights = torch.cat([self.weights, (1 / (own * square + (1 - own) * together))[None]])
+        else:
+            covariance = _second_moment(left_out).double()
+            identity = torch.eye(len(covariance), dtype=torch.float64)
+            shrunk = 0.5 * covariance + 0.5 * (covariance.diagonal().mean() + tiny) * identity
+            together = covariances(self.whitener[:first]).mean(dim=0)
+            factor = torch.linalg.cholesky(own * shrunk + (1 - own) * together)
+            whitener = torch.linalg.solve_triangular(factor, identity, upper=False).float()
+            self.whitener = torch.cat([self.whitener, whitener[None]])
+            self.usual = torch.cat([self.usual, torch.ones(1, *self.cells)])
+            square = self._by(left_out, expert).square().mean(dim=0)  # (cells, cells)
+            usual = own * square + (1 - own) * self.usual[:first].square().mean(dim=0)
+            self.usual = torch.cat([self.usual[:expert], usual.sqrt()[None] + tiny])
+        scores = self._by(left_out, expert)
+        self.centre = torch.cat([self.centre, scores.mean()[None]])
+        self.std = torch.cat([self.std, scores.std(correction=0)[None] + tiny])
+        return left_out
+
+    def _added_components(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (F,) and components (F, `most_added`) of the residuals (n, F) of an added expert's images."""
+        mean, found = self._components(rows)
+        components = found.new_zeros(len(mean), self.most_added)
+        components[:, : found.shape[1]] = found[:, : self.most_added]
+        return mean, components
+
+    def remove(self, number: int) -> None:
+        """Remove an added subspace."""
+        self.added_mean, self.added_components = (
+            _without(self.added_mean, number),
+            _without(self.added_components, number),
+        )
+
+    def set_number(self, added: int) -> None:
+        """Make room for this many added subspaces if there is none yet; without any the buffers are removed."""
+        _room(self, added, added_mean=tuple(self.mean.shape), added_components=(len(self.mean), self.most_added))
 
     def _components(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         mean, components = principal_components(rows, variance=self.config.variance)
@@ -213,11 +311,22 @@ class View(nn.Module):
         square = whitened.view(N, T, *residual.shape[1:]).square().sum(dim=2)
         return square.sqrt() / self.usual[experts]
 
-    def residual(self, features: Tensor) -> Tensor:
-        """Return the residuals (N, D', cells, cells) of features (N, D, h, w)."""
+    def residual(self, features: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return the residuals (N, D', cells, cells) of features (N, D, h, w).
+
+        Args:
+            added: (N,) the added subspace of each, -1 = none; None = those of none.
+        """
         pooled = self.pool(features)
         width = self.channels[1] - self.channels[0]
-        return _residual(pooled, self.mean, self.components).view(pooled.shape[0], width, *self.cells)
+        rest = _residual(pooled, self.mean, self.components)
+        if added is not None:
+            number = added.clamp(min=0)
+            centred = rest - self.added_mean[number]
+            components = self.added_components[number]  # (N, F, r)
+            explained = components @ (components.mT @ centred[..., None])  # (N, F, 1)
+            rest = torch.where((added >= 0)[:, None], centred - explained[..., 0], rest)
+        return rest.view(pooled.shape[0], width, *self.cells)
 
     def forward(self, residual: Tensor, experts: Tensor) -> Tensor:
         """Return standardised scores (N, T, cells, cells) by the experts (N, T)."""
@@ -241,7 +350,10 @@ class Detail(nn.Module):
     weights: Tensor  # (K, D, h, w)
     centre: Tensor  # (K,)
     std: Tensor  # (K,)
+    added_mean: Tensor  # (A, D, h, w) of each added expert, instead of `mean`; only if there are any
     up: Tensor  # (cells^2, h*w) `to_grid` as a matrix, which is faster; not saved, since it follows from the sizes
+
+    by_subclass = ("weights", "centre", "std")
 
     def __init__(self, *, shape: tuple[int, int, int], cells: tuple[int, int], own: float) -> None:
         super().__init__()
@@ -281,6 +393,37 @@ class Detail(nn.Module):
         self.centre = first.float()
         self.std = (second - first.square()).clamp_min(0).sqrt().float() + tiny
 
+    def add(self, features: Tensor, fold: NDArray[np.int64], left_out: Tensor, *, first: int) -> None:
+        """Append an expert with a mean of its own; arguments and variances as in `View.add`.
+
+        Args:
+            left_out: (n, D, cells, cells) that the view returned.
+        """
+        self.set_number(1)
+        rest = self._rest(features, left_out)  # (n, D, h, w)
+        mean, tiny = rest.mean(dim=0), 1e-6
+        centred = torch.empty_like(rest)
+        for part in range(int(fold.max()) + 1):
+            out = torch.from_numpy(fold == part)
+            centred[out] = rest[out] - (mean if out.all() else rest[~out].mean(dim=0))
+        square = centred.square().mean(dim=0)
+        square = 0.5 * square + 0.5 * square.mean(dim=(1, 2), keepdim=True) + tiny
+        together = (1 / self.weights[:first]).mean(dim=0)
+        self.weights = torch.cat([self.weights, (1 / (self.own * square + (1 - self.own) * together))[None]])
+        self.added_mean = torch.cat([self.added_mean, mean[None]])
+        expert = torch.full((len(rest), 1), len(self.weights) - 1)
+        scores = _weighted(centred.square(), self.weights, expert).sqrt()
+        self.centre = torch.cat([self.centre, scores.mean()[None]])
+        self.std = torch.cat([self.std, scores.std(correction=0)[None] + tiny])
+
+    def remove(self, number: int) -> None:
+        """Remove the mean of an added expert."""
+        self.added_mean = _without(self.added_mean, number)
+
+    def set_number(self, added: int) -> None:
+        """As in `View`."""
+        _room(self, added, added_mean=tuple(self.mean.shape))
+
     def _rests(
         self, normals: Normals, chosen: NDArray[np.int64], left_out: Tensor
     ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
@@ -294,15 +437,36 @@ class Detail(nn.Module):
         rows = features.flatten(0, 1).flatten(1)  # (N*D, h*w)
         return torch.addmm(rows, explained.flatten(0, 1).flatten(1), self.up, alpha=-1).view(features.shape)
 
-    def _distance(self, rest: Tensor, experts: Tensor) -> Tensor:
+    def _distance(self, rest: Tensor, experts: Tensor, added: Tensor | None = None) -> Tensor:
         """Return the distances (N, T, h, w) of (N, D, h, w) by the experts (N, T)."""
-        centred = rest - self.mean
+        mean = self.mean
+        if added is not None:
+            mean = torch.where((added >= 0)[:, None, None, None], self.added_mean[added.clamp(min=0)], mean)
+        centred = rest - mean
         return _weighted(centred * centred, self.weights, experts).sqrt()
 
-    def forward(self, features: Tensor, residual: Tensor, experts: Tensor) -> Tensor:
-        """Return standardised scores (N, T, h, w) of features (N, D, h, w) with their residual in the view."""
-        distance = self._distance(self._rest(features, residual), experts)
+    def forward(self, features: Tensor, residual: Tensor, experts: Tensor, added: Tensor | None = None) -> Tensor:
+        """Return standardised scores (N, T, h, w) of features (N, D, h, w) with their residual in the view.
+
+        Args:
+            added: as of `View.residual`.
+        """
+        distance = self._distance(self._rest(features, residual), experts, added)
         return (distance - self.centre[experts][..., None, None]) / self.std[experts][..., None, None]
+
+
+def _room(module: nn.Module, added: int, **shapes: tuple[int, ...]) -> None:
+    """Register empty buffers of these shapes for added experts if there are none yet; remove them if none is added."""
+    for name, shape in shapes.items():
+        if added == 0:
+            module._buffers.pop(name, None)
+        elif name not in module._buffers:
+            module.register_buffer(name, torch.empty(0, *shape))
+
+
+def _without(tensor: Tensor, number: int) -> Tensor:
+    """Return the tensor without one row."""
+    return torch.cat([tensor[:number], tensor[number + 1 :]])
 
 
 def _weighted(squares: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

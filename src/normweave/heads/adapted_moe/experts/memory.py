@@ -35,6 +35,7 @@ class MemoryExperts(Experts):
     usual: Tensor  # (M,) mu(m)
 
     default_adaption = "off"
+    by_subclass = ()
 
     pseudo_counts = 3
     neighbours = 10
@@ -49,6 +50,7 @@ class MemoryExperts(Experts):
         self.register_buffer("bank", torch.zeros(1, dimensions))
         self.register_buffer("owner", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("usual", torch.ones(1))
+        self._added: tuple[tuple[int, int, int], ...] = ()  # expert, first row and end of the patches of each added
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
         """Fill the memory bank, and measure the mean distance of normal patches to every stored patch."""
@@ -74,6 +76,34 @@ class MemoryExperts(Experts):
         self.usual = torch.ones(len(self.bank))
         if self.config.calibrated:
             self.usual = self._measure(normals, normals.groups[images])
+
+    def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
+        """Append patches of these images that are far from the stored ones; V does not change.
+
+        They are at most an equal share of `max_patches` for each expert, and are searched by a product of their own,
+        so that the distances to the other patches keep every bit.
+        """
+        expert = first + len(self._added)
+        patches, places = self._draw(normals, np.arange(len(normals.rows)), generator)
+        projected = patches @ self.components
+        keep = min(max(1, self.config.max_patches // (expert + 1)), len(projected))
+        chosen = coreset(projected, keep, generator=generator, given=self.bank)
+        self.bank = torch.cat([self.bank, projected[chosen]])
+        self.owner = torch.cat([self.owner, torch.full((keep,), expert)])
+        self.usual = torch.cat([self.usual, self.usual.mean().expand(keep)])
+        self.origins = places[chosen.numpy()]
+
+    def remove(self, expert: int, *, first: int) -> None:
+        """Remove the patches of an added expert."""
+        kept = self.owner != expert
+        self.bank, self.usual, owner = self.bank[kept], self.usual[kept], self.owner[kept]
+        self.owner = torch.where(owner > expert, owner - 1, owner)
+
+    def set_number(self, number: int, *, first: int) -> None:
+        """Note the rows of the patches of each added expert."""
+        counts = np.bincount(self.owner.numpy(), minlength=number)
+        ends = np.cumsum(counts).tolist()
+        self._added = tuple((expert, ends[expert - 1], ends[expert]) for expert in range(first, number))
 
     def _draw(
         self, normals: Normals, own: NDArray[np.int64], generator: torch.Generator
@@ -122,18 +152,31 @@ class MemoryExperts(Experts):
 
     def score_united(self, features: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the distance of every patch to those of all allowed experts, and the nearest of them."""
-        return self._score(features, None if allowed is None else allowed[:, self.owner])
+        end = self._added[0][1] if self._added else len(self.bank)
+        return self._score(features, None if allowed is None else allowed[:, self.owner[:end]], allowed)
 
-    def _score(self, features: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the scores (B, 1, h, w) and the nearest stored patch (B, h, w)."""
+    def _score(self, features: Tensor, allowed: Tensor | None, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the scores (B, 1, h, w) and the nearest stored patch (B, h, w).
+
+        Args:
+            allowed: as of `_nearest`.
+            experts: (B, K) bool, the experts whose added patches count, too; None = those of none.
+        """
         distance, index = self._nearest(features, allowed)
+        if self._added and experts is not None:
+            patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
+            for expert, first, end in self._added:
+                added = self._search(patches, self.bank[first:end], None) + first
+                away = (patches - self.bank[added]).square().sum(dim=2).sqrt()
+                closer = (away < distance) & experts[:, expert, None]
+                distance, index = torch.where(closer, away, distance), torch.where(closer, added, index)
         if self.config.calibrated:
             distance = distance / self.usual[index]
         B, _, h, w = features.shape
         return distance.view(B, 1, h, w), index.view(B, h, w)
 
     def _nearest(self, features: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the distance (B, P) of every patch to the nearest stored one and its row in the bank (B, P) int64.
+        """Return the distance (B, P) of every patch to the nearest patch of the first training, and its row (B, P).
 
         The nearest patch has the largest x . m - |m|^2 / 2. Its distance is then computed from the difference, because
         the expansion of the square loses small distances to rounding.
@@ -143,12 +186,17 @@ class MemoryExperts(Experts):
             allowed: (B, M) bool, the stored patches that count; None = all.
         """
         patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
-        offset = -0.5 * self.bank.square().sum(dim=1)[None]  # (1 or B, M)
+        index = self._search(patches, self.bank[: self._added[0][1]] if self._added else self.bank, allowed)
+        return (patches - self.bank[index]).square().sum(dim=2).sqrt(), index
+
+    @staticmethod
+    def _search(patches: Tensor, bank: Tensor, allowed: Tensor | None) -> Tensor:
+        """Return the row (B, P) of the bank (M, r) that is nearest to each of the patches (B, P, r)."""
+        offset = -0.5 * bank.square().sum(dim=1)[None]  # (1 or B, M)
         if allowed is not None:
             offset = offset.masked_fill(~allowed, -torch.inf)
-        parts = torch.split(patches, max(1, PRODUCTS // self.bank.shape[0]), dim=1)
-        index = torch.cat([(part @ self.bank.T + offset[:, None]).argmax(dim=2) for part in parts], dim=1)
-        return (patches - self.bank[index]).square().sum(dim=2).sqrt(), index
+        parts = torch.split(patches, max(1, PRODUCTS // bank.shape[0]), dim=1)
+        return torch.cat([(part @ bank.T + offset[:, None]).argmax(dim=2) for part in parts], dim=1)
 
 
 def _principal_components(patches: Tensor, number: int) -> Tensor:

@@ -1,0 +1,131 @@
+"""Adding and removing a subclass changes no bit of the other scores."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from normweave import bundle as bundles
+from normweave import checks
+from normweave.config import DataConfig
+from normweave.data import layouts
+from normweave.detector import Detector
+from normweave.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def images(cloth):
+    """Good training images by subclass, and test images of those subclasses."""
+    samples = layouts.read(cloth, DataConfig(subclass_from="column"))
+    names = sorted({each.subclass for each in samples if each.split == "train"})
+    return {name: [each for each in samples if each.subclass == name] for name in names}
+
+
+def good(images, name):
+    return [replace(each, split=None) for each in images[name] if each.split == "train"]
+
+
+@pytest.fixture(scope="module")
+def added(fusion_bundle, images, tmp_path_factory):
+    """The third subclass added to that bundle."""
+    third = list(images)[2]
+    detector = Detector.load(fusion_bundle).with_subclass(good(images, third)[:12], category="cloth", subclass=third)
+    return detector.save(tmp_path_factory.mktemp("added") / "added.bundle")
+
+
+def raw(folder, paths):
+    """The raw outputs of a bundle for images."""
+    detector = Detector.load(folder, threads=1)
+    pixels = np.concatenate([detector.open(path).pixels for path in paths])
+    return checks.outputs(detector.network, pixels)
+
+
+def equal(old, new, rows):
+    return all(
+        np.array_equal(getattr(old, name)[rows], getattr(new, name)[rows]) for name in ("scores", "image_scores")
+    )
+
+
+def test_scores_of_images_that_are_nearer_to_the_others_keep_every_bit(fusion_bundle, added, images):
+    names = list(images)
+    paths = [each.image_path for name in names for each in images[name] if each.split == "test"]
+    old, new = raw(fusion_bundle, paths), raw(added, paths)
+    nearer = new.subclass == 2
+
+    assert not nearer.all()
+    assert nearer[[each.subclass == names[2] for name in names for each in images[name] if each.split == "test"]].all()
+    assert equal(old, new, ~nearer)
+    assert not equal(old, new, nearer)
+
+
+def test_operating_points_of_the_others_do_not_change(fusion_bundle, added, images):
+    old, new = Detector.load(fusion_bundle), Detector.load(added)
+    third = list(images)[2]
+
+    assert new.subclass_names == (*old.subclass_names, f"cloth/{third}")
+    assert new.calibration.as_dict() | {"added": None} == old.calibration.as_dict() | {"added": None}
+    (own,) = new.calibration.added
+    assert own.calibration.cross_validated
+    assert len(own.calibration) == 12
+    record = new.record["added"][f"cloth/{third}"]
+    assert record["images"] == 12
+    stored = len(checks.read(fusion_bundle).pixels)
+    assert record["check"] == {"tiles": stored, "equal": stored, "moved": []}
+    assert [each["action"] for each in new.record["history"]] == ["trained", "added"]
+    assert new.record["history"][1]["parent"] == old.bundle_hash
+    unused = [each.image_path for each in images[third] if each.split == "test" and each.label == "normal"]
+    outcomes = new.score([str(path) for path in unused])
+    assert {each.subclass for each in outcomes} == {third}
+    assert {each.threshold for each in outcomes if not each.unseen} <= {own.calibration.point().threshold}
+
+
+def test_what_was_added_can_be_removed_without_a_trace(fusion_bundle, added, images, tmp_path):
+    third = list(images)[2]
+    removed = Detector.load(added).without_subclass(category="cloth", subclass=third).save(tmp_path / "removed.bundle")
+
+    assert bundles.weights_hash(removed) == bundles.weights_hash(fusion_bundle)
+    assert checks.read(removed).to_bytes() == checks.read(fusion_bundle).to_bytes()
+    old, new = Detector.load(fusion_bundle), Detector.load(removed)
+    assert new.calibration.as_dict() == old.calibration.as_dict()
+    for key in ("subclasses", "subclass_names", "categories", "fit_hashes", "fit_images"):
+        assert new.record[key] == old.record[key]
+    assert [each["action"] for each in new.record["history"]] == ["trained", "added", "removed"]
+
+
+def test_a_new_category_has_weights_of_its_own(fusion_bundle, images):
+    """They are measured on synthetic defects; the references get the images of the category."""
+    third = list(images)[2]
+    old = Detector.load(fusion_bundle)
+    new = old.with_subclass(good(images, third)[:8], category="denim", subclass=None)
+
+    assert new.subclass_names == (*old.subclass_names, "denim")
+    fusion = new.record["notes"]["fusion"][-1]
+    assert fusion["category"] == "denim"
+    assert fusion["synthetic_defects"] > 0
+    assert "denim" in {image.name.split("/")[0] for image in new.network.references.images}
+    assert len(new.network.references.patches) == len(new.network.head.stored_by())
+    assert new.calibration.unseen.as_dict() == old.calibration.unseen.as_dict()
+    assert not new.calibration.added[0].unseen
+
+
+def test_what_cannot_be_added_is_refused(fusion_bundle, added, images, bundle):
+    first, _, third = images
+    new = good(images, third)
+    detector = Detector.load(fusion_bundle)
+
+    with pytest.raises(ConfigError, match=f"knows the subclass cloth/{first} already"):
+        detector.with_subclass(new, category="cloth", subclass=first)
+    with pytest.raises(DataError, match="at least 5 good images, got 4"):
+        detector.with_subclass(new[:4], category="cloth", subclass=third)
+    with pytest.raises(DataError, match="at least 2 groups"):
+        detector.with_subclass([replace(each, group="a") for each in new[:6]], category="cloth", subclass=third)
+    with pytest.raises(DataError, match="was used in training already"):
+        detector.with_subclass(good(images, first)[:6], category="cloth", subclass="other")
+    with pytest.raises(DataError, match="was used in training already"):
+        Detector.load(added).with_subclass(new[:6], category="cloth", subclass="other")
+    with pytest.raises(ConfigError, match="default Adapted-MoE"):
+        Detector.load(bundle).with_subclass(new[:6], category="cloth", subclass="other")
+    with pytest.raises(ConfigError, match="one of the first training"):
+        Detector.load(added).without_subclass(category="cloth", subclass=first)
+    with pytest.raises(ConfigError, match="is not known"):
+        Detector.load(added).without_subclass(category="cloth", subclass="other")

@@ -90,3 +90,35 @@ def test_without_its_libraries_the_installation_is_named(trained, monkeypatch):
     result = serve(trained.bundle)
     assert result.exit_code == 2
     assert 'pip install "normweave[serve]"' in result.output
+
+
+def test_a_library_serves_its_only_bundle_or_the_chosen_one(trained, runs, tmp_path):
+    library = tmp_path / "bundles"
+    shutil.copytree(trained.bundle, library / "first")
+    result = run("serve", "--library", library, "--port", 0, "--shadow-share", 0.5)
+    assert f"Serving {library} at" in result.stdout
+    assert f"Results are stored in {tmp_path / 'inspections'}" in result.stdout
+    assert runs[0][1].shadow_share == 0.5
+    shutil.copytree(trained.bundle, library / "second")
+    assert run("serve", "--library", library, "--port", 0).exit_code == 0  # it was active before
+    result = run("serve", "--library", library, "--port", 0, "--name", "Press 5")
+    assert (result.exit_code, "--active NAME. Usable: first, second" in result.output) == (2, True)
+    assert run("serve", "--library", library, "--port", 0, "--name", "Press 5", "--active", "second").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "Give one BUNDLE, or a folder of bundles"),
+        (("--library", "nowhere"), "is not a folder"),
+        (("--active", "first"), "Give one BUNDLE"),
+        (("--library", ".", "--shadow-share", "2"), "shadow_share must be above 0 and at most 1"),
+    ],
+)
+def test_a_library_or_one_bundle(options, words):
+    result = run("serve", "--port", 0, *options)
+    assert (result.exit_code, words in result.output) == (2, True), result.output
+
+
+def test_active_needs_a_library(trained):
+    assert "it needs --library" in serve(trained.bundle, "--active", "first").output

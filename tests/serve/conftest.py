@@ -15,11 +15,14 @@ import uvicorn
 from starlette.testclient import TestClient
 
 from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
+from bundles import make_library
 from normweave.detector import Detector
 from normweave.serve import create_app
 from normweave.serve.access import Access
 from normweave.serve.config import ServeConfig
 from normweave.serve.files import Files
+from normweave.serve.library import Library
+from normweave.serve.models import Models, choose_active
 from normweave.serve.process import listen, protocol_with_limits
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
@@ -137,6 +140,41 @@ def start(loaded, tmp_path):
         service.stop()
         service.store.close()
         service.files.close()
+
+
+@pytest.fixture(scope="session")
+def library_folder(bundle, tmp_path_factory):  # noqa: F811 - it is the fixture
+    """A library of two bundles with other scores and of a damaged one; tests copy it before they change it."""
+    return make_library(bundle, tmp_path_factory.mktemp("library") / "bundles")
+
+
+@pytest.fixture
+def library(library_folder, tmp_path):
+    return Library(shutil.copytree(library_folder, tmp_path / "bundles"))
+
+
+@pytest.fixture
+def hashes(library):
+    """Hash of each bundle of the library by its name."""
+    return {one.name: one.bundle_hash for one in library.scan()}
+
+
+def load(path):
+    return Detector.load(path, threads=1, device="cpu")
+
+
+@pytest.fixture
+def library_service(start, library):
+    """A service with a library, of which `old` is active, and whose candidate may take a whole processor."""
+    service = start(shadow_share=1.0)
+    choose_active(library, service.store, name="old")
+    service.models = Models(library, service=service, load=load, device="cpu")
+    return service
+
+
+@pytest.fixture
+def models(library_service):
+    return library_service.models
 
 
 @pytest.fixture

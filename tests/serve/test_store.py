@@ -98,7 +98,7 @@ FILTERS = {
     "reviewed": (Filter(reviewed=True), lambda one: one.review is not None),
     "not reviewed": (Filter(reviewed=False), lambda one: one.review is None),
     "decision": (Filter(decision="reject"), lambda one: one.review and one.review.decision == "reject"),
-    "p": (Filter(p_value_below=0.02), lambda one: (one.outcome.p_value or 1) <= 0.02),
+    "p": (Filter(p_value_within=2.0), lambda one: (one.outcome.p_value or 1) <= 0.02),  # at the rate 0.01
     "two": (
         Filter(since=NOON, category="cloth"),
         lambda one: one.received_at >= NOON and one.outcome.category == "cloth",

@@ -7,6 +7,9 @@ import typer
 
 Data = Annotated[Path, typer.Argument(help="A manifest (.csv, .parquet) or a folder of images.", show_default=False)]
 Bundle = Annotated[Path, typer.Argument(help="Folder written by 'normweave train'.", show_default=False)]
+OneBundle = Annotated[
+    Path | None, typer.Argument(metavar="BUNDLE", help="Folder written by 'normweave train'.", show_default=False)
+]
 Category = Annotated[
     list[str] | None,
     typer.Option("--category", help="Category to use, or all. Repeatable.", show_default="all"),

@@ -1,4 +1,4 @@
-"""`normweave serve`: a server with a REST interface and web pages for a bundle."""
+"""`normweave serve`: a server with a REST interface and web pages for a bundle, or for a library of bundles."""
 
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -18,12 +18,12 @@ NAME_LENGTH = 60
 
 def serve(
     terminal: Terminal,
-    bundle: options.Bundle,
+    bundle: options.OneBundle = None,
     host: Annotated[str, typer.Option(help="Address to listen on. 0.0.0.0 allows other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on. 0 = any free port.")] = 8080,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of the inspections.", show_default="'inspections' next to the bundle"),
+        typer.Option(help="Folder of the inspections.", show_default="'inspections' next to the bundle or library"),
     ] = None,
     database: Annotated[
         str | None,
@@ -37,6 +37,23 @@ def serve(
         Path | None,
         typer.Option(help="Folder of a camera. New images in it are inspected.", show_default=False),
     ] = None,
+    library: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of bundles, instead of BUNDLE. One inspects, another one can be in its shadow.",
+            show_default=False,
+        ),
+    ] = None,
+    active: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the bundle of the library that inspects.", show_default="the one that was active before"
+        ),
+    ] = None,
+    shadow_share: Annotated[
+        float,
+        typer.Option(help="Highest share of a processor for the bundle in the shadow.", rich_help_panel=_LIMITS),
+    ] = 0.25,
     new_token: Annotated[
         str | None,
         typer.Option(help="Create another token with this role: operator or engineer.", show_default=False),
@@ -76,6 +93,10 @@ def serve(
 
     The first start creates a token for each role and prints it once.
     """
+    if (bundle is None) == (library is None):
+        raise ConfigError("Give one BUNDLE, or a folder of bundles with --library.")
+    if active is not None and library is None:
+        raise ConfigError("--active chooses a bundle of a library, so it needs --library.")
     if (tls_certificate is None) != (tls_key is None):
         raise ConfigError("TLS needs both --tls-certificate and --tls-key.")
     if len(name) > NAME_LENGTH or not name.isprintable():
@@ -89,6 +110,8 @@ def serve(
         from normweave.serve.authentication import is_loopback
         from normweave.serve.config import ServeConfig
         from normweave.serve.files import Files
+        from normweave.serve.library import Library
+        from normweave.serve.models import Models, choose_active
         from normweave.serve.records import Role
         from normweave.serve.seen import Seen
         from normweave.serve.service import InspectionService
@@ -120,9 +143,17 @@ def serve(
         max_pixels=int(max_megapixels * 1e6),
         keep_days=keep_days,
         keep_gib=keep_gib,
+        shadow_share=shadow_share,
     )
-    detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
-    folder = bundle.resolve().parent / "inspections" if data is None else data
+
+    def load(path: Path) -> Detector:
+        return Detector.load(path, threads=terminal.threads, device=terminal.device)
+
+    detector = None if bundle is None else load(bundle)
+    bundles = None if library is None else Library(library.resolve())
+    where = bundle or library
+    assert where is not None  # one of them was given
+    folder = where.resolve().parent / "inspections" if data is None else data
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         files = Files(folder / server.FILES)
@@ -130,6 +161,9 @@ def serve(
         files.sweep()
         store = Store.open(database or folder / server.DATABASE, line=name.strip())
         stack.callback(store.close)
+        if detector is None and bundles is not None:
+            detector = load(choose_active(bundles, store, name=active).path)
+        assert detector is not None
         listening = stack.enter_context(process.listen(host, port))
         access = None
         if not no_token:
@@ -139,6 +173,9 @@ def serve(
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
         service = InspectionService(detector, store=store, files=files, config=config)
         stack.callback(service.stop)
+        if bundles is not None:
+            service.models = Models(bundles, service=service, load=load, device=terminal.device)
+            service.models.resume()
         watching = None
         if watch is not None:
             seen = stack.enter_context(closing(Seen(folder / server.SEEN)))
@@ -159,7 +196,7 @@ def serve(
         else:
             for new in tokens:
                 terminal.show(f"Token of the {new.token.role}, printed only once: {new.secret}")
-            terminal.show(f"Serving {bundle} at {url}. Results are stored in {folder}. Stop with Ctrl+C.")
+            terminal.show(f"Serving {where} at {url}. Results are stored in {folder}. Stop with Ctrl+C.")
         if certificate is None and not is_loopback(host):
             terminal.remark("Tokens and images are sent unencrypted: use TLS, or a proxy with TLS.")
         process.run(app, listening, config=config, certificate=certificate)

@@ -6,10 +6,10 @@ import asyncio
 import base64
 import binascii
 from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from datetime import datetime
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response, Security
+from fastapi import APIRouter, Depends, FastAPI, Header, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
@@ -22,7 +22,8 @@ from normweave.references import seen
 from normweave.serve import events, handlers, metrics, records, schemas
 from normweave.serve.access import Access
 from normweave.serve.answers import HeldAnswers
-from normweave.serve.handlers import messages, refuse_unknown_parameters
+from normweave.serve.handlers import messages
+from normweave.serve.model_routes import model_routes
 from normweave.serve.openapi import (
     BODY,
     BYTES,
@@ -30,24 +31,32 @@ from normweave.serve.openapi import (
     IMAGES,
     INSPECT_BODY,
     JSON,
-    TOKEN,
     complete_document,
     image_response,
     problem_responses,
 )
+from normweave.serve.parameters import (
+    CACHED,
+    DEPENDENCIES,
+    DRAWN_SIDE,
+    MAX_PAGE_SIZE,
+    PAGE_SIZE,
+    AnyToken,
+    DrawnSide,
+    Engineer,
+    Id,
+    MaxSide,
+    stored_image,
+    utc,
+)
 from normweave.serve.problems import ProblemError
 from normweave.serve.rates import DETECTION, NEWEST, measured_rates
-from normweave.serve.records import Filter, Inspection, Source, StoredImage, Token
+from normweave.serve.records import Filter, Source, StoredImage
 from normweave.serve.rendering import ImageReader, npy, png, shrunk
 from normweave.serve.repeats import KeyedRequests
 from normweave.serve.service import InspectionService, Upload
 from normweave.serve.watch import Watch
 from normweave.types import Verdict
-
-PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
-DRAWN_SIDE = 2048
-"""Default of the longest side of a map or overlay: drawing 49 million pixels takes longer than scoring them."""
 
 
 def add_api(app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None) -> None:
@@ -56,47 +65,18 @@ def add_api(app: FastAPI, service: InspectionService, access: Access | None, wat
     Args:
         access: None: the routes of tokens are left out.
     """
+    held = HeldAnswers(service.config.max_held_bytes)
     app.state.streams = streams = events.EventStreams(service)
     routers = [
         _open_routes(service, watch),
-        _routes(service, streams),
+        _routes(service, streams, held),
+        model_routes(service, held),
         *([] if access is None else [_token_routes(access)]),
     ]
     for router in routers:
         app.include_router(router)
     complete_document(app)
     handlers.add_handlers(app, [route for router in routers for route in router.routes])
-
-
-# ── parameters ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _token(request: Request) -> Token:
-    token: Token = request.state.token  # set by AuthenticationMiddleware
-    return token
-
-
-def _engineer(request: Request) -> Token:
-    token = _token(request)
-    if token.role != "engineer":
-        raise HTTPException(
-            403,
-            f"This route needs the role engineer, but the token {token.name!r} has the role {token.role}.",
-        )
-    return token
-
-
-AnyToken = Annotated[Token, Depends(_token)]
-Engineer = Annotated[Token, Depends(_engineer)]
-Id = Annotated[int, Path(ge=1, le=2**53)]
-_DEPENDENCIES: list[Any] = [Security(TOKEN), Depends(refuse_unknown_parameters)]
-DrawnSide = Annotated[
-    int, Query(ge=16, le=20_000, description="Maximum width and height in pixels of a PNG; drawn at this size.")
-]
-MaxSide = Annotated[
-    int | None,
-    Query(ge=16, le=20_000, description="Maximum width and height in pixels; larger images are shrunk."),
-]
 
 
 # ── routes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -125,9 +105,9 @@ def _open_routes(service: InspectionService, watch: Watch | None) -> APIRouter:
     return router
 
 
-def _routes(service: InspectionService, streams: events.EventStreams) -> APIRouter:
-    keyed, held = KeyedRequests(service), HeldAnswers(service.config.max_held_bytes)
-    router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
+def _routes(service: InspectionService, streams: events.EventStreams, held: HeldAnswers) -> APIRouter:
+    keyed = KeyedRequests(service)
+    router = APIRouter(dependencies=DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
 
     async def render(
         stored: StoredImage,
@@ -139,7 +119,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         height, width = shrunk(ImageReader(service.files, stored).size, max_side)
         with held.expected(4 * height * width):  # the bytes of a map, or of colours with transparency
             content = await service.render(stored, work)
-        return held.answer(content, media_type=media_type, headers=_CACHED)
+        return held.answer(content, media_type=media_type, headers=CACHED)
 
     @router.post(
         "/v1/inspect",
@@ -226,10 +206,10 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         ] = "original",
         max_side: MaxSide = None,
     ) -> Response:
-        stored = _stored_image(await service.inspection(id))
+        stored = stored_image(await service.inspection(id))
         if format == "original":
             content = await service.read_image(stored)
-            return held.answer(content, media_type=stored.image_type, headers=_CACHED)
+            return held.answer(content, media_type=stored.image_type, headers=CACHED)
         return await render(stored, lambda reader: png(reader.image(max_side=max_side)), max_side=max_side)
 
     @router.get(
@@ -240,7 +220,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         responses=problem_responses(404, 410) | image_response("image/png", BYTES),
     )
     async def anomaly_map(id: Id, format: Literal["png", "npy"] = "png", max_side: DrawnSide = DRAWN_SIDE) -> Response:
-        stored = _stored_image(await service.inspection(id))
+        stored = stored_image(await service.inspection(id))
         if format == "npy":
             return await render(stored, lambda reader: npy(reader.anomaly_map()), media_type=BYTES, max_side=None)
 
@@ -257,7 +237,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         responses=problem_responses(404, 410) | image_response("image/png"),
     )
     async def map_overlay(id: Id, max_side: DrawnSide = DRAWN_SIDE) -> Response:
-        stored = _stored_image(await service.inspection(id))
+        stored = stored_image(await service.inspection(id))
 
         def draw(reader: ImageReader) -> bytes:
             pixels, scores = reader.image(max_side=max_side), reader.anomaly_map(max_side=max_side)
@@ -277,7 +257,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
         side: Annotated[Literal["seen", "expected"], Path(description="The image itself, or the good image.")],
     ) -> Response:
         found = await service.inspection(id)
-        stored = _stored_image(found)
+        stored = stored_image(found)
         if number >= len(found.outcome.boxes):
             raise HTTPException(404, f"Inspection {id} has {len(found.outcome.boxes)} boxes, counted from 0.")
         chosen = found.outcome.boxes[number]
@@ -377,7 +357,7 @@ def _routes(service: InspectionService, streams: events.EventStreams) -> APIRout
 
 
 def _token_routes(access: Access) -> APIRouter:
-    router = APIRouter(dependencies=_DEPENDENCIES, responses=problem_responses(401, 403, 422, 503), tags=["tokens"])
+    router = APIRouter(dependencies=DEPENDENCIES, responses=problem_responses(401, 403, 422, 503), tags=["tokens"])
 
     @router.get("/v1/tokens", summary="List tokens, without their secrets; for engineers")
     async def tokens(_: Engineer) -> list[schemas.TokenOut]:
@@ -489,8 +469,6 @@ def _from_json(body: bytes) -> list[Upload]:
 
 # ── inspections ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_CACHED = {"Cache-Control": "private, max-age=3600"}
-
 
 def _filter(
     since: Annotated[
@@ -509,8 +487,8 @@ def _filter(
     bundle_hash: schemas.Name | None = None,
 ) -> Filter:
     return Filter(
-        since=_utc(since),
-        until=_utc(until),
+        since=utc(since),
+        until=utc(until),
         verdicts=tuple(verdict or ()),
         unreadable=unreadable,
         category=category,
@@ -522,20 +500,6 @@ def _filter(
         decision=decision,
         bundle_hash=bundle_hash,
     )
-
-
-def _utc(time: datetime | None) -> datetime | None:
-    """Return the time with the zone UTC if it has none."""
-    return time if time is None or time.tzinfo is not None else time.replace(tzinfo=UTC)
-
-
-def _stored_image(inspection: Inspection) -> StoredImage:
-    if inspection.image is None:
-        what = f"The image of inspection {inspection.id}"
-        if inspection.outcome.error is not None:
-            raise ProblemError(404, f"{what} could not be read.", code="image_unreadable")
-        raise ProblemError(410, f"{what} was removed by retention.", code="image_gone")
-    return inspection.image
 
 
 def _model(service: InspectionService) -> schemas.ModelOut:

@@ -34,6 +34,10 @@ class ServeConfig:
     """Time limit for a client to read 256 KiB of an answer; then the connection is closed."""
     answer_seconds: float = 60.0
     """Time limit from the last byte of a request to its answer."""
+    shadow_share: float = 0.25
+    """Highest share of the time of one processor that the model in the shadow takes."""
+    shadow_waiting: int = 64
+    """Maximum number of images that wait for the model in the shadow; further ones are skipped and counted."""
     session_hours: float = 12.0
     """Lifetime of a login after its last use."""
     session_max_hours: float = 168.0
@@ -47,6 +51,8 @@ class ServeConfig:
         for name, value in vars(self).items():
             if value < 0 or (value == 0 and not name.startswith("keep_")):
                 raise ConfigError(f"serve: {name} must be above 0, got {value}.")
+        if self.shadow_share > 1:
+            raise ConfigError(f"serve: shadow_share must be above 0 and at most 1, got {self.shadow_share}.")
         if self.max_images > self.max_waiting:
             raise ConfigError(
                 f"serve: max_waiting must be at least max_images ({self.max_images}), got {self.max_waiting}. "

@@ -18,6 +18,7 @@ from normweave.errors import CheckError, ConfigError, NormweaveError
 from normweave.serve import problems
 from normweave.serve.database import StoreError
 from normweave.serve.files import MissingFileError
+from normweave.serve.library import ModelError
 from normweave.serve.records import LastTokenError, NotFoundError
 from normweave.serve.service import BusyError, StoppedError
 from normweave.serve.templating import render
@@ -97,6 +98,8 @@ def add_page_handlers(app: FastAPI, pages: FastAPI) -> None:
 
 
 async def _failure(_: Request, error: Exception) -> Response:
+    if isinstance(error, ModelError):
+        return problems.answer(error.status, str(error), code=error.code)
     status, code = next(_PROBLEMS[base] for base in type(error).__mro__ if base in _PROBLEMS)
     return problems.answer(status, str(error), code=code)
 

@@ -49,6 +49,18 @@ class Metrics:
             "Images refused because too many were waiting.",
             registry=self._registry,
         )
+        self.model = Info("normweave_model", "The active bundle.", registry=self._registry)
+        self.shadow_images = Counter(
+            "normweave_shadow_images",
+            "Images for the model in the shadow; skipped: it did not judge them, to keep its budget.",
+            ["result"],
+            registry=self._registry,
+        )
+        self.shadow_differences = Counter(
+            "normweave_shadow_differences",
+            "Images on which the model in the shadow and the active one have different verdicts.",
+            registry=self._registry,
+        )
         self.watch = Enum(
             "normweave_watch_state",
             "The watched folder; off: there is none.",

@@ -26,7 +26,7 @@ _REASONS = {
     403: "The role of the token does not allow this, or a login was used where a token is needed.",
     404: "Not found.",
     408: "The request did not arrive in time.",
-    409: "The last valid token of an engineer cannot be revoked.",
+    409: "The state of the server does not allow this; see `code` and `detail`.",
     410: "The image was removed.",
     413: "Too many bytes or images.",
     415: "The content type is not supported.",

@@ -19,7 +19,18 @@ Bucket = Literal["hour", "day", "week"]
 WatchStatus = Literal["watching", "paused", "folder missing", "failed"]
 """State of the watched folder. failed: the folder, the store or the list of inspected files cannot be used."""
 AuditEvent = Literal[
-    "login", "login_failed", "logout", "token_created", "token_revoked", "rate_changed", "bundle_loaded"
+    "login",
+    "login_failed",
+    "logout",
+    "token_created",
+    "token_revoked",
+    "rate_changed",
+    "bundle_loaded",
+    "shadow_started",
+    "shadow_stopped",
+    "shadow_failed",
+    "model_promoted",
+    "model_rolled_back",
 ]
 SERVER = "server"
 """Actor of what the server does at its start, and of tokens made by the command line."""
@@ -138,8 +149,8 @@ class Filter:
     reviewed: bool | None = None
     """Whether the inspection has a review that was not undone."""
     decision: Literal["accept", "reject"] | None = None
-    p_value_below: float | None = None
-    """Inclusive."""
+    p_value_within: float | None = None
+    """The p-value is at most this multiple of the false-alarm rate at which the image was inspected."""
 
 
 @dataclass(frozen=True, kw_only=True)

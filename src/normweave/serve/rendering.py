@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +45,19 @@ class ImageReader:
 
     def anomaly_map(self, *, max_side: int | None = None) -> NDArray[np.float32]:
         """Return the anomaly map, (H, W); with `max_side` computed at the size of the shrunk image."""
-        grids = np.load(io.BytesIO(self._files.read(self._stored.grids_hash)), allow_pickle=False)
-        tiles, whole = self._stored.tiles, self.size
-        size = shrunk(whole, max_side)
+        stored = self._stored
+        grids = self._files.read(stored.grids_hash)
+        return self.map_of(grids, stored.tiles, smoothing=stored.smoothing, max_side=max_side)
+
+    def map_of(
+        self, grids: bytes, tiles: Sequence[Tile], *, smoothing: float, max_side: int | None = None
+    ) -> NDArray[np.float32]:
+        """Return the anomaly map, (H, W), of patch scores in an .npy file, which another model may have computed."""
+        scores = np.load(io.BytesIO(grids), allow_pickle=False)
+        whole, size = self.size, shrunk(self.size, max_side)
         if size != whole:
-            tiles = tuple(_shrunk_tile(tile, whole, size) for tile in tiles)
-        return scoring.anomaly_map(grids, tiles, size, smoothing=self._stored.smoothing)
+            tiles = [_shrunk_tile(tile, whole, size) for tile in tiles]
+        return scoring.anomaly_map(scores, tuple(tiles), size, smoothing=smoothing)
 
 
 def shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:

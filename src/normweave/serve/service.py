@@ -32,6 +32,7 @@ from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
 from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
+from normweave.serve.models import Models
 from normweave.serve.records import (
     SERVER,
     Inspection,
@@ -122,19 +123,20 @@ class InspectionService:
         files: stores images and patch scores.
 
     Attributes:
-        detector: with the current thresholds.
+        detector: with the current thresholds; `swap` replaces it.
+        models: the library from which it is replaced; None: there is none.
         waiting: number of images accepted and not yet answered.
         listeners: called from another thread when inspections have been stored.
     """
 
     def __init__(self, detector: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
-        change = store.rate(detector.bundle_hash or "")
-        self.detector = detector if change is None else detector.with_rate(change.false_alarm_rate)
         self.store = store
+        self.metrics = Metrics(line=store.line)
+        self.models: Models | None = None
+        self.detector = self.with_last_rate(detector)
         self._record_bundle()
         self.files = files
         self.config = config
-        self.metrics = Metrics(line=store.line)
         self._lock = threading.Lock()
         self.waiting = 0
         self.listeners: set[Callable[[], None]] = set()
@@ -155,8 +157,23 @@ class InspectionService:
         for thread in self._threads:
             thread.start()
 
+    def with_last_rate(self, detector: Detector) -> Detector:
+        """Return the detector with the last false-alarm rate that was set for its bundle."""
+        change = self.store.rate(detector.bundle_hash or "")
+        return detector if change is None else detector.with_rate(change.false_alarm_rate)
+
+    def swap(self, detector: Detector) -> None:
+        """Inspect with this detector what arrives from now on; images that were accepted end on the one before."""
+        with self._lock:
+            self.detector = detector
+            self._count_bundle()
+
+    def _count_bundle(self) -> None:
+        self.metrics.model.info({"bundle_hash": self.detector.bundle_hash or "", "model": self.detector.model})
+
     def _record_bundle(self) -> None:
         """Add the bundle, and the one before it on this line, to the audit."""
+        self._count_bundle()
         calibration = self.detector.calibration
         before = self.store.audit(event="bundle_loaded", line=self.store.line, limit=1)
         self.store.add_audit(
@@ -275,7 +292,7 @@ class InspectionService:
 
     def _open(self, job: _Job) -> None:
         try:
-            reason = self._limit_error(job.upload.content)
+            reason = self._limit_error(job.upload.content, job.detector)
             if reason is None:
                 job.opened = job.detector.open(job.upload.content)
             else:
@@ -285,13 +302,13 @@ class InspectionService:
             return
         self._opened.put(job)
 
-    def _limit_error(self, content: bytes) -> str | None:
+    def _limit_error(self, content: bytes, detector: Detector) -> str | None:
         """Return why the image is not decoded; None if it is within the limits."""
         if len(content) > self.config.max_image_bytes:
             return f"too large: more than {self.config.max_image_bytes:,} bytes, the maximum of this server."
         try:
             height, width = images.size(content)
-            self.detector.preparation.checked_tiles(height, width)
+            detector.preparation.checked_tiles(height, width)
         except ImageError as error:
             return str(error)
         if height * width > self.config.max_pixels:
@@ -315,12 +332,13 @@ class InspectionService:
                     break
                 batch.append(job)
             # Images of many tiles come last and one by one, so that they do not delay the others.
-            most = first.detector.batch_images
-            if small := [job for job in batch if len(job.opened.tiles) <= most]:
-                self._score(small, self._scores)
+            small, large = list[_Job](), list[_Job]()
             for job in batch:
-                if len(job.opened.tiles) > most:
-                    self._score([job], self._scores_of_large)
+                (small if len(job.opened.tiles) <= job.detector.batch_images else large).append(job)
+            for same in _by_network(small):
+                self._score(same, self._scores)
+            for job in large:
+                self._score([job], self._scores_of_large)
         self._scored.put(None)
 
     def _score(self, batch: list[_Job], scores: Callable[[list[_Job]], Sequence[TileScores | None]]) -> None:
@@ -375,6 +393,8 @@ class InspectionService:
                 job.done.set_result(inspection)
             for notify in tuple(self.listeners):
                 notify()
+            if self.models is not None:
+                self.models.offer(stored)
 
     def _inspection(self, job: _Job) -> Inspection:
         """Return the inspection of a scored image, with its files written."""
@@ -474,9 +494,11 @@ class InspectionService:
         return await self._read(lambda: work(ImageReader(self.files, stored)))
 
     def references(self, inspection: Inspection) -> References | None:
-        """Return the good images that the boxes of an inspection refer to; None if another bundle found the boxes."""
-        same = inspection.outcome.bundle_hash == self.detector.bundle_hash
-        return self.detector.network.references if same else None
+        """Return the good images that the boxes of an inspection refer to; None if its bundle is not here any more."""
+        detector, bundle_hash = self.detector, inspection.outcome.bundle_hash
+        if bundle_hash == detector.bundle_hash:
+            return detector.network.references
+        return None if self.models is None or bundle_hash is None else self.models.library.references(bundle_hash)
 
     async def _read(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._readers, work)
@@ -562,6 +584,8 @@ class InspectionService:
         self._stopped.set()
         for thread in self._threads:
             thread.join()
+        if self.models is not None:
+            self.models.stop()
         self._readers.shutdown(wait=True)
 
 
@@ -571,6 +595,14 @@ def _not_written(files: Files, error: OSError) -> StoreError:
 
 def _not_found(id: int) -> NotFoundError:
     return NotFoundError(f"There is no inspection {id}. GET /v1/inspections lists them.")
+
+
+def _by_network(jobs: Sequence[_Job]) -> list[list[_Job]]:
+    """Return the jobs of each network, which can be scored together; after a swap there are two."""
+    found: dict[int, list[_Job]] = {}
+    for job in jobs:
+        found.setdefault(id(job.detector.network), []).append(job)
+    return list(found.values())
 
 
 def _fail(jobs: Sequence[_Job], error: BaseException) -> None:

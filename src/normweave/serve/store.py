@@ -387,9 +387,7 @@ class Store:
     # ── audit ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _audit(self, connection: Connection, event: AuditEvent, **given: Any) -> None:
-        entry = AuditEntry(at=datetime.now(UTC), event=event, line=self.line, **given)
-        values = {name: value for name, value in vars(entry).items() if name != "id"}
-        connection.execute(insert(AUDIT).values(values))
+        add_entry(connection, AuditEntry(at=datetime.now(UTC), event=event, line=self.line, **given))
 
     def add_audit(
         self,
@@ -494,6 +492,12 @@ class Store:
         return int(row[0] or 0)
 
 
+def add_entry(connection: Connection, entry: AuditEntry) -> None:
+    """Add an entry to the audit, within a transaction."""
+    values = {name: value for name, value in vars(entry).items() if name != "id"}
+    connection.execute(insert(AUDIT).values(values))
+
+
 def _rate(row: Row[Any]) -> RateChange:
     return RateChange(**{name: value for name, value in row._mapping.items() if name != "id"})
 
@@ -529,8 +533,8 @@ def _conditions(chosen: Filter) -> list[ColumnElement[bool]]:
     for present, column in ((chosen.unreadable, _INSPECTION.error), (chosen.reviewed, _INSPECTION.decision)):
         if present is not None:
             conditions.append(column.is_not(None) if present else column.is_(None))
-    if chosen.p_value_below is not None:
-        conditions.append(_INSPECTION.p_value <= chosen.p_value_below)
+    if chosen.p_value_within is not None:
+        conditions.append(_INSPECTION.p_value <= chosen.p_value_within * _INSPECTION.false_alarm_rate)
     return conditions
 
 

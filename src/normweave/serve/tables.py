@@ -22,6 +22,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Row,
     String,
@@ -198,6 +199,52 @@ SESSIONS = Table(
     Column("created_at", Timestamp, nullable=False),
     Column("used_at", Timestamp, nullable=False),
 )
+ACTIVATIONS = Table(
+    "activations",
+    METADATA,
+    _id(),
+    Column("line", BoundedText(SHORT), nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("bundle_hash", BoundedText(64), nullable=False),
+    Column("before", BigInteger),
+    Column("actor", BoundedText(SHORT), nullable=False),
+    Index("activations_line", "line", "id"),
+)
+"""The bundles of each line; the last row is active. `before`: the row that a roll back returns to, or NULL."""
+SHADOWS = Table(
+    "shadows",
+    METADATA,
+    _id(),
+    Column("line", BoundedText(SHORT), nullable=False),
+    Column("bundle_hash", BoundedText(64), nullable=False),
+    Column("active_hash", BoundedText(64), nullable=False),
+    Column("started_at", Timestamp, nullable=False),
+    Column("ended_at", Timestamp),
+    Column("actor", BoundedText(SHORT), nullable=False),
+    Column("failure", BoundedText(LONG)),
+    Column("skipped", BigInteger, nullable=False),
+    Index("shadows_line", "line", "id"),
+)
+"""The candidates of each line; `ended_at` is NULL while one runs. `active_hash`: the bundle that was active before."""
+SHADOW_OUTCOME = (
+    *("verdict", "pred_score", "p_value", "threshold", "category", "subclass", "unseen"),
+    *("boxes", "model", "bundle_hash", "error"),
+)
+"""Fields of the outcome that are kept of a candidate."""
+SHADOW_OUTCOMES = Table(
+    "shadow_outcomes",
+    METADATA,
+    _id(),
+    Column("inspection", ForeignKey("inspections.id", ondelete="CASCADE"), nullable=False, index=True),
+    Column("line", BoundedText(SHORT), nullable=False),
+    *(column for column in outcome_columns(Outcome) if column.name in SHADOW_OUTCOME),
+    Column("tiles", Json),
+    Column("smoothing", Float(53)),
+    Column("map_threshold", Float(53)),
+    Column("grids", LargeBinary),
+    Index("shadow_outcomes_bundle_hash", "bundle_hash", "inspection"),
+)
+"""Outcomes of candidates. The last four columns are those of the map, kept if the verdicts differ."""
 PROBE = Table("probe", METADATA, Column("id", Integer, primary_key=True), Column("at", Timestamp))
 """One row, written to test whether the database can be written."""
 

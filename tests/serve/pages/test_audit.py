@@ -26,6 +26,9 @@ def entry(event, **given):
         (entry("bundle_loaded", detail=BUNDLE), "bundle cccccccccccc"),
         (entry("bundle_loaded", detail=BUNDLE | {"before": "c" * 64}), "bundle cccccccccccc"),
         (entry("bundle_loaded", detail=BUNDLE | {"before": "d" * 64}), "bundle cccccccccccc, before dddddddddddd"),
+        (entry("shadow_started", detail=BUNDLE), "bundle cccccccccccc"),
+        (entry("shadow_failed", detail=BUNDLE | {"reason": "No memory."}), "bundle cccccccccccc: No memory."),
+        (entry("model_promoted", detail=BUNDLE | {"before": "d" * 64}), "bundle cccccccccccc, before dddddddddddd"),
     ],
 )
 def test_events_in_words(one, words):

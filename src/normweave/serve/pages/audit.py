@@ -22,6 +22,11 @@ EVENTS: dict[AuditEvent, str] = {
     "token_revoked": "token revoked",
     "rate_changed": "false-alarm rate changed",
     "bundle_loaded": "bundle loaded",
+    "shadow_started": "shadow started",
+    "shadow_stopped": "shadow stopped",
+    "shadow_failed": "shadow failed",
+    "model_promoted": "model promoted",
+    "model_rolled_back": "model rolled back",
 }
 
 
@@ -83,4 +88,10 @@ def described(entry: AuditEntry) -> str:
             before = detail["before"]
             changed = f", before {before[:12]}" if before not in (None, detail["bundle_hash"]) else ""
             return f"bundle {detail['bundle_hash'][:12]}{changed}"
+        case "shadow_started" | "shadow_stopped":
+            return f"bundle {detail['bundle_hash'][:12]}"
+        case "shadow_failed":
+            return f"bundle {detail['bundle_hash'][:12]}: {detail['reason']}"
+        case "model_promoted" | "model_rolled_back":
+            return f"bundle {detail['bundle_hash'][:12]}, before {detail['before'][:12]}"
     return ""

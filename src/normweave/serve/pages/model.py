@@ -26,6 +26,8 @@ LOWEST, HIGHEST = 1e-4, 0.5
 """Ends of the slider."""
 SETTLE_SECONDS = 0.4
 """Pause of the slider after which the stored inspections are classified at the new rate."""
+REFRESH_SECONDS = 2.0
+"""Interval between two checks of which bundle is active."""
 CONNECT_SECONDS = 30.0
 """How long the page waits for the browser before it reads the stored inspections."""
 ALL, UNSEEN = "all", "unseen"
@@ -53,6 +55,7 @@ class ModelPage(Page):
         self._rate = self._calibration.false_alarm_rate
         self._requested = 0  # number of the newest preview; the results of earlier ones are dropped
         self._stored = decided(self._calibration, [])
+        self._bundle_hash = self._service.detector.bundle_hash
 
     @property
     def _calibration(self) -> Calibration:
@@ -82,10 +85,16 @@ class ModelPage(Page):
             ui.html(weights(fusion)).classes("sheet")
         ui.html(training(detector.record, detector.bundle_hash)).classes("sheet")
         self._draw()
+        ui.timer(REFRESH_SECONDS, self._reload, immediate=False)
         await ui.context.client.connected(CONNECT_SECONDS)
         self._stored = await asyncio.to_thread(self._read_stored)
         self._draw()
         await self._preview()
+
+    def _reload(self) -> None:
+        """Load the page again after another bundle was promoted."""
+        if self._service.detector.bundle_hash != self._bundle_hash:
+            ui.navigate.reload()
 
     # ── the rate ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -151,6 +160,8 @@ class ModelPage(Page):
     async def _change(self) -> None:
         if self._token.role != "engineer":
             return  # the button is disabled, but a browser can send the event all the same
+        if self._service.detector.bundle_hash != self._bundle_hash:
+            return  # the rate was chosen for another bundle; `_reload` shows the new one
         try:
             await self._service.change_rate(self._rate, actor=self._token.name, token=self._token.id)
         except NormweaveError as error:

@@ -16,7 +16,6 @@ from normweave.serve.pages.frame import COMMENT, DEFECT, EMIT_SHOWN, Page, Servi
 from normweave.serve.pages.viewer import Viewer
 from normweave.serve.rates import BORDERLINE
 from normweave.serve.records import Filter, Inspection
-from normweave.serve.service import InspectionService
 from normweave.serve.templating import render_macro
 
 REMEMBERED = 100
@@ -35,16 +34,12 @@ ACTIONS: tuple[tuple[Action, str, str, str], ...] = (
 """(action, key, word, effect) of each button."""
 
 
-def queue(service: InspectionService) -> tuple[Filter, ...]:
-    """Return filters for the parts that need a decision: defective, unknown, unreadable, and close to the limit."""
-    calibration = service.detector.calibration
-    assert calibration is not None  # a service has thresholds
-    highest = BORDERLINE * calibration.false_alarm_rate
-    return (
-        Filter(verdicts=("anomalous", "unknown"), reviewed=False),
-        Filter(unreadable=True, reviewed=False),
-        Filter(verdicts=("normal",), reviewed=False, p_value_below=highest),
-    )
+QUEUE = (
+    Filter(verdicts=("anomalous", "unknown"), reviewed=False),
+    Filter(unreadable=True, reviewed=False),
+    Filter(verdicts=("normal",), reviewed=False, p_value_within=BORDERLINE),
+)
+"""The parts that need a decision: defective, unknown, unreadable, and close to the limit of their inspection."""
 
 
 class ReviewPage(Page):
@@ -146,15 +141,12 @@ class ReviewPage(Page):
     async def _first(self) -> Inspection | None:
         """Return the newest inspection of the queue that was not shown in this round."""
         store = self._service.store
-        found = [
-            await asyncio.to_thread(store.inspections, part, before=self._before, limit=1)
-            for part in queue(self._service)
-        ]
+        found = [await asyncio.to_thread(store.inspections, part, before=self._before, limit=1) for part in QUEUE]
         return max((page[0] for page in found if page), key=lambda inspection: inspection.id, default=None)
 
     async def _count(self) -> None:
         store = self._service.store
-        counts = [await asyncio.to_thread(store.count, part) for part in queue(self._service)]
+        counts = [await asyncio.to_thread(store.count, part) for part in QUEUE]
         self._left.set_text(f"{sum(counts)} left")
 
     async def _refresh(self) -> None:

@@ -51,7 +51,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0007"
+down_revision = "0008"
 
 
 def upgrade():
@@ -71,7 +71,7 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0007. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0008. Upgrade with"):
         Store.open(database_url)
 
 

@@ -49,7 +49,7 @@ class Metrics:
             "Images refused because too many were waiting.",
             registry=self._registry,
         )
-        self.model = Info("normweave_model", "The active bundle.", registry=self._registry)
+        self._model = Info("normweave_model", "The active bundle.", registry=self._registry)
         self.shadow_images = Counter(
             "normweave_shadow_images",
             "Images for the model in the shadow; skipped: it did not judge them, to keep its budget.",
@@ -72,6 +72,10 @@ class Metrics:
             "Images in the watched folder that are not inspected yet.",
             registry=self._registry,
         )
+
+    def name_bundle(self, bundle_hash: str, *, model: str) -> None:
+        """Name the bundle that inspects from now on."""
+        self._model.info({"bundle_hash": bundle_hash, "model": model})
 
     def observe(self, inspection: Inspection, *, seconds: float) -> None:
         """Count a stored inspection."""

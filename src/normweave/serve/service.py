@@ -166,14 +166,11 @@ class InspectionService:
         """Inspect with this detector what arrives from now on; images that were accepted end on the one before."""
         with self._lock:
             self.detector = detector
-            self._count_bundle()
-
-    def _count_bundle(self) -> None:
-        self.metrics.model.info({"bundle_hash": self.detector.bundle_hash or "", "model": self.detector.model})
+            self.metrics.name_bundle(detector.bundle_hash or "", model=detector.model)
 
     def _record_bundle(self) -> None:
         """Add the bundle, and the one before it on this line, to the audit."""
-        self._count_bundle()
+        self.metrics.name_bundle(self.detector.bundle_hash or "", model=self.detector.model)
         calibration = self.detector.calibration
         before = self.store.audit(event="bundle_loaded", line=self.store.line, limit=1)
         self.store.add_audit(
@@ -335,8 +332,8 @@ class InspectionService:
             small, large = list[_Job](), list[_Job]()
             for job in batch:
                 (small if len(job.opened.tiles) <= job.detector.batch_images else large).append(job)
-            for same in _by_network(small):
-                self._score(same, self._scores)
+            for network in {id(job.detector.network) for job in small}:  # two after a swap
+                self._score([job for job in small if id(job.detector.network) == network], self._scores)
             for job in large:
                 self._score([job], self._scores_of_large)
         self._scored.put(None)
@@ -595,14 +592,6 @@ def _not_written(files: Files, error: OSError) -> StoreError:
 
 def _not_found(id: int) -> NotFoundError:
     return NotFoundError(f"There is no inspection {id}. GET /v1/inspections lists them.")
-
-
-def _by_network(jobs: Sequence[_Job]) -> list[list[_Job]]:
-    """Return the jobs of each network, which can be scored together; after a swap there are two."""
-    found: dict[int, list[_Job]] = {}
-    for job in jobs:
-        found.setdefault(id(job.detector.network), []).append(job)
-    return list(found.values())
 
 
 def _fail(jobs: Sequence[_Job], error: BaseException) -> None:

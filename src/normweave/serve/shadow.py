@@ -68,7 +68,7 @@ class Shadow:
     @property
     def waiting(self) -> int:
         """Number of images that wait."""
-        return self._queue.qsize()
+        return self._queue.qsize() if self.running else 0
 
     def offer(self, inspections: Sequence[Inspection]) -> None:
         """Take images that were answered, or skip them; returns at once."""

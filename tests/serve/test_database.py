@@ -77,7 +77,7 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
 
 def test_a_reader_does_not_migrate(database_url):
     """A server of another version may use the tables."""
-    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0007. Start the server"):
+    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0008. Start the server"):
         Store.open(database_url, migrate=False)
     with closing(Store.open(database_url)) as store:
         kept = store.add([inspection()])

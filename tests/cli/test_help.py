@@ -16,6 +16,7 @@ COMMANDS = [
     ["evaluate"],
     ["predict"],
     ["calibrate"],
+    ["drift"],
     ["doctor"],
     ["benchmark"],
     ["data", "check"],

@@ -9,15 +9,28 @@ from typing import Annotated
 import typer
 
 from normweave import __version__
-from normweave.cli import benchmark, calibrate, data, demo, doctor, evaluate, predict, reviews, serve, subclasses, train
+from normweave.cli import (
+    benchmark,
+    calibrate,
+    data,
+    demo,
+    doctor,
+    drift,
+    evaluate,
+    predict,
+    reviews,
+    serve,
+    subclasses,
+    train,
+)
 from normweave.cli.terminal import command, run
 
 app = typer.Typer(
     name="normweave",
     help="Visual inspection that learns from good images only.",
     epilog=(
-        "Exit codes: 0 done, all images normal; 1 an image is anomalous or unknown; 2 wrong call or input; "
-        "3 a rate cannot be guaranteed or a check failed; 4 an image could not be read."
+        "Exit codes: 0 done, all images normal; 1 an image is anomalous or unknown, or drift raised an alarm; "
+        "2 wrong call or input; 3 a rate cannot be guaranteed or a check failed; 4 an image could not be read."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -32,6 +45,7 @@ command(app, "calibrate", calibrate.calibrate)
 command(app, "add-subclass", subclasses.add_subclass)
 command(app, "remove-subclass", subclasses.remove_subclass)
 command(app, "serve", serve.serve)
+command(app, "drift", drift.drift)
 data_app = typer.Typer(
     help="Check data sets, write manifests, export reviewed images, make synthetic images.", no_args_is_help=True
 )

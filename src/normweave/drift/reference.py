@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,10 @@ COLUMNS = (*ImageStatistics._fields, *MapStatistics._fields, "score", "distance"
 """The numbers of an image."""
 LIGHT = ("brighter", "darker", "warmer", "cooler", "gamma-low", "gamma-high")
 """Variations of `data.variations` that another lamp, exposure or white balance causes."""
-FOCUS = ("blurred",)
-"""Variations that a lens out of focus causes."""
+FOCUS = ("blurred", "spotted")
+"""Variations that a lens out of focus, and dirt on it, cause."""
+SPOT_RADIUS, SPOT_COVER = 0.08, 0.5
+"""Radius of the dirt as a share of the shorter side, and the share of light that it takes away. *Ours.*"""
 MOST_IMAGES = 300
 """Images of a subclass in the record, drawn at random: it stays small."""
 VARIED_IMAGES = 4
@@ -55,9 +58,20 @@ def describe(scanned: Rows, number: int, grids: NDArray[np.float32], *, vary: bo
     own = of_image(pixels)
     shifts = {}
     for name in (*LIGHT, *FOCUS) if vary else ():
-        rendered = np.stack([variations.vary(tile, variation=name) for tile in pixels])
+        render = spotted if name == "spotted" else partial(variations.vary, variation=name)
+        rendered = np.stack([render(tile) for tile in pixels])
         shifts[name] = tuple((np.array(of_image(rendered)) - np.array(own)).tolist())
     return Described(own, of_map(grids, scanned.tiles_of(number), scanned.sizes[number]), shifts)
+
+
+def spotted(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an image (3, H, W) with a dark spot with soft edges in its middle, as of dirt on the lens."""
+    _, height, width = pixels.shape
+    y, x = np.ogrid[:height, :width]
+    distance = np.hypot(y - height / 2, x - width / 2) / min(height, width)
+    cover = SPOT_COVER * np.clip(2 - 2 * distance / SPOT_RADIUS, 0, 1)
+    rendered: NDArray[np.uint8] = np.rint(pixels * (1 - cover)).astype(np.uint8)
+    return rendered
 
 
 class Reference(NamedTuple):

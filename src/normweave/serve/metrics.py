@@ -73,6 +73,13 @@ class Metrics:
             registry=self._registry,
         )
 
+        self.drift_alarm = Gauge(
+            "normweave_drift_alarm",
+            "1: the images have changed since the calibration, with this cause, in this subclass.",
+            ["cause", "subclass"],
+            registry=self._registry,
+        )
+
     def name_bundle(self, bundle_hash: str, *, model: str) -> None:
         """Name the bundle that inspects from now on."""
         self._model.info({"bundle_hash": bundle_hash, "model": model})

@@ -1,0 +1,107 @@
+"""The images of a line in the order of their time, from results of `normweave predict` or from a store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+from normweave.drift.monitor import Image
+from normweave.drift.reference import numbers_of
+from normweave.errors import ConfigError, DataError
+
+By = Literal["hour", "shift", "camera"]
+RANGE = 100
+"""Images of a window, where the results have no time."""
+SHIFTS = ("early", "late", "night")
+"""Eight hours each; the first begins at 6 in the time zone of this machine."""
+
+
+def window_of(by: By, at: datetime, camera: str) -> str:
+    """Return the name of the hour, the shift or the camera of an image."""
+    if by == "camera":
+        return camera or "no name"
+    local = at.astimezone()
+    if by == "hour":
+        return f"{local:%Y-%m-%d %H}:00"
+    start = local - timedelta(hours=6)
+    return f"{start:%Y-%m-%d} {SHIFTS[start.hour // 8]}"
+
+
+def image_of(outcome: Mapping[str, Any] | Callable[[str], Any], *, name: str, at: str, window: str) -> Image | None:
+    """Return an outcome as an image of the line; None if it could not be read, or has no statistics.
+
+    Args:
+        outcome: its fields by name, or a function that returns a field.
+    """
+    get = outcome if callable(outcome) else outcome.get
+    numbers = None if get("error") is not None else numbers_of(get)
+    if numbers is None:
+        return None
+    return Image(
+        name, (get("category"), get("subclass")), str(get("verdict")), bool(get("unseen")), numbers, at, window
+    )
+
+
+def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Iterator[Image]:
+    """Yield the images of a .jsonl file of `normweave predict`, in the order of its lines.
+
+    Args:
+        bundle_hash: of the bundle; results of another one cannot be compared.
+        by: hour and shift need `received_at` in each line, as the REST interface returns it; the camera is the folder.
+            None: windows of `RANGE` images.
+
+    Raises:
+        DataError: it is not such a file, or its results are of another bundle or have no statistics.
+        ConfigError: a line has no time, and `by` needs it.
+    """
+    try:
+        lines = path.open(encoding="utf-8", errors="surrogatepass")
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error}.") from error
+    readable = count = 0
+    with lines:
+        for number, text in enumerate(lines, 1):
+            row = _row(path, number, text)
+            if row.get("error") is not None:
+                continue
+            readable += 1
+            if row.get("bundle_hash") != bundle_hash:
+                raise DataError(
+                    f"Line {number} of {path} is of another bundle ({row.get('bundle_hash')!s:.12}, this is "
+                    f"{bundle_hash:.12}). Predict the images with this bundle."
+                )
+            name = str(row.get("image_path") or row.get("name") or number)
+            at = row.get("received_at")
+            if by in ("hour", "shift") and at is None:
+                raise ConfigError(
+                    f"--by {by} needs the time of each image, which line {number} of {path} lacks. Leave --by out, or "
+                    "use --store."
+                )
+            window = f"images {count // RANGE * RANGE + 1} to {(count // RANGE + 1) * RANGE}"
+            if by is not None:
+                moment = datetime.fromisoformat(at) if at is not None else datetime.now().astimezone()
+                window = window_of(by, moment, str(PurePath(name).parent))
+            image = image_of(row, name=name, at=at or "", window=window)
+            if image is not None:
+                count += 1
+                yield image
+    if readable and not count:
+        raise DataError(
+            f"The results of {path} have no statistics of the images: they were written by an earlier normweave. "
+            "Predict the images again."
+        )
+
+
+def _row(path: Path, number: int, text: str) -> dict[str, Any]:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"Line {number} of {path} is not JSON ({error}). Give a .jsonl of normweave predict."
+        ) from error
+    if not isinstance(row, dict) or "verdict" not in row:
+        raise DataError(f"Line {number} of {path} is not a result. Give a .jsonl of normweave predict.")
+    return row

@@ -1,0 +1,167 @@
+"""Drift of the inspections of a server: read from the store in batches, apart from the answers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from normweave.atomic import write_atomically
+from normweave.detector import Detector
+from normweave.drift import reference, stream
+from normweave.drift.causes import Finding, findings
+from normweave.drift.monitor import Image, Monitor
+from normweave.errors import BundleError, DataError, NormweaveError
+from normweave.serve.records import Filter, Inspection
+from normweave.serve.service import InspectionService
+from normweave.serve.store import Store
+
+log = logging.getLogger(__name__)
+
+CHUNK = 200
+"""Inspections that are read at a time."""
+STEP_SECONDS = 5.0
+"""Time between two looks for new inspections."""
+DATABASE = "store.sqlite"
+"""Name of the SQLite file in the folder of the inspections; the same as in `normweave.serve`."""
+
+
+def open_store(place: str) -> Store:
+    """Open the store of a server: a folder of inspections, or the URL of a database.
+
+    Raises:
+        DataError: there is none.
+    """
+    if "://" in place:
+        return Store.open(place)
+    path = Path(place) / DATABASE
+    if not path.is_file():
+        raise DataError(f"{place} holds no {DATABASE}. Give the folder of 'normweave serve --data', or postgresql://…")
+    return Store.open(path)
+
+
+def images(store: Store, *, bundle_hash: str, by: stream.By) -> Iterator[Image]:
+    """Yield the inspections of a bundle as images of the line, oldest first."""
+    for one in store.iter_inspections(Filter(bundle_hash=bundle_hash)):
+        image = image_of(one, by=by)
+        if image is not None:
+            yield image
+
+
+def image_of(inspection: Inspection, *, by: stream.By) -> Image | None:
+    """Return an inspection as an image of the line; None if it has no statistics.
+
+    Its name is the id of the inspection. The camera is the name of the token that it was sent with.
+    """
+    window = stream.window_of(by, inspection.received_at, inspection.actor)
+    at = f"{inspection.received_at.astimezone():%Y-%m-%d %H:%M:%S}"
+    outcome = inspection.outcome
+    return stream.image_of(lambda name: getattr(outcome, name), name=str(inspection.id), at=at, window=window)
+
+
+class DriftWatch:
+    """Follows the inspections of a server in a thread of its own; the state is kept on disk, so a restart continues.
+
+    Args:
+        service: whose store is read; the tests begin anew with each bundle.
+        path: file of the state.
+    """
+
+    def __init__(self, service: InspectionService, path: Path) -> None:
+        self._service = service
+        self._path = path
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
+        self._bundle: str | None = None
+        self._last = 0
+        self._monitor: Monitor | None = None
+        self._found: list[Finding] = []
+        self._raised: set[tuple[str, str]] = set()
+        self.refusal: str | None = None
+        """Why nothing is followed, for people."""
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread and save the state."""
+        self._stopped.set()
+        self._thread.join()
+
+    def state(self) -> tuple[list[Finding], Monitor | None]:
+        """Return the findings and a copy of the monitor; None: nothing is followed."""
+        with self._lock:
+            return list(self._found), copy.deepcopy(self._monitor)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                while self.step() and not self._stopped.is_set():
+                    pass
+            except NormweaveError as error:  # the next run tries again
+                log.warning("Drift is not followed for now: %s", error)
+            if self._stopped.wait(STEP_SECONDS):
+                return
+
+    def step(self) -> bool:
+        """Test the next inspections and save the state; return whether there were as many as are read at a time."""
+        detector = self._service.detector
+        own = detector.bundle_hash or ""
+        if own != self._bundle:
+            self._begin(detector, own)
+        if self._monitor is None:
+            return False
+        found = self._service.store.inspections(Filter(bundle_hash=own), after=self._last, limit=CHUNK)
+        if not found:
+            return False
+        with self._lock:
+            for one in found:
+                self._last = one.id
+                image = image_of(one, by="hour")
+                if image is not None:
+                    self._monitor.add(image)
+            self._found = findings(self._monitor)
+        self._show_alarms()
+        state = {"bundle_hash": own, "last": self._last, "monitor": self._monitor.as_dict()}
+        write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
+        return len(found) == CHUNK
+
+    def _begin(self, detector: Detector, own: str) -> None:
+        """Load the state of this bundle, or begin anew."""
+        with self._lock:
+            self._bundle, self._last, self._monitor, self._found, self.refusal = own, 0, None, [], None
+            try:
+                self._monitor = Monitor(reference.read(detector.record, where="The bundle"))
+            except BundleError as error:
+                self.refusal = str(error)
+                return
+            try:
+                state = json.loads(self._path.read_text())
+                if state["bundle_hash"] == own:
+                    self._monitor.load(state["monitor"])
+                    self._last = int(state["last"])
+                    self._found = findings(self._monitor)
+            except FileNotFoundError:
+                pass
+            except (OSError, KeyError, TypeError, ValueError) as error:
+                log.warning("The state of drift in %s is damaged (%s); it begins anew.", self._path, error)
+                self._monitor = Monitor(reference.read(detector.record, where="The bundle"))
+        self._show_alarms()
+
+    def _show_alarms(self) -> None:
+        """Set the metric of each alarm, and log new ones."""
+        gauge = self._service.metrics.drift_alarm
+        now: set[tuple[str, str]] = {
+            (one.cause, "/".join(filter(None, product))) for one in self._found if one.alarm for product in one.products
+        }
+        for cause, subclass in self._raised - now:
+            gauge.labels(cause, subclass).set(0)
+        for cause, subclass in now - self._raised:
+            gauge.labels(cause, subclass).set(1)
+            log.warning("Drift: %s, %s", cause, subclass or "all images")
+        self._raised = now

@@ -1,0 +1,70 @@
+"""Images of a line from results of predict."""
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from normweave.drift.stream import from_results, window_of
+from normweave.errors import ConfigError, DataError
+
+OWN = "a" * 64
+STATISTICS = dict.fromkeys(
+    ("brightness", "contrast", "warmth", "tint", "sharpness", "map_level", "peak_x", "peak_y"), 0.5
+)
+
+
+def row(number, **changes):
+    base = {"image_path": f"camera-{number % 2}/{number}.png", "verdict": "normal", "pred_score": 1.0, "error": None}
+    return base | {"bundle_hash": OWN, "category": "cloth", "subclass": "a", "unseen": False} | STATISTICS | changes
+
+
+def written(path, rows):
+    file = path / "results.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return file
+
+
+def test_windows_are_ranges_of_images_where_there_is_no_time(tmp_path):
+    rows = [row(number) for number in range(150)]
+    rows[3] = {"image_path": "torn.png", "verdict": None, "error": "torn"}
+    images = list(from_results(written(tmp_path, rows), bundle_hash=OWN))
+    assert len(images) == 149
+    assert [images[0].window, images[-1].window] == ["images 1 to 100", "images 101 to 200"]
+    assert (images[0].name, images[0].product) == ("camera-0/0.png", ("cloth", "a"))
+
+
+def test_the_camera_is_the_folder_and_hours_need_the_time(tmp_path):
+    file = written(tmp_path, [row(0), row(1)])
+    assert [image.window for image in from_results(file, bundle_hash=OWN, by="camera")] == ["camera-0", "camera-1"]
+    with pytest.raises(ConfigError, match=r"--by hour needs the time of each image, which line 1 .* lacks"):
+        list(from_results(file, bundle_hash=OWN, by="hour"))
+    timed = written(tmp_path, [row(0, received_at="2026-03-05T12:34:56+00:00")])
+    (image,) = from_results(timed, bundle_hash=OWN, by="hour")
+    assert image.window.endswith(":00")
+    assert image.at == "2026-03-05T12:34:56+00:00"
+
+
+@pytest.mark.parametrize(("hour", "shift"), [(5, "04 night"), (6, "05 early"), (14, "05 late"), (22, "05 night")])
+def test_shifts_begin_at_6_14_and_22(hour, shift):
+    at = datetime(2026, 3, 5, hour).astimezone()
+    assert window_of("shift", at, "") == f"2026-03-{shift}"
+    assert window_of("camera", datetime.now(UTC), "") == "no name"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("not json\n", "Line 1 of .* is not JSON"),
+        ("[1]\n", "Line 1 of .* is not a result"),
+        (json.dumps(row(0, bundle_hash="b" * 64)) + "\n", "is of another bundle"),
+        (json.dumps(row(0, brightness=None)) + "\n", "were written by an earlier normweave"),
+    ],
+)
+def test_what_is_no_result_of_this_bundle_is_refused(tmp_path, text, message):
+    file = tmp_path / "results.jsonl"
+    file.write_text(text)
+    with pytest.raises(DataError, match=message):
+        list(from_results(file, bundle_hash=OWN))
+    with pytest.raises(DataError, match="Cannot read"):
+        list(from_results(tmp_path / "none.jsonl", bundle_hash=OWN))

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from normweave.serve.access import Access
 from normweave.serve.api import add_api
 from normweave.serve.authentication import AuthenticationMiddleware
+from normweave.serve.drift import DriftWatch
 from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.service import InspectionService
@@ -21,6 +22,8 @@ FILES = "files"
 """Folder of the images, inside the data folder of a server."""
 DATABASE = "store.sqlite"
 """SQLite file, inside the data folder of a server."""
+DRIFT = "drift.json"
+"""State of the tests for drift, inside the data folder of a server."""
 SEEN = "watched.sqlite"
 """SQLite file of the watched folder, inside the data folder of a server."""
 
@@ -35,15 +38,18 @@ def create_app(
         watch: started and stopped with the application.
         pages: add the pages for people; at most one application of a process can have them.
     """
+    drift = DriftWatch(service, service.files.folder.parent / DRIFT)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if watch is not None:
             watch.start()
+        drift.start()
         yield
         if watch is not None:
             await watch.finish()
         await asyncio.to_thread(service.stop)
+        await asyncio.to_thread(drift.stop)
         if access is not None:
             await asyncio.to_thread(access.close)
 
@@ -59,7 +65,7 @@ def create_app(
     if pages:
         from normweave.serve.pages import add_pages
 
-        add_pages(app, service, access=access, watch=watch)
+        add_pages(app, service, access=access, watch=watch, drift=drift)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(AuthenticationMiddleware, access=access)
     app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost

@@ -91,7 +91,8 @@ class DriftWatch:
     def stop(self) -> None:
         """Stop the thread and save the state."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def state(self) -> tuple[list[Finding], Monitor | None]:
         """Return the findings and a copy of the monitor; None: nothing is followed."""

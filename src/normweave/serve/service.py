@@ -21,7 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from normweave.data import images
 from normweave.detector import Detector
@@ -47,9 +47,6 @@ from normweave.serve.records import (
 from normweave.serve.rendering import ImageReader, media_type, npy
 from normweave.serve.store import Store
 from normweave.types import Outcome
-
-if TYPE_CHECKING:
-    from normweave.serve.drift import DriftWatch
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -130,7 +127,6 @@ class InspectionService:
         models: the library from which it is replaced; None: there is none.
         waiting: number of images accepted and not yet answered.
         listeners: called from another thread when inspections have been stored.
-        drift: follows changes of the images; None: not started.
     """
 
     def __init__(self, detector: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
@@ -144,7 +140,6 @@ class InspectionService:
         self._lock = threading.Lock()
         self.waiting = 0
         self.listeners: set[Callable[[], None]] = set()
-        self.drift: DriftWatch | None = None
         self._stopping = False
         self._scoring_since: float | None = None
         self._probe_lock = threading.Lock()

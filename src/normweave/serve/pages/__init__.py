@@ -13,6 +13,7 @@ from nicegui import ui
 
 from normweave.serve import handlers, problems, schemas
 from normweave.serve.access import Access
+from normweave.serve.drift import DriftWatch
 from normweave.serve.pages.frame import TEMPLATE, Page, Serving, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.pages.sockets import bind_sockets
@@ -36,15 +37,18 @@ def every_page() -> list[type[Page]]:
     return registered_pages()
 
 
-def add_pages(app: FastAPI, service: InspectionService, *, access: Access | None, watch: Watch | None) -> None:
+def add_pages(
+    app: FastAPI, service: InspectionService, *, access: Access | None, watch: Watch | None, drift: DriftWatch
+) -> None:
     """Add the pages to a server after all its other routes; once per process, because NiceGUI has one app.
 
     Args:
         access: None: requests need no token.
         watch: the watched folder, if any.
+        drift: follows changes of the images.
     """
     for page in every_page():
-        _add_page(page, service, access, watch)
+        _add_page(page, service, access, watch, drift)
 
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request, name: schemas.Name) -> Response:
@@ -87,12 +91,14 @@ def add_pages(app: FastAPI, service: InspectionService, *, access: Access | None
     )
 
 
-def _add_page(page: type[Page], service: InspectionService, access: Access | None, watch: Watch | None) -> None:
+def _add_page(
+    page: type[Page], service: InspectionService, access: Access | None, watch: Watch | None, drift: DriftWatch
+) -> None:
     title = " · ".join(filter(None, (page.title, service.store.line, "normweave")))
 
     @ui.page(page.path, title=title, response_timeout=SLOW_SECONDS)
     async def build(request: Request) -> None:
-        await page(Serving(service, _person(request), watch, access)).build()
+        await page(Serving(service, _person(request), watch, access, drift)).build()
 
 
 def _person(request: Request) -> Token:

@@ -12,6 +12,7 @@ from nicegui import ui
 
 from normweave.errors import NormweaveError
 from normweave.serve.access import Access
+from normweave.serve.drift import DriftWatch
 from normweave.serve.records import AuditEntry, Inspection, Token
 from normweave.serve.reviews import defect_names
 from normweave.serve.service import InspectionService
@@ -47,6 +48,7 @@ class Serving(NamedTuple):
     """None: no folder is watched."""
     access: Access | None
     """None: requests need no token."""
+    drift: DriftWatch
 
 
 class Page(ABC):
@@ -67,7 +69,7 @@ class Page(ABC):
     engineers_only: ClassVar[bool] = False
 
     def __init__(self, serving: Serving) -> None:
-        self._service, self._token, self._watch, self._access = serving
+        self._service, self._token, self._watch, self._access, self._drift = serving
 
     @abstractmethod
     async def content(self) -> None:

@@ -1,6 +1,7 @@
 """Fusion: its formula by hand, which images are held out, and that the experts have not seen these."""
 
 from dataclasses import replace
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -21,7 +22,6 @@ from normweave.heads.adapted_moe.fusion import (
     level,
     patch_auroc,
 )
-from normweave.heads.grid import replace_border
 from normweave.types import FitData, SyntheticDefects
 
 SHAPE = (6, 8, 8)
@@ -31,18 +31,23 @@ NAMES = ("bolt", "cloth")
 # ── the formula ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def scored(category, *columns, level=1e6):
-    """Images of one category and of one patch, one column for each expert; the maximum of the map is twice as high."""
-    scores = np.array(columns, dtype=float).T
-    both = np.stack([2 * scores, scores], axis=2)
-    maps = scores[:, :, None, None].astype(np.float32)
-    return HeldOut(both, np.full_like(scores, level), maps, np.full(len(scores), category))
+def scored(category, *columns, low=1.0, level=np.inf):
+    """Images of one category, of two patches, one column for each expert; the image score is half of the map's maximum.
+
+    Args:
+        low: the second patch of the map, as a share of the first.
+        level: the highest level.
+    """
+    scores = np.array(columns, dtype=np.float32).T
+    maps = np.stack([scores, low * scores], axis=2)
+    images = np.stack([scores / 2, np.minimum(scores / 2, level)], axis=2)
+    return HeldOut(np.stack([maps, images], axis=2)[:, :, :, None].astype(np.float32), np.full(len(scores), category))
 
 
 def defects(category, *columns):
-    """Defects of one patch, one column for each expert."""
-    maps = np.array(columns, dtype=np.float32).T[:, :, None, None]
-    return Defective(maps, np.ones((len(maps), 1, 1), dtype=np.float32), np.full(len(maps), category))
+    """Images that a defect covers, one column for each expert."""
+    maps = np.array(columns, dtype=np.float32).T[:, :, None, None].repeat(2, axis=3)
+    return Defective(maps, np.ones((len(maps), 1, 2), dtype=np.float32), np.full(len(maps), category))
 
 
 def joined(*parts):
@@ -50,8 +55,10 @@ def joined(*parts):
 
 
 def fused(normal, defective=None, *, categories=(0,), use=("memory", "gaussian"), **settings):
-    fusion = Fusion(FusionExpertConfig(use=use, **settings))
+    fusion = Fusion(FusionExpertConfig(use=use, **settings), border=2)
     fusion.fit(normal, defective, categories=np.array(categories), names=NAMES)
+    assert (fusion.border.gain == 1).all()
+    fusion.border.gain, fusion.border.shift = fusion.border.gain[..., :1], fusion.border.shift[..., :1]  # for any grid
     return fusion
 
 
@@ -69,13 +76,13 @@ def test_fusion_by_hand():
     fused_map, fused_images = fusion(patches, torch.zeros(3, dtype=torch.int64))
     for b in range(3):
         expected = sum(
-            weights[e] * (patches[e][b, 1].max().item() - medians[e]) / (highs[e] - medians[e]) for e in range(2)
+            weights[e] * (2 * patches[e][b, 1].max().item() - medians[e]) / (highs[e] - medians[e]) for e in range(2)
         )
         assert fused_images[b].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
         for y in range(4):
             for x in range(5):
                 expected = sum(
-                    weights[e] * (patches[e][b, 0, y, x].item() - 2 * medians[e]) / (2 * highs[e] - 2 * medians[e])
+                    weights[e] * (patches[e][b, 0, y, x].item() - medians[e]) / (highs[e] - medians[e])
                     for e in range(2)
                 )
                 assert fused_map[b, y, x].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -83,12 +90,17 @@ def test_fusion_by_hand():
 
 def test_the_maps_of_all_categories_have_one_scale():
     """A typical maximum of a normal image is 0, and typical normal patches are equally far below it."""
-    narrow = scored(0, [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9])
-    wide = scored(1, [100.0, 300, 500, 700, 900], [50.0, 55, 60, 65, 70])
-    typical = [{0: 2.0, 1: 6.0}, {0: 500.0, 1: 60.0}]  # of the patches; of the maximum, twice as high
+    narrow = scored(0, [0.0, 2, 4, 6, 20], [10.0, 10, 12, 14, 18], low=0.5)
+    wide = scored(1, [200.0, 600, 1000, 1400, 1800], [100.0, 110, 120, 130, 140], low=0.5)
+    typical = [
+        (np.median(each.maps, axis=(0, 2, 3)), np.median(each.scores[:, :, 0], axis=0)) for each in (narrow, wide)
+    ]
 
     def on_scale(fusion, subclass):
-        patches = {e: torch.tensor([low, 2 * low]).expand(1, 2, 1, 2) for e, low in typical[subclass].items()}
+        patches = {
+            e: torch.tensor(pair).float().expand(1, 2, 1, 2)
+            for e, pair in enumerate(zip(*typical[subclass], strict=True))
+        }
         return fusion(patches, torch.tensor([subclass]))[0][0, 0].tolist()
 
     both = fused(joined(narrow, wide), categories=(0, 1))
@@ -166,7 +178,7 @@ def test_each_category_has_its_own_weights_and_scales():
     assert fusion.weights[0, 0] > 0.9
     assert fusion.weights[1, 1] > 0.9
     assert torch.equal(fusion.weights[0], fusion.weights[2])
-    assert fusion.centre[:, 0, 1].tolist() == [4.5, 104.5, 4.5]
+    assert fusion.centre[:, 0].tolist() == [[4.5, 2.25], [104.5, 52.25], [4.5, 2.25]]
     assert [(each["category"], each["held_out_images"], each["synthetic_defects"]) for each in fusion.record] == [
         ("bolt", 10, 4),
         ("cloth", 10, 4),
@@ -180,8 +192,7 @@ def test_a_category_with_few_images_takes_the_scales_and_weights_of_all():
     good = joined(scored(0, range(10), range(10)), scored(1, [50, 60, 70], [1, 2, 3]))
     bad = joined(defects(0, [20] * 4, [4.5] * 4), defects(1, [0] * 4, [20] * 4))
     fusion = fused(good, bad, categories=(0, 1))
-    scores = good.scores[:, 0, 1]
-    assert fusion.centre[1, 0, 1].item() == np.median(scores)
+    assert fusion.centre[1, 0].tolist() == np.median(good.scores[:, 0], axis=0).tolist()
     assert fusion.record[1]["held_out_images"] == 13
     assert fusion.record[1]["experts"][0]["synthetic_auroc"] == patch_auroc(
         good.maps[:, 0], bad.maps[:, 0], bad.coverage
@@ -284,9 +295,9 @@ def test_about_128_defects_are_wanted(held_out, each):
 # ── in the head ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def head(**expert):
+def head(*, border=2, **expert):
     small = {"memory.max_patches": 40, "memory.max_pool": 400, "layout.cells": 4}
-    return build(head_config(expert={"kind": "fusion"} | small | expert), shape=SHAPE)
+    return build(head_config(expert={"kind": "fusion"} | small | expert, border=border), shape=SHAPE)
 
 
 def with_defects(data, wanted, *, strength=6.0):
@@ -347,22 +358,36 @@ def test_held_out_scores_come_from_experts_that_have_not_seen_the_image(holdout,
 def test_the_scale_is_that_of_the_held_out_images():
     """Experts score the images that they were fitted to lower, so that a scale of these would be too small."""
     data = images(48, holdout=range(24))
-    one = fit(head(), data)
+    settings = {"border": 0, "memory.max_patches": 1_000, "memory.max_pool": 2_000}
+    one = fit(head(**settings), data)
     branch = next(iter(one.used.values()))
     rows = np.flatnonzero(~data.holdout)
-    other = begun(head(), data).branch
+    other = begun(head(**settings), data).branch
     generator = torch.Generator().manual_seed(data.seed)
     other.experts.fit(Normals(data.features, rows, data.subclasses[rows], data.groups[rows]), generator=generator)
 
     def scores(experts, features):  # of the memory bank alone: no adaption, all subclasses together
-        maps = experts.score_united(features, None)[0][:, 0]
-        return replace_border(maps, 2, grid=SHAPE[1:]).amax(dim=(1, 2)).numpy()
+        return experts.score_united(features, None)[0][:, 0].amax(dim=(1, 2)).numpy()
 
     for k in range(2):
         own = data.features.features[data.holdout & (data.subclasses == k)]
         held_out = np.median(scores(other.experts, own))
         assert one.fusion.centre[k, 0, 1].item() == pytest.approx(held_out, rel=1e-5)
         assert np.median(scores(branch.experts, own)) < held_out
+
+
+def test_the_scores_near_the_border_have_the_scale_of_the_held_out_images():
+    """Layout experts have no border, and with `border=0` there is none."""
+    data = images(48, holdout=range(24), subclasses=1)
+    data.features.features[:, :, 1] *= 5
+    gain, shift = (getattr(fit(head(), data).fusion.border, name)[0] for name in ("gain", "shift"))
+    memory, layout, gaussian = range(3)
+    assert (gain[layout] == 1).all()
+    assert (shift[layout] == 0).all()
+    for number in (memory, gaussian):
+        assert (gain[number, 1, 1:-1] < 0.7).all()
+        assert gain[number, 3, 3] == 1
+    assert (fit(head(border=0), data).fusion.border.gain == 1).all()
 
 
 def test_both_categories_are_in_the_notes(fitted):
@@ -390,8 +415,8 @@ def test_a_head_of_a_fold_takes_scales_and_weights_and_fits_its_own_experts(fitt
     one.reuse(fitted)
     assert not len(one.defect_images(part))
     fit(one, part)
-    for name in ("weights", "centre", "spread", "highest"):
-        own, theirs = getattr(one.fusion, name), getattr(fitted.fusion, name)
+    for name in ("weights", "centre", "spread", "highest", "border.gain", "border.shift"):
+        own, theirs = (attrgetter(name)(each.fusion) for each in (one, fitted))
         torch.testing.assert_close(own, theirs[1:], rtol=0, atol=0)
         assert not torch.equal(own, theirs[:1])
     features = images(4).features.features

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave.config import FusionExpertConfig
+from normweave.heads.adapted_moe.border import BorderScale
 from normweave.types import FitData
 
 FOLDS = 4
@@ -30,12 +31,25 @@ HIGHEST_AUROC = 0.995
 
 
 class HeldOut(NamedTuple):
-    """Scores of m normal images that the experts were not fitted on."""
+    """Patch scores of m normal images that the experts were not fitted on."""
 
-    scores: NDArray[np.float64]  # (m, E, 2) maximum of the map, and image score
-    levels: NDArray[np.float64]  # (m, E) of the patch scores whose maximum is the image score
-    maps: NDArray[np.float32]  # (m, E, h, w)
+    patches: NDArray[np.float32]  # (m, E, 2, h, w) the map, and the scores whose maximum is the image score
     categories: NDArray[np.int64]  # (m,)
+
+    @property
+    def maps(self) -> NDArray[np.float32]:
+        """(m, E, h, w)."""
+        return self.patches[:, :, 0]
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """(m, E, 2) maximum of the map, and image score."""
+        return self.patches.max(axis=(3, 4)).astype(np.float64)
+
+    @property
+    def levels(self) -> NDArray[np.float64]:
+        """(m, E) of the patch scores whose maximum is the image score."""
+        return level(torch.from_numpy(self.patches[:, :, 1])).numpy().astype(np.float64)
 
 
 class Defective(NamedTuple):
@@ -58,7 +72,8 @@ def of_category(images: Images, category: int) -> Images:
 class Fusion(nn.Module):
     """Weighted mean of the scores of E experts, each on the scale of held-out normal images.
 
-    Not from a paper. For the subclass k that an image is routed to,
+    Not from a paper. Patch scores near the border are brought to the scale of the others first, by `BorderScale`. For
+    the subclass k that an image is routed to,
 
         score = sum over e of w_ke (score_e - excess_e - median_ke) / (q90_ke - median_ke)
         map = sum over e of w_ke (map_e - median_ke) / (q90_ke - median_ke) * depth / depth_k
@@ -83,9 +98,10 @@ class Fusion(nn.Module):
 
     by_subclass = ("weights", "centre", "spread", "highest")
 
-    def __init__(self, config: FusionExpertConfig) -> None:
+    def __init__(self, config: FusionExpertConfig, *, border: int) -> None:
         super().__init__()
         self.config = config
+        self.border = BorderScale([each.border for each in config.members], width=border)
         experts = len(config.members)
         self.register_buffer("weights", torch.full((1, experts), 1 / experts))
         self.register_buffer("centre", torch.zeros(1, experts, 2))
@@ -109,6 +125,12 @@ class Fusion(nn.Module):
         (weights, highest), (centre, spread) = np.empty((2, *shape)), np.empty((2, *shape, 2))
         depth = np.empty(len(categories))
         self.record = []
+        by_category = [of_category(normal, category).maps for category in categories]
+        self.border.fit([each if len(each) >= FEWEST_OF_CATEGORY else normal.maps for each in by_category])
+        normal = normal._replace(patches=self._scaled(normal.patches, normal.categories, categories))
+        if defective is not None:
+            maps = self._scaled(defective.maps[:, :, None], defective.categories, categories)[:, :, 0]
+            defective = defective._replace(maps=maps)
         for category in np.unique(categories):
             own, bad = of_category(normal, category), defective and of_category(defective, category)
             if len(own.scores) < FEWEST_OF_CATEGORY:
@@ -133,7 +155,18 @@ class Fusion(nn.Module):
         self.weights, self.centre, self.spread, self.highest = (
             each[rows].clone() for each in (fitted.weights, fitted.centre, fitted.spread, fitted.highest)
         )
+        self.border.copy(fitted.border, rows)
         self.names = tuple(categories)
+
+    def _scaled(
+        self, patches: NDArray[np.float32], owners: NDArray[np.int64], categories: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Return the patch scores (m, E, V, h, w) of images of the categories (m,) on the scale of the inner cells.
+
+        Args:
+            categories: (K,) of the subclasses. The scores of an image of another category do not count.
+        """
+        return self.border.scaled(patches, (owners[:, None] == categories).argmax(axis=1))
 
     def append(
         self, normal: HeldOut, defective: Defective | None, *, category: str, like: int | None, depth: float | None
@@ -150,12 +183,22 @@ class Fusion(nn.Module):
         used = np.flatnonzero(self.used)
         E = len(self.config.use)
         weights, highest, centre, spread = np.zeros(E), np.zeros(E), np.zeros((E, 2)), np.ones((E, 2))
+        few = like is not None and len(normal.patches) < FEWEST_HELD_OUT
+        if like is not None and few:
+            self.border.append_like(like)
+        else:
+            self.border.append(normal.maps, used)
+        last = np.full(len(normal.patches), len(self.border.gain) - 1)
+        normal = normal._replace(patches=self.border.scaled(normal.patches, last, used))
+        if defective is not None:
+            last = np.full(len(defective.maps), len(self.border.gain) - 1)
+            defective = defective._replace(maps=self.border.scaled(defective.maps[:, :, None], last, used)[:, :, 0])
         aurocs = np.full(len(used), 0.5) if like is not None else _aurocs(normal, defective)
         if like is not None:
             weights = self.weights[like].double().numpy()
         else:
             weights[used] = self._weights(aurocs)
-        if like is not None and len(normal.scores) < FEWEST_HELD_OUT:
+        if like is not None and few:
             highest, centre, spread = (each[like].double().numpy() for each in (self.highest, self.centre, self.spread))
             own_depth = None
         else:
@@ -214,7 +257,8 @@ class Fusion(nn.Module):
         weights, centre, spread = self.weights[subclass], self.centre[subclass], self.spread[subclass]
         factor = weights[..., None] / spread  # (B, E, 2)
         maps, images = [], []
-        for e, each in scores.items():
+        for e, unscaled in scores.items():
+            each = self.border(unscaled, subclass, e)
             excess = (level(each[:, 1]) - self.highest[subclass, e]).clamp(min=0)
             maps.append((each[:, 0] - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None])
             images.append((each[:, 1].amax(dim=(1, 2)) - excess - centre[:, e, 1]) * factor[:, e, 1])

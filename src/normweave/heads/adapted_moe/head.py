@@ -28,7 +28,6 @@ from normweave.heads.adapted_moe.fusion import (
     defects_per_image,
     folds,
     last_of_expert,
-    level,
 )
 from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, select_experts
 from normweave.heads.base import Head, TrainingStage, batches
@@ -63,7 +62,9 @@ class AdaptedMoE(Head):
         self.branches = nn.ModuleList(
             [ExpertBranch(each, config.adaption, shape=shape) for each in config.expert.members]
         )
-        self.fusion = Fusion(config.expert) if isinstance(config.expert, FusionExpertConfig) else None
+        self.fusion = (
+            Fusion(config.expert, border=config.border) if isinstance(config.expert, FusionExpertConfig) else None
+        )
         self.novelty = SubclassNovelty(statistics=2 * shape[0])
         self._found: Discovery | None = None
         self._experts = np.empty(0, dtype=np.int64)  # of each image of the fit data
@@ -221,17 +222,13 @@ class AdaptedMoE(Head):
 
     @torch.no_grad()
     def held_out(self, data: FitData, rows: NDArray[np.int64]) -> tuple[HeldOut, NDArray[np.int64]]:
-        """Return the scores of these images by each branch in use, and the subclass that each is routed to."""
-        number, routed = len(self.used), [np.empty(0, dtype=np.int64)]
-        scores, levels = [np.empty((0, number, 2))], [np.empty((0, number))]
-        maps = [np.empty((0, number, *self.grid), dtype=np.float32)]
+        """Return the patch scores of these images by each branch in use, and the subclass that each is routed to."""
+        patches = [np.empty((0, len(self.used), 2, *self.grid), dtype=np.float32)]
+        routed = [np.empty(0, dtype=np.int64)]
         for both, subclass in self._scores_by_branch(data.features, rows):
+            patches.append(both.numpy())
             routed.append(subclass.numpy())
-            scores.append(both.amax(dim=(3, 4)).numpy())
-            levels.append(level(both[:, :, 1]).numpy())
-            maps.append(both[:, :, 0].numpy())
-        found = HeldOut(np.concatenate(scores), np.concatenate(levels), np.concatenate(maps), data.categories[rows])
-        return found, np.concatenate(routed)
+        return HeldOut(np.concatenate(patches), data.categories[rows]), np.concatenate(routed)
 
     @torch.no_grad()
     def held_out_defects(
@@ -444,7 +441,10 @@ class AdaptedMoE(Head):
             fused = aggregate(
                 branch(features, samples, choice.experts), choice.weights, how=self.config.aggregation, counts=counts
             )
-        scores = replace_border(fused[:, 0], self.config.border if branch.config.border else 0, grid=self.grid)
+        border = self.config.border if branch.config.border else 0
+        if self.fusion is not None:  # which brings the cells next to the outermost ones to the scale of the others
+            border = min(border, 1)
+        scores = replace_border(fused[:, 0], border, grid=self.grid)
         return torch.stack([scores, fused[:, 1] if fused.shape[1] > 1 else scores], dim=1), nearest
 
     def _assign(self, features: Tensor, subclasses: Tensor) -> Tensor:

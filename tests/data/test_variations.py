@@ -80,6 +80,24 @@ def test_gradient_falls_from_left_to_right() -> None:
     assert (columns[0], columns[50], columns[100]) == (100, 82, 65)
 
 
+@pytest.mark.parametrize(("name", "at_the_centre"), [("lit", 255 * (1 - (155 / 255) ** 1.6)), ("shaded", 70)])
+def test_a_spot_of_light_or_a_shadow_fades_from_its_centre_whose_place_differs(name: str, at_the_centre: float) -> None:
+    places = []
+    for corner in (0, 1, 2):
+        pixels = np.full((3, 60, 100), 100, dtype=np.uint8)
+        pixels[:, 0, 0] = corner
+        change = np.abs(vary(pixels, variation=name)[0].astype(int) - 100)
+        change[0, 0] = 0
+        row, column = np.argwhere(change == change.max()).mean(axis=0)
+        assert change.max() == pytest.approx(abs(at_the_centre - 100), abs=1)
+        assert 0.18 < row / 60 < 0.82
+        assert 0.18 < column / 100 < 0.82
+        far = np.hypot((np.arange(60)[:, None] - row) / 60, (np.arange(100) - column) / 100) > 0.25
+        assert change[far].max() == pytest.approx(change.max() * np.exp(-0.5), abs=3)
+        places.append((row, column))
+    assert len(set(places)) == 3
+
+
 def test_noise_has_its_strength_and_differs_between_images() -> None:
     noises = []
     for level in (120, 121):

@@ -33,7 +33,7 @@ class _Expert:
     implementation: ClassVar[str]
     """Module and class below `normweave.heads.adapted_moe.experts`."""
     border: ClassVar[bool] = True
-    """Whether the outermost cells take the score of their inner neighbours; the number is `head.border`."""
+    """Whether scores near the border are treated, as `head.border` describes."""
 
     @property
     def members(self) -> tuple[SingleExpertConfig, ...]:
@@ -234,6 +234,8 @@ class AdaptedMoEConfig(BaseHeadConfig):
     aggregation: Literal["paper", "min", "mean"] = "paper"
     """How expert scores are combined: Eq. 4 (routing weights), the minimum, or the mean."""
     border: Border = 2
+    """Width of the border in cells. They take the score of the nearest inner cell; in a fusion only the outermost ones
+    do, and the others are brought to the scale of the inner cells."""
     discover: Literal["missing", "always"] = "missing"
     """Find subclasses in the images: if none are given, or always."""
     discovery: Literal["kmeans", "mixture"] = "kmeans"

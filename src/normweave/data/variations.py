@@ -26,11 +26,17 @@ BRIGHTER = 1.4
 GAMMAS = {"gamma-low": 0.75, "gamma-high": 1.35}
 """Exponents of the pixel divided by 255."""
 COLOURS = ("warmer", "cooler")
-VARIATIONS = ("brighter", *GAINS, *GAMMAS, "blurred", "shifted", "gradient", "noisy")
+VARIATIONS = ("brighter", *GAINS, *GAMMAS, "blurred", "shifted", "gradient", "noisy", "lit", "shaded")
 BLUR = 1.0  # standard deviation in pixels at 256 x 256
 ZOOM = 0.03  # share of each side that is cut off, on the right and at the bottom
 FALL = 0.35  # gain is 1 at the left border and 1 - FALL at the right one
 NOISE = 4.0  # standard deviation in grey levels
+SPOT = 0.25
+"""Standard deviation of a spot of light or a shadow, as a share of each side. Its place differs between images."""
+LIT = 1.6
+"""As `BRIGHTER`, at the centre of a spot of light."""
+SHADED = 0.7
+"""Gain at the centre of a shadow."""
 
 
 def applicable(pixels: Pixels) -> tuple[str, ...]:
@@ -65,11 +71,15 @@ def vary(pixels: Pixels, *, variation: str) -> Pixels:
             gain = np.linspace(1, 1 - FALL, pixels.shape[2], dtype=np.float32)
             return _rounded(pixels * gain)
         case "noisy":
-            # The seed is the image's own checksum: two images never get the same noise, as from a sensor.
-            rng = np.random.default_rng(zlib.crc32(pixels.tobytes()))
+            rng = _seeded(pixels)  # two images never get the same noise, as from a sensor
             coloured = bool((pixels != pixels[0]).any())
             noise = rng.standard_normal((3 if coloured else 1, *pixels.shape[1:]), dtype=np.float32)
             return _rounded(pixels + np.float32(NOISE) * noise)
+        case "lit":
+            exponent = 1 + (LIT - 1) * _spot(pixels)
+            return _rounded(255 * (1 - (1 - pixels / np.float32(255)) ** exponent))
+        case "shaded":
+            return _rounded(pixels * (1 - (1 - SHADED) * _spot(pixels)))
     light = np.arange(256, dtype=np.float32) / 255
     if variation == "brighter":
         return _rounded(255 * (1 - (1 - light) ** BRIGHTER))[pixels]
@@ -89,6 +99,20 @@ def some(tiles: Pixels, *, first: int, count: int) -> Iterator[Pixels]:
     for step in range(min(count, len(names))):
         name = names[(first + step) % len(names)]
         yield np.stack([vary(tile, variation=name) for tile in tiles])
+
+
+def _seeded(pixels: Pixels) -> np.random.Generator:
+    """Return a generator whose seed is the checksum of the image."""
+    return np.random.default_rng(zlib.crc32(pixels.tobytes()))
+
+
+def _spot(pixels: Pixels) -> NDArray[np.float32]:
+    """Return a Gaussian (H, W), 1 at its centre, which lies in the middle 60 % of both sides."""
+    axes = [
+        np.exp(-0.5 * ((np.arange(side) / side - centre) / SPOT) ** 2)
+        for side, centre in zip(pixels.shape[1:], _seeded(pixels).uniform(0.2, 0.8, 2), strict=True)
+    ]
+    return np.outer(*axes).astype(np.float32)
 
 
 def _rounded(values: NDArray[np.floating[Any]]) -> Pixels:

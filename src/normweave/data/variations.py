@@ -112,7 +112,8 @@ def _spot(pixels: Pixels) -> NDArray[np.float32]:
         np.exp(-0.5 * ((np.arange(side) / side - centre) / SPOT) ** 2)
         for side, centre in zip(pixels.shape[1:], _seeded(pixels).uniform(0.2, 0.8, 2), strict=True)
     ]
-    return np.outer(*axes).astype(np.float32)
+    spot: NDArray[np.float32] = np.outer(*axes).astype(np.float32)
+    return spot
 
 
 def _rounded(values: NDArray[np.floating[Any]]) -> Pixels:

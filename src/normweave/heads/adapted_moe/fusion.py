@@ -44,7 +44,7 @@ class HeldOut(NamedTuple):
     @property
     def scores(self) -> NDArray[np.float64]:
         """(m, E, 2) maximum of the map, and image score."""
-        return self.patches.max(axis=(3, 4)).astype(np.float64)
+        return np.asarray(self.patches.max(axis=(3, 4)), dtype=np.float64)
 
     @property
     def levels(self) -> NDArray[np.float64]:

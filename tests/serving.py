@@ -15,7 +15,7 @@ STOP_SECONDS = 60
 
 
 class Server:
-    """`normweave serve` on a free port.
+    """`normweave serve` on a free port; without a bundle, the options have a library.
 
     Attributes:
         url: its address.
@@ -28,7 +28,7 @@ class Server:
             "-m",
             "normweave",
             "serve",
-            str(bundle),
+            *([] if bundle is None else [str(bundle)]),
             "--data",
             str(data),
             "--port",

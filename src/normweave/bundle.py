@@ -249,6 +249,11 @@ def lists(folder: Path, name: str) -> bool:
     return name in _read_listing(folder).files
 
 
+def files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file beside bundle.json, by name."""
+    return dict(_read_listing(folder).files)
+
+
 def bundle_hash(folder: Path) -> str:
     """Return the SHA-256 of bundle.json, which lists the hashes of all other files."""
     return _read_listing(folder).digest

@@ -11,6 +11,7 @@ import typer
 from normweave import __version__
 from normweave.cli import (
     benchmark,
+    bundle,
     calibrate,
     data,
     demo,
@@ -54,6 +55,11 @@ command(data_app, "manifest", data.manifest)
 command(data_app, "from-reviews", reviews.from_reviews)
 command(data_app, "make-textures", data.make_textures)
 app.add_typer(data_app, name="data")
+bundle_app = typer.Typer(help="Show, compare and verify bundles, with their history.", no_args_is_help=True)
+command(bundle_app, "show", bundle.show)
+command(bundle_app, "diff", bundle.diff)
+command(bundle_app, "verify", bundle.verify)
+app.add_typer(bundle_app, name="bundle")
 command(app, "doctor", doctor.doctor)
 command(app, "benchmark", benchmark.benchmark)
 

@@ -50,8 +50,7 @@ def add_subclass(
     point = None
     if detector.calibration is not None:
         calibration = detector.calibration.added[-1].calibration
-        point = calibration.as_dict()["operating_points"][0] | {
-            "subclass": name,
+        point = detector.calibration.table(detector.subclass_names)[-1] | {
             "guarantee": calibration.guarantee,
             "promise": calibration.promise,
         }

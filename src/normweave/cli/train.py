@@ -174,7 +174,10 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
     from rich.table import Table
 
     record = detector.record
-    calibration: dict[str, Any] = {} if detector.calibration is None else detector.calibration.as_dict()
+    calibration: dict[str, Any] = {}
+    if detector.calibration is not None:
+        rows = detector.calibration.table(detector.subclass_names)
+        calibration = detector.calibration.as_dict() | {"operating_points": rows}
     fusion = record.get("notes", {}).get("fusion") or []
     refused = [{"image_path": refusal.image_path, "error": refusal.reason} for refusal in detector.refused]
     if terminal.json:

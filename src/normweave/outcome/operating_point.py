@@ -467,6 +467,19 @@ class Calibration:
             record["added"] = [each._asdict() | {"calibration": each.calibration.as_dict()} for each in self.added]
         return record
 
+    def table(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the operating points as `as_dict` does, followed by those of added subclasses.
+
+        Args:
+            names: of all subclasses, the added ones last.
+        """
+        rows: list[dict[str, Any]] = self.as_dict()["operating_points"]
+        for name, each in zip(names[len(self.subclass_names) :], self.added, strict=True):
+            (point,) = each.calibration.as_dict()["operating_points"]
+            place = {"category": each.category, "pooled_over": "subclass"} if self.subclass_categories else {}
+            rows.append(point | {"subclass": name, "pooled": False} | place)
+        return rows
+
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Calibration:
         """Return the calibration that `as_dict` wrote, now or before there were groups: then each image is one.

@@ -518,6 +518,6 @@ def _model(service: InspectionService) -> schemas.ModelOut:
         false_alarm_rate=calibration.false_alarm_rate,
         unknown_rate=calibration.unknown_rate,
         guarantee=calibration.guarantee,
-        operating_points=calibration.as_dict()["operating_points"],
+        operating_points=calibration.table(detector.subclass_names),
         waiting=service.waiting,
     )

@@ -194,7 +194,7 @@ class ModelPage(Page):
         except NormweaveError:  # `_preview` shows the reason
             moved = calibration
         self._histogram.set_content(score_chart(calibration, moved, self._stored, str(self._group.value)))
-        self._limits.set_content(limits(calibration))
+        self._limits.set_content(limits(calibration, self._service.detector.subclass_names))
 
 
 def decided(calibration: Calibration, images: Sequence[ScoredImage]) -> Stored:
@@ -278,9 +278,13 @@ def _on_slider(rate: float) -> float:
     return min(max(rate, LOWEST), HIGHEST)
 
 
-def limits(calibration: Calibration) -> str:
-    """Return the table of operating points, one row for each product."""
-    points = calibration.as_dict()["operating_points"]
+def limits(calibration: Calibration, names: Sequence[str] = ()) -> str:
+    """Return the table of operating points, one row for each product.
+
+    Args:
+        names: of all subclasses, those that were added last.
+    """
+    points = calibration.table(names)
     rows = [(_product_of(point), point) for point in points]
     if calibration.unseen is not None:
         rows.append(("products not in training", calibration.unseen.as_dict()["operating_points"][0]))

@@ -20,7 +20,8 @@ import numpy as np
 from normweave.config import DataConfig
 from normweave.data import layouts, rows, synthetic, variations
 from normweave.data.images import decode
-from normweave.detector import HASH_LETTERS, Detector
+from normweave.data.rows import HASH_LETTERS
+from normweave.detector import Detector
 from normweave.drift.causes import findings
 from normweave.drift.monitor import Image, Monitor
 from normweave.drift.reference import Reference, numbers_of, read

@@ -17,6 +17,7 @@ SHIFTS = {
     "blurred": (0, -0.02, 0, 0, -0.6),
     "spotted": (-0.004, 0.01, 0, 0, -0.2),
 }
+LIGHT_CHANGE = {"brightness": -0.08, "contrast": -0.01, "map_level": 0.3}
 INDEX = {name: index for index, name in enumerate(COLUMNS)}
 
 

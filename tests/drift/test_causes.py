@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from drifting import LIGHT_CHANGE as LIGHT
 from drifting import SUBCLASSES, feed, image, line
 from normweave.drift.causes import bounded_least_squares, findings
 
-LIGHT = {"brightness": -0.08, "contrast": -0.01, "map_level": 0.3}
 BLUR = {"sharpness": -0.4, "contrast": -0.012, "map_level": 1.0}
 
 

@@ -225,7 +225,8 @@ def of_new_subclass(images: _Images) -> NDArray[np.bool_]:
     """
     shift = images.z - np.median(images.z, axis=0)
     apart = (np.abs(shift[:, : len(IMAGE)]).max(axis=1) >= APART) & ~_known(images)
-    chosen: NDArray[np.bool_] = images.far & apart & (shift[:, _SCORE] <= LOCAL * shift[:, _LEVEL])
+    whole = images.z[:, _SCORE] <= LOCAL * images.z[:, _LEVEL]
+    chosen: NDArray[np.bool_] = images.far & apart & whole & ~_moved_products(images, apart)
     if chosen.sum() >= FEWEST and chosen.mean() >= FAR_SHARE:
         return chosen
     far = images.part(images.far)
@@ -268,6 +269,22 @@ def explained(images: _Images) -> Explained:
         focus=bool(focus[-1] <= -MOVED),
         left=0.0 if single is not None else left,
     )
+
+
+def _moved_products(images: _Images, apart: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Return which images (n,) are of a subclass that has moved as a whole, with as many images as before.
+
+    A light or a saturation may move one subclass further than another. Images of a new subclass come on top.
+    """
+    first = images.seen[0].number
+    before = [one.product for one in images.monitor.recent if one.number < first]
+    now = [one.product for one in images.seen]
+    moved = np.zeros(len(now), dtype=bool)
+    for product in images.products:
+        own = np.array([each == product for each in now])
+        usual = before.count(product) / max(len(before), 1)
+        moved |= own & bool(apart[own].mean() >= NEARLY_ALL and own.mean() <= 1.5 * usual)
+    return moved
 
 
 def _known(images: _Images) -> NDArray[np.bool_]:

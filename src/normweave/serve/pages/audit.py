@@ -36,7 +36,7 @@ class AuditPage(Page):
     path = "/audit"
     title = "Audit"
     purpose = "Logins, tokens, limits and bundles. Nobody can change or remove an entry."
-    position = 5
+    position = 6
     engineers_only = True
 
     def __init__(self, serving: Serving) -> None:

@@ -53,7 +53,7 @@ class ComparePage(Page):
     path = "/compare"
     title = "Compare"
     purpose = "Try another bundle on the same images before it inspects. Its results delay nothing and reject nothing."
-    position = 7
+    position = 8
     engineers_only = True
 
     def __init__(self, serving: Serving) -> None:

@@ -36,7 +36,7 @@ class TokensPage(Page):
     path = "/tokens"
     title = "Tokens"
     purpose = "Who may use this server: people log in with a token or its card, programs send it."
-    position = 6
+    position = 7
     engineers_only = True
 
     def __init__(self, serving: Serving) -> None:

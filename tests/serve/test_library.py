@@ -2,12 +2,15 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from bundles import damage
 from normweave import bundle as bundles
+from normweave import references
 from normweave.detector import Detector
 from normweave.errors import ConfigError
+from normweave.references import GoodImage, References
 from normweave.serve.library import Library, ModelError, warm_up
 
 
@@ -60,9 +63,15 @@ def test_unknown_and_damaged_bundles_are_not_found(library, hashes):
         assert (raised.value.code, raised.value.status) == (code, status)
 
 
-def test_good_images_of_every_bundle(library, hashes):
-    assert library.references(hashes["old"]) is None  # it was not scanned yet, or has none
-    library.scan()
+def test_good_images_of_every_bundle_that_was_scanned(library, bundle):
+    shown = References((GoodImage("good/1.png", (64, 64), (64, 64), None),), np.zeros((1, 3), dtype=np.int64))
+    files = {bundles.GRAPH: bundles.read_file(bundle, bundles.GRAPH)} | references.bundle_files(shown)
+    folder = library.folder / "shown"
+    bundles.write(folder, tensors=bundles.read_tensors(bundle), record=bundles.read(bundle), files=files)
+    bundle_hash = bundles.bundle_hash(folder)
+    assert (library.known(), library.references(bundle_hash)) == ([], None)
+    assert library.scan() == library.known()
+    assert library.references(bundle_hash).images == shown.images
     assert library.references("0" * 64) is None
 
 

@@ -96,6 +96,10 @@ class Library:
             self._checked = checked
             return [found for _, found in checked.values()]
 
+    def known(self) -> list[LibraryBundle]:
+        """Return the bundles of the last scan, at once."""
+        return [one for _, one in self._checked.values()]
+
     def find(self, bundle_hash: str) -> LibraryBundle:
         """Return the bundle with this hash.
 
@@ -116,7 +120,7 @@ class Library:
 
     def references(self, bundle_hash: str) -> References | None:
         """Return the good images of a bundle of the last scan; None if it has none, or is damaged."""
-        known = [one for _, one in self._checked.values() if one.bundle_hash == bundle_hash and one.damage is None]
+        known = [one for one in self.known() if one.bundle_hash == bundle_hash and one.damage is None]
         if not known:
             return None
         if bundle_hash not in self._references:

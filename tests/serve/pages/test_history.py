@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from normweave.serve.pages.history import COLUMNS, choices_of, csv_lines, filter_of, table
+from normweave.serve.pages.history import COLUMNS, choices_of, csv_lines, filter_of, products_of, table
 from normweave.serve.records import Filter, Inspection, Review
 from normweave.serve.store import Store
 from normweave.types import Outcome
@@ -83,6 +83,17 @@ def test_a_value_that_cannot_be_chosen_is_refused(given):
         ValueError, match=f"{name} must be one of '.*', got '{given[name]}'. Choose on the History page"
     ):
         filter_of(given)
+
+
+def test_the_products_of_all_bundles_can_be_chosen():
+    known = [{"cloth": ["a"], "tile": []}, {"cloth": ["a", "b"]}]
+    assert products_of(known) == {
+        "": "all products",
+        "cloth": "cloth",
+        "cloth\na": "cloth/a",
+        "tile": "tile",
+        "cloth\nb": "cloth/b",
+    }
 
 
 def test_the_address_gives_the_choices_and_wrong_values_are_ignored():

@@ -66,6 +66,13 @@ def test_the_reason_why_an_image_cannot_be_read_is_a_sentence():
     assert "so it was not inspected. Cut: it ends early." in verdict.banner(cut)
 
 
+def test_an_inspection_names_the_model_that_judged_it():
+    outcome = replace(OUTCOME, model="memory_bank", bundle_hash="c" * 64)
+    text = verdict.details(replace(INSPECTION, outcome=outcome))
+    assert f'<dd>memory_bank <small title="{"c" * 64}">{"c" * 12}</small></dd>' in text
+    assert "<dt>Model</dt>" not in verdict.details(INSPECTION)  # of an earlier version
+
+
 def test_an_inspection_without_a_name_says_so():
     nameless = replace(INSPECTION, name="")
     assert '<h2 class="name">no name</h2>' in verdict.details(nameless)

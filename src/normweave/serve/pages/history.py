@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -150,12 +150,11 @@ class HistoryPage(Page):
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
 
     def _products(self) -> dict[str, str]:
-        """Return the products of this bundle; inspections of other bundles are listed under all products."""
-        products = {ANY: "all products"}
-        for category, subclasses in self._service.detector.record["categories"].items():
-            products[category] = category
-            products |= {f"{category}\n{subclass}": verdict.product(category, subclass) for subclass in subclasses}
-        return products
+        """Return the products of this bundle and of the library; those of other bundles are under all products."""
+        models = self._service.models
+        known = [self._service.detector.record["categories"]]
+        known += [] if models is None else [one.categories for one in models.library.known()]
+        return products_of(known)
 
     def _select(self, name: str, label: str, options: Mapping[str, str]) -> None:
         select = ui.select(dict(options), value=self._chosen[name], label=label)
@@ -289,6 +288,16 @@ class HistoryPage(Page):
         self._defect.set_value("")
         await self._fill(id)
         await self._list()
+
+
+def products_of(known: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, str]:
+    """Return the choices of a product, from the categories of each bundle with their subclasses."""
+    products = {ANY: "all products"}
+    for categories in known:
+        for category, subclasses in categories.items():
+            products[category] = category
+            products |= {f"{category}\n{subclass}": verdict.product(category, subclass) for subclass in subclasses}
+    return products
 
 
 def choices_of(address: Mapping[str, str]) -> dict[str, str]:

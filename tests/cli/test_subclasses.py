@@ -1,12 +1,12 @@
-"""`add-subclass` and `remove-subclass` write a bundle, or say why they do not."""
+"""`add-subclass` and `remove-subclass` print what changed or why nothing did; test_subclasses.py runs them."""
 
 import json
 import shutil
 
 import pytest
 
-from normweave import bundle
-from normweave.detector import Detector
+from normweave.cli.subclasses import show_check
+from normweave.cli.terminal import Terminal
 
 from .conftest import run
 
@@ -17,28 +17,23 @@ def third(cloth):
     return sorted((cloth.parent / "cloth").glob("*/train/good"))[2]
 
 
-def test_a_subclass_is_added_and_removed(fusion_bundle, third, tmp_path):
-    names = ("--category", "cloth", "--subclass", "new")
-    result = run("add-subclass", fusion_bundle, third, *names, "-o", tmp_path / "new", "--json")
-    assert result.exit_code == 0, result.output
-    output = json.loads(result.stdout)
-    assert output["bundle_hash"] == bundle.bundle_hash(tmp_path / "new")
-    assert output["subclass"] == "cloth/new"
-    assert output["images"] == 18
-    assert output["check"]["tiles"] == output["check"]["equal"] > 0
-    assert output["operating_point"]["guarantee"] in ("cross-validated", "uncalibrated")
-    assert Detector.load(tmp_path / "new").subclass_names[2] == "cloth/new"
+def test_the_comparison_of_scores_is_printed(capsys):
+    moved = [["a.png", "cloth/red", "cloth/new"], ["b.png", "cloth/red", "cloth/red"]]
+    show_check(Terminal(), {"tiles": 0, "equal": 0, "moved": []})
+    show_check(Terminal(), {"tiles": 4, "equal": 2, "moved": moved})
+    none, summary, nearer, used = capsys.readouterr().out.splitlines()
 
-    result = run("add-subclass", fusion_bundle, third, *names, "-o", tmp_path / "new")
-    assert result.exit_code == 2
-    assert "allow replacing it (--overwrite)" in result.stderr
+    assert "Give some with --check" in none
+    assert summary == "scores of 2 of 4 other images are the same in every bit"
+    assert nearer == "changed     a.png: nearer to cloth/new than to cloth/red"
+    assert used == "changed     b.png: scored with a part of cloth/red before"
 
-    result = run("remove-subclass", tmp_path / "new", *names, "-o", tmp_path / "old")
-    assert result.exit_code == 0, result.output
-    assert "cloth/new removed" in result.stdout
-    assert "are the same in every bit" in result.stdout
-    assert "stored image" in result.stdout
-    assert bundle.weights_hash(tmp_path / "old") == bundle.weights_hash(fusion_bundle)
+
+def test_an_existing_bundle_is_not_replaced(fusion_bundle, third):
+    for command in (("add-subclass", fusion_bundle, third), ("remove-subclass", fusion_bundle)):
+        result = run(*command, "--category", "cloth", "--subclass", "new", "-o", fusion_bundle)
+        assert result.exit_code == 2
+        assert "allow replacing it (--overwrite)" in result.stderr
 
 
 def test_too_few_images_write_nothing(fusion_bundle, third, tmp_path):

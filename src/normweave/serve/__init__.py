@@ -16,6 +16,7 @@ from normweave.serve.drift import DriftWatch
 from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.service import InspectionService
+from normweave.serve.teach import Teaching
 from normweave.serve.watch import Watch
 
 FILES = "files"
@@ -39,6 +40,7 @@ def create_app(
         pages: add the pages for people; at most one application of a process can have them.
     """
     drift = DriftWatch(service, service.files.folder.parent / DRIFT)
+    teaching = Teaching(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -48,6 +50,7 @@ def create_app(
         yield
         if watch is not None:
             await watch.finish()
+        await asyncio.to_thread(teaching.stop)
         await asyncio.to_thread(service.stop)
         await asyncio.to_thread(drift.stop)
         if access is not None:
@@ -61,11 +64,11 @@ def create_app(
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
-    add_api(app, service, access, watch)
+    add_api(app, service, access, watch, teaching)
     if pages:
         from normweave.serve.pages import add_pages
 
-        add_pages(app, service, access=access, watch=watch, drift=drift)
+        add_pages(app, service, access=access, watch=watch, drift=drift, teaching=teaching)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(AuthenticationMiddleware, access=access)
     app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost

@@ -55,22 +55,28 @@ from normweave.serve.records import Filter, Source, StoredImage
 from normweave.serve.rendering import ImageReader, npy, png, shrunk
 from normweave.serve.repeats import KeyedRequests
 from normweave.serve.service import InspectionService, Upload
+from normweave.serve.teach import Teaching
+from normweave.serve.teach_routes import teach_routes
 from normweave.serve.watch import Watch
 from normweave.types import Verdict
 
 
-def add_api(app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None) -> None:
+def add_api(
+    app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None, teaching: Teaching
+) -> None:
     """Add all routes, and the answers to errors.
 
     Args:
         access: None: the routes of tokens are left out.
     """
     held = HeldAnswers(service.config.max_held_bytes)
+    app.state.teaching = teaching
     app.state.streams = streams = events.EventStreams(service)
     routers = [
         _open_routes(service, watch),
         _routes(service, streams, held),
         model_routes(service, held),
+        teach_routes(service, teaching),
         *([] if access is None else [_token_routes(access)]),
     ]
     for router in routers:

@@ -31,6 +31,9 @@ AuditEvent = Literal[
     "shadow_failed",
     "model_promoted",
     "model_rolled_back",
+    "teach_started",
+    "teach_kept",
+    "teach_discarded",
 ]
 SERVER = "server"
 """Actor of what the server does at its start, and of tokens made by the command line."""

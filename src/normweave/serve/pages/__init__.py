@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from itertools import chain
 
 from fastapi import FastAPI, Request
@@ -19,6 +20,7 @@ from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.pages.sockets import bind_sockets
 from normweave.serve.records import Token
 from normweave.serve.service import InspectionService, Upload
+from normweave.serve.teach import Teaching
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
@@ -38,7 +40,13 @@ def every_page() -> list[type[Page]]:
 
 
 def add_pages(
-    app: FastAPI, service: InspectionService, *, access: Access | None, watch: Watch | None, drift: DriftWatch
+    app: FastAPI,
+    service: InspectionService,
+    *,
+    access: Access | None,
+    watch: Watch | None,
+    drift: DriftWatch,
+    teaching: Teaching,
 ) -> None:
     """Add the pages to a server after all its other routes; once per process, because NiceGUI has one app.
 
@@ -46,9 +54,10 @@ def add_pages(
         access: None: requests need no token.
         watch: the watched folder, if any.
         drift: follows changes of the images.
+        teaching: trains new products.
     """
     for page in every_page():
-        _add_page(page, service, access, watch, drift)
+        _add_page(page, lambda token: Serving(service, token, watch, access, drift, teaching), service.store.line)
 
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request, name: schemas.Name) -> Response:
@@ -91,14 +100,12 @@ def add_pages(
     )
 
 
-def _add_page(
-    page: type[Page], service: InspectionService, access: Access | None, watch: Watch | None, drift: DriftWatch
-) -> None:
-    title = " · ".join(filter(None, (page.title, service.store.line, "normweave")))
+def _add_page(page: type[Page], serving: Callable[[Token], Serving], line: str) -> None:
+    title = " · ".join(filter(None, (page.title, line, "normweave")))
 
     @ui.page(page.path, title=title, response_timeout=SLOW_SECONDS)
     async def build(request: Request) -> None:
-        await page(Serving(service, _person(request), watch, access, drift)).build()
+        await page(serving(_person(request))).build()
 
 
 def _person(request: Request) -> Token:

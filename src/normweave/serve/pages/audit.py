@@ -27,6 +27,9 @@ EVENTS: dict[AuditEvent, str] = {
     "shadow_failed": "shadow failed",
     "model_promoted": "model promoted",
     "model_rolled_back": "model rolled back",
+    "teach_started": "product taught",
+    "teach_kept": "new bundle kept",
+    "teach_discarded": "new bundle thrown away",
 }
 
 
@@ -90,6 +93,11 @@ def described(entry: AuditEntry) -> str:
             return f"bundle {detail['bundle_hash'][:12]}{changed}"
         case "shadow_started" | "shadow_stopped":
             return f"bundle {detail['bundle_hash'][:12]}"
+        case "teach_started":
+            return f"{detail['category']}/{detail['subclass']}, {detail['images']} images, bundle {detail['base'][:12]}"
+        case "teach_kept" | "teach_discarded":
+            made = f", bundle {detail['bundle_hash'][:12]}" if detail["bundle_hash"] else ""
+            return f"{detail['category']}/{detail['subclass']}{made}"
         case "shadow_failed":
             return f"bundle {detail['bundle_hash'][:12]}: {detail['reason']}"
         case "model_promoted" | "model_rolled_back":

@@ -17,6 +17,7 @@ from normweave.serve.records import AuditEntry, Inspection, Token
 from normweave.serve.reviews import defect_names
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
+from normweave.serve.teach import Teaching
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
@@ -49,6 +50,7 @@ class Serving(NamedTuple):
     access: Access | None
     """None: requests need no token."""
     drift: DriftWatch
+    teaching: Teaching
 
 
 class Page(ABC):
@@ -69,7 +71,7 @@ class Page(ABC):
     engineers_only: ClassVar[bool] = False
 
     def __init__(self, serving: Serving) -> None:
-        self._service, self._token, self._watch, self._access, self._drift = serving
+        self._service, self._token, self._watch, self._access, self._drift, self._teaching = serving
 
     @abstractmethod
     async def content(self) -> None:

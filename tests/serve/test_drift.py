@@ -93,3 +93,7 @@ def test_the_thread_follows_what_is_stored(service, loaded, photos, watching):
     watch.start()
     watch.stop()  # the first step comes before the end
     assert watch.state()[1].count == 2
+    scored(loaded, photos, service, 1)
+    watch.start()  # an application may start again
+    watch.stop()
+    assert watch.state()[1].count == 3

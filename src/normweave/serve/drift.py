@@ -75,7 +75,7 @@ class DriftWatch:
         self._path = path
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
+        self._thread: threading.Thread | None = None
         self._bundle: str | None = None
         self._last = 0
         self._monitor: Monitor | None = None
@@ -85,13 +85,15 @@ class DriftWatch:
         """Why nothing is followed, for people."""
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, also again after `stop`."""
+        self._stopped.clear()
+        self._thread = threading.Thread(target=self._run, name="drift", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Stop the thread and save the state."""
         self._stopped.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def state(self) -> tuple[list[Finding], Monitor | None]:

@@ -39,15 +39,15 @@ def test_a_quiet_line_has_no_findings():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"light": LIGHT}, {"lighting or camera"}),
-        ({"light": {"warmth": 0.1}}, {"lighting or camera"}),
-        ({"light": BLUR}, {"focus or dirt"}),
-        ({"dirt": True}, {"focus or dirt"}),
-        ({"defects": 0.3}, {"more defects"}),
-        ({"new": 0.3}, {"new subclass"}),
-        ({"light": LIGHT, "defects": 0.3}, {"lighting or camera", "more defects"}),
-        ({"light": BLUR, "defects": 0.3}, {"focus or dirt", "more defects"}),
-        ({"light": LIGHT, "new": 0.3}, {"lighting or camera", "new subclass"}),
+        ({"light": LIGHT}, ["lighting or camera"]),
+        ({"light": {"warmth": 0.1}}, ["lighting or camera"]),
+        ({"light": BLUR}, ["focus or dirt"]),
+        ({"dirt": True}, ["focus or dirt"]),
+        ({"defects": 0.3}, ["more defects"]),
+        ({"new": 0.3}, ["new subclass"]),
+        ({"light": LIGHT, "defects": 0.3}, ["lighting or camera", "more defects"]),
+        ({"light": BLUR, "defects": 0.3}, ["focus or dirt", "more defects"]),
+        ({"light": LIGHT, "new": 0.3}, ["lighting or camera", "new subclass"]),
     ],
     ids=str,
 )
@@ -57,7 +57,7 @@ def test_each_cause_and_two_at_once(given, expected):
         monitor, rng = line(seed)
         feed(monitor, rng, 300)
         changed(monitor, rng, **given)
-        right += causes(monitor) == expected
+        right += causes(monitor) == set(expected)
     assert right == 3
 
 

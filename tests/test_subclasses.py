@@ -14,6 +14,7 @@ from normweave.cli import app
 from normweave.config import DataConfig
 from normweave.data import layouts
 from normweave.detector import Detector
+from normweave.drift import reference
 from normweave.errors import ConfigError, DataError
 
 
@@ -98,6 +99,17 @@ def test_operating_points_of_the_others_do_not_change(fusion_bundle, added, imag
     assert {each.threshold for each in outcomes if not each.unseen} <= {own.calibration.point().threshold}
 
 
+def test_the_statistics_of_the_new_images_join_those_that_drift_is_compared_with(fusion_bundle, added, images):
+    old, new = (reference.read(Detector.load(each).record, where=each) for each in (fusion_bundle, added))
+    assert [(each.product, each.cross_validated) for each in new[: len(old)]] == [
+        (each.product, each.cross_validated) for each in old
+    ]
+    assert new[-1].product == ("cloth", list(images)[2])
+    assert new[-1].cross_validated
+    assert new[-1].values.shape == (12, len(reference.COLUMNS))
+    assert set(new[-1].shifts) == set(old[0].shifts)
+
+
 def test_what_was_added_can_be_removed_without_a_trace(fusion_bundle, added, images, tmp_path):
     third = list(images)[2]
     removed, stored = tmp_path / "removed.bundle", len(checks.read(fusion_bundle).pixels)
@@ -109,7 +121,7 @@ def test_what_was_added_can_be_removed_without_a_trace(fusion_bundle, added, ima
     assert checks.read(removed).to_bytes() == checks.read(fusion_bundle).to_bytes()
     old, new = Detector.load(fusion_bundle), Detector.load(removed)
     assert new.calibration.as_dict() == old.calibration.as_dict()
-    for key in ("subclasses", "subclass_names", "categories", "fit_hashes", "fit_images"):
+    for key in ("subclasses", "subclass_names", "categories", "fit_hashes", "fit_images", "drift"):
         assert new.record[key] == old.record[key]
     assert [each["action"] for each in new.record["history"]] == ["trained", "added", "removed"]
 

@@ -23,6 +23,8 @@ from normweave.checks import Checks
 from normweave.config import AdaptedMoEConfig, FusionExpertConfig
 from normweave.data import rows, splits
 from normweave.detector import Data, Detector, samples_of
+from normweave.drift import reference
+from normweave.drift.reference import Described
 from normweave.errors import ConfigError, DataError
 from normweave.features.standardize import StandardizedFeatures
 from normweave.heads.adapted_moe.fusion import FEWEST_OF_CATEGORY, Defective, HeldOut, defects_per_image
@@ -78,7 +80,7 @@ def with_subclass(
     network, head = _network(detector)
     images = _images(detector, data, category=category, subclass=subclass, layout=layout, progress=progress)
     teaching = _Teaching(detector, network, head, images, name=name, progress=progress)
-    added_head, held_out, routed = teaching.fit()
+    added_head, held_out, routed, described = teaching.fit()
     known = teaching.like is not None
     if progress is not None:
         progress("writing the graph", 0, 1)
@@ -86,8 +88,8 @@ def with_subclass(
     result.subclasses[name] = (category, subclass)
     own = [each for each, is_own in zip(held_out, routed, strict=True) if is_own]
     calibration, points = detector.calibration, detector.operating_points
+    groups = splits.independent_groups(images.samples, images.hashes)
     if calibration is not None and points is not None:
-        groups = splits.independent_groups(images.samples, images.hashes)
         drawn = Calibration(
             scores=[each.score for each in own],
             distances=[each.distance for each in own if each.distance is not None],
@@ -116,7 +118,7 @@ def with_subclass(
         result.network.checks = Checks.compute(_graph(result), np.concatenate([result.network.checks.pixels, shown]))
     taught = {
         "images": len(images.samples),
-        "groups": len(set(splits.independent_groups(images.samples, images.hashes))),
+        "groups": len(set(groups)),
         "routed_to_others": [
             [str(sample.image_path), detector.subclass_names[each.subclass]]
             for sample, each, is_own in zip(images.samples, held_out, routed, strict=True)
@@ -144,6 +146,13 @@ def with_subclass(
         KEY: detector.record.get(KEY, {}) | {name: taught},
         history.KEY: history.extended(detector.record, step),
     }
+    if reference.KEY in detector.record:
+        line = [
+            reference.CalibrationImage((category, subclass), group, each.score, each.distance, statistics)
+            for each, group, statistics, is_own in zip(held_out, groups, described, routed, strict=True)
+            if is_own
+        ]
+        result.record[reference.KEY] = reference.joined(detector.record[reference.KEY], line)
     if progress is not None:
         progress("writing the graph", 1, 1)
     return result
@@ -222,6 +231,8 @@ def without_subclass(
         KEY: {key: value for key, value in detector.record.get(KEY, {}).items() if key != name},
         history.KEY: history.extended(detector.record, step),
     }
+    if reference.KEY in detector.record:
+        result.record[reference.KEY] = reference.without(detector.record[reference.KEY], (category, subclass))
     return result
 
 
@@ -276,8 +287,10 @@ class _Teaching:
         members = np.unique(groups, return_inverse=True)[1]
         self.fold = order[members] % min(config.data.folds, len(order))  # (n,)
 
-    def fit(self) -> tuple[AdaptedMoE, list[ImageScore], list[bool]]:
-        """Return the head with the new subclass, the held-out score of each image, and whether it was routed to it.
+    def fit(self) -> tuple[AdaptedMoE, list[ImageScore], list[bool], list[Described]]:
+        """Return the head with the new subclass, and of each image when it is held out.
+
+        That is its score, whether it was routed to the new subclass, and its statistics for `normweave drift`.
 
         Raises:
             DataError: too few of the images are nearest to the new subclass.
@@ -327,7 +340,11 @@ class _Teaching:
                 f"No image of {data.names[0]} is nearest to it when it is held out. Give more images that resemble "
                 "each other."
             )
-        return final, images, own
+        described = [
+            reference.describe(self.images, number, tiles.raw.scores[start:end], vary=number < reference.VARIED_IMAGES)
+            for number, (start, end) in enumerate(pairwise(bounds.tolist()))
+        ]
+        return final, images, own, described
 
     def _defective(self, heads: Sequence[AdaptedMoE], new: int) -> Defective | None:
         """Return the maps of held-out images with synthetic defects that are routed to the new subclass."""

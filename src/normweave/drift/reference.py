@@ -132,6 +132,18 @@ def record(images: Iterable[CalibrationImage], *, cross_validated: bool) -> dict
     return {"columns": list(COLUMNS), "cross_validated": cross_validated, "subclasses": subclasses}
 
 
+def joined(held: Mapping[str, Any], images: Iterable[CalibrationImage]) -> dict[str, Any]:
+    """Return the record with the statistics of an added subclass, whose scores are cross-validated."""
+    added = [each | {"cross_validated": True} for each in record(images, cross_validated=True)["subclasses"]]
+    return {**held, "subclasses": [*held["subclasses"], *added]}
+
+
+def without(held: Mapping[str, Any], product: Product) -> dict[str, Any]:
+    """Return the record without a subclass."""
+    left = [each for each in held["subclasses"] if (each["category"], each["subclass"]) != product]
+    return {**held, "subclasses": left}
+
+
 def _numbers(image: CalibrationImage) -> list[float | None]:
     assert image.described is not None
     values = (*image.described.image, *image.described.map, image.score)
@@ -155,7 +167,8 @@ def read(record: Mapping[str, Any], *, where: object) -> list[Reference]:
         held = record[KEY]
         if tuple(held["columns"]) != COLUMNS:
             raise ValueError(f"the columns {held['columns']}")
-        return [_reference(one, bool(held["cross_validated"])) for one in held["subclasses"]]
+        everywhere = held["cross_validated"]
+        return [_reference(one, bool(one.get("cross_validated", everywhere))) for one in held["subclasses"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{where}: the statistics of the calibration images are damaged: {error}. {cure}") from error
 

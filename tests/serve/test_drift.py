@@ -1,5 +1,6 @@
 """Drift of the inspections of a server."""
 
+import json
 from copy import copy
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from PIL import Image
 from inspections import inspection, unreadable
 from normweave.errors import DataError
 from normweave.serve import DATABASE, drift
+from normweave.serve.webhook import Webhook
+from receiver import Receiver
 
 
 def test_an_inspection_is_an_image_of_the_line():
@@ -68,6 +71,51 @@ def test_alarms_become_metrics_and_a_restart_continues(service, loaded, photos, 
     third.step()
     assert third.state()[1].count == 150
     assert {each.cause for each in third.state()[0]} == {each.cause for each in found}
+
+
+def test_each_alarm_is_sent_once_to_the_webhook(service, loaded, photos, tmp_path):
+    """Also if the server starts again meanwhile, before or after the other one has taken it."""
+    good = [photo for photo in photos if "/good/" in photo]
+    scored(loaded, good, service, 60)
+    stored = scored(loaded, good, service, 90, gain=0.8)
+
+    def watching():
+        webhook = Webhook("http://127.0.0.1:9")
+        return drift.DriftWatch(service, tmp_path / "drift.json", webhook=webhook), webhook
+
+    watch, webhook = watching()
+    while watch.step():
+        pass
+    waiting = webhook.waiting
+    lit = [event for event in waiting if event["cause"] == "lighting or camera"]
+    assert len({event["subclass"] for event in lit}) == len(lit) > 0
+    assert all(event["type"] == "drift.alarm" and event["bundle_hash"] == loaded.bundle_hash for event in waiting)
+    assert stored[0].id - 10 <= lit[0]["since_inspection"] <= stored[-1].id
+    assert set(lit[0]["inspections"]) <= {one.id for one in stored}
+
+    again, webhook = watching()
+    again.step()
+    assert webhook.waiting == waiting
+
+    state = json.loads((tmp_path / "drift.json").read_text())
+    (tmp_path / "drift.json").write_text(json.dumps(state | {"undelivered": []}))
+    third, webhook = watching()
+    third.step()
+    assert webhook.waiting == []
+
+
+def test_the_thread_sends_what_waits(service, loaded, photos, tmp_path):
+    scored(loaded, photos, service, 2)
+    receiver, path = Receiver(), tmp_path / "drift.json"
+    first = drift.DriftWatch(service, path)
+    first.step()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"undelivered": [{"cause": "focus or dirt"}]}))
+    watch = drift.DriftWatch(service, path, webhook=Webhook(receiver.url))
+    watch.start()
+    watch.stop()
+    receiver.close()
+    assert receiver.got == [{"cause": "focus or dirt"}]
+    assert json.loads(path.read_text())["undelivered"] == []
 
 
 def test_a_damaged_state_begins_anew(service, loaded, photos, watching, tmp_path):

@@ -37,6 +37,10 @@ def serve(
         Path | None,
         typer.Option(help="Folder of a camera. New images in it are inspected.", show_default=False),
     ] = None,
+    drift_webhook: Annotated[
+        str | None,
+        typer.Option(help="Address that is sent each alarm of drift, as JSON by POST.", show_default=False),
+    ] = None,
     library: Annotated[
         Path | None,
         typer.Option(
@@ -117,6 +121,7 @@ def serve(
         from normweave.serve.service import InspectionService
         from normweave.serve.store import Store
         from normweave.serve.watch import Watch
+        from normweave.serve.webhook import Webhook
     except ImportError as error:
         raise MissingError(
             f'The server needs {error.name}, which is not installed: pip install "normweave[serve]"'
@@ -135,6 +140,7 @@ def serve(
         raise unknown(
             "role", new_token, get_args(Role), "An operator inspects and reviews. An engineer has all rights."
         )
+    webhook = None if drift_webhook is None else Webhook(drift_webhook)
     config = ServeConfig(
         max_waiting=max_waiting,
         max_images=min(max_images, max_waiting),
@@ -180,7 +186,7 @@ def serve(
         if watch is not None:
             seen = stack.enter_context(closing(Seen(folder / server.SEEN)))
             watching = Watch(watch.resolve(), service=service, seen=seen)
-        app = server.create_app(service, access=access, watch=watching)
+        app = server.create_app(service, access=access, watch=watching, webhook=webhook)
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"

@@ -18,6 +18,7 @@ from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.service import InspectionService
 from normweave.serve.teach import Teaching
 from normweave.serve.watch import Watch
+from normweave.serve.webhook import Webhook
 
 FILES = "files"
 """Folder of the images, inside the data folder of a server."""
@@ -30,16 +31,22 @@ SEEN = "watched.sqlite"
 
 
 def create_app(
-    service: InspectionService, *, access: Access | None, watch: Watch | None = None, pages: bool = True
+    service: InspectionService,
+    *,
+    access: Access | None,
+    watch: Watch | None = None,
+    webhook: Webhook | None = None,
+    pages: bool = True,
 ) -> FastAPI:
     """Return the ASGI application of a server. On shutdown it first finishes all accepted images.
 
     Args:
         access: None: requests need no token.
         watch: started and stopped with the application.
+        webhook: is sent each new alarm of drift.
         pages: add the pages for people; at most one application of a process can have them.
     """
-    drift = DriftWatch(service, service.files.folder.parent / DRIFT)
+    drift = DriftWatch(service, service.files.folder.parent / DRIFT, webhook=webhook)
     teaching = Teaching(service)
 
     @asynccontextmanager

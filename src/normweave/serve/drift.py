@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from normweave.atomic import write_atomically
 from normweave.detector import Detector
@@ -18,6 +19,7 @@ from normweave.errors import BundleError, DataError, NormweaveError
 from normweave.serve.records import Filter, Inspection
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
+from normweave.serve.webhook import Webhook
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +70,12 @@ class DriftWatch:
     Args:
         service: whose store is read; the tests begin anew with each bundle.
         path: file of the state.
+        webhook: is sent each new alarm.
     """
 
-    def __init__(self, service: InspectionService, path: Path) -> None:
+    def __init__(self, service: InspectionService, path: Path, *, webhook: Webhook | None = None) -> None:
         self._service = service
+        self._webhook = webhook
         self._path = path
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -108,6 +112,8 @@ class DriftWatch:
                     pass
             except NormweaveError as error:  # the next run tries again
                 log.warning("Drift is not followed for now: %s", error)
+            if self._webhook is not None and self._webhook.deliver():
+                self._save()
             if self._stopped.wait(STEP_SECONDS):
                 return
 
@@ -130,12 +136,24 @@ class DriftWatch:
                     self._monitor.add(image)
             self._found = findings(self._monitor)
         self._show_alarms()
-        state = {"bundle_hash": own, "last": self._last, "monitor": self._monitor.as_dict()}
-        write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
+        self._save()
         return len(found) == CHUNK
+
+    def _save(self) -> None:
+        if self._monitor is None:
+            return
+        state = {
+            "bundle_hash": self._bundle,
+            "last": self._last,
+            "monitor": self._monitor.as_dict(),
+            "raised": sorted(self._raised),
+            "undelivered": [] if self._webhook is None else self._webhook.waiting,
+        }
+        write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
 
     def _begin(self, detector: Detector, own: str) -> None:
         """Load the state of this bundle, or begin anew."""
+        first = self._bundle is None
         with self._lock:
             self._bundle, self._last, self._monitor, self._found, self.refusal = own, 0, None, [], None
             try:
@@ -145,9 +163,12 @@ class DriftWatch:
                 return
             try:
                 state = json.loads(self._path.read_text())
+                if first and self._webhook is not None:  # also alarms of another bundle
+                    self._webhook.restore(state["undelivered"])
                 if state["bundle_hash"] == own:
                     self._monitor.load(state["monitor"])
                     self._last = int(state["last"])
+                    self._raised = {(str(cause), str(subclass)) for cause, subclass in state["raised"]}
                     self._found = findings(self._monitor)
             except FileNotFoundError:
                 pass
@@ -159,12 +180,35 @@ class DriftWatch:
     def _show_alarms(self) -> None:
         """Set the metric of each alarm, and log new ones."""
         gauge = self._service.metrics.drift_alarm
-        now: set[tuple[str, str]] = {
-            (one.cause, "/".join(filter(None, product))) for one in self._found if one.alarm for product in one.products
+        alarms: dict[tuple[str, str], Finding] = {
+            (one.cause, "/".join(filter(None, product))): one
+            for one in self._found
+            if one.alarm
+            for product in one.products
         }
+        now = set(alarms)
         for cause, subclass in self._raised - now:
             gauge.labels(cause, subclass).set(0)
         for cause, subclass in now - self._raised:
-            gauge.labels(cause, subclass).set(1)
             log.warning("Drift: %s, %s", cause, subclass or "all images")
+            if self._webhook is not None:
+                self._webhook.add(self._event(alarms[cause, subclass], subclass))
+        for cause, subclass in now:
+            gauge.labels(cause, subclass).set(1)
         self._raised = now
+
+    def _event(self, alarm: Finding, subclass: str) -> dict[str, Any]:
+        """Return an alarm as the webhook is sent it."""
+        return {
+            "type": "drift.alarm",
+            "line": self._service.store.line,
+            "bundle_hash": self._bundle,
+            "cause": alarm.cause,
+            "subclass": subclass,
+            "since": alarm.since_at,
+            "since_inspection": int(alarm.since),
+            "evidence": alarm.evidence,
+            "effect": alarm.effect,
+            "advice": alarm.advice,
+            "inspections": [int(name) for name in alarm.examples],
+        }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nicegui import ui
@@ -103,7 +104,7 @@ class ComparePage(Page):
     async def _ask(self, event: GenericEventArguments) -> None:
         action, bundle_hash = (str(each) for each in event.args)
         state = await asyncio.to_thread(self._models.state)
-        found = next((one for one in state.bundles if one.bundle_hash == bundle_hash), None)
+        found = next((one for one in [*missing(state), *state.bundles] if one.bundle_hash == bundle_hash), None)
         if action not in ACTIONS or found is None:
             return
         self._asked = action, bundle_hash
@@ -174,9 +175,12 @@ class ComparePage(Page):
 def rows(state: ModelsState) -> list[dict[str, Any]]:
     """Return what the table shows of each bundle, with the actions that it allows."""
     found = []
-    for one in state.bundles:
-        status = state.state(one)
+    for one in [*missing(state), *state.bundles]:
+        is_candidate = one.bundle_hash not in (None, state.active.bundle_hash) and one.bundle_hash == state.candidate
+        status = "candidate" if is_candidate else state.state(one)
         actions = {"ready": ["shadow"], "failed": ["shadow"], "candidate": ["promote", "stop"]}.get(status, [])
+        if is_candidate and one.damage is not None:
+            actions = ["stop"]
         if status == "active" and state.back_to is not None:
             actions = ["rollback"]
         names = [verdict.product(category, each) for category, known in one.categories.items() for each in known]
@@ -190,6 +194,26 @@ def rows(state: ModelsState) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def missing(state: ModelsState) -> list[LibraryBundle]:
+    """Return the active bundle and the candidate if the folder has them no longer."""
+    cures = {state.active.bundle_hash: "or the server cannot start again"}
+    if state.candidate is not None:
+        cures.setdefault(state.candidate, "or stop it")
+    known = {one.bundle_hash for one in state.bundles}
+    return [
+        LibraryBundle(
+            name=state.name(bundle_hash),
+            path=Path(),
+            bundle_hash=bundle_hash,
+            categories={},
+            preparation={},
+            damage=f"Its files are missing: put the bundle back, {cure}.",
+        )
+        for bundle_hash, cure in cures.items()
+        if bundle_hash not in known
+    ]
 
 
 def question(action: str, bundle: LibraryBundle, state: ModelsState, preparation: Mapping[str, Any]) -> str:

@@ -7,10 +7,15 @@ from playwright.sync_api import expect
 
 from browsing import broken, settle
 from bundles import make_library, wait_for
-from contracts.test_every_page import SMALL, violations
+from contracts.test_every_page import LONG, SMALL, violations
 from serving import Server
 
 pytestmark = pytest.mark.browser
+OVERFLOW = """
+() => [document.documentElement, ...document.querySelectorAll(".scroll:has(.bundles), .pair")]
+  .filter((element) => element.scrollWidth > element.clientWidth)
+  .map((element) => `${element.className}: ${element.scrollWidth} > ${element.clientWidth}`)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_a_bundle_is_compared_promoted_and_rolled_back(visit, server):
     expect(row(page, "new")).to_contain_text("in the shadow")
     with server.client() as client:
         for number, content in enumerate(server.photos):
-            client.post("/v1/inspect", files={"images": (f"part {number}.png", content)}).raise_for_status()
+            client.post("/v1/inspect", files={"images": (f"{number}_{LONG}", content)}).raise_for_status()
         wait_for(lambda: client.get("/v1/models/compare").json()["judged"] == len(server.photos))
         compared = client.get("/v1/models/compare").json()
         first = compared["inspections"][0]
@@ -68,7 +73,7 @@ def test_a_bundle_is_compared_promoted_and_rolled_back(visit, server):
     assert violations(page) == []
     for width in (360, 390, 768, 1024, 1440):
         page.set_viewport_size({"width": width, "height": 800})
-        assert page.evaluate("() => document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        assert page.evaluate(OVERFLOW) == [], width
         assert page.evaluate(SMALL) == [], width
         assert broken(page) == [], width
     page.get_by_label("Product").click()

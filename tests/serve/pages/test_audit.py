@@ -36,6 +36,19 @@ def test_events_in_words(one, words):
     assert one.event in EVENTS
 
 
+@pytest.mark.parametrize(
+    ("event", "made", "expected"),
+    [
+        ("teach_started", None, "training of a product started"),
+        ("teach_discarded", None, "training thrown away"),
+        ("teach_discarded", "c" * 64, "new bundle thrown away"),
+    ],
+)
+def test_trainings_in_words(event, made, expected):
+    detail = {"category": "cloth", "subclass": "a", "images": 10, "base": "b" * 64, "bundle_hash": made}
+    assert f'<td class="text">{expected}</td>' in table([entry(event, detail=detail)])
+
+
 def test_names_are_escaped():
     html = table([entry("token_created", actor=HOSTILE, token=1, address=HOSTILE, detail=TOKEN, line=HOSTILE)])
     assert "<img" not in html

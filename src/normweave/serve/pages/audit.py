@@ -1,4 +1,4 @@
-"""Audit: who logged in, made or revoked tokens, changed the false-alarm rate, and which bundles were loaded."""
+"""Audit: who logged in, made or revoked tokens, changed the false-alarm rate or the model, or taught a product."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ EVENTS: dict[AuditEvent, str] = {
     "shadow_failed": "shadow failed",
     "model_promoted": "model promoted",
     "model_rolled_back": "model rolled back",
-    "teach_started": "product taught",
+    "teach_started": "training of a product started",
     "teach_kept": "new bundle kept",
-    "teach_discarded": "new bundle thrown away",
+    "teach_discarded": "training or new bundle thrown away",
 }
 
 
@@ -38,7 +38,7 @@ class AuditPage(Page):
 
     path = "/audit"
     title = "Audit"
-    purpose = "Logins, tokens, limits and bundles. Nobody can change or remove an entry."
+    purpose = "Logins, tokens, limits, bundles and trainings. Nobody can change or remove an entry."
     position = 6
     engineers_only = True
 
@@ -72,8 +72,15 @@ class AuditPage(Page):
 
 def table(entries: list[AuditEntry], *, line: str = "") -> str:
     """Return an HTML table of entries; those of other lines than `line` name theirs."""
-    rows = [(entry, EVENTS[entry.event], described(entry)) for entry in entries]
+    rows = [(entry, word(entry), described(entry)) for entry in entries]
     return render_macro("audit.html", "table", rows=rows, line=line)
+
+
+def word(entry: AuditEntry) -> str:
+    """Return the event in words; a training can be thrown away before it has made a bundle."""
+    if entry.event == "teach_discarded":
+        return "training thrown away" if entry.detail["bundle_hash"] is None else "new bundle thrown away"
+    return EVENTS[entry.event]
 
 
 def described(entry: AuditEntry) -> str:

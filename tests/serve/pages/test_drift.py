@@ -6,7 +6,7 @@ import numpy as np
 
 from drifting import LIGHT_CHANGE, feed, line
 from normweave.drift.causes import findings
-from normweave.serve.pages.drift import findings_html, history_link, points, table
+from normweave.serve.pages.drift import few, findings_html, history_link, odds, points, table
 
 
 def test_an_alarm_names_cause_products_and_what_to_do_with_pictures():
@@ -15,7 +15,7 @@ def test_an_alarm_names_cause_products_and_what_to_do_with_pictures():
     feed(monitor, rng, 60, change=LIGHT_CHANGE)
     html = findings_html(findings(monitor), monitor)
     assert "Alarm: lighting or camera" in html
-    assert "e-value" in html
+    assert re.search(r"[\d,]+ : 1 <small>\(alarm from 4,500 : 1\)</small>", html)
     assert "normweave calibrate" in html
     assert html.count("<img") == 12
     assert "/history?days=&amp;product=cloth%0Adenim" in html
@@ -33,6 +33,23 @@ def test_without_a_change_there_is_a_sentence():
     refused = findings_html([], None, refusal="No statistics.")
     assert "Drift is not followed." in refused
     assert "No inspections" in table(None)
+
+
+def test_evidence_is_a_number_of_two_digits():
+    assert [odds(one) for one in (7234.0, 1_438_212.3, 1e9, 1e26)] == [
+        "7,200",
+        "1,400,000",
+        *2 * ["more than 1,000,000,000"],
+    ]
+
+
+def test_subclasses_with_few_independent_calibration_images_are_named():
+    monitor, _ = line(images=40, groups=[number % 18 for number in range(40)])
+    assert [n for _, n in few(monitor)] == [18, 18, 18]
+    assert "Small changes cannot be noticed from so few independent calibration images: " in table(monitor)
+    enough, _ = line(images=40, groups=[number % 19 for number in range(40)])
+    assert few(enough) == []
+    assert "Small changes" not in table(enough)
 
 
 def test_names_are_escaped():

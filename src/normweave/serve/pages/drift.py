@@ -26,6 +26,10 @@ REACH = 6.0
 """Standard deviations at the top and the bottom of a small chart."""
 WIDE, HIGH = 84, 30
 """Pixels of a small chart."""
+MOST_ODDS = 1_000_000_000
+"""Largest evidence that is shown as a number."""
+FEWEST = 19
+"""Independent calibration images of a subclass from which small changes of it can be noticed."""
 WORDS = {"map_level": "level of map", "distance": "distance from known"}
 """Names of the statistics for people; others are their own."""
 
@@ -60,13 +64,28 @@ def findings_html(found: list[Finding], monitor: Monitor | None, *, refusal: str
         {
             "finding": one,
             "products": [(verdict.product(*product), history_link(product)) for product in one.products],
-            "evidence": None if one.evidence is None else f"{one.evidence:.2g}",
+            "evidence": None if one.evidence is None else odds(one.evidence),
         }
         for one in found
     ]
     count = 0 if monitor is None else monitor.count
     limit = "" if monitor is None else f"{monitor.limit:,.0f}"
     return render_macro(TEMPLATE, "findings", cards=cards, count=f"{count:,}", limit=limit, refusal=refusal)
+
+
+def odds(evidence: float) -> str:
+    """Return an e-value for people, with two digits."""
+    return f"{float(f'{evidence:.2g}'):,.0f}" if evidence < MOST_ODDS else f"more than {MOST_ODDS:,}"
+
+
+def few(monitor: Monitor) -> list[tuple[str, int]]:
+    """Return the subclasses with less than `FEWEST` independent calibration images, and how many these are."""
+    independent = {
+        one.product: len(np.unique(one.reference.groups))
+        for one in monitor.watched.values()
+        if one.reference is not None
+    }
+    return [(verdict.product(*product), n) for product, n in independent.items() if n < FEWEST]
 
 
 def history_link(product: Product) -> str:
@@ -101,7 +120,8 @@ def table(monitor: Monitor | None) -> str:
             }
         )
     names = [WORDS.get(name, name) for name in TESTED]
-    return render_macro(TEMPLATE, "table", rows=rows, names=names, wide=WIDE, high=HIGH)
+    given = {"rows": rows, "names": names, "few": [] if monitor is None else few(monitor)}
+    return render_macro(TEMPLATE, "table", **given, wide=WIDE, high=HIGH)
 
 
 def points(means: NDArray[np.float64]) -> str:

@@ -41,6 +41,11 @@ def confirm(page, name, word):
     expect(dialog).to_be_hidden()
 
 
+def expect_no_other_images(page):
+    for word in ("Newer", "Older"):
+        expect(page.get_by_role("button", name=word)).to_be_disabled()
+
+
 def active(server):
     with server.client() as client:
         return next(one["name"] for one in client.get("/v1/models").json()["models"] if one["state"] == "active")
@@ -51,10 +56,13 @@ def test_a_bundle_is_compared_promoted_and_rolled_back(visit, server):
     expect(row(page, "torn")).to_contain_text("damaged")
     expect(page.locator(".reason")).to_contain_text("not the file that was saved")
     expect(row(page, "old")).to_contain_text("inspects")
+    expect_no_other_images(page)
     row(page, "new").get_by_role("button", name="Start shadow").click()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     confirm(page, "new", "Start shadow")
     expect(row(page, "new")).to_contain_text("in the shadow")
+    expect(page.get_by_text("No image was judged by both old and new yet.")).to_be_visible()
+    expect_no_other_images(page)
     with server.client() as client:
         for number, content in enumerate(server.photos):
             client.post("/v1/inspect", files={"images": (f"{number}_{LONG}", content)}).raise_for_status()

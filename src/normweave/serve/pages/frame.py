@@ -136,6 +136,8 @@ class Pager:
             self._newer = plain_button("Newer", self._show_newer)
             self._range = ui.label().classes("soft").props('aria-live="polite"')
             self._older = plain_button("Older", self._show_older)
+        for button in (self._newer, self._older):
+            button.disable()  # until something is shown
 
     @property
     def before(self) -> int | None:

@@ -11,6 +11,7 @@ from browsing import broken, carry, inspect, settle
 from normweave.config import DataConfig
 from normweave.data import layouts
 from normweave.detector import Detector
+from normweave.serve.pages.teach import not_images
 from serving import Server
 
 pytestmark = pytest.mark.browser
@@ -46,7 +47,9 @@ def test_a_new_product_is_taught_while_another_page_inspects(visit, server, phot
     expect(start).to_be_disabled()
     carry(page, [(path.name, path) for path in new_cloth])
     expect(page.get_by_text("10 chosen")).to_be_visible()
-    page.get_by_label("Name of the product").fill("new cloth")
+    expect(page.get_by_text("Enter the subclass.")).to_be_visible()
+    expect(start).to_be_disabled()
+    page.get_by_label("Subclass").fill("new cloth")
     start.click()
     expect(page.get_by_text("Training…")).to_be_visible()
     assert broken(page) == []
@@ -72,6 +75,43 @@ def test_a_new_product_is_taught_while_another_page_inspects(visit, server, phot
     assert states == {"cloth": "active", made.name: "candidate"}
     entries = page.request.get(f"{server.url}/v1/audit").json()["entries"]
     assert {"teach_started", "teach_kept", "shadow_started"} <= {entry["event"] for entry in entries}
+
+
+def test_files_that_are_not_images_are_named_in_one_message(visit, tmp_path, photos):
+    page = visit("/teach", role="engineer")
+    (tmp_path / "fake.png").write_text("no image")
+    carry(page, [("fake.png", tmp_path / "fake.png")])
+    expect(page.get_by_text("fake.png is not an image.")).to_be_visible()
+    (tmp_path / "torn.png").write_bytes(Path(photos[0]).read_bytes()[:900])
+    carry(page, [("torn.png", tmp_path / "torn.png")])
+    expect(page.get_by_text("fake.png and torn.png are not images.")).to_be_visible()
+    expect(page.get_by_text("0 chosen")).to_be_visible()
+    page.get_by_role("button", name="Close").click()
+    expect(page.get_by_text("are not images.")).to_be_hidden()
+    (tmp_path / "note.txt").write_text("no image")
+    carry(page, [("note.txt", tmp_path / "note.txt")])
+    expect(page.get_by_text("note.txt is not an image.")).to_be_visible()
+
+
+def test_a_message_names_some_files():
+    assert not_images(list("abcde")) == "a, b, c, d and e are not images."
+    assert not_images(list("abcdefg")) == "a, b, c, d, e and 2 more are not images."
+
+
+def test_a_training_is_stopped_only_after_a_confirmation(visit, server, new_cloth):
+    page = visit("/teach", role="engineer")
+    carry(page, [(path.name, path) for path in new_cloth])
+    page.get_by_label("Subclass").fill("stopped")
+    page.get_by_role("button", name="Teach").click()
+    page.get_by_role("button", name="Stop").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog).to_contain_text("Stop the training of cloth/stopped?")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(dialog).to_be_hidden()
+    assert page.request.get(f"{server.url}/v1/teach").json()["job"]["state"] == "training"
+    page.get_by_role("button", name="Stop").click()
+    dialog.get_by_role("button", name="Stop").click()
+    expect(page.get_by_role("heading", name="cloth/stopped", exact=True)).to_be_hidden()
 
 
 def test_the_server_ends_while_it_trains(server, new_cloth):

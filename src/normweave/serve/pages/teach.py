@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from nicegui import ui
 from nicegui.events import GenericEventArguments
@@ -23,6 +23,8 @@ TEMPLATE = "teach.html"
 LISTED = 60
 """Number of images to choose from."""
 REFRESH_SECONDS = 1.0
+NAMED = 5
+"""Number of files that a message names."""
 NAME = 60
 """Length of a name in characters."""
 SOURCES: dict[str, tuple[str, Filter]] = {
@@ -49,6 +51,9 @@ class TeachPage(Page):
         self._chosen: dict[int, Inspection] = {}
         self._listed: list[Inspection] = []
         self._shown: TeachJob | None = None
+        self._refused: list[str] = []  # names of dropped files that are not images
+        self._refusal: ui.notification | None = None
+        self._asked: int | None = None  # id of the job, until it is confirmed that it is thrown away
 
     async def content(self) -> None:
         """Build the job, and the form of a new one."""
@@ -62,7 +67,7 @@ class TeachPage(Page):
             with ui.element("div").classes("pager"):
                 self._keep = ui.button("Keep", color=None, on_click=self._pressed(self._kept))
                 self._keep.props("unelevated no-caps").classes("main-button")
-                self._discard = plain_button("Throw away", self._pressed(self._discarded))
+                self._discard = plain_button("Throw away", self._ask)
         self._form = ui.element("section").classes("sheet")
         with self._form:
             ui.html("<h2>New product</h2>")
@@ -82,12 +87,22 @@ class TeachPage(Page):
             with ui.element("div").classes("choices"):
                 categories = list(self._service.detector.record["categories"])
                 self._category = ui.input("Category", value=categories[0] if categories else "")
-                self._subclass = ui.input("Name of the product")
+                self._subclass = ui.input("Subclass")
                 for field in (self._category, self._subclass):
+                    field.on_value_change(self._show_count)
                     field.props(f"outlined dense maxlength={NAME}").classes("choice")
                 self._start = ui.button("Teach", color=None, on_click=self._pressed(self._started))
                 self._start.props("unelevated no-caps").classes("main-button")
             self._count = ui.label().classes("soft").props('aria-live="polite"')
+        with (
+            ui.dialog().props('aria-label="Confirm"') as self._dialog,
+            ui.element("div").classes("sheet revoke"),
+        ):
+            self._question = ui.html()
+            with ui.element("div").classes("pager"):
+                self._confirm = ui.button("", color=None, on_click=self._pressed(self._discarded))
+                self._confirm.props("unelevated no-caps").classes("main-button")
+                plain_button("Cancel", self._dialog.close)
         await self._list()
         self._refresh(force=True)
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
@@ -103,12 +118,23 @@ class TeachPage(Page):
     async def _dropped(self, event: GenericEventArguments) -> None:
         """Choose an image that was dropped on this page."""
         one = await asyncio.to_thread(self._service.store.inspection, int(event.args))
+        if one is not None and one.outcome.error is not None:
+            self._refuse(one.name or str(one.id))
+            return
         if one is not None and one.image is not None:
             self._chosen[one.id] = one
         if self._source.value == "page":
             await self._list()
         else:
             self._source.set_value("page")  # lists them
+
+    def _refuse(self, name: str) -> None:
+        """Tell that a file is not an image; those until the person closes the message are in one."""
+        if self._refusal is None or self._refusal.is_deleted:
+            self._refused = []
+            self._refusal = ui.notification(type="negative", multi_line=True, timeout=None, close_button="Close")
+        self._refused.append(name)
+        self._refusal.message = not_images(self._refused)
 
     def _choose_all(self) -> None:
         self._chosen |= {one.id: one for one in self._listed}
@@ -128,10 +154,15 @@ class TeachPage(Page):
     def _draw(self) -> None:
         rows = [(one, verdict.result_of(one.outcome), one.id in self._chosen) for one in self._listed]
         self._images.set_content(render_macro(TEMPLATE, "images", rows=rows))
+        self._show_count()
+
+    def _show_count(self) -> None:
         count = len(self._chosen)
-        enough = FEWEST <= count <= MOST
-        self._count.set_text(f"{count} chosen; {FEWEST} to {MOST} different good images are needed.")
-        self._start.set_enabled(enough)
+        fields = {"category": self._category, "subclass": self._subclass}
+        empty = [name for name, field in fields.items() if not entered(field, NAME)]
+        needed = f" Enter the {' and the '.join(empty)}." if empty else ""
+        self._count.set_text(f"{count} chosen; {FEWEST} to {MOST} different good images are needed.{needed}")
+        self._start.set_enabled(FEWEST <= count <= MOST and not empty)
 
     # ── the job ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,7 +178,7 @@ class TeachPage(Page):
             self._job.set_content(render_macro(TEMPLATE, "job", job=job, library=library, results=verdict.Result))
             self._keep.set_visibility(job.state == "done" and library)
             self._discard.set_visibility(job.state != "kept")
-            self._discard.set_text("Stop" if job.state == "training" else "Throw away")
+            self._discard.set_text(ending(job))
 
     def _pressed(self, action: Callable[[Actor], Awaitable[object]]) -> Callable[[], Awaitable[None]]:
         """Return the handler of a button; a browser can send the event although the page is not open to the person."""
@@ -178,6 +209,29 @@ class TeachPage(Page):
         if self._shown is not None:
             await asyncio.to_thread(self._teaching.keep, self._shown.id, actor)
 
-    async def _discarded(self, actor: Actor) -> None:
+    def _ask(self) -> None:
         if self._shown is not None:
-            await asyncio.to_thread(self._teaching.discard, self._shown.id, actor)
+            self._asked = self._shown.id
+            self._question.set_content(render_macro(TEMPLATE, "question", job=self._shown))
+            self._confirm.set_text(ending(self._shown))
+            self._dialog.open()
+
+    async def _discarded(self, actor: Actor) -> None:
+        self._dialog.close()
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            await asyncio.to_thread(self._teaching.discard, asked, actor)
+
+
+def ending(job: TeachJob) -> str:
+    """Return the word of the button that ends a job."""
+    return "Stop" if job.state == "training" else "Throw away"
+
+
+def not_images(names: Sequence[str]) -> str:
+    """Return the sentence that files are not images; the names of at most `NAMED` of them."""
+    if len(names) == 1:
+        return f"{names[0]} is not an image."
+    listed, more = list(names[:NAMED]), len(names) - NAMED
+    last = f"{more} more" if more > 0 else listed.pop()
+    return f"{', '.join(listed)} and {last} are not images."

@@ -2,7 +2,7 @@ from normweave import history
 
 
 def test_a_step_names_who_did_what_when_and_from_what(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["/opt/bin/normweave", "add-subclass", "a.bundle"])
+    monkeypatch.setattr("sys.argv", ["/opt/bin/normweave", "add-subclass", "a b.bundle"])
     monkeypatch.setattr("getpass.getuser", lambda: "ada")
     step = history.step("added", images=7, parent="abc", data_fingerprint="def", subclass="cloth/red")
 
@@ -10,7 +10,7 @@ def test_a_step_names_who_did_what_when_and_from_what(monkeypatch):
         "action": "added",
         "date": "",
         "user": "ada",
-        "command": "normweave add-subclass a.bundle",
+        "command": "normweave add-subclass 'a b.bundle'",
         "software": "",
         "parent": "abc",
         "images": 7,

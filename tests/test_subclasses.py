@@ -99,6 +99,12 @@ def test_operating_points_of_the_others_do_not_change(fusion_bundle, added, imag
     assert {each.threshold for each in outcomes if not each.unseen} <= {own.calibration.point().threshold}
 
 
+@pytest.mark.parametrize("name", ["", " ", "a/b", "a\n"])
+def test_a_name_that_would_be_ambiguous_is_refused(fusion_bundle, images, name):
+    with pytest.raises(ConfigError, match="printable characters without /"):
+        Detector.load(fusion_bundle).with_subclass(good(images, list(images)[2]), category="cloth", subclass=name)
+
+
 def test_the_statistics_of_the_new_images_join_those_that_drift_is_compared_with(fusion_bundle, added, images):
     old, new = (reference.read(Detector.load(each).record, where=each) for each in (fusion_bundle, added))
     assert [(each.product, each.cross_validated) for each in new[: len(old)]] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import shlex
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -52,6 +53,6 @@ def _user() -> str | None:
 def _command() -> str | None:
     """Return the command line if it is one of normweave, else None: that of another program is not ours to store."""
     name = Path(sys.argv[0]).name if sys.argv else ""
-    if name == "__main__.py" and Path(sys.argv[0]).parent.name == "normweave":
+    if name in ("__main__.py", "supervised.py") and Path(sys.argv[0]).parent.name == "normweave":
         name = "normweave"
-    return " ".join([name, *sys.argv[1:]]) if name in ("normweave", "normweave.exe") else None
+    return shlex.join([name, *sys.argv[1:]]) if name in ("normweave", "normweave.exe") else None

@@ -71,13 +71,17 @@ def with_subclass(
         DataError: there are too few images or groups, an image was used before, or they resemble a known subclass.
         CheckError: the score of an image that is routed as before has changed.
     """
+    for what, text in (("category", category), ("subclass", subclass)):
+        if text is not None and (not text.strip() or "/" in text or not text.isprintable()):
+            raise ConfigError(f"A {what} must be a name of printable characters without /, got {text!r:.80}.")
     name = Sample(image_path=Path(), category=category, subclass=subclass).subclass_name
+    network, head = _network(detector)
     if name in detector.subclass_names:
+        removable = name in detector.subclass_names[head.first :]
         raise ConfigError(
             f"The detector knows the subclass {name} already. Known: {', '.join(detector.subclass_names)}. Choose "
-            "another name, or remove it first (normweave remove-subclass)."
+            f"another name{', or remove it first (normweave remove-subclass)' if removable else ''}."
         )
-    network, head = _network(detector)
     images = _images(detector, data, category=category, subclass=subclass, layout=layout, progress=progress)
     teaching = _Teaching(detector, network, head, images, name=name, progress=progress)
     added_head, held_out, routed, described = teaching.fit()

@@ -39,6 +39,9 @@ def test_the_camera_is_the_folder_and_hours_need_the_time(tmp_path):
     assert [image.window for image in from_results(file, bundle_hash=OWN, by="camera")] == ["camera-0", "camera-1"]
     with pytest.raises(ConfigError, match=r"--by hour needs the time of each image, which line 1 .* lacks"):
         list(from_results(file, bundle_hash=OWN, by="hour"))
+    wrong = written(tmp_path, [row(0, received_at="yesterday")])
+    with pytest.raises(DataError, match=r"received_at must be a time .*, got 'yesterday'"):
+        list(from_results(wrong, bundle_hash=OWN, by="hour"))
     timed = written(tmp_path, [row(0, received_at="2026-03-05T12:34:56+00:00")])
     (image,) = from_results(timed, bundle_hash=OWN, by="hour")
     assert image.window.endswith(":00")
@@ -59,11 +62,14 @@ def test_shifts_begin_at_6_14_and_22(hour, shift):
         ("[1]\n", "Line 1 of .* is not a result"),
         (json.dumps(row(0, bundle_hash="b" * 64)) + "\n", "is of another bundle"),
         (json.dumps(row(0, brightness=None)) + "\n", "were written by an earlier normweave"),
+        (json.dumps(row(0, brightness="x")) + "\n", "Line 1 of .* has a value that is no number"),
+        (json.dumps(row(0, subclass=["a"])) + "\n", "Line 1 of .*: subclass must be a text"),
+        ("\udcff\udcfe", "is not text in UTF-8"),
     ],
 )
 def test_what_is_no_result_of_this_bundle_is_refused(tmp_path, text, message):
     file = tmp_path / "results.jsonl"
-    file.write_text(text)
+    file.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=message):
         list(from_results(file, bundle_hash=OWN))
     with pytest.raises(DataError, match="Cannot read"):

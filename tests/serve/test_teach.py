@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ else:
     for number, name in enumerate(names):
         (maps / f"{number:06d}-{name}").write_bytes(b"map of " + name.encode())
         row = {"verdict": "normal", "pred_score": 1.5, "threshold": 2.0, "subclass": "new"}
+        row["error"] = os.environ.get("TEACH_UNREADABLE")
         print(json.dumps(row))
 """
 
@@ -130,6 +132,12 @@ def test_a_failure_is_told_and_followed_by_another_job(teaching, uploads, monkey
     assert ended(teaching).state == "done"
 
 
+def test_a_held_out_image_that_cannot_be_scored_is_a_failure(teaching, uploads, monkeypatch):
+    monkeypatch.setenv("TEACH_UNREADABLE", "The image needs too many tiles.")
+    begin(teaching, uploads)
+    assert (ended(teaching).state, teaching.job.error) == ("failed", "part 0.png: The image needs too many tiles.")
+
+
 def test_the_end_of_the_server_leaves_nothing_half_written(teaching, uploads, service, program, monkeypatch):
     monkeypatch.setenv("TEACH_SECONDS", "30")
     job = begin(teaching, uploads)
@@ -148,10 +156,15 @@ def test_the_end_of_the_server_leaves_nothing_half_written(teaching, uploads, se
 
 
 class FakeModels:
-    def __init__(self, folder):
+    def __init__(self, folder, *, active, candidate=None):
         self.library = SimpleNamespace(folder=folder)
+        self.active, self.candidate = active, candidate
         self.shadow = None
         self.refuses = False
+
+    def state(self):
+        active = SimpleNamespace(bundle_hash=self.active)
+        return SimpleNamespace(active=active, candidate=self.candidate, name=lambda text: f"bundle {text[:4]}")
 
     def start_shadow(self, bundle_hash, actor):
         if self.refuses:
@@ -166,7 +179,7 @@ def test_kept_in_the_library_and_in_the_shadow(teaching, uploads, service, tmp_p
         teaching.keep(job.id, ADA)
     library = tmp_path / "library"
     library.mkdir()
-    service.models = models = FakeModels(library)
+    service.models = models = FakeModels(library, active=job.base_hash)
     try:
         kept = teaching.keep(job.id, ADA)
         assert (kept.state, kept.in_shadow) == ("kept", True)
@@ -189,11 +202,39 @@ def test_kept_in_the_library_and_in_the_shadow(teaching, uploads, service, tmp_p
     ]
 
 
-def test_what_is_refused(teaching, uploads, monkeypatch):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"active": "e" * 64}, "It was made from bundle .*, and now bundle eeee inspects"),
+        ({"candidate": "d" * 64}, "bundle dddd is there. Start the new bundle on the page Compare"),
+    ],
+)
+def test_keep_undoes_nothing_that_was_done_meanwhile(teaching, uploads, service, tmp_path, changed, words):
+    begin(teaching, uploads)
+    job = ended(teaching)
+    library = tmp_path / "library"
+    library.mkdir()
+    service.models = models = FakeModels(library, **{"active": job.base_hash} | changed)
+    try:
+        kept = teaching.keep(job.id, ADA)
+    finally:
+        service.models = None
+    assert (kept.state, kept.in_shadow, models.shadow) == ("kept", False, None)
+    assert re.search(words, kept.error)
+    assert len(list(library.iterdir())) == 1
+
+
+def test_what_is_refused(teaching, uploads, service, monkeypatch):
     with pytest.raises(TeachError, match="needs 7 to 60 different good images, got 6"):
         begin(teaching, [*uploads[:6], uploads[0]])
     with pytest.raises(TeachError, match=r"torn\.png: "):
         begin(teaching, [*uploads, Upload("torn.png", b"\x89PNG torn")])
+    half = uploads[0].content[: len(uploads[0].content) // 2]
+    with pytest.raises(TeachError, match=r"half\.png: "):
+        begin(teaching, [Upload("half.png", half), *uploads])
+    category, subclass = next(iter(service.detector.subclasses.values()))
+    with pytest.raises(TeachError, match=f"knows {category}/{subclass} already"):
+        begin(teaching, uploads, category=category, subclass=subclass)
     for name in ("", "../x", "a/b", "x" * 61, ". ", "a\n"):
         with pytest.raises(TeachError, match="The subclass must have 1 to 60 characters"):
             begin(teaching, uploads, subclass=name)

@@ -33,7 +33,7 @@ def add_subclass(
     """Add a subclass from 5 to 50 good images, and write a new bundle. No other score changes by a bit.
 
     The training data is not needed. Exit code 3, and no bundle, if the score of a stored image that is routed as before
-    has changed. Needs the extra [train].
+    has changed. Needs torch, as training does.
     """
     from normweave.bundle import check_target
     from normweave.detector import Detector
@@ -82,8 +82,8 @@ def remove_subclass(
 ) -> int:
     """Remove a subclass that was added, and write a new bundle. No other score changes by a bit.
 
-    Exit code 3, and no bundle, if the score of a stored image that did not use the subclass has changed. Needs the
-    extra [train].
+    Exit code 3, and no bundle, if the score of a stored image that did not use the subclass has changed. Needs
+    torch, as training does.
     """
     from normweave.bundle import check_target
     from normweave.detector import Detector

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -58,12 +58,12 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
         ConfigError: a line has no time, and `by` needs it.
     """
     try:
-        lines = path.open(encoding="utf-8", errors="surrogatepass")
+        lines = path.open(encoding="utf-8-sig", errors="surrogatepass")
     except OSError as error:
-        raise DataError(f"Cannot read {path}: {error}.") from error
+        raise DataError(f"Cannot read {path}: {error}. Give a .jsonl of normweave predict.") from error
     readable = count = 0
     with lines:
-        for number, text in enumerate(lines, 1):
+        for number, text in enumerate(_texts(path, lines), 1):
             row = _row(path, number, text)
             if row.get("error") is not None:
                 continue
@@ -82,17 +82,38 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
                 )
             window = f"images {count // RANGE * RANGE + 1} to {(count // RANGE + 1) * RANGE}"
             if by is not None:
-                moment = datetime.fromisoformat(at) if at is not None else datetime.now().astimezone()
+                moment = datetime.now().astimezone() if at is None else _moment(path, number, at)
                 window = window_of(by, moment, str(PurePath(name).parent))
-            image = image_of(row, name=name, at=at or "", window=window)
+            try:
+                image = image_of(row, name=name, at=str(at or ""), window=window)
+            except (TypeError, ValueError) as error:
+                raise DataError(
+                    f"Line {number} of {path} has a value that is no number ({error}). Predict the images again."
+                ) from error
             if image is not None:
                 count += 1
                 yield image
     if readable and not count:
         raise DataError(
-            f"The results of {path} have no statistics of the images: they were written by an earlier normweave. "
-            "Predict the images again."
+            f"No result of {path} has all statistics of its image: they were written by an earlier normweave, or a "
+            "number is missing. Predict the images again."
         )
+
+
+def _texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeError as error:
+        raise DataError(f"{path} is not text in UTF-8 ({error}). Give a .jsonl of normweave predict.") from error
+
+
+def _moment(path: Path, number: int, at: object) -> datetime:
+    try:
+        return datetime.fromisoformat(str(at))
+    except ValueError as error:
+        raise DataError(
+            f"Line {number} of {path}: received_at must be a time as 2026-11-26T14:00:00+00:00, got {at!r:.80}."
+        ) from error
 
 
 def _row(path: Path, number: int, text: str) -> dict[str, Any]:
@@ -104,4 +125,7 @@ def _row(path: Path, number: int, text: str) -> dict[str, Any]:
         ) from error
     if not isinstance(row, dict) or "verdict" not in row:
         raise DataError(f"Line {number} of {path} is not a result. Give a .jsonl of normweave predict.")
+    for name in ("category", "subclass"):
+        if not isinstance(row.get(name), str | None):
+            raise DataError(f"Line {number} of {path}: {name} must be a text, got {row[name]!r:.80}.")
     return row

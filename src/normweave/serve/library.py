@@ -109,7 +109,7 @@ class Library:
         same = [one for one in self.scan() if one.bundle_hash == bundle_hash]
         if not same:
             raise ModelError(
-                f"The library has no bundle {bundle_hash:.64}. GET /v1/models lists them.",
+                f"The library has no bundle {bundle_hash:.64}. Put it into the folder, or choose one that is there.",
                 code="unknown_model",
                 status=404,
             )

@@ -175,7 +175,8 @@ class ModelStore:
         values = {"line": self.line, "bundle_hash": bundle_hash, "active_hash": active_hash}
         started = {"started_at": datetime.now(UTC), "actor": actor.name, "skipped": 0}
         with self._database.writing() as connection:
-            self._end(connection)
+            for ended in self._end(connection):
+                self._audit(connection, "shadow_stopped", actor, bundle_hash=ended)
             row = connection.execute(insert(SHADOWS).values(**values, **started).returning(SHADOWS)).one()
             self._audit(connection, "shadow_started", actor, bundle_hash=bundle_hash)
         run = _run(row)

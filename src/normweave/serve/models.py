@@ -46,6 +46,9 @@ class ModelsState:
 
     def state(self, bundle: LibraryBundle) -> ModelState:
         """Return the state of a bundle."""
+        whole = any(one.bundle_hash == bundle.bundle_hash and one.damage is None for one in self.bundles)
+        if bundle.damage is not None and whole:  # an incomplete copy of another one
+            return "damaged"
         if bundle.bundle_hash == self.active.bundle_hash:
             return "active"
         if bundle.damage is not None:
@@ -220,7 +223,9 @@ class Models:
             ModelError: this bundle is not the candidate.
         """
         with self._lock:
-            self._check_candidate(bundle_hash)
+            run = self.records.shadow()
+            if run is None or run.bundle_hash != bundle_hash:
+                self._check_candidate(bundle_hash)
             self._end_shadow()
             self.records.stop_shadow(actor)
 

@@ -40,6 +40,7 @@ from normweave.serve.model_store import Actor
 from normweave.serve.rendering import media_type
 
 if TYPE_CHECKING:
+    from normweave.serve.models import Models
     from normweave.serve.service import InspectionService, Upload
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ FEWEST, MOST = 7, 60
 HOLD_OUT = 5
 NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,60}")
 """A category or subclass."""
-PROGRAM = (sys.executable, "-m", "normweave")
+PROGRAM = (sys.executable, "-m", "normweave.supervised")
 LOWEST_PRIORITY = 19
 TeachState = Literal["training", "done", "failed", "interrupted", "kept"]
 _UNREADABLE = 4  # exit code of commands that worked, but for some images
@@ -148,10 +149,12 @@ class Teaching:
             raise _wrong(f"A new product needs {FEWEST} to {MOST} different good images, got {len(different)}.")
         for upload in different:
             try:
-                images.size(upload.content)
+                images.decode(upload.content)
             except ImageError as error:
                 raise _wrong(f"{upload.name}: {error}") from error
         base = self._service.detector
+        if (category, subclass) in base.subclasses.values():
+            raise _wrong(f"The model knows {category}/{subclass} already. Give another name, or remove it first.")
         if not isinstance(base.network, GraphNetwork) or base.network.bundle is None:
             raise DataError("The active model is of no bundle, so no product can be added to it.")
         with self._lock:
@@ -207,13 +210,29 @@ class Teaching:
                 unfinished.rename(target)
             error = None
             try:
-                models.start_shadow(str(job.bundle_hash), actor)
+                self._start_shadow(models, job, actor)
             except NormweaveError as reason:
                 error = f"It is in the library, but not in the shadow: {reason}"
             job = replace(job, state="kept", in_shadow=error is None, error=error)
             self._save(job)
             self._audit("teach_kept", job, actor)
             return job
+
+    def _start_shadow(self, models: Models, job: TeachJob, actor: Actor) -> None:
+        """Offer the new bundle as the candidate, unless this would undo what was done meanwhile."""
+        state = models.state()
+        if state.active.bundle_hash != job.base_hash:
+            raise ModelError(
+                f"It was made from {state.name(job.base_hash)}, and now {state.name(state.active.bundle_hash)} "
+                "inspects. Teach the product again, or start the bundle on the page Compare all the same.",
+                code="base_changed",
+            )
+        if state.candidate not in (None, job.bundle_hash):
+            raise ModelError(
+                f"{state.name(str(state.candidate))} is there. Start the new bundle on the page Compare in its place.",
+                code="shadow_taken",
+            )
+        models.start_shadow(str(job.bundle_hash), actor)
 
     def discard(self, id: int, actor: Actor) -> None:
         """Throw the job away; a training one is ended.
@@ -271,10 +290,15 @@ class Teaching:
                 job = replace(job, promise=(found.get("operating_point") or {}).get("promise"))
                 self._save(job)
             maps = str(folder / "maps")
-            rows = self._run(job, "predict", made, str(folder / "held_out"), "--maps", maps)
+            rows = list(
+                map(json.loads, self._run(job, "predict", made, str(folder / "held_out"), "--maps", maps).splitlines())
+            )
+            for one, row in zip(job.held_out, rows, strict=True):
+                if row["error"] is not None:
+                    raise DataError(f"{one.name}: {row['error']}")
             held_out = [
                 HeldOutImage(one.name, row["verdict"], row["pred_score"], row["threshold"], row["subclass"])
-                for one, row in zip(job.held_out, map(json.loads, rows.splitlines()), strict=True)
+                for one, row in zip(job.held_out, rows, strict=True)
             ]
             job = replace(job, state="done", step="", held_out=tuple(held_out))
         except Exception as error:
@@ -294,9 +318,11 @@ class Teaching:
         with self._lock:
             if self._stopping or self._job is None or self._job.id != job.id:
                 raise DataError("The training was ended.")
+            # The process ends at the end of its input, which comes when this server ends, even by SIGKILL.
+            stdin, alive = os.pipe()
             process = subprocess.Popen(
                 [*self.program, *arguments, "--json", "--quiet", "--threads", "1"],
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -305,10 +331,14 @@ class Teaching:
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
                 creationflags=getattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0),  # of Windows
             )
+            os.close(stdin)
             self._process = process
             if sys.platform != "win32":
                 os.setpriority(os.PRIO_PROCESS, process.pid, LOWEST_PRIORITY)
-        output, errors = process.communicate()
+        try:
+            output, errors = process.communicate()
+        finally:
+            os.close(alive)
         with self._lock:
             if self._process is process:
                 self._process = None
@@ -349,7 +379,7 @@ class Teaching:
     def _checked(self, id: int, *states: str) -> TeachJob:
         job = self._job
         if job is None or job.id != id:
-            raise TeachError(f"There is no job {id}; it was thrown away.", code="teach_unknown", status=404)
+            raise TeachError(f"There is no job {id}, or it was thrown away.", code="teach_unknown", status=404)
         if job.state not in states:
             raise TeachError(f"The job is {job.state}, and must be {' or '.join(states)}.", code="teach_state")
         return job

@@ -1,6 +1,7 @@
 """Active bundle and candidate: start, stop, promote, roll back."""
 
 import asyncio
+import shutil
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -75,6 +76,31 @@ def test_what_is_refused_has_a_code(models, hashes):
     assert refused(models.roll_back, ADA) == "nothing_to_roll_back_to"
     assert refused(models.comparison) == "no_candidate"
     assert states(models) == {"new": "ready", "old": "active", "torn": "damaged"}
+
+
+def test_an_incomplete_copy_of_the_active_bundle_is_damaged(models, library):
+    shutil.copytree(library.folder / "old", library.folder / "copy")
+    (library.folder / "copy" / "model.onnx").unlink()
+    assert states(models) == {"copy": "damaged", "new": "ready", "old": "active", "torn": "damaged"}
+
+
+@pytest.mark.parametrize("harm", [damage, shutil.rmtree])
+def test_a_candidate_is_stopped_without_its_files(models, hashes, library, harm):
+    models.start_shadow(hashes["new"], ADA)
+    harm(library.folder / "new")
+    models.stop_shadow(hashes["new"], ADA)
+    assert models.state().candidate is None
+
+
+def test_a_candidate_in_the_place_of_another_one_is_in_the_audit_with_it(models, hashes, library_service):
+    models.records.start_shadow("f" * 64, active_hash=hashes["old"], actor=ADA)
+    models.start_shadow(hashes["new"], ADA)
+    events = [(entry.event, entry.detail["bundle_hash"][:4]) for entry in library_service.store.audit(limit=3)]
+    assert events[::-1] == [
+        ("shadow_started", "ffff"),
+        ("shadow_stopped", "ffff"),
+        ("shadow_started", hashes["new"][:4]),
+    ]
 
 
 def test_another_preparation_is_compared_only_on_demand(models, hashes, library_service, monkeypatch):

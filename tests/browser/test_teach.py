@@ -15,7 +15,7 @@ from normweave.serve.pages.teach import not_images
 from serving import Server
 
 pytestmark = pytest.mark.browser
-TRAINING = 120_000
+TRAINING = 300_000
 """Longest training in ms; a busy machine is slow."""
 
 

@@ -1,4 +1,4 @@
-"""kill -9 anywhere in a training, then `--resume`: the bundle is that of an undisturbed run, to the byte."""
+"""kill -9 anywhere in a training, then `--resume`: the bundle is that of an undisturbed run, but for its history."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from normweave.bundle import bundle_hash
+from bundles import without_history
 
 # Runs `normweave train ...` and kills itself, as kill -9 does, at the n-th call of a function.
 KILLED = """
@@ -58,11 +58,11 @@ def run(*command: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(textiles: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def undisturbed(textiles: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("undisturbed")
     arguments = [str(textiles), "-o", str(folder / "bundle"), "--cache", str(folder / "cache"), *TRAIN]
     assert run("-m", "normweave", "train", *arguments) == 0
-    return bundle_hash(folder / "bundle")
+    return without_history(folder / "bundle")
 
 
 KILLS = {
@@ -73,7 +73,7 @@ KILLS = {
 
 
 @pytest.mark.slow
-def test_resume_gives_the_bundle_of_an_undisturbed_run(textiles: Path, undisturbed: str, tmp_path: Path):
+def test_resume_gives_the_bundle_of_an_undisturbed_run(textiles: Path, undisturbed: dict[str, object], tmp_path: Path):
     """One training that is killed at each place, each time further on."""
     bundle = tmp_path / "bundle"
     arguments = ["train", str(textiles), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
@@ -81,5 +81,5 @@ def test_resume_gives_the_bundle_of_an_undisturbed_run(textiles: Path, undisturb
         assert run("-c", KILLED, place, str(count), *arguments, "--resume") == -signal.SIGKILL, moment
         assert not bundle.exists(), moment
     assert run("-m", "normweave", *arguments, "--resume") == 0
-    assert bundle_hash(bundle) == undisturbed
+    assert without_history(bundle) == undisturbed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "cache"]

@@ -178,8 +178,8 @@ def main(path: str, device: str) -> None:
     """Load the bundle, and answer until the end of the input."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the server ends this process
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(os, "nice"):
-        os.nice(LOWEST_PRIORITY)
+    if sys.platform != "win32":
+        os.setpriority(os.PRIO_PROCESS, 0, LOWEST_PRIORITY)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
     try:

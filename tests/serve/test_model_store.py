@@ -55,7 +55,7 @@ def test_one_candidate_at_a_time_and_its_end_has_a_reason(store):
     assert (last.bundle_hash, last.failure, last.actor) == (C, "No memory.", "Ada")
     records.stop_shadow(ADA)
     events = [one.event for one in store.audit(limit=9)]
-    assert events == ["shadow_failed", "shadow_started", "shadow_started"]
+    assert events == ["shadow_failed", "shadow_started", "shadow_stopped", "shadow_started"]
 
 
 def judged(id, verdict, **changes):

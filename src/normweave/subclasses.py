@@ -465,8 +465,7 @@ def _images(
     progress: Progress | None,
 ) -> rows.Rows:
     """Read the good images, and check that they can be used."""
-    everything = replace(detector.config.data, category=(), subclass=(), subclass_from="none")
-    found = samples_of(data, replace(detector.config, data=everything), layout)
+    found = _samples(detector, data, layout)
     normals = [each for each in found if each.label == "normal" and each.split != "test"]
     named = [replace(each, category=category, subclass=subclass, split="train") for each in normals]
     images = rows.scan(named, detector.preparation, progress=progress)
@@ -576,6 +575,10 @@ def _scan(detector: Detector, data: Data | None, layout: str | None) -> rows.Row
     """Read images on which scores are compared."""
     if data is None:
         return None
+    return rows.scan(_samples(detector, data, layout), detector.preparation)
+
+
+def _samples(detector: Detector, data: Data, layout: str | None) -> list[Sample]:
+    """Return the samples whatever their labels, which the subclasses of the training do not select."""
     everything = replace(detector.config.data, category=(), subclass=(), subclass_from="none")
-    samples = samples_of(data, replace(detector.config, data=everything), layout)
-    return rows.scan(samples, detector.preparation)
+    return samples_of(data, replace(detector.config, data=everything), layout)

@@ -16,14 +16,13 @@ from normweave.serve.drift import DriftWatch
 from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.service import InspectionService
+from normweave.serve.store import DATABASE as DATABASE
 from normweave.serve.teach import Teaching
 from normweave.serve.watch import Watch
 from normweave.serve.webhook import Webhook
 
 FILES = "files"
 """Folder of the images, inside the data folder of a server."""
-DATABASE = "store.sqlite"
-"""SQLite file, inside the data folder of a server."""
 DRIFT = "drift.json"
 """State of the tests for drift, inside the data folder of a server."""
 SEEN = "watched.sqlite"

@@ -18,7 +18,7 @@ from normweave.drift.monitor import Image, Monitor
 from normweave.errors import BundleError, DataError, NormweaveError
 from normweave.serve.records import Filter, Inspection
 from normweave.serve.service import InspectionService
-from normweave.serve.store import Store
+from normweave.serve.store import DATABASE, Store
 from normweave.serve.webhook import Webhook
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,6 @@ CHUNK = 200
 """Inspections that are read at a time."""
 STEP_SECONDS = 5.0
 """Time between two looks for new inspections."""
-DATABASE = "store.sqlite"
-"""Name of the SQLite file in the folder of the inspections; the same as in `normweave.serve`."""
 
 
 def open_store(place: str) -> Store:

@@ -57,6 +57,8 @@ from normweave.serve.tables import (
     to_row,
 )
 
+DATABASE = "store.sqlite"
+"""SQLite file, inside the data folder of a server."""
 CHUNK = 500
 """Maximum number of inspections read or removed in one transaction."""
 _MAX_ID = 2**63 - 1

@@ -35,6 +35,7 @@ from normweave.atomic import write_atomically
 from normweave.data import images
 from normweave.errors import DataError, ImageError, MissingError, NormweaveError
 from normweave.network.base import GraphNetwork
+from normweave.serve.candidate import LOWEST_PRIORITY
 from normweave.serve.library import ModelError
 from normweave.serve.model_store import Actor
 from normweave.serve.rendering import media_type
@@ -52,7 +53,6 @@ HOLD_OUT = 5
 NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,60}")
 """A category or subclass."""
 PROGRAM = (sys.executable, "-m", "normweave.supervised")
-LOWEST_PRIORITY = 19
 TeachState = Literal["training", "done", "failed", "interrupted", "kept"]
 _UNREADABLE = 4  # exit code of commands that worked, but for some images
 

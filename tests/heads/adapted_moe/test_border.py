@@ -20,7 +20,7 @@ def maps(*, seed=0, factor=1.0, offset=0.0, experts=2):
 
 def fitted(*by_subclass, affected=(True, True), width=2):
     scale = BorderScale(affected, width=width)
-    scale.fit(by_subclass)
+    scale.fit(by_subclass, range(len(by_subclass)))
     return scale
 
 

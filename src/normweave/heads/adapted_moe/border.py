@@ -40,14 +40,15 @@ class BorderScale(nn.Module):
         self.register_buffer("gain", torch.ones(1, len(affected), 1, 1))
         self.register_buffer("shift", torch.zeros(1, len(affected), 1, 1))
 
-    def fit(self, maps: Sequence[NDArray[np.float32]]) -> None:
+    def fit(self, maps: Sequence[NDArray[np.float32]], members: Sequence[int] | NDArray[np.int64]) -> None:
         """Fit gains and shifts.
 
         Args:
-            maps: for each of the K subclasses (m, E, h, w) of held-out normal images of its category.
+            maps: (m, E, h, w) of held-out normal images of each category.
+            members: (K,) the category of each subclass, an index into `maps`.
         """
         rows = [self._measured(own, range(len(self.affected))) for own in maps]
-        self.gain, self.shift = (torch.stack(each) for each in zip(*rows, strict=True))
+        self.gain, self.shift = (torch.stack(each)[torch.as_tensor(members)] for each in zip(*rows, strict=True))
 
     def append(self, maps: NDArray[np.float32], experts: Sequence[int] | NDArray[np.int64]) -> None:
         """Append gains and shifts of a subclass.

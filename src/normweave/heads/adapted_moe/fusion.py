@@ -121,19 +121,20 @@ class Fusion(nn.Module):
             categories: (K,) the category of each subclass.
             names: of the categories.
         """
-        shape = (len(categories), normal.scores.shape[1])
+        shape = (len(categories), normal.patches.shape[1])
         (weights, highest), (centre, spread) = np.empty((2, *shape)), np.empty((2, *shape, 2))
         depth = np.empty(len(categories))
         self.record = []
-        by_category = [of_category(normal, category).maps for category in categories]
-        self.border.fit([each if len(each) >= FEWEST_OF_CATEGORY else normal.maps for each in by_category])
+        present, place = np.unique(categories, return_inverse=True)
+        maps = [of_category(normal, category).maps for category in present]
+        self.border.fit([own if len(own) >= FEWEST_OF_CATEGORY else normal.maps for own in maps], place)
         normal = normal._replace(patches=self._scaled(normal.patches, normal.categories, categories))
         if defective is not None:
-            maps = self._scaled(defective.maps[:, :, None], defective.categories, categories)[:, :, 0]
-            defective = defective._replace(maps=maps)
-        for category in np.unique(categories):
+            scaled = self._scaled(defective.maps[:, :, None], defective.categories, categories)
+            defective = defective._replace(maps=scaled[:, :, 0])
+        for category in present:
             own, bad = of_category(normal, category), defective and of_category(defective, category)
-            if len(own.scores) < FEWEST_OF_CATEGORY:
+            if len(own.patches) < FEWEST_OF_CATEGORY:
                 own, bad = normal, defective
             aurocs = _aurocs(own, bad)
             chosen = self._weights(aurocs)
@@ -183,23 +184,27 @@ class Fusion(nn.Module):
         used = np.flatnonzero(self.used)
         E = len(self.config.use)
         weights, highest, centre, spread = np.zeros(E), np.zeros(E), np.zeros((E, 2)), np.ones((E, 2))
-        few = like is not None and len(normal.patches) < FEWEST_HELD_OUT
-        if like is not None and few:
-            self.border.append_like(like)
+        scales_of = like if len(normal.patches) < FEWEST_HELD_OUT else None
+        if scales_of is not None:
+            self.border.append_like(scales_of)
         else:
             self.border.append(normal.maps, used)
-        last = np.full(len(normal.patches), len(self.border.gain) - 1)
-        normal = normal._replace(patches=self.border.scaled(normal.patches, last, used))
+
+        def scaled(patches: NDArray[np.float32]) -> NDArray[np.float32]:
+            return self.border.scaled(patches, np.full(len(patches), len(self.border.gain) - 1), used)
+
+        normal = normal._replace(patches=scaled(normal.patches))
         if defective is not None:
-            last = np.full(len(defective.maps), len(self.border.gain) - 1)
-            defective = defective._replace(maps=self.border.scaled(defective.maps[:, :, None], last, used)[:, :, 0])
+            defective = defective._replace(maps=scaled(defective.maps[:, :, None])[:, :, 0])
         aurocs = np.full(len(used), 0.5) if like is not None else _aurocs(normal, defective)
         if like is not None:
             weights = self.weights[like].double().numpy()
         else:
             weights[used] = self._weights(aurocs)
-        if like is not None and few:
-            highest, centre, spread = (each[like].double().numpy() for each in (self.highest, self.centre, self.spread))
+        if scales_of is not None:
+            highest, centre, spread = (
+                each[scales_of].double().numpy() for each in (self.highest, self.centre, self.spread)
+            )
             own_depth = None
         else:
             highest[used] = normal.levels.max(axis=0)
@@ -268,7 +273,7 @@ class Fusion(nn.Module):
 def _aurocs(normal: HeldOut, defective: Defective | None) -> NDArray[np.float64]:
     """Return `patch_auroc` of each expert, (E,); 0.5 without defects."""
     if defective is None:
-        return np.full(normal.scores.shape[1], 0.5)
+        return np.full(normal.patches.shape[1], 0.5)
     pairs = zip(normal.maps.swapaxes(0, 1), defective.maps.swapaxes(0, 1), strict=True)
     return np.array([patch_auroc(own, bad, defective.coverage) for own, bad in pairs])
 

@@ -388,13 +388,17 @@ class Calibration:
         """Return the smallest pool around `own` that has an operating point: itself, its category, or all."""
         return next((pool for pool in (own, self._category(own)) if pool in points), None)
 
-    def with_rate(self, false_alarm_rate: float) -> Calibration:
+    def with_rate(self, false_alarm_rate: float, *, attainable: bool = False) -> Calibration:
         """Return a calibration of the same scores with thresholds for another false-alarm rate.
 
-        It has no `unseen` if there are too few leave-one-subclass-out scores for the rate.
+        It has no `unseen` if there are too few leave-one-subclass-out scores for the rate. Added subclasses with too
+        few groups have the lowest rate that these allow.
+
+        Args:
+            attainable: as in the class.
 
         Raises:
-            CheckError: there are too few groups of held-out normal images for this rate.
+            CheckError: there are too few groups of held-out normal images for this rate, without `attainable`.
         """
         enough = self.unseen is not None and self.unseen.independent_groups >= groups_needed(false_alarm_rate)
         return Calibration(
@@ -405,22 +409,14 @@ class Calibration:
             subclass_categories=self.subclass_categories,
             groups=self.groups,
             cross_validated=self.cross_validated,
+            attainable=attainable,
             false_alarm_rate=false_alarm_rate,
             unknown_rate=self.unknown_rate,
             unseen=self.unseen.with_rate(false_alarm_rate) if self.unseen and enough else None,
-            added=[each._replace(calibration=each.calibration.lowered(false_alarm_rate)) for each in self.added],
-        )
-
-    def lowered(self, false_alarm_rate: float) -> Calibration:
-        """Return `with_rate`, with the lowest attainable rate where there are too few groups."""
-        return Calibration(
-            scores=self.scores,
-            distances=self.distances,
-            groups=self.groups,
-            cross_validated=self.cross_validated,
-            attainable=True,
-            false_alarm_rate=false_alarm_rate,
-            unknown_rate=self.unknown_rate,
+            added=[
+                each._replace(calibration=each.calibration.with_rate(false_alarm_rate, attainable=True))
+                for each in self.added
+            ],
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -18,8 +18,11 @@ from normweave.serve.reviews import ServerSource, StoreSource, defect_names, exp
 
 @pytest.fixture
 def reviewed(service, photos):
-    """A service that inspected ten photos, and their inspections."""
-    return service, inspect_files(service, *photos[:10], names=[f"part{n // 2}_{n % 2}.png" for n in range(10)])
+    """A service that inspected ten photos one after another, and their inspections in the order of storage."""
+    names = (f"part{n // 2}_{n % 2}.png" for n in range(10))
+    return service, [
+        one for photo, name in zip(photos, names, strict=False) for one in inspect_files(service, photo, names=[name])
+    ]
 
 
 def decide(service, one, decision, *, reviewer="Ada", minutes=0, **fields):

@@ -121,9 +121,10 @@ def test_a_candidate_is_compared_promoted_and_rolled_back(models, library_servic
     expected = {name: Detector.load(library.folder / name, threads=1).score(list(some)) for name in ("old", "new")}
     _, comparison = models.comparison()
     found = models.records.differences(comparison, limit=100)
+    pairs = zip([one.id for one in first], expected["old"], expected["new"], strict=True)
     differing = [
         (old.verdict, new.verdict)
-        for old, new in zip(expected["old"], expected["new"], strict=True)
+        for _, old, new in sorted(pairs, key=lambda pair: pair[0])
         if old.verdict != new.verdict
     ]
     assert differing

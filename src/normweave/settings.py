@@ -103,18 +103,26 @@ def read(path: Path) -> Config:
     Raises:
         ConfigError: no such file, not YAML, or as in `from_dict`.
     """
-    return from_dict(_from_file(path), source=str(path))
+    return from_dict(read_yaml(path, known=fields_of(Config)), source=str(path))
 
 
-def _from_file(path: Path) -> Mapping[Any, Any]:
+def read_yaml(path: Path, *, known: Iterable[str]) -> Mapping[Any, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Args:
+        known: the keys that it may have, for the error message.
+
+    Raises:
+        ConfigError: it cannot be read, is not YAML, has a duplicate key, or is no mapping.
+    """
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"Cannot read settings from {path}: {error}. Name a YAML file in UTF-8.") from error
     values = _parse(text, source=str(path))
     if not isinstance(values, Mapping):
-        known = ", ".join(fields_of(Config))
-        raise ConfigError(f"{path} must hold `key: value` lines, with the keys {known}; got {values!r:.60}.")
+        keys = ", ".join(known)
+        raise ConfigError(f"{path} must hold `key: value` lines, with the keys {keys}; got {values!r:.60}.")
     return values
 
 
@@ -149,7 +157,7 @@ def named(path: Path | None, assignments: Iterable[str]) -> frozenset[str]:
     """
     values: dict[Any, Any] = {}
     if path is not None:
-        values |= _from_file(path)
+        values |= read_yaml(path, known=fields_of(Config))
         from_dict(values, source=str(path))  # for its errors
     for assignment in assignments:
         key, _, text = (part.strip() for part in assignment.partition("="))

@@ -94,11 +94,16 @@ def joined(found: Sequence[str], *, source: str) -> ConfigError:
     return ConfigError(f"{source}: {len(found)} mistakes:\n" + "\n".join(f"- {line}" for line in found))
 
 
-def mistakes(error: ValidationError, settings: Any) -> list[str]:
-    """Return one line for each mistake: the dotted key, what is allowed, what was given."""
+def mistakes(error: ValidationError, settings: Any, *, at: str = "", howto: str = HOWTO) -> list[str]:
+    """Return one line for each mistake: the dotted key, what is allowed, what was given.
+
+    Args:
+        at: dotted key of the settings themselves, which the keys begin with.
+        howto: where the settings are explained.
+    """
     found: list[str] = []
     for each in error.errors(include_url=False):
-        section, key, owner, choices, discriminator = _locate(settings, each["loc"])
+        section, key, owner, choices, discriminator = _locate(settings, each["loc"], at)
         given, context = each["input"], each.get("ctx", {})
         match each["type"]:
             case "unexpected_keyword_argument":
@@ -110,10 +115,10 @@ def mistakes(error: ValidationError, settings: Any) -> list[str]:
                     )
                 else:
                     known = [f"{section}{field}" for field in fields_of(owner)]
-                    found.append(str(unknown("setting", key, known, HOWTO)))
+                    found.append(str(unknown("setting", key, known, howto)))
             case "union_tag_invalid":
                 name = f"{key}.{str(context['discriminator']).strip(chr(39))}"
-                found.append(str(unknown(name, str(context["tag"]), _tags(context), HOWTO)))
+                found.append(str(unknown(name, str(context["tag"]), _tags(context), howto)))
             case "too_short" if given:
                 pass  # its items are wrong, and have their own lines
             case "value_error":
@@ -132,12 +137,12 @@ def _tags(context: dict[str, Any]) -> list[str]:
     return [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
 
 
-def _locate(settings: Any, location: Sequence[int | str]) -> tuple[str, str, Any, dict[str, Any], str]:
+def _locate(settings: Any, location: Sequence[int | str], at: str) -> tuple[str, str, Any, dict[str, Any], str]:
     """Return, for a pydantic location, its section with a dot, its dotted key, and the class that holds it.
 
     The last two items are the variants of the union that the section is, by tag, and the discriminator's name.
     """
-    key, section = "", ""
+    key, section = at, ""
     owner, choices, discriminator = settings, {}, ""  # of the section that the next part is in
     union: dict[str, Any] = {}
     holder: tuple[Any, dict[str, Any], str] = (settings, {}, "")

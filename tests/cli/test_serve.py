@@ -130,3 +130,16 @@ def test_a_library_or_one_bundle(options, words):
 
 def test_active_needs_a_library(trained):
     assert "it needs --library" in serve(trained.bundle, "--active", "first").output
+
+
+def test_the_line_is_read_before_anything_starts(trained, runs, tmp_path):
+    line = tmp_path / "line.yaml"
+    line.write_text("outputs:\n- {type: telepathy, name: a}\n")
+    result = serve(trained.bundle, "--data", tmp_path / "data", "-c", line)
+    assert (result.exit_code, runs) == (2, [])
+    assert "Unknown outputs[0].type 'telepathy'" in result.output
+    line.write_text(f"name: {'x' * 61}\n")
+    assert "--name must have at most 60" in serve(trained.bundle, "--data", tmp_path / "data", "-c", line).output
+    line.write_text("name: Press 5\n")
+    assert serve(trained.bundle, "--data", tmp_path / "data", "-c", line).exit_code == 0
+    assert len(runs) == 1

@@ -37,6 +37,10 @@ def serve(
         Path | None,
         typer.Option(help="Folder of a camera. New images in it are inspected.", show_default=False),
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="YAML file of the sources and outputs of the line.", show_default=False),
+    ] = None,
     drift_webhook: Annotated[
         str | None,
         typer.Option(help="Address that is sent each alarm of drift, as JSON by POST.", show_default=False),
@@ -103,13 +107,11 @@ def serve(
         raise ConfigError("--active chooses a bundle of a library, so it needs --library.")
     if (tls_certificate is None) != (tls_key is None):
         raise ConfigError("TLS needs both --tls-certificate and --tls-key.")
-    if len(name) > NAME_LENGTH or not name.isprintable():
-        raise ConfigError(f"--name must have at most {NAME_LENGTH} printable characters, got {name[:200]!r}.")
     if watch is not None and not watch.is_dir():
         raise DataError(f"The folder {watch} does not exist. Create it, or leave out --watch.")
     try:
         from normweave import serve as server
-        from normweave.serve import process
+        from normweave.serve import line_config, process
         from normweave.serve.access import Access
         from normweave.serve.authentication import is_loopback
         from normweave.serve.config import ServeConfig
@@ -141,7 +143,11 @@ def serve(
             "role", new_token, get_args(Role), "An operator inspects and reviews. An engineer has all rights."
         )
     webhook = None if drift_webhook is None else Webhook(drift_webhook)
-    config = ServeConfig(
+    line = line_config.LineConfig() if config is None else line_config.read(config)
+    name = name or line.name
+    if len(name) > NAME_LENGTH or not name.isprintable():
+        raise ConfigError(f"--name must have at most {NAME_LENGTH} printable characters, got {name[:200]!r}.")
+    limits = ServeConfig(
         max_waiting=max_waiting,
         max_images=min(max_images, max_waiting),
         max_image_bytes=int(max_image_mib * MIB),
@@ -173,11 +179,11 @@ def serve(
         listening = stack.enter_context(process.listen(host, port))
         access = None
         if not no_token:
-            access = Access(store, session_hours=config.session_hours, session_max_hours=config.session_max_hours)
+            access = Access(store, session_hours=limits.session_hours, session_max_hours=limits.session_max_hours)
         tokens = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
-        service = InspectionService(detector, store=store, files=files, config=config)
+        service = InspectionService(detector, store=store, files=files, config=limits)
         stack.callback(service.stop)
         if bundles is not None:
             service.models = Models(bundles, service=service, load=load, device=terminal.device)
@@ -205,5 +211,5 @@ def serve(
             terminal.show(f"Serving {where} at {url}. Results are stored in {folder}. Stop with Ctrl+C.")
         if certificate is None and not is_loopback(host):
             terminal.remark("Tokens and images are sent unencrypted: use TLS, or a proxy with TLS.")
-        process.run(app, listening, config=config, certificate=certificate)
+        process.run(app, listening, config=limits, certificate=certificate)
     return ALL_NORMAL

@@ -1,0 +1,146 @@
+"""`line.yaml`: the sources and outputs of a line. One error names all mistakes by their dotted key.
+
+The `type` of an entry is the name of a module of `normweave.serve.sources` or `normweave.serve.outputs`, whose class
+`Config` has its settings. A module, and the library that it uses, is imported only if an entry has its type.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from normweave.errors import ConfigError, MissingError, unknown
+from normweave.settings import read_yaml
+from normweave.validation import checked, joined, mistakes
+
+HOWTO = "Every setting is explained in docs/reference/line.md."
+SECTIONS = ("sources", "outputs")
+"""Lists of entries; each is a package of `normweave.serve`."""
+KEYS = ("name", *SECTIONS)
+"""Keys of the file."""
+
+EntryName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+@checked
+class EntryConfig:
+    """Settings of every source and output."""
+
+    type: str
+    name: EntryName
+    """Unique among the sources and outputs of the line; shown on the page, in metrics and in messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineConfig:
+    """The sources and outputs of a line."""
+
+    name: str = ""
+    """Name of the line, as of `serve --name`."""
+    sources: tuple[Any, ...] = ()
+    outputs: tuple[Any, ...] = ()
+
+
+def read(path: Path) -> LineConfig:
+    """Read a YAML file.
+
+    Raises:
+        ConfigError: it cannot be read, or has unknown keys, wrong types, or values out of range, all together.
+        MissingError: the library of a source or an output is not installed.
+    """
+    values = read_yaml(path, known=KEYS)
+    found = [str(unknown("key", str(key), KEYS, HOWTO)) for key in values if key not in KEYS]
+    name = values.get("name", "")
+    if not isinstance(name, str):
+        found.append(f"name must be text, got {name!r:.80}")
+    entries = {section: _entries(section, values.get(section), found) for section in SECTIONS}
+    names = Counter(one.name for section in entries.values() for one in section)
+    if repeated := [each for each, count in names.items() if count > 1]:
+        found.append(f"name must be unique among sources and outputs, got {', '.join(repeated)} more than once")
+    if found:
+        raise joined(found, source=str(path))
+    return LineConfig(name=name, sources=tuple(entries["sources"]), outputs=tuple(entries["outputs"]))
+
+
+def types(section: str) -> list[str]:
+    """Return the values of `type` in a section."""
+    package = importlib.import_module(f"normweave.serve.{section}")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load(section: str, type: str) -> Any:
+    """Return the module of a type.
+
+    Raises:
+        MissingError: its library is not installed.
+    """
+    try:
+        return importlib.import_module(f"normweave.serve.{section}.{type}")
+    except ImportError as error:
+        raise MissingError(
+            f'{section} of type {type} need {error.name}, which is not installed: pip install "normweave[line]"'
+        ) from error
+
+
+def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:
+    """Return the entries of a section without mistakes, and add the mistakes of the others to `found`."""
+    if values is None:
+        return []
+    if not isinstance(values, list):
+        found.append(f"{section} must be a list, got {values!r:.80}")
+        return []
+    entries: list[EntryConfig] = []
+    for place, value in enumerate(values):
+        at = f"{section}[{place}]"
+        if not isinstance(value, Mapping) or "type" not in value:
+            found.append(
+                f"{at} must hold `key: value` lines, also type ({', '.join(types(section))}), got {value!r:.80}"
+            )
+            continue
+        if value["type"] not in types(section):
+            found.append(str(unknown(f"{at}.type", str(value["type"]), types(section), HOWTO)))
+            continue
+        config = load(section, value["type"]).Config
+        try:
+            # As JSON, pydantic's strict mode takes lists for tuples and mappings for classes.
+            entries.append(TypeAdapter(config).validate_json(json.dumps(value, default=str)))
+        except ValidationError as error:
+            found += mistakes(error, config, at=at, howto=HOWTO)
+    return entries
+
+
+def secret(name: str, *, env: str, file: str) -> str | None:
+    """Return a secret from an environment variable or a file, without white space around it; None: neither is named.
+
+    Args:
+        name: of the setting, for error messages, which never hold the secret.
+        env: name of the variable; empty: none.
+        file: path, relative to the working directory; empty: none.
+
+    Raises:
+        ConfigError: the variable is not set, the file cannot be read, or the secret is empty.
+    """
+    if env and file:
+        raise ConfigError(f"{name}_env and {name}_file are both given. Keep one of them.")
+    if not (env or file):
+        return None
+    if env:
+        value, where = os.environ.get(env, ""), f"The environment variable {env}, named by {name}_env,"
+    else:
+        where = f"The file {file}, named by {name}_file,"
+        try:
+            value = Path(file).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where} cannot be read: {error}.") from error
+    if not value.strip():
+        raise ConfigError(f"{where} is not set or empty. Put the secret there.")
+    return value.strip()

@@ -1,0 +1,1 @@
+"""Outputs for results, one module for each `type` of `outputs` in `line.yaml`."""

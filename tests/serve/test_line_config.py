@@ -1,0 +1,118 @@
+"""line.yaml is read by the rules of the settings: strict types, and one error that names all mistakes."""
+
+import types
+from typing import Literal
+
+import pytest
+
+from normweave.errors import ConfigError, MissingError
+from normweave.serve import line_config
+from normweave.validation import PositiveInt, checked
+
+
+@checked
+class Config(line_config.EntryConfig):
+    type: Literal["bell"]
+    port: PositiveInt = 502
+
+
+@pytest.fixture
+def bell(monkeypatch):
+    """A type of outputs that no library is needed for."""
+    monkeypatch.setattr(line_config, "types", lambda section: ["bell"])
+    monkeypatch.setattr(line_config, "load", lambda section, type: types.SimpleNamespace(Config=Config))
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(text):
+        path = tmp_path / "line.yaml"
+        path.write_text(text)
+        return line_config.read(path)
+
+    return read
+
+
+def test_entries_are_read_in_their_order(bell, read):
+    line = read("name: Press 5\noutputs:\n- {type: bell, name: b, port: 1}\n- {type: bell, name: a}\nsources:\n")
+    assert (line.name, line.sources) == ("Press 5", ())
+    assert line.outputs == (Config(type="bell", name="b", port=1), Config(type="bell", name="a"))
+
+
+def test_one_error_names_all_mistakes(bell, read):
+    with pytest.raises(ConfigError) as caught:
+        read(
+            "output: []\nname: 5\noutputs:\n"
+            "- {type: bell, name: a, port: '502'}\n"
+            "- {type: bell, name: 'a b'}\n"
+            "- {type: bell, name: c, prot: 1}\n"
+            "- {type: bel, name: d}\n"
+            "- {name: e}\n"
+            "- bell\n"
+            "sources: bell\n"
+        )
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 10, caught.value
+    for words in (
+        "Unknown key 'output'. Did you mean 'outputs'?",
+        "name must be text, got 5",
+        "outputs[0].port must be a valid integer, got '502'",
+        "outputs[1].name",
+        "Unknown setting 'outputs[2].prot'. Did you mean 'outputs[2].port'?",
+        "Unknown outputs[3].type 'bel'. Did you mean 'bell'?",
+        "outputs[4] must hold `key: value` lines, also type (bell)",
+        "outputs[5] must hold",
+        "sources must be a list, got 'bell'",
+    ):
+        assert any(words in line for line in lines), (words, lines)
+    assert "docs/reference/line.md" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "outputs:\n- {type: bell, name: a}\nsources:\n- {type: bell, name: a}",
+            "unique among sources and outputs, got a",
+        ),
+        ("outputs: []\noutputs: []", "duplicate key: outputs"),
+        ("outputs:\n- {type: bell, name: a, name: b}", "duplicate key: name"),
+        ("- outputs", "with the keys name, sources, outputs"),
+        ("outputs: [", "is not YAML"),
+    ],
+)
+def test_what_is_no_line_is_refused(bell, read, text, words):
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert words in str(caught.value)
+
+
+def test_a_missing_library_is_named():
+    with pytest.raises(MissingError, match=r'pip install "normweave\[line\]"'):
+        line_config.load("outputs", "bell")
+
+
+def test_a_secret_comes_from_a_variable_or_a_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("BROKER", "from the variable")
+    (tmp_path / "password").write_text("from the file\n")
+    assert line_config.secret("password", env="BROKER", file="") == "from the variable"
+    assert line_config.secret("password", env="", file=str(tmp_path / "password")) == "from the file"
+    assert line_config.secret("password", env="", file="") is None
+
+
+@pytest.mark.parametrize(
+    ("env", "file", "words"),
+    [
+        ("BROKER", "", "variable BROKER, named by password_env, is not set"),
+        ("", "missing", "missing, named by password_file, cannot be read"),
+        ("", "empty", "empty, named by password_file, is not set or empty"),
+        ("BROKER", "empty", "Keep one of them"),
+    ],
+)
+def test_a_secret_that_is_not_there_is_named(monkeypatch, tmp_path, env, file, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BROKER", raising=False)
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(ConfigError) as caught:
+        line_config.secret("password", env=env, file=file)
+    assert words in str(caught.value)

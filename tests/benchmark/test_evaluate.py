@@ -401,6 +401,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_first_image(tmp_
         evaluate(SimpleNamespace(config=None), "data", output=tmp_path / "file")
 
 
+def test_an_evaluation_that_is_refused_leaves_no_folder(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise DataError("a test image was used in training")
+
+    monkeypatch.setattr("normweave.benchmark.evaluate.test_samples", lambda *_: [])
+    monkeypatch.setattr("normweave.benchmark.evaluate.measure", refuse)
+    with pytest.raises(DataError):
+        evaluate(SimpleNamespace(config=None), "data", output=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_file_name_that_is_not_utf_8_is_written_with_escapes(tmp_path, monkeypatch):
     """The table remains UTF-8, whatever the encoding of the system."""
     written = {"image_path": b"K\xc3\xb6per \xff.png".decode(errors="surrogateescape")}

@@ -4,8 +4,12 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
+from builders import bundle as small_bundle  # noqa: F401 - fixtures
+from builders import cloth, detector  # noqa: F401 - fixtures
 from normweave import bundle
+from normweave.textiles import SEEN, render
 
 from .conftest import run
 
@@ -49,7 +53,8 @@ def test_unreadable_images_are_listed_and_change_the_exit_code(own, tmp_path):
     assert output["calibration_images"] == 11
     result = run(*arguments)
     assert result.exit_code == 4
-    assert f"unreadable  {broken}" in result.stdout
+    assert f"unreadable  {broken}: " in result.stdout
+    assert result.stdout.count(str(broken)) == 1
     assert "calibrated on 11 others for a false-alarm rate of 0.25" in result.stdout
 
 
@@ -59,3 +64,18 @@ def test_images_of_the_fit_are_refused(own, textiles):
     assert result.exit_code == 2
     assert "was used in training, so it cannot be used for calibration" in result.output
     assert bundle.bundle_hash(own) == before
+
+
+def test_subclasses_that_lose_their_own_threshold_are_named(small_bundle, tmp_path):  # noqa: F811
+    """Images of all subclasses, then of one only."""
+    own = shutil.copytree(small_bundle, tmp_path / "own.bundle")
+    for count in (3, 1):
+        images = tmp_path / f"of-{count}"
+        images.mkdir()
+        for number in range(24):
+            pixels = render(SEEN[number % count], seed=900 + 100 * count + number, size=(64, 64)).image
+            Image.fromarray(pixels).save(images / f"{number}.png")
+        result = run("calibrate", own, images, "--false-alarm-rate", "0.25")
+        assert result.exit_code == 0, result.output
+        assert ("Too few images for a threshold of its own" in result.stderr) == (count == 1)
+    assert "threshold of its own, which it had before: cloth/" in result.stderr

@@ -1,6 +1,7 @@
 """`normweave drift` on results and on a store."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from datetime import timedelta
@@ -37,6 +38,7 @@ def test_the_lamp_was_changed(bundle, results):  # noqa: F811
     assert done.exit_code == 1, done.output
     assert "ALARM: lighting or camera" in done.stdout
     assert "brightness -" in done.stdout
+    assert re.search(r"  evidence  (more than )?[\d,]+ : 1 \(alarm from [\d,]+ : 1\)", done.stdout)
     assert "normweave calibrate" in done.stdout
     assert "images 1 to 100" in done.stdout
 

@@ -129,7 +129,8 @@ def test_unreadable_images_are_reported_and_skipped(textiles, tmp_path):
     broken.write_bytes(broken.read_bytes()[:100])
     result = run("train", data, "-o", tmp_path / "b", "--model", "dfm", "--no-cache", *SMALL)
     assert result.exit_code == 4, result.output
-    assert f"unreadable  {broken}" in result.stdout
+    assert f"unreadable  {broken}: " in result.stdout
+    assert result.stdout.count(str(broken)) == 1
     assert "fitted on" in result.stdout
     assert bundle.read(tmp_path / "b")["fit_images"] > 0
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from normweave.drift.evidence import Evidence, Ranks, bank
+from normweave.drift.evidence import Evidence, Ranks, bank, odds
 
 
 def test_a_rank_is_the_share_of_smaller_values_plus_a_random_part_of_equal_ones():
@@ -93,3 +93,11 @@ def test_it_continues_where_it_was_saved():
         each.add(np.array([0.1, 0.5, 0.9]))
     np.testing.assert_array_equal(evidence.values, other.values)
     assert evidence.best(0) == other.best(0)
+
+
+def test_evidence_is_a_number_of_two_digits():
+    assert [odds(one) for one in (7234.0, 1_438_212.3, 1e9, 1e26)] == [
+        "7,200",
+        "1,400,000",
+        *2 * ["more than 1,000,000,000"],
+    ]

@@ -11,6 +11,7 @@ from PIL import Image
 from inspections import inspection, unreadable
 from normweave.errors import DataError
 from normweave.serve import DATABASE, drift
+from normweave.serve.store import Store
 from normweave.serve.webhook import Webhook
 from receiver import Receiver
 
@@ -32,7 +33,12 @@ def test_the_folder_of_a_server_has_its_database(tmp_path):
     assert drift.DATABASE == DATABASE
     with pytest.raises(DataError, match="holds no"):
         drift.open_store(str(tmp_path))
-    drift.open_store(f"sqlite:///{tmp_path / DATABASE}").close()
+    url = f"sqlite:///{tmp_path / DATABASE}"
+    with pytest.raises(DataError, match="There is no database"):
+        drift.open_store(url)
+    assert not list(tmp_path.iterdir())  # nothing is made by reading
+    Store.open(tmp_path / DATABASE).close()
+    drift.open_store(url).close()
     drift.open_store(str(tmp_path)).close()
 
 

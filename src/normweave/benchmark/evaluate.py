@@ -81,9 +81,9 @@ def evaluate(
     """
     samples = test_samples(detector.config, data, layout)
     other = None if against is None else read_metrics(against, samples)
-    output.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=output).close()  # raises OSError before the first image if nothing can be written here
+    _check_writable(output)
     metrics, predictions = measure(detector, samples, progress=progress)
+    output.mkdir(parents=True, exist_ok=True)
     metrics["provenance"] = provenance(detector, data)
     if other is not None:
         compare(metrics, other)
@@ -103,6 +103,15 @@ def evaluate(
         ),
     )
     return metrics
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise OSError before the first image if the results cannot be written; a new folder is not kept yet."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    if new:
+        folder.rmdir()
 
 
 def test_samples(config: Config, data: str | os.PathLike[str] | Sequence[Sample], layout: str | None) -> list[Sample]:

@@ -1,8 +1,13 @@
 """`normweave calibrate`: compute the operating points of a bundle from other normal images."""
 
+from typing import TYPE_CHECKING
+
 from normweave.cli import options
 from normweave.cli.terminal import Terminal
 from normweave.cli.train import report
+
+if TYPE_CHECKING:
+    from normweave.detector import Detector
 
 
 def calibrate(
@@ -18,7 +23,22 @@ def calibrate(
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     check_target(bundle, overwrite=True)
+    before = _own_points(detector)
     with terminal.progress() as progress:
         detector.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
     detector.save(bundle, overwrite=True)
-    return report(terminal, detector, bundle)
+    code = report(terminal, detector, bundle)
+    if pooled := sorted(before - _own_points(detector)):
+        terminal.remark(
+            f"Too few images for a threshold of its own, which it had before: {', '.join(pooled)}. The threshold is "
+            "now that of all images together, or of the category. To avoid it, calibrate with images of every subclass."
+        )
+    return code
+
+
+def _own_points(detector: "Detector") -> set[str]:
+    """Return the subclasses that have an operating point of their own."""
+    if detector.calibration is None:
+        return set()
+    rows = detector.calibration.table(detector.subclass_names)
+    return {row["subclass"] for row in rows if row["subclass"] and not row["pooled"]}

@@ -91,9 +91,9 @@ def report(terminal: Terminal, monitor: "Monitor") -> int:
         terminal.record(as_dict(monitor, found))
     else:
         for each in found:
-            terminal.show(described(each), "")
+            terminal.show(described(each, limit=monitor.limit), "")
         if not any(each.alarm for each in found):
-            terminal.show(f"No alarm in {monitor.count:,} images.", "")
+            terminal.show(f"No alarm in {monitor.count:,} {'image' if monitor.count == 1 else 'images'}.", "")
         terminal.show(table(monitor))
     return NOT_NORMAL if any(each.alarm for each in found) else ALL_NORMAL
 
@@ -124,8 +124,14 @@ def as_dict(monitor: "Monitor", found: "list[Finding]") -> dict[str, Any]:
     }
 
 
-def described(finding: "Finding") -> str:
-    """Return a finding as lines of text."""
+def described(finding: "Finding", *, limit: float) -> str:
+    """Return a finding as lines of text.
+
+    Args:
+        limit: the e-value at which a test raises an alarm.
+    """
+    from normweave.drift.evidence import odds
+
     heading = "ALARM" if finding.alarm else "For information"
     names = ", ".join(name_of(*product) for product in finding.products)
     since = " ".join(filter(None, (finding.since_at, f"({finding.since})" if finding.since else "")))
@@ -136,7 +142,7 @@ def described(finding: "Finding") -> str:
         f"  size      {finding.effect}",
     ]
     if finding.evidence is not None:
-        lines.append(f"  evidence  e-value {finding.evidence:.2g}")
+        lines.append(f"  evidence  {odds(finding.evidence)} : 1 (alarm from {limit:,.0f} : 1)")
     lines.append(f"  to do     {finding.advice}")
     if finding.examples:
         lines.append(f"  images    {', '.join(finding.examples)}")

@@ -59,7 +59,7 @@ def add_subclass(
         terminal.record(result | {"operating_point": point} | added | {"refused": refused})
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
-        terminal.show(f"unreadable  {image['image_path']}: {image['error']}")
+        terminal.show(f"unreadable  {image['error']}")
     for path, other in added["routed_to_others"]:
         terminal.show(f"not used    {path}: it is nearer to {other} when it is held out")
     terminal.show(f"{output}: {name} added, from {added['images']} good images of {added['groups']} groups")

@@ -193,7 +193,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
         )
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
-        terminal.show(f"unreadable  {image['image_path']}: {image['error']}")
+        terminal.show(f"unreadable  {image['error']}")
     table = Table("subclass", "held-out images", "groups", "threshold", title_justify="left", box=None)
     for point in calibration.get("operating_points", []):
         table.add_row(*point_row(point))

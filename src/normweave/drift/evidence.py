@@ -21,6 +21,8 @@ POWERS = np.array([0.8, 0.5, 0.25, 0.125])
 """Betting functions: κ u^(κ − 1) for low ranks u, and the same of 1 − u for high ones."""
 PATIENCE = 100.0
 """After this many images half of the capital has been put on a change."""
+MOST_ODDS = 1_000_000_000
+"""Largest e-value that is shown as a number."""
 _BETS = 2 * len(POWERS)
 _MOST = 1e100
 """Largest capital, so that sums stay finite."""
@@ -65,6 +67,11 @@ class Ranks:
         ranks._counts = np.array(state["counts"], dtype=np.int64)
         ranks._total = int(ranks._counts.sum())
         return ranks
+
+
+def odds(evidence: float) -> str:
+    """Return an e-value for people, with two digits."""
+    return f"{float(f'{evidence:.2g}'):,.0f}" if evidence < MOST_ODDS else f"more than {MOST_ODDS:,}"
 
 
 def bank(t: float) -> float:

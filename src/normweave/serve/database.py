@@ -60,6 +60,10 @@ class Database:
         url = URL.create("sqlite", database=str(where)) if isinstance(where, Path) else _read_url(where)
         hidden = {key: "***" for key in url.query if "password" in key}
         name = url.update_query_dict(hidden).render_as_string(hide_password=True)
+        if not migrate and url.database and url.drivername == "sqlite" and not Path(url.database).is_file():
+            raise DataError(
+                f"There is no database {url.database}. Give that of a server, or the folder of serve --data."
+            )
         database = cls(make_engine(url), name=name)
         try:
             with database.writing() as connection:

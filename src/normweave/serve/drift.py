@@ -36,11 +36,11 @@ def open_store(place: str) -> Store:
         DataError: there is none.
     """
     if "://" in place:
-        return Store.open(place)
+        return Store.open(place, migrate=False)
     path = Path(place) / DATABASE
     if not path.is_file():
         raise DataError(f"{place} holds no {DATABASE}. Give the folder of 'normweave serve --data', or postgresql://…")
-    return Store.open(path)
+    return Store.open(path, migrate=False)
 
 
 def images(store: Store, *, bundle_hash: str, by: stream.By) -> Iterator[Image]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ def check(path: Path) -> LibraryBundle:
         if parse_record(record, where=path)["operating_points"] is None:
             damage = "it has no operating points. Calibrate it: normweave calibrate."
     except (NormweaveError, OSError) as error:
-        damage = str(error)
+        damage = str(error).replace(f"{path.parent}{os.sep}", "")  # pages show no path of the server
     if damage is not None:
         record = {}
     return LibraryBundle(

@@ -11,6 +11,7 @@ from nicegui import ui
 from numpy.typing import NDArray
 
 from normweave.drift.causes import Finding
+from normweave.drift.evidence import odds
 from normweave.drift.monitor import TESTED, Monitor
 from normweave.drift.reference import Product
 from normweave.serve.pages import verdict
@@ -26,8 +27,6 @@ REACH = 6.0
 """Standard deviations at the top and the bottom of a small chart."""
 WIDE, HIGH = 84, 30
 """Pixels of a small chart."""
-MOST_ODDS = 1_000_000_000
-"""Largest evidence that is shown as a number."""
 FEWEST = 19
 """Independent calibration images of a subclass from which small changes of it can be noticed."""
 WORDS = {"map_level": "level of map", "distance": "distance from known"}
@@ -71,11 +70,6 @@ def findings_html(found: list[Finding], monitor: Monitor | None, *, refusal: str
     count = 0 if monitor is None else monitor.count
     limit = "" if monitor is None else f"{monitor.limit:,.0f}"
     return render_macro(TEMPLATE, "findings", cards=cards, count=f"{count:,}", limit=limit, refusal=refusal)
-
-
-def odds(evidence: float) -> str:
-    """Return an e-value for people, with two digits."""
-    return f"{float(f'{evidence:.2g}'):,.0f}" if evidence < MOST_ODDS else f"more than {MOST_ODDS:,}"
 
 
 def few(monitor: Monitor) -> list[tuple[str, int]]:

@@ -67,7 +67,9 @@ def server(bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     watched = folder / "camera"
     watched.mkdir()
-    server = Server(bundle, folder / "data", "--device=cpu", f"--watch={watched}")
+    line = folder / "line.yaml"
+    line.write_text("parts: {seconds: 1}")
+    server = Server(bundle, folder / "data", "--device=cpu", f"--watch={watched}", f"--config={line}")
     server.watched = watched
     yield server
     assert server.stop() in (0, -signal.SIGTERM)  # uvicorn re-raises the signal

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Label = Literal["normal", "anomalous"]
 Split = Literal["train", "calibration", "test"]
 Verdict = Literal["normal", "anomalous", "unknown"]
+PartVerdict = Literal["normal", "anomalous", "unknown", "incomplete"]
+"""Verdict on a part of several views. incomplete: no view is anomalous or unknown, but one is missing or unreadable."""
 Guarantee = Literal["conformal", "cross-validated", "uncalibrated"]
 """What the false-alarm rate of a threshold rests on.
 
@@ -247,8 +249,16 @@ class DefectBox(NamedTuple):
     reference_height: int | None = None
 
 
+class PartReason(NamedTuple):
+    """Why a part is not normal."""
+
+    reason: str  # anomalous, unknown, unreadable or missing
+    view: str | None  # name of the view; None: a view is missing, and the expected ones have no names
+    inspection: int | None  # id of the stored inspection of the view, if there is one
+
+
 class OutcomeColumn(NamedTuple):
-    """A field of `Outcome` as tables, schemas and databases need it."""
+    """A field of `Outcome` or `PartOutcome` as tables, schemas and databases need it."""
 
     name: str
     annotation: Any  # as declared, for example `float | None`
@@ -324,6 +334,10 @@ class Outcome:
     model: str | None = None
     bundle_hash: str | None = None
     error: str | None = field(default=None, metadata={"max_length": 4000})
+    part_id: str | None = field(default=None, metadata={"max_length": 500})
+    """The part that the image shows; images of one part have one verdict together. None: no part was named."""
+    view: str | None = field(default=None, metadata={"max_length": 500})
+    """Name of the view of the part."""
 
     @classmethod
     def columns(cls) -> tuple[OutcomeColumn, ...]:
@@ -335,8 +349,29 @@ class Outcome:
         return {column.name: column.as_json(getattr(self, column.name)) for column in self.columns()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartOutcome:
+    """Result for a part of several views."""
+
+    part_id: str
+    verdict: PartVerdict
+    images: int
+    """Number of images of the part."""
+    reasons: tuple[PartReason, ...] = ()
+    """Why it is not normal, worst first."""
+
+    @classmethod
+    def columns(cls) -> tuple[OutcomeColumn, ...]:
+        """Return the fields in their order, with their types."""
+        return _columns(cls)  # type: ignore[arg-type] # mypy: the hash of a dataclass is that of its instances
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON values."""
+        return {column.name: column.as_json(getattr(self, column.name)) for column in self.columns()}
+
+
 @cache
-def _columns(outcome: type[Outcome]) -> tuple[OutcomeColumn, ...]:
+def _columns(outcome: type[Outcome | PartOutcome]) -> tuple[OutcomeColumn, ...]:
     annotations = get_type_hints(outcome)
     columns = []
     for one in fields(outcome):

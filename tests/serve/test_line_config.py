@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 
 from normweave.errors import ConfigError, MissingError
+from normweave.outcome.parts import PartRule
 from normweave.serve import line_config
 from normweave.validation import PositiveInt, checked
 
@@ -77,7 +78,7 @@ def test_one_error_names_all_mistakes(bell, read):
         ),
         ("outputs: []\noutputs: []", "duplicate key: outputs"),
         ("outputs:\n- {type: bell, name: a, name: b}", "duplicate key: name"),
-        ("- outputs", "with the keys name, sources, outputs"),
+        ("- outputs", "with the keys name, parts, sources, outputs"),
         ("outputs: [", "is not YAML"),
     ],
 )
@@ -116,3 +117,22 @@ def test_a_secret_that_is_not_there_is_named(monkeypatch, tmp_path, env, file, w
     with pytest.raises(ConfigError) as caught:
         line_config.secret("password", env=env, file=file)
     assert words in str(caught.value)
+
+
+def test_the_rule_of_parts_is_read_and_its_mistakes_are_named(read):
+    assert read("parts: {part: '^(.+)_', views: [front, back], seconds: 2}").parts == PartRule(
+        part="^(.+)_", views=("front", "back"), seconds=2.0
+    )
+    assert read("parts: {views: 4}").parts.views == 4
+    assert read("name: a").parts == PartRule()
+    for wrong, words in (
+        ("views: 0", "parts: views must be at least 1"),
+        ("part: a", "no group"),
+        ("part: (", "no regular expression"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(f"parts: {{{wrong}}}")
+    with pytest.raises(ConfigError, match=r"parts\.view"):
+        read("parts: {view: 4}")
+    with pytest.raises(ConfigError, match="different names, got"):
+        read("parts: {views: [a, a]}")

@@ -50,6 +50,17 @@ def predict(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="Regular expression on paths whose first group is the part, and a second one the view.",
+            show_default=False,
+        ),
+    ] = None,
+    views: Annotated[
+        str | None,
+        typer.Option(help="Views of each part: their number, or names such as front,back.", show_default=False),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run on the same images.")] = False,
     shard: Annotated[
         str | None,
@@ -58,11 +69,23 @@ def predict(
 ) -> int:
     """Predict images in order. Exit code 1 if an image is not normal, 4 if an image could not be read.
 
-    Needs no torch. Each path from stdin is predicted before the next is read.
+    Needs no torch. Each path from stdin is predicted before the next is read. With --part, or a --list with the
+    columns image_path and part_id, the parts follow after the images; with --output they are in a table of their own,
+    NAME_parts.SUFFIX.
     """
+    from normweave.cli import parts as parts_of_run
+    from normweave.outcome.parts import PartRule, parse_views
+
+    rule = PartRule(part=part or "", views=parse_views(views))
     check_outputs(output, maps, resume=resume)
     first, step = (0, 1) if shard is None else parse_shard(shard)
     paths: Iterator[str] = islice(find_images(images or [], list_), first, None, step)
+    listed = parts_of_run.read_list(list_) if list_ is not None and parts_of_run.is_table(list_) else {}
+    parts = parts_of_run.Parts(rule, listed)
+    if views is not None and not parts.are_named:
+        raise ConfigError("--views is about parts. Name them with --part, or in the column part_id of a --list.")
+    if shard is not None and parts.are_named:
+        raise ConfigError("--shard would divide the images of a part between runs. Leave out --shard or the parts.")
 
     from normweave.detector import Detector
 
@@ -81,8 +104,12 @@ def predict(
             repeated = done % batch
             paths = chain(writer.skip(paths, keep=repeated), paths)
         outcomes = detector.stream(paths, maps=with_maps, batch_images=batch)
+        for row in [] if writer is None else writer.rows():
+            parts.add(row)
         for number, outcome in enumerate(islice(outcomes, repeated, None), done):
+            outcome = parts.identified(outcome)
             row = outcome.as_dict()
+            parts.add(row)
             if maps is not None and outcome.error is None:
                 row["anomaly_map"] = str(save_map(maps, number, outcome, threshold=detector.box_threshold(outcome)))
             if writer is not None:
@@ -99,6 +126,15 @@ def predict(
                 "No image was judged, so nothing is known to be normal: no path came from stdin, or --shard has more "
                 "parts than there are images. Give at least one image."
             )
+    judged = list(parts.outcomes())
+    for one in judged:
+        if terminal.json:
+            terminal.record(one.as_dict())
+        else:
+            terminal.show(parts_of_run.summary(one))
+    if output is not None and parts.are_named:
+        parts_of_run.save(output, judged)
+    not_normal += sum(one.verdict != "normal" for one in judged)
     # Unreadable images take precedence: each of them could be anomalous.
     return UNREADABLE if unreadable else NOT_NORMAL if not_normal else ALL_NORMAL
 
@@ -160,8 +196,12 @@ def _from_stdin() -> Iterator[str]:
 
 
 def _listed(path: Path) -> Iterator[str]:
+    from normweave.cli.parts import is_table, read_list
     from normweave.data.tables import encoding_of
 
+    if is_table(path):
+        yield from read_list(path)
+        return
     encoding = encoding_of(path)
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     try:

@@ -1,6 +1,5 @@
 """`normweave data from-reviews`: reviewed images of a server as a manifest, and the rates that the reviews measure."""
 
-import re
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,6 +57,8 @@ def from_reviews(
     Good images are marked train, defective ones test. The image files are copied beside the manifest. The proposed
     operating point is printed only.
     """
+    from normweave.outcome.parts import compile_pattern
+
     try:
         from normweave import serve as server
         from normweave.serve import rates, reviews
@@ -66,7 +67,7 @@ def from_reviews(
         raise MissingError(
             f'Reading a server needs {error.name}, which is not installed: pip install "normweave[serve]"'
         ) from error
-    pattern = _pattern(part)
+    pattern = compile_pattern(part)
     if source.startswith(("http://", "https://")):
         if bundle is not None or database is not None:
             raise ConfigError("--bundle and --database are for a data folder; a server uses its own. Leave them out.")
@@ -100,13 +101,6 @@ def from_reviews(
             detection=detection,
         )
     return _report(terminal, output, exported, found.as_dict(), bundle=bundle)
-
-
-def _pattern(text: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if text is None else re.compile(text)
-    except re.error as error:
-        raise ConfigError(f"--part is no regular expression: {error}. For example: '^(.+)_camera[0-9]'") from error
 
 
 def _report(terminal: Terminal, output: Path, exported: "Export", rates: dict[str, Any], *, bundle: Path | None) -> int:

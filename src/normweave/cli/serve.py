@@ -184,6 +184,7 @@ def serve(
         if access is not None and new_token is not None:
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
         service = InspectionService(detector, store=store, files=files, config=limits)
+        service.part_rule = line.parts
         stack.callback(service.stop)
         if bundles is not None:
             service.models = Models(bundles, service=service, load=load, device=terminal.device)

@@ -15,6 +15,7 @@ from normweave.serve.authentication import AuthenticationMiddleware
 from normweave.serve.drift import DriftWatch
 from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
+from normweave.serve.parts import Parts
 from normweave.serve.service import InspectionService
 from normweave.serve.store import DATABASE as DATABASE
 from normweave.serve.teach import Teaching
@@ -47,17 +48,20 @@ def create_app(
     """
     drift = DriftWatch(service, service.files.folder.parent / DRIFT, webhook=webhook)
     teaching = Teaching(service)
+    parts = Parts(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if watch is not None:
             watch.start()
         drift.start()
+        parts.start()
         yield
         if watch is not None:
             await watch.finish()
         await asyncio.to_thread(teaching.stop)
         await asyncio.to_thread(service.stop)
+        await asyncio.to_thread(parts.stop)
         await asyncio.to_thread(drift.stop)
         if access is not None:
             await asyncio.to_thread(access.close)

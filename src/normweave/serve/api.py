@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -31,6 +31,7 @@ from normweave.serve.openapi import (
     IMAGES,
     INSPECT_BODY,
     JSON,
+    PART_FIELDS,
     complete_document,
     image_response,
     problem_responses,
@@ -49,6 +50,7 @@ from normweave.serve.parameters import (
     stored_image,
     utc,
 )
+from normweave.serve.part_routes import part_routes
 from normweave.serve.problems import ProblemError
 from normweave.serve.rates import DETECTION, NEWEST, measured_rates
 from normweave.serve.records import Filter, Source, StoredImage
@@ -76,6 +78,7 @@ def add_api(
         _open_routes(service, watch),
         _routes(service, streams, held),
         model_routes(service, held),
+        part_routes(service),
         teach_routes(service, teaching),
         *([] if access is None else [_token_routes(access)]),
     ]
@@ -140,12 +143,14 @@ def _routes(service: InspectionService, streams: events.EventStreams, held: Held
         request: Request,
         token: AnyToken,
         name: Annotated[schemas.Name, Query(description="File name of an image that is sent as the body.")] = "",
+        part: Annotated[schemas.Name, Query(description="Part that this image shows.")] = "",
+        view: Annotated[schemas.Name, Query(description="Name of the view of the part.")] = "",
         idempotency_key: Annotated[
             str | None,
             Header(min_length=1, max_length=255, description="Different for each request; equal when it is repeated."),
         ] = None,
     ) -> schemas.InspectOut:
-        uploads = await _uploads(request, service, name)
+        uploads = await _uploads(request, service, Upload(name, b"", part or None, view or None))
         try:
             async with asyncio.timeout(service.config.answer_seconds):
                 if idempotency_key is None:
@@ -397,8 +402,11 @@ def _token_routes(access: Access) -> APIRouter:
 # ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _uploads(request: Request, service: InspectionService, name: str) -> list[Upload]:
+async def _uploads(request: Request, service: InspectionService, body: Upload) -> list[Upload]:
     """Return the images of a request from its form, JSON or raw body.
+
+    Args:
+        body: name, part and view of an image that is the body.
 
     Raises:
         HTTPException: the request cannot be parsed, or exceeds a limit.
@@ -409,7 +417,7 @@ async def _uploads(request: Request, service: InspectionService, name: str) -> l
     elif content_type == JSON:
         uploads = await asyncio.to_thread(_from_json, await request.body())
     elif content_type == BYTES or content_type.startswith("image/"):
-        uploads = [Upload(name, await request.body())]
+        uploads = [body._replace(content=await request.body())]
     else:
         raise HTTPException(
             415,
@@ -435,7 +443,7 @@ async def _uploads(request: Request, service: InspectionService, name: str) -> l
 
 async def _from_form(request: Request, max_images: int) -> list[Upload]:
     try:
-        async with request.form(max_files=max_images, max_fields=8) as form:
+        async with request.form(max_files=max_images, max_fields=8 + 2 * max_images) as form:
             parts = form.getlist(IMAGES)
             if not all(isinstance(part, UploadFile) for part in parts):
                 raise HTTPException(
@@ -448,13 +456,29 @@ async def _from_form(request: Request, max_images: int) -> list[Upload]:
                     f"The name {long[0].filename!r:.100} has {len(long[0].filename or '')} characters, but at most "
                     f"{records.NAME_LENGTH} are allowed. Send a shorter one.",
                 )
-            return [Upload(part.filename or "", await part.read()) for part in files]
+            given = zip(*(_texts(form.getlist(name), name, len(files)) for name in PART_FIELDS), strict=True)
+            return [
+                Upload(file.filename or "", await file.read(), part, view)
+                for file, (part, view) in zip(files, given, strict=True)
+            ]
     except (StarletteHTTPException, MultiPartException) as error:
         if isinstance(error, HTTPException):
             raise
         reason = error.detail if isinstance(error, StarletteHTTPException) else error.message
         status = 413 if "Too many" in str(reason) else 400
         raise HTTPException(status, f"The form cannot be read: {reason}") from error
+
+
+def _texts(given: Sequence[object], name: str, images: int) -> list[str | None]:
+    """Return the text of a form field for each image, which is sent once for all or once for each."""
+    texts = [text for text in given if isinstance(text, str) and len(text) <= records.NAME_LENGTH]
+    if len(texts) < len(given) or len(texts) not in (0, 1, images):
+        raise HTTPException(
+            422,
+            f"{name!r} must be text of at most {records.NAME_LENGTH} characters, once for all {images} images or once "
+            f"for each in their order, got {len(given)} values. With curl: -F '{name}=17'.",
+        )
+    return [text or None for text in (texts if len(texts) == images else (texts or [""]) * images)]
 
 
 def _from_json(body: bytes) -> list[Upload]:
@@ -465,7 +489,8 @@ def _from_json(body: bytes) -> list[Upload]:
     uploads = []
     for image in parsed.images:
         try:
-            uploads.append(Upload(image.name, base64.b64decode(image.data, validate=True)))
+            content = base64.b64decode(image.data, validate=True)
+            uploads.append(Upload(image.name, content, image.part or None, image.view or None))
         except (binascii.Error, ValueError) as error:
             raise HTTPException(
                 422, f"data of {image.name!r:.100} is not base64: {error}. Encode the whole file as base64."

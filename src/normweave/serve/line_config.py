@@ -1,4 +1,4 @@
-"""`line.yaml`: the sources and outputs of a line. One error names all mistakes by their dotted key.
+"""`line.yaml`: sources, outputs and parts of a line. One error names all mistakes by their dotted key.
 
 The `type` of an entry is the name of a module of `normweave.serve.sources` or `normweave.serve.outputs`, whose class
 `Config` has its settings. A module, and the library that it uses, is imported only if an entry has its type.
@@ -12,22 +12,24 @@ import os
 import pkgutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from normweave.errors import ConfigError, MissingError, unknown
+from normweave.outcome.parts import PartRule
 from normweave.settings import read_yaml
 from normweave.validation import checked, joined, mistakes
 
 HOWTO = "Every setting is explained in docs/reference/line.md."
 SECTIONS = ("sources", "outputs")
 """Lists of entries; each is a package of `normweave.serve`."""
-KEYS = ("name", *SECTIONS)
+KEYS = ("name", "parts", *SECTIONS)
 """Keys of the file."""
 
+T = TypeVar("T")
 EntryName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
@@ -42,10 +44,12 @@ class EntryConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LineConfig:
-    """The sources and outputs of a line."""
+    """The sources, outputs and parts of a line."""
 
     name: str = ""
     """Name of the line, as of `serve --name`."""
+    parts: PartRule = field(default_factory=PartRule)
+    """Parts of several views."""
     sources: tuple[Any, ...] = ()
     outputs: tuple[Any, ...] = ()
 
@@ -62,13 +66,16 @@ def read(path: Path) -> LineConfig:
     name = values.get("name", "")
     if not isinstance(name, str):
         found.append(f"name must be text, got {name!r:.80}")
+    parts = values.get("parts") or {}
+    rule = _checked(PartRule, parts, "parts", found)
     entries = {section: _entries(section, values.get(section), found) for section in SECTIONS}
     names = Counter(one.name for section in entries.values() for one in section)
     if repeated := [each for each, count in names.items() if count > 1]:
         found.append(f"name must be unique among sources and outputs, got {', '.join(repeated)} more than once")
     if found:
         raise joined(found, source=str(path))
-    return LineConfig(name=name, sources=tuple(entries["sources"]), outputs=tuple(entries["outputs"]))
+    assert rule is not None  # there are no mistakes
+    return LineConfig(name=name, parts=rule, sources=tuple(entries["sources"]), outputs=tuple(entries["outputs"]))
 
 
 def types(section: str) -> list[str]:
@@ -109,13 +116,19 @@ def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:
         if value["type"] not in types(section):
             found.append(str(unknown(f"{at}.type", str(value["type"]), types(section), HOWTO)))
             continue
-        config = load(section, value["type"]).Config
-        try:
-            # As JSON, pydantic's strict mode takes lists for tuples and mappings for classes.
-            entries.append(TypeAdapter(config).validate_json(json.dumps(value, default=str)))
-        except ValidationError as error:
-            found += mistakes(error, config, at=at, howto=HOWTO)
+        entry = _checked(load(section, value["type"]).Config, value, at, found)
+        entries += [] if entry is None else [entry]
     return entries
+
+
+def _checked(config: type[T], value: Any, at: str, found: list[str]) -> T | None:
+    """Return the settings, or None if there are mistakes, which are added to `found`."""
+    try:
+        # As JSON, pydantic's strict mode takes lists for tuples and mappings for classes.
+        return TypeAdapter(config).validate_json(json.dumps(value, default=str))
+    except ValidationError as error:
+        found += mistakes(error, config, at=at, howto=HOWTO)
+        return None
 
 
 def secret(name: str, *, env: str, file: str) -> str | None:

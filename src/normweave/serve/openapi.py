@@ -8,10 +8,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.security import HTTPBearer
 
-from normweave.serve import problems, schemas
+from normweave.serve import problems, records, schemas
 
 IMAGES = "images"
 """Form field of the images."""
+PART_FIELDS = ("part", "view")
+"""Form fields of the part that an image shows, and of the view; each once for all images or once for each."""
 JSON = "application/json"
 FORM = "multipart/form-data"
 BYTES = "application/octet-stream"
@@ -20,6 +22,7 @@ BODY = (400, 408, 413, 429)
 TOKEN = HTTPBearer(auto_error=False, description="A token of this server: Authorization: Bearer nw_…")
 _REF = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary", "contentMediaType": BYTES}  # format: for generators of clients
+_TEXT = {"type": "string", "maxLength": records.NAME_LENGTH}
 _REASONS = {
     400: "The request cannot be understood.",
     401: "No token, or one that is unknown, expired or revoked.",
@@ -57,7 +60,10 @@ INSPECT_BODY: dict[str, Any] = {
                     "title": "InspectForm",
                     "type": "object",
                     "required": [IMAGES],
-                    "properties": {IMAGES: {"type": "array", "minItems": 1, "items": _BINARY}},
+                    "properties": {
+                        IMAGES: {"type": "array", "minItems": 1, "items": _BINARY},
+                        **{name: {"type": "array", "items": _TEXT} for name in PART_FIELDS},
+                    },
                 }
             },
             JSON: {"schema": {"$ref": _REF.format(model=schemas.InspectIn.__name__)}},

@@ -14,7 +14,8 @@ from sqlalchemy import select
 from normweave.errors import CheckError, DataError
 from normweave.outcome.measured import LEVEL, WRONG_REVIEWS, JudgedImage, MeasuredRates, Rate, Shown, measure
 from normweave.outcome.operating_point import Calibration
-from normweave.serve.reviews import LABELS, part_of
+from normweave.outcome.parts import part_of
+from normweave.serve.reviews import LABELS
 from normweave.serve.store import Store
 from normweave.serve.tables import INSPECTIONS
 from normweave.types import Verdict

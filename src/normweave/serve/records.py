@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
 from normweave.errors import NormweaveError
-from normweave.types import Outcome, Tile, Verdict
+from normweave.types import Outcome, PartReason, PartVerdict, Tile, Verdict
 
 Role = Literal["operator", "engineer"]
 """An operator inspects, reviews and reads. An engineer also changes the false-alarm rate and manages tokens."""
@@ -198,6 +198,48 @@ class RateChange:
     bundle_hash: str
     false_alarm_rate: float
     actor: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatePreview:
+    """Verdicts of stored inspections at another false-alarm rate."""
+
+    false_alarm_rate: float
+    n: int
+    """Number of inspections: the newest ones of this bundle."""
+    now: dict[str, int]
+    """Number of inspections with each verdict, as stored."""
+    then: dict[str, int]
+    """Number of inspections with each verdict at the new rate."""
+    changed: int
+    """Number of inspections whose verdict differs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRecord:
+    """The verdict on a part when it was closed, or a later correction of it."""
+
+    id: int = 0
+    """Counts from 1 in the order of storage, as those of inspections. 0: not stored yet."""
+    at: datetime
+    """Time of closing or of the correction, UTC."""
+    part_id: str
+    line: str
+    """Name of the line (`serve --name`)."""
+    verdict: PartVerdict
+    reasons: tuple[PartReason, ...]
+    """Why it is not normal, worst first."""
+    images: int
+    """Number of its images at this time."""
+    expected: int | tuple[str, ...] | None
+    """Number or names of the expected views; None: any."""
+    corrects: int | None = None
+    """Id of the record that was stored when the part was closed; None: this is that record."""
+
+    @property
+    def root(self) -> int:
+        """Id of the record that was stored when the part was closed."""
+        return self.corrects or self.id
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,9 +81,11 @@ def _check(earlier: str, digest: str, key: str) -> None:
 
 
 def _hash(uploads: Sequence[Upload]) -> str:
-    """Return the SHA-256 of all names and images."""
+    """Return the SHA-256 of all names and images, and of the parts that were sent with them."""
     digest = hashlib.sha256()
     for upload in uploads:
         for part in (upload.name.encode("utf-8", "surrogatepass"), upload.content):
             digest.update(hashlib.sha256(part).digest())
+        if upload.part is not None or upload.view is not None:
+            digest.update(repr((upload.part, upload.view)).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -24,7 +24,8 @@ from sqlalchemy import select
 
 from normweave.atomic import write_atomically
 from normweave.data.manifest import write_manifest
-from normweave.errors import ConfigError, DataError
+from normweave.errors import DataError
+from normweave.outcome.parts import part_of
 from normweave.serve.files import MissingFileError, read_content
 from normweave.serve.records import Filter, Inspection, Review
 from normweave.serve.rendering import media_type
@@ -250,23 +251,6 @@ def by_content(inspections: Iterable[ReviewedInspection]) -> list[tuple[Reviewed
     for inspection in inspections:
         found[inspection.image_hash or inspection.id].append(inspection)
     return [(max(same, key=lambda one: (one.review.at, one.id)), same) for same in found.values()]
-
-
-def part_of(name: str, part: re.Pattern[str] | None) -> str | None:
-    """Return the name of the part in a file name; None: the pattern does not match, or there is none.
-
-    Raises:
-        ConfigError: the pattern has no group.
-    """
-    if part is None:
-        return None
-    if not part.groups:
-        raise ConfigError(
-            f"The pattern {part.pattern!r} has no group in brackets, which would match the name of the part. "
-            r"For example: '^(.+)_camera\d'"
-        )
-    match = part.search(name)
-    return match and match[1]
 
 
 def defect_names(store: Store) -> list[str]:

@@ -32,10 +32,17 @@ class EncodedImage(RequestBody):
     data: Annotated[str, Field(description="Content of the file in base64.", json_schema_extra={"format": "byte"})]
 
 
+class EncodedView(EncodedImage):
+    """An image in JSON that may show a view of a part."""
+
+    part: Annotated[Name, Field(description="Part that the image shows.")] = ""
+    view: Annotated[Name, Field(description="Name of the view of the part.")] = ""
+
+
 class InspectIn(RequestBody):
     """Images in JSON."""
 
-    images: Annotated[list[EncodedImage], Field(min_length=1)]
+    images: Annotated[list[EncodedView], Field(min_length=1)]
 
 
 class ReviewIn(RequestBody):

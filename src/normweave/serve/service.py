@@ -26,6 +26,7 @@ from typing import NamedTuple, TypeVar
 from normweave.data import images
 from normweave.detector import Detector
 from normweave.errors import DataError, ImageError, NormweaveError
+from normweave.outcome.parts import PartRule
 from normweave.references import References
 from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
@@ -38,6 +39,7 @@ from normweave.serve.records import (
     Inspection,
     NotFoundError,
     RateChange,
+    RatePreview,
     RequestPart,
     Review,
     ReviewDecision,
@@ -74,21 +76,10 @@ class Upload(NamedTuple):
 
     name: str
     content: bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class RatePreview:
-    """Verdicts of stored inspections at another false-alarm rate."""
-
-    false_alarm_rate: float
-    n: int
-    """Number of inspections: the newest ones of this bundle."""
-    now: dict[str, int]
-    """Number of inspections with each verdict, as stored."""
-    then: dict[str, int]
-    """Number of inspections with each verdict at the new rate."""
-    changed: int
-    """Number of inspections whose verdict differs."""
+    part: str | None = None
+    """Id of the part that it shows; None: that of `part_rule`, if any."""
+    view: str | None = None
+    """Name of the view of the part."""
 
 
 @dataclass(kw_only=True)
@@ -127,12 +118,14 @@ class InspectionService:
         models: the library from which it is replaced; None: there is none.
         waiting: number of images accepted and not yet answered.
         listeners: called from another thread when inspections have been stored.
+        part_rule: which images show a part.
     """
 
     def __init__(self, detector: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
         self.store = store
         self.metrics = Metrics(line=store.line)
         self.models: Models | None = None
+        self.part_rule = PartRule()
         self.detector = self.with_last_rate(detector)
         self._record_bundle()
         self.files = files
@@ -402,18 +395,22 @@ class InspectionService:
                 outcome = detector.outcome(opened, scored, maps=True)
         except DataError as error:  # of this image only
             outcome, scored = Outcome(image_path=None, error=str(error), model=detector.model), None
+        upload = job.upload
+        part, view = self.part_rule.identify(upload.name, part=upload.part, view=upload.view)
         outcome = replace(
             outcome,
-            image_path=job.upload.name,
+            image_path=upload.name,
             error=outcome.error and outcome.error.removeprefix("bytes: "),  # the inspection has the name of the image
             anomaly_map=None,
             latency_ms=None if scored is None else job.seconds * 1000,
             bundle_hash=detector.bundle_hash,
+            part_id=part,
+            view=view,
         )
         routed = image = None
         if scored is not None:
             routed = ImageScore.of(scored).subclass
-            content, grids = job.upload.content, npy(scored.raw.scores)
+            content, grids = upload.content, npy(scored.raw.scores)
             image = StoredImage(
                 image_hash=self.files.put(content),
                 image_type=media_type(content),
@@ -426,7 +423,7 @@ class InspectionService:
             )
         return Inspection(
             received_at=job.received_at,
-            name=job.upload.name,
+            name=upload.name,
             source=job.source,
             actor=job.actor,
             token=job.token,

@@ -29,6 +29,7 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    text,
 )
 
 from normweave.serve.records import NAME_LENGTH, Inspection, RequestPart, Review, StoredImage
@@ -104,6 +105,8 @@ def _id() -> Column[int]:
 
 
 METADATA = MetaData()
+_CLOSED_PART = "part IS NOT NULL"
+_OPEN_PART = "part_id IS NOT NULL AND part IS NULL"
 INSPECTIONS = Table(
     "inspections",
     METADATA,
@@ -116,6 +119,7 @@ INSPECTIONS = Table(
     Column("line", BoundedText(SHORT), nullable=False, server_default=""),
     Column("routed", Integer),
     *outcome_columns(Outcome),
+    Column("part", BigInteger),  # id in `parts` of the closed part; NULL: it is open, or the image shows none
     # StoredImage; all NULL without one
     Column("image_hash", BoundedText(64)),
     Column("image_type", BoundedText(SHORT)),
@@ -144,7 +148,26 @@ INSPECTIONS = Table(
     Index("inspections_request_key", "request_key", "id"),
     Index("inspections_image_hash", "image_hash", "id", "image_bytes"),
     Index("inspections_grids_hash", "grids_hash", "id", "grids_bytes"),
+    Index("inspections_part", "part", "id", sqlite_where=text(_CLOSED_PART), postgresql_where=text(_CLOSED_PART)),
+    Index("inspections_open_part", "line", "id", sqlite_where=text(_OPEN_PART), postgresql_where=text(_OPEN_PART)),
 )
+PARTS = Table(
+    "parts",
+    METADATA,
+    _id(),
+    Column("at", Timestamp, nullable=False),
+    Column("part_id", BoundedText(NAME_LENGTH), nullable=False),
+    Column("line", BoundedText(SHORT), nullable=False),
+    Column("verdict", BoundedText(SHORT), nullable=False),
+    Column("reasons", Json, nullable=False),
+    Column("images", Integer, nullable=False),
+    Column("expected", Json),
+    Column("corrects", BigInteger),
+    Index("parts_part_id", "part_id", "id"),
+    Index("parts_corrects", "corrects", "id"),
+    Index("parts_at", "at"),
+)
+"""Closed parts and their corrections. `corrects`: id of the row of the closed part, NULL in this row itself."""
 REVIEWS = Table(
     "reviews",
     METADATA,

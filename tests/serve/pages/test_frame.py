@@ -25,9 +25,21 @@ def test_a_module_in_the_package_adds_a_page(tmp_path):
     (tmp_path / "extra.py").write_text(NEW_PAGE)
     command = [sys.executable, "-c", LIST, str(tmp_path)]
     titles = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert titles == ["Inspect", "Review", "Extra", "Model", "History", "Drift", "Audit", "Tokens", "Compare", "Teach"]
+    assert titles == [
+        "Inspect",
+        "Review",
+        "Extra",
+        "Model",
+        "History",
+        "Parts",
+        "Drift",
+        "Audit",
+        "Tokens",
+        "Compare",
+        "Teach",
+    ]
 
 
 def test_the_pages_are_in_the_order_of_the_navigation():
-    paths = ["/", "/review", "/model", "/history", "/drift", "/audit", "/tokens", "/compare", "/teach"]
+    paths = ["/", "/review", "/model", "/history", "/parts", "/drift", "/audit", "/tokens", "/compare", "/teach"]
     assert [page.path for page in every_page()] == paths

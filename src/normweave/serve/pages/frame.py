@@ -13,7 +13,7 @@ from nicegui import ui
 from normweave.errors import NormweaveError
 from normweave.serve.access import Access
 from normweave.serve.drift import DriftWatch
-from normweave.serve.records import AuditEntry, Inspection, Token
+from normweave.serve.records import AuditEntry, Inspection, PartRecord, Token
 from normweave.serve.reviews import defect_names
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
@@ -21,7 +21,7 @@ from normweave.serve.teach import Teaching
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
 
-Row = TypeVar("Row", AuditEntry, Inspection)
+Row = TypeVar("Row", AuditEntry, Inspection, PartRecord)
 
 TEMPLATE = "frame.html"
 COMMENT, DEFECT = 500, 100
@@ -67,7 +67,7 @@ class Page(ABC):
     path: ClassVar[str]
     title: ClassVar[str]
     purpose: ClassVar[str]
-    position: ClassVar[int]
+    position: ClassVar[float]
     engineers_only: ClassVar[bool] = False
 
     def __init__(self, serving: Serving) -> None:

@@ -135,7 +135,7 @@ def test_wrong_calls(reviewed, tmp_path):
         return " ".join(result.stderr.split())
 
     assert "has no store.sqlite" in refused(tmp_path)
-    assert "--part is no regular expression" in refused(reviewed.folder, "--part", "(")
+    assert "'(' is no regular expression" in refused(reviewed.folder, "--part", "(")
     assert "a server uses its own" in refused("http://127.0.0.1:9", "--database", "postgresql://x/y")
     assert "does not answer" in refused("http://127.0.0.1:9")
     assert "must be in [0, 0.5)" in refused(reviewed.folder, "--wrong-reviews", "0.7")

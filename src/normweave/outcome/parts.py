@@ -66,9 +66,9 @@ class PartRule:
         right = views is None or (views > 0 if isinstance(views, int) else bool(names) and all(names))
         check((right and len(set(names)) == len(names), f"views must be at least 1, or different names, got {views!r}"))
         try:
-            part_of("", compile_pattern(self.part or None, option="part"))
+            part_of("", compile_pattern(self.part or None))
         except ConfigError as error:
-            raise ValueError(str(error)) from error
+            raise ValueError(f"part: {error}") from error
 
     def identify(self, name: str, *, part: str | None = None, view: str | None = None) -> tuple[str | None, str | None]:
         """Return the id of the part and the name of the view of an image; None: of no part, or without a name.
@@ -94,7 +94,7 @@ class PartRule:
         return len(seen) >= self.views if isinstance(self.views, int) else seen.issuperset(self.views)
 
 
-def compile_pattern(text: str | None, *, option: str = "--part") -> re.Pattern[str] | None:
+def compile_pattern(text: str | None) -> re.Pattern[str] | None:
     """Return the regular expression of an option; None if it was not given.
 
     Raises:
@@ -103,7 +103,9 @@ def compile_pattern(text: str | None, *, option: str = "--part") -> re.Pattern[s
     try:
         return None if text is None else re.compile(text)
     except re.error as error:
-        raise ConfigError(f"{option} is no regular expression: {error}. For example: '^(.+)_camera[0-9]'") from error
+        raise ConfigError(
+            f"The pattern {text!r} is no regular expression: {error}. For example: '^(.+)_camera[0-9]'"
+        ) from error
 
 
 def parse_views(text: str | None) -> Views:

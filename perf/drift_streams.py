@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from normweave.data.images import decode
 from normweave.data.rows import HASH_LETTERS
 from normweave.detector import Detector
 from normweave.drift.causes import findings
-from normweave.drift.monitor import Image, Monitor
+from normweave.drift.monitor import Monitor
 from normweave.drift.reference import Reference, numbers_of, read
+from normweave.drift.stream import image_of as stream_image
 
 MOST_IMAGES = 100
 """Images of a set that are scored under each condition."""
@@ -108,7 +110,9 @@ def score(bundle, data, path):
     with path.open("w") as file:
 
         def write(condition, sample, pixels):
-            outcome = detector.score(np.ascontiguousarray(pixels.transpose(1, 2, 0)), maps=False).as_dict()
+            outcome = replace(
+                detector.score(np.ascontiguousarray(pixels.transpose(1, 2, 0))), anomaly_map=None
+            ).as_dict()
             own = {"condition": condition, "image_path": sample.image_path.name, "group": sample.group}
             file.write(json.dumps(outcome | own) + "\n")
 
@@ -127,16 +131,7 @@ def score(bundle, data, path):
 
 def image_of(outcome, number):
     """The outcome as an image of the stream."""
-    product = (outcome["category"], outcome["subclass"])
-    return Image(
-        f"{number}:{outcome['image_path']}",
-        product,
-        outcome["verdict"],
-        outcome["unseen"],
-        numbers_of(outcome),
-        f"{number}",
-        f"{number // 100}",
-    )
+    return stream_image(outcome, name=f"{number}:{outcome['image_path']}", at=f"{number}", window=f"{number // 100}")
 
 
 class Line:

@@ -25,7 +25,9 @@ def changed(monitor, rng, *, light=None, defects=0.0, new=0.0, dirt=False, count
             one = image(monitor.count, rng, change=light)
             if drawn < new + defects:
                 one.numbers[8] += 12
+                one = one._replace(boxes=(50,))
         if dirt:
+            one = one._replace(boxes=(18, *one.boxes))
             one.numbers[6:9] = 0.3, 0.3, max(one.numbers[8], 20)
         monitor.add(one)
 
@@ -47,6 +49,7 @@ def test_a_quiet_line_has_no_findings():
         ({"new": 0.3}, ["new subclass"]),
         ({"light": LIGHT, "defects": 0.3}, ["lighting or camera", "more defects"]),
         ({"light": BLUR, "defects": 0.3}, ["focus or dirt", "more defects"]),
+        ({"dirt": True, "defects": 0.3}, ["focus or dirt", "more defects"]),
         ({"light": LIGHT, "new": 0.3}, ["lighting or camera", "new subclass"]),
     ],
     ids=str,

@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from normweave.drift.stream import from_results, window_of
+from normweave.drift.stream import from_results, image_of, window_of
 from normweave.errors import ConfigError, DataError
+from normweave.types import DefectBox
 
 OWN = "a" * 64
 STATISTICS = dict.fromkeys(
@@ -32,6 +33,21 @@ def test_windows_are_ranges_of_images_where_there_is_no_time(tmp_path):
     assert len(images) == 149
     assert [images[0].window, images[-1].window] == ["images 1 to 100", "images 101 to 200"]
     assert (images[0].name, images[0].product) == ("camera-0/0.png", ("cloth", "a"))
+
+
+def test_boxes_lie_in_fields_of_the_image(tmp_path):
+    """Of 8 x 8, by the middle of each box, row by row."""
+    boxes = [{"x": 0, "y": 0, "width": 10, "height": 8}, {"x": 70, "y": 30, "width": 20, "height": 20}] * 2
+    rows = [row(0, boxes=boxes, width=80, height=40), row(1)]
+    file = written(tmp_path, rows)
+    assert [image.boxes for image in from_results(file, bundle_hash=OWN)] == [(0, 63), ()]
+    outcome = {"boxes": (DefectBox(70, 0, 10, 5, 1.0),), "width": 80, "height": 40} | rows[1]
+    assert image_of(outcome, name="", at="", window="").boxes == (7,)
+    for wrong in ([{"x": 1}], [7], [{"x": "a", "y": 0, "width": 1, "height": 1}]):
+        with pytest.raises(DataError, match="Line 1"):
+            list(from_results(written(tmp_path, [row(0, boxes=wrong, width=80, height=40)]), bundle_hash=OWN))
+    with pytest.raises(DataError, match="Line 1"):
+        list(from_results(written(tmp_path, [row(0, boxes=boxes, width=0, height=40)]), bundle_hash=OWN))
 
 
 def test_the_camera_is_the_folder_and_hours_need_the_time(tmp_path):

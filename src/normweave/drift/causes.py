@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave.drift.monitor import IMAGE, PLACE, TESTED, Alarm, Monitor, Seen, Watched, cell_of
+from normweave.drift.monitor import CELLS, IMAGE, PLACE, TESTED, Alarm, Monitor, Seen, Watched, cell_of
 from normweave.drift.reference import COLUMNS, FOCUS, LIGHT, Product
 
 Cause = Literal[
@@ -135,9 +135,11 @@ def findings(monitor: Monitor) -> list[Finding]:
             new = {one.number for one in far.seen}
     found += _causes_of_the_rest(monitor, alarms, new)
     if alarms and not found:
-        strongest = _strongest(alarms)
-        images = _since(monitor, strongest)
-        found.append(_finding("other change", alarms, _effect(images, [alarm.statistic for alarm in alarms]), images))
+        images = _since(monitor, _strongest(alarms))
+        lit = _lit(images)
+        cause: Cause = "lighting or camera" if lit else "other change"
+        names = [*IMAGE, *(alarm.statistic for alarm in alarms)] if lit else [alarm.statistic for alarm in alarms]
+        found.append(_finding(cause, alarms, _effect(images, names), images))
     joined: dict[Cause, Finding] = {}
     for one in found:
         joined[one.cause] = _joined(joined[one.cause], one) if one.cause in joined else one
@@ -172,6 +174,9 @@ def _causes_of_the_rest(monitor: Monitor, alarms: list[Alarm], new: set[int]) ->
         if tail is not None:
             effect = f"the scores of {tail.mean():.0%} of the images stand out"
             found.append(_finding("more defects", own, effect, images.part(tail)))
+            rest = images.part(~tail)
+            if not any(one.cause == "lighting or camera" for one in found) and _lit(rest):
+                found.append(_finding("lighting or camera", own, _effect(rest, lights), rest))
     return found
 
 
@@ -232,7 +237,7 @@ def of_new_subclass(images: _Images) -> NDArray[np.bool_]:
     far = images.part(images.far)
     if images.far.mean() >= MOST and len(far.seen) >= FEWEST:
         medians = np.median(far.z, axis=0)
-        if medians[_SCORE] <= LOCAL * medians[_LEVEL] and explained(far).left >= UNEXPLAINED:
+        if medians[_SCORE] <= LOCAL * medians[_LEVEL] and not (by := explained(far)).single and by.left >= UNEXPLAINED:
             return images.far
     return np.zeros(len(images.seen), dtype=bool)
 
@@ -245,6 +250,8 @@ class Explained(NamedTuple):
     """Or dirt on the lens."""
     left: float
     """Share that neither explains."""
+    single: bool
+    """One variation explains most of the changed images, as those of some known subclass."""
 
 
 def explained(images: _Images) -> Explained:
@@ -257,7 +264,7 @@ def explained(images: _Images) -> Explained:
     size = float(np.linalg.norm(moved))
     atoms = _variations(images)
     if atoms is None or size == 0:
-        return Explained(bool(np.abs(moved[_LIT]).max() >= MOVED), bool(moved[-1] <= -MOVED), 0.0)
+        return Explained(bool(np.abs(moved[_LIT]).max() >= MOVED), bool(moved[-1] <= -MOVED), 0.0, False)
     parts = atoms.mean(axis=0) * _factors(atoms, moved)
     light = parts[:, : len(LIGHT)].sum(axis=1)
     focus = parts[:, len(LIGHT) :].sum(axis=1)
@@ -265,10 +272,22 @@ def explained(images: _Images) -> Explained:
     lit = float(np.abs(light[_LIT]).max())
     single, _ = _single_variation(images)
     return Explained(
-        light=lit >= max(MOVED, BESIDE * float(np.abs(focus).max())) or single in LIGHT,
-        focus=bool(focus[-1] <= -MOVED),
-        left=0.0 if single is not None else left,
+        light=(lit >= max(MOVED, BESIDE * float(np.abs(focus).max())) and single not in FOCUS) or single in LIGHT,
+        focus=bool(focus[-1] <= -MOVED) or single in FOCUS,
+        left=left,
+        single=single is not None,
     )
+
+
+def _lit(images: _Images) -> bool:
+    """Return whether light alone explains the change of the image statistics, whose tests have raised no alarm.
+
+    Where subclasses are lights, another light is taken for one of them, and its statistics differ less from these.
+    """
+    if len(images.seen) < FEWEST:
+        return False
+    by = explained(images)
+    return by.light and not by.focus and by.left < UNEXPLAINED
 
 
 def _moved_products(images: _Images, apart: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -400,19 +419,26 @@ def standing_out(images: _Images, *, dirty: bool) -> NDArray[np.bool_] | None:
     """Return which images have scores that stand out (n,), if there are more of them than in calibration; else None.
 
     Args:
-        dirty: the highest scores of most images lie in one place; only those elsewhere count.
+        dirty: the highest scores of most images lie in one place; only scores and boxes elsewhere count.
     """
     scores = images.z[:, _SCORE]
     now = _tail(scores)
     if dirty:
         cell, _ = _most_frequent(images.cells)
         now = (images.cells != cell) & (scores > TAIL)
+        now |= [any(_apart(box, cell) for box in one.boxes) for one in images.seen]
     before = []
     for product in images.products:
         reference = images.monitor.of(product).reference
         if reference is not None:
             before.append(float(_tail(reference.values[:, COLUMNS.index("score")]).mean()))
     return now if now.mean() >= (np.mean(before) if before else 0) + DEFECTS else None
+
+
+def _apart(first: int, second: int) -> bool:
+    """Return whether two fields of the image are not neighbours."""
+    (y, x), (v, u) = divmod(first, CELLS), divmod(second, CELLS)
+    return max(abs(y - v), abs(x - u)) > 1
 
 
 def _tail(values: NDArray[np.float64]) -> NDArray[np.bool_]:

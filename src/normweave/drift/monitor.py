@@ -58,6 +58,8 @@ class Image(NamedTuple):
     """When it was inspected, for people; empty: not known."""
     window: str = ""
     """The hour, shift, camera or range of images that it belongs to."""
+    boxes: tuple[int, ...] = ()
+    """Fields of the image, by `cell_at`, in which the middles of its boxes lie."""
 
 
 class Seen(NamedTuple):
@@ -71,6 +73,7 @@ class Seen(NamedTuple):
     far: bool
     """It belongs to no known subclass."""
     numbers: tuple[float, ...]
+    boxes: tuple[int, ...] = ()
 
 
 class Alarm(NamedTuple):
@@ -287,7 +290,7 @@ class Monitor:
         self.count += 1
         far = image.unseen or image.verdict == "unknown"
         numbers = tuple(float(f"{value:.6g}") for value in image.numbers)
-        seen = Seen(image.name, image.at, self.count, watched.product, far, numbers)
+        seen = Seen(image.name, image.at, self.count, watched.product, far, numbers, image.boxes)
         self.recent.append(seen)
         ranks, places = watched.rank(image.numbers)
         for tests in (watched.tests, self.line):
@@ -335,8 +338,9 @@ class Monitor:
                 raise ValueError(f"subclass {held['product']}")
             one.load(held)
         self.line.load(state["line"])
-        for name, at, number, product, far, numbers in state["recent"]:
-            self.recent.append(Seen(name, at, number, (product[0], product[1]), far, tuple(numbers)))
+        for name, at, number, product, far, numbers, *boxes in state["recent"]:  # no boxes: an earlier version
+            known = tuple(boxes[0]) if boxes else ()
+            self.recent.append(Seen(name, at, number, (product[0], product[1]), far, tuple(numbers), known))
         self.windows = {
             name: {(product[0], product[1]): Window(**values) for product, values in of}
             for name, of in state["windows"]
@@ -355,6 +359,11 @@ def scale(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.
 
 
 def cell_of(numbers: NDArray[np.float64]) -> int:
-    """Return the field of the image in which the highest patch score lies, row by row."""
-    column, row = (min(int(numbers[index] * CELLS), CELLS - 1) for index in (_X, _Y))
+    """Return the field of the image in which the highest patch score lies."""
+    return cell_at(numbers[_X], numbers[_Y])
+
+
+def cell_at(x: float, y: float) -> int:
+    """Return the number of the field at a place (0..1 of width and height), row by row."""
+    column, row = (min(max(int(share * CELLS), 0), CELLS - 1) for share in (x, y))
     return row * CELLS + column

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from normweave.drift.monitor import Image
+from normweave.drift.monitor import Image, cell_at
 from normweave.drift.reference import numbers_of
 from normweave.errors import ConfigError, DataError
 
@@ -40,9 +40,19 @@ def image_of(outcome: Mapping[str, Any] | Callable[[str], Any], *, name: str, at
     numbers = None if get("error") is not None else numbers_of(get)
     if numbers is None:
         return None
-    return Image(
-        name, (get("category"), get("subclass")), str(get("verdict")), bool(get("unseen")), numbers, at, window
-    )
+    product = get("category"), get("subclass")
+    verdict, unseen = str(get("verdict")), bool(get("unseen"))
+    return Image(name, product, verdict, unseen, numbers, at, window, _fields(get))
+
+
+def _fields(get: Callable[[str], Any]) -> tuple[int, ...]:
+    """Return the fields of the image in which its boxes have their middles, each once."""
+    boxes: Any = get("boxes") or ()
+    corners = [
+        (one["x"], one["y"], one["width"], one["height"]) if isinstance(one, Mapping) else one[:4] for one in boxes
+    ]
+    height, width = (get("height"), get("width")) if corners else (1, 1)
+    return tuple(sorted({cell_at((x + w / 2) / width, (y + h / 2) / height) for x, y, w, h in corners}))
 
 
 def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Iterator[Image]:
@@ -86,7 +96,7 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
                 window = window_of(by, moment, str(PurePath(name).parent))
             try:
                 image = image_of(row, name=name, at=str(at or ""), window=window)
-            except (TypeError, ValueError) as error:
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise DataError(
                     f"Line {number} of {path} has a value that is no number ({error}). Predict the images again."
                 ) from error

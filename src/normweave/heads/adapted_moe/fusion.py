@@ -175,20 +175,22 @@ class Fusion(nn.Module):
         """Append scales and weights of an added subclass; those of the others do not change.
 
         Args:
-            normal, defective: held-out images of the subclass, by the experts in use.
+            normal, defective: held-out images of the subclass, by the experts in use; for a new category only.
             category: of the subclass.
-            like: another subclass of the category, whose weights it takes, and with fewer than `FEWEST_HELD_OUT`
-                held-out images the scales, too. None: there is no other.
+            like: another subclass of the category, whose scales and weights it takes: they are those of the category.
+                None: there is no other.
             depth: of the maps of the first training; None: not known, or one category.
         """
+        if like is not None:
+            self.border.append_like(like)
+            for name in self.by_subclass:
+                rows = getattr(self, name)
+                setattr(self, name, torch.cat([rows, rows[like, None]]))
+            return
         used = np.flatnonzero(self.used)
         E = len(self.config.use)
         weights, highest, centre, spread = np.zeros(E), np.zeros(E), np.zeros((E, 2)), np.ones((E, 2))
-        scales_of = like if len(normal.patches) < FEWEST_HELD_OUT else None
-        if scales_of is not None:
-            self.border.append_like(scales_of)
-        else:
-            self.border.append(normal.maps, used)
+        self.border.append(normal.maps, used)
 
         def scaled(patches: NDArray[np.float32]) -> NDArray[np.float32]:
             return self.border.scaled(patches, np.full(len(patches), len(self.border.gain) - 1), used)
@@ -196,25 +198,15 @@ class Fusion(nn.Module):
         normal = normal._replace(patches=scaled(normal.patches))
         if defective is not None:
             defective = defective._replace(maps=scaled(defective.maps[:, :, None])[:, :, 0])
-        aurocs = np.full(len(used), 0.5) if like is not None else _aurocs(normal, defective)
-        if like is not None:
-            weights = self.weights[like].double().numpy()
-        else:
-            weights[used] = self._weights(aurocs)
-        if scales_of is not None:
-            highest, centre, spread = (
-                each[scales_of].double().numpy() for each in (self.highest, self.centre, self.spread)
-            )
-            own_depth = None
-        else:
-            highest[used] = normal.levels.max(axis=0)
-            centre[used], spread[used], own_depth = _scales(normal, weights[used])
-            spread[:, 0] *= 1 if depth is None else own_depth / depth
+        aurocs = _aurocs(normal, defective)
+        weights[used] = self._weights(aurocs)
+        highest[used] = normal.levels.max(axis=0)
+        centre[used], spread[used], own_depth = _scales(normal, weights[used])
+        spread[:, 0] *= 1 if depth is None else own_depth / depth
         for name, row in (("weights", weights), ("centre", centre), ("spread", spread), ("highest", highest)):
             setattr(self, name, torch.cat([getattr(self, name), torch.from_numpy(row).float()[None]]))
-        if like is None:
-            found = dict(zip((self.config.use[e] for e in used), aurocs.tolist(), strict=True))
-            self.record.append(self._note(category, normal, defective, found, weights, own_depth))
+        found = dict(zip((self.config.use[e] for e in used), aurocs.tolist(), strict=True))
+        self.record.append(self._note(category, normal, defective, found, weights, own_depth))
 
     def _note(
         self,

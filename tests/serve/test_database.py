@@ -51,7 +51,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0009"
+down_revision = "0010"
 
 
 def upgrade():
@@ -71,13 +71,13 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0009. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0010. Upgrade with"):
         Store.open(database_url)
 
 
 def test_a_reader_does_not_migrate(database_url):
     """A server of another version may use the tables."""
-    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0009. Start the server"):
+    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0010. Start the server"):
         Store.open(database_url, migrate=False)
     with closing(Store.open(database_url)) as store:
         kept = store.add([inspection()])

@@ -1,6 +1,7 @@
 """line.yaml is read by the rules of the settings: strict types, and one error that names all mistakes."""
 
 import types
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from normweave.errors import ConfigError, MissingError
 from normweave.outcome.parts import PartRule
 from normweave.serve import line_config
-from normweave.validation import PositiveInt, checked
+from normweave.validation import PositiveInt, checked, fields_of
 
 
 @checked
@@ -136,3 +137,11 @@ def test_the_rule_of_parts_is_read_and_its_mistakes_are_named(read):
         read("parts: {view: 4}")
     with pytest.raises(ConfigError, match="different names, got"):
         read("parts: {views: [a, a]}")
+
+
+@pytest.mark.parametrize("section", line_config.SECTIONS)
+def test_every_setting_is_documented(section):
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "line.md").read_text("utf-8")
+    for type in line_config.types(section):
+        names = fields_of(line_config.load(section, type).Config)
+        assert [name for name in names if f"`{name}`" not in text] == []

@@ -111,10 +111,11 @@ def serve(
         raise DataError(f"The folder {watch} does not exist. Create it, or leave out --watch.")
     try:
         from normweave import serve as server
-        from normweave.serve import line_config, process
+        from normweave.serve import line_config, outputs, process
         from normweave.serve.access import Access
         from normweave.serve.authentication import is_loopback
         from normweave.serve.config import ServeConfig
+        from normweave.serve.delivery import Deliveries
         from normweave.serve.files import Files
         from normweave.serve.library import Library
         from normweave.serve.models import Models, choose_active
@@ -147,6 +148,8 @@ def serve(
     name = name or line.name
     if len(name) > NAME_LENGTH or not name.isprintable():
         raise ConfigError(f"--name must have at most {NAME_LENGTH} printable characters, got {name[:200]!r}.")
+    name = name.strip()
+    receivers = outputs.build(line.outputs, line=name)
     limits = ServeConfig(
         max_waiting=max_waiting,
         max_images=min(max_images, max_waiting),
@@ -171,7 +174,7 @@ def serve(
         files = Files(folder / server.FILES)
         stack.callback(files.close)
         files.sweep()
-        store = Store.open(database or folder / server.DATABASE, line=name.strip())
+        store = Store.open(database or folder / server.DATABASE, line=name)
         stack.callback(store.close)
         if detector is None and bundles is not None:
             detector = load(choose_active(bundles, store, name=active).path)
@@ -193,7 +196,8 @@ def serve(
         if watch is not None:
             seen = stack.enter_context(closing(Seen(folder / server.SEEN)))
             watching = Watch(watch.resolve(), service=service, seen=seen)
-        app = server.create_app(service, access=access, watch=watching, webhook=webhook)
+        delivering = Deliveries(service, receivers)
+        app = server.create_app(service, access=access, watch=watching, webhook=webhook, outputs=delivering)
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from normweave.serve.access import Access
 from normweave.serve.api import add_api
 from normweave.serve.authentication import AuthenticationMiddleware
+from normweave.serve.delivery import Deliveries
 from normweave.serve.drift import DriftWatch
 from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
@@ -36,6 +37,7 @@ def create_app(
     access: Access | None,
     watch: Watch | None = None,
     webhook: Webhook | None = None,
+    outputs: Deliveries | None = None,
     pages: bool = True,
 ) -> FastAPI:
     """Return the ASGI application of a server. On shutdown it first finishes all accepted images.
@@ -44,11 +46,13 @@ def create_app(
         access: None: requests need no token.
         watch: started and stopped with the application.
         webhook: is sent each new alarm of drift.
+        outputs: started and stopped with the application; the last results are delivered.
         pages: add the pages for people; at most one application of a process can have them.
     """
     drift = DriftWatch(service, service.files.folder.parent / DRIFT, webhook=webhook)
     teaching = Teaching(service)
     parts = Parts(service)
+    outputs = Deliveries(service, []) if outputs is None else outputs
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,12 +60,14 @@ def create_app(
             watch.start()
         drift.start()
         parts.start()
+        outputs.start()
         yield
         if watch is not None:
             await watch.finish()
         await asyncio.to_thread(teaching.stop)
         await asyncio.to_thread(service.stop)
         await asyncio.to_thread(parts.stop)
+        await asyncio.to_thread(outputs.stop)
         await asyncio.to_thread(drift.stop)
         if access is not None:
             await asyncio.to_thread(access.close)
@@ -74,7 +80,7 @@ def create_app(
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
-    add_api(app, service, access, watch, teaching)
+    add_api(app, service, access, watch, teaching, outputs)
     if pages:
         from normweave.serve.pages import add_pages
 

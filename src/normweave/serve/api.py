@@ -22,7 +22,9 @@ from normweave.references import seen
 from normweave.serve import events, handlers, metrics, records, schemas
 from normweave.serve.access import Access
 from normweave.serve.answers import HeldAnswers
+from normweave.serve.delivery import Deliveries
 from normweave.serve.handlers import messages
+from normweave.serve.line_routes import line_routes
 from normweave.serve.model_routes import model_routes
 from normweave.serve.openapi import (
     BODY,
@@ -64,7 +66,12 @@ from normweave.types import Verdict
 
 
 def add_api(
-    app: FastAPI, service: InspectionService, access: Access | None, watch: Watch | None, teaching: Teaching
+    app: FastAPI,
+    service: InspectionService,
+    access: Access | None,
+    watch: Watch | None,
+    teaching: Teaching,
+    outputs: Deliveries,
 ) -> None:
     """Add all routes, and the answers to errors.
 
@@ -80,6 +87,7 @@ def add_api(
         model_routes(service, held),
         part_routes(service),
         teach_routes(service, teaching),
+        line_routes(service, outputs),
         *([] if access is None else [_token_routes(access)]),
     ]
     for router in routers:

@@ -72,7 +72,32 @@ class Metrics:
             "Images in the watched folder that are not inspected yet.",
             registry=self._registry,
         )
-
+        output = ["name", "type"]
+        self.output_delivered = Counter(
+            "normweave_output_delivered", "Inspections that an output has delivered.", output, registry=self._registry
+        )
+        self.output_behind = Gauge(
+            "normweave_output_behind",
+            "Inspections that an output has not delivered yet.",
+            output,
+            registry=self._registry,
+        )
+        self.output_up = Gauge(
+            "normweave_output_up", "1: an output is connected and its last delivery succeeded.", output,
+            registry=self._registry,
+        )  # fmt: skip
+        self.output_last_success = Gauge(
+            "normweave_output_last_success_seconds",
+            "Time of the last delivery of an output since the start of the server, in seconds since 1970.",
+            output,
+            registry=self._registry,
+        )
+        self.output_dead_letters = Gauge(
+            "normweave_output_dead_letters",
+            "Messages that the counterpart of an output has refused for good.",
+            output,
+            registry=self._registry,
+        )
         self.drift_alarm = Gauge(
             "normweave_drift_alarm",
             "1: the images have changed since the calibration, with this cause, in this subclass.",

@@ -26,6 +26,7 @@ from sqlalchemy.exc import IntegrityError
 
 from normweave.errors import DataError
 from normweave.serve.database import Database
+from normweave.serve.delivery_store import count_removed
 from normweave.serve.records import (
     SERVER,
     AuditEntry,
@@ -436,7 +437,9 @@ class Store:
         while True:
             with self.database.writing() as connection:
                 rows = connection.execute(old.limit(CHUNK)).all()
-                connection.execute(delete(INSPECTIONS).where(_INSPECTION.id.in_([row.id for row in rows])))
+                ids = [row.id for row in rows]
+                count_removed(connection, ids)
+                connection.execute(delete(INSPECTIONS).where(_INSPECTION.id.in_(ids)))
                 hashes = _hashes(rows)
                 free = sorted(hashes - _last_references(connection, hashes).keys())
             yield from free

@@ -268,6 +268,32 @@ SHADOW_OUTCOMES = Table(
     Index("shadow_outcomes_bundle_hash", "bundle_hash", "inspection"),
 )
 """Outcomes of candidates. The last four columns are those of the map, kept if the verdicts differ."""
+DELIVERIES = Table(
+    "deliveries",
+    METADATA,
+    Column("line", BoundedText(SHORT), primary_key=True),
+    Column("name", BoundedText(SHORT), primary_key=True),
+    Column("last_id", BigInteger, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    Column("last_error", BoundedText(LONG)),
+    Column("last_success_at", Timestamp),
+    Column("removed", BigInteger, nullable=False),
+)
+"""One row for each output of a line: all inspections of the line up to `last_id` are delivered."""
+DEAD_LETTERS = Table(
+    "dead_letters",
+    METADATA,
+    _id(),
+    Column("line", BoundedText(SHORT), nullable=False),
+    Column("output", BoundedText(SHORT), nullable=False),
+    Column("inspection", BigInteger, nullable=False),
+    Column("at", Timestamp, nullable=False),
+    Column("reason", BoundedText(LONG), nullable=False),
+    Column("message", Json, nullable=False),
+    Column("again", Boolean, nullable=False),
+    Index("dead_letters_output", "line", "output", "id"),
+)
+"""Messages that the counterpart of an output has refused for good. `again`: a person wants it sent again."""
 PROBE = Table("probe", METADATA, Column("id", Integer, primary_key=True), Column("at", Timestamp))
 """One row, written to test whether the database can be written."""
 

@@ -31,6 +31,39 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+_opener = urllib.request.build_opener(_NoRedirect)
+
+
+def check_url(url: str) -> str:
+    """Return an address of http or https.
+
+    Raises:
+        ConfigError: it is not such an address.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"A webhook must be an address like https://host/path, got {url!r:.200}.")
+    return url
+
+
+def post(url: str, body: bytes, headers: Mapping[str, str], *, seconds: float) -> int:
+    """Send JSON as the body of a POST request and return the status of the answer. Redirects are not followed.
+
+    Args:
+        seconds: time limit for each step of the connection.
+
+    Raises:
+        OSError, HTTPException: there is no answer, or it is not HTTP.
+    """
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers}, method="POST")
+    try:
+        with _opener.open(request, timeout=seconds) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
 class Webhook:
     """Sends events in their order, at least once, each as the body of a POST request.
 
@@ -45,14 +78,10 @@ class Webhook:
     """
 
     def __init__(self, url: str, *, clock: Callable[[], float] = time.monotonic) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"A webhook must be an address like https://host/path, got {url!r:.200}.")
-        self._url = url
+        self._url = check_url(url)
         self._clock = clock
         self._waiting: deque[dict[str, Any]] = deque()
         self._wait, self._next = FIRST_WAIT, 0.0
-        self._opener = urllib.request.build_opener(_NoRedirect)
 
     @property
     def waiting(self) -> list[dict[str, Any]]:
@@ -86,13 +115,8 @@ class Webhook:
 
     def _send(self, event: Mapping[str, Any]) -> str | None:
         """Return why an event was not taken; None: it was."""
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(self._url, json.dumps(event).encode(), headers, method="POST")
         try:
-            with self._opener.open(request, timeout=TIMEOUT_SECONDS) as answer:
-                return None if 200 <= answer.status < 300 else f"status {answer.status}"
-        except urllib.error.HTTPError as error:
-            error.close()
-            return f"status {error.code}"
+            status = post(self._url, json.dumps(event).encode(), {}, seconds=TIMEOUT_SECONDS)
         except (OSError, HTTPException) as error:
             return f"{type(error).__name__}: {error}"
+        return None if 200 <= status < 300 else f"status {status}"

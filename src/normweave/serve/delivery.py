@@ -1,0 +1,402 @@
+"""Delivery of stored inspections to the outputs of a line: at least once, in the order of their ids.
+
+The stored inspections are the queue: each output has the id up to which it has delivered, so what is undelivered
+survives a restart and needs no memory. All outputs share one event loop in a thread of its own, so no counterpart
+delays an answer. The ids of one line become visible in their order, since one thread of one server stores them: two
+servers that share a database need lines of different names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+from normweave.errors import NormweaveError
+from normweave.serve.delivery_store import DeadLetter, Delivery, DeliveryStore
+from normweave.serve.message import Message
+from normweave.serve.outputs import DeliveryError, Output, RefusedError
+from normweave.serve.records import Inspection, NotFoundError
+from normweave.serve.service import InspectionService
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CHUNK = 50
+"""Inspections that are read at a time."""
+SAVE_SECONDS = 1.0
+"""Time between two transactions that store how far the outputs are. After a crash, as much is delivered again."""
+READY_SECONDS = 1.0
+"""Time between two checks whether the server can inspect."""
+STALE_SECONDS = 4.0
+"""Age at which the result of such a check no longer counts: no heartbeat follows from it."""
+STOP_SECONDS = 3.0
+"""Time to deliver what remains when the server stops."""
+BEHIND_SHARE = 0.05
+"""Highest share of the time in which undelivered inspections are counted."""
+FAR_BEHIND = 10
+"""Undelivered inspections from which a working output is shown as behind."""
+
+Status = Literal["working", "behind", "failing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputState:
+    """What an output does."""
+
+    name: str
+    type: str
+    status: Status
+    """behind: it works, but has much to deliver, has dead letters, or lost inspections to the retention."""
+    behind: int
+    """Inspections that are not delivered yet."""
+    attempts: int
+    """Failed attempts since the last success."""
+    last_error: str | None
+    """Why the last attempt failed; None: it succeeded."""
+    last_success_at: datetime | None
+    dead_letters: int
+    """Messages that the counterpart has refused for good."""
+    removed: int
+    """Inspections that retention removed before they were delivered."""
+
+
+class Deliveries:
+    """Delivers the inspections of a service to outputs.
+
+    Args:
+        outputs: with different names.
+    """
+
+    def __init__(self, service: InspectionService, outputs: Sequence[Output]) -> None:
+        self.store = DeliveryStore(service.store.database, line=service.store.line)
+        self._service = service
+        self._outputs = outputs
+        self._followers: list[_Follower] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._not_ready: str | None = "The server is starting."
+        self._ready_at = time.monotonic()
+
+    def start(self) -> None:
+        """Start to deliver, if there are outputs.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        if not self._outputs:
+            return
+        self._loop = asyncio.new_event_loop()
+        # Libraries look up names in threads: one that waits must not keep another output from the database.
+        self._loop.set_default_executor(ThreadPoolExecutor(4 * (1 + len(self._outputs)), thread_name_prefix="output"))
+        self._followers = [
+            _Follower(
+                output,
+                self.store.begin(output.config.name, oldest=output.config.start == "oldest"),
+                self.store,
+                service=self._service,
+                readiness=self.readiness,
+            )
+            for output in self._outputs
+        ]
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="outputs", daemon=True)
+        self._service.listeners.add(self._notify)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Deliver what remains for at most `STOP_SECONDS`, and store how far the outputs are."""
+        if self._thread is not None:
+            self._service.listeners.discard(self._notify)
+            self._call(self._stop)
+            self._thread.join()
+
+    def readiness(self) -> str | None:
+        """Return why the server cannot inspect now; None: it can."""
+        if time.monotonic() - self._ready_at > STALE_SECONDS:
+            return "The server does not answer whether it can inspect."
+        return self._not_ready
+
+    def send_again(self, name: str) -> int:
+        """Send all dead letters of an output again, and return their number.
+
+        Raises:
+            NotFoundError: no output has this name.
+        """
+        follower = self._find(name)
+        count = self.store.mark_again(name)
+        follower.has_letters = True
+        self._notify()
+        return count
+
+    def dead_letters(self, name: str, *, limit: int) -> list[DeadLetter]:
+        """Return the dead letters of an output, oldest first.
+
+        Raises:
+            NotFoundError: no output has this name.
+        """
+        return self.store.dead_letters(self._find(name).name, limit=limit)
+
+    def _find(self, name: str) -> _Follower:
+        for follower in self._followers:
+            if follower.name == name:
+                return follower
+        raise NotFoundError(f"There is no output {name!r:.100}. GET /v1/line lists them.")
+
+    def states(self) -> list[OutputState]:
+        """Return the state of each output, in the order of line.yaml. Reads the database."""
+        return [one.state() for one in self._followers]
+
+    def _notify(self) -> None:
+        self._call(self._wake)
+
+    def _call(self, work: Callable[[], None]) -> None:
+        assert self._loop is not None  # it was started
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(work)
+
+    def _wake(self) -> None:
+        for follower in self._followers:
+            follower.news.set()
+
+    def _stop(self) -> None:
+        for follower in self._followers:
+            follower.stopping.set()
+            follower.news.set()
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(self._main())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            loop.run_until_complete(loop.shutdown_default_executor())
+            loop.close()
+
+    async def _main(self) -> None:
+        helpers = [asyncio.create_task(work()) for work in (self._check_ready, self._save_often)]
+        tasks = [asyncio.create_task(one.run(), name=one.name) for one in self._followers]
+        await self._followers[0].stopping.wait()
+        await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        for task in (*tasks, *helpers):
+            task.cancel()
+        await asyncio.gather(*tasks, *helpers, return_exceptions=True)
+        try:
+            self._save()
+        except NormweaveError as error:
+            log.warning("How far the outputs are is not stored; some inspections will be delivered again: %s", error)
+
+    async def _check_ready(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self._service.check_ready)
+                self._not_ready = None
+            except NormweaveError as error:
+                self._not_ready = str(error)
+            self._ready_at = time.monotonic()
+            await asyncio.sleep(READY_SECONDS)
+
+    async def _save_often(self) -> None:
+        next_count = 0.0
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            try:
+                await asyncio.to_thread(self._save)
+                if (start := time.monotonic()) >= next_count:
+                    await asyncio.to_thread(self._show)
+                    next_count = time.monotonic() + (time.monotonic() - start) / BEHIND_SHARE
+            except NormweaveError as error:
+                log.warning("How far the outputs are is not stored for now: %s", error)
+
+    def _save(self) -> None:
+        changed = [one for one in self._followers if one.delivery != one.saved]
+        if changed:
+            deliveries = [replace(one.delivery) for one in changed]
+            self.store.save(deliveries)
+            for one, saved in zip(changed, deliveries, strict=True):
+                one.saved = saved
+
+    def _show(self) -> None:
+        metrics = self._service.metrics
+        for state in self.states():
+            labels = state.name, state.type
+            metrics.output_behind.labels(*labels).set(state.behind)
+            metrics.output_up.labels(*labels).set(state.status != "failing")
+            metrics.output_dead_letters.labels(*labels).set(state.dead_letters)
+
+
+class _Follower:
+    """Follows the inspections for one output. All but `state` runs in the loop."""
+
+    def __init__(
+        self,
+        output: Output,
+        delivery: Delivery,
+        store: DeliveryStore,
+        *,
+        service: InspectionService,
+        readiness: Callable[[], str | None],
+    ) -> None:
+        self.output, self.delivery, self.store = output, delivery, store
+        self.saved = replace(delivery)
+        self.name = delivery.name
+        self.connected = False
+        self.has_letters = True  # from before a restart
+        self.news, self.stopping = asyncio.Event(), asyncio.Event()
+        self._labels = self.name, output.config.type
+        self._metrics = service.metrics
+        self._readiness = readiness
+        self._waiting: deque[Inspection] = deque()
+        self._refusals = 0
+        self._wait = output.config.first_wait_seconds
+
+    def state(self) -> OutputState:
+        """Return what the output does. Reads the database."""
+        delivery = replace(self.delivery)
+        behind, letters = self.store.behind(delivery.last_id), self.store.count_dead_letters(self.name)
+        removed = self.store.removed(self.name)
+        status: Status = "working"
+        if delivery.attempts or not self.connected:
+            status = "failing"
+        elif behind >= FAR_BEHIND or letters or removed:
+            status = "behind"
+        return OutputState(
+            name=self.name,
+            type=self.output.config.type,
+            status=status,
+            behind=behind,
+            attempts=delivery.attempts,
+            last_error=delivery.last_error,
+            last_success_at=delivery.last_success_at,
+            dead_letters=letters,
+            removed=removed,
+        )
+
+    async def run(self) -> None:
+        """Connect, deliver, and connect again after a wait, until the server stops."""
+        seconds = self.output.config.timeout_seconds
+        while True:
+            try:
+                await self._limited(seconds, self.output.connect(), "connect")
+                self.connected = True
+                async with asyncio.TaskGroup() as group:
+                    beating = group.create_task(self._beat())
+                    await self._deliver_all()
+                    beating.cancel()
+                return
+            except Exception as error:
+                self._failed(error)
+            finally:
+                self.connected = False
+                with contextlib.suppress(Exception):
+                    await self._limited(seconds, self.output.close(), "close")
+            if self.stopping.is_set():
+                return
+            await self._pause()
+
+    async def _limited(self, seconds: float, work: Any, what: str) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await work
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {seconds:g} s ({what})") from error
+
+    def _failed(self, error: BaseException) -> None:
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        reason = str(error) if isinstance(error, NormweaveError) else f"{type(error).__name__}: {error}"
+        if self.delivery.attempts == 0:
+            log.warning("The output %s fails: %s", self.name, reason)
+        self.delivery.attempts += 1
+        self.delivery.last_error = reason
+
+    def _succeeded(self) -> None:
+        if self.delivery.attempts:
+            log.info("The output %s works again after %d failed attempts.", self.name, self.delivery.attempts)
+        self.delivery.attempts, self.delivery.last_error = 0, None
+        self.delivery.last_success_at = datetime.now(UTC)
+        self._wait = self.output.config.first_wait_seconds
+        self._metrics.output_delivered.labels(*self._labels).inc()
+        self._metrics.output_last_success.labels(*self._labels).set_to_current_time()
+
+    async def _pause(self) -> None:
+        """Wait after a failure, at most until the server stops."""
+        seconds = self._wait * random.uniform(0.5, 1)
+        self._wait = min(2 * self._wait, self.output.config.longest_wait_seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.stopping.wait()
+
+    async def _beat(self) -> None:
+        """Send heartbeats while the server can inspect and this output delivers."""
+        while True:
+            ok = self._readiness() is None and self.delivery.attempts == 0
+            await self._limited(self.output.config.timeout_seconds, self.output.heartbeat(ok), "heartbeat")
+            await asyncio.sleep(self.output.config.heartbeat_seconds)
+
+    async def _deliver_all(self) -> None:
+        """Deliver until the server stops and nothing is left."""
+        if not self._waiting and not await self._read():
+            self.delivery.attempts, self.delivery.last_error = 0, None  # connected, and nothing to deliver
+        while True:
+            self.news.clear()
+            if self.has_letters:
+                await self._deliver_again()
+            while self._waiting or await self._read():
+                if not await self._deliver(self._waiting[0]):
+                    if self.stopping.is_set():
+                        return
+                    await self._pause()
+            if self.stopping.is_set():
+                return
+            await self.news.wait()
+
+    async def _read(self) -> bool:
+        self._waiting.extend(await asyncio.to_thread(self.store.after, self.delivery.last_id, limit=CHUNK))
+        return bool(self._waiting)
+
+    async def _deliver(self, inspection: Inspection) -> bool:
+        """Deliver an inspection, or set it aside if it is refused; return False if it must be sent again."""
+        message = Message.of(inspection)
+        try:
+            await self._limited(self.output.deliver_seconds, self.output.deliver(message), "deliver")
+            self._succeeded()
+        except DeliveryError as error:
+            self._failed(error)
+            self._refusals += isinstance(error, RefusedError)
+            if self._refusals < self.output.attempts:
+                return False
+            await asyncio.to_thread(
+                self.store.add_dead_letter,
+                self.name,
+                inspection=inspection.id,
+                reason=str(error),
+                message=message.model_dump(mode="json"),
+            )
+            self.delivery.attempts = 0
+        self._refusals = 0
+        self._waiting.popleft()
+        self.delivery.last_id = inspection.id
+        return True
+
+    async def _deliver_again(self) -> None:
+        """Deliver the dead letters that a person wants to be sent again, each once."""
+        while letters := await asyncio.to_thread(self.store.dead_letters, self.name, limit=CHUNK, again=True):
+            for letter in letters:
+                message = Message.model_validate(letter.message)
+                try:
+                    await self._limited(self.output.deliver_seconds, self.output.deliver(message), "deliver")
+                except DeliveryError as error:
+                    await asyncio.to_thread(self.store.keep_dead_letter, letter.id, reason=str(error))
+                    continue
+                self._succeeded()
+                await asyncio.to_thread(self.store.remove_dead_letter, letter.id)
+        self.has_letters = False

@@ -1,0 +1,101 @@
+"""Routes of the REST interface for the outputs of a line."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from normweave.serve.delivery import Deliveries, Status
+from normweave.serve.message import Message
+from normweave.serve.openapi import BODY, problem_responses
+from normweave.serve.parameters import DEPENDENCIES, MAX_PAGE_SIZE, PAGE_SIZE, Engineer
+from normweave.serve.service import InspectionService
+
+OutputName = Annotated[str, Path(max_length=60, description="`name` of an output.")]
+
+
+class OutputOut(BaseModel):
+    """What an output does."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    name: str
+    type: str
+    status: Annotated[
+        Status,
+        Field(description="behind: it works, but has much to deliver, dead letters, or lost inspections to retention."),
+    ]
+    behind: Annotated[int, Field(description="Inspections that are not delivered yet.")]
+    attempts: Annotated[int, Field(description="Failed attempts since the last success.")]
+    last_error: Annotated[str | None, Field(description="Why the last attempt failed; null: it succeeded.")]
+    last_success_at: datetime | None
+    dead_letters: Annotated[int, Field(description="Messages that the counterpart has refused for good.")]
+    removed: Annotated[int, Field(description="Inspections that retention removed before they were delivered.")]
+
+
+class LineOut(BaseModel):
+    """The outputs of the line, in the order of line.yaml."""
+
+    line: Annotated[str, Field(description="Name of the line.")]
+    outputs: list[OutputOut]
+
+
+class DeadLetterOut(BaseModel):
+    """A message that the counterpart of an output has refused for good."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: int
+    inspection: Annotated[int, Field(description="Id of the inspection, which retention may have removed.")]
+    at: datetime
+    reason: str
+    again: Annotated[bool, Field(description="Whether it is to be sent again.")]
+    message: Message
+
+
+class DeadLettersOut(BaseModel):
+    """Dead letters of an output, oldest first."""
+
+    dead_letters: list[DeadLetterOut]
+
+
+class SentAgainOut(BaseModel):
+    """How many dead letters are sent again."""
+
+    count: int
+
+
+def line_routes(service: InspectionService, outputs: Deliveries) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(tags=["line"], dependencies=DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
+
+    @router.get("/v1/line", summary="Read what the outputs of the line do")
+    async def line() -> LineOut:
+        states = await asyncio.to_thread(outputs.states)
+        return LineOut(line=service.store.line, outputs=[OutputOut.model_validate(one) for one in states])
+
+    @router.get(
+        "/v1/line/outputs/{name}/dead-letters",
+        summary="List the messages that the counterpart of an output has refused",
+        responses=problem_responses(404),
+    )
+    async def dead_letters(
+        name: OutputName, limit: Annotated[int, Query(ge=1, le=MAX_PAGE_SIZE)] = PAGE_SIZE
+    ) -> DeadLettersOut:
+        found = await asyncio.to_thread(outputs.dead_letters, name, limit=limit)
+        return DeadLettersOut(dead_letters=[DeadLetterOut.model_validate(one) for one in found])
+
+    @router.post(
+        "/v1/line/outputs/{name}/send-again",
+        summary="Send the dead letters of an output again; for engineers",
+        description="They come after newer inspections. Those that are refused again stay dead letters.",
+        responses=problem_responses(*BODY, 404),
+    )
+    async def send_again(name: OutputName, engineer: Engineer) -> SentAgainOut:
+        return SentAgainOut(count=await asyncio.to_thread(outputs.send_again, name))
+
+    return router

@@ -1,0 +1,128 @@
+"""Webhook: each result as a signed POST request (https://www.standardwebhooks.com)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from http.client import HTTPException
+from typing import Annotated, Literal
+
+import standardwebhooks
+from pydantic import AfterValidator
+
+from normweave.errors import ConfigError
+from normweave.serve import outputs, webhook
+from normweave.serve.line_config import secret
+from normweave.serve.message import Message
+from normweave.validation import PositiveInt, check, checked
+
+AGAIN = (408, 425, 429)
+"""Statuses 4xx after which the same request may succeed."""
+
+
+def _url(value: str) -> str:
+    try:
+        return webhook.check_url(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+@checked
+class Config(outputs.OutputConfig):
+    """An address and a secret."""
+
+    type: Literal["webhook"]
+    url: Annotated[str, AfterValidator(_url)]
+    secret_env: str = ""
+    """Environment variable with the secret of the signature: `whsec_` and 24 to 64 bytes in base64."""
+    secret_file: str = ""
+    refusals: PositiveInt = 3
+    """After how many refusals (status 4xx but 408, 425 and 429) a message becomes a dead letter."""
+
+    def __post_init__(self) -> None:
+        given = bool(self.secret_env) != bool(self.secret_file)
+        check((given, "secret_env or secret_file must be given: messages are signed"))
+
+
+class Output(outputs.Output):
+    """Sends messages to another server, which has taken one when it answers 2xx."""
+
+    config: Config
+
+    def __init__(self, config: Config, *, line: str) -> None:
+        super().__init__(config, line=line)
+        self.attempts = config.refusals
+        given = secret("secret", env=config.secret_env, file=config.secret_file)
+        try:
+            self._signer = standardwebhooks.Webhook(given or "")
+        except Exception as error:  # the library raises what base64 raises, and an exception of its own
+            raise ConfigError(f"The secret of the webhook {config.name} must be whsec_ and base64 text.") from error
+        self._sending = False
+
+    async def connect(self) -> None:
+        """Do nothing: each message has a connection of its own."""
+
+    async def deliver(self, message: Message) -> None:
+        """Send a message. Its `webhook-id` is the same in each attempt."""
+        await self._send(message.id, message.model_dump_json())
+
+    async def check(self) -> None:
+        """Send a message of the type line.test."""
+        now = datetime.now(UTC)
+        body = json.dumps({"type": "line.test", "timestamp": now.isoformat(), "data": {"line": self.line}})
+        await self._send(f"test-{int(now.timestamp() * 1e6)}", body)
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+    async def _send(self, id: str, body: str) -> None:
+        now = datetime.now(UTC)
+        headers = {
+            "webhook-id": id,
+            "webhook-timestamp": str(int(now.timestamp())),
+            "webhook-signature": self._signer.sign(id, now, body),
+        }
+        seconds = self.config.timeout_seconds
+        try:
+            status = await self._in_thread(
+                lambda: webhook.post(self.config.url, body.encode(), headers, seconds=seconds)
+            )
+        except (OSError, HTTPException) as error:
+            raise outputs.DeliveryError(f"{self.config.url}: {type(error).__name__}: {error}") from error
+        if 400 <= status < 500 and status not in AGAIN:
+            raise outputs.RefusedError(f"{self.config.url} refuses the message with status {status}.")
+        if not 200 <= status < 300:
+            raise outputs.DeliveryError(f"{self.config.url} answers with status {status}.")
+
+    async def _in_thread(self, work: Callable[[], int]) -> int:
+        """Call `work` in a thread that nothing waits for: an answer that never ends must not keep the server."""
+        if self._sending:
+            raise outputs.DeliveryError(f"{self.config.url} has not ended its answer to the message before.")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+
+        def settle(status: int | None, error: BaseException | None) -> None:
+            if done.done():  # cancelled
+                return
+            if error is not None:
+                done.set_exception(error)
+            elif status is not None:
+                done.set_result(status)
+
+        def run() -> None:
+            status, failure = None, None
+            try:
+                status = work()
+            except BaseException as error:
+                failure = error
+            self._sending = False
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(settle, status, failure)
+
+        self._sending = True
+        threading.Thread(target=run, name="webhook", daemon=True).start()
+        return await done

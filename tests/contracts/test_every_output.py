@@ -1,0 +1,134 @@
+"""Contract of every output (`normweave.serve.outputs`), against a real counterpart of each type.
+
+Every inspection arrives at least once and in the order of the ids, whatever the counterpart does meanwhile.
+"""
+
+import time
+from itertools import pairwise
+
+import pytest
+
+from counterparts import Mosquitto, Receiver, Station, until
+from normweave.serve import line_config
+from normweave.serve.outputs import Output, OutputConfig
+
+COUNTERPARTS = {"mqtt": Mosquitto, "webhook": Receiver}
+FAULTS = ["dead", "silent", "garbage"]
+
+
+@pytest.fixture(params=sorted(COUNTERPARTS))
+def counterpart(request, tmp_path):
+    made = COUNTERPARTS[request.param](tmp_path)
+    made.listen()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def station(tmp_path):
+    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def begin(station):
+    """Function that starts deliveries, which the test or the fixture stops."""
+    started = []
+
+    def begin(output):
+        started.append(station.begin(output))
+        return started[-1]
+
+    yield begin
+    for deliveries in started:
+        deliveries.stop()
+
+
+def firsts(ids):
+    """Return the ids without repetitions."""
+    return list(dict.fromkeys(ids))
+
+
+def test_every_type_is_tested():
+    assert sorted(COUNTERPARTS) == line_config.types("outputs")
+
+
+@pytest.mark.parametrize("type", line_config.types("outputs"))
+def test_a_module_has_the_two_classes(type):
+    module = line_config.load("outputs", type)
+    assert issubclass(module.Config, OutputConfig)
+    assert issubclass(module.Output, Output)
+
+
+def test_inspections_arrive_in_order(counterpart, station, begin):
+    station.add(2)  # before the output is new
+    deliveries = begin(counterpart.output())
+    sent = station.add(30) + station.add(1)
+    until(lambda: len(counterpart.ids()) >= 31, "the delivery")
+    assert counterpart.ids() == sent
+    deliveries.stop()
+    (state,) = deliveries.states()
+    assert (state.behind, state.attempts, state.last_error) == (0, 0, None)
+    assert state.last_success_at is not None
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_lost_while_the_counterpart_fails(counterpart, station, begin, fault):
+    deliveries = begin(counterpart.output())
+    sent = station.add(3)
+    until(lambda: len(counterpart.ids()) >= 3, "the delivery")
+    if fault == "dead":
+        counterpart.proxy.stop()
+    else:
+        counterpart.proxy.switch(fault)
+    sent += station.add(60)
+    until(lambda: deliveries.states()[0].attempts >= 2, "failed attempts")
+    (state,) = deliveries.states()
+    assert (state.status, state.last_error is not None) == ("failing", True)
+    assert state.behind >= 60
+    if fault == "dead":
+        counterpart.proxy.start()
+    else:
+        counterpart.proxy.switch("pass")
+    sent += station.add(3)
+    until(lambda: sent[-1] in counterpart.ids(), "the delivery of the last one")
+    until(lambda: deliveries.states()[0].status == "working", "a working output")
+    assert firsts(counterpart.ids()) == sent
+
+
+def test_a_restart_continues(counterpart, station, begin):
+    first = begin(counterpart.output())
+    sent = station.add(5)
+    until(lambda: len(counterpart.ids()) >= 5, "the delivery")
+    first.stop()
+    sent += station.add(5)
+    begin(counterpart.output())
+    sent += station.add(5)
+    until(lambda: sent[-1] in counterpart.ids(), "the delivery of the last one")
+    assert counterpart.ids() == sent  # an orderly stop repeats nothing
+
+
+def test_what_was_stored_right_before_the_stop_is_delivered(counterpart, station, begin):
+    deliveries = begin(counterpart.output())
+    sent = station.add(40)
+    deliveries.stop()
+    until(lambda: len(counterpart.ids()) >= 40, "the delivery")
+    assert counterpart.ids() == sent
+
+
+def test_a_stop_does_not_wait_for_a_silent_counterpart(counterpart, station, begin):
+    deliveries = begin(counterpart.output())
+    counterpart.proxy.switch("silent")
+    station.add(3)
+    start = time.monotonic()
+    deliveries.stop()
+    assert time.monotonic() - start < 30
+
+
+def test_ids_ascend_without_a_pause(counterpart, station, begin):
+    begin(counterpart.output())
+    sent = [id for _ in range(20) for id in station.add(2)]
+    until(lambda: len(counterpart.ids()) >= 40, "the delivery")
+    assert counterpart.ids() == sent
+    assert all(before < after for before, after in pairwise(sent))

@@ -1,0 +1,273 @@
+"""Real counterparts of outputs, and a proxy before them that can be dead, silent, slow, or send garbage."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import shutil
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import aiomqtt
+import standardwebhooks
+
+from inspections import inspection
+from normweave.errors import NormweaveError
+from normweave.serve import line_config
+from normweave.serve.delivery import Deliveries
+from normweave.serve.metrics import Metrics
+from normweave.serve.store import Store
+from required import absent
+
+SOON = 20.0
+"""Seconds until something must have happened."""
+
+
+def until(condition, what="it"):
+    """Wait until a condition holds."""
+    end = time.monotonic() + SOON
+    while not (found := condition()):
+        assert time.monotonic() < end, f"{what} has not happened within {SOON:g} s"
+        time.sleep(0.02)
+    return found
+
+
+def free_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+class Station:
+    """What deliveries need of an inspection service: a store of one line, listeners, and whether it can inspect."""
+
+    def __init__(self, url, *, line="Press 5"):
+        self.store = Store.open(url, line=line)
+        self.metrics = Metrics(line=line)
+        self.listeners = set()
+        self.failure = None
+        self.stored = 0
+
+    def check_ready(self):
+        if self.failure:
+            raise NormweaveError(self.failure)
+
+    def add(self, count=1, **changes):
+        """Store inspections, and return their ids."""
+        numbers = range(self.stored, self.stored + count)
+        self.stored += count
+        stored = self.store.add([inspection(number, **({"line": self.store.line} | changes)) for number in numbers])
+        for notify in tuple(self.listeners):
+            notify()
+        return [one.id for one in stored]
+
+    def begin(self, *outputs):
+        """Start deliveries to these outputs."""
+        deliveries = Deliveries(self, outputs)
+        deliveries.start()
+        return deliveries
+
+
+def make(type, *, line="Press 5", **settings):
+    """Return an output with short waits."""
+    short = {"timeout_seconds": 1.0, "first_wait_seconds": 0.05, "longest_wait_seconds": 0.2, "heartbeat_seconds": 0.1}
+    module = line_config.load("outputs", type)
+    return module.Output(module.Config(**({"type": type, "name": type} | short | settings)), line=line)
+
+
+class Proxy:
+    """A TCP proxy on a port that stays the same.
+
+    Attributes:
+        mode: pass; silent: connections are accepted and get nothing; garbage: they get random bytes.
+    """
+
+    def __init__(self, target):
+        self._target, self.port, self.mode, self._listening = target, free_port(), "pass", None
+        self._open = set()
+        self.start()
+
+    def start(self):
+        self._listening = socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self._listening,), daemon=True).start()
+
+    def switch(self, mode):
+        """Change the mode, and end all connections."""
+        self.mode = mode
+        self._end()
+
+    def stop(self):
+        """Refuse connections from now on."""
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)
+        self._listening.close()
+        self._end()
+
+    def _end(self):
+        for connection in tuple(self._open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self, listening):
+        while True:
+            try:
+                client, _ = listening.accept()
+            except OSError:
+                return
+            self._open.add(client)
+            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client):
+        with client, contextlib.suppress(OSError):
+            if self.mode == "garbage":
+                client.recv(4096)
+                client.sendall(bytes(range(7, 250)) * 20)
+                return
+            if self.mode == "silent":
+                while client.recv(4096):
+                    pass
+                return
+            with socket.create_connection(("127.0.0.1", self._target)) as server:
+                self._open.add(server)
+                threading.Thread(target=self._copy, args=(server, client), daemon=True).start()
+                self._copy(client, server)
+        self._open.discard(client)
+
+    def _copy(self, source, target):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class Mosquitto:
+    """The broker mosquitto, a proxy before it, and a subscriber behind it.
+
+    Attributes:
+        received: topic and text of each message.
+    """
+
+    type = "mqtt"
+
+    def __init__(self, folder, *, settings="allow_anonymous true"):
+        program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
+        if program is None:
+            absent("mosquitto", "mosquitto was not found: apt-get install mosquitto")
+        self.port = free_port()
+        configuration = folder / "mosquitto.conf"
+        configuration.write_text(f"user root\nlistener {self.port} 127.0.0.1\n{settings}\n")
+        self._process = subprocess.Popen([program, "-c", configuration], stderr=subprocess.DEVNULL)
+        until(lambda: self._process.poll() is not None or answers(self.port), "the start of mosquitto")
+        self.proxy = Proxy(self.port)
+        self.received = []
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    def listen(self, *, tls=None, **login):
+        """Subscribe to everything; `tls`: the certificate of the broker."""
+        if tls is not None:
+            login["tls_context"] = ssl.create_default_context(cafile=tls)
+        self._subscribed = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, kwargs=login)
+        self._thread.start()
+        assert self._subscribed.wait(SOON)
+
+    def _run(self, **login):
+        self._task = self._loop.create_task(self._subscribe(**login))
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+        self._loop.close()
+
+    async def _subscribe(self, **login):
+        async with aiomqtt.Client("127.0.0.1", self.port, protocol=aiomqtt.ProtocolVersion.V5, **login) as client:
+            await client.subscribe("#", qos=1)
+            self._subscribed.set()
+            async for message in client.messages:
+                self.received.append((str(message.topic), message.payload.decode()))
+
+    def ids(self):
+        """Return the ids of the inspections that came, in their order."""
+        return [json.loads(text)["data"]["id"] for topic, text in self.received if topic.endswith("/inspection")]
+
+    def output(self, **settings):
+        return make("mqtt", host="127.0.0.1", port=self.proxy.port, **settings)
+
+    def close(self):
+        self.proxy.stop()
+        if hasattr(self, "_thread"):
+            self._loop.call_soon_threadsafe(self._task.cancel)
+            self._thread.join()
+        self._process.terminate()
+        self._process.wait()
+
+
+SECRET = "whsec_" + base64.b64encode(b"a secret of thirty two bytes ...").decode()
+
+
+class Receiver:
+    """An HTTP server that checks the signatures with the reference library, and a proxy before it.
+
+    Attributes:
+        statuses: answers of the next requests; then 204.
+        received: headers and verified body of each request with the answer 204.
+        refused: ids (`webhook-id`) of the other requests.
+    """
+
+    type = "webhook"
+
+    def __init__(self, folder):
+        self.statuses, self.received, self.refused, owner = [], [], [], self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                status = owner.statuses.pop(0) if owner.statuses else 204
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                verified = standardwebhooks.Webhook(SECRET).verify(body, headers)
+                if status == 204:
+                    owner.received.append((headers, verified))
+                else:
+                    owner.refused.append(self.headers["webhook-id"])
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.proxy = Proxy(self._server.server_port)
+        self._secret = folder / "secret"
+        self._secret.write_text(SECRET)
+
+    def listen(self):
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def ids(self):
+        return [message["data"]["id"] for _, message in self.received]
+
+    def output(self, **settings):
+        url = f"http://127.0.0.1:{self.proxy.port}/events"
+        return make("webhook", url=url, secret_file=str(self._secret), **settings)
+
+    def close(self):
+        self.proxy.stop()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def answers(port):
+    """Return whether something listens."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False

@@ -1,0 +1,117 @@
+"""Webhooks are signed, have an id of the inspection, and refused ones become dead letters."""
+
+import socket
+import threading
+
+import pytest
+
+from counterparts import SECRET, Receiver, Station, make, until
+from normweave.errors import ConfigError
+from normweave.serve.line_config import read
+from normweave.serve.message import Message
+
+
+@pytest.fixture
+def receiver(tmp_path):
+    made = Receiver(tmp_path)
+    made.listen()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def station(tmp_path):
+    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def deliveries(station, receiver):
+    made = station.begin(receiver.output(refusals=2))
+    yield made
+    made.stop()
+
+
+def test_the_reference_library_verifies_the_message(station, receiver, deliveries):
+    (id,) = station.add()
+    ((headers, body),) = until(lambda: receiver.received)  # the receiver verifies
+    message = Message.of(station.store.inspection(id))
+    assert Message.model_validate(body) == message
+    assert headers["webhook-id"] == message.id
+    assert headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("status", [500, 503, 408, 425, 429, 307])
+def test_a_message_is_sent_again_with_the_same_id(station, receiver, deliveries, status):
+    receiver.statuses = [status] * 4
+    ids = station.add(2)
+    until(lambda: len(receiver.received) == 2)
+    assert receiver.ids() == ids
+    assert receiver.refused == [receiver.received[0][0]["webhook-id"]] * 4
+    assert deliveries.states()[0].dead_letters == 0
+
+
+@pytest.mark.parametrize("status", [400, 404, 410, 422])
+def test_a_refused_message_becomes_a_dead_letter(station, receiver, deliveries, status):
+    receiver.statuses = [status] * 2
+    ids = station.add(2)
+    until(lambda: receiver.ids() == ids[1:])
+    (letter,) = deliveries.dead_letters("webhook", limit=9)
+    assert (letter.inspection, f"with status {status}" in letter.reason) == (ids[0], True)
+    deliveries.send_again("webhook")
+    until(lambda: receiver.ids() == [ids[1], ids[0]])
+    assert receiver.received[-1][0]["webhook-id"] == receiver.refused[0]
+
+
+def test_an_answer_that_never_ends_keeps_one_thread(station, tmp_path):
+    """It sends a byte now and then, so that no step of the connection takes long."""
+    (tmp_path / "secret").write_text(SECRET)
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def dribble():
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 204 No Content\r\nX: ")
+                while not ended.wait(0.05):
+                    connection.sendall(b"x")
+                connection.sendall(b"\r\n\r\n")
+
+        thread = threading.Thread(target=dribble)
+        thread.start()
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        output = make("webhook", url=address, secret_file=str(tmp_path / "secret"), timeout_seconds=0.2)
+        deliveries = station.begin(output)
+        station.add(3)
+        until(lambda: deliveries.states()[0].attempts > 2)
+        assert sum(one.name == "webhook" for one in threading.enumerate()) == 1
+        assert "has not ended its answer" in deliveries.states()[0].last_error
+        deliveries.stop()
+        ended.set()
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("url: line-4, secret_env: S", "outputs[0].url A webhook must be an address like https"),
+        ("url: http://mes/", "secret_env or secret_file must be given"),
+        ("url: http://mes/, secret_env: S, secret_file: S", "secret_env or secret_file must be given"),
+        ("secret_env: S", "outputs[0].url"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, entry, words):
+    path = tmp_path / "line.yaml"
+    path.write_text(f"outputs:\n- {{type: webhook, name: mes, {entry}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", ["whsec_", "whsec_aéb", "x"])
+def test_a_wrong_secret_is_refused_and_not_printed(monkeypatch, secret):
+    monkeypatch.setenv("MES_SECRET", secret)
+    with pytest.raises(ConfigError, match="must be whsec_ and base64 text") as caught:
+        make("webhook", url="http://mes/", secret_env="MES_SECRET")
+    assert "é" not in str(caught.value)

@@ -9,18 +9,22 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import aiomqtt
 import standardwebhooks
+from pymodbus.client import ModbusTcpClient
+from pymodbus.exceptions import ModbusException
 
 from inspections import inspection
 from normweave.errors import NormweaveError
 from normweave.serve import line_config
 from normweave.serve.delivery import Deliveries
 from normweave.serve.metrics import Metrics
+from normweave.serve.outputs import modbus
 from normweave.serve.store import Store
 from required import absent
 
@@ -271,3 +275,116 @@ def answers(port):
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return True
     return False
+
+
+class Plc:
+    """The program of a PLC: it reads the registers, and acknowledges each valid result.
+
+    Attributes:
+        taken: id and verdict of each result.
+        acknowledges: whether it does.
+    """
+
+    type = "modbus"
+
+    def __init__(self, folder):
+        self.taken, self.acknowledges, self.seen = [], True, []
+
+    def scan(self, registers, acknowledge):
+        """Do what a PLC does in a cycle: `registers` as read; `acknowledge` writes the register."""
+        self.seen.append(registers)
+        _, _, status, sequence, high, low, verdict, *_ = registers
+        if status & modbus.VALID and self.acknowledges and registers[modbus.ACKNOWLEDGE] != sequence:
+            self.taken.append((high << 16 | low, verdict))
+            acknowledge(sequence)
+
+    def ids(self):
+        return [id for id, _ in self.taken]
+
+
+class PlcServer(Plc):
+    """A PLC whose registers normweave writes: a Modbus server of pymodbus in another process, and a proxy before it."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.port = free_port()
+        self._process = subprocess.Popen([sys.executable, "-c", MODBUS_SERVER, str(self.port)])
+        until(lambda: answers(self.port), "the start of the Modbus server")
+        self.proxy = Proxy(self.port)
+
+    def listen(self):
+        self._ended = threading.Event()
+        self._client = ModbusTcpClient("127.0.0.1", port=self.port)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._ended.wait(0.005):
+            self.scan(
+                self._client.read_holding_registers(100, count=modbus.COUNT).registers,
+                lambda sequence: self._client.write_register(100 + modbus.ACKNOWLEDGE, sequence),
+            )
+
+    def output(self, **settings):
+        short = {"acknowledge_seconds": 0.5, "max_age_seconds": 1e9}
+        return make("modbus", role="client", host="127.0.0.1", port=self.proxy.port, address=100, **(short | settings))
+
+    def close(self):
+        self._ended.set()
+        self._thread.join()
+        self._client.close()
+        self.proxy.stop()
+        self._process.kill()
+        self._process.wait()
+
+
+class PlcClient(Plc):
+    """A PLC that polls the registers of normweave, through a proxy."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        self.port = free_port()
+        self.proxy = Proxy(self.port)
+
+    def listen(self):
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        while not self._ended.is_set():
+            client = ModbusTcpClient("127.0.0.1", port=self.proxy.port, timeout=0.5, retries=0)
+            with contextlib.suppress(ModbusException, OSError):
+                if client.connect():
+                    while not self._ended.wait(0.005):
+                        answer = client.read_holding_registers(0, count=modbus.COUNT)
+                        if answer.isError():
+                            break
+                        self.scan(
+                            answer.registers,
+                            lambda sequence, to=client: to.write_register(modbus.ACKNOWLEDGE, sequence),
+                        )
+            client.close()
+            self._ended.wait(0.02)
+
+    def output(self, **settings):
+        short = {"acknowledge_seconds": 0.5, "max_age_seconds": 1e9}
+        return make("modbus", role="server", host="127.0.0.1", port=self.port, **(short | settings))
+
+    def close(self):
+        self._ended.set()
+        self._thread.join()
+        self.proxy.stop()
+
+
+MODBUS_SERVER = """
+import asyncio, sys
+from pymodbus.server import ModbusTcpServer
+from pymodbus.simulator import DataType, SimData, SimDevice
+
+async def main():
+    device = SimDevice(1, simdata=[SimData(100, count=17, values=0, datatype=DataType.REGISTERS)])
+    await ModbusTcpServer(device, address=("127.0.0.1", int(sys.argv[1]))).serve_forever()
+
+asyncio.run(main())
+"""

@@ -8,11 +8,16 @@ from itertools import pairwise
 
 import pytest
 
-from counterparts import Mosquitto, Receiver, Station, until
+from counterparts import Mosquitto, PlcClient, PlcServer, Receiver, Station, until
 from normweave.serve import line_config
 from normweave.serve.outputs import Output, OutputConfig
 
-COUNTERPARTS = {"mqtt": Mosquitto, "webhook": Receiver}
+COUNTERPARTS = {
+    "modbus client": PlcServer,
+    "modbus server": PlcClient,
+    "mqtt": Mosquitto,
+    "webhook": Receiver,
+}
 FAULTS = ["dead", "silent", "garbage"]
 
 
@@ -51,7 +56,7 @@ def firsts(ids):
 
 
 def test_every_type_is_tested():
-    assert sorted(COUNTERPARTS) == line_config.types("outputs")
+    assert sorted({name.split()[0] for name in COUNTERPARTS}) == line_config.types("outputs")
 
 
 @pytest.mark.parametrize("type", line_config.types("outputs"))

@@ -1,0 +1,173 @@
+"""Modbus: the registers of a result, the handshake, the heartbeat, and that nothing is good by default."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from pymodbus.client import ModbusTcpClient
+
+from counterparts import PlcClient, PlcServer, Station, make, until
+from inspections import inspection, unreadable
+from normweave.errors import ConfigError
+from normweave.serve import delivery
+from normweave.serve.line_config import read
+from normweave.serve.message import Message
+from normweave.serve.outputs import modbus
+
+
+@pytest.fixture(params=[PlcServer, PlcClient], ids=["client", "server"])
+def plc(request, tmp_path):
+    made = request.param(tmp_path)
+    made.listen()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def station(tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery, "READY_SECONDS", 0.02)
+    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def begin(station):
+    started = []
+
+    def begin(output):
+        started.append(station.begin(output))
+        return started[-1]
+
+    yield begin
+    for deliveries in started:
+        deliveries.stop()
+
+
+def message(*, age=0.0, **fields):
+    at = datetime.now(UTC) - timedelta(seconds=age)
+    return Message.of(inspection(id=0x12345678, received_at=at, **fields))
+
+
+def test_the_registers_of_a_result():
+    high, low, verdict, score, boxes = modbus.result(message(pred_score=3.0, threshold=2.0), max_age=10)
+    assert (high, low, verdict, score, boxes) == (0x1234, 0x5678, modbus.DEFECTIVE, 1500, 2)
+    for value, registers in (("normal", modbus.GOOD), ("unknown", modbus.UNKNOWN), ("anomalous", modbus.DEFECTIVE)):
+        assert modbus.result(message(verdict=value), max_age=10)[2] == registers
+    assert modbus.result(Message.of(unreadable(id=1)), max_age=10) == [0, 1, modbus.UNREADABLE, 0, 0]
+    assert modbus.result(message(pred_score=1e9, threshold=1.0), max_age=10)[3] == 0xFFFF
+    assert modbus.result(message(pred_score=-1.0, threshold=1.0), max_age=10)[3] == 0
+
+
+def test_an_old_result_is_never_good():
+    assert modbus.result(message(verdict="normal", age=11), max_age=10)[2] == modbus.STALE
+    assert modbus.result(message(verdict="anomalous", age=11), max_age=10)[2] == modbus.DEFECTIVE
+    assert modbus.result(message(verdict="normal", age=9), max_age=10)[2] == modbus.GOOD
+
+
+def test_a_result_is_good_only_until_it_is_acknowledged(plc, station, begin):
+    begin(plc.output())
+    ids = station.add(3, verdict="normal") + station.add(1)
+    until(lambda: len(plc.taken) == 4)
+    assert plc.taken == [(id, modbus.GOOD) for id in ids[:3]] + [(ids[3], modbus.DEFECTIVE)]
+    until(lambda: plc.seen[-1][modbus.VERDICT] == modbus.NO_RESULT and not plc.seen[-1][modbus.STATUS] & modbus.VALID)
+    assert plc.seen[-1][0] == modbus.VERSION
+
+
+def test_a_result_without_an_acknowledgement_is_taken_back_and_written_again(plc, station, begin):
+    plc.acknowledges = False
+    deliveries = begin(plc.output(acknowledge_seconds=0.1))
+    (id,) = station.add(verdict="normal")
+    until(lambda: any(registers[modbus.STATUS] & modbus.VALID for registers in plc.seen))
+    until(lambda: deliveries.states()[0].attempts)
+    assert "has not acknowledged result 1" in deliveries.states()[0].last_error
+    until(lambda: plc.seen[-1][modbus.VERDICT] == modbus.NO_RESULT)
+    plc.acknowledges = True
+    until(lambda: plc.ids() == [id])
+    until(lambda: deliveries.states()[0].status == "working")
+
+
+def test_the_heartbeat_counts_only_while_the_server_can_inspect(plc, station, begin):
+    begin(plc.output(heartbeat_seconds=0.02))
+    until(lambda: plc.seen and plc.seen[-1][modbus.STATUS] & modbus.READY)
+    first = plc.seen[-1][modbus.HEARTBEAT]
+    until(lambda: plc.seen[-1][modbus.HEARTBEAT] > first + 3)
+    station.failure = "The disk is full."
+    until(lambda: not plc.seen[-1][modbus.STATUS] & modbus.READY)
+    stopped, cycles = plc.seen[-1][modbus.HEARTBEAT], len(plc.seen)
+    until(lambda: len(plc.seen) > cycles + 20)
+    assert plc.seen[-1][modbus.HEARTBEAT] == stopped
+    station.failure = None
+    until(lambda: plc.seen[-1][modbus.HEARTBEAT] > stopped)
+
+
+def test_what_an_earlier_run_left_in_the_plc_is_removed(tmp_path, station, begin):
+    plc = PlcServer(tmp_path)
+    left = ModbusTcpClient("127.0.0.1", port=plc.port)
+    left.write_registers(100, [modbus.VERSION, 7, modbus.READY | modbus.VALID, 41, 0, 1, modbus.GOOD, 0, 0])
+    left.write_register(100 + modbus.ACKNOWLEDGE, 41)
+    output = plc.output()
+
+    async def connect():
+        await output.connect()
+        found = left.read_holding_registers(100, count=modbus.COUNT).registers
+        await output.close()
+        return found
+
+    found = asyncio.run(connect())
+    assert (found[modbus.STATUS], found[modbus.SEQUENCE], found[modbus.VERDICT]) == (0, 0, modbus.NO_RESULT)
+    plc.listen()
+    begin(plc.output())
+    station.add()
+    until(lambda: plc.taken)
+    assert 42 in {registers[modbus.SEQUENCE] for registers in plc.seen}  # another number than the acknowledged one
+    left.close()
+    plc.close()
+
+
+def test_an_orderly_stop_takes_back_the_readiness(tmp_path, station):
+    plc = PlcServer(tmp_path)
+    plc.listen()
+    deliveries = station.begin(plc.output())
+    until(lambda: plc.seen and plc.seen[-1][modbus.STATUS] & modbus.READY)
+    deliveries.stop()
+    until(lambda: plc.seen[-1][modbus.STATUS] == 0)
+    plc.close()
+
+
+def test_doctor_writes_nothing_to_a_plc(tmp_path):
+    plc = PlcServer(tmp_path)
+    plc.listen()
+    until(lambda: plc.seen)
+
+    async def check(output):
+        try:
+            await output.check()
+        finally:
+            await output.close()
+
+    asyncio.run(check(plc.output()))
+    with pytest.raises(OSError, match=r"does not read the holding registers 0 to 16.*Check address"):
+        asyncio.run(check(make("modbus", role="client", host="127.0.0.1", port=plc.port)))
+    with pytest.raises(OSError, match="no connection to"):
+        asyncio.run(check(make("modbus", role="client", host="127.0.0.1", port=1)))
+    with pytest.raises(OSError, match="in use"):
+        asyncio.run(check(make("modbus", role="server", host="127.0.0.1", port=plc.port)))
+    assert all(not any(registers[: modbus.ACKNOWLEDGE]) for registers in plc.seen[:-1])
+    plc.close()
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("role: master, host: h", "outputs[0].role"),
+        ("role: client, host: h, acknowledge_seconds: 20", "acknowledge_seconds must be at most max_age_seconds"),
+        ("role: client, host: h, address: 65520", "outputs[0].address"),
+    ],
+)
+def test_wrong_settings_are_named(tmp_path, entry, words):
+    path = tmp_path / "line.yaml"
+    path.write_text(f"outputs:\n- {{type: modbus, name: plc, {entry}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    assert words in str(caught.value)

@@ -1,31 +1,26 @@
 """Builders and fixtures that several test modules share."""
 
-from collections.abc import Sequence
-
-import numpy as np
 import pytest
 import torch
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from normweave import settings
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig, TrainingConfig
 from normweave.data import layouts
 from normweave.detector import Detector
+from normweave.testing import SHAPE as SHAPE
+from normweave.testing import InMemory as InMemory
+from normweave.testing import fit as fit
+from normweave.testing import normals as normals
+from normweave.testing import random as random
+from normweave.testing import seeded as seeded
+from normweave.testing import subclass_images as subclass_images
+from normweave.testing import subclass_normals as subclass_normals
 from normweave.textiles import SEEN, UNSEEN, make_textures
-from normweave.training import train
-from normweave.types import FitData, JointMaps
+from normweave.types import JointMaps
 
 # ── random numbers ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random(*shape, seed=0):
-    return torch.randn(*shape, generator=seeded(seed))
 
 
 def perturb(module, seed=9):
@@ -55,72 +50,9 @@ def quick_training(**fields):
 # ── features and fit data ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class InMemory:
-    """A feature source over a tensor (n, D, h, w) that records the rows of each read."""
-
-    def __init__(self, features: Tensor | ArrayLike) -> None:
-        self.features = torch.as_tensor(features, dtype=torch.float32)
-        self.shape = tuple(self.features.shape[1:])
-        self.reads: list[NDArray[np.int64]] = []
-
-    @property
-    def largest_read(self) -> int:
-        """The largest number of images in one read."""
-        return max((len(rows) for rows in self.reads), default=0)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def read(self, rows: Sequence[int]) -> Tensor:
-        self.reads.append(np.asarray(rows))
-        return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
-
-
-def normals(features, **fields):
-    """Fit data without subclass labels; each image is its own group and every fifth is held out."""
-    number = np.arange(len(features))
-    defaults = {
-        "subclasses": np.full(len(features), -1),
-        "names": (),
-        "groups": number,
-        "holdout": number % 5 == 0,
-        "seed": 0,
-    }
-    return FitData(features=InMemory(features), **defaults | fields)
-
-
-SHAPE = (16, 8, 8)
-
-
-def subclass_images(count, *, subclasses=3, shape=SHAPE, seed):
-    """Standardised features of normal images, and their subclasses, which differ in the mean of every channel."""
-    means = random(subclasses, shape[0], 1, 1, seed=1)
-    noise = random(count, *shape, seed=seed)
-    subclass = torch.arange(count) % subclasses
-    spread = means.var(0, unbiased=False).add(0.25).sqrt()
-    return (means[subclass] - means.mean(0) + 0.5 * noise) / spread, subclass.numpy()
-
-
-def subclass_normals(*, count=24, subclasses=3, shape=SHAPE, labelled=True, holdout=True):
-    """Fit data of several subclasses; a group is two images of one subclass."""
-    features, subclass = subclass_images(count, subclasses=subclasses, shape=shape, seed=2)
-    groups = np.arange(count) // (2 * subclasses) * subclasses + subclass
-    labels = {"subclasses": subclass, "names": tuple(f"cloth/{name}" for name in "abc"[:subclasses])}
-    return normals(features, groups=groups, holdout=(groups < subclasses) & holdout, **labels if labelled else {})
-
-
 def begun(head, data):
     """Fit what a head fits before its training stages."""
     head.begin(data)
-    return head
-
-
-def fit(head, data):
-    """Fit a head as `normweave.fitting` does."""
-    head.begin(data)
-    for stage in head.stages(data):
-        train(stage, data, device="cpu")
-    head.finish(data)
     return head
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from normweave import bundle, checks, history
+from normweave import bundle, checks, history, plugins
 from normweave.checks import outputs
 from normweave.detector import Detector, parse_record
 
@@ -30,6 +30,7 @@ def describe(folder: Path) -> dict[str, Any]:
         "subclasses": list(record["subclass_names"]),
         "operating_points": points.calibration.table(record["subclass_names"]),
         "guarantee": points.calibration.guarantee,
+        "plugins": record.get(plugins.KEY, []),
         "history": record.get(history.KEY, []),
         "files": {
             name: {"sha256": digest, "bytes": (folder / name).stat().st_size} for name, digest in sorted(files.items())

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import bundle, history, references, settings
+from normweave import bundle, history, plugins, references, settings
 from normweave.config import Config, OutcomeConfig
 from normweave.data import images, layouts, rows, splits, variations
 from normweave.data.images import ImageInput, read_ahead
@@ -568,6 +568,7 @@ def parse_record(record: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
         BundleError: something is missing or of the wrong form.
     """
     try:
+        plugins.check(record, where=where)
         subclasses = {name: (pair[0], pair[1]) for name, pair in record["subclasses"].items()}
         names = tuple(record["subclass_names"])
         parts = {

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, checks, cross_validation, history, references, settings, training
+from normweave import __version__, bundle, checks, cross_validation, history, plugins, references, settings, training
 from normweave.checks import Checks
 from normweave.config import Config
 from normweave.data import rows, splits, synthetic
@@ -547,6 +547,7 @@ def _record(config: Config, network: TorchNetwork, division: splits.Division) ->
     return {
         "model": config.model,
         "config": settings.as_dict(config),
+        **plugins.recorded(config),
         "notes": network.head.notes(),
         "image_level": network.head.image_level,
         "feature_shape": list(network.extractor.shape),

@@ -21,7 +21,7 @@ CONFIGS = get_args(SingleExpertConfig)
 
 
 def made(config, *, shape=SHAPE):
-    return locate(f"normweave.heads.adapted_moe.experts.{config.implementation}")(config, shape=shape)
+    return locate("normweave.heads.adapted_moe.experts", config)(config, shape=shape)
 
 
 def fitted(config, *, subclasses=K, count=24):

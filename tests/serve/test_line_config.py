@@ -145,3 +145,15 @@ def test_every_setting_is_documented(section):
     for type in line_config.types(section):
         names = fields_of(line_config.load(section, type).Config)
         assert [name for name in names if f"`{name}`" not in text] == []
+
+
+def test_a_type_of_a_plugin_is_known_and_replaces_none_of_normweave(monkeypatch):
+    from normweave import plugins
+
+    module = object()
+    offered = [plugins.Plugin("outputs", name, "other", "1.0", module, None) for name in ("gong", "mqtt")]
+    monkeypatch.setattr(plugins, "found", lambda group: offered if group == "outputs" else [])
+    assert "gong" in line_config.types("outputs")
+    assert "gong" not in line_config.types("sources")
+    assert line_config.load("outputs", "gong") is module
+    assert line_config.load("outputs", "mqtt") is not module

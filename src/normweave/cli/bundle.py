@@ -28,6 +28,8 @@ def show(terminal: Terminal, bundle: options.Bundle) -> int:
     for point in found["operating_points"]:
         table.add_row(*point_row(point))
     terminal.show(table)
+    for one in found["plugins"]:
+        terminal.show(f"needs the plug-in {one['name']} ({one['group']}) of {one['package']} {one['version']}")
     for step in found["history"]:
         terminal.show(_step(step))
     if not found["history"]:

@@ -21,7 +21,8 @@ def doctor(terminal: Terminal) -> int:
         "missing": {extra: missing for extra in packages if (missing := not_installed(packages[extra]))},
         "devices": devices(),
         "onnxruntime": providers(),
-        "openvino": plugins(),
+        "openvino": openvino_devices(),
+        "plugins": plugins(),
         "backbones": {"in pip packages": packaged(), "in the hub's cache": cached_weights()},
     }
     if terminal.json:
@@ -36,8 +37,13 @@ def doctor(terminal: Terminal) -> int:
             terminal.show(f"    missing: {', '.join(missing)}. Install them with: pip install {target}")
     terminal.show(f"devices: {', '.join(devices())}")
     terminal.show(f"onnxruntime devices: {', '.join(providers()) or 'none'}")
-    terminal.show(f"openvino devices: {', '.join(plugins()) or 'none'}")
+    terminal.show(f"openvino devices: {', '.join(openvino_devices()) or 'none'}")
     terminal.show(f"backbones without a download: {', '.join([*packaged(), *cached_weights()]) or 'none'}")
+    for plugin in plugins():
+        state = f", not used: {plugin['reason']}" if plugin["reason"] else ""
+        terminal.show(
+            f"plug-in: {plugin['name']} ({plugin['group']}) of {plugin['package']} {plugin['version']}{state}"
+        )
     return ALL_NORMAL
 
 
@@ -89,7 +95,18 @@ def providers() -> list[str]:
     return [name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers()]
 
 
-def plugins() -> list[str]:
+def plugins() -> list[dict[str, str | None]]:
+    """Return the heads, experts, layouts, sources and outputs of other packages, and why some are not used."""
+    from normweave.plugins import GROUPS, found
+
+    return [
+        {name: getattr(plugin, name) for name in ("group", "name", "package", "version", "reason")}
+        for group in GROUPS
+        for plugin in found(group)
+    ]
+
+
+def openvino_devices() -> list[str]:
     """Return the devices of OpenVINO."""
     if find_spec("openvino") is None:
         return []

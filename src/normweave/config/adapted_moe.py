@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
+from normweave import plugins
 from normweave.config.base import (
     BaseHeadConfig,
     Border,
@@ -29,9 +32,12 @@ from normweave.validation import (
 )
 
 
-class _Expert:
+class BaseExpertConfig:
+    """Class attributes of the settings of every expert."""
+
     implementation: ClassVar[str]
-    """Module and class below `normweave.heads.adapted_moe.experts`."""
+    """Module and class below `normweave.heads.adapted_moe.experts`, or of the package of a plug-in; the class is built
+    as `Class(config, shape=shape, unit=unit)`."""
     border: ClassVar[bool] = True
     """Whether scores near the border are treated, as `head.border` describes."""
 
@@ -46,7 +52,7 @@ FINE = 0.364
 
 
 @checked
-class LayoutExpertConfig(_Expert):
+class LayoutExpertConfig(BaseExpertConfig):
     """Residual of a subspace of whole images, for products whose parts have fixed positions."""
 
     implementation = "layout:LayoutExperts"
@@ -65,7 +71,7 @@ class LayoutExpertConfig(_Expert):
 
 
 @checked
-class GaussianExpertConfig(_Expert):
+class GaussianExpertConfig(BaseExpertConfig):
     """Mahalanobis distance to the patches of a subclass, for textures."""
 
     implementation = "gaussian:GaussianExperts"
@@ -79,7 +85,7 @@ class GaussianExpertConfig(_Expert):
 
 
 @checked
-class SubspaceExpertConfig(_Expert):
+class SubspaceExpertConfig(BaseExpertConfig):
     """Residual of a subspace of the whole images of a subclass (DFM, arXiv 1909.11786)."""
 
     implementation = "subspace:SubspaceExperts"
@@ -90,7 +96,7 @@ class SubspaceExpertConfig(_Expert):
 
 
 @checked
-class MemoryExpertConfig(_Expert):
+class MemoryExpertConfig(BaseExpertConfig):
     """Distance to the nearest stored normal patch (PatchCore, arXiv 2106.08265)."""
 
     implementation = "memory:MemoryExperts"
@@ -108,7 +114,7 @@ class MemoryExpertConfig(_Expert):
 
 
 @checked
-class DiscriminatorExpertConfig(_Expert):
+class DiscriminatorExpertConfig(BaseExpertConfig):
     """The paper's expert: SimpleNet's discriminator (arXiv 2303.15140, section 3.4)."""
 
     implementation = "discriminator:DiscriminatorExperts"
@@ -125,6 +131,11 @@ class DiscriminatorExpertConfig(_Expert):
 SingleExpertConfig = (
     LayoutExpertConfig | GaussianExpertConfig | SubspaceExpertConfig | MemoryExpertConfig | DiscriminatorExpertConfig
 )
+if not TYPE_CHECKING:
+    _KINDS = (*(expert.kind for expert in get_args(SingleExpertConfig)), "fusion")
+    SingleExpertConfig = reduce(
+        or_, plugins.usable("experts", known=_KINDS, of=BaseExpertConfig).values(), SingleExpertConfig
+    )
 
 
 @checked

@@ -39,7 +39,8 @@ class BaseHeadConfig:
     """Class attributes of the settings of every head."""
 
     implementation: ClassVar[str]
-    """Module and class below `normweave.heads`; the class is built as `Class(config, shape=shape, dims=dims)`."""
+    """Module and class below `normweave.heads`, or of the package of a plug-in; the class is built as
+    `Class(config, shape=shape, dims=dims)`."""
     model: ClassVar[str]
     """Name on the command line."""
     features: ClassVar[type[FeaturesConfig]] = TimmConfig

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
 
+from normweave import plugins
 from normweave.config.adapted_moe import AdaptedMoEConfig
 from normweave.config.adapted_moe_released import AdaptedMoEReleasedConfig
 from normweave.config.base import (
@@ -138,6 +141,11 @@ HeadConfig = (
     | PyramidFlowConfig
     | MeanShiftConfig
 )
+
+
+if not TYPE_CHECKING:
+    _KINDS = tuple(head.kind for head in get_args(HeadConfig))
+    HeadConfig = reduce(or_, plugins.usable("heads", known=_KINDS, of=BaseHeadConfig).values(), HeadConfig)
 
 
 def models() -> dict[str, type[HeadConfig]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from normweave import plugins
 from normweave.config import DataConfig
 from normweave.data.manifest import ENDINGS, read_manifest
 from normweave.data.tables import read_csv
@@ -374,6 +375,7 @@ LAYOUTS: dict[str, Layout] = {
     # Mishra et al. 2021, VT-ADL, arXiv 2104.10036
     "btad": Layout(partial(read_folders, masks=("{stem}.png", "{stem}.bmp"))),
 }
+LAYOUTS |= plugins.usable("layouts", known=tuple(LAYOUTS), of=Layout)
 
 
 def read(root: str | os.PathLike[str], config: DataConfig, *, layout: str | None = None) -> list[Sample]:

@@ -19,12 +19,17 @@ def build(config: HeadConfig, *, shape: tuple[int, int, int], dims: Sequence[int
         shape: (D, h, w) of the features.
         dims: D_l of each level that the D channels consist of; empty = one level.
     """
-    head = locate(f"normweave.heads.{config.implementation}")
+    head = locate("normweave.heads", config)
     built: Head = head(config, shape=shape, dims=dims or shape[:1])
     return built
 
 
-def locate(name: str) -> Any:
-    """Return the object that `package.module:Name` names; its module is imported now."""
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def locate(package: str, config: Any) -> Any:
+    """Return the class that `config.implementation` names, `module:Class`; its module is imported now.
+
+    Args:
+        package: to which the module belongs; the settings of a plug-in name the whole module.
+    """
+    module, _, attribute = str(config.implementation).partition(":")
+    own = type(config).__module__.startswith("normweave.")
+    return getattr(importlib.import_module(f"{package}.{module}" if own else module), attribute)

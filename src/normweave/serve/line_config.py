@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from normweave import plugins
 from normweave.errors import ConfigError, MissingError, unknown
 from normweave.outcome.parts import PartRule
 from normweave.settings import read_yaml
@@ -80,22 +81,34 @@ def read(path: Path) -> LineConfig:
 
 def types(section: str) -> list[str]:
     """Return the values of `type` in a section."""
-    package = importlib.import_module(f"normweave.serve.{section}")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    own = _own(section)
+    return sorted({*own, *plugins.usable(_group(section), known=own)})
 
 
 def load(section: str, type: str) -> Any:
-    """Return the module of a type.
+    """Return the module of a type: of this package, or of a plug-in.
 
     Raises:
         MissingError: its library is not installed.
     """
+    others = plugins.usable(_group(section), known=_own(section))
+    if type in others:
+        return others[type]
     try:
         return importlib.import_module(f"normweave.serve.{section}.{type}")
     except ImportError as error:
         raise MissingError(
             f'{section} of type {type} need {error.name}, which is not installed: pip install "normweave[line]"'
         ) from error
+
+
+def _own(section: str) -> tuple[str, ...]:
+    package = importlib.import_module(f"normweave.serve.{section}")
+    return tuple(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def _group(section: str) -> plugins.Group:
+    return "sources" if section == "sources" else "outputs"
 
 
 def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:

@@ -35,7 +35,7 @@ class ExpertBranch(nn.Module):
     def __init__(self, expert: SingleExpertConfig, adaption: AdaptionConfig, *, shape: tuple[int, int, int]) -> None:
         super().__init__()
         self.config = expert
-        implementation = locate(f"normweave.heads.adapted_moe.experts.{expert.implementation}")
+        implementation = locate("normweave.heads.adapted_moe.experts", expert)
         self.adaption = build_adaption(adaption, default=implementation.default_adaption, width=shape[0])
         # Patches of length one have channels with a std of about 1 / sqrt(D).
         unit = shape[0] ** -0.5 if self.adaption.unit_length else 1.0

@@ -14,6 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple, get_args
 
 from normweave.errors import MissingError
+from normweave.validation import DISCRIMINATOR
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ class Plugin(NamedTuple):
     """An entry point of another package.
 
     Attributes:
-        name: of the entry point, which is the `kind` of a head or an expert, the name of a layout, or the `type` of a
-            source or an output.
+        name: of the entry point: the one that the settings of a head or an expert have, the name of a layout, or the
+            `type` of a source or an output.
         package, version: of the distribution that has it.
         value: what it loads; None if it cannot be used.
         reason: why it cannot be used; None if it can.
@@ -79,16 +80,15 @@ def usable(group: Group, *, known: tuple[str, ...] = (), of: type[Any] | None = 
 
 def recorded(config: Any) -> dict[str, Any]:
     """Return what a bundle records of the plug-ins whose head and expert its settings name; empty if there are none."""
-    head = config.head
-    kinds: tuple[tuple[Group, str], ...] = (
-        ("heads", head.kind),
-        ("experts", getattr(getattr(head, "expert", None), "kind", "")),
+    variants: tuple[tuple[Group, str], ...] = (
+        ("heads", config.model),
+        ("experts", getattr(getattr(config.head, "expert", None), DISCRIMINATOR, "")),
     )
     needed = [
         {"group": group, "name": plugin.name, "package": plugin.package, "version": plugin.version}
-        for group, kind in kinds
+        for group, variant in variants
         for plugin in found(group)
-        if plugin.name == kind and plugin.reason is None
+        if plugin.name == variant and plugin.reason is None
     ]
     return {KEY: needed} if needed else {}
 

@@ -132,9 +132,9 @@ SingleExpertConfig = (
     LayoutExpertConfig | GaussianExpertConfig | SubspaceExpertConfig | MemoryExpertConfig | DiscriminatorExpertConfig
 )
 if not TYPE_CHECKING:
-    _KINDS = (*(expert.kind for expert in get_args(SingleExpertConfig)), "fusion")
+    _OWN = (*(getattr(expert, DISCRIMINATOR) for expert in get_args(SingleExpertConfig)), "fusion")
     SingleExpertConfig = reduce(
-        or_, plugins.usable("experts", known=_KINDS, of=BaseExpertConfig).values(), SingleExpertConfig
+        or_, plugins.usable("experts", known=_OWN, of=BaseExpertConfig).values(), SingleExpertConfig
     )
 
 

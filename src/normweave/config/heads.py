@@ -21,7 +21,7 @@ from normweave.config.base import (
     Variance,
 )
 from normweave.config.cnc import CNCConfig
-from normweave.validation import NaturalInt, OddInt, PositiveFloat, PositiveInt, PositiveShare, checked
+from normweave.validation import DISCRIMINATOR, NaturalInt, OddInt, PositiveFloat, PositiveInt, PositiveShare, checked
 
 
 @checked
@@ -144,8 +144,8 @@ HeadConfig = (
 
 
 if not TYPE_CHECKING:
-    _KINDS = tuple(head.kind for head in get_args(HeadConfig))
-    HeadConfig = reduce(or_, plugins.usable("heads", known=_KINDS, of=BaseHeadConfig).values(), HeadConfig)
+    _OWN = tuple(getattr(head, DISCRIMINATOR) for head in get_args(HeadConfig))
+    HeadConfig = reduce(or_, plugins.usable("heads", known=_OWN, of=BaseHeadConfig).values(), HeadConfig)
 
 
 def models() -> dict[str, type[HeadConfig]]:

@@ -1,6 +1,8 @@
 """A server with a small bundle and Chromium in front of it: fixtures and helpers of the tests of the pages."""
 
 import base64
+import dataclasses
+import json
 import re
 import shutil
 import signal
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+from counterparts import Receiver
 from normweave.detector import Detector
 from required import absent
 from serving import Server
@@ -67,13 +70,18 @@ def server(bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("server")
     watched = folder / "camera"
     watched.mkdir()
+    receiver = Receiver(folder)
+    receiver.statuses = [410]  # of the first inspection
+    receiver.listen()
+    output = dataclasses.asdict(receiver.output(name="mes", refusals=1).config)
     line = folder / "line.yaml"
-    line.write_text("parts: {seconds: 1}")
+    line.write_text(json.dumps({"parts": {"seconds": 1}, "outputs": [output]}))
     server = Server(bundle, folder / "data", "--device=cpu", f"--watch={watched}", f"--config={line}")
     server.watched = watched
     yield server
     assert server.stop() in (0, -signal.SIGTERM)  # uvicorn re-raises the signal
     assert "Traceback" not in server.log()
+    receiver.close()
 
 
 @pytest.fixture(scope="session")

@@ -74,3 +74,20 @@ def test_commands_that_need_torch_name_the_command_that_installs_it(tmp_path):
     assert result.returncode == 2
     assert 'which is not installed: pip install "normweave[train]"' in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_the_line_is_tested(tmp_path, monkeypatch):
+    monkeypatch.setenv("MES_SECRET", "whsec_c2VjcmV0IG9mIHRoZSBsaW5lIGFuZCB0aGUgbWVz")
+    line = tmp_path / "line.yaml"
+    line.write_text("outputs:\n- {type: webhook, name: mes, url: 'http://127.0.0.1:1/', secret_env: MES_SECRET}\n")
+    result = run("doctor", "--line", line)
+    assert result.exit_code == 3
+    assert "mes (webhook): http://127.0.0.1:1/: URLError" in result.stdout
+    assert "Check url and secret" in result.stdout
+    (found,) = json.loads(run("doctor", "--line", line, "--json").stdout)["outputs"]
+    assert (found["name"], found["type"], "Check url" in found["error"]) == ("mes", "webhook", True)
+    line.write_text("outputs:\n- {type: webhook}\n")
+    assert run("doctor", "--line", line).exit_code == 2
+    line.write_text("name: Press 5\n")
+    result = run("doctor", "--line", line)
+    assert (result.exit_code, "has no outputs" in result.stdout) == (0, True)

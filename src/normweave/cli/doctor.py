@@ -5,13 +5,27 @@ import platform
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from normweave import __version__
 from normweave.cli.terminal import ALL_NORMAL, Terminal
+from normweave.errors import CheckError, MissingError
 
 
-def doctor(terminal: Terminal) -> int:
+def doctor(
+    terminal: Terminal,
+    line: Annotated[
+        Path | None,
+        typer.Option(
+            help="Test the outputs of this line.yaml instead, with messages of no effect.", show_default=False
+        ),
+    ] = None,
+) -> int:
     """Print installed packages, available devices, and the backbones that need no download."""
+    if line is not None:
+        return _test_line(terminal, line)
     packages = required()
     report = {
         "normweave": __version__,
@@ -45,6 +59,26 @@ def doctor(terminal: Terminal) -> int:
             f"plug-in: {plugin['name']} ({plugin['group']}) of {plugin['package']} {plugin['version']}{state}"
         )
     return ALL_NORMAL
+
+
+def _test_line(terminal: Terminal, path: Path) -> int:
+    """Test each output of a line, and print one line for each; exit code 3 if one fails."""
+    try:
+        from normweave.serve import line_config
+        from normweave.serve.line_check import check_outputs
+    except ImportError as error:
+        raise MissingError(
+            f'The test needs {error.name}, which is not installed: pip install "normweave[serve,line]"'
+        ) from error
+    results = check_outputs(line_config.read(path))
+    if terminal.json:
+        terminal.record({"outputs": [vars(one) for one in results]})
+    else:
+        for one in results:
+            terminal.show(f"{one.name} ({one.type}): {one.error or 'works'}")
+        if not results:
+            terminal.show(f"{path} has no outputs.")
+    return CheckError.exit_code if any(one.error for one in results) else ALL_NORMAL
 
 
 def required() -> dict[str, list[str]]:

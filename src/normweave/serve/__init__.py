@@ -84,7 +84,7 @@ def create_app(
     if pages:
         from normweave.serve.pages import add_pages
 
-        add_pages(app, service, access=access, watch=watch, drift=drift, teaching=teaching)
+        add_pages(app, service, access=access, watch=watch, drift=drift, teaching=teaching, outputs=outputs)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(AuthenticationMiddleware, access=access)
     app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost

@@ -147,7 +147,7 @@ def test_doctor_writes_nothing_to_a_plc(tmp_path):
             await output.close()
 
     asyncio.run(check(plc.output()))
-    with pytest.raises(OSError, match=r"does not read the holding registers 0 to 16.*Check address"):
+    with pytest.raises(OSError, match=r"does not read the holding registers 0 to 16"):
         asyncio.run(check(make("modbus", role="client", host="127.0.0.1", port=plc.port)))
     with pytest.raises(OSError, match="no connection to"):
         asyncio.run(check(make("modbus", role="client", host="127.0.0.1", port=1)))

@@ -32,6 +32,7 @@ def test_a_module_in_the_package_adds_a_page(tmp_path):
         "Model",
         "History",
         "Parts",
+        "Line",
         "Drift",
         "Audit",
         "Tokens",
@@ -41,5 +42,17 @@ def test_a_module_in_the_package_adds_a_page(tmp_path):
 
 
 def test_the_pages_are_in_the_order_of_the_navigation():
-    paths = ["/", "/review", "/model", "/history", "/parts", "/drift", "/audit", "/tokens", "/compare", "/teach"]
+    paths = [
+        "/",
+        "/review",
+        "/model",
+        "/history",
+        "/parts",
+        "/line",
+        "/drift",
+        "/audit",
+        "/tokens",
+        "/compare",
+        "/teach",
+    ]
     assert [page.path for page in every_page()] == paths

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from normweave.errors import NormweaveError
 from normweave.serve.line_config import EntryConfig, load
@@ -52,9 +52,11 @@ class Output(ABC):
 
     Attributes:
         attempts: after how many refusals (`RefusedError`) a message is set aside as a dead letter.
+        cure: what to do when the counterpart does not answer, for `doctor --line`.
     """
 
     attempts: int = 1
+    cure: ClassVar[str] = "Check the address, and that the counterpart runs."
 
     def __init__(self, config: Any, *, line: str) -> None:
         self.config = config

@@ -69,6 +69,7 @@ class Output(outputs.Output):
     """Writes one result after the other; the next one follows when the PLC has written its number."""
 
     config: Config
+    cure = "Check host, port, device_id and address. role: server listens itself: a running server holds the port."
 
     def __init__(self, config: Config, *, line: str) -> None:
         super().__init__(config, line=line)
@@ -196,10 +197,7 @@ class _Client:
 
     def _check(self, answer: Any, what: str, address: int, count: int) -> None:
         if answer.isError():
-            raise OSError(
-                f"the PLC does not {what} the holding registers {address} to {address + count - 1}: {answer}. "
-                "Check address and device_id, and the access rights in the PLC"
-            )
+            raise OSError(f"the PLC does not {what} the holding registers {address} to {address + count - 1}: {answer}")
 
     async def close(self) -> None:
         self._client.close()

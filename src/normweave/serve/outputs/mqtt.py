@@ -56,6 +56,7 @@ class Output(outputs.Output):
     """Publishes messages to a broker. A message is delivered when the broker has acknowledged it."""
 
     config: Config
+    cure = "Check host and port, username and password, tls and tls_ca, and that the broker runs."
 
     def __init__(self, config: Config, *, line: str) -> None:
         super().__init__(config, line=line)

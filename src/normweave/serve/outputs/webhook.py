@@ -52,6 +52,7 @@ class Output(outputs.Output):
     """Sends messages to another server, which has taken one when it answers 2xx."""
 
     config: Config
+    cure = "Check url and secret, and that the other server runs."
 
     def __init__(self, config: Config, *, line: str) -> None:
         super().__init__(config, line=line)

@@ -14,6 +14,7 @@ from nicegui import ui
 
 from normweave.serve import handlers, problems, schemas
 from normweave.serve.access import Access
+from normweave.serve.delivery import Deliveries
 from normweave.serve.drift import DriftWatch
 from normweave.serve.pages.frame import TEMPLATE, Page, Serving, registered_pages
 from normweave.serve.pages.history import csv_lines, filter_of
@@ -47,6 +48,7 @@ def add_pages(
     watch: Watch | None,
     drift: DriftWatch,
     teaching: Teaching,
+    outputs: Deliveries,
 ) -> None:
     """Add the pages to a server after all its other routes; once per process, because NiceGUI has one app.
 
@@ -55,9 +57,14 @@ def add_pages(
         watch: the watched folder, if any.
         drift: follows changes of the images.
         teaching: trains new products.
+        outputs: deliver the results.
     """
+
+    def serving(token: Token) -> Serving:
+        return Serving(service, token, watch, access, drift, teaching, outputs)
+
     for page in every_page():
-        _add_page(page, lambda token: Serving(service, token, watch, access, drift, teaching), service.store.line)
+        _add_page(page, serving, service.store.line)
 
     @app.post("/upload", include_in_schema=False)
     async def upload(request: Request, name: schemas.Name) -> Response:

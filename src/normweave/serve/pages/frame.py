@@ -12,6 +12,7 @@ from nicegui import ui
 
 from normweave.errors import NormweaveError
 from normweave.serve.access import Access
+from normweave.serve.delivery import Deliveries
 from normweave.serve.drift import DriftWatch
 from normweave.serve.records import AuditEntry, Inspection, PartRecord, Token
 from normweave.serve.reviews import defect_names
@@ -51,6 +52,7 @@ class Serving(NamedTuple):
     """None: requests need no token."""
     drift: DriftWatch
     teaching: Teaching
+    outputs: Deliveries
 
 
 class Page(ABC):
@@ -71,7 +73,7 @@ class Page(ABC):
     engineers_only: ClassVar[bool] = False
 
     def __init__(self, serving: Serving) -> None:
-        self._service, self._token, self._watch, self._access, self._drift, self._teaching = serving
+        self._service, self._token, self._watch, self._access, self._drift, self._teaching, self._outputs = serving
 
     @abstractmethod
     async def content(self) -> None:

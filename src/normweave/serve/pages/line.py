@@ -1,0 +1,64 @@
+"""Line: what each output does, how far behind it is, and what its counterpart has refused."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nicegui import ui
+from nicegui.events import GenericEventArguments
+
+from normweave.serve.delivery import OutputState
+from normweave.serve.delivery_store import DeadLetter
+from normweave.serve.pages.frame import EMIT_ID, Page
+from normweave.serve.records import Token
+from normweave.serve.templating import render_macro
+
+TEMPLATE = "line.html"
+REFRESH_SECONDS = 2.0
+LETTERS = 10
+"""Dead letters of an output that are listed, the oldest."""
+COLOURS = {"working": "green", "behind": "amber", "failing": "red"}
+"""Class of the mark of each status, whose word stands beside it."""
+
+
+class LinePage(Page):
+    """A section for each output."""
+
+    path = "/line"
+    title = "Line"
+    purpose = "Where the results go: whether each output works, and what it has not delivered."
+    position = 4.7
+
+    async def content(self) -> None:
+        """Build the sections."""
+        self.heading()
+        self._sections = ui.html().props('aria-live="polite"')
+        self._sections.on("click", self._send_again, js_handler=EMIT_ID)
+        self._names: list[str] = []
+        await self._update()
+        ui.timer(REFRESH_SECONDS, self._update, immediate=False)
+
+    async def _update(self) -> None:
+        states, letters = await asyncio.to_thread(self._read)
+        self._names = [state.name for state in states]
+        self._sections.set_content(sections(states, letters, token=self._token))
+
+    def _read(self) -> tuple[list[OutputState], dict[str, list[DeadLetter]]]:
+        states = self._outputs.states()
+        return states, {
+            one.name: self._outputs.dead_letters(one.name, limit=LETTERS) for one in states if one.dead_letters
+        }
+
+    async def _send_again(self, event: GenericEventArguments) -> None:
+        number = int(event.args) - 1
+        if self._token.role == "engineer" and 0 <= number < len(self._names):
+            count = await asyncio.to_thread(self._outputs.send_again, self._names[number])
+            ui.notify(f"{count} messages are sent again.")
+            await self._update()
+
+
+def sections(states: list[OutputState], letters: dict[str, list[DeadLetter]], *, token: Token) -> str:
+    """Return a section for each output as HTML, with the buttons of an engineer."""
+    return render_macro(
+        TEMPLATE, "sections", states=states, letters=letters, colours=COLOURS, engineer=token.role == "engineer"
+    )

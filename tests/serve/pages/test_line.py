@@ -1,0 +1,50 @@
+"""The page Line has the state of each output as text, and its dead letters."""
+
+from dataclasses import replace
+
+from inspections import NOON
+from normweave.serve.delivery import OutputState
+from normweave.serve.delivery_store import DeadLetter
+from normweave.serve.pages.line import sections
+from normweave.serve.records import Token
+
+ENGINEER = Token(name="Ada", role="engineer", digest="", created_at=NOON)
+STATE = OutputState(
+    name="mes",
+    type="webhook",
+    status="working",
+    behind=0,
+    attempts=0,
+    last_error=None,
+    last_success_at=NOON,
+    dead_letters=0,
+    removed=0,
+)
+
+
+def test_the_state_is_a_word_and_a_colour():
+    for status, colour in (("working", "green"), ("behind", "amber"), ("failing", "red")):
+        html = sections([replace(STATE, status=status)], {}, token=ENGINEER)
+        assert f'class="light {colour}"' in html
+        assert f">{status}</span>" in html
+        assert "Send again" not in html
+
+
+def test_what_is_wrong_is_shown():
+    state = replace(STATE, status="failing", behind=1234, attempts=3, last_error="<b>no answer", removed=5)
+    html = sections([state], {}, token=ENGINEER)
+    for words in ("<dd>1,234</dd>", "<dd>3</dd>", "&lt;b&gt;no answer", "<dd>5</dd>"):
+        assert words in html
+
+
+def test_only_engineers_send_dead_letters_again():
+    letter = DeadLetter(id=1, output="mes", inspection=7, at=NOON, reason="status 410", message={}, again=False)
+    state = replace(STATE, status="behind", dead_letters=3)
+    html = sections([state], {"mes": [letter]}, token=ENGINEER)
+    for words in ("Inspection 7", "status 410", "and 2 more", 'data-id="1"', "Send again"):
+        assert words in html
+    assert "Send again" not in sections([state], {"mes": [letter]}, token=replace(ENGINEER, role="operator"))
+
+
+def test_without_outputs():
+    assert "no outputs" in sections([], {}, token=ENGINEER)

@@ -1,0 +1,42 @@
+"""Each output is tested against its counterpart; what is wrong is one line with the cure."""
+
+import pytest
+
+from counterparts import Mosquitto, PlcServer, Receiver
+from normweave.serve.line_check import check_outputs
+from normweave.serve.line_config import LineConfig
+
+COUNTERPARTS = [Mosquitto, PlcServer, Receiver]
+
+
+@pytest.fixture(params=COUNTERPARTS, ids=lambda one: one.type)
+def counterpart(request, tmp_path):
+    made = request.param(tmp_path)
+    made.listen()
+    yield made
+    made.close()
+
+
+def test_a_working_counterpart_and_one_of_each_fault(counterpart):
+    config = LineConfig(outputs=(counterpart.output(timeout_seconds=0.6).config,))
+    (found,) = check_outputs(config)
+    assert (found.type, found.error) == (counterpart.type, None)
+    for mode in ("silent", "garbage"):
+        counterpart.proxy.switch(mode)
+        (found,) = check_outputs(config)
+        assert " Check " in found.error, mode
+        assert "\n" not in found.error
+    counterpart.proxy.stop()
+    (found,) = check_outputs(config)
+    assert " Check " in found.error
+
+
+def test_outputs_are_tested_in_their_order(tmp_path):
+    receiver = Receiver(tmp_path)
+    receiver.listen()
+    wrong = receiver.output(name="wrong", timeout_seconds=1.0).config
+    receiver.statuses = [404]
+    found = check_outputs(LineConfig(outputs=(wrong,)))
+    assert [(one.name, "status 404" in one.error) for one in found] == [("wrong", True)]
+    assert check_outputs(LineConfig()) == []
+    receiver.close()

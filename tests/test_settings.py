@@ -169,7 +169,7 @@ def test_yaml_means_what_it_looks_like(tmp_path, text, head):
         ("seed: 2026-13-45", ["seed must be a valid integer, got '2026-13-45'"]),
         ("seed: !!python/object/apply:os.getcwd []", ["is not YAML", "could not determine a constructor"]),
         ("[" * 5000, ["is not YAML"]),
-        ("- a", ["must hold `key: value` lines", "with the keys data, prepare, features, head"]),
+        ("- a", ["must hold `key: value` lines", "with the keys data, prepare, regions, features, head"]),
         ("", ["must hold `key: value` lines", "got None"]),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
 from normweave.errors import ConfigError
+from normweave.settings import from_dict
 from normweave.validation import (
     OddInt,
     PositiveInt,
@@ -147,3 +148,12 @@ def test_checked_classes_are_frozen_and_list_their_fields():
     assert fields_of(int) == {}
     assert variants(fields_of(Whole)["part"]) == {"near": Near, "far": Far}
     assert variants(fields_of(Whole)["count"]) == {}
+
+
+def test_a_list_that_is_too_short_is_a_mistake_unless_its_items_are():
+    corner = [0.0, 0.0]
+    for polygon, words in (([corner, corner], "must have at least 3 items"), ([corner, corner, [0, 2]], "got 2")):
+        with pytest.raises(ConfigError, match=words) as caught:
+            from_dict({"regions": [{"include": {"polygons": [polygon]}}]})
+        assert "settings: regions[0].include.polygons[0]" in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from normweave import fitting, settings
 from normweave.config import AdaptedMoEConfig, Config, PrepareConfig, TimmConfig
-from normweave.data import images, rows, splits, synthetic
-from normweave.data.prepare import Preparation
+from normweave.data import images, regions, rows, splits, synthetic
+from normweave.data.prepare import Preparation, Preparations
+from normweave.data.regions import TileRegion
 from normweave.detector import Data, Detector, samples_of
 from normweave.errors import unknown
 from normweave.features import build as build_features
@@ -291,7 +292,7 @@ def run_trial(
     extractor = build_features(config.features, height=prepare.height, width=prepare.width)
     extractor.to(device)
     known = None if cache is None else partial(feature_cache.contains, cache, extractor.fingerprint)
-    scanned = rows.scan(samples, Preparation(prepare), known=known)
+    scanned = rows.scan(samples, Preparations(prepare, regions=config.regions), known=known)
     source = feature_source(extractor, scanned, cache=cache, max_gib=cache_gib, progress=None)
     order = np.random.default_rng(config.seed).permutation(int(groups.max()) + 1)
     folds = order[groups] % 2
@@ -304,18 +305,23 @@ def run_trial(
         network = _fitted(FittedRows(scanned, *parts), extractor, source, config, cache, cache_gib, device)
         held_out = np.flatnonzero(folds == fold)
         cut: list[NDArray[np.uint8]] = []  # tiles with a part of a defect, scored together since passes are padded
+        cut_parts: list[TileRegion | None] = []  # how each is scored under the region
         of: list[tuple[int, int]] = []  # image and variant of each
         for number in held_out.tolist():
             own = np.flatnonzero(scanned.owner == number)
-            scores = TileScores.of(network.score_features(source.read(own)), config).scores
+            inside = [scanned.part_inside(int(row)) for row in own]
+            scores = TileScores.of(network.score_features(source.read(own)), config, inside).scores
             normal[number] = scores.max()
             for variant in range(per_image):
                 pixels, mask = _defective(scanned, number, held_out, variant, seed=config.seed)
                 touched = np.array([_part(mask, scanned.tiles[row]).any() for row in own])
                 defective[number, variant] = scores[~touched].max(initial=-np.inf)
-                cut += [scanned.preparation.apply(pixels, scanned.tiles[row]) for row in own[touched]]
+                preparation = scanned.preparation.of(scanned.samples[number].category)
+                cut += [preparation.apply(pixels, scanned.tiles[row]) for row in own[touched]]
+                cut_parts += [inside[tile] for tile in np.flatnonzero(touched)]
                 of += [(number, variant)] * int(touched.sum())
-        np.maximum.at(defective, tuple(np.transpose(of)), TileScores.compute(network, np.stack(cut), config).scores)
+        scored = TileScores.compute(network, np.stack(cut), config, parts=cut_parts)
+        np.maximum.at(defective, tuple(np.transpose(of)), scored.scores)
         times.append(_image_ms(network, scanned, held_out[:TIMED], config))
     return Trial(normal, defective, folds, groups), float(np.mean(times))
 
@@ -363,7 +369,13 @@ def _defective(
         images.decode(scanned.samples[each].image_path).transpose(2, 0, 1)
         for each in (number, same[rng.integers(len(same))])
     )
-    defective, mask = synthetic.add_small_defect(pixels, other, rng=rng)
+    region = scanned.preparation.of(category).region
+    if region is None:
+        defective, mask = synthetic.add_small_defect(pixels, other, rng=rng)
+    else:  # in the bounding box of the region, of both images
+        box, theirs = (synthetic.bounding_box(regions.mask(region, *each.shape[1:])) for each in (pixels, other))
+        defective, mask = pixels.copy(), np.zeros(pixels.shape[1:], dtype=np.bool_)
+        defective[:, *box], mask[box] = synthetic.add_small_defect(pixels[:, *box], other[:, *theirs], rng=rng)
     return defective.transpose(1, 2, 0), mask
 
 

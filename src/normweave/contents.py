@@ -8,7 +8,9 @@ from typing import Any
 
 from normweave import bundle, checks, history, plugins
 from normweave.checks import outputs
-from normweave.detector import Detector, parse_record
+from normweave.data import regions
+from normweave.detector import Detector
+from normweave.record import parse_record
 
 DATA = ("fit_images", "calibration_images", "data_fingerprint", "calibrated_on")
 TEXTS = ("model", "precision", "seed", "feature_shape", "software")
@@ -21,7 +23,8 @@ def describe(folder: Path) -> dict[str, Any]:
         BundleError: damaged, not a bundle, or of another format version.
     """
     record = bundle.read(folder)
-    points = parse_record(record, where=folder)["operating_points"]
+    parts = parse_record(record, where=folder)
+    points = parts["operating_points"]
     files = bundle.files(folder)
     return {
         "bundle": str(folder),
@@ -29,6 +32,7 @@ def describe(folder: Path) -> dict[str, Any]:
         **{key: record.get(key) for key in (*TEXTS, *DATA)},
         "subclasses": list(record["subclass_names"]),
         "operating_points": points.calibration.table(record["subclass_names"]),
+        "regions": regions.described(parts["config"].regions),
         "guarantee": points.calibration.guarantee,
         "plugins": record.get(plugins.KEY, []),
         "history": record.get(history.KEY, []),
@@ -46,7 +50,7 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
     """
     old, new = describe(first), describe(second)
     records = bundle.read(first), bundle.read(second)
-    settings = _changed(*(_flat(record["config"]) for record in records))
+    settings = _changed(*(_flat({**record["config"], "regions": None}) for record in records))
     thresholds = _changed(
         *({_name(point): _limits(point) for point in each["operating_points"]} for each in (old, new))
     )
@@ -54,6 +58,7 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
     files = _changed(*({name: file["sha256"] for name, file in each["files"].items()} for each in (old, new)))
     parts = {
         "settings": settings,
+        "regions": _changed(old["regions"], new["regions"]),
         "subclasses": _changed(*(dict.fromkeys(each["subclasses"], True) for each in (old, new))),
         "operating_points": thresholds,
         "data": _changed(*({key: each[key] for key in (*TEXTS, *DATA)} for each in (old, new))),

@@ -125,7 +125,7 @@ def _matching_subclasses(
     if set(detector.subclass_names) <= {sample.subclass_name for sample in images.samples}:
         return [names.index(name) for name in detector.subclass_names]
     own, theirs = (
-        [ImageScore.of(tiles).subclass for _, tiles, _ in each.score_rows(images, fitted, cache=cache)]
+        [ImageScore.of(one.own).subclass for one in each.score_rows(images, fitted, cache=cache)]
         for each in (detector, final)
     )
     votes: list[Counter[int]] = [Counter() for _ in detector.subclass_names]

@@ -21,17 +21,20 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import bundle, history, plugins, references, settings
+from normweave import bundle, history, references, settings
+from normweave.by_region import ByRegion, Scored
 from normweave.config import Config, OutcomeConfig
 from normweave.data import images, layouts, rows, splits, variations
 from normweave.data.images import ImageInput, read_ahead
-from normweave.data.prepare import Preparation
+from normweave.data.prepare import Preparations
+from normweave.data.regions import cells_inside, filled
 from normweave.drift import reference, statistics
 from normweave.errors import BundleError, DataError, ImageError
 from normweave.network import open_graph
 from normweave.network.base import Network
 from normweave.outcome import boxes
 from normweave.outcome.operating_point import Calibration
+from normweave.record import parse_record
 from normweave.scoring import HeldOut, ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map, drift_record
 from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
 
@@ -81,7 +84,7 @@ class Detector:
     ) -> None:
         self.network = network
         self.config = config
-        self.preparation = Preparation(config.prepare)
+        self.preparation = Preparations(config.prepare, regions=config.regions)
         self.subclass_names = subclass_names
         self.subclasses = dict(subclasses)
         self.record = dict(record)
@@ -162,6 +165,13 @@ class Detector:
         """The threshold of boxes, in units of the map; None: that of the image score is used."""
         return self.operating_points and self.operating_points.map_threshold
 
+    @property
+    def regions(self) -> ByRegion:
+        """The regions of the categories, and the rule by which one of them is chosen for an image."""
+        categories = {category for category, _ in self.subclasses.values()}
+        routed = [self.subclasses.get(name, ("", None))[0] for name in self.subclass_names]
+        return ByRegion.of(self.preparation, categories, routed)
+
     # ---------------------------------------------------------------- scoring
 
     @overload
@@ -209,23 +219,25 @@ class Detector:
                     yield outcome if outcome.error is not None else replace(outcome, latency_ms=each_ms)
 
     def open(self, image: ImageInput) -> PreparedImage:
-        """Decode an image and prepare its tiles. This is the first of the three steps of `stream`."""
+        """Decode an image and prepare its tiles under each region. This is the first of the three steps of `stream`."""
         path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
         try:
             pixels = images.decode(image)
             height, width = pixels.shape[:2]
-            tiles = self.preparation.checked_tiles(height, width)
+            cut = [(each, tile) for each in self.regions.owned for tile in each.checked_tiles(height, width)]
         except ImageError as error:
             return PreparedImage(path, (0, 0), (), None, str(error))
-        prepared = np.stack([self.preparation.apply(pixels, tile) for tile in tiles])
-        return PreparedImage(path, (height, width), tiles, prepared, None)
+        preparations, tiles = zip(*cut, strict=True)
+        prepared = np.stack([each.apply(pixels, tile) for each, tile in cut])
+        return PreparedImage(path, (height, width), tiles, prepared, None, preparations)
 
     def scores(self, batch: Sequence[PreparedImage], *, size: int | None = None) -> list[TileScores | None]:
         """Compute the scores of the tiles of each image, in passes of at most `size` tiles; None if unreadable."""
         readable = [image.pixels for image in batch if image.pixels is not None]
         if not readable:
             return [None] * len(batch)
-        scored = TileScores.compute(self.network, np.concatenate(readable), self.config, size=size)
+        parts = [part for image in batch if image.pixels is not None for part in image.parts_inside]
+        scored = TileScores.compute(self.network, np.concatenate(readable), self.config, size=size, parts=parts)
         ends = np.cumsum([len(image.tiles) for image in batch])
         return [
             None if image.pixels is None else scored.part(int(end) - len(image.tiles), int(end))
@@ -239,6 +251,7 @@ class Detector:
             BundleError: no operating point has been computed.
             DataError: a score is not finite.
         """
+        image, tiles = self.regions.choose(image, tiles)
         if tiles is None:
             return Outcome(image_path=image.path, error=image.error, model=self.model)
         points = self._require_operating_points()
@@ -247,11 +260,16 @@ class Detector:
         height, width = image.size
         full_map, found = None, tuple[DefectBox, ...]()
         if maps:
-            full_map = anomaly_map(tiles.raw.scores, image.tiles, image.size, smoothing=self.smoothing)
+            limit = points.box_threshold(threshold=decision.threshold, unseen=decision.unseen)
+            grids, inside = tiles.raw.scores, image.inside
+            full_map = anomaly_map(
+                grids, image.tiles, image.size, smoothing=self.smoothing, inside=inside, threshold=limit
+            )
             if decision.verdict != "normal":
-                found = boxes.find(full_map, points.box_threshold(threshold=decision.threshold, unseen=decision.unseen))
+                found = boxes.find(full_map, limit)
                 if self.network.references is not None and tiles.raw.nearest is not None:
                     found = self.network.references.mark(found, full_map, tiles.raw.nearest, image.tiles)
+        cells = cells_inside(image.parts_inside, tiles.raw.scores.shape[1:])
         category, subclass = self.product(scored.subclass)
         names = self.subclass_names
         seen = None if image.pixels is None else statistics.of_image(image.pixels)
@@ -277,7 +295,7 @@ class Detector:
             guarantee=decision.guarantee,
             anomaly_map=full_map,
             **({} if seen is None else seen._asdict()),
-            **statistics.of_map(tiles.raw.scores, image.tiles, image.size)._asdict(),
+            **statistics.of_map(tiles.raw.scores, image.tiles, image.size, inside=cells)._asdict(),
             height=height,
             width=width,
             model=self.model,
@@ -310,11 +328,10 @@ class Detector:
         scanned = self.scan(samples, cache=cache, progress=progress)
         rows.refuse_used(scanned, self.record, "test")
         everything = np.arange(len(scanned))
-        for number, tiles, _ in self.score_rows(scanned, everything, cache=cache, progress=progress):
-            cut = scanned.tiles_of(number)
-            sample = scanned.samples[number]
-            image = PreparedImage(str(sample.image_path), scanned.sizes[number], cut, None, None)
-            yield SampleOutcome(sample, self.outcome(image, tiles, maps=maps), cut, tiles.raw.reconstruction)
+        for each in self.score_rows(scanned, everything, cache=cache, progress=progress):
+            image, sample = each.image, scanned.samples[each.number]
+            outcome = self.outcome(image, each.own, maps=maps)
+            yield SampleOutcome(sample, outcome, image.tiles, each.own.raw.reconstruction)
         refused = {refusal.image_path: refusal.reason for refusal in scanned.refused}
         for sample in samples:
             if (reason := refused.get(str(sample.image_path))) is not None:
@@ -342,7 +359,7 @@ class Detector:
     ) -> rows.Rows:
         """Read every image once; those whose features are in the cache are not decoded again."""
         known = None if cache is None else lambda keys: self.network.stored(cache, keys)
-        return rows.scan(samples, self.preparation, known=known, progress=progress)
+        return rows.scan(samples, self.regions.first, known=known, progress=progress)
 
     def score_rows(
         self,
@@ -352,39 +369,15 @@ class Detector:
         unseen: bool = False,
         cache: Path | None = None,
         progress: Progress | None = None,
-    ) -> Iterator[tuple[int, TileScores, TileScores | None]]:
-        """Score the chosen rows, which must hold whole images.
+    ) -> Iterator[Scored]:
+        """Score the chosen rows, which must hold whole images, each under one region; see `ByRegion`.
 
         Args:
             unseen: also without the expert of each image's own subclass (leave-one-subclass-out).
-
-        Returns:
-            For each image its index in `scanned.samples`, its scores, and its scores as an unseen subclass.
         """
-        reader = self.network.reader(scanned, cache=cache, progress=progress)
-        size = self.batch_images
-        owners = scanned.owner[chosen]
-        starts = np.append(np.flatnonzero(np.diff(owners, prepend=-1)), len(chosen))
-        for first in range(0, len(starts) - 1, size):
-            bounds = starts[first : first + size + 1]
-            own: list[TileScores] = []
-            excluding: list[TileScores] = []
-            for start in range(bounds[0], bounds[-1], size):
-                inputs = reader.read(chosen[start : min(start + size, bounds[-1])])
-                own.append(TileScores.of(reader.score(inputs), self.config))
-                if unseen:
-                    others = reader.score(inputs, own[-1].raw.subclass)
-                    excluding.append(TileScores.of(others, self.config))
-            scored = TileScores.concatenate(own)
-            as_unseen = TileScores.concatenate(excluding) if unseen else None
-            for start, end in zip(bounds[:-1] - bounds[0], bounds[1:] - bounds[0], strict=True):
-                yield (
-                    int(owners[bounds[0] + start]),
-                    scored.part(start, end),
-                    None if as_unseen is None else as_unseen.part(start, end),
-                )
-            if progress is not None:
-                progress("scoring", min(first + size, len(starts) - 1), len(starts) - 1)
+        return self.regions.score_rows(
+            self.network, scanned, chosen, self.config, unseen=unseen, cache=cache, progress=progress
+        )
 
     # ---------------------------------------------------------------- operating points
 
@@ -409,7 +402,7 @@ class Detector:
         everything = replace(config.data, category=(), subclass=(), subclass_from="none")
         samples = samples_of(data, replace(config, data=everything), layout)
         normals = [each for each in samples if each.label == "normal" and each.split != "test"]
-        scanned = rows.scan(normals, self.preparation, progress=progress)
+        scanned = self.scan(normals, progress=progress)
         rows.refuse_used(scanned, self.record, "calibration")
         if not len(scanned):
             raise DataError(
@@ -452,24 +445,36 @@ class Detector:
         result: list[HeldOut] = []
         vary: list[int] = []
         routed: Counter[int | None] = Counter()
-        for place, (number, own, excluding) in enumerate(scored):
+        views: list[rows.Rows] = []  # of each image, under its region
+        for place, each in enumerate(scored):
+            number = each.number
             if counts[scanned.samples[number].category] == 1 and place * of_each < most_varied and self.subclass_names:
                 vary.append(place)
-            score = ImageScore.of(own)
+            score = ImageScore.of(each.own)
             routed[score.subclass] += 1
             vary_light = routed[score.subclass] <= reference.VARIED_IMAGES
-            described = reference.describe(scanned, number, own.raw.scores, vary=vary_light)
-            result.append(HeldOut(number, groups[number], score, excluding and ImageScore.of(excluding), (), described))
-        rendered = (  # (place, tiles)
-            (place, tiles)
+            described = reference.describe(each.rows, number, each.own.raw.scores, vary=vary_light)
+            others = each.unseen and ImageScore.of(each.unseen)
+            result.append(HeldOut(number, groups[number], score, others, (), described))
+            views.append(each.rows)
+        rendered = (
+            (place, filled(tiles, parts), parts)
             for place in vary
-            for tiles in variations.some(scanned.load_image(result[place].number), first=place * of_each, count=of_each)
+            for parts in [views[place].parts_inside(result[place].number)]
+            for tiles in variations.some(
+                views[place].load_image(result[place].number), first=place * of_each, count=of_each
+            )
         )
         varied: dict[int, list[ImageScore]] = {}
         while batch := list(islice(rendered, self.batch_images)):
-            scores = TileScores.compute(self.network, np.concatenate([tiles for _, tiles in batch]), self.config)
+            scores = TileScores.compute(
+                self.network,
+                np.concatenate([tiles for _, tiles, _ in batch]),
+                self.config,
+                parts=[part for _, _, parts in batch for part in parts],
+            )
             end = 0
-            for place, tiles in batch:
+            for place, tiles, _ in batch:
                 start, end = end, end + len(tiles)
                 varied.setdefault(place, []).append(ImageScore.of(scores.part(start, end)))
         return [each._replace(varied=tuple(varied.get(place, ()))) for place, each in enumerate(result)]
@@ -559,35 +564,6 @@ class Detector:
         self.network.write(target, record=record, calibration=self.calibration, overwrite=overwrite)
         self.bundle_hash = bundle.bundle_hash(target)
         return target
-
-
-def parse_record(record: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
-    """Return the arguments of `Detector` that the record of a bundle holds.
-
-    Raises:
-        BundleError: something is missing or of the wrong form.
-    """
-    try:
-        plugins.check(record, where=where)
-        subclasses = {name: (pair[0], pair[1]) for name, pair in record["subclasses"].items()}
-        names = tuple(record["subclass_names"])
-        parts = {
-            "config": settings.from_dict(record["config"]),
-            "operating_points": OperatingPoints.from_dict(record),
-            "subclasses": subclasses,
-            "subclass_names": names,
-            "record": {key: value for key, value in record.items() if key not in bundle.OPERATING_POINTS},
-        }
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise BundleError(
-            f"{where}/bundle.json lacks or misplaces {error}. Copy the bundle again or retrain."
-        ) from error
-    if unknown := [name for name in names if name not in subclasses]:
-        raise BundleError(
-            f"{where}/bundle.json routes to {unknown[0]!r:.60}, which is none of its subclasses. Copy the bundle "
-            "again or retrain."
-        )
-    return parts
 
 
 def samples_of(data: Data, config: Config, layout: str | None) -> list[Sample]:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import __version__, bundle, checks, cross_validation, history, plugins, references, settings, training
+from normweave import bundle, checks, cross_validation, references, settings, training
+from normweave.by_region import check_routing
 from normweave.checks import Checks
 from normweave.config import Config
-from normweave.data import rows, splits, synthetic
+from normweave.data import regions, rows, splits, synthetic
 from normweave.data.degenerate import refuse_degenerate
-from normweave.data.prepare import Preparation
-from normweave.detector import Data, Detector, parse_record, samples_of
+from normweave.data.prepare import Preparations
+from normweave.detector import Data, Detector, samples_of
 from normweave.errors import BundleError, ConfigError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
@@ -41,6 +40,7 @@ from normweave.network import OPENVINO, open_graph
 from normweave.network.quantize import quantize_backbone
 from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
 from normweave.outcome.operating_point import groups_needed
+from normweave.record import parse_record, trained_record
 from normweave.references import References
 from normweave.scoring import ImageScore
 from normweave.types import FeatureSource, FitData, Progress, Sample, SyntheticAnomalies, SyntheticDefects
@@ -120,7 +120,7 @@ def fit(
             config=config,
             subclass_names=head.subclass_names,
             subclasses={each.subclass_name: (each.category, each.subclass) for each in images.samples},
-            record=_record(config, network, division),
+            record=trained_record(config, network, division),
             refused=images.refused,
         )
         _name_discovered(detector, chosen, cache=folder)
@@ -201,6 +201,7 @@ def fit_head(
         keys = [extractor.fingerprint, *(chosen.images.keys[row] for row in chosen.fit)]
         work = work / rows.fingerprint(keys)[: rows.HASH_LETTERS]
     head.begin(fit_data)
+    check_routing(chosen.images, routes=bool(head.subclass_names))
     for stage in head.stages(fit_data):
         training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
     head.to("cpu")
@@ -305,7 +306,8 @@ def divide(
     """
     complete = splits.complete(samples, seed=config.seed)
     train = [sample for sample in complete if sample.split != "test"]
-    images = rows.scan(train, Preparation(config.prepare), known=known, progress=progress)
+    regions.check(config.regions, categories={sample.category for sample in train})
+    images = rows.scan(train, Preparations(config.prepare, regions=config.regions), known=known, progress=progress)
     hashes = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
     division = splits.divide(
         images.samples,
@@ -429,7 +431,7 @@ def synthetic_anomalies(
 
     def add_defect(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         other, rng = source_of(row)
-        return synthetic.add_defect(images.load(fit_rows[row % n]), images.load(fit_rows[other]), rng=rng)
+        return _with_defect(images, fit_rows[row % n], fit_rows[other], rng=rng)
 
     def key(row: int) -> str:
         own, other = images.keys[fit_rows[row % n]], images.keys[fit_rows[source_of(row)[0]]]
@@ -445,6 +447,17 @@ def synthetic_anomalies(
         progress=progress,
     )
     return SyntheticAnomalies(StandardizedFeatures(features, standard), coverage)
+
+
+def _with_defect(
+    images: rows.Rows, row: int, other: int, *, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Add a synthetic defect to a row, inside its region."""
+    part = images.part_inside(row)
+    if part is None:
+        return synthetic.add_defect(images.load(row), images.load(other), rng=rng)
+    defective, mask = synthetic.add_defect(images.load(row), images.load(other), rng=rng, inside=part.kept)
+    return part.fill(defective), mask
 
 
 def _with_coverage(
@@ -511,7 +524,7 @@ def synthetic_defects(
 
     def add_defect(row: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         other, rng = source_of(row)
-        return synthetic.add_defect(images.load(fit_rows[wanted[row]]), images.load(fit_rows[other]), rng=rng)
+        return _with_defect(images, fit_rows[wanted[row]], fit_rows[other], rng=rng)
 
     def key(row: int) -> str:
         own, other = images.keys[fit_rows[wanted[row]]], images.keys[fit_rows[source_of(row)[0]]]
@@ -531,54 +544,13 @@ def _name_discovered(detector: Detector, chosen: FittedRows, *, cache: Path | No
         return
     images = chosen.images
     votes: dict[int, Counter[str]] = {}
-    for number, tiles, _ in detector.score_rows(images, chosen.fit, cache=cache):
-        subclass = ImageScore.of(tiles).subclass
+    for each in detector.score_rows(images, chosen.fit, cache=cache):
+        subclass = ImageScore.of(each.own).subclass
         if subclass is not None:
-            votes.setdefault(subclass, Counter())[images.samples[number].category] += 1
+            votes.setdefault(subclass, Counter())[images.samples[each.number].category] += 1
     for index, name in enumerate(detector.subclass_names):
         category = votes[index].most_common(1)[0][0] if index in votes else images.samples[0].category
         detector.subclasses[name] = (category, name)
-
-
-def _record(config: Config, network: TorchNetwork, division: splits.Division) -> dict[str, Any]:
-    assert network.rows is not None
-    images = network.rows.images
-    packages = ("torch", "timm", "numpy", "pillow", *config.features.packages)
-    return {
-        "model": config.model,
-        "config": settings.as_dict(config),
-        **plugins.recorded(config),
-        "notes": network.head.notes(),
-        "image_level": network.head.image_level,
-        "feature_shape": list(network.extractor.shape),
-        "feature_fingerprint": network.extractor.fingerprint,
-        "preparation": Preparation(config.prepare).as_dict(),
-        "precision": "float32",
-        "seed": config.seed,
-        **data_record(images, division),
-        "refused": [[refusal.image_path, refusal.reason] for refusal in images.refused],
-        "software": {"normweave": __version__, "python": platform.python_version()}
-        | {name: version(name) for name in packages},
-        history.KEY: [
-            history.step(
-                "trained", images=len(images.samples), parent=None, data_fingerprint=rows.fingerprint(images.hashes)
-            )
-        ],
-    }
-
-
-def data_record(images: rows.Rows, division: splits.Division) -> dict[str, Any]:
-    """Return which images were used for what, as the record of a detector holds it."""
-    content = dict(zip(images.samples, images.hashes, strict=True))
-    return {
-        "fit_images": len(division.fit),
-        "calibration_images": len(division.calibration),
-        "data_fingerprint": rows.fingerprint(images.hashes),
-        "fit_hashes": [text[: rows.HASH_LETTERS] for text in sorted(content[each] for each in division.fit)],
-        "calibration_hashes": [
-            text[: rows.HASH_LETTERS] for text in sorted(content[each] for each in division.calibration)
-        ],
-    }
 
 
 def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,11 +11,17 @@ from numpy.typing import NDArray
 
 from normweave import maps
 from normweave.config import Config, OutcomeConfig
+from normweave.data import regions
+from normweave.data.prepare import Preparation
+from normweave.data.regions import TileRegion
 from normweave.drift import reference
 from normweave.drift.reference import Described
 from normweave.outcome import image_score
 from normweave.outcome.operating_point import Calibration, OperatingPoint, draw_threshold, groups_needed
 from normweave.types import RawOutput, Tile
+
+BELOW = 1e-3
+"""The map outside of a region is at least this share below the threshold, so that nothing there is marked."""
 
 
 class PreparedImage(NamedTuple):
@@ -26,6 +32,29 @@ class PreparedImage(NamedTuple):
     tiles: tuple[Tile, ...]
     pixels: NDArray[np.uint8] | None  # (n, 3, height, width)
     error: str | None
+    preparations: tuple[Preparation, ...] = ()  # of each tile; different ones if categories have different regions
+
+    def part(self, start: int, stop: int) -> PreparedImage:
+        """Return the image with the tiles from `start` to before `stop` alone."""
+        return self._replace(
+            tiles=self.tiles[start:stop],
+            pixels=None if self.pixels is None else self.pixels[start:stop],
+            preparations=self.preparations[start:stop],
+        )
+
+    @property
+    def parts_inside(self) -> list[TileRegion | None]:
+        """How each tile is scored under its region; None: all of it is inside."""
+        return [
+            preparation.part_inside(self.size, tile)
+            for preparation, tile in zip(self.preparations, self.tiles, strict=True)
+        ]
+
+    @property
+    def inside(self) -> NDArray[np.bool_] | None:
+        """(height, width) whether each pixel lies in the region of the first tile; None: no region."""
+        region = self.preparations[0].region
+        return None if region is None else regions.mask(region, *self.size)
 
 
 class TileScores(NamedTuple):
@@ -36,9 +65,21 @@ class TileScores(NamedTuple):
     peaks: NDArray[np.float64]  # (n,) maximum of the smoothed map
 
     @classmethod
-    def of(cls, raw: RawOutput, config: Config) -> TileScores:
-        """Compute the image score of each tile from the raw outputs."""
+    def of(cls, raw: RawOutput, config: Config, parts: Sequence[TileRegion | None] | None = None) -> TileScores:
+        """Compute the image score of each tile from the raw outputs.
+
+        Args:
+            parts: how each tile is scored under its region. Cells outside take the score of the nearest cell inside,
+                and the peak is that of the map inside. None: all tiles are inside.
+        """
+        under = {number: part for number, part in enumerate(parts or ()) if part is not None}
+        if under:
+            raw = raw._replace(scores=raw.scores.copy())
+            for number, part in under.items():
+                raw.scores[number] = part.fill_cells(raw.scores[number])
         smooth = maps.upsample(raw.scores, config.prepare.height, config.prepare.width, smoothing=config.maps.smoothing)
+        for number, part in under.items():
+            smooth[number, ~part.scored] = -np.inf
         peaks = image_score.from_maps(smooth).astype(np.float64)
         scores = peaks if raw.image_scores is None else raw.image_scores.astype(np.float64)
         return cls(raw, scores, peaks)
@@ -52,17 +93,26 @@ class TileScores(NamedTuple):
         *,
         excluded: NDArray[np.int64] | None = None,
         size: int | None = None,
+        parts: Sequence[TileRegion | None] | None = None,
     ) -> TileScores:
         """Score (n, 3, height, width) prepared pixels in passes of at most `size` tiles.
 
         Args:
+            parts: as of `of`.
             excluded: (n,) the subclass of each tile whose expert is left out.
             size: default: `batch_images` of the features.
         """
         size = size or config.features.batch_images
         passes = [slice(start, start + size) for start in range(0, len(pixels), size)]
         return cls.concatenate(
-            [cls.of(network(pixels[part], None if excluded is None else excluded[part]), config) for part in passes]
+            [
+                cls.of(
+                    network(pixels[some], None if excluded is None else excluded[some]),
+                    config,
+                    None if parts is None else parts[some],
+                )
+                for some in passes
+            ]
         )
 
     @classmethod
@@ -141,14 +191,30 @@ def drift_record(
 
 
 def anomaly_map(
-    grids: NDArray[np.float32], tiles: Sequence[Tile], size: tuple[int, int], *, smoothing: float
+    grids: NDArray[np.float32],
+    tiles: Sequence[Tile],
+    size: tuple[int, int],
+    *,
+    smoothing: float,
+    inside: NDArray[np.bool_] | None = None,
+    threshold: float = 0.0,
 ) -> NDArray[np.float32]:
-    """Return the map (height, width) of an image of this size from the patch scores (n, h, w) of its tiles."""
+    """Return the map (height, width) of an image of this size from the patch scores (n, h, w) of its tiles.
+
+    Args:
+        inside: (height, width) pixels in the region; the others get a value below `threshold` and below all inside.
+            None: all.
+    """
     parts = (  # one at a time, since together they are larger than the map
         maps.upsample(grid[None], tile.height, tile.width, smoothing=smoothing)[0]
         for grid, tile in zip(grids, tiles, strict=True)
     )
-    return next(parts) if len(tiles) == 1 else maps.stitch(parts, tiles, *size)
+    whole = len(tiles) == 1 and tiles[0] == Tile(0, 0, *size)
+    result = next(parts) if whole else maps.stitch(parts, tiles, *size, complete=inside is None)
+    if inside is not None and not inside.all():
+        lowest = float(result[inside].min(initial=np.inf))
+        result[~inside] = min(lowest, threshold - BELOW * max(1.0, abs(threshold)))
+    return result
 
 
 class OperatingPoints(NamedTuple):

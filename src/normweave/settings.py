@@ -17,7 +17,9 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from normweave.config import Config, HeadConfig, PrepareConfig, models
+from normweave.atomic import write_atomically
+from normweave.config import Config, HeadConfig, PrepareConfig, RegionConfig, models
+from normweave.data import regions
 from normweave.errors import ConfigError, unknown
 from normweave.validation import DISCRIMINATOR, fields_of, joined, mistakes, variants
 
@@ -124,6 +126,43 @@ def read_yaml(path: Path, *, known: Iterable[str]) -> Mapping[Any, Any]:
         keys = ", ".join(known)
         raise ConfigError(f"{path} must hold `key: value` lines, with the keys {keys}; got {values!r:.60}.")
     return values
+
+
+def read_regions(path: Path) -> tuple[RegionConfig, ...]:
+    """Read the regions of interest from a file, which has the single key `regions` of the settings.
+
+    Raises:
+        ConfigError: as in `read`, the file has other keys, or a region is empty or very small.
+    """
+    values = read_yaml(path, known=["regions"])
+    if list(values) != ["regions"]:
+        raise ConfigError(
+            f"{path} must have the key regions alone, got {', '.join(map(str, values)) or 'none'}. Write it with: "
+            "normweave data roi. For other settings use a config file (-c)."
+        )
+    found = from_dict(values, source=str(path)).regions
+    regions.check(found)
+    return found
+
+
+def write_regions(path: Path, found: Iterable[RegionConfig]) -> None:
+    """Write regions of interest as JSON, for `read_regions`.
+
+    Raises:
+        ConfigError: the file cannot be written.
+    """
+    lines = ",\n".join(json.dumps(_given(asdict(each))) for each in found)
+    text = f'{{"regions": [\n{lines}\n]}}'
+    try:
+        write_atomically(Path(path), lambda partial: partial.write_text(text + "\n", "utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Cannot write the regions to {path}: {error}. Name another file.") from error
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings without what is empty."""
+    nested = {key: _given(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {key: value for key, value in nested.items() if value}
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:

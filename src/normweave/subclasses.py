@@ -335,7 +335,9 @@ class _Teaching:
                     output = named_outputs(head(data.features.read([int(row)])))
                     scored[int(row)] = RawOutput(**{name: value.numpy() for name, value in output.items()})
         config = self.detector.config
-        tiles = TileScores.concatenate([TileScores.of(scored[row], config) for row in range(len(data))])
+        tiles = TileScores.concatenate(
+            [TileScores.of(scored[row], config, [self.images.part_inside(row)]) for row in range(len(data))]
+        )
         bounds = np.searchsorted(self.images.owner, np.arange(len(self.images.samples) + 1))
         images = [ImageScore.of(tiles.part(int(start), int(end))) for start, end in pairwise(bounds)]
         own = [each.subclass == new for each in images]

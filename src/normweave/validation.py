@@ -102,6 +102,7 @@ def mistakes(error: ValidationError, settings: Any, *, at: str = "", howto: str 
         howto: where the settings are explained.
     """
     found: list[str] = []
+    places = [each["loc"] for each in error.errors(include_url=False)]
     for each in error.errors(include_url=False):
         section, key, owner, choices, discriminator = _locate(settings, each["loc"], at)
         given, context = each["input"], each.get("ctx", {})
@@ -119,7 +120,7 @@ def mistakes(error: ValidationError, settings: Any, *, at: str = "", howto: str 
             case "union_tag_invalid":
                 name = f"{key}.{str(context['discriminator']).strip(chr(39))}"
                 found.append(str(unknown(name, str(context["tag"]), _tags(context), howto)))
-            case "too_short" if given:
+            case "too_short" if any(_is_below(each["loc"], place) for place in places):
                 pass  # its items are wrong, and have their own lines
             case "value_error":
                 # Of a class, each message begins with the name of a setting; of a value, it follows its key.
@@ -129,8 +130,14 @@ def mistakes(error: ValidationError, settings: Any, *, at: str = "", howto: str 
                 found.append(f"{key} must hold `key: value` lines, got {given!r:.80}")
             case _:
                 allowed = each["msg"].replace("Input should be", "must be").replace("valid array", "valid list")
+                allowed = allowed.replace("Tuple should have", "must have").replace(" after validation", "")
                 found.append(f"{key} {allowed}, got {given!r:.80}")
     return found
+
+
+def _is_below(above: tuple[int | str, ...], place: tuple[int | str, ...]) -> bool:
+    """Return whether a location is that of an item of another one."""
+    return len(place) > len(above) and place[: len(above)] == above
 
 
 def _tags(context: dict[str, Any]) -> list[str]:
@@ -153,7 +160,8 @@ def _locate(settings: Any, location: Sequence[int | str], at: str) -> tuple[str,
         section, holder = (f"{key}." if key else ""), (owner, choices, discriminator)
         key = f"{key}[{part}]" if isinstance(part, int) else f"{section}{part}"
         field = fields_of(owner).get(str(part))
-        owner, choices, discriminator, union = None, {}, "", {}
+        item = next(iter(get_args(owner)), None) if isinstance(part, int) else None  # of a list
+        owner, choices, discriminator, union = item, {}, "", {}
         if field is not None:
             owner, union = field.annotation, variants(field)
             discriminator = str(field.discriminator or "")

@@ -12,7 +12,7 @@ import pytest
 from pydantic import TypeAdapter
 
 import normweave.config
-from normweave.config import DISCRIMINATOR, Config, models
+from normweave.config import DISCRIMINATOR, Config, RegionConfig, ShapesConfig, models
 from normweave.errors import ConfigError
 from normweave.validation import fields_of, variants
 
@@ -22,13 +22,15 @@ def sections(config):
     found = {type(config): config}
     for name, field in fields_of(type(config)).items():
         value = getattr(config, name)
-        below = [each() for each in variants(field).values()] + ([value] if is_dataclass(value) else [])
+        items = value if isinstance(value, tuple) else [value]
+        below = [each() for each in variants(field).values()] + [each for each in items if is_dataclass(each)]
         for each in below:
             found = sections(each) | found
     return found
 
 
-SECTIONS = sections(Config())
+REGION = RegionConfig(include=ShapesConfig(rectangles=((0.0, 0.0, 0.5, 0.5),)))
+SECTIONS = sections(Config(regions=(REGION,)))
 MODULES = [
     importlib.import_module(each.name) for each in pkgutil.iter_modules(normweave.config.__path__, "normweave.config.")
 ]

@@ -1,6 +1,7 @@
 """Tiles cover the image, and a mark in the image is at the same position of the input."""
 
 import json
+from dataclasses import asdict
 from itertools import pairwise
 
 import numpy as np
@@ -8,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from normweave.config import PrepareConfig
-from normweave.data.prepare import Preparation
+from normweave.config import PrepareConfig, RegionConfig, ShapesConfig
+from normweave.data import regions
+from normweave.data.prepare import Preparation, Preparations
+from normweave.data.regions import Region
 from normweave.errors import ImageError
 from normweave.types import Tile
 
@@ -105,3 +108,67 @@ def test_the_settings_are_json_values():
         "tile_beyond": 2.5,
         "tile_overlap": 0.3,
     }
+
+
+# ── regions of interest ──────────────────────────────────────────────────────────────────────────────────────────────
+
+POLYGON = ShapesConfig(polygons=(((0.1, 0.2), (0.9, 0.1), (0.7, 0.95)),))
+HOLE = ShapesConfig(rectangles=((0.4, 0.3, 0.2, 0.2),))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 47), (200, 150), (20, 24), (500, 700)])
+def test_no_pixel_outside_a_region_changes_a_prepared_pixel(size):
+    region = Region(POLYGON, HOLE)
+    preparation = Preparation(PrepareConfig(height=64, width=64, tile_beyond=4), region)
+    random = np.random.default_rng(0)
+    image, other = random.integers(0, 256, (2, *size, 3), dtype=np.uint8)
+    inside = regions.mask(region, *size)[..., None]
+    whole = Preparation(preparation.config)
+    tiles = preparation.checked_tiles(*size)
+    assert len(tiles) == (6 if size == (500, 700) else 1)
+    box = [pixels.any(axis=axis).nonzero()[0] for axis in (1, 0) for pixels in (inside[..., 0],)]
+    for (start, length), used in zip((("top", "height"), ("left", "width")), box, strict=True):
+        assert min(getattr(tile, start) for tile in tiles) == used[0]
+        assert max(getattr(tile, start) + getattr(tile, length) for tile in tiles) == used[-1] + 1
+    for tile in tiles:
+        prepared = preparation.apply(image, tile)
+        np.testing.assert_array_equal(preparation.apply(np.where(inside, image, other), tile), prepared)
+        part = preparation.part_inside(size, tile)
+        np.testing.assert_array_equal(prepared[:, part.kept], whole.apply(image, tile)[:, part.kept])
+        assert not np.array_equal(prepared, preparation.apply(np.where(inside, other, image), tile))
+
+
+def test_an_image_is_cut_to_the_bounding_box_and_tiles_wholly_outside_are_left_out():
+    config = PrepareConfig(height=32, width=32, tile_beyond=1, tile_overlap=0)
+    corners = ((0.25, 0.25, 0.25, 0.25), (0.5, 0.5, 0.25, 0.25))
+    preparation = Preparation(config, Region(ShapesConfig(rectangles=corners), ShapesConfig()))
+    assert preparation.checked_tiles(128, 128) == (Tile(32, 32, 32, 32), Tile(64, 64, 32, 32))
+    assert preparation.part_inside((128, 128), Tile(32, 32, 32, 32)) is None  # all of it is inside
+    corner = Preparation(config, Region(ShapesConfig(rectangles=corners[:1]), ShapesConfig()))
+    with pytest.raises(ImageError, match="no pixel of the image, 1 x 1 pixels"):
+        corner.checked_tiles(1, 1)
+
+
+@pytest.mark.parametrize("size", [(60, 80), (400, 600)])
+def test_a_rectangle_gives_the_pixels_of_the_cut_image(size):
+    config = PrepareConfig(height=64, width=64, tile_beyond=4)
+    rectangle = Region(ShapesConfig(rectangles=((0.25, 0.1, 0.6, 0.75),)), ShapesConfig())
+    cut, whole = Preparation(config, rectangle), Preparation(config)
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    top, left, height, width = regions.bounding_box(rectangle, *size)
+    inner = image[top : top + height, left : left + width]
+    tiles = cut.checked_tiles(*size)
+    assert tiles == tuple(Tile(y + top, x + left, h, w) for y, x, h, w in whole.checked_tiles(height, width))
+    for tile, same in zip(tiles, whole.checked_tiles(height, width), strict=True):
+        np.testing.assert_array_equal(cut.apply(image, tile), whole.apply(inner, same))
+        assert cut.part_inside(size, tile) is None
+
+
+def test_categories_have_their_own_regions_and_keys():
+    config = PrepareConfig(height=64, width=64)
+    preparations = Preparations(config, regions=(RegionConfig(category="nut", include=POLYGON),))
+    assert preparations.of("bolt") == Preparation(config) == preparations.of("bolt").of("any")
+    assert preparations.of("nut").region == Region(POLYGON, ShapesConfig())
+    assert preparations.of("bolt").as_dict() == Preparations(config).as_dict() == asdict(config)
+    assert preparations.of("nut").as_dict() != preparations.of("bolt").as_dict()
+    assert list(preparations.as_dict()["regions"]) == ["nut"]

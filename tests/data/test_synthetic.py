@@ -233,3 +233,30 @@ def test_coverage_is_the_exact_average_over_each_cell(size: tuple[int, int], gri
 def test_coverage_of_all_and_of_nothing() -> None:
     np.testing.assert_allclose(coverage(np.ones((30, 41), dtype=np.bool_), (7, 16)), 1, atol=1e-6)
     assert not coverage(np.zeros((30, 41), dtype=np.bool_), (7, 16)).any()
+
+
+@pytest.mark.parametrize("shape", ["disc", "strip", "dot"])
+def test_a_defect_is_added_inside_a_region(shape):
+    """Whatever its form, almost every defect is visible, and none reaches outside."""
+    rows, columns = np.ogrid[:64, :64]
+    inside = {
+        "disc": np.hypot(rows - 40, columns - 20) < 15,
+        "strip": np.broadcast_to((columns >= 50) & (columns < 56), (64, 64)),
+        "dot": (rows < 8) & (columns < 8),
+    }[shape]
+    random = np.random.default_rng(0)
+    pixels, other = random.integers(60, 200, (2, 3, 64, 64), dtype=np.uint8)
+    visible = 0
+    for number in range(40):
+        defective, changed = add_defect(pixels, other, rng=seeded(0, 0, number), inside=inside)
+        assert not changed[~inside].any()
+        np.testing.assert_array_equal(defective[:, ~changed], pixels[:, ~changed])
+        visible += changed.any()
+    assert visible >= 32
+
+
+def test_a_bounding_box_has_at_least_32_pixels():
+    inside = np.zeros((64, 100), dtype=bool)
+    inside[60:, 3:70] = True
+    assert synthetic.bounding_box(inside) == (slice(32, 64), slice(3, 70))
+    assert synthetic.bounding_box(inside[55:]) == (slice(0, 9), slice(3, 70))

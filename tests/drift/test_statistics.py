@@ -75,3 +75,11 @@ def test_they_cost_little():
         of_map(grids, [Tile(0, 0, 256, 256)], (256, 256))
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 1e-3
+
+
+def test_the_statistics_of_a_map_are_those_of_the_cells_inside_a_region():
+    grids = np.arange(16, dtype=np.float32).reshape(1, 4, 4)
+    inside = np.zeros((1, 4, 4), dtype=bool)
+    inside[0, :2, :2] = True  # 0, 1, 4, 5
+    found = of_map(grids, [Tile(0, 0, 8, 8)], (8, 8), inside=inside)
+    assert found == (2.5, 1.5 / 4, 1.5 / 4)

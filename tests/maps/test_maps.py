@@ -114,3 +114,12 @@ def test_uncovered_pixels_and_wrong_shapes_are_errors():
         stitch([np.zeros((3, 6), np.float32)], [Tile(0, 0, 3, 6)], 5, 6)
     with pytest.raises(DataError, match=r"must have shape \(3, 6\), got \(3, 5\)"):
         stitch([np.zeros((3, 5), np.float32)], [Tile(0, 0, 3, 6)], 3, 6)
+
+
+def test_tiles_that_leave_pixels_out_are_stitched_if_they_may():
+    part = np.ones((1, 4, 4), dtype=np.float32)
+    with pytest.raises(DataError, match="leave 16 pixels of a 4x8 image uncovered"):
+        stitch(part, [Tile(0, 0, 4, 4)], 4, 8)
+    found = stitch(part, [Tile(0, 0, 4, 4)], 4, 8, complete=False)
+    assert found[:, :4].min() == found[:, :4].max() == pytest.approx(1)
+    assert not found[:, 4:].any()

@@ -1,7 +1,18 @@
 import numpy as np
 import pytest
 
-from normweave.maps.overlay import CROP, THUMBNAIL, heat, inferno, outlined_crop, overlay, thumbnails
+from normweave.maps.overlay import (
+    BLUE,
+    CROP,
+    THUMBNAIL,
+    dimmed_outside,
+    heat,
+    inferno,
+    outlined_crop,
+    overlay,
+    thumbnails,
+    with_edge,
+)
 
 
 def lightness(colours):
@@ -120,3 +131,37 @@ def test_a_crop_of_a_region_as_large_as_the_image_is_the_image():
     image = np.random.default_rng(0).integers(0, 255, (30, 50, 3)).astype(np.uint8)
     crop = outlined_crop(image, (0, 0, 50, 30), size=(30, 50))
     assert crop.shape == (120, 200, 3)
+
+
+def test_the_edge_of_a_region_is_a_blue_line_inside_it():
+    inside = np.zeros((20, 30), dtype=bool)
+    inside[5:15, 8:20] = True
+    image = np.full((20, 30, 3), 100, dtype=np.uint8)
+    drawn = with_edge(image, inside)
+    edge = (drawn == BLUE).all(axis=2)
+    assert edge.sum() == 2 * 12 + 2 * 8
+    assert not edge[~inside].any()
+    assert (drawn[~edge] == 100).all()
+    assert with_edge(image, None) is image
+    large = np.zeros((20, 2000), dtype=bool)
+    large[:, 10:] = True
+    assert (with_edge(np.zeros((20, 2000, 3), dtype=np.uint8), large)[9] == BLUE).all(axis=1).sum() == 4
+
+
+def test_a_map_and_an_overlay_show_the_edge():
+    inside = np.zeros((8, 8), dtype=bool)
+    inside[2:6, 2:6] = True
+    scores = np.where(inside, np.float32(1), np.float32(-1))
+    colours = heat(scores, threshold=0.5, inside=inside)
+    assert (colours[2, 2] == (*BLUE, 255)).all()
+    assert (colours[~inside, 3] == 0).all()
+    image = np.full((8, 8, 3), 60, dtype=np.uint8)
+    drawn = overlay(image, scores, threshold=0.5, inside=inside)
+    assert (drawn[2, 2] == BLUE).all()
+    assert (drawn[~inside] == 60).all()
+    assert (drawn[3, 3] != 60).any()
+    dimmed = dimmed_outside(image, inside)
+    assert (dimmed[~inside] == 21).all()
+    assert (dimmed[3, 3] == 60).all()
+    shown = thumbnails(image, scores, None, threshold=0.5, inside=inside)
+    assert (shown["heat map"] == BLUE).all(axis=2).any()

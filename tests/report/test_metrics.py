@@ -415,3 +415,15 @@ def test_zero_differences_have_a_p_value_of_one():
     assert sign_flip_p_value([0.0, 0.0, 0.0]) == 1
     assert sign_flip_p_value([]) is None
     assert sign_flip_p_value([0.1] * 5) == 2 / 2**5  # the smallest p-value of five differences
+
+
+def test_pixels_outside_a_region_are_not_counted():
+    random = np.random.default_rng(3)
+    scores, mask = random.random((20, 30), dtype=np.float32), random.random((20, 30)) > 0.7
+    inside = np.zeros((20, 30), dtype=bool)
+    inside[4:18, 5:25] = True
+    whole, part, planted = PixelMetrics(), PixelMetrics(), PixelMetrics()
+    whole.update(scores[4:18, 5:25], mask[4:18, 5:25])
+    part.update(scores, mask, inside)
+    planted.update(np.where(inside, scores, np.float32(9)), mask | ~inside, inside)
+    assert part.compute() == whole.compute() == planted.compute()

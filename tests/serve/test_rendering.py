@@ -9,11 +9,14 @@ import pytest
 from PIL import Image
 
 from inspections import stored_image
-from normweave.config import PrepareConfig
+from normweave.config import Config, PrepareConfig, ShapesConfig
+from normweave.data import regions
 from normweave.data.prepare import Preparation
+from normweave.data.regions import Region
+from normweave.scoring import PreparedImage, TileScores
 from normweave.serve.files import Files
-from normweave.serve.rendering import ImageReader, media_type, npy, png, shrunk
-from normweave.types import Tile
+from normweave.serve.rendering import ImageReader, grids_file, media_type, npy, png, shrunk
+from normweave.types import RawOutput, Tile
 
 
 def test_sizes_shrink_and_are_never_enlarged():
@@ -67,3 +70,27 @@ def test_a_small_image_is_the_large_one_shrunk_and_upright(tmp_path):
             small.append(ImageReader(files, stored).image(max_side=50).astype(int))
     assert small[0].shape == small[1].shape == (50, 30, 3)
     assert np.abs(small[0] - small[1]).mean() < 3
+
+
+def test_a_stored_map_has_the_region_under_which_it_was_scored(tmp_path):
+    """Also if the tiles do not cover the image, which was cut to the region."""
+    region = Region(ShapesConfig(rectangles=((0.0, 0.0, 0.45, 1.0),)), ShapesConfig())
+    preparation = Preparation(PrepareConfig(height=64, width=64, tile_beyond=1, tile_overlap=0), region)
+    tiles = preparation.checked_tiles(64, 128)
+    assert len(tiles) == 1
+    raw = RawOutput(np.ones((1, 8, 8), dtype=np.float32))
+    image = PreparedImage(None, (64, 128), tiles, None, None, (preparation,))
+    scores = TileScores.of(raw, Config(prepare=preparation.config), image.parts_inside)
+    content = grids_file(image, scores)
+    assert grids_file(image._replace(preparations=(Preparation(preparation.config),)), scores) == npy(raw.scores)
+    with closing(Files(tmp_path)) as files:
+        stored = replace(stored_image(), grids_hash=files.put(content), tiles=tiles, size=(64, 128), map_threshold=0.5)
+        reader = ImageReader(files, stored)
+        for side, width in ((None, 128), (32, 32)):
+            inside, found = reader.inside(max_side=side), reader.anomaly_map(max_side=side)
+            assert inside.shape == found.shape == (width // 2, width)
+            np.testing.assert_array_equal(inside, regions.mask(region, width // 2, width))
+            np.testing.assert_allclose(found[inside], 1, rtol=1e-6)
+            assert (found[~inside] < 0.5).all()
+    plain = replace(stored, grids_hash="x", size=None)
+    assert ImageReader(files, plain).size == (64, 58)  # of an inspection without a size: that of its tiles

@@ -166,7 +166,7 @@ def measure(
             if mask is None:
                 accumulated.skip()
             else:
-                accumulated.update(outcome.anomaly_map, mask)
+                accumulated.update(outcome.anomaly_map, mask, detector.regions.inside(outcome))
                 for tile, distance in zip(tiles, reconstruction, strict=True) if reconstruction is not None else ():
                     decoded.setdefault(stratum, OverGeneralisation()).update(
                         distance, tile_coverage(mask, tile, distance.shape) if stratum.defect else None
@@ -399,7 +399,8 @@ def _render(detector: Detector, sample: Sample) -> tuple[dict[str, NDArray[np.ui
     if (references := detector.network.references) is not None:
         boxes = [box for box in outcome.boxes if references.shows(box)][:COMPARED_BOXES]
         compared = [Comparison(seen(image, box), references.expected(box), str(box.reference)) for box in boxes]
-    return thumbnails(image, outcome.anomaly_map, mask, threshold=detector.box_threshold(outcome)), compared
+    threshold, inside = detector.box_threshold(outcome), detector.regions.inside(outcome)
+    return thumbnails(image, outcome.anomaly_map, mask, threshold=threshold, inside=inside), compared
 
 
 def _suspect(detector: Detector, image_path: str, score: float) -> Suspect:

@@ -27,9 +27,10 @@ from normweave.data.images import decode
 from normweave.data.prepare import Preparation
 from normweave.detector import Detector
 from normweave.errors import BundleError
-from normweave.fitting import data_record, divide, rows_of
+from normweave.fitting import divide, rows_of
 from normweave.network.base import Network
 from normweave.outcome.operating_point import Calibration
+from normweave.record import data_record
 from normweave.types import RawOutput, Sample, Tile
 
 with warnings.catch_warnings():

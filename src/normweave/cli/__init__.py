@@ -19,6 +19,7 @@ from normweave.cli import (
     drift,
     evaluate,
     predict,
+    regions,
     reviews,
     serve,
     subclasses,
@@ -48,12 +49,14 @@ command(app, "remove-subclass", subclasses.remove_subclass)
 command(app, "serve", serve.serve)
 command(app, "drift", drift.drift)
 data_app = typer.Typer(
-    help="Check data sets, write manifests, export reviewed images, make synthetic images.", no_args_is_help=True
+    help="Check data sets, write manifests, export reviewed images, make synthetic images, draw regions.",
+    no_args_is_help=True,
 )
 command(data_app, "check", data.check)
 command(data_app, "manifest", data.manifest)
 command(data_app, "from-reviews", reviews.from_reviews)
 command(data_app, "make-textures", data.make_textures)
+command(data_app, "roi", regions.roi)
 app.add_typer(data_app, name="data")
 bundle_app = typer.Typer(help="Show, compare and verify bundles, with their history.", no_args_is_help=True)
 command(bundle_app, "show", bundle.show)

@@ -30,6 +30,8 @@ def show(terminal: Terminal, bundle: options.Bundle) -> int:
     terminal.show(table)
     for one in found["plugins"]:
         terminal.show(f"needs the plug-in {one['name']} ({one['group']}) of {one['package']} {one['version']}")
+    for category, region in found["regions"].items():
+        terminal.show(f"region of {category}: {region}")
     for step in found["history"]:
         terminal.show(_step(step))
     if not found["history"]:
@@ -52,6 +54,8 @@ def diff(terminal: Terminal, bundle: options.Bundle, other: Other) -> int:
     for part in ("settings", "data"):
         for key, (old, new) in found.get(part, {}).items():
             terminal.show(f"{part}: {key} {old} -> {new}")
+    for category, (old, new) in found.get("regions", {}).items():
+        terminal.show(f"region of {category}: {old} -> {new}")
     for name, (old, _) in found.get("subclasses", {}).items():
         terminal.show(f"subclass {name}: only in the {'first' if old else 'second'}")
     for name, (old, new) in found.get("operating_points", {}).items():

@@ -20,6 +20,7 @@ from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal
 from normweave.errors import ConfigError, DataError, unknown
 
 if TYPE_CHECKING:
+    from normweave.detector import Detector
     from normweave.types import Outcome
 
 STDIN = "-"
@@ -111,7 +112,7 @@ def predict(
             row = outcome.as_dict()
             parts.add(row)
             if maps is not None and outcome.error is None:
-                row["anomaly_map"] = str(save_map(maps, number, outcome, threshold=detector.box_threshold(outcome)))
+                row["anomaly_map"] = str(save_map(maps, number, outcome, detector))
             if writer is not None:
                 writer.write(row)
             if terminal.json:
@@ -259,13 +260,11 @@ def check_outputs(output: Path | None, maps: Path | None, *, resume: bool = Fals
         raise DataError(f"{maps} is not empty: the maps of two runs would mix. Give a new folder with --maps.")
 
 
-def save_map(folder: Path, number: int, outcome: "Outcome", *, threshold: float) -> Path:
+def save_map(folder: Path, number: int, outcome: "Outcome", detector: "Detector") -> Path:
     """Save an anomaly map as .npy and as a .png overlay on the image, and return the path of the .npy file.
 
-    File names consist of the number of the image in the run and its name, so that they are unique.
-
-    Args:
-        threshold: of the boxes, in units of the map; what is above it is coloured.
+    File names consist of the number of the image in the run and its name, so that they are unique. Pixels above the
+    threshold of the boxes are coloured, and the region of interest has a blue edge.
     """
     import numpy as np
     from PIL import Image
@@ -278,6 +277,7 @@ def save_map(folder: Path, number: int, outcome: "Outcome", *, threshold: float)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(outcome.image_path).stem)[:80]
     path = folder / f"{number:06d}-{stem}.npy"
     np.save(path, outcome.anomaly_map, allow_pickle=False)
-    image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=threshold)
+    threshold, inside = detector.box_threshold(outcome), detector.regions.inside(outcome)
+    image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=threshold, inside=inside)
     Image.fromarray(image).save(path.with_suffix(".png"))
     return path

@@ -59,6 +59,10 @@ def train(
     ] = None,
     category: options.Category = None,
     subclass: options.Subclass = None,
+    regions: Annotated[
+        Path | None,
+        typer.Option(help="File of regions of interest, from 'normweave data roi'.", show_default=False),
+    ] = None,
     subclass_from: Annotated[
         str | None,
         typer.Option(help="folder, column, filename-regex, auto (discover) or none.", show_default="folder"),
@@ -90,6 +94,7 @@ def train(
         config=config,
         model=model,
         clip_weights=clip_weights,
+        regions=regions,
         category=category,
         subclass=subclass,
         subclass_from=subclass_from,
@@ -140,6 +145,7 @@ def compose_settings(
     config: Path | None,
     model: str | None,
     clip_weights: str | None,
+    regions: Path | None = None,
     category: list[str] | None,
     subclass: list[str] | None,
     subclass_from: str | None,
@@ -156,6 +162,8 @@ def compose_settings(
         result = settings.with_model(result, model)
     if clip_weights is not None:
         result = settings.with_clip(result, clip_weights)
+    if regions is not None:
+        result = replace(result, regions=settings.read_regions(regions))
     if category:
         result = replace(result, data=replace(result.data, category=options.chosen(category)))
     if subclass:

@@ -21,6 +21,8 @@ from normweave.config.features import *  # noqa: F403
 from normweave.config.features import FeaturesConfig, TimmConfig
 from normweave.config.heads import *  # noqa: F403
 from normweave.config.heads import HeadConfig
+from normweave.config.regions import *  # noqa: F403
+from normweave.config.regions import RegionConfig
 from normweave.validation import DISCRIMINATOR as DISCRIMINATOR
 from normweave.validation import InnerShare, NaturalFloat, check, checked
 
@@ -98,11 +100,18 @@ class Config:
 
     data: DataConfig = DataConfig()
     prepare: PrepareConfig = PrepareConfig()
+    regions: tuple[RegionConfig, ...] = ()
+    """The part of the image to inspect, per category; empty: all of it. `normweave data roi` writes them."""
     features: Annotated[FeaturesConfig, Field(discriminator=DISCRIMINATOR)] = TimmConfig()
     head: Annotated[HeadConfig, Field(discriminator=DISCRIMINATOR)] = AdaptedMoEConfig()
     maps: MapsConfig = MapsConfig()
     outcome: OutcomeConfig = OutcomeConfig()
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        categories = [region.category for region in self.regions]
+        twice = sorted({each for each in categories if categories.count(each) > 1})
+        check((not twice, f"regions must name each category once, got twice: {', '.join(twice)}"))
 
     @property
     def model(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from normweave.data.images import content_hash, decode, reading_version, size
 from normweave.data.prepare import Preparation
+from normweave.data.regions import TileRegion
 from normweave.errors import DataError, ImageError
 from normweave.types import Progress, Sample, Tile
 
@@ -46,6 +47,7 @@ class Rows:
     """n keys of content, preparation and tile."""
     refused: tuple[Refusal, ...]
     preparation: Preparation
+    """Of images of each category."""
     _decode: Callable[[int], NDArray[np.uint8]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,7 +62,36 @@ class Rows:
 
     def load(self, row: int) -> NDArray[np.uint8]:
         """Return the prepared pixels of a row, (3, height, width)."""
-        return self.preparation.apply(self._decode(int(self.owner[row])), self.tiles[row])
+        owner = int(self.owner[row])
+        return self.preparation.of(self.samples[owner].category).apply(self._decode(owner), self.tiles[row])
+
+    def part_inside(self, row: int) -> TileRegion | None:
+        """Return how a row is prepared and scored under its region; None: all of it is inside."""
+        owner = int(self.owner[row])
+        preparation = self.preparation.of(self.samples[owner].category)
+        return preparation.part_inside(self.sizes[owner], self.tiles[row])
+
+    def parts_inside(self, number: int) -> list[TileRegion | None]:
+        """Return how each tile of an image is prepared and scored under its region."""
+        return [self.part_inside(int(row)) for row in np.flatnonzero(self.owner == number)]
+
+    def under(self, preparation: Preparation) -> Rows:
+        """Return the rows of the same images under one preparation; no image is read.
+
+        Raises:
+            ImageError: an image has no pixel in its region.
+        """
+        own = [
+            _tiles_and_keys(sample, content, preparation, size)
+            for sample, content, size in zip(self.samples, self.hashes, self.sizes, strict=True)
+        ]
+        return replace(
+            self,
+            owner=np.array([number for number, (tiles, _) in enumerate(own) for _ in tiles], dtype=np.int64),
+            tiles=tuple(tile for tiles, _ in own for tile in tiles),
+            keys=tuple(key for _, keys in own for key in keys),
+            preparation=preparation,
+        )
 
     def tiles_of(self, number: int) -> tuple[Tile, ...]:
         """Return the tiles of an image."""
@@ -87,7 +118,7 @@ def scan(
     images: list[tuple[Sample, str, tuple[int, int]]] = []  # sample, content hash, size
     rows: list[tuple[int, Tile, str]] = []  # index of the image, tile, key
     refused: list[Refusal] = []
-    files = [_read_file(sample, preparation) for sample in samples]
+    files = [_read_file(sample, preparation.of(sample.category)) for sample in samples]
     keys = [key for file in files if not isinstance(file, ImageError) for key in file.keys]
     stored = set() if known is None else {key for key, is_known in zip(keys, known(keys), strict=True) if is_known}
     for number, (sample, file) in enumerate(zip(samples, files, strict=True)):
@@ -125,16 +156,23 @@ class _File(NamedTuple):
 
 def _read_file(sample: Sample, preparation: Preparation) -> _File | ImageError:
     """Return the hash and the header of an image file, and its tiles."""
-    settings = json.dumps(preparation.as_dict(), sort_keys=True)
     try:
         content = content_hash(sample.image_path)
-        height, width = size(sample.image_path)
-        tiles = preparation.checked_tiles(height, width)
-        reading = reading_version(sample.image_path)
+        shape = size(sample.image_path)
+        tiles, keys = _tiles_and_keys(sample, content, preparation, shape)
     except ImageError as error:
         return error
+    return _File(content, shape, tiles, keys)
+
+
+def _tiles_and_keys(
+    sample: Sample, content: str, preparation: Preparation, shape: tuple[int, int]
+) -> tuple[tuple[Tile, ...], list[str]]:
+    settings = json.dumps(preparation.as_dict(), sort_keys=True)
+    tiles = preparation.checked_tiles(*shape)
+    reading = reading_version(sample.image_path)
     texts = [f"{content} {settings} {tuple(tile)}{reading}" for tile in tiles]
-    return _File(content, (height, width), tiles, [hashlib.sha256(text.encode()).hexdigest() for text in texts])
+    return tiles, [hashlib.sha256(text.encode()).hexdigest() for text in texts]
 
 
 def refuse_used(scanned: Rows, record: Mapping[str, Any], purpose: str) -> None:

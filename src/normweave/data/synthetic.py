@@ -94,7 +94,9 @@ def scratches(height: int, width: int, rng: np.random.Generator) -> Mask:
     return np.asarray(canvas)
 
 
-def add_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tuple[Pixels, Mask]:
+def add_defect(
+    pixels: Pixels, other: Pixels, *, rng: np.random.Generator, inside: Mask | None = None
+) -> tuple[Pixels, Mask]:
     """Return an image with a synthetic defect and the mask of the visible change: (3, H, W) and (H, W).
 
     Outside the mask all pixels equal `pixels`. Inside, the change is visible: its mean over the blended ones of the
@@ -105,7 +107,10 @@ def add_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tu
         pixels: a normal image.
         other: another image of the same size, of any category, to copy pixels from.
         rng: source of all random draws.
+        inside: (H, W) the pixels that a defect may cover, in whose bounding box it is drawn; None: all.
     """
+    if inside is not None:
+        return _add_inside(pixels, other, rng=rng, inside=inside)
     height, width = pixels.shape[1:]
     for _ in range(ATTEMPTS):
         region = mask(height, width, rng=rng)
@@ -116,6 +121,35 @@ def add_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tu
     region = blobs(height, width, rng)
     shift = 120 if pixels[:, region].mean() < 128 else -120
     return blend(pixels, pixels.astype(np.float32) + shift, region, opacity=1.0)
+
+
+def _add_inside(pixels: Pixels, other: Pixels, *, rng: np.random.Generator, inside: Mask) -> tuple[Pixels, Mask]:
+    """Add a defect to the bounding box of a region, and take back what is outside the region.
+
+    A defect of which too little is inside is drawn again.
+    """
+    rows, columns = bounding_box(inside)
+    box, allowed = (slice(None), rows, columns), inside[rows, columns]
+    result, visible = pixels.copy(), np.zeros(inside.shape, dtype=np.bool_)
+    for _ in range(ATTEMPTS):
+        defective, changed = add_defect(pixels[box], other[box], rng=rng)
+        changed &= allowed
+        result[box] = np.where(changed, defective, pixels[box])
+        visible[rows, columns] = changed
+        if changed.sum() >= LEAST_SHARE * allowed.sum():
+            break
+    return result, visible
+
+
+def bounding_box(inside: Mask) -> tuple[slice, slice]:
+    """Return the rows and columns of the smallest rectangle around a mask (H, W), 32 pixels or more where H, W are."""
+    box = []
+    for axis, side in ((1, inside.shape[0]), (0, inside.shape[1])):
+        used = np.flatnonzero(inside.any(axis=axis))
+        length = max(int(used[-1] - used[0]) + 1, min(WINDOW_PIXELS[0], side))
+        start = min(int(used[0]), side - length)
+        box.append(slice(start, start + length))
+    return box[0], box[1]
 
 
 def add_small_defect(pixels: Pixels, other: Pixels, *, rng: np.random.Generator) -> tuple[Pixels, Mask]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave.data import variations
+from normweave.data.regions import cells_inside, filled
 from normweave.data.rows import Rows
 from normweave.drift.statistics import ImageStatistics, MapStatistics, of_image, of_map
 from normweave.errors import BundleError
@@ -54,14 +55,15 @@ def describe(scanned: Rows, number: int, grids: NDArray[np.float32], *, vary: bo
         grids: (n, h, w) the patch scores of its tiles.
         vary: also render it under the known variations.
     """
-    pixels = scanned.load_image(number)
+    pixels, parts = scanned.load_image(number), scanned.parts_inside(number)
     own = of_image(pixels)
     shifts = {}
     for name in (*LIGHT, *FOCUS) if vary else ():
         render = spotted if name == "spotted" else partial(variations.vary, variation=name)
-        rendered = np.stack([render(tile) for tile in pixels])
+        rendered = filled(np.stack([render(tile) for tile in pixels]), parts)
         shifts[name] = tuple((np.array(of_image(rendered)) - np.array(own)).tolist())
-    return Described(own, of_map(grids, scanned.tiles_of(number), scanned.sizes[number]), shifts)
+    inside = cells_inside(parts, grids.shape[1:])
+    return Described(own, of_map(grids, scanned.tiles_of(number), scanned.sizes[number], inside=inside), shifts)
 
 
 def spotted(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

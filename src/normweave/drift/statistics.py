@@ -70,15 +70,19 @@ def _of_tile(tile: NDArray[np.uint8]) -> list[float]:
     ]
 
 
-def of_map(grids: NDArray[np.float32], tiles: Sequence[Tile], size: tuple[int, int]) -> MapStatistics:
+def of_map(
+    grids: NDArray[np.float32], tiles: Sequence[Tile], size: tuple[int, int], *, inside: NDArray[np.bool_] | None = None
+) -> MapStatistics:
     """Return the statistics of the patch scores (n, h, w) of the tiles of an image.
 
     Args:
         size: (height, width) of the image.
+        inside: (n, h, w) cells that lie in the region; None: all.
     """
-    tile, row, column = np.unravel_index(int(grids.argmax()), grids.shape)
+    counted = grids if inside is None else np.where(inside, grids, -np.inf)
+    tile, row, column = np.unravel_index(int(counted.argmax()), grids.shape)
     _, h, w = grids.shape
     at = tiles[int(tile)]
     x = at.left + (int(column) + 0.5) / w * at.width
     y = at.top + (int(row) + 0.5) / h * at.height
-    return MapStatistics(float(np.median(grids)), x / size[1], y / size[0])
+    return MapStatistics(float(np.median(grids if inside is None else grids[inside])), x / size[1], y / size[0])

@@ -60,10 +60,20 @@ def upsample(scores: NDArray[np.float32], height: int, width: int, *, smoothing:
     return rows @ wide  # (B, H, W)
 
 
-def stitch(maps: Iterable[NDArray[np.float32]], tiles: Sequence[Tile], height: int, width: int) -> NDArray[np.float32]:
+def stitch(
+    maps: Iterable[NDArray[np.float32]],
+    tiles: Sequence[Tile],
+    height: int,
+    width: int,
+    *,
+    complete: bool = True,
+) -> NDArray[np.float32]:
     """Return one map (height, width) of the maps of its tiles: a weighted mean where tiles overlap.
 
     The weight of a pixel rises with its distance to the edges of its tile, so that no seam is visible.
+
+    Args:
+        complete: whether the tiles must cover the image; if not, the map is 0 where none is.
 
     Raises:
         DataError: a map has another shape than its tile, or the tiles do not cover the image.
@@ -79,9 +89,11 @@ def stitch(maps: Iterable[NDArray[np.float32]], tiles: Sequence[Tile], height: i
         window = (slice(tile.top, tile.top + tile.height), slice(tile.left, tile.left + tile.width))
         total[window] += weight * part
         weights[window] += weight
-    if not weights.all():
-        uncovered = int((weights == 0).sum())
+    missing = weights == 0
+    uncovered = int(missing.sum())
+    if complete and uncovered:
         raise DataError(f"{len(tiles)} tiles leave {uncovered} pixels of a {height}x{width} image uncovered.")
+    weights[missing] = 1
     total /= weights
     return total
 

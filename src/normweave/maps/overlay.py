@@ -42,16 +42,25 @@ CONTEXT, LEAST_CONTEXT = 2.0, 0.25
 """A crop is this many times as long as the region in it, and at least this share of the longer side of the image."""
 BAND = 128
 """Rows of pixels that are coloured at a time."""
-WHITE, CYAN = (255, 255, 255), (0, 229, 255)
+WHITE, CYAN, BLUE = (255, 255, 255), (0, 229, 255), (80, 160, 255)
+DIMMED = 0.35
+"""Brightness of an image outside of a region."""
+THICK = 640
+"""The edge of a region is a line of one pixel, and of one more for each `THICK` pixels of the image's longer side."""
 SMALLEST_SPAN = 1e-12
 """Smallest divisor, for maps with a single value."""
 
 
-def heat(anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.uint8]:
+def heat(
+    anomaly_map: NDArray[np.float32], *, threshold: float, inside: NDArray[np.bool_] | None = None
+) -> NDArray[np.uint8]:
     """Return colours (H, W, 4) to draw over the image.
 
     The threshold has the colour in the middle of the colour map. The lightest colour is as far above the threshold as
     the lowest score is below it. Pixels far below the threshold are transparent.
+
+    Args:
+        inside: (H, W) the region of interest, whose edge is drawn in blue; None: the whole image.
     """
     span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
     result = np.empty((*anomaly_map.shape, 4), dtype=np.uint8)
@@ -59,11 +68,21 @@ def heat(anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.ui
         level = np.clip(0.5 + (anomaly_map[rows] - threshold) / (2 * span), 0, 1).astype(np.float32)
         alpha = np.clip((level - HIDDEN) / (0.5 - HIDDEN), 0, 1)[..., None] * 255
         result[rows] = np.concatenate([inferno(level), alpha], axis=2).round()
-    return result
+    return with_edge(result, inside)
 
 
-def overlay(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], *, threshold: float) -> NDArray[np.uint8]:
-    """Return the image (H, W, 3) in grey, with the pixels above the threshold in yellow to red."""
+def overlay(
+    image: NDArray[np.uint8],
+    anomaly_map: NDArray[np.float32],
+    *,
+    threshold: float,
+    inside: NDArray[np.bool_] | None = None,
+) -> NDArray[np.uint8]:
+    """Return the image (H, W, 3) in grey, with the pixels above the threshold in yellow to red.
+
+    Args:
+        inside: as of `heat`.
+    """
     span = max(threshold - float(anomaly_map.min()), SMALLEST_SPAN)
     result = np.empty_like(image)
     for rows in _bands(anomaly_map):
@@ -71,6 +90,18 @@ def overlay(image: NDArray[np.uint8], anomaly_map: NDArray[np.float32], *, thres
         level = np.clip((scores - threshold) / span, 0, 1)  # 0 at the threshold
         colour = np.concatenate([np.full_like(level, 255), 220 * (1 - level), np.zeros_like(level)], axis=2)
         result[rows] = np.where(scores > threshold, 0.5 * grey + 0.5 * colour, grey).round()
+    return with_edge(result, inside)
+
+
+def with_edge(image: NDArray[np.uint8], inside: NDArray[np.bool_] | None) -> NDArray[np.uint8]:
+    """Return the image (H, W, 3 or 4) with a blue line just inside the edge of a region; None: no line."""
+    if inside is None:
+        return image
+    outside = grown = ~inside
+    for _ in range(1 + max(inside.shape) // THICK):
+        grown = _dilate(grown)
+    result = image.copy()
+    result[grown & ~outside] = (*BLUE, 255)[: image.shape[2]]
     return result
 
 
@@ -79,12 +110,19 @@ def _bands(anomaly_map: NDArray[np.float32]) -> list[slice]:
     return [slice(top, top + BAND) for top in range(0, len(anomaly_map), BAND)]
 
 
+def dimmed_outside(image: NDArray[np.uint8], inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Return the image (H, W, 3), darker outside a region, with a blue line at the edge of the region."""
+    dark = (image * np.float32(DIMMED)).astype(np.uint8)
+    return with_edge(np.where(inside[..., None], image, dark), inside)
+
+
 def thumbnails(
     image: NDArray[np.uint8],
     anomaly_map: NDArray[np.float32],
     mask: NDArray[np.bool_] | None,
     *,
     threshold: float,
+    inside: NDArray[np.bool_] | None = None,
 ) -> dict[str, NDArray[np.uint8]]:
     """Return the image, its heat map and its marked defect, (h, w, 3) each, by caption.
 
@@ -96,6 +134,7 @@ def thumbnails(
         anomaly_map: (H, W).
         mask: (H, W), True where defective. The marked defect is left out if it is None or empty.
         threshold: in units of the map.
+        inside: as of `heat`.
     """
     height, width = image.shape[:2]
     scale = min(1.0, THUMBNAIL / max(height, width))
@@ -106,6 +145,8 @@ def thumbnails(
     span = max(float(anomaly_map.max()), threshold) - lowest
     colours = inferno(np.clip((scores - lowest) / max(span, SMALLEST_SPAN), 0, 1))
     mixed = ((1 - OPACITY) * small.mean(axis=2, keepdims=True) + OPACITY * colours).astype(np.uint8)
+    if inside is not None:
+        mixed = with_edge(mixed, np.asarray(Image.fromarray(inside).resize(size, Image.Resampling.NEAREST)))
     made = {"image": small, "heat map": _outline(mixed, scores > threshold, WHITE)}
     if mask is not None and mask.any():
         covered = np.asarray(Image.fromarray(mask.astype(np.float32)).resize(size, Image.Resampling.BOX)) > 0

@@ -108,8 +108,13 @@ class PixelMetrics:
         """Count an anomalous image without a mask."""
         self.skipped += 1
 
-    def update(self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_]) -> None:
+    def update(
+        self, anomaly_map: NDArray[np.float32], mask: NDArray[np.bool_], inside: NDArray[np.bool_] | None = None
+    ) -> None:
         """Add one image: its map (H, W) and its mask (H, W), all False for a normal image.
+
+        Args:
+            inside: (H, W) the pixels that are counted, those in the region of interest; None: all.
 
         Raises:
             DataError: the shapes differ, or the map is not finite.
@@ -118,7 +123,9 @@ class PixelMetrics:
             raise DataError(f"Map and mask must have the same shape, got {anomaly_map.shape} and {mask.shape}.")
         if not np.isfinite(anomaly_map).all():
             raise DataError("The anomaly map contains values that are not finite.")
-        normal, number = np.unique(ordered_bits(anomaly_map[~mask]) >> self.shift, return_counts=True)
+        counted = ~mask if inside is None else inside & ~mask
+        mask = mask if inside is None else inside & mask
+        normal, number = np.unique(ordered_bits(anomaly_map[counted]) >> self.shift, return_counts=True)
         anomalous = ordered_bits(anomaly_map[mask]) >> self.shift
         counts = np.zeros((3, len(normal) + len(anomalous)))
         counts[0, : len(normal)] = number

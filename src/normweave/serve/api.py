@@ -244,7 +244,8 @@ def _routes(service: InspectionService, streams: events.EventStreams, held: Held
             return await render(stored, lambda reader: npy(reader.anomaly_map()), media_type=BYTES, max_side=None)
 
         def draw(reader: ImageReader) -> bytes:
-            return png(heat(reader.anomaly_map(max_side=max_side), threshold=stored.map_threshold))
+            scores, inside = reader.anomaly_map(max_side=max_side), reader.inside(max_side=max_side)
+            return png(heat(scores, threshold=stored.map_threshold, inside=inside))
 
         return await render(stored, draw, max_side=max_side)
 
@@ -260,7 +261,8 @@ def _routes(service: InspectionService, streams: events.EventStreams, held: Held
 
         def draw(reader: ImageReader) -> bytes:
             pixels, scores = reader.image(max_side=max_side), reader.anomaly_map(max_side=max_side)
-            return png(overlay(pixels, scores, threshold=stored.map_threshold))
+            inside = reader.inside(max_side=max_side)
+            return png(overlay(pixels, scores, threshold=stored.map_threshold, inside=inside))
 
         return await render(stored, draw, max_side=max_side)
 

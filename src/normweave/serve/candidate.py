@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 from normweave.detector import Detector
 from normweave.errors import DataError, NormweaveError
 from normweave.serve.library import warm_up
-from normweave.serve.rendering import npy
+from normweave.serve.rendering import grids_file
 from normweave.types import Outcome
 
 ANSWER_SECONDS = 300.0
@@ -158,6 +158,7 @@ def judge(detector: Detector, content: bytes) -> tuple[dict[str, Any], bytes]:
     start = time.process_time()
     opened = detector.open(content)
     (scored,) = detector.scores([opened])
+    opened, scored = detector.regions.choose(opened, scored)
     try:
         outcome = detector.outcome(opened, scored, maps=False)
         if outcome.verdict in ("anomalous", "unknown"):
@@ -171,7 +172,7 @@ def judge(detector: Detector, content: bytes) -> tuple[dict[str, Any], bytes]:
         "map_threshold": None if scored is None else detector.box_threshold(outcome),
         "seconds": time.process_time() - start,
     }
-    return header, b"" if scored is None else npy(scored.raw.scores)
+    return header, b"" if scored is None else grids_file(opened, scored)
 
 
 def main(path: str, device: str) -> None:

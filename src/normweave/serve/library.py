@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from normweave import bundle, references
-from normweave.detector import Detector, parse_record
+from normweave.detector import Detector
 from normweave.errors import ConfigError, NormweaveError
+from normweave.record import parse_record
 from normweave.references import References
 
 log = logging.getLogger(__name__)

@@ -137,8 +137,9 @@ def model_routes(service: InspectionService, held: HeldAnswers) -> APIRouter:
         grids, smoothing, threshold = judged.grids, judged.smoothing or 0.0, judged.map_threshold or 0.0
 
         def draw(reader: ImageReader) -> bytes:
-            scores = reader.map_of(grids, judged.tiles, smoothing=smoothing, max_side=max_side)
-            return png(overlay(reader.image(max_side=max_side), scores, threshold=threshold))
+            scores = reader.map_of(grids, judged.tiles, smoothing=smoothing, threshold=threshold, max_side=max_side)
+            inside = reader.inside(grids, max_side=max_side)
+            return png(overlay(reader.image(max_side=max_side), scores, threshold=threshold, inside=inside))
 
         height, width = shrunk(ImageReader(service.files, stored).size, max_side)
         with held.expected(4 * height * width):

@@ -74,12 +74,14 @@ class StoredImage:
     """MIME type."""
     image_bytes: int
     grids_hash: str
-    """SHA-256 of an .npy file: the patch scores of each tile, (n, h, w) float32."""
+    """SHA-256 of the file that `rendering.grids_file` writes: the patch scores of each tile."""
     grids_bytes: int
     tiles: tuple[Tile, ...]
     smoothing: float
     map_threshold: float
     """Threshold of the anomaly map, in its own units."""
+    size: tuple[int, int] | None = field(default=None, compare=False)
+    """(height, width) of the image, a copy of the outcome's; None: that of the tiles together."""
 
 
 class RequestPart(NamedTuple):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from normweave import scoring
-from normweave.data import images
+from normweave.data import images, regions
+from normweave.data.regions import Region
+from normweave.scoring import PreparedImage, TileScores
 from normweave.serve.files import Files
 from normweave.serve.records import StoredImage
 from normweave.types import Tile
@@ -40,24 +44,65 @@ class ImageReader:
     @property
     def size(self) -> tuple[int, int]:
         """The (height, width) of the image."""
+        if self._stored.size is not None:
+            return self._stored.size
         tiles = self._stored.tiles
         return max(tile.top + tile.height for tile in tiles), max(tile.left + tile.width for tile in tiles)
 
     def anomaly_map(self, *, max_side: int | None = None) -> NDArray[np.float32]:
         """Return the anomaly map, (H, W); with `max_side` computed at the size of the shrunk image."""
         stored = self._stored
-        grids = self._files.read(stored.grids_hash)
-        return self.map_of(grids, stored.tiles, smoothing=stored.smoothing, max_side=max_side)
+        return self.map_of(
+            self._grids, stored.tiles, smoothing=stored.smoothing, threshold=stored.map_threshold, max_side=max_side
+        )
+
+    def inside(self, grids: bytes | None = None, *, max_side: int | None = None) -> NDArray[np.bool_] | None:
+        """Return whether each pixel lies in the region of interest, (H, W); None: no region.
+
+        Args:
+            grids: of another model, as for `map_of`.
+        """
+        _, region = _read_grids(self._grids if grids is None else grids)
+        return None if region is None else regions.mask(region, *shrunk(self.size, max_side))
 
     def map_of(
-        self, grids: bytes, tiles: Sequence[Tile], *, smoothing: float, max_side: int | None = None
+        self, grids: bytes, tiles: Sequence[Tile], *, smoothing: float, threshold: float, max_side: int | None = None
     ) -> NDArray[np.float32]:
-        """Return the anomaly map, (H, W), of patch scores in an .npy file, which another model may have computed."""
-        scores = np.load(io.BytesIO(grids), allow_pickle=False)
+        """Return the anomaly map, (H, W), of the patch scores that another model may have computed.
+
+        Args:
+            grids: what `grids_file` returned.
+            threshold: of the map.
+        """
+        scores, _ = _read_grids(grids)
         whole, size = self.size, shrunk(self.size, max_side)
         if size != whole:
             tiles = [_shrunk_tile(tile, whole, size) for tile in tiles]
-        return scoring.anomaly_map(scores, tuple(tiles), size, smoothing=smoothing)
+        inside = self.inside(grids, max_side=max_side)
+        return scoring.anomaly_map(scores, tuple(tiles), size, smoothing=smoothing, inside=inside, threshold=threshold)
+
+    @cached_property
+    def _grids(self) -> bytes:
+        return self._files.read(self._stored.grids_hash)
+
+
+def grids_file(image: PreparedImage, tiles: TileScores) -> bytes:
+    """Return the patch scores of an image, (n, h, w) float32, as an .npy file.
+
+    The region under which it was scored follows as a second array, the bytes of its JSON; nothing without one.
+    """
+    region = image.preparations[0].region
+    text = b"" if region is None else npy(np.frombuffer(regions.to_json(region), dtype=np.uint8))
+    return npy(tiles.raw.scores) + text
+
+
+def _read_grids(content: bytes) -> tuple[NDArray[np.float32], Region | None]:
+    """Return what `grids_file` wrote."""
+    stream = io.BytesIO(content)
+    scores = np.load(stream, allow_pickle=False)
+    if stream.tell() == len(content):
+        return scores, None
+    return scores, regions.from_json(np.load(stream, allow_pickle=False).tobytes())
 
 
 def shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:
@@ -83,7 +128,7 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     return content.getvalue()
 
 
-def npy(array: NDArray[np.float32]) -> bytes:
+def npy(array: NDArray[Any]) -> bytes:
     """Encode an array as an .npy file."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)

@@ -46,7 +46,7 @@ from normweave.serve.records import (
     Source,
     StoredImage,
 )
-from normweave.serve.rendering import ImageReader, media_type, npy
+from normweave.serve.rendering import ImageReader, grids_file, media_type
 from normweave.serve.store import Store
 from normweave.types import Outcome
 
@@ -363,8 +363,7 @@ class InspectionService:
                     f"{len(opened.tiles)} tiles were scored. Shrink the image or cut it into pieces.",
                 )
                 return [None]
-            some = slice(start, start + size)
-            (scored,) = job.detector.scores([opened._replace(tiles=opened.tiles[some], pixels=opened.pixels[some])])
+            (scored,) = job.detector.scores([opened.part(start, start + size)])
             assert scored is not None
             parts.append(scored)
         return [TileScores.concatenate(parts)]
@@ -389,6 +388,7 @@ class InspectionService:
     def _inspection(self, job: _Job) -> Inspection:
         """Return the inspection of a scored image, with its files written."""
         detector, opened, scored = job.detector, job.opened, job.scored
+        opened, scored = detector.regions.choose(opened, scored)
         try:
             outcome = detector.outcome(opened, scored, maps=False)
             if outcome.verdict in ("anomalous", "unknown"):  # only these have boxes, which need the map
@@ -410,7 +410,7 @@ class InspectionService:
         routed = image = None
         if scored is not None:
             routed = ImageScore.of(scored).subclass
-            content, grids = upload.content, npy(scored.raw.scores)
+            content, grids = upload.content, grids_file(opened, scored)
             image = StoredImage(
                 image_hash=self.files.put(content),
                 image_type=media_type(content),

@@ -297,7 +297,7 @@ DEAD_LETTERS = Table(
 PROBE = Table("probe", METADATA, Column("id", Integer, primary_key=True), Column("at", Timestamp))
 """One row, written to test whether the database can be written."""
 
-STORED_IMAGE = tuple(field.name for field in fields(StoredImage))
+STORED_IMAGE = tuple(field.name for field in fields(StoredImage) if field.name != "size")
 """Columns of a `StoredImage`."""
 _OUTCOME = tuple(column for column in Outcome.columns() if not column.in_file)
 _ARRIVAL = ("received_at", "name", "source", "actor", "token", "line", "routed")
@@ -334,7 +334,8 @@ def to_inspection(row: Row[Any]) -> Inspection:
     image = review = request = None
     if row.image_hash is not None:
         image = StoredImage(**{name: values[name] for name in STORED_IMAGE})
-        image = replace(image, tiles=tuple(Tile(*tile) for tile in row.tiles))
+        size = None if row.height is None else (row.height, row.width)
+        image = replace(image, tiles=tuple(Tile(*tile) for tile in row.tiles), size=size)
     if row.decision is not None:
         review = Review(**{name: values[column] for name, column in REVIEW.items()})
     if row.request_key is not None:

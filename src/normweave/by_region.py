@@ -1,0 +1,186 @@
+"""Score images under the region of interest of their own category, which is known only after the routing. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from normweave.config import Config
+from normweave.config.regions import EVERY
+from normweave.data import regions
+from normweave.data.prepare import Preparation, Preparations
+from normweave.data.rows import Rows
+from normweave.errors import ConfigError
+from normweave.scoring import ImageScore, PreparedImage, TileScores
+from normweave.types import Outcome, Progress
+
+if TYPE_CHECKING:
+    from normweave.network.base import Network
+
+
+class Scored(NamedTuple):
+    """The scores of an image of a data set under its region."""
+
+    number: int  # of the image in `Rows.samples`
+    rows: Rows  # under its region
+    own: TileScores
+    unseen: TileScores | None  # without the expert of its own subclass; None: not asked for
+
+    @property
+    def image(self) -> PreparedImage:
+        """The image without its pixels."""
+        sample, tiles = self.rows.samples[self.number], self.rows.tiles_of(self.number)
+        preparations = (self.rows.preparation.of(sample.category),) * len(tiles)
+        return PreparedImage(str(sample.image_path), self.rows.sizes[self.number], tiles, None, None, preparations)
+
+
+def check_routing(scanned: Rows, *, routes: bool) -> None:
+    """Check that images of categories with different regions are routed to a category.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    categories = sorted({sample.category for sample in scanned.samples})
+    if not routes and len({scanned.preparation.of(each) for each in categories}) > 1:
+        raise ConfigError(
+            f"The categories {', '.join(categories)} have different regions, and this model does not route images to a "
+            f"category, so that it cannot know the region of a new image. Give one region for all ({EVERY!r}), train a "
+            "model for each category, or train the default model."
+        )
+
+
+class ByRegion(NamedTuple):
+    """The regions of the categories of a detector.
+
+    An image is scored under each of them: one pass for each distinct region, so that one region for all categories
+    costs nothing more. Its result is that of the region under which the image is routed to a category that has it, with
+    the smallest distance; if there is none, that with the smallest distance.
+    """
+
+    owned: Mapping[Preparation, Collection[str]]
+    """The categories that have each region."""
+    routed: Sequence[str]
+    """The category of each subclass that images are routed to."""
+
+    @classmethod
+    def of(cls, preparation: Preparations, categories: Collection[str], routed: Sequence[str]) -> ByRegion:
+        """Return the regions of these categories."""
+        owned: dict[Preparation, set[str]] = {}
+        for category in sorted(categories) or [""]:
+            owned.setdefault(preparation.of(category), set()).add(category)
+        return cls(owned, routed)
+
+    @property
+    def first(self) -> Preparation:
+        """The preparation under one of the regions: the only one, for most detectors."""
+        return next(iter(self.owned))
+
+    def choose(self, image: PreparedImage, tiles: TileScores | None) -> tuple[PreparedImage, TileScores | None]:
+        """Return an image and its scores under one region, of an image that was scored under several.
+
+        Args:
+            tiles: None: the image could not be read; it is returned as it is.
+        """
+        if tiles is None or len(self.owned) == 1:
+            return image, tiles
+        ranks: list[tuple[bool, float, int, int]] = []
+        start = 0
+        for preparation, run in groupby(image.preparations):
+            stop = start + len(list(run))
+            score = ImageScore.of(tiles.part(start, stop))
+            assert score.subclass is not None  # a head without routing has one region for all categories
+            assert score.distance is not None
+            ranks.append((self.routed[score.subclass] not in self.owned[preparation], score.distance, start, stop))
+            start = stop
+        _, _, start, stop = min(ranks)
+        return image.part(start, stop), tiles.part(start, stop)
+
+    def inside(self, outcome: Outcome) -> NDArray[np.bool_] | None:
+        """Return whether each pixel of an inspected image lies in the region of its category; None: no region."""
+        own = [each for each, categories in self.owned.items() if outcome.category in categories]
+        region = (own[0] if own else self.first).region
+        assert outcome.height is not None
+        assert outcome.width is not None
+        return None if region is None else regions.mask(region, outcome.height, outcome.width)
+
+    def score_rows(
+        self,
+        network: Network,
+        scanned: Rows,
+        chosen: NDArray[np.int64],
+        config: Config,
+        *,
+        unseen: bool,
+        cache: Path | None,
+        progress: Progress | None,
+    ) -> Iterator[Scored]:
+        """Score the chosen rows, which must hold whole images, each image under the region that `choose` returns.
+
+        Args:
+            unseen: also without the expert of each image's own subclass (leave-one-subclass-out).
+        """
+        prepared = {scanned.preparation.of(name) for name in {sample.category for sample in scanned.samples}}
+        views = [(scanned, chosen)]
+        if prepared != set(self.owned) or len(prepared) > 1:
+            images = np.unique(scanned.owner[chosen])
+            under = [scanned.under(each) for each in self.owned]
+            views = [(each, np.flatnonzero(np.isin(each.owner, images))) for each in under]
+        scores = (
+            _score_rows(network, rows, some, config, unseen=unseen, cache=cache, progress=progress)
+            for rows, some in views
+        )
+        for each in zip(*scores, strict=True):
+            yield each[0] if len(each) == 1 else self._chosen(each)
+
+    def _chosen(self, scores: Sequence[Scored]) -> Scored:
+        images = [each.image for each in scores]
+        joined = images[0]._replace(
+            tiles=tuple(chain.from_iterable(each.tiles for each in images)),
+            preparations=tuple(chain.from_iterable(each.preparations for each in images)),
+        )
+        image, _ = self.choose(joined, TileScores.concatenate([each.own for each in scores]))
+        return scores[list(self.owned).index(image.preparations[0])]
+
+
+def _score_rows(
+    network: Network,
+    scanned: Rows,
+    chosen: NDArray[np.int64],
+    config: Config,
+    *,
+    unseen: bool,
+    cache: Path | None,
+    progress: Progress | None,
+) -> Iterator[Scored]:
+    """Score the chosen rows under the region that they are prepared under."""
+    reader = network.reader(scanned, cache=cache, progress=progress)
+    size = config.features.batch_images
+    owners = scanned.owner[chosen]
+    starts = np.append(np.flatnonzero(np.diff(owners, prepend=-1)), len(chosen))
+    for first in range(0, len(starts) - 1, size):
+        bounds = starts[first : first + size + 1]
+        own: list[TileScores] = []
+        excluding: list[TileScores] = []
+        for start in range(bounds[0], bounds[-1], size):
+            some = chosen[start : min(start + size, bounds[-1])]
+            inputs, parts = reader.read(some), [scanned.part_inside(int(row)) for row in some]
+            own.append(TileScores.of(reader.score(inputs), config, parts))
+            if unseen:
+                others = reader.score(inputs, own[-1].raw.subclass)
+                excluding.append(TileScores.of(others, config, parts))
+        scored = TileScores.concatenate(own)
+        as_unseen = TileScores.concatenate(excluding) if unseen else None
+        for start, end in zip(bounds[:-1] - bounds[0], bounds[1:] - bounds[0], strict=True):
+            yield Scored(
+                int(owners[bounds[0] + start]),
+                scanned,
+                scored.part(start, end),
+                None if as_unseen is None else as_unseen.part(start, end),
+            )
+        if progress is not None:
+            progress("scoring", min(first + size, len(starts) - 1), len(starts) - 1)

@@ -1,0 +1,117 @@
+"""`normweave data roi`: write, check and show the regions of interest of a detector."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from normweave.cli.terminal import ALL_NORMAL, Terminal
+from normweave.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+def roi(
+    terminal: Terminal,
+    image: Annotated[Path, typer.Argument(help="An image of the line, to which the shapes refer.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="File of regions, .json; other categories in it stay.", show_default=False),
+    ],
+    category: Annotated[str, typer.Option(help="Category of the region; '*': all that have none of their own.")] = "*",
+    rectangle: Annotated[
+        list[str] | None,
+        typer.Option(help="Look here: x,y,width,height as shares of the image. Repeatable.", show_default=False),
+    ] = None,
+    polygon: Annotated[
+        list[str] | None,
+        typer.Option(help="Look here: corners 'x,y x,y x,y …' as shares. Repeatable.", show_default=False),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Look here: pixels of an image that are not black.", show_default=False)
+    ] = None,
+    ignore_rectangle: Annotated[
+        list[str] | None, typer.Option(help="Leave out: x,y,width,height. Repeatable.", show_default=False)
+    ] = None,
+    ignore_polygon: Annotated[
+        list[str] | None, typer.Option(help="Leave out: corners. Repeatable.", show_default=False)
+    ] = None,
+    ignore_mask: Annotated[
+        Path | None, typer.Option(help="Leave out: pixels that are not black.", show_default=False)
+    ] = None,
+    preview: Annotated[
+        Path | None, typer.Option(help="New image (.png) that shows the region.", show_default=False)
+    ] = None,
+) -> int:
+    """Write the region of interest of a category to a file for `normweave train --regions`.
+
+    Without shapes, the file is checked and described. Outside the region nothing is learnt, scored or shown.
+    """
+    from normweave import settings
+    from normweave.data import images
+    from normweave.data import regions as drawn
+
+    pixels = images.decode(image)
+    height, width = pixels.shape[:2]
+    found = {each.category: each for each in settings.read_regions(output)} if output.exists() else {}
+    parts = {
+        name: _given(
+            rectangles=[_numbers(each) for each in rectangles or ()],
+            polygons=[[_numbers(corner) for corner in each.split()] for each in polygons or ()],
+            mask="" if path is None else drawn.encode_mask(images.read_mask(path, height=height, width=width)),
+        )
+        for name, rectangles, polygons, path in (
+            ("include", rectangle, polygon, mask),
+            ("ignore", ignore_rectangle, ignore_polygon, ignore_mask),
+        )
+    }
+    if given := _given(**parts):
+        own = settings.from_dict({"regions": [{"category": category, **given}]}, source="The options").regions
+        drawn.check(own)
+        found |= {category: own[0]}
+        settings.write_regions(output, found.values())
+    region = drawn.of(found.values(), category)
+    if region is None:
+        raise ConfigError(
+            f"{output} holds no region of {category!r}. Draw one, for example with --rectangle 0.1,0.1,0.8,0.8."
+        )
+    inside = drawn.mask(region, height, width)
+    if preview is not None:
+        _save_preview(preview, pixels, inside)
+    share = float(inside.mean())
+    if terminal.json:
+        described = drawn.described(tuple(found.values()))
+        terminal.record({"file": str(output), "category": category, "inside": share, "regions": described})
+    else:
+        terminal.show(f"{output}: the region of {category} is {share:.1%} of {image}")
+        if preview is not None:
+            terminal.show(f"{preview}: the region over the image")
+        terminal.remark(f"Next: normweave train DATA -o BUNDLE --regions {output}")
+    return ALL_NORMAL
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value}
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"A shape must be numbers between commas, shares of width and height, got {text!r:.80}. Examples: "
+            "--rectangle 0.1,0.1,0.8,0.8 --polygon '0,0 1,0 0.5,1'"
+        ) from None
+
+
+def _save_preview(path: Path, pixels: "NDArray[np.uint8]", inside: "NDArray[np.bool_]") -> None:
+    from PIL import Image
+
+    from normweave.maps.overlay import dimmed_outside
+
+    try:
+        Image.fromarray(dimmed_outside(pixels, inside)).save(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Cannot write the preview {path}: {error}. Name a file that ends in .png.") from error

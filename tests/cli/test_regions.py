@@ -1,0 +1,79 @@
+"""Regions of interest from the command line. That a detector follows them: tests/end_to_end/test_regions.py."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from normweave import settings
+from normweave.data import regions
+
+from .conftest import run
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "part.png"
+    Image.new("RGB", (80, 60), "grey").save(path)
+    return path
+
+
+def inside(file, category="*"):
+    return regions.mask(regions.of(settings.read_regions(file), category), 60, 80)
+
+
+def test_shapes_are_written_for_one_category_after_the_other(image, tmp_path):
+    file, drawn = tmp_path / "regions.json", np.zeros((60, 80), dtype=np.uint8)
+    drawn[:30] = 255
+    Image.fromarray(drawn).save(tmp_path / "mask.png")
+    options = ("--rectangle", "0,0,0.5,1", "--ignore-polygon", "0,0 0.25,0 0,0.5")
+    result = run("data", "roi", image, "-o", file, *options, "--preview", tmp_path / "seen.png")
+    assert result.exit_code == 0, result.output
+    assert "the region of * is 43." in result.stdout
+    with Image.open(tmp_path / "seen.png") as seen:
+        assert seen.size == (80, 60)
+    every = inside(file)
+    assert every[59, 39]
+    assert not every[0, 0]
+    assert not every[:, 40:].any()
+    result = run("data", "roi", image, "-o", file, "--category", "nut", "--mask", tmp_path / "mask.png", "--json")
+    found = json.loads(result.stdout)
+    assert (found["category"], found["inside"]) == ("nut", 0.5)
+    assert list(found["regions"]) == ["*", "nut"]
+    np.testing.assert_array_equal(inside(file, "nut"), drawn > 0)
+    np.testing.assert_array_equal(inside(file), every)
+    again = run("data", "roi", image, "-o", file, "--category", "nut")
+    assert again.stdout.startswith(f"{file}: the region of nut is 50.0% of {image}")
+    assert settings.read(file).regions == settings.read_regions(file)  # it is a part of a file of settings
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "holds no region of '*'"),
+        (("--rectangle", "a,b"), "must be numbers between commas"),
+        (("--rectangle", "0,0,1"), "rectangles[0][3]"),
+        (("--rectangle", "0.6,0,0.6,1"), "must lie inside the image"),
+        (("--rectangle", "0,0,nan,1"), "must be a finite number, got nan"),
+        (("--polygon", "0,0 1,1"), "polygons[0] must have at least 3 items"),
+        (("--polygon", "0,0 1,0 1,1.5"), "must be less than or equal to 1, got 1.5"),
+        (("--ignore-rectangle", "0,0,1,1"), "covers 0 of 65,536 pixels"),
+        (("--rectangle", "0,0,0.5,1", "--preview", "seen.unknown"), "Cannot write the preview"),
+    ],
+)
+def test_shapes_that_cannot_be_used_are_refused(image, tmp_path, options, words):
+    result = run("data", "roi", image, "-o", tmp_path / "regions.json", *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split()), result.stderr
+    assert (tmp_path / "regions.json").exists() == ("--preview" in options)
+
+
+def test_a_file_that_is_no_file_of_regions_is_refused(image, tmp_path):
+    file = tmp_path / "regions.json"
+    for text, words in (("seed: 1", "must have the key regions alone, got seed"), ("[", "is not YAML")):
+        file.write_text(text)
+        result = run("data", "roi", image, "-o", file, "--rectangle", "0,0,1,1")
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+        assert file.read_text() == text

@@ -1,0 +1,195 @@
+"""Nothing outside a region of interest is learnt, scored or shown, for several heads and in every way to a score."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from typer.testing import CliRunner
+
+from normweave import bundle as bundles
+from normweave import contents, settings
+from normweave.cli import app
+from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, RegionConfig, ShapesConfig, TimmConfig
+from normweave.data import images, layouts, regions
+from normweave.data.masks import near
+from normweave.detector import Detector
+from normweave.errors import ConfigError
+from normweave.types import Outcome
+
+PART = RegionConfig(
+    include=ShapesConfig(polygons=(((0.1, 0.05), (0.95, 0.1), (0.9, 0.9), (0.3, 0.8)),)),
+    ignore=ShapesConfig(rectangles=((0.55, 0.4, 0.15, 0.2),)),
+)
+SMALL = {"memory": {"max_patches": 100, "max_pool": 2000}, "layout": {"cells": 4}}
+HEADS = {
+    "fusion": {"kind": "adapted_moe", "expert": {"kind": "fusion"} | SMALL},
+    "gaussian": {"kind": "adapted_moe", "expert": {"kind": "gaussian"}},
+    "patchcore": {"kind": "memory_bank"},
+    "mean-shift": {"kind": "mean_shift"},
+}
+
+
+def config(head, *listed):
+    return Config(
+        data=DataConfig(subclass_from="column", calibration="split"),
+        prepare=PrepareConfig(height=64, width=64, tile_beyond=2),
+        regions=listed,
+        features=TimmConfig(weights="random", strides=(8,), batch_images=4),
+        head=settings.from_dict({"head": HEADS[head]}).head,
+        outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
+    )
+
+
+def fit(data, head, *listed):
+    return Detector.fit(data, config=config(head, *listed), use_cache=False, device="cpu")
+
+
+def planted(pixels, region, *, seed):
+    """The image with a text, a clock with its hand and noise outside the region."""
+    drawn = Image.fromarray(np.random.default_rng(seed).integers(0, 256, pixels.shape, dtype=np.uint8))
+    draw = ImageDraw.Draw(drawn)
+    height, width = pixels.shape[:2]
+    draw.rectangle((0, 0, width, height // 8), fill="white")
+    draw.text((2, 0), f"CAMERA 1  {seed}", fill="black")
+    draw.ellipse((0, height // 2, width // 4, height // 2 + width // 4), fill="white", outline="red")
+    draw.line((width // 8, height // 2 + width // 8, seed % width, height // 2), fill="black")
+    inside = regions.mask(regions.of([region], None), height, width)
+    return np.where(inside[..., None], pixels, np.asarray(drawn))
+
+
+def same(one: Outcome, other: Outcome):
+    """Every field, every bit of the map."""
+    assert replace(one, latency_ms=None, image_path=None) == replace(other, latency_ms=None, image_path=None)
+    np.testing.assert_array_equal(one.anomaly_map, other.anomaly_map)
+
+
+@pytest.fixture(scope="module", params=["fusion", "patchcore", "mean-shift"])
+def with_region(request, cloth, tmp_path_factory):
+    fitted = fit(cloth, request.param, PART)
+    folder = tmp_path_factory.mktemp("regions") / f"{request.param}.bundle"
+    fitted.save(folder)
+    return Detector.load(folder, threads=1, device="cpu")
+
+
+def test_what_is_planted_outside_changes_no_bit(with_region, photos):
+    whole = [images.decode(path) for path in photos[::3]]
+    large = np.tile(whole[0], (4, 5, 1))  # cut into tiles, of which some are partly outside
+    assert len(with_region.preparation.tiles(*large.shape[:2])) > 4
+    for number, pixels in enumerate([*whole, large]):
+        outcome = with_region.score(pixels)
+        for seed in (number, number + 100):
+            same(outcome, with_region.score(planted(pixels, PART, seed=seed)))
+    assert not np.array_equal(with_region.score(large).anomaly_map, with_region.score(large[::-1].copy()).anomaly_map)
+
+
+def test_nothing_is_shown_outside(with_region, photos):
+    inside = regions.mask(regions.of([PART], None), 64, 64)
+    for outcome in with_region.score(photos):
+        np.testing.assert_array_equal(with_region.regions.inside(outcome), inside)
+        assert (outcome.anomaly_map[~inside] <= outcome.anomaly_map[inside].min()).all()
+        assert (outcome.anomaly_map[~inside] < with_region.box_threshold(outcome)).all()
+        for box in outcome.boxes:
+            assert inside[box.y : box.y + box.height, box.x : box.x + box.width].any()
+        if not with_region.image_level:
+            # The place of a peak is the centre of its cell of 8 pixels, which may be partly outside.
+            assert near(inside, 4)[min(63, int(outcome.peak_y * 64)), min(63, int(outcome.peak_x * 64))]
+
+
+def test_nothing_outside_is_learnt(cloth, tmp_path):
+    """A fit to images with other pixels outside gives the same weights and thresholds."""
+    samples = [each for each in layouts.read(cloth, DataConfig(subclass_from="column")) if each.split == "train"]
+    changed = []
+    for number, sample in enumerate(samples):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(planted(images.decode(sample.image_path), PART, seed=number)).save(path)
+        changed.append(replace(sample, image_path=path))
+    own, other = (fit(each, "gaussian", PART) for each in (samples, changed))
+    ours, theirs = own.network.tensors(), other.network.tensors()
+    differences = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+    assert not differences
+    assert own.operating_points.as_dict() == other.operating_points.as_dict()
+
+
+def test_categories_with_different_regions(cloth, photos):
+    """Each image is scored under the region of its category, whatever lies outside that one."""
+    left, right = (
+        (((0.0, 0.0), (0.6, 0.0), (0.5, 1.0), (0.0, 1.0)),),
+        (((0.4, 0.0), (1.0, 0.0), (1.0, 1.0), (0.5, 1.0)),),
+    )
+    samples = [
+        replace(each, category=each.subclass, subclass=None)
+        for each in layouts.read(cloth, DataConfig(subclass_from="column"))
+    ]
+    names = sorted({each.category for each in samples if each.split == "train"})
+    listed = [
+        RegionConfig(category=name, include=ShapesConfig(polygons=shape))
+        for name, shape in zip(names, (left, right), strict=False)
+    ]
+    detector = fit([each for each in samples if each.split == "train"], "gaussian", *listed)
+    assert len(detector.regions.owned) == 3  # the third category has no region
+    tests = [each for each in samples if each.split == "test" and each.category in names]
+    right_categories = 0
+    for number, (sample, outcome, tiles, _) in enumerate(detector.stream_samples(tests)):
+        pixels = images.decode(sample.image_path)
+        alone = detector.score(pixels)
+        assert (alone.category, alone.pred_score) == (outcome.category, pytest.approx(outcome.pred_score, abs=0.02))
+        np.testing.assert_allclose(alone.anomaly_map, outcome.anomaly_map, atol=0.05)  # of features in 16 bits
+        assert len(tiles) == 1
+        right_categories += outcome.category == sample.category
+        region = {each.category: each for each in listed}.get(outcome.category)
+        if region is not None:
+            np.testing.assert_array_equal(
+                detector.regions.inside(outcome), regions.mask(regions.of([region], outcome.category), 64, 64)
+            )
+            same(detector.score(planted(pixels, replace(region, category="*"), seed=number)), alone)
+    assert right_categories >= 0.8 * len(tests)
+    with pytest.raises(ConfigError, match="this model does not route"):
+        fit([each for each in samples if each.split == "train"], "patchcore", *listed)
+
+
+def call(*words: object, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code in (code, 1), result.output
+    return result.stdout
+
+
+def test_a_region_from_the_command_line_to_the_report(cloth, photos, tmp_path):
+    """Drawn, trained with, shown, changed by a calibration, evaluated."""
+    file, preview = tmp_path / "regions.json", tmp_path / "preview.png"
+    text = call("data", "roi", photos[0], "-o", file, "--rectangle", "0.25,0.25,0.5,0.5", "--preview", preview)
+    assert "the region of * is 25.0% of" in text
+    shown = images.decode(preview)
+    assert shown[2, 2].mean() < 0.5 * images.decode(photos[0])[2, 2].mean()
+    model = tmp_path / "cloth.bundle"
+    call(
+        *("train", cloth, "-o", model, "--model", "patchcore", "--no-cache", "--regions", file),
+        *("--subclass-from", "column", "--false-alarm-rate", "0.1", "--set", "features.weights=random"),
+        *("--set", "prepare.height=64", "--set", "prepare.width=64", "--set", "features.strides=[8]"),
+    )
+    (held,) = bundles.read(model)["config"]["regions"]
+    assert held["include"]["rectangles"] == [[0.25, 0.25, 0.5, 0.5]]
+    assert "region of *: {'include': {'rectangles': [[0.25, 0.25, 0.5, 0.5]]}}" in call("bundle", "show", model)
+    detector = Detector.load(model, threads=1, device="cpu")
+    other = detector.with_rate(0.2)
+    other.save(tmp_path / "other.bundle")
+    assert "regions" not in contents.differences(model, tmp_path / "other.bundle")
+    call("evaluate", model, cloth, "-o", tmp_path / "report")
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["pooled"]["pixel_auroc"] is not None
+    maps = tmp_path / "maps"
+    call("predict", model, photos[0], "--maps", maps)
+    edge = images.decode(next(maps.glob("*.png")))
+    assert (edge[16, 16:48] == (80, 160, 255)).all()
+    assert not (edge[:15] == (80, 160, 255)).all(axis=2).any()
+
+
+def test_pixels_as_bytes(with_region, photos):
+    """What is planted outside changes no bit of the answer to a file either."""
+    pixels = images.decode(photos[0])
+    content = io.BytesIO()
+    Image.fromarray(planted(pixels, PART, seed=5)).save(content, "PNG")
+    same(with_region.score(Path(photos[0]).read_bytes()), with_region.score(content.getvalue()))

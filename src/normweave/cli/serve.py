@@ -122,6 +122,7 @@ def serve(
         from normweave.serve.records import Role
         from normweave.serve.seen import Seen
         from normweave.serve.service import InspectionService
+        from normweave.serve.source import SourceRunner
         from normweave.serve.store import Store
         from normweave.serve.watch import Watch
         from normweave.serve.webhook import Webhook
@@ -197,7 +198,10 @@ def serve(
             seen = stack.enter_context(closing(Seen(folder / server.SEEN)))
             watching = Watch(watch.resolve(), service=service, seen=seen)
         delivering = Deliveries(service, receivers)
-        app = server.create_app(service, access=access, watch=watching, webhook=webhook, outputs=delivering)
+        sources = [SourceRunner(one, service) for one in line.sources]
+        app = server.create_app(
+            service, access=access, watch=watching, webhook=webhook, outputs=delivering, sources=sources
+        )
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
@@ -18,6 +18,7 @@ from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.parts import Parts
 from normweave.serve.service import InspectionService
+from normweave.serve.source import SourceRunner
 from normweave.serve.store import DATABASE as DATABASE
 from normweave.serve.teach import Teaching
 from normweave.serve.watch import Watch
@@ -38,6 +39,7 @@ def create_app(
     watch: Watch | None = None,
     webhook: Webhook | None = None,
     outputs: Deliveries | None = None,
+    sources: Sequence[SourceRunner] = (),
     pages: bool = True,
 ) -> FastAPI:
     """Return the ASGI application of a server. On shutdown it first finishes all accepted images.
@@ -47,6 +49,7 @@ def create_app(
         watch: started and stopped with the application.
         webhook: is sent each new alarm of drift.
         outputs: started and stopped with the application; the last results are delivered.
+        sources: started and stopped with the application.
         pages: add the pages for people; at most one application of a process can have them.
     """
     drift = DriftWatch(service, service.files.folder.parent / DRIFT, webhook=webhook)
@@ -61,7 +64,11 @@ def create_app(
         drift.start()
         parts.start()
         outputs.start()
+        for source in sources:
+            source.start()
         yield
+        for source in sources:
+            await asyncio.to_thread(source.stop)
         if watch is not None:
             await watch.finish()
         await asyncio.to_thread(teaching.stop)
@@ -84,7 +91,16 @@ def create_app(
     if pages:
         from normweave.serve.pages import add_pages
 
-        add_pages(app, service, access=access, watch=watch, drift=drift, teaching=teaching, outputs=outputs)
+        add_pages(
+            app,
+            service,
+            access=access,
+            watch=watch,
+            drift=drift,
+            teaching=teaching,
+            outputs=outputs,
+            sources=sources,
+        )
     app.add_middleware(HeadMiddleware)
     app.add_middleware(AuthenticationMiddleware, access=access)
     app.add_middleware(LimitsMiddleware, config=service.config)  # the last middleware is the outermost

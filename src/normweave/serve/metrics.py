@@ -98,6 +98,15 @@ class Metrics:
             output,
             registry=self._registry,
         )
+        self.source_frames = Counter(
+            "normweave_source_frames",
+            "Frames that the trigger of a source chose; dropped: a newer one came before they were inspected.",
+            ["name", "result"],
+            registry=self._registry,
+        )
+        self.source_connected = Gauge(
+            "normweave_source_connected", "1: the source is connected.", ["name"], registry=self._registry
+        )
         self.drift_alarm = Gauge(
             "normweave_drift_alarm",
             "1: the images have changed since the calibration, with this cause, in this subclass.",

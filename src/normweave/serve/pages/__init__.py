@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 from fastapi import FastAPI, Request
@@ -21,6 +21,7 @@ from normweave.serve.pages.history import csv_lines, filter_of
 from normweave.serve.pages.sockets import bind_sockets
 from normweave.serve.records import Token
 from normweave.serve.service import InspectionService, Upload
+from normweave.serve.source import SourceRunner
 from normweave.serve.teach import Teaching
 from normweave.serve.templating import render_macro
 from normweave.serve.watch import Watch
@@ -49,6 +50,7 @@ def add_pages(
     drift: DriftWatch,
     teaching: Teaching,
     outputs: Deliveries,
+    sources: Sequence[SourceRunner] = (),
 ) -> None:
     """Add the pages to a server after all its other routes; once per process, because NiceGUI has one app.
 
@@ -58,10 +60,11 @@ def add_pages(
         drift: follows changes of the images.
         teaching: trains new products.
         outputs: deliver the results.
+        sources: of images, as on the page Live.
     """
 
     def serving(token: Token) -> Serving:
-        return Serving(service, token, watch, access, drift, teaching, outputs)
+        return Serving(service, token, watch, access, drift, teaching, outputs, sources)
 
     for page in every_page():
         _add_page(page, serving, service.store.line)

@@ -17,6 +17,7 @@ from normweave.serve.drift import DriftWatch
 from normweave.serve.records import AuditEntry, Inspection, PartRecord, Token
 from normweave.serve.reviews import defect_names
 from normweave.serve.service import InspectionService
+from normweave.serve.source import SourceRunner
 from normweave.serve.store import Store
 from normweave.serve.teach import Teaching
 from normweave.serve.templating import render_macro
@@ -53,6 +54,7 @@ class Serving(NamedTuple):
     drift: DriftWatch
     teaching: Teaching
     outputs: Deliveries
+    sources: Sequence[SourceRunner]
 
 
 class Page(ABC):
@@ -73,7 +75,8 @@ class Page(ABC):
     engineers_only: ClassVar[bool] = False
 
     def __init__(self, serving: Serving) -> None:
-        self._service, self._token, self._watch, self._access, self._drift, self._teaching, self._outputs = serving
+        self._service, self._token, self._watch, self._access = serving[:4]
+        self._drift, self._teaching, self._outputs, self._sources = serving[4:]
 
     @abstractmethod
     async def content(self) -> None:

@@ -55,6 +55,7 @@ SPANS = {
 BUCKETS: dict[Bucket, str] = {"hour": "by the hour", "day": "by the day", "week": "by the week"}
 VERDICTS = {ANY: "any verdict"} | {result.value: result.word for result in Result}
 SOURCES = {ANY: "any source", "page": "this page", "folder": "watched folder", "api": "other programs"}
+SOURCES |= {"camera": "cameras", "video": "video files", "mqtt": "MQTT messages", "http": "addresses"}
 REVIEWS = {
     ANY: "all",
     "none": "not reviewed",

@@ -17,8 +17,20 @@ SOURCES: dict[Source, str] = {
     "page": "uploaded on this page",
     "folder": "from the watched folder",
     "api": "sent by another program",
+    "camera": "from a camera",
+    "video": "from a video file",
+    "mqtt": "from an MQTT message",
+    "http": "from an address",
 }
-SHORT_SOURCES: dict[Source, str] = {"page": "uploaded", "folder": "watched folder", "api": "other program"}
+SHORT_SOURCES: dict[Source, str] = {
+    "page": "uploaded",
+    "folder": "watched folder",
+    "api": "other program",
+    "camera": "camera",
+    "video": "video file",
+    "mqtt": "MQTT",
+    "http": "address",
+}
 LEAST_WEIGHT = 0.005
 """Products with a smaller weight are not listed."""
 MOST_COMPARED = 3

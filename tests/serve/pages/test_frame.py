@@ -27,6 +27,7 @@ def test_a_module_in_the_package_adds_a_page(tmp_path):
     titles = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert titles == [
         "Inspect",
+        "Live",
         "Review",
         "Extra",
         "Model",
@@ -44,6 +45,7 @@ def test_a_module_in_the_package_adds_a_page(tmp_path):
 def test_the_pages_are_in_the_order_of_the_navigation():
     paths = [
         "/",
+        "/live",
         "/review",
         "/model",
         "/history",

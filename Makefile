@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND := Agg
 
-.PHONY: help demo test test-threads check perf commands docs
+.PHONY: help demo test test-threads check arm64 perf commands docs
 
 help:
 	@echo "make demo          synthetic textile images: train, test on unseen subclasses, write a report"
 	@echo "make test          all tests"
 	@echo "make test-threads  the numerical tests again, with two threads"
 	@echo "make check         lint, format, types, import contracts"
+	@echo "make arm64         whether a line PC with an ARM processor can install everything"
 	@echo "make perf          speed and memory benchmarks"
 	@echo "make commands      write the command reference from the code"
 	@echo "make docs          the documentation as a site"
@@ -39,6 +40,9 @@ check: .venv/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+arm64: .venv/.dev
+	$(BIN)/python deploy/arm64.py
 
 perf: .venv/.dev
 	set -e; for bench in perf/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench; done

@@ -48,3 +48,12 @@ def test_the_last_image_of_a_source_is_shown_until_the_next_one(visit, snapshots
     expect(top.locator(".source-state")).to_contain_text("No images")
     snapshots.start()
     expect(top.locator(".source-state")).not_to_contain_text("No images")
+
+
+def test_the_page_line_and_the_rest_interface_have_the_state_of_each_source(visit, server):
+    page = visit("/line")
+    film = page.locator(".source").nth(1)
+    expect(film).to_contain_text("film video No images There is no video file missing.mkv")
+    expect(film.locator(".light.red")).to_be_visible()
+    _, source = page.request.get(f"{server.url}/v1/line").json()["sources"]
+    assert (source["name"], source["type"], source["status"], source["inspected"]) == ("film", "video", "red", 0)

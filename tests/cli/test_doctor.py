@@ -90,4 +90,4 @@ def test_the_line_is_tested(tmp_path, monkeypatch):
     assert run("doctor", "--line", line).exit_code == 2
     line.write_text("name: Press 5\n")
     result = run("doctor", "--line", line)
-    assert (result.exit_code, "has no outputs" in result.stdout) == (0, True)
+    assert (result.exit_code, "has no sources and no outputs" in result.stdout) == (0, True)

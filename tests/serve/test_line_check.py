@@ -1,10 +1,14 @@
 """Each output is tested against its counterpart; what is wrong is one line with the cure."""
 
+from pathlib import Path
+
 import pytest
 
 from counterparts import Mosquitto, PlcServer, Receiver
-from normweave.serve.line_check import check_outputs
+from feeders import Snapshots
+from normweave.serve.line_check import check_outputs, check_sources
 from normweave.serve.line_config import LineConfig
+from normweave.serve.sources import http, video
 
 COUNTERPARTS = [Mosquitto, PlcServer, Receiver]
 
@@ -40,3 +44,15 @@ def test_outputs_are_tested_in_their_order(tmp_path):
     assert [(one.name, "status 404" in one.error) for one in found] == [("wrong", True)]
     assert check_outputs(LineConfig()) == []
     receiver.close()
+
+
+def test_each_source_is_tested_and_what_came_or_is_wrong_is_told(tmp_path, photos):
+    with Snapshots() as snapshots:
+        snapshots.content = Path(photos[0]).read_bytes()
+        working = http.Config(type="http", name="top", url=snapshots.url)
+        missing = video.Config(type="video", name="film", path=str(tmp_path / "missing.mkv"))
+        top, film = check_sources(LineConfig(sources=(working, missing)), seconds=1.0)
+    assert (top.name, top.type, top.error) == ("top", "http", None)
+    assert top.text.startswith("first image after")
+    assert "There is no video file" in film.error
+    assert check_sources(LineConfig()) == []

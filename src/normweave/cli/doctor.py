@@ -19,7 +19,8 @@ def doctor(
     line: Annotated[
         Path | None,
         typer.Option(
-            help="Test the outputs of this line.yaml instead, with messages of no effect.", show_default=False
+            help="Test the sources and outputs of this line.yaml instead, with messages of no effect.",
+            show_default=False,
         ),
     ] = None,
 ) -> int:
@@ -62,22 +63,24 @@ def doctor(
 
 
 def _test_line(terminal: Terminal, path: Path) -> int:
-    """Test each output of a line, and print one line for each; exit code 3 if one fails."""
+    """Test each source and output of a line, and print one line for each; exit code 3 if one fails."""
     try:
         from normweave.serve import line_config
-        from normweave.serve.line_check import check_outputs
+        from normweave.serve.line_check import check_outputs, check_sources
     except ImportError as error:
         raise MissingError(
             f'The test needs {error.name}, which is not installed: pip install "normweave[serve,line]"'
         ) from error
-    results = check_outputs(line_config.read(path))
+    config = line_config.read(path)
+    sources, outputs = check_sources(config), check_outputs(config)
+    results = sources + outputs
     if terminal.json:
-        terminal.record({"outputs": [vars(one) for one in results]})
+        terminal.record({"sources": [vars(one) for one in sources], "outputs": [vars(one) for one in outputs]})
     else:
         for one in results:
-            terminal.show(f"{one.name} ({one.type}): {one.error or 'works'}")
+            terminal.show(f"{one.name} ({one.type}): {one.error or one.text}")
         if not results:
-            terminal.show(f"{path} has no outputs.")
+            terminal.show(f"{path} has no sources and no outputs.")
     return CheckError.exit_code if any(one.error for one in results) else ALL_NORMAL
 
 

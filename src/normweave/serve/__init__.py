@@ -87,7 +87,7 @@ def create_app(
         docs_url=None,  # its page loads scripts from another host
         redoc_url=None,
     )
-    add_api(app, service, access, watch, teaching, outputs)
+    add_api(app, service, access, watch, teaching, outputs, sources)
     if pages:
         from normweave.serve.pages import add_pages
 

@@ -59,6 +59,7 @@ from normweave.serve.records import Filter, Source, StoredImage
 from normweave.serve.rendering import ImageReader, npy, png, shrunk
 from normweave.serve.repeats import KeyedRequests
 from normweave.serve.service import InspectionService, Upload
+from normweave.serve.source import SourceRunner
 from normweave.serve.teach import Teaching
 from normweave.serve.teach_routes import teach_routes
 from normweave.serve.watch import Watch
@@ -72,6 +73,7 @@ def add_api(
     watch: Watch | None,
     teaching: Teaching,
     outputs: Deliveries,
+    sources: Sequence[SourceRunner],
 ) -> None:
     """Add all routes, and the answers to errors.
 
@@ -87,7 +89,7 @@ def add_api(
         model_routes(service, held),
         part_routes(service),
         teach_routes(service, teaching),
-        line_routes(service, outputs),
+        line_routes(service, outputs, sources),
         *([] if access is None else [_token_routes(access)]),
     ]
     for router in routers:

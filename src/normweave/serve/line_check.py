@@ -1,27 +1,34 @@
-"""A test of each output of a line, for `normweave doctor --line`."""
+"""A test of each source and output of a line, for `normweave doctor --line`."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from normweave.errors import NormweaveError
-from normweave.serve import outputs
+from normweave.serve import outputs, source
 from normweave.serve.line_config import LineConfig
+from normweave.serve.source import SourceConfig
+
+SOURCE_SECONDS = 5.0
+"""Longest wait for the first image of a source that is connected."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputCheck:
-    """Result of the test of an output."""
+class LineCheck:
+    """Result of the test of a source or an output."""
 
     name: str
     type: str
     error: str | None
     """What is wrong, and what to do; None: it works."""
+    text: str = "works"
+    """What came from a source."""
 
 
-def check_outputs(config: LineConfig) -> list[OutputCheck]:
+def check_outputs(config: LineConfig) -> list[LineCheck]:
     """Test the outputs of a line, all at the same time.
 
     Raises:
@@ -29,13 +36,30 @@ def check_outputs(config: LineConfig) -> list[OutputCheck]:
     """
     made = outputs.build(config.outputs, line=config.name)
 
-    async def check() -> list[OutputCheck]:
+    async def check() -> list[LineCheck]:
         return list(await asyncio.gather(*(_check(one) for one in made)))
 
     return asyncio.run(check())
 
 
-async def _check(output: outputs.Output) -> OutputCheck:
+def check_sources(config: LineConfig, *, seconds: float = SOURCE_SECONDS) -> list[LineCheck]:
+    """Test the sources of a line, all at the same time; each may wait so long for its first image."""
+    if not config.sources:
+        return []
+    with ThreadPoolExecutor(len(config.sources)) as pool:
+        return list(pool.map(lambda one: _check_source(one, seconds), config.sources))
+
+
+def _check_source(config: SourceConfig, seconds: float) -> LineCheck:
+    text, error = "", None
+    try:
+        text = source.check(config, seconds=seconds)
+    except Exception as failure:
+        error = " ".join(str(failure).split()) or type(failure).__name__
+    return LineCheck(name=config.name, type=config.type, error=error, text=text)
+
+
+async def _check(output: outputs.Output) -> LineCheck:
     seconds, error = output.config.timeout_seconds, None
     try:
         async with asyncio.timeout(seconds):
@@ -49,4 +73,4 @@ async def _check(output: outputs.Output) -> OutputCheck:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(seconds):
                 await output.close()
-    return OutputCheck(name=output.config.name, type=output.config.type, error=error)
+    return LineCheck(name=output.config.name, type=output.config.type, error=error)

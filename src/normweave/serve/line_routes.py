@@ -1,8 +1,9 @@
-"""Routes of the REST interface for the outputs of a line."""
+"""Routes of the REST interface for the sources and outputs of a line."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from normweave.serve.message import Message
 from normweave.serve.openapi import BODY, problem_responses
 from normweave.serve.parameters import DEPENDENCIES, MAX_PAGE_SIZE, PAGE_SIZE, Engineer
 from normweave.serve.service import InspectionService
+from normweave.serve.source import Colour, SourceRunner
 
 OutputName = Annotated[str, Path(max_length=60, description="`name` of an output.")]
 
@@ -37,10 +39,34 @@ class OutputOut(BaseModel):
     removed: Annotated[int, Field(description="Inspections that retention removed before they were delivered.")]
 
 
+class SourceOut(BaseModel):
+    """What a source does."""
+
+    name: str
+    type: str
+    status: Annotated[
+        Colour, Field(description="green: images come; amber: connected, but see `text`; red: not connected.")
+    ]
+    text: str
+    inspected: int
+    dropped: Annotated[int, Field(description="Frames that a newer one replaced before they were inspected.")]
+    failed: Annotated[int, Field(description="Frames that could not be inspected.")]
+
+    @classmethod
+    def of(cls, source: SourceRunner) -> SourceOut:
+        """Return the answer for a source."""
+        colour, text = source.state
+        config = source.config
+        return cls.model_validate(
+            {"name": config.name, "type": config.type, "status": colour, "text": text} | source.counts
+        )
+
+
 class LineOut(BaseModel):
-    """The outputs of the line, in the order of line.yaml."""
+    """The sources and outputs of the line, in the order of line.yaml."""
 
     line: Annotated[str, Field(description="Name of the line.")]
+    sources: list[SourceOut]
     outputs: list[OutputOut]
 
 
@@ -69,14 +95,18 @@ class SentAgainOut(BaseModel):
     count: int
 
 
-def line_routes(service: InspectionService, outputs: Deliveries) -> APIRouter:
+def line_routes(service: InspectionService, outputs: Deliveries, sources: Sequence[SourceRunner]) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["line"], dependencies=DEPENDENCIES, responses=problem_responses(401, 403, 422, 503))
 
-    @router.get("/v1/line", summary="Read what the outputs of the line do")
+    @router.get("/v1/line", summary="Read what the sources and outputs of the line do")
     async def line() -> LineOut:
         states = await asyncio.to_thread(outputs.states)
-        return LineOut(line=service.store.line, outputs=[OutputOut.model_validate(one) for one in states])
+        return LineOut(
+            line=service.store.line,
+            sources=[SourceOut.of(one) for one in sources],
+            outputs=[OutputOut.model_validate(one) for one in states],
+        )
 
     @router.get(
         "/v1/line/outputs/{name}/dead-letters",

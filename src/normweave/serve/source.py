@@ -33,6 +33,7 @@ from normweave.validation import PositiveFloat, checked
 log = logging.getLogger(__name__)
 
 Result = Literal["inspected", "dropped", "failed"]
+Colour = Literal["green", "amber", "red"]
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 """Shortest and longest pause before a source is connected again; it doubles, with jitter."""
 BUSY_SECONDS = 0.1
@@ -80,7 +81,7 @@ Frames = Generator[Frame | None, None, None]
 class SourceState(NamedTuple):
     """State of a source, for the page and for people."""
 
-    colour: Literal["green", "amber", "red"]
+    colour: Colour
     text: str
 
 

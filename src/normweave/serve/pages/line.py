@@ -1,16 +1,19 @@
-"""Line: what each output does, how far behind it is, and what its counterpart has refused."""
+"""Line: what each source and output does, how far behind it is, and what its counterpart has refused."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
 from normweave.serve.delivery import OutputState
 from normweave.serve.delivery_store import DeadLetter
+from normweave.serve.pages import live
 from normweave.serve.pages.frame import EMIT_ID, Page
 from normweave.serve.records import Token
+from normweave.serve.source import SourceRunner
 from normweave.serve.templating import render_macro
 
 TEMPLATE = "line.html"
@@ -22,16 +25,17 @@ COLOURS = {"working": "green", "behind": "amber", "failing": "red"}
 
 
 class LinePage(Page):
-    """A section for each output."""
+    """A section for each source and output."""
 
     path = "/line"
     title = "Line"
-    purpose = "Where the results go: whether each output works, and what it has not delivered."
+    purpose = "Where images come from and where results go: whether each source and output works."
     position = 4.7
 
     async def content(self) -> None:
         """Build the sections."""
         self.heading()
+        self._given = ui.html().props('aria-live="polite"')
         self._sections = ui.html().props('aria-live="polite"')
         self._sections.on("click", self._send_again, js_handler=EMIT_ID)
         self._names: list[str] = []
@@ -42,6 +46,7 @@ class LinePage(Page):
         states, letters = await asyncio.to_thread(self._read)
         self._names = [state.name for state in states]
         self._sections.set_content(sections(states, letters, token=self._token))
+        self._given.set_content(sources(self._sources))
 
     def _read(self) -> tuple[list[OutputState], dict[str, list[DeadLetter]]]:
         states = self._outputs.states()
@@ -55,6 +60,12 @@ class LinePage(Page):
             count = await asyncio.to_thread(self._outputs.send_again, self._names[number])
             ui.notify(f"{count} messages are sent again.")
             await self._update()
+
+
+def sources(given: Sequence[SourceRunner]) -> str:
+    """Return the state of each source as HTML."""
+    rows = [(one.config, one.state) for one in given]
+    return render_macro(TEMPLATE, "sources", rows=rows, words=live.WORDS)
 
 
 def sections(states: list[OutputState], letters: dict[str, list[DeadLetter]], *, token: Token) -> str:

@@ -7,7 +7,7 @@ from nicegui import ui
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import Page
 from normweave.serve.pages.viewer import Viewer
-from normweave.serve.source import SourceRunner, SourceState
+from normweave.serve.source import SourceConfig, SourceRunner, SourceState
 from normweave.serve.templating import render_macro
 
 TEMPLATE = "live.html"
@@ -57,13 +57,13 @@ class _Section:
         state, last = self._source.state, self._source.last
         if state != self._state:
             self._state = state
-            self._head.set_content(head(self._source.config.name, state))
+            self._head.set_content(head(self._source.config, state))
         if last is not None and last.id != self._id:
             self._id = last.id
             self._banner.set_content(verdict.banner(last))
             self._viewer.show(last)
 
 
-def head(name: str, state: SourceState) -> str:
+def head(config: SourceConfig, state: SourceState) -> str:
     """Return the name and the state of a source as HTML."""
-    return render_macro(TEMPLATE, "head", name=name, state=state, word=WORDS[state.colour])
+    return render_macro(TEMPLATE, "head", name=config.name, type=config.type, state=state, word=WORDS[state.colour])

@@ -2,8 +2,9 @@
 
     python perf/eight_hours.py BUNDLE IMAGE [HOURS]
 
-A source yields 30 frames for each second of line time, as fast as the runner takes them. Its trigger chooses one frame
-each second of this time. The inspections are real, in a store and files of their own. Prints a line for each hour.
+A source yields 30 frames for each second of line time, 160 times as fast as a line. Its trigger chooses one frame
+each second of this time, more than can be inspected at this speed. The inspections are real, in a store and files of
+their own. Prints a line for each hour.
 """
 
 import os
@@ -29,6 +30,7 @@ from normweave.serve.trigger import SecondsTrigger
 
 RATE = 30
 EVERY = 1.0
+SPEED = 160
 LIMIT_MIB = 20
 """Growth of the memory after the first hour that is refused."""
 
@@ -42,8 +44,11 @@ class Line:
 
     def frames(self, config, *, max_bytes, on_drop) -> Iterator[Frame | None]:
         """Yield the frames, then None for ever."""
-        for number in range(self.done, self.frames_of_line):
+        began = time.monotonic()
+        for number in range(self.frames_of_line):
             self.done = number + 1
+            if number % RATE == 0:
+                time.sleep(max(0.0, began + number / RATE / SPEED - time.monotonic()))
             yield frame(self.content)._replace(at=number / RATE)
         self.ended = True
         while True:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from inspections import inspect_files, inspection
 from normweave.outcome.parts import RANKS, PartRule, PartView, judge
 from normweave.serve.config import ServeConfig
+from normweave.serve.database import StoreError
 from normweave.serve.parts import MAX_IMAGES, OpenParts, Parts
 from normweave.serve.store import Store
 
@@ -162,6 +163,24 @@ def test_the_thread_closes_parts_of_a_running_service(service, photos):
     (closed,) = parts.records.records(limit=9)
     assert (closed.part_id, closed.images) == ("17", 2)
     assert {one.outcome.view for one in parts.records.inspections(closed.id, limit=9)} == {"17_a", "17_b"}
+
+
+def test_after_the_store_failed_the_part_is_closed(line, monkeypatch):
+    records, close, failures = line.parts.records, line.parts.records.close, [StoreError("The disk is full.")]
+
+    def failing(*given):
+        if failures:
+            raise failures.pop()
+        return close(*given)
+
+    monkeypatch.setattr(records, "close", failing)
+    line.store.add([inspection(part_id="17", view=view, verdict="normal") for view in ("front", "back")])
+    done = threading.Event()
+    line.parts.listeners.add(done.set)
+    line.parts.start()
+    assert done.wait(20)
+    line.parts.stop()
+    assert (line.verdicts(), failures) == ([("17", "normal")], [])
 
 
 # ── any order, losses, doubles, late views, restarts ─────────────────────────────────────────────────────────────────

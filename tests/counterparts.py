@@ -15,6 +15,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import aiomqtt
+import asyncua
 import standardwebhooks
 from pymodbus.client import ModbusTcpClient
 from pymodbus.exceptions import ModbusException
@@ -388,3 +389,81 @@ async def main():
 
 asyncio.run(main())
 """
+
+
+OPCUA_PASSWORD = "correct horse battery"
+
+
+class OpcuaClient:
+    """A client of asyncua that subscribes to the events, and acknowledges each result; through a proxy.
+
+    Attributes:
+        taken: id and verdict of each event.
+        acknowledges: whether it does.
+    """
+
+    type = "opcua"
+
+    def __init__(self, folder):
+        self.port = free_port()
+        self.proxy = Proxy(self.port)
+        self.taken, self.acknowledges = [], True
+        self._password = folder / "opcua-password"
+        self._password.write_text(OPCUA_PASSWORD)
+
+    def listen(self):
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        self._task = self._loop.create_task(self._follow())
+        with contextlib.suppress(asyncio.CancelledError):
+            self._loop.run_until_complete(self._task)
+        self._loop.close()
+
+    async def _follow(self):
+        while True:
+            with contextlib.suppress(Exception):
+                await self._session()
+            await asyncio.sleep(0.05)
+
+    async def _session(self):
+        client = asyncua.Client(f"opc.tcp://127.0.0.1:{self.proxy.port}/normweave", timeout=1, watchdog_intervall=0.2)
+        client.set_user("line")
+        client.set_password(OPCUA_PASSWORD)
+        events = asyncio.Queue()
+
+        class Handler:
+            def event_notification(self, event):
+                events.put_nowait(event)
+
+        async with client:
+            index = await client.get_namespace_index("urn:normweave:line")
+            system = await client.nodes.objects.get_child(f"{index}:VisionSystem")
+            results = await system.get_child(f"{index}:ResultManagement")
+            event_type = await client.nodes.base_event_type.get_child(f"{index}:ResultReadyEventType")
+            subscription = await client.create_subscription(20, Handler())
+            await subscription.subscribe_events(system, event_type)
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.3):
+                        event = await events.get()
+                        self.taken.append((event.InspectionId, event.VerdictCode))
+                        if self.acknowledges:
+                            await results.call_method(f"{index}:AcknowledgeResults", [event.ResultId])
+                        continue
+                await client.check_connection()
+
+    def ids(self):
+        return [id for id, _ in self.taken]
+
+    def output(self, **settings):
+        short = {"acknowledge_seconds": 1.0, "max_age_seconds": 1e9, "timeout_seconds": 5.0, "security": "none"}
+        login = {"username": "line", "password_file": str(self._password)}
+        return make("opcua", host="127.0.0.1", port=self.port, **(login | short | settings))
+
+    def close(self):
+        self._loop.call_soon_threadsafe(self._task.cancel)
+        self._thread.join()
+        self.proxy.stop()

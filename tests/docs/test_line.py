@@ -18,6 +18,7 @@ from typer.main import get_command
 
 from normweave.cli import app
 from normweave.serve.config import ServeConfig
+from normweave.serve.metrics import Metrics
 from normweave.textiles import Textile, render
 
 ROOT = Path(__file__).parents[2]
@@ -152,3 +153,22 @@ def test_named_counters_exist(counter, served):
     )
     with urllib.request.urlopen(request) as response:
         assert f"# TYPE {counter} " in response.read().decode()
+
+
+# ── the alert rules ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_alert_rule_uses_a_metric_of_the_server():
+    (group,) = yaml.safe_load((ROOT / "deploy" / "alerts.yml").read_text("utf-8"))["groups"]
+    exported = Metrics().text().decode()
+    for rule in group["rules"]:
+        assert set(rule) <= {"alert", "expr", "for", "labels", "annotations"}
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"]["summary"]
+        (name,) = re.findall(r"\b(up\b|normweave_\w+)", rule["expr"])
+        assert name == "up" or f"# HELP {name} " in exported, name
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_accepts_the_alert_rules():
+    subprocess.run(["promtool", "check", "rules", ROOT / "deploy" / "alerts.yml"], check=True)

@@ -176,8 +176,12 @@ class Deliveries:
         asyncio.set_event_loop(loop)
         try:
             loop.run_until_complete(self._main())
-            loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
+            left = asyncio.all_tasks(loop)  # of the libraries
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            loop.run_until_complete(loop.shutdown_asyncgens())
             loop.run_until_complete(loop.shutdown_default_executor())
             loop.close()
 

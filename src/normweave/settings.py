@@ -151,12 +151,17 @@ def write_regions(path: Path, found: Iterable[RegionConfig]) -> None:
     Raises:
         ConfigError: the file cannot be written.
     """
-    lines = ",\n".join(json.dumps(_given(asdict(each))) for each in found)
-    text = f'{{"regions": [\n{lines}\n]}}'
+    text = regions_text(found)
     try:
-        write_atomically(Path(path), lambda partial: partial.write_text(text + "\n", "utf-8"))
+        write_atomically(Path(path), lambda partial: partial.write_text(text, "utf-8"))
     except OSError as error:
         raise ConfigError(f"Cannot write the regions to {path}: {error}. Name another file.") from error
+
+
+def regions_text(found: Iterable[RegionConfig]) -> str:
+    """Return regions of interest as the JSON of such a file."""
+    lines = ",\n".join(json.dumps(_given(asdict(each))) for each in found)
+    return f'{{"regions": [\n{lines}\n]}}\n'
 
 
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:

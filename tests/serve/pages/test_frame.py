@@ -39,6 +39,7 @@ def test_a_module_in_the_package_adds_a_page(tmp_path):
         "Tokens",
         "Compare",
         "Teach",
+        "Region",
     ]
 
 
@@ -56,5 +57,6 @@ def test_the_pages_are_in_the_order_of_the_navigation():
         "/tokens",
         "/compare",
         "/teach",
+        "/region",
     ]
     assert [page.path for page in every_page()] == paths

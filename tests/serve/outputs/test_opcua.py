@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import json
+import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import asyncua
 import pytest
@@ -14,7 +18,8 @@ from normweave.errors import ConfigError
 from normweave.serve.line_config import read
 from normweave.serve.message import Message
 from normweave.serve.outputs import DeliveryError
-from normweave.serve.verdict_codes import DEFECTIVE, NO_RESULT
+from normweave.serve.verdict_codes import DEFECTIVE, GOOD, NO_RESULT
+from required import absent
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries of asyncua
 MESSAGE = Message.of(inspection(id=7, line="Press 5", part_id="p1"))
@@ -122,6 +127,44 @@ def test_encrypted_and_a_result_that_nobody_acknowledges_is_taken_back(tmp_path)
             assert await nodes["VerdictCode"].read_value() == NO_RESULT
 
     run(work, output)
+
+
+def node_finds(name):
+    """Return whether node.js is installed and finds a package, for example in NODE_PATH."""
+    if shutil.which("node") is None:
+        return False
+    return (
+        subprocess.run(["node", "-e", f"require.resolve({name!r})"], stderr=subprocess.DEVNULL, check=False).returncode
+        == 0
+    )
+
+
+def test_a_second_implementation_follows_and_acknowledges(tmp_path):
+    """The client of node-opcua."""
+    if not node_finds("node-opcua-client"):
+        absent("node-opcua", "node-opcua-client was not found: npm install node-opcua-client, and set NODE_PATH")
+
+    async def work(output):
+        url = f"opc.tcp://127.0.0.1:{output.config.port}/normweave"
+        command = ["node", Path(__file__).parent / "opcua_client.js", url, "line", OPCUA_PASSWORD, "3"]
+        home = {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)}  # it writes a certificate there
+        client = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, env=os.environ | home)
+        while not (line := await client.stdout.readline()).startswith(b"{"):
+            assert line, "the client has ended"
+        assert json.loads(line) == {"ready": False}
+        for id in (1, 2, 3):
+            message = Message.of(inspection(id=id, line="Press 5", verdict="normal"))
+            while True:
+                with contextlib.suppress(DeliveryError):  # until it has subscribed
+                    await output.deliver(message)
+                    break
+        lines, _ = await client.communicate()
+        got = [json.loads(line) for line in lines.splitlines() if line.startswith(b"{")]
+        assert [one["verdict"] for one in got] == [GOOD] * 3
+        assert [one["status"] for one in got] == ["Good"] * 3
+        assert client.returncode == 0
+
+    run(work, OpcuaClient(tmp_path).output(acknowledge_seconds=2.0, max_age_seconds=1e9))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Settings within a time budget: what is compared, which one is chosen, and from which images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,15 @@ from PIL import Image
 from builders import head_config
 from normweave import budget, settings
 from normweave.budget import Candidate, Trial, best, candidates, cheapest_of_the_best, cost, fast, some_groups
-from normweave.config import Config, DataConfig, OpenClipConfig, PrepareConfig, TimmConfig
+from normweave.config import (
+    Config,
+    DataConfig,
+    OpenClipConfig,
+    PrepareConfig,
+    RegionConfig,
+    ShapesConfig,
+    TimmConfig,
+)
 from normweave.detector import Detector
 from normweave.errors import ConfigError
 from normweave.types import Sample
@@ -343,3 +352,15 @@ def test_the_time_of_an_image(detector, photos):
     samples = [Sample(image_path=Path(path), split="train") for path in photos[:2]]
     assert 0 < budget.image_ms(detector, samples) < 5_000
     assert budget.image_ms(detector, [Sample(image_path=Path(photos[0]), split="test")]) is None
+
+
+def test_defects_are_planted_and_sizes_are_taken_inside_the_region(strips, cache):
+    """The middle of each strip, less a corner: the defects that are planted there are found."""
+    part = ((0.4, 0.0), (0.7, 0.0), (0.7, 1.0), (0.5, 1.0))
+    config = replace(CHEAP, regions=(RegionConfig(include=ShapesConfig(polygons=(part,))),))
+    train = strips[:6]
+    trial, _ = budget.run_trial(train, np.arange(6), config, cache=cache, cache_gib=1, device="cpu")
+    assert np.isfinite(trial.normal).all()
+    assert (trial.defective != trial.normal[:, None]).mean() > 0.9  # a defect outside would change no score
+    _, record = compare(train[:3], cache, settings.override(config, ["data.calibration=cross-validation"]))
+    assert record[0]["cost"] == 1.0  # one tile of 330 pixels, where the strip has two

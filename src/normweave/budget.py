@@ -185,12 +185,12 @@ def best(
     """
     scanned, division = fitting.divide(samples, config, progress=progress)
     contents = dict(zip(scanned.samples, scanned.hashes, strict=True))
-    sizes = dict(zip(scanned.samples, scanned.sizes, strict=True))
+    sizes = {sample: _seen(scanned, number) for number, sample in enumerate(scanned.samples)}
     large = [each for each in division.fit if min(sizes[each]) >= synthetic.WINDOW_PIXELS[0]]
     found = candidates(config, keep, [sizes[each] for each in large])
     chosen = some_groups(large, contents, seed=config.seed)
     groups = np.array(splits.independent_groups(chosen, [contents[each] for each in chosen]), dtype=np.int64)
-    costs = [cost(each, config, scanned.sizes) for each in found]
+    costs = [cost(each, config, list(sizes.values())) for each in found]
     trials: list[Trial] = []
     times: list[float] = []
     if len(found) > 1 and len(set(groups.tolist())) >= FEWEST_GROUPS:
@@ -215,6 +215,13 @@ def best(
         for number, each in enumerate(found)
     ]
     return replace(config, prepare=found[winner].apply(config.prepare)), record
+
+
+def _seen(scanned: rows.Rows, number: int) -> tuple[int, int]:
+    """Return (height, width) of an image after it was cut to the bounding box of its region."""
+    region = scanned.preparation.of(scanned.samples[number].category).region
+    box = None if region is None else regions.bounding_box(region, *scanned.sizes[number])
+    return scanned.sizes[number] if box is None else (box.height, box.width)
 
 
 def candidates(config: Config, keep: Collection[str], sizes: Sequence[tuple[int, int]]) -> list[Candidate]:

@@ -193,3 +193,18 @@ def test_pixels_as_bytes(with_region, photos):
     content = io.BytesIO()
     Image.fromarray(planted(pixels, PART, seed=5)).save(content, "PNG")
     same(with_region.score(Path(photos[0]).read_bytes()), with_region.score(content.getvalue()))
+
+
+def test_an_added_subclass_is_learnt_under_the_region(cloth):
+    """The region stays in the bundle, and what lies outside in its images changes no threshold and no weight."""
+    samples = [each for each in layouts.read(cloth, DataConfig(subclass_from="column")) if each.split == "train"]
+    names = sorted({each.subclass for each in samples})
+    first = fit([each for each in samples if each.subclass in names[:2]], "fusion", PART)
+    new = [replace(each, split=None) for each in samples if each.subclass == names[2]][:8]
+    grown = first.with_subclass(new, category="cloth", subclass=names[2])
+    assert grown.config.regions == (PART,)
+    assert len(grown.regions.owned) == 1
+    pixels = images.decode(new[0].image_path)
+    outcome = grown.score(pixels)
+    assert outcome.subclass == names[2]
+    same(outcome, grown.score(planted(pixels, PART, seed=1)))

@@ -18,7 +18,7 @@ from normweave.serve.service import InspectionService, Upload
 from normweave.serve.store import Store
 from normweave.settings import from_dict
 
-PART = RegionConfig(include=ShapesConfig(rectangles=((0.0, 0.0, 0.45, 0.9),)))
+PART = RegionConfig(include=ShapesConfig(polygons=(((0.0, 0.0), (0.6, 0.0), (0.3, 0.9), (0.0, 0.9)),)))
 
 
 def png(pixels):

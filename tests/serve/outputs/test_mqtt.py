@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 
+import aiomqtt
 import pytest
 
 from counterparts import Mosquitto, Station, make, until
@@ -49,6 +50,20 @@ def state(broker):
     return json.loads(found[-1]) if found else None
 
 
+def retained(broker):
+    """Return the state that a new subscriber gets."""
+
+    async def read():
+        async with aiomqtt.Client("127.0.0.1", broker.port) as client:
+            await client.subscribe("normweave/Press_5/state")
+            return json.loads((await anext(client.messages)).payload)
+
+    async def soon():
+        return await asyncio.wait_for(read(), 10)
+
+    return asyncio.run(soon())
+
+
 ONLINE = {"state": "online", "ready": True}
 OFFLINE = {"state": "offline", "ready": False}
 
@@ -76,8 +91,10 @@ def test_the_broker_publishes_the_will_after_a_lost_connection(start, station):
     deliveries = station.begin(broker.output())
     try:
         until(lambda: state(broker) == ONLINE)
+        assert retained(broker) == ONLINE
         broker.proxy.stop()
         until(lambda: state(broker) == OFFLINE)
+        assert retained(broker) == OFFLINE
     finally:
         broker.proxy.start()
         deliveries.stop()

@@ -19,3 +19,27 @@ def data_root() -> Path:
     if not (root / "magnetic-tiles").is_dir():
         pytest.skip(f"real images not found at {root}: set NORMWEAVE_DATA to the folder that holds magnetic-tiles")
     return root
+
+
+@pytest.fixture
+def station(tmp_path):
+    """What deliveries need of an inspection service, with a store of its own."""
+    from counterparts import Station  # its libraries are slow to import
+
+    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def begin(station):
+    """Function that starts deliveries, which the test or the fixture stops."""
+    started = []
+
+    def begin(output):
+        started.append(station.begin(output))
+        return started[-1]
+
+    yield begin
+    for deliveries in started:
+        deliveries.stop()

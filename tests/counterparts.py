@@ -16,12 +16,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import aiomqtt
 import asyncua
+import pytest
 import standardwebhooks
 from pymodbus.client import ModbusTcpClient
 from pymodbus.exceptions import ModbusException
 
 from inspections import inspection
-from normweave.errors import NormweaveError
+from normweave.errors import ConfigError, NormweaveError
 from normweave.serve import line_config
 from normweave.serve.delivery import Deliveries
 from normweave.serve.metrics import Metrics
@@ -76,6 +77,15 @@ class Station:
         deliveries = Deliveries(self, outputs)
         deliveries.start()
         return deliveries
+
+
+def refusal(tmp_path, entry):
+    """Return why the entry of an output is refused."""
+    path = tmp_path / "line.yaml"
+    path.write_text(f"outputs:\n- {{{entry}}}\n")
+    with pytest.raises(ConfigError) as caught:
+        line_config.read(path)
+    return str(caught.value)
 
 
 def make(type, *, line="Press 5", **settings):

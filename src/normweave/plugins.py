@@ -48,6 +48,10 @@ class Plugin(NamedTuple):
         return f"{self.package} {self.version}"
 
 
+_unused: dict[tuple[Group, str, str], str] = {}
+"""Why plug-ins are not used that could be imported, by group, name and package."""
+
+
 @cache
 def found(group: Group) -> tuple[Plugin, ...]:
     """Return the entry points of a group, sorted by name; each is loaded once in a process."""
@@ -55,12 +59,15 @@ def found(group: Group) -> tuple[Plugin, ...]:
     return tuple(_load(group, entry) for entry in entries)
 
 
-def usable(group: Group, *, known: tuple[str, ...] = (), of: type[Any] | None = None) -> dict[str, Any]:
+def usable(
+    group: Group, *, known: tuple[str, ...] = (), of: type[Any] | None = None, has: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return what the entry points of a group load, by name.
 
     Args:
         known: names of this package, which no plug-in replaces.
         of: class that each must be, or be derived from.
+        has: names that each must have.
     """
     chosen: dict[str, Any] = {}
     for plugin in found(group):
@@ -71,11 +78,31 @@ def usable(group: Group, *, known: tuple[str, ...] = (), of: type[Any] | None = 
             reason = f"another package has the name {plugin.name}, too"
         elif reason is None and of is not None and not _is(plugin.value, of):
             reason = f"it is no {of.__name__}"
+        elif reason is None and (lacking := [name for name in has if not hasattr(plugin.value, name)]):
+            reason = f"it has no {' and no '.join(lacking)}"
         if reason is None:
             chosen[plugin.name] = plugin.value
-        else:
+            continue
+        key = group, plugin.name, plugin.package
+        if key not in _unused:
             log.warning("The plug-in %s of %s is not used: %s.", plugin.name, plugin.origin, reason)
+        _unused[key] = reason
     return chosen
+
+
+def listed() -> list[dict[str, str | None]]:
+    """Return all plug-ins as JSON values, with the reason why one is not used."""
+    return [
+        {
+            "group": group,
+            "name": plugin.name,
+            "package": plugin.package,
+            "version": plugin.version,
+            "reason": plugin.reason or _unused.get((group, plugin.name, plugin.package)),
+        }
+        for group in GROUPS
+        for plugin in found(group)
+    ]
 
 
 def recorded(config: Any) -> dict[str, Any]:
@@ -124,5 +151,5 @@ def _load(group: Group, entry: EntryPoint) -> Plugin:
     version = "" if entry.dist is None else entry.dist.version
     try:
         return Plugin(group, entry.name, _package(entry), version, entry.load(), None)
-    except Exception as error:  # of any type: it is the code of others
+    except (Exception, SystemExit) as error:  # of any type: it is the code of others
         return Plugin(group, entry.name, _package(entry), version, None, f"{type(error).__name__}: {error}")

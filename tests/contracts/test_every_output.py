@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from counterparts import Mosquitto, OpcuaClient, PlcClient, PlcServer, Receiver, Station, until
+from counterparts import Mosquitto, OpcuaClient, PlcClient, PlcServer, Receiver, until
 from normweave.serve import line_config
 from normweave.serve.outputs import Output, OutputConfig
 
@@ -30,27 +30,6 @@ def counterpart(request, tmp_path):
     made.listen()
     yield made
     made.close()
-
-
-@pytest.fixture
-def station(tmp_path):
-    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
-    yield made
-    made.store.close()
-
-
-@pytest.fixture
-def begin(station):
-    """Function that starts deliveries, which the test or the fixture stops."""
-    started = []
-
-    def begin(output):
-        started.append(station.begin(output))
-        return started[-1]
-
-    yield begin
-    for deliveries in started:
-        deliveries.stop()
 
 
 def firsts(ids):

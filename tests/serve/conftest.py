@@ -231,3 +231,14 @@ def browser(app):
 def log_in():
     """Function that sends a token with the login form."""
     return lambda client, secret: client.post("/login", data={"token": secret})
+
+
+@pytest.fixture
+def receiver(tmp_path):
+    """A server that takes webhooks and verifies their signatures."""
+    from counterparts import Receiver  # its libraries are slow to import
+
+    made = Receiver(tmp_path)
+    made.listen()
+    yield made
+    made.close()

@@ -3,18 +3,10 @@
 import pytest
 from starlette.testclient import TestClient
 
-from counterparts import Receiver, until
+from counterparts import until
 from inspections import inspection
 from normweave.serve import create_app
 from normweave.serve.delivery import Deliveries
-
-
-@pytest.fixture
-def receiver(tmp_path):
-    made = Receiver(tmp_path)
-    made.listen()
-    yield made
-    made.close()
 
 
 @pytest.fixture

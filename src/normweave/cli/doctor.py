@@ -134,13 +134,16 @@ def providers() -> list[str]:
 
 def plugins() -> list[dict[str, str | None]]:
     """Return the heads, experts, layouts, sources and outputs of other packages, and why some are not used."""
-    from normweave.plugins import GROUPS, found
+    from importlib import import_module
 
-    return [
-        {name: getattr(plugin, name) for name in ("group", "name", "package", "version", "reason")}
-        for group in GROUPS
-        for plugin in found(group)
-    ]
+    from normweave.plugins import listed
+
+    import_module("normweave.data.layouts")  # and the settings: each takes what it can use
+    if find_spec("fastapi") is not None:
+        line = import_module("normweave.serve.line_config")
+        for section in line.SECTIONS:
+            line.types(section)
+    return listed()
 
 
 def openvino_devices() -> list[str]:

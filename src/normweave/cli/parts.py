@@ -33,12 +33,14 @@ class Parts:
 
     Attributes:
         are_named: whether images can show a part.
+        without: number of images that show none.
     """
 
     def __init__(self, rule: PartRule, listed: dict[str, Listed]) -> None:
         self._rule = rule
         self._listed = listed
         self.are_named = bool(rule.part) or any(one.part for one in listed.values())
+        self.without = 0
         self._views: dict[str, list[PartView]] = {}
 
     def identified(self, outcome: Outcome) -> Outcome:
@@ -53,6 +55,8 @@ class Parts:
         if row.get("part_id") is not None:
             view = PartView(row["view"] or row["image_path"], row["verdict"])
             self._views.setdefault(row["part_id"], []).append(view)
+        else:
+            self.without += 1
 
     def outcomes(self) -> Iterator[PartOutcome]:
         """Yield the result for each part, in the order of their first images."""

@@ -135,6 +135,16 @@ def predict(
             terminal.show(parts_of_run.summary(one))
     if output is not None and parts.are_named:
         parts_of_run.save(output, judged)
+    if parts.are_named and parts.without:
+        terminal.remark(
+            f"{parts.without} of {done} images show no part: --part does not match their path, or the list names none. "
+            "They are in no part below."
+        )
+    if parts.are_named and not judged:
+        raise ConfigError(
+            f"No image shows a part: --part {part!r} matches no path. It is searched in the path, and its group in "
+            "brackets is the part. For example: '(.+)_camera[0-9]'"
+        )
     not_normal += sum(one.verdict != "normal" for one in judged)
     # Unreadable images take precedence: each of them could be anomalous.
     return UNREADABLE if unreadable else NOT_NORMAL if not_normal else ALL_NORMAL

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+PREVIEWS = (".png", ".jpg", ".jpeg")
+
 
 def roi(
     terminal: Terminal,
@@ -67,6 +69,8 @@ def roi(
             ("ignore", ignore_rectangle, ignore_polygon, ignore_mask),
         )
     }
+    if preview is not None and preview.suffix.lower() not in PREVIEWS:
+        raise ConfigError(f"The preview must end in {' or '.join(PREVIEWS)}, got {preview}. Nothing was written.")
     if given := _given(**parts):
         own = settings.from_dict({"regions": [{"category": category, **given}]}, source="The options").regions
         drawn.check(own)

@@ -398,9 +398,12 @@ class _Follower:
                 message = Message.model_validate(letter.message)
                 try:
                     await self._limited(self.output.deliver_seconds, self.output.deliver(message), "deliver")
-                except DeliveryError as error:
+                except Exception as error:
+                    # Also after a lost connection: else this letter would come first after each new one.
                     await asyncio.to_thread(self.store.keep_dead_letter, letter.id, reason=str(error))
-                    continue
+                    if isinstance(error, DeliveryError):
+                        continue
+                    raise
                 self._succeeded()
                 await asyncio.to_thread(self.store.remove_dead_letter, letter.id)
         self.has_letters = False

@@ -81,8 +81,7 @@ def read(path: Path) -> LineConfig:
 
 def types(section: str) -> list[str]:
     """Return the values of `type` in a section."""
-    own = _own(section)
-    return sorted({*own, *plugins.usable(_group(section), known=own)})
+    return sorted({*_own(section), *_others(section)})
 
 
 def load(section: str, type: str) -> Any:
@@ -91,7 +90,7 @@ def load(section: str, type: str) -> Any:
     Raises:
         MissingError: its library is not installed.
     """
-    others = plugins.usable(_group(section), known=_own(section))
+    others = _others(section)
     if type in others:
         return others[type]
     try:
@@ -107,8 +106,9 @@ def _own(section: str) -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(package.__path__))
 
 
-def _group(section: str) -> plugins.Group:
-    return "sources" if section == "sources" else "outputs"
+def _others(section: str) -> dict[str, Any]:
+    group: plugins.Group = "sources" if section == "sources" else "outputs"
+    return plugins.usable(group, known=_own(section), has=("Config", section.removesuffix("s").capitalize()))
 
 
 def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:

@@ -171,7 +171,7 @@ class Messages:
 
     def _put(self, message: aiomqtt.Message) -> None:
         payload = message.payload if isinstance(message.payload, bytes) else b""
-        if len(payload) > self._max_bytes:
+        if message.retain or len(payload) > self._max_bytes:  # a retained one was there before, maybe for days
             self._on_drop(1)
             return
         given = {} if message.properties is None else dict(getattr(message.properties, "UserProperty", []))

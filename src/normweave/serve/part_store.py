@@ -18,6 +18,7 @@ from normweave.types import PartReason, PartVerdict
 
 _INSPECTION = INSPECTIONS.c
 _PART = PARTS.c
+_VIEW = (_INSPECTION.id, _INSPECTION.view, _INSPECTION.verdict, _INSPECTION.image_hash)
 
 
 class OpenView(NamedTuple):
@@ -44,7 +45,7 @@ class PartStore:
         Args:
             after: only inspections with higher ids.
         """
-        columns = (_INSPECTION.id, _INSPECTION.part_id, _INSPECTION.view, _INSPECTION.verdict)
+        columns = (*_VIEW, _INSPECTION.part_id)
         query = select(*columns).where(
             _INSPECTION.part_id.is_not(None), _INSPECTION.part.is_(None), _INSPECTION.line == self.line
         )
@@ -77,9 +78,8 @@ class PartStore:
 
     def views(self, root: int, *, limit: int) -> list[PartView]:
         """Return the images that belong to a closed part, in the order of storage."""
-        columns = (_INSPECTION.id, _INSPECTION.view, _INSPECTION.verdict)
         with self._database.reading() as connection:
-            query = select(*columns).where(_INSPECTION.part == root).order_by(_INSPECTION.id).limit(limit)
+            query = select(*_VIEW).where(_INSPECTION.part == root).order_by(_INSPECTION.id).limit(limit)
             return [_view(row) for row in connection.execute(query)]
 
     def add_late(self, root: int, inspection: int, *, correction: PartRecord | None) -> PartRecord | None:
@@ -175,8 +175,9 @@ def _count_in(connection: Connection, root: int, inspections: Sequence[int]) -> 
 
 
 def _view(row: Any) -> PartView:
-    """Return the image of a part; one without a name for its view is a view of its own."""
-    return PartView(row.view or f"image {row.id}", row.verdict, row.id)
+    """Return the image of a part; one without a name for its view is a view of its own, but for the same content."""
+    name = f"image {row.id}" if row.image_hash is None else f"image {row.image_hash[:8]}"
+    return PartView(row.view or name, row.verdict, row.id)
 
 
 def _record(row: Row[Any]) -> PartRecord:

@@ -6,11 +6,9 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pymodbus.client import ModbusTcpClient
 
-from counterparts import PlcClient, PlcServer, Station, make, until
+from counterparts import PlcClient, PlcServer, make, refusal, until
 from inspections import inspection, unreadable
-from normweave.errors import ConfigError
 from normweave.serve import delivery
-from normweave.serve.line_config import read
 from normweave.serve.message import Message
 from normweave.serve.outputs import modbus
 from normweave.serve.verdict_codes import DEFECTIVE, GOOD, NO_RESULT, STALE, UNKNOWN, UNREADABLE
@@ -24,25 +22,10 @@ def plc(request, tmp_path):
     made.close()
 
 
-@pytest.fixture
-def station(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """The readiness is checked often."""
     monkeypatch.setattr(delivery, "READY_SECONDS", 0.02)
-    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
-    yield made
-    made.store.close()
-
-
-@pytest.fixture
-def begin(station):
-    started = []
-
-    def begin(output):
-        started.append(station.begin(output))
-        return started[-1]
-
-    yield begin
-    for deliveries in started:
-        deliveries.stop()
 
 
 def message(*, age=0.0, **fields):
@@ -165,8 +148,4 @@ def test_doctor_writes_nothing_to_a_plc(tmp_path):
     ],
 )
 def test_wrong_settings_are_named(tmp_path, entry, words):
-    path = tmp_path / "line.yaml"
-    path.write_text(f"outputs:\n- {{type: modbus, name: plc, {entry}}}\n")
-    with pytest.raises(ConfigError) as caught:
-        read(path)
-    assert words in str(caught.value)
+    assert words in refusal(tmp_path, f"type: modbus, name: plc, {entry}")

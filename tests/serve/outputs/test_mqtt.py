@@ -9,10 +9,9 @@ import subprocess
 import aiomqtt
 import pytest
 
-from counterparts import Mosquitto, Station, make, until
+from counterparts import Mosquitto, make, refusal, until
 from normweave.errors import ConfigError
 from normweave.serve import delivery
-from normweave.serve.line_config import read
 from normweave.serve.message import Message
 
 
@@ -31,12 +30,10 @@ def start(tmp_path):
         broker.close()
 
 
-@pytest.fixture
-def station(tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """The readiness is checked often."""
     monkeypatch.setattr(delivery, "READY_SECONDS", 0.02)
-    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
-    yield made
-    made.store.close()
 
 
 def texts(broker, topic):
@@ -181,11 +178,7 @@ def test_doctor_publishes_to_its_own_topic(start):
     ],
 )
 def test_wrong_settings_are_named(tmp_path, entry, words):
-    path = tmp_path / "line.yaml"
-    path.write_text(f"outputs:\n- {{type: mqtt, name: broker, {entry}}}\n")
-    with pytest.raises(ConfigError) as caught:
-        read(path)
-    assert words in str(caught.value)
+    assert words in refusal(tmp_path, f"type: mqtt, name: broker, {entry}")
 
 
 def test_the_password_is_read_at_the_start(monkeypatch):

@@ -12,10 +12,9 @@ import asyncua
 import pytest
 from asyncua import ua
 
-from counterparts import OPCUA_PASSWORD, OpcuaClient, make
+from counterparts import OPCUA_PASSWORD, OpcuaClient, make, refusal
 from inspections import inspection
 from normweave.errors import ConfigError
-from normweave.serve.line_config import read
 from normweave.serve.message import Message
 from normweave.serve.outputs import DeliveryError
 from normweave.serve.verdict_codes import DEFECTIVE, GOOD, NO_RESULT
@@ -180,11 +179,7 @@ def test_a_second_implementation_follows_and_acknowledges(tmp_path):
     ],
 )
 def test_wrong_settings_are_named(tmp_path, entry, words):
-    path = tmp_path / "line.yaml"
-    path.write_text(f"outputs:\n- {{type: opcua, name: scada, host: 127.0.0.1, {entry}}}\n")
-    with pytest.raises(ConfigError) as caught:
-        read(path)
-    assert words in str(caught.value)
+    assert words in refusal(tmp_path, f"type: opcua, name: scada, host: 127.0.0.1, {entry}")
 
 
 def test_the_password_is_read_at_the_start(monkeypatch):

@@ -5,25 +5,9 @@ import threading
 
 import pytest
 
-from counterparts import SECRET, Receiver, Station, make, until
+from counterparts import SECRET, make, refusal, until
 from normweave.errors import ConfigError
-from normweave.serve.line_config import read
 from normweave.serve.message import Message
-
-
-@pytest.fixture
-def receiver(tmp_path):
-    made = Receiver(tmp_path)
-    made.listen()
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def station(tmp_path):
-    made = Station(f"sqlite:///{tmp_path}/store.sqlite")
-    yield made
-    made.store.close()
 
 
 @pytest.fixture
@@ -102,11 +86,7 @@ def test_an_answer_that_never_ends_keeps_one_thread(station, tmp_path):
     ],
 )
 def test_wrong_settings_are_named(tmp_path, entry, words):
-    path = tmp_path / "line.yaml"
-    path.write_text(f"outputs:\n- {{type: webhook, name: mes, {entry}}}\n")
-    with pytest.raises(ConfigError) as caught:
-        read(path)
-    assert words in str(caught.value)
+    assert words in refusal(tmp_path, f"type: webhook, name: mes, {entry}")
 
 
 @pytest.mark.parametrize("secret", ["whsec_", "whsec_aéb", "x"])

@@ -158,8 +158,10 @@ def result(message: Message, *, max_age: float) -> list[int]:
     data = message.data
     verdict = verdict_code(message, max_age=max_age)
     score = 0
-    if data.score is not None and data.threshold:
-        score = round(min(max(AT_THRESHOLD * data.score / data.threshold, 0), 0xFFFF))
+    if data.score is not None and data.threshold is not None:
+        # A share of the threshold, which is the same as score / threshold where this is above 0.
+        beyond = (data.score - data.threshold) / max(abs(data.threshold), 1e-9)
+        score = round(min(max(AT_THRESHOLD * (1 + beyond), 0), 0xFFFF))
     return [data.id >> 16 & 0xFFFF, data.id & 0xFFFF, verdict, score, min(len(data.boxes), 0xFFFF)]
 
 

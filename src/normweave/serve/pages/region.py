@@ -73,7 +73,7 @@ class RegionPage(Page):
         self._regions = {each.category: each for each in self._service.detector.config.regions}
         self._listed: list[Inspection] = []
         self._shown: Inspection | None = None
-        self._problem: str | None = None
+        self._problems: dict[str, str] = {}  # of drawings that are not kept, by category
 
     async def content(self) -> None:
         """Build the images to draw on, the drawing, and the file."""
@@ -131,17 +131,19 @@ class RegionPage(Page):
             self._drawing.show(self._shown)
 
     def _draw(self) -> None:
-        """Show the region of the chosen category."""
-        self._drawing.draw(self._regions.get(self._category.value))
+        """Show the region of the chosen category: its own, or that of all."""
+        self._problems.pop(self._category.value, None)  # what was drawn is not kept, so it is not shown again
+        self._drawing.draw(self._regions.get(self._category.value, self._regions.get(EVERY)))
         self._show_state()
 
     def _changed(self, event: GenericEventArguments) -> None:
         """Check what was drawn, and keep it for the chosen category."""
-        category, self._problem = str(self._category.value), None
+        category = str(self._category.value)
+        self._problems.pop(category, None)
         try:
             region = read(category, event.args)
         except NormweaveError as error:
-            self._problem = str(error)
+            self._problems[category] = str(error)
         else:
             if region is None:
                 self._regions.pop(category, None)
@@ -150,16 +152,27 @@ class RegionPage(Page):
         self._show_state()
 
     def _show_state(self) -> None:
-        region = self._regions.get(self._category.value)
+        category = str(self._category.value)
+        region = self._regions.get(category, self._regions.get(EVERY))
         share = None
         if region is not None:
             inside = regions.mask(regions.Region(region.include, region.ignore), regions.RASTER, regions.RASTER)
             share = float(np.mean(inside))
-        self._state.set_content(render_macro(TEMPLATE, "state", share=share, problem=self._problem))
-        self._download.set_enabled(bool(self._regions) and self._problem is None)
+        others = ", ".join(f"{'all' if name == EVERY else name}" for name in self._problems if name != category)
+        self._state.set_content(
+            render_macro(
+                TEMPLATE,
+                "state",
+                share=share,
+                problem=self._problems.get(category),
+                of_all=category != EVERY and category not in self._regions,
+                others=others,
+            )
+        )
+        self._download.set_enabled(bool(self._regions) and not self._problems)
 
     def _send(self) -> None:
-        if self.is_open_to(self._token) and self._regions:
+        if self.is_open_to(self._token) and self._regions and not self._problems:
             ui.download.content(settings.regions_text(self._regions.values()), FILE, "application/json")
 
 

@@ -80,6 +80,17 @@ def test_a_head_and_a_layout_of_another_package(site, lots, tmp_path):
     assert "pip install normweave-example" in without.stderr
 
 
+class Quits:
+    """Ends the process when it is looked at, as a module may."""
+
+    @property
+    def code(self):
+        raise SystemExit(7)
+
+
+QUITS = Quits()
+
+
 @pytest.fixture
 def offer(monkeypatch):
     """Replaces the entry points of all packages."""
@@ -110,6 +121,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(offer, caplog):
         entry("twice", "builtins:dict", package="a"),
         entry("twice", "builtins:dict", package="b"),
         entry("wrong", "builtins:int"),
+        entry("quits", f"{__name__}:QUITS.code"),
     )
     assert plugins.usable("layouts", known=("folders",), of=dict) == {"fine": dict, "twice": dict}
     reasons = "\n".join(caplog.messages)
@@ -118,7 +130,12 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(offer, caplog):
     assert "twice of b 2.0 is not used: another package has the name twice, too" in reasons
     assert "it is no dict" in reasons
     assert plugins.usable("layouts", of=Layout) == {}
-    assert {one.name: one.reason is None for one in plugins.found("layouts")}["gone"] is False
+    assert plugins.usable("layouts", known=("folders",), of=dict, has=("keys", "Config")) == {}
+    listed = {(one["name"], one["package"]): one["reason"] for one in plugins.listed()}
+    assert listed["wrong", "other"] == "it is no dict"
+    assert listed["fine", "other"] == "it has no Config"
+    assert "ModuleNotFoundError" in listed["gone", "other"]
+    assert {one.name: one.reason for one in plugins.found("layouts")}["quits"] == "SystemExit: 7"
 
 
 def test_a_bundle_needs_its_plugins(offer):

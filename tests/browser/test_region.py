@@ -45,6 +45,11 @@ def press(page, name):
     page.get_by_role("button", name=name, exact=True).click()
 
 
+def choose(page, category):
+    page.locator(".q-select").click()
+    page.get_by_role("option", name=category, exact=True).click()
+
+
 def downloaded(page, folder):
     """The inside of the downloaded region, (100, 100)."""
     with page.expect_download() as waited:
@@ -85,8 +90,7 @@ def test_shapes_are_drawn_undone_and_downloaded(opened, tmp_path):
 
 def test_a_brush_paints_a_mask_for_one_category(opened, tmp_path):
     page = opened
-    page.locator(".q-select").click()
-    page.get_by_role("option", name="cloth", exact=True).click()
+    choose(page, "cloth")
     press(page, "brush")
     page.get_by_label("Width of the brush").fill("10")
     drag(page, (0.2, 0.5), (0.8, 0.5))
@@ -124,6 +128,24 @@ def test_the_keyboard_draws_a_rectangle(opened, tmp_path):
     assert found.include.rectangles == ((0.4, 0.4, 0.2, 0.1),)
     stage.press("Control+z")
     expect(page.get_by_text("The whole image is inspected.")).to_be_visible()
+
+
+def test_a_category_without_a_region_has_that_of_all_and_a_wrong_drawing_stays_named(opened):
+    page = opened
+    press(page, "rectangle")
+    drag(page, (0.1, 0.2), (0.9, 0.8))
+    choose(page, "cloth")
+    expect(page.get_by_text("This is the region of all categories")).to_be_visible()
+    expect(page.get_by_text(re.compile(r"4[78]\.\d %"))).to_be_visible()
+    press(page, "leave out")
+    drag(page, (0.05, 0.1), (0.95, 0.9))
+    expect(page.locator(".problem")).to_contain_text("64 is the least")
+    choose(page, "all that have no region of their own")
+    expect(page.get_by_text("The last drawing of cloth is not kept")).to_be_visible()
+    expect(page.get_by_role("button", name="Download regions.json")).to_be_disabled()
+    choose(page, "cloth")
+    expect(page.locator(".problem")).to_have_count(0)
+    expect(page.get_by_role("button", name="Download regions.json")).to_be_enabled()
 
 
 def test_a_region_that_is_too_small_is_refused(opened):

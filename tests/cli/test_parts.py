@@ -63,6 +63,15 @@ def test_a_resumed_run_counts_the_images_that_were_done(trained, pictures):
     assert (pictures / "out_parts.jsonl").read_text() == whole
 
 
+def test_images_without_a_part_are_counted_and_a_run_without_parts_is_refused(trained, pictures):
+    some = run("predict", trained.bundle, pictures, "--part", "(18)_")
+    assert some.exit_code in (0, 1)
+    assert "2 of 3 images show no part" in some.stderr
+    none = run("predict", trained.bundle, pictures, "--part", "(x)_")
+    assert none.exit_code == 2
+    assert "No image shows a part: --part '(x)_' matches no path" in none.stderr
+
+
 def test_views_need_parts_and_shards_divide_them(trained, pictures):
     assert "--views is about parts" in run("predict", trained.bundle, pictures, "--views", "2").stderr
     result = run("predict", trained.bundle, pictures, "--part", "(.+)_", "--shard", "1/2")

@@ -59,14 +59,15 @@ def test_shapes_are_written_for_one_category_after_the_other(image, tmp_path):
         (("--polygon", "0,0 1,1"), "polygons[0] must have at least 3 items"),
         (("--polygon", "0,0 1,0 1,1.5"), "must be less than or equal to 1, got 1.5"),
         (("--ignore-rectangle", "0,0,1,1"), "covers 0 of 65,536 pixels"),
-        (("--rectangle", "0,0,0.5,1", "--preview", "seen.unknown"), "Cannot write the preview"),
+        (("--rectangle", "0,0,0.5,1", "--preview", "seen.unknown"), "The preview must end in .png or .jpg or .jpeg"),
+        (("--rectangle", "0,0,0.5,1", "--preview", "no/folder/seen.png"), "Cannot write the preview"),
     ],
 )
 def test_shapes_that_cannot_be_used_are_refused(image, tmp_path, options, words):
     result = run("data", "roi", image, "-o", tmp_path / "regions.json", *options)
     assert result.exit_code == 2
     assert words in " ".join(result.stderr.split()), result.stderr
-    assert (tmp_path / "regions.json").exists() == ("--preview" in options)
+    assert (tmp_path / "regions.json").exists() == ("no/folder/seen.png" in options)
 
 
 def test_a_file_that_is_no_file_of_regions_is_refused(image, tmp_path):

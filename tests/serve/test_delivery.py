@@ -141,6 +141,23 @@ def test_refused_messages_become_dead_letters_and_are_sent_again(station, begin)
             call()
 
 
+@pytest.mark.parametrize("failure", [TimeoutError(), OSError("the connection is lost")])
+def test_a_dead_letter_that_fails_again_stops_nothing(station, begin, failure):
+    """Also where it costs the connection: it is kept, and later inspections are delivered."""
+    script = Script()
+    deliveries = begin(script)
+    script.answers = [RefusedError("gone"), failure]
+    first, *_ = station.add(1)
+    until(lambda: deliveries.states()[0].dead_letters == 1)
+    until(lambda: len(script.answers) == 1)
+    assert deliveries.send_again("script") == 1
+    until(lambda: not script.answers)
+    until(lambda: deliveries.dead_letters("script", limit=9)[0].again is False)
+    later = station.add(2)
+    until(lambda: script.taken == later)
+    assert script.tried == [first, first, *later]
+
+
 def test_dead_letters_that_were_to_be_sent_again_survive_a_restart(station, begin):
     first = Script()
     deliveries = begin(first)

@@ -150,10 +150,12 @@ def test_every_setting_is_documented(section):
 def test_a_type_of_a_plugin_is_known_and_replaces_none_of_normweave(monkeypatch):
     from normweave import plugins
 
-    module = object()
+    module = types.SimpleNamespace(Config=object, Output=object)
     offered = [plugins.Plugin("outputs", name, "other", "1.0", module, None) for name in ("gong", "mqtt")]
-    monkeypatch.setattr(plugins, "found", lambda group: offered if group == "outputs" else [])
+    offered.append(plugins.Plugin("outputs", "torn", "other", "1.0", types.SimpleNamespace(Config=object), None))
+    monkeypatch.setattr(plugins, "found", lambda group: offered)
     assert "gong" in line_config.types("outputs")
-    assert "gong" not in line_config.types("sources")
+    assert "torn" not in line_config.types("outputs")
+    assert "gong" not in line_config.types("sources")  # it has no frames
     assert line_config.load("outputs", "gong") is module
     assert line_config.load("outputs", "mqtt") is not module

@@ -22,6 +22,19 @@ def test_a_newer_message_replaces_one_that_waits(tmp_path):
         messages.stop()
 
 
+def test_a_retained_message_from_before_is_left_out(tmp_path):
+    dropped = []
+    with Mosquitto(tmp_path) as mosquitto:
+        where = {"hostname": "127.0.0.1", "port": mosquitto.port, "qos": 1}
+        publish.single("a", "old", retain=True, **where)
+        messages = Messages(Broker(host="127.0.0.1", port=mosquitto.port, topic="a"), on_drop=dropped.append)
+        messages.start()
+        until(lambda: dropped == [1])
+        publish.single("a", "new", retain=True, **where)  # it comes now, so it is no retained one
+        assert messages.take(5).payload == b"new"
+        messages.stop()
+
+
 def test_a_broker_that_is_not_there(monkeypatch):
     messages = Messages(Broker(host="127.0.0.1", port=free_port(), topic="a"))
     with pytest.raises(OSError, match="Check its address"):

@@ -5,7 +5,7 @@ from datetime import timedelta
 import pytest
 
 from inspections import NOON, inspection
-from normweave.outcome.parts import PartView
+from normweave.outcome.parts import PartRule, PartView
 from normweave.serve.part_store import PartStore, TakenError
 from normweave.serve.records import PartRecord
 from normweave.types import PartReason
@@ -28,17 +28,26 @@ def add(store, *views, part="17"):
 def test_open_views_are_those_that_count_in_no_part(store, parts):
     store.add([inspection()])
     first, second = add(store, "a", None)
+    content = store.inspection(second).image.image_hash[:8]
     assert [one.image for one in parts.open_views(after=0, limit=9)] == [
         PartView("a", "normal", first),
-        PartView(f"image {second}", "normal", second),
+        PartView(f"image {content}", "normal", second),
     ]
     assert [one.image.inspection for one in parts.open_views(after=first, limit=9)] == [second]
     closed = parts.close(record(), [first])
     assert [one.image.inspection for one in parts.open_views(after=0, limit=9)] == [second]
     parts.add_late(closed.id, second, correction=None)
     assert parts.open_views(after=0, limit=9) == []
-    assert [one.view for one in parts.views(closed.id, limit=9)] == ["a", f"image {second}"]
+    assert [one.view for one in parts.views(closed.id, limit=9)] == ["a", f"image {content}"]
     assert [one.id for one in parts.inspections(closed.id, limit=1)] == [first]
+
+
+def test_the_same_content_without_a_name_is_one_view(store, parts):
+    """A client that sends an image again must not complete a part whose other side was never seen."""
+    add(store, None, None)
+    one, two = (one.image.view for one in parts.open_views(after=0, limit=9))
+    assert one == two
+    assert PartRule(views=2).is_complete([PartView(one, "normal", 1), PartView(two, "normal", 2)]) is False
 
 
 def test_a_record_comes_back_as_it_was_stored(store, parts):

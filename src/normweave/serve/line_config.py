@@ -107,8 +107,9 @@ def _own(section: str) -> tuple[str, ...]:
 
 
 def _others(section: str) -> dict[str, Any]:
-    group: plugins.Group = "sources" if section == "sources" else "outputs"
-    return plugins.usable(group, known=_own(section), has=("Config", section.removesuffix("s").capitalize()))
+    if section == "sources":
+        return plugins.usable("sources", known=_own(section), has=("Config", "frames"))
+    return plugins.usable("outputs", known=_own(section), has=("Config", "Output"))
 
 
 def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:

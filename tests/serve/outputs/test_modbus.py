@@ -41,6 +41,9 @@ def test_the_registers_of_a_result():
     assert modbus.result(Message.of(unreadable(id=1)), max_age=10) == [0, 1, UNREADABLE, 0, 0]
     assert modbus.result(message(pred_score=1e9, threshold=1.0), max_age=10)[3] == 0xFFFF
     assert modbus.result(message(pred_score=-1.0, threshold=1.0), max_age=10)[3] == 0
+    for score, register in ((-0.5, 1000), (-0.25, 1500), (-0.75, 500), (-9.0, 0), (0.5, 3000)):
+        assert modbus.result(message(pred_score=score, threshold=-0.5), max_age=10)[3] == register
+    assert [modbus.result(message(pred_score=s, threshold=0.0), max_age=10)[3] for s in (-1, 0, 1)] == [0, 1000, 0xFFFF]
 
 
 def test_an_old_result_is_never_good():

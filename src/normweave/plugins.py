@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, reduce
 from importlib.metadata import EntryPoint, entry_points
+from operator import or_
 from typing import Any, Literal, NamedTuple, get_args
 
 from normweave.errors import MissingError
@@ -88,6 +89,17 @@ def usable(
             log.warning("The plug-in %s of %s is not used: %s.", plugin.name, plugin.origin, reason)
         _unused[key] = reason
     return chosen
+
+
+def extended(union: Any, group: Group, *, of: type[Any], known: tuple[str, ...] = ()) -> Any:
+    """Return a union of classes of settings with those of the plug-ins of a group.
+
+    Args:
+        of: their base class.
+        known: further names that no plug-in replaces.
+    """
+    own = tuple(getattr(one, DISCRIMINATOR) for one in get_args(union))
+    return reduce(or_, usable(group, known=(*own, *known), of=of).values(), union)
 
 
 def listed() -> list[dict[str, str | None]]:

@@ -311,7 +311,6 @@ class _Teaching:
                 self.progress("scoring held-out images", number, len(parts))
         normal, found = zip(*(head.held_out(data, part) for head, part in zip(heads, parts, strict=True)), strict=True)
         routed = np.concatenate(found) == new  # in the order of `parts`
-        held_out = HeldOut(*(np.concatenate(each)[routed] for each in zip(*normal, strict=True)))
         if routed.sum() < FEWEST_OF_CATEGORY:
             counts = np.bincount(np.concatenate(found), minlength=new)
             raise DataError(
@@ -320,14 +319,17 @@ class _Teaching:
                 f"{FEWEST_OF_CATEGORY} must be. The detector knows such images already, or give more images that "
                 "resemble each other."
             )
-        defective = self._defective(heads, new) if self.like is None else None
-        category = data.category_names[0]
-        depth = self._depth()
         final = deepcopy(self.head)
         final.add(data)
-        for head in (*heads, final):
-            assert head.fusion is not None
-            head.fusion.append(held_out, defective, category=category, like=self.like, depth=depth)
+        fusions = [head.fusion for head in (*heads, final) if head.fusion is not None]
+        if self.like is not None:
+            for fusion in fusions:
+                fusion.append_like(self.like)
+        else:
+            held_out = HeldOut(*(np.concatenate(each)[routed] for each in zip(*normal, strict=True)))
+            defective, depth = self._defective(heads, new), self._depth()
+            for fusion in fusions:
+                fusion.append(held_out, defective, category=data.category_names[0], depth=depth)
         scored: dict[int, RawOutput] = {}
         with torch.inference_mode():
             for head, part in zip(heads, parts, strict=True):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -132,10 +130,7 @@ SingleExpertConfig = (
     LayoutExpertConfig | GaussianExpertConfig | SubspaceExpertConfig | MemoryExpertConfig | DiscriminatorExpertConfig
 )
 if not TYPE_CHECKING:
-    _OWN = (*(getattr(expert, DISCRIMINATOR) for expert in get_args(SingleExpertConfig)), "fusion")
-    SingleExpertConfig = reduce(
-        or_, plugins.usable("experts", known=_OWN, of=BaseExpertConfig).values(), SingleExpertConfig
-    )
+    SingleExpertConfig = plugins.extended(SingleExpertConfig, "experts", of=BaseExpertConfig, known=("fusion",))
 
 
 @checked

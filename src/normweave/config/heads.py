@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
@@ -21,7 +19,7 @@ from normweave.config.base import (
     Variance,
 )
 from normweave.config.cnc import CNCConfig
-from normweave.validation import DISCRIMINATOR, NaturalInt, OddInt, PositiveFloat, PositiveInt, PositiveShare, checked
+from normweave.validation import NaturalInt, OddInt, PositiveFloat, PositiveInt, PositiveShare, checked
 
 
 @checked
@@ -144,8 +142,7 @@ HeadConfig = (
 
 
 if not TYPE_CHECKING:
-    _OWN = tuple(getattr(head, DISCRIMINATOR) for head in get_args(HeadConfig))
-    HeadConfig = reduce(or_, plugins.usable("heads", known=_OWN, of=BaseHeadConfig).values(), HeadConfig)
+    HeadConfig = plugins.extended(HeadConfig, "heads", of=BaseHeadConfig)
 
 
 def models() -> dict[str, type[HeadConfig]]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import field
 from datetime import UTC, datetime
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,7 +85,7 @@ class SourceState(NamedTuple):
     text: str
 
 
-class Contract:
+class Contract(Protocol):
     """What a module of `normweave.serve.sources` has besides its `Config`."""
 
     @staticmethod
@@ -102,7 +102,7 @@ class Contract:
         Raises:
             Exception: of any type, if the source cannot be read. It is then connected again.
         """
-        raise NotImplementedError
+        ...
 
 
 def frames(config: SourceConfig, *, max_bytes: int, on_drop: Callable[[int], None] = lambda count: None) -> Frames:

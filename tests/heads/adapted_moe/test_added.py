@@ -46,8 +46,7 @@ def with_next(head):
     head = deepcopy(head)
     new = data([len(head.subclass_names)], (f"cloth/{len(head.subclass_names)}",))
     head.add(new)
-    held_out, _ = head.held_out(new, np.arange(len(new)))
-    head.fusion.append(held_out, None, category="cloth", like=0, depth=None)
+    head.fusion.append_like(0)
     return head
 
 

@@ -169,24 +169,21 @@ class Fusion(nn.Module):
         """
         return self.border.scaled(patches, (owners[:, None] == categories).argmax(axis=1))
 
-    def append(
-        self, normal: HeldOut, defective: Defective | None, *, category: str, like: int | None, depth: float | None
-    ) -> None:
-        """Append scales and weights of an added subclass; those of the others do not change.
+    def append_like(self, subclass: int) -> None:
+        """Append scales and weights of an added subclass: those of its category, which this other one has."""
+        self.border.append_like(subclass)
+        for name in self.by_subclass:
+            rows = getattr(self, name)
+            setattr(self, name, torch.cat([rows, rows[subclass, None]]))
+
+    def append(self, normal: HeldOut, defective: Defective | None, *, category: str, depth: float | None) -> None:
+        """Append scales and weights of an added subclass of a new category; those of the others do not change.
 
         Args:
-            normal, defective: held-out images of the subclass, by the experts in use; for a new category only.
+            normal, defective: held-out images of the subclass, by the experts in use.
             category: of the subclass.
-            like: another subclass of the category, whose scales and weights it takes: they are those of the category.
-                None: there is no other.
             depth: of the maps of the first training; None: not known, or one category.
         """
-        if like is not None:
-            self.border.append_like(like)
-            for name in self.by_subclass:
-                rows = getattr(self, name)
-                setattr(self, name, torch.cat([rows, rows[like, None]]))
-            return
         used = np.flatnonzero(self.used)
         E = len(self.config.use)
         weights, highest, centre, spread = np.zeros(E), np.zeros(E), np.zeros((E, 2)), np.ones((E, 2))

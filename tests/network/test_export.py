@@ -273,14 +273,14 @@ def altered(content, change):
 
 
 def test_a_faithful_graph_passes(module, content):
-    check_parity(module, loaded(content), images(), CONFIG, None)
+    check_parity(module, [loaded(content)], images(), CONFIG, None)
 
 
 def test_an_altered_constant_is_noticed(module, content):
     with pytest.raises(
         CheckError, match=r"returns other scores than torch for \d+ of 12 calibration images, the first "
     ):
-        check_parity(module, altered(content, lambda array: 1.01 * array), images(), CONFIG, None)
+        check_parity(module, [loaded(content), altered(content, lambda array: 1.01 * array)], images(), CONFIG, None)
 
 
 @pytest.mark.parametrize(("apart", "passes"), [(0.9e-3, True), (1.1e-3, False), (5e-3, False)])
@@ -308,14 +308,14 @@ def test_an_altered_constant_that_only_excluding_reaches_is_noticed():
         return array
 
     with pytest.raises(CheckError, match=r"returns other scores for unseen subclasses than torch"):
-        check_parity(strict, altered(graph, change), [one[None] for one in theirs], CONFIG, None)
+        check_parity(strict, [altered(graph, change)], [one[None] for one in theirs], CONFIG, None)
 
 
 def test_a_missing_output_is_noticed(module):
     dfm = network(next(kind() for kind in get_args(HeadConfig) if kind().kind == "dfm"))
     other = loaded(to_onnx(dfm, height=SIZE[0], width=SIZE[1]))
     with pytest.raises(CheckError, match="do not both return"):
-        check_parity(module, other, images(), CONFIG, None)
+        check_parity(module, [other], images(), CONFIG, None)
 
 
 @pytest.mark.parametrize(("apart", "passes"), [(1e-5, True), (1e-2, False)])
@@ -329,7 +329,7 @@ def test_verdicts_are_equal_except_where_rounding_decides(module, content, apart
     calibration = Calibration(scores=normals, subclass_names=("a", "b", "c"), false_alarm_rate=0.5, unknown_rate=0.5)
     theirs = altered(content, lambda array: (1 + apart) * array)
     if passes:
-        check_parity(module, theirs, pixels, CONFIG, calibration)
+        check_parity(module, [theirs], pixels, CONFIG, calibration)
     else:
         with pytest.raises(CheckError, match=r"on calibration image \d+ is anomalous, that of torch normal"):
-            check_parity(module, theirs, pixels, CONFIG, calibration)
+            check_parity(module, [theirs], pixels, CONFIG, calibration)

@@ -90,12 +90,12 @@ def bare(model: ModelProto) -> ModelProto:
 
 def check_parity(
     module: TorchModule,
-    network: Network,
+    networks: Sequence[Network],
     images: Sequence[NDArray[np.uint8]],
     config: Config,
     calibration: Calibration | None,
 ) -> None:
-    """Compare torch with the library that runs the graph on real images.
+    """Compare torch with each library that runs the graph on real images.
 
     Scores may differ by `TOLERANCE` times the score, or times the mean absolute score where that is larger: scores of
     normal images are near 0. Verdicts must be equal, except where a score is within this tolerance of its threshold.
@@ -121,13 +121,26 @@ def check_parity(
             outputs = module.outputs(torch.from_numpy(pixels), left_out)
             return RawOutput(**{name: value.numpy() for name, value in outputs.items()})
 
-    ours, theirs = scored(by_torch, None), scored(network, None)
-    check_equal(ours, theirs, "", network.library)
-    if module.can_exclude:
-        own = ours.raw.subclass
-        check_equal(scored(by_torch, own), scored(network, own), " for unseen subclasses", network.library)
-    if calibration is None:
-        return
+    ours = scored(by_torch, None)
+    own = ours.raw.subclass
+    ours_excluding = scored(by_torch, own) if module.can_exclude else None
+    for network in networks:
+        theirs = scored(network, None)
+        check_equal(ours, theirs, "", network.library)
+        if ours_excluding is not None:
+            check_equal(ours_excluding, scored(network, own), " for unseen subclasses", network.library)
+        if calibration is not None:
+            _check_verdicts(ours, theirs, images, calibration, network.library)
+
+
+def _check_verdicts(
+    ours: TileScores,
+    theirs: TileScores,
+    images: Sequence[NDArray[np.uint8]],
+    calibration: Calibration,
+    library: str,
+) -> None:
+    """Raise CheckError where the verdict of an image differs and rounding is not the reason."""
     done = 0
     for number, image in enumerate(images):
         both = [ImageScore.of(tiles.part(done, done + len(image))) for tiles in (ours, theirs)]
@@ -138,7 +151,7 @@ def check_parity(
         allowed = TOLERANCE * max(abs(mine.threshold), float(np.abs(ours.scores).mean()))
         if mine.verdict != other.verdict and abs(both[0].score - mine.threshold) > allowed:
             raise CheckError(
-                f"The verdict of {network.library} on calibration image {number + 1} is {other.verdict}, that of torch "
+                f"The verdict of {library} on calibration image {number + 1} is {other.verdict}, that of torch "
                 f"{mine.verdict}, so no bundle is written. {_CURE}"
             )
 

@@ -175,11 +175,13 @@ class TorchNetwork(Network):
                 module = TorchModule(extractor=self.extractor, standard=self.standard, head=self.head).eval()
                 graph = export.to_onnx(module, height=size[0], width=size[1])
                 images = self._parity_images()
-                for device in ("cpu", *([OPENVINO] if find_spec("openvino") else [])):
-                    network = open_graph(graph, where="The exported graph", size=size, device=device)
-                    export.check_parity(module, network, images, self.config, calibration)
-                    if device == "cpu" and self.config.outcome.references and self.checks is None:
-                        self.checks = Checks.compute(network, some_tiles(images, at_most=checks.MOST))
+                networks = [
+                    open_graph(graph, where="The exported graph", size=size, device=device)
+                    for device in ("cpu", *([OPENVINO] if find_spec("openvino") else []))
+                ]
+                export.check_parity(module, networks, images, self.config, calibration)
+                if self.config.outcome.references and self.checks is None:
+                    self.checks = Checks.compute(networks[0], some_tiles(images, at_most=checks.MOST))
             finally:
                 for part in parts:
                     part.to(self.device)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import aiomqtt
@@ -27,7 +28,11 @@ from normweave.serve import line_config
 from normweave.serve.delivery import Deliveries
 from normweave.serve.metrics import Metrics
 from normweave.serve.outputs import modbus
+from normweave.serve.part_store import PartStore
+from normweave.serve.records import PartRecord
 from normweave.serve.store import Store
+from normweave.serve.verdict_codes import GOOD
+from normweave.types import PartReason
 from required import absent
 
 SOON = 20.0
@@ -71,6 +76,28 @@ class Station:
         for notify in tuple(self.listeners):
             notify()
         return [one.id for one in stored]
+
+    def add_part(self, part_id, *, verdict="normal", corrects=None, expected=2):
+        """Store an image of a part and the verdict on it, or a correction, and return this."""
+        seen = "normal" if verdict == "incomplete" else verdict
+        (image,) = self.add(1, part_id=part_id, verdict=seen, received_at=datetime.now(UTC))
+        record = PartRecord(
+            at=datetime.now(UTC),
+            part_id=part_id,
+            line=self.store.line,
+            verdict=verdict,
+            reasons=() if verdict == "normal" else (PartReason("missing", None, None),),
+            images=1,
+            expected=expected,
+            corrects=corrects,
+        )
+        parts = PartStore(self.store)
+        stored = (
+            parts.close(record, [image]) if corrects is None else parts.add_late(corrects, image, correction=record)
+        )
+        for notify in tuple(self.listeners):
+            notify()
+        return stored
 
     def begin(self, *outputs):
         """Start deliveries to these outputs."""
@@ -162,7 +189,29 @@ class Proxy:
                 each.shutdown(socket.SHUT_RDWR)
 
 
-class Mosquitto:
+class Counterpart:
+    """What came, whatever the protocol.
+
+    `results()`: of each message its type (or that of its data), the id, whether it is good, and the revision.
+    """
+
+    def ids(self):
+        """Return the ids of the inspections that came, in their order."""
+        return [id for of_part, id, _, _ in self.results() if not of_part]
+
+    def parts(self):
+        """Return id, whether it is good, and revision of the verdicts on parts that came, in their order."""
+        return [one[1:] for one in self.results() if one[0]]
+
+
+def read(message):
+    """Return whether a message is of a part, its id, whether it is good, and its revision."""
+    data = message["data"]
+    good = data["verdict"] == "normal" and not data.get("corrected")
+    return message["type"].startswith("part."), data["id"], good, data.get("revision", 0)
+
+
+class Mosquitto(Counterpart):
     """The broker mosquitto, a proxy before it, and a subscriber behind it.
 
     Attributes:
@@ -210,9 +259,8 @@ class Mosquitto:
             async for message in client.messages:
                 self.received.append((str(message.topic), message.payload.decode()))
 
-    def ids(self):
-        """Return the ids of the inspections that came, in their order."""
-        return [json.loads(text)["data"]["id"] for topic, text in self.received if topic.endswith("/inspection")]
+    def results(self):
+        return [read(json.loads(text)) for topic, text in self.received if topic.endswith(("/inspection", "/part"))]
 
     def output(self, **settings):
         return make("mqtt", host="127.0.0.1", port=self.proxy.port, **settings)
@@ -229,7 +277,7 @@ class Mosquitto:
 SECRET = "whsec_" + base64.b64encode(b"a secret of thirty two bytes ...").decode()
 
 
-class Receiver:
+class Receiver(Counterpart):
     """An HTTP server that checks the signatures with the reference library, and a proxy before it.
 
     Attributes:
@@ -268,8 +316,8 @@ class Receiver:
     def listen(self):
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def ids(self):
-        return [message["data"]["id"] for _, message in self.received]
+    def results(self):
+        return [read(message) for _, message in self.received if message["type"] != "drift.alarm"]
 
     def output(self, **settings):
         url = f"http://127.0.0.1:{self.proxy.port}/events"
@@ -288,11 +336,11 @@ def answers(port):
     return False
 
 
-class Plc:
+class Plc(Counterpart):
     """The program of a PLC: it reads the registers, and acknowledges each valid result.
 
     Attributes:
-        taken: id and verdict of each result.
+        taken: id, verdict, what it is of and revision of each result.
         acknowledges: whether it does.
     """
 
@@ -304,13 +352,13 @@ class Plc:
     def scan(self, registers, acknowledge):
         """Do what a PLC does in a cycle: `registers` as read; `acknowledge` writes the register."""
         self.seen.append(registers)
-        _, _, status, sequence, high, low, verdict, *_ = registers
+        _, _, status, sequence, high, low, verdict, _, _, of, revision, *_ = registers
         if status & modbus.VALID and self.acknowledges and registers[modbus.ACKNOWLEDGE] != sequence:
-            self.taken.append((high << 16 | low, verdict))
+            self.taken.append((high << 16 | low, verdict, of, revision))
             acknowledge(sequence)
 
-    def ids(self):
-        return [id for id, _ in self.taken]
+    def results(self):
+        return [(of == modbus.OF_PART, id, verdict == GOOD, revision) for id, verdict, of, revision in self.taken]
 
 
 class PlcServer(Plc):
@@ -404,11 +452,11 @@ asyncio.run(main())
 OPCUA_PASSWORD = "correct horse battery"
 
 
-class OpcuaClient:
+class OpcuaClient(Counterpart):
     """A client of asyncua that subscribes to the events, and acknowledges each result; through a proxy.
 
     Attributes:
-        taken: id and verdict of each event.
+        taken: the events.
         acknowledges: whether it does.
     """
 
@@ -459,14 +507,22 @@ class OpcuaClient:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.3):
                         event = await events.get()
-                        self.taken.append((event.InspectionId, event.VerdictCode))
+                        self.taken.append(event)
                         if self.acknowledges:
                             await results.call_method(f"{index}:AcknowledgeResults", [event.ResultId])
                         continue
                 await client.check_connection()
 
-    def ids(self):
-        return [id for id, _ in self.taken]
+    def results(self):
+        return [
+            (
+                one.ResultType.startswith("part."),
+                one.InspectionId or one.PartVerdictId,
+                one.VerdictCode == GOOD,
+                one.Revision,
+            )
+            for one in tuple(self.taken)
+        ]
 
     def output(self, **settings):
         short = {"acknowledge_seconds": 1.0, "max_age_seconds": 1e9, "timeout_seconds": 5.0, "security": "none"}

@@ -3,12 +3,14 @@
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
+from pymodbus.client import ModbusTcpClient
 
 from required import absent
 
@@ -90,6 +92,44 @@ class Mosquitto(Program):
                 return client.connect_ex(("127.0.0.1", self.port)) == 0
 
         until(answers)
+
+
+MODBUS_SERVER = """
+import asyncio, sys
+from pymodbus.server import ModbusTcpServer
+from pymodbus.simulator import DataType, SimData, SimDevice
+
+async def main():
+    registers = [SimData(0, count=16, values=0, datatype=DataType.REGISTERS)]
+    device = SimDevice(1, simdata=registers, use_bit_addressing=True)
+    await ModbusTcpServer(device, address=("127.0.0.1", int(sys.argv[1]))).serve_forever()
+
+asyncio.run(main())
+"""
+
+
+class Plc(Program):
+    """A Modbus server of pymodbus with 16 registers, whose bits are coils and discrete inputs too."""
+
+    def start(self):
+        self._process = subprocess.Popen([sys.executable, "-c", MODBUS_SERVER, str(self.port)])
+        self._client = ModbusTcpClient("127.0.0.1", port=self.port)
+        until(self._client.connect)
+
+    def stop(self):
+        self._client.close()
+        super().stop()
+
+    def write(self, signal, value):
+        """Write coil 8 or register 8."""
+        write = self._client.write_register if signal.endswith("register") else self._client.write_coil
+        assert not write(8, value).isError()
+
+    def pulse(self, signal, value):
+        """Let a bit be high, and then low, for some polls."""
+        for one in (0, value, 0):
+            self.write(signal, one)
+            time.sleep(0.08)
 
 
 class RtspServer(Program):

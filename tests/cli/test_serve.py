@@ -85,14 +85,6 @@ def test_nothing_is_written_if_an_option_is_wrong(trained, runs, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_the_webhook_of_drift_is_an_address(trained, runs, tmp_path):
-    result = serve(trained.bundle, "--data", tmp_path / "data", "--drift-webhook", "line-4")
-    assert (result.exit_code, runs) == (2, [])
-    assert "like https://host/path" in result.output
-    serve(trained.bundle, "--data", tmp_path / "data", "--drift-webhook", "http://127.0.0.1:9/drift")
-    assert len(runs) == 1
-
-
 def test_without_its_libraries_the_installation_is_named(trained, monkeypatch):
     monkeypatch.setitem(sys.modules, "normweave.serve.store", None)
     result = serve(trained.bundle)

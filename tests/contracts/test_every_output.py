@@ -60,6 +60,22 @@ def test_inspections_arrive_in_order(counterpart, station, begin):
     assert state.last_success_at is not None
 
 
+def test_verdicts_on_parts_come_after_their_images_and_corrections_after_them(counterpart, station, begin):
+    """A part is good only if it is complete and was not corrected in the meantime."""
+    before = station.add_part("10")
+    late = station.add_part("10", verdict="anomalous", corrects=before.id)
+    begin(counterpart.output(deliver=("inspections", "parts"), start="oldest"))
+    good = station.add_part("11")
+    bad = [station.add_part("12", verdict=verdict) for verdict in ("incomplete", "unknown", "anomalous")]
+    until(lambda: len(counterpart.parts()) == 6, "the delivery")
+    correction = station.add_part("11", verdict="unknown", corrects=good.id)
+    until(lambda: len(counterpart.parts()) == 7, "the correction")
+    expected = [(before.id, False, 1), (late.id, False, 2), (good.id, True, 1)]
+    expected += [(one.id, False, 1) for one in bad] + [(correction.id, False, 2)]
+    assert counterpart.parts() == expected
+    assert [of_part for of_part, *_ in counterpart.results()] == [False, True] * 7
+
+
 @pytest.mark.parametrize(("counterpart", "fault"), FAULTS, indirect=["counterpart"])
 def test_nothing_is_lost_while_the_counterpart_fails(counterpart, station, begin, fault):
     deliveries = begin(counterpart.output())

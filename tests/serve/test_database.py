@@ -18,6 +18,7 @@ from inspections import ALL, inspection, many
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.serve import database, tables
 from normweave.serve.database import StoreError
+from normweave.serve.delivery_store import Delivery, DeliveryStore
 from normweave.serve.store import Store
 
 
@@ -52,7 +53,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0010"
+down_revision = "0011"
 
 
 def upgrade():
@@ -72,7 +73,7 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0010. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0011. Upgrade with"):
         Store.open(database_url)
 
 
@@ -80,7 +81,7 @@ def test_a_reader_does_not_migrate(database_url):
     """A server of another version may use the tables."""
     if database_url.startswith("sqlite:///"):
         Path(database_url.removeprefix("sqlite:///")).touch()  # a file that is not there is refused for this reason
-    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0010. Start the server"):
+    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0011. Start the server"):
         Store.open(database_url, migrate=False)
     with closing(Store.open(database_url)) as store:
         kept = store.add([inspection()])
@@ -270,3 +271,21 @@ def test_an_encoding_other_than_utf8_is_refused(postgres):
     url = postgres.database(encoding="LATIN1")
     with pytest.raises(DataError, match=r"is in LATIN1, which cannot hold every name. Make one in UTF-8: createdb"):
         Store.open(url)
+
+
+def test_how_far_the_outputs_are_is_kept_by_the_migration_of_their_tables(database_url, tmp_path, monkeypatch):
+    """They knew inspections only."""
+    older = tmp_path / "migrations"
+    shutil.copytree(database.MIGRATIONS, older)
+    (older / "versions" / "0011_subjects.py").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "MIGRATIONS", older)
+        with closing(Store.open(database_url)) as store, store.database.writing() as connection:
+            row = "'Press 5', 'mes', 7, 2, 'no answer', NULL, 3"
+            connection.exec_driver_sql(f"INSERT INTO deliveries VALUES ({row})")
+    with closing(Store.open(database_url)) as store:
+        deliveries = DeliveryStore(store.database, line="Press 5")
+        assert deliveries.begin("mes", oldest=False) == Delivery(
+            name="mes", last_ids={"inspections": 7}, attempts=2, last_error="no answer"
+        )
+        assert deliveries.removed("mes") == 3

@@ -216,7 +216,15 @@ def test_what_retention_removed_is_shown(station, script, begin):
     station.add(3)
     until(lambda: script.tried)
     list(station.store.expire(before=NOON + timedelta(days=1)))
-    assert deliveries.states()[0].removed == 3
+    state = deliveries.states()[0]
+    assert state.removed == 3
+    script.answers = []
+    until(lambda: deliveries.states()[0].attempts == 0)
+    assert deliveries.states()[0].status == "behind"
+    assert deliveries.acknowledge_removed("script", actor="Ada") == 3
+    assert (deliveries.states()[0].removed, deliveries.states()[0].status) == (0, "working")
+    with pytest.raises(NotFoundError, match="no output 'other'"):
+        deliveries.acknowledge_removed("other", actor="Ada")
 
 
 def test_metrics(station, script, begin, monkeypatch):

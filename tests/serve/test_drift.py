@@ -1,6 +1,5 @@
 """Drift of the inspections of a server."""
 
-import json
 from copy import copy
 from dataclasses import replace
 
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from counterparts import until
 from inspections import inspection, unreadable
 from normweave.errors import DataError
 from normweave.serve import DATABASE, drift
+from normweave.serve.delivery import Deliveries
 from normweave.serve.store import Store
-from normweave.serve.webhook import Webhook
-from receiver import Receiver
 
 
 def test_an_inspection_is_an_image_of_the_line():
@@ -79,49 +78,38 @@ def test_alarms_become_metrics_and_a_restart_continues(service, loaded, photos, 
     assert {each.cause for each in third.state()[0]} == {each.cause for each in found}
 
 
-def test_each_alarm_is_sent_once_to_the_webhook(service, loaded, photos, tmp_path):
-    """Also if the server starts again meanwhile, before or after the other one has taken it."""
+def test_each_alarm_is_stored_once_and_the_webhook_of_the_line_is_sent_it(service, loaded, photos, watching, receiver):
+    """Also if the server starts again meanwhile."""
     good = [photo for photo in photos if "/good/" in photo]
+    deliveries = Deliveries(service, [receiver.output(deliver=("drift",), refusals=1)])
+    deliveries.start()
     scored(loaded, good, service, 60)
     stored = scored(loaded, good, service, 90, gain=0.8)
-
-    def watching():
-        webhook = Webhook("http://127.0.0.1:9")
-        return drift.DriftWatch(service, tmp_path / "drift.json", webhook=webhook), webhook
-
-    watch, webhook = watching()
+    receiver.statuses = [503, 410]
+    watch = watching()
+    watch.listeners.add(deliveries.notify)
     while watch.step():
         pass
-    waiting = webhook.waiting
-    lit = [event for event in waiting if event["cause"] == "lighting or camera"]
-    assert len({event["subclass"] for event in lit}) == len(lit) > 0
-    assert all(event["type"] == "drift.alarm" and event["bundle_hash"] == loaded.bundle_hash for event in waiting)
-    assert stored[0].id - 10 <= lit[0]["since_inspection"] <= stored[-1].id
-    assert set(lit[0]["inspections"]) <= {one.id for one in stored}
+    alarms = [one.record for one in deliveries.store.after("drift", 0, limit=99)]
+    lit = [one for one in alarms if one.cause == "lighting or camera"]
+    assert len({one.subclass for one in lit}) == len(lit) > 0
+    assert all(one.bundle_hash == loaded.bundle_hash for one in alarms)
+    assert stored[0].id - 10 <= lit[0].since_inspection <= stored[-1].id
+    assert set(lit[0].inspections) <= {one.id for one in stored}
 
-    again, webhook = watching()
+    again = watching()
     again.step()
-    assert webhook.waiting == waiting
+    assert len(deliveries.store.after("drift", 0, limit=99)) == len(alarms)
 
-    state = json.loads((tmp_path / "drift.json").read_text())
-    (tmp_path / "drift.json").write_text(json.dumps(state | {"undelivered": []}))
-    third, webhook = watching()
-    third.step()
-    assert webhook.waiting == []
-
-
-def test_the_thread_sends_what_waits(service, loaded, photos, tmp_path):
-    scored(loaded, photos, service, 2)
-    receiver, path = Receiver(), tmp_path / "drift.json"
-    first = drift.DriftWatch(service, path)
-    first.step()
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"undelivered": [{"cause": "focus or dirt"}]}))
-    watch = drift.DriftWatch(service, path, webhook=Webhook(receiver.url))
-    watch.start()
-    watch.stop()
-    receiver.close()
-    assert receiver.got == [{"cause": "focus or dirt"}]
-    assert json.loads(path.read_text())["undelivered"] == []
+    until(lambda: deliveries.states()[0].behind == 0)
+    (letter,) = deliveries.dead_letters("webhook", limit=9)  # the second attempt of the first alarm
+    assert (letter.message["type"], letter.message["data"]["id"]) == ("drift.alarm", alarms[0].id)
+    deliveries.send_again("webhook")
+    until(lambda: len(receiver.received) == len(alarms))
+    deliveries.stop()
+    by_id = {body["data"]["id"]: body for _, body in receiver.received}  # the receiver verifies the signature
+    assert [by_id[one.id]["data"]["cause"] for one in alarms] == [one.cause for one in alarms]
+    assert by_id[alarms[0].id]["data"]["advice"] == alarms[0].advice
 
 
 def test_a_damaged_state_begins_anew(service, loaded, photos, watching, tmp_path):

@@ -91,19 +91,21 @@ def test_no_answered_inspection_is_lost_in_twenty_kills(bundle, photos, tmp_path
 
 @pytest.mark.slow
 def test_every_answered_inspection_is_delivered_in_order_over_kills(bundle, photos, tmp_path):
-    """By a webhook whose counterpart is dead at the first kill."""
+    """And every verdict on a part, after its image. By a webhook whose counterpart is dead at the first kill."""
     receiver = Receiver(tmp_path)
     receiver.listen()
     receiver.proxy.stop()
     line = tmp_path / "line.yaml"
-    line.write_text(json.dumps({"outputs": [dataclasses.asdict(receiver.output().config)]}))
+    config = dataclasses.asdict(receiver.output(deliver=("inspections", "parts")).config)
+    line.write_text(json.dumps({"outputs": [config], "parts": {"views": 1}}))
     contents, answered = [Path(path).read_bytes() for path in photos], []
     server = Server(bundle, tmp_path / "data", "-c", line)
     for kill in range(3):
         with server.client() as client:
             for number in range(10):
                 content = contents[number] + bytes([kill])
-                answer = client.post("/v1/inspect", files={"images": ("part.png", content)})
+                part = {"part": f"{kill}-{number}"}
+                answer = client.post("/v1/inspect", files={"images": ("part.png", content)}, data=part)
                 answered += [one["id"] for one in answer.json()["inspections"]]
         server.kill()
         if kill == 0:
@@ -111,5 +113,13 @@ def test_every_answered_inspection_is_delivered_in_order_over_kills(bundle, phot
         server.start()
     until(lambda: answered[-1] in receiver.ids(), "the delivery of the last one")
     assert list(dict.fromkeys(receiver.ids())) == answered
+    until(lambda: len(set(receiver.parts())) == len(answered), "the delivery of the last part")
+    firsts = list(dict.fromkeys(receiver.parts()))
+    assert [id for id, *_ in firsts] == sorted(id for id, *_ in firsts)
+    assert {revision for *_, revision in firsts} == {1}
+    order = [(message["type"], message["data"]["part_id"]) for _, message in receiver.received]
+    for kill, number in ((0, 0), (2, 9)):
+        part = f"{kill}-{number}"
+        assert order.index(("inspection.stored", part)) < order.index(("part.closed", part))
     server.stop()
     receiver.close()

@@ -1,10 +1,12 @@
 """The state of the outputs by REST, and dead letters that are sent again."""
 
+from datetime import timedelta
+
 import pytest
 from starlette.testclient import TestClient
 
 from counterparts import until
-from inspections import inspection
+from inspections import NOON, inspection
 from normweave.serve import create_app
 from normweave.serve.delivery import Deliveries
 
@@ -50,11 +52,32 @@ def test_outputs_start_and_stop_with_the_application(service, clients, receiver)
     until(lambda: state()["outputs"][0]["status"] == "working")
 
 
+def test_an_engineer_acknowledges_a_loss(service, clients, receiver):
+    client, headers = clients["operator"]
+    receiver.proxy.stop()
+    service.store.add([inspection(number) for number in range(2)])
+    list(service.store.expire(before=NOON + timedelta(days=1)))
+
+    def removed():
+        return client.get("/v1/line", headers=headers).json()["outputs"][0]["removed"]
+
+    assert removed() == 2
+    path = "/v1/line/outputs/webhook/acknowledge-removed"
+    assert client.post(path, headers=headers).status_code == 403
+    engineer = clients["engineer"][1]
+    assert client.post(path, headers=engineer).json() == {"count": 2}
+    assert removed() == 0
+    audit = client.get("/v1/audit", headers=engineer).json()["entries"]
+    assert [one["event"] for one in audit[:2]] == ["delivery_loss_acknowledged", "delivery_lost"]
+    assert audit[0]["actor"] == "engineer"
+
+
 def test_an_unknown_output_is_named(clients):
     client, headers = clients["engineer"]
     for answer in (
         client.get("/v1/line/outputs/other/dead-letters", headers=headers),
         client.post("/v1/line/outputs/other/send-again", headers=headers),
+        client.post("/v1/line/outputs/other/acknowledge-removed", headers=headers),
     ):
         assert (answer.status_code, "no output 'other'" in answer.json()["detail"]) == (404, True)
 

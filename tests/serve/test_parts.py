@@ -1,18 +1,23 @@
 """Parts are closed, kept over restarts, and corrected by late views; with a clock that the tests move."""
 
+import asyncio
 import threading
+import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from feeders import until
 from inspections import inspect_files, inspection
 from normweave.outcome.parts import RANKS, PartRule, PartView, judge
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
 from normweave.serve.parts import MAX_IMAGES, OpenParts, Parts
+from normweave.serve.service import Upload
 from normweave.serve.store import Store
 
 VERDICTS = ("normal", "unknown", "anomalous", None)
@@ -23,7 +28,10 @@ class Line:
 
     def __init__(self, store, rule, **settings):
         self.store, self.now, self.settings = store, 0.0, settings
-        self.service = SimpleNamespace(store=store, part_rule=rule, config=ServeConfig(), listeners=set())
+        self.judged = set()
+        self.service = SimpleNamespace(
+            store=store, part_rule=rule, config=ServeConfig(), listeners=set(), waiting_parts=lambda: set(self.judged)
+        )
         self.restart()
 
     def restart(self):
@@ -76,6 +84,52 @@ def test_a_part_is_closed_when_its_time_is_over(line):
     line.wait(1)
     (closed,) = line.closed()
     assert (closed.verdict, [one.reason for one in closed.reasons], closed.images) == ("incomplete", ["missing"], 2)
+
+
+def test_a_part_stays_open_while_more_of_its_images_are_judged(line):
+    line.judged = {"17"}
+    line.take("17", "front")
+    line.take("17", "back")
+    line.take("18", "front")
+    line.wait(11)
+    assert line.verdicts() == [("18", "incomplete")]
+    line.judged = set()
+    line.take("17", "back", "anomalous")
+    assert line.verdicts() == [("18", "incomplete"), ("17", "anomalous")]
+    assert [one.corrects for one in line.closed()] == [None, None]
+
+
+def test_images_of_one_request_count_together(service, photos, monkeypatch):
+    """The first ones are stored before the last one is judged: neither the number of views nor the time closes it."""
+    service.part_rule = PartRule(views=2, seconds=0.01)
+    monkeypatch.setattr(type(service.detector), "batch_images", 1)
+    last, score = threading.Event(), service.detector.scores
+    calls = []
+
+    def slow(images):
+        calls.append(images)
+        if len(calls) == 3:
+            assert last.wait(20)
+        return score(images)
+
+    monkeypatch.setattr(service.detector, "scores", slow)
+    parts = Parts(service)
+    parts.start()
+    uploads = [
+        Upload(f"{n}.png", Path(photo).read_bytes(), "17", view)
+        for n, (photo, view) in enumerate(zip(photos[:3], "aba", strict=True))
+    ]
+    thread = threading.Thread(target=lambda: asyncio.run(service.inspect(uploads, source="api", actor="test")))
+    thread.start()
+    until(lambda: len(parts.records.open_views(after=0, limit=9)) == 2)
+    time.sleep(0.1)
+    assert parts.records.records(limit=9) == []
+    last.set()
+    thread.join()
+    until(lambda: parts.records.records(limit=9))
+    parts.stop()
+    (closed,) = parts.records.records(limit=9)
+    assert closed.images == 3
 
 
 def test_a_late_view_is_kept_and_only_ever_makes_it_worse(line):
@@ -239,9 +293,10 @@ def test_the_state_alone_closes_each_part_once_in_any_order(order, lost):
     came = [one for number, one in enumerate(order) if number not in lost]
     for now, (part, view) in enumerate(came):
         closed += state.add(str(part), PartView(view, "normal"), now=0.1 * now)
+        closed += state.ready(now=0.1 * now)
     assert all(one.result.verdict == "normal" for one in closed)
     assert state.wait(now=0.0) == float("inf") or len(state)
-    closed += state.due(now=100.0)
+    closed += state.ready(now=100.0)
     assert not state
     assert Counter(one.part_id for one in closed) == Counter({str(part) for part, _ in came})
     assert sum(len(one.images) for one in closed) == len(came)

@@ -6,12 +6,13 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from feeders import until
+from feeders import Plc, until
 from inspections import ALL
 from normweave.serve import line_config
 from normweave.serve.pictures import frame
 from normweave.serve.service import BusyError
 from normweave.serve.source import SourceConfig, SourceRunner, check
+from normweave.serve.trigger import ModbusTrigger
 from normweave.validation import checked
 
 END = object()
@@ -117,6 +118,39 @@ def test_a_frame_becomes_an_inspection_with_the_name_of_its_source(run, script, 
     assert 'normweave_source_connected{name="top"} 1.0' in text
 
 
+def test_one_frame_is_inspected_for_each_rise_of_a_plc_also_after_it_was_dead(run, script, picture, gate):
+    frames = threading.Event()
+
+    def feed():
+        while not frames.wait(0.02):
+            script.give(picture)
+
+    with Plc() as plc:
+        at = ModbusTrigger(type="modbus", host="127.0.0.1", port=plc.port, address=8, poll_seconds=0.005)
+        runner = run(Config(type="camera", name="top", retry_seconds=0.02, trigger=at))
+        feeding = threading.Thread(target=feed)
+        feeding.start()
+        until(lambda: runner.state.colour == "green")
+        plc.pulse("coil", True)
+        until(lambda: runner.counts["inspected"] == 1)
+        frames.set()
+        feeding.join()
+        until(script.given.empty)
+        for _ in range(3):
+            plc.pulse("coil", True)
+        script.give(picture)
+        until(lambda: runner.counts["inspected"] == 2)
+        until(lambda: runner.counts["missed"] == 2)
+        plc.stop()
+        until(lambda: script.give(None) or runner.state.colour == "red")
+        assert "Check the network" in runner.state.text or "Check host and port" in runner.state.text
+        plc.start()
+        until(lambda: script.give(None) or runner.state.colour != "red")
+        plc.pulse("coil", True)
+        until(lambda: script.give(picture) or runner.counts["inspected"] == 3)
+    assert 'normweave_source_frames_total{name="top",result="missed"} 2.0' in gate.metrics.text().decode()
+
+
 def test_at_most_one_frame_waits_and_a_newer_one_replaces_it(run, script, picture, gate, service):
     gate.open.clear()
     runner = run()
@@ -126,7 +160,7 @@ def test_at_most_one_frame_waits_and_a_newer_one_replaces_it(run, script, pictur
     until(lambda: runner.counts["dropped"] == 49)
     gate.open.set()
     until(lambda: total(runner) == 51)
-    assert dict(runner.counts) == {"inspected": 2, "dropped": 49, "failed": 0}
+    assert dict(runner.counts) == {"inspected": 2, "dropped": 49, "failed": 0, "missed": 0}
     assert service.store.count(ALL) == 2
 
 
@@ -139,7 +173,7 @@ def test_a_source_that_does_not_hurry_waits_and_loses_nothing(run, script, pictu
     until(lambda: runner.state.text.startswith("the stream ended"))
     until(lambda: runner.counts["inspected"] == 5)
     assert runner.state == ("green", "the stream ended, 5 images were inspected")
-    assert (dict(runner.counts), script.connections) == ({"inspected": 5, "dropped": 0, "failed": 0}, 1)
+    assert (dict(runner.counts), script.connections) == ({"inspected": 5, "dropped": 0, "failed": 0, "missed": 0}, 1)
 
 
 def test_a_broken_connection_is_red_with_its_reason_and_made_again(run, script, picture):
@@ -212,7 +246,7 @@ def test_a_stopped_source_has_counted_every_frame(run, script, picture, gate):
     script.give(END)
     threading.Timer(0.2, gate.open.set).start()
     runner.stop()
-    assert dict(runner.counts) == {"inspected": 1, "dropped": 2, "failed": 0}
+    assert dict(runner.counts) == {"inspected": 1, "dropped": 2, "failed": 0, "missed": 0}
 
 
 def test_a_check_tells_what_came(script, picture):

@@ -53,7 +53,10 @@ def test_a_message_chooses_one_frame_and_names_the_part(tmp_path):
             until(lambda: chooser.chooses(None, at=0.0))
             assert chooser.part == part
             assert not chooser.chooses(None, at=0.0)
+        chooser.check()
         mosquitto.stop()
         with pytest.raises(OSError, match="cannot be used"):
             until(lambda: chooser.chooses(None, at=0.0))
+        with pytest.raises(OSError, match="cannot be used"):
+            chooser.check()
         chooser.close()

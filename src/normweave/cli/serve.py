@@ -41,10 +41,6 @@ def serve(
         Path | None,
         typer.Option("--config", "-c", help="YAML file of the sources and outputs of the line.", show_default=False),
     ] = None,
-    drift_webhook: Annotated[
-        str | None,
-        typer.Option(help="Address that is sent each alarm of drift, as JSON by POST.", show_default=False),
-    ] = None,
     library: Annotated[
         Path | None,
         typer.Option(
@@ -125,7 +121,6 @@ def serve(
         from normweave.serve.source import SourceRunner
         from normweave.serve.store import Store
         from normweave.serve.watch import Watch
-        from normweave.serve.webhook import Webhook
     except ImportError as error:
         raise MissingError(
             f'The server needs {error.name}, which is not installed: pip install "normweave[serve]"'
@@ -144,7 +139,6 @@ def serve(
         raise unknown(
             "role", new_token, get_args(Role), "An operator inspects and reviews. An engineer has all rights."
         )
-    webhook = None if drift_webhook is None else Webhook(drift_webhook)
     line = line_config.LineConfig() if config is None else line_config.read(config)
     name = name or line.name
     if len(name) > NAME_LENGTH or not name.isprintable():
@@ -199,9 +193,7 @@ def serve(
             watching = Watch(watch.resolve(), service=service, seen=seen)
         delivering = Deliveries(service, receivers)
         sources = [SourceRunner(one, service) for one in line.sources]
-        app = server.create_app(
-            service, access=access, watch=watching, webhook=webhook, outputs=delivering, sources=sources
-        )
+        app = server.create_app(service, access=access, watch=watching, outputs=delivering, sources=sources)
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"

@@ -22,7 +22,6 @@ from normweave.serve.source import SourceRunner
 from normweave.serve.store import DATABASE as DATABASE
 from normweave.serve.teach import Teaching
 from normweave.serve.watch import Watch
-from normweave.serve.webhook import Webhook
 
 FILES = "files"
 """Folder of the images, inside the data folder of a server."""
@@ -37,7 +36,6 @@ def create_app(
     *,
     access: Access | None,
     watch: Watch | None = None,
-    webhook: Webhook | None = None,
     outputs: Deliveries | None = None,
     sources: Sequence[SourceRunner] = (),
     pages: bool = True,
@@ -47,15 +45,16 @@ def create_app(
     Args:
         access: None: requests need no token.
         watch: started and stopped with the application.
-        webhook: is sent each new alarm of drift.
         outputs: started and stopped with the application; the last results are delivered.
         sources: started and stopped with the application.
         pages: add the pages for people; at most one application of a process can have them.
     """
-    drift = DriftWatch(service, service.files.folder.parent / DRIFT, webhook=webhook)
+    drift = DriftWatch(service, service.files.folder.parent / DRIFT)
     teaching = Teaching(service)
     parts = Parts(service)
     outputs = Deliveries(service, []) if outputs is None else outputs
+    parts.listeners.add(outputs.notify)
+    drift.listeners.add(outputs.notify)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -74,8 +73,8 @@ def create_app(
         await asyncio.to_thread(teaching.stop)
         await asyncio.to_thread(service.stop)
         await asyncio.to_thread(parts.stop)
-        await asyncio.to_thread(outputs.stop)
         await asyncio.to_thread(drift.stop)
+        await asyncio.to_thread(outputs.stop)
         if access is not None:
             await asyncio.to_thread(access.close)
 

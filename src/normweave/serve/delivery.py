@@ -1,9 +1,10 @@
-"""Delivery of stored inspections to the outputs of a line: at least once, in the order of their ids.
+"""Delivery of what is stored to the outputs of a line: at least once, in the order of the ids.
 
-The stored inspections are the queue: each output has the id up to which it has delivered, so what is undelivered
-survives a restart and needs no memory. All outputs share one event loop in a thread of its own, so no counterpart
-delays an answer. The ids of one line become visible in their order, since one thread of one server stores them: two
-servers that share a database need lines of different names.
+The store is the queue: each output has, for inspections, verdicts on parts and alarms of drift, the id up to which it
+has delivered, so what is undelivered survives a restart and needs no memory. A verdict on a part comes after its
+images. All outputs share one event loop in a thread of its own, so no counterpart delays an answer. The ids of one line
+become visible in their order, since one thread of one server stores them: two servers that share a database need lines
+of different names.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from normweave.errors import NormweaveError
-from normweave.serve.delivery_store import DeadLetter, Delivery, DeliveryStore
-from normweave.serve.message import Message
+from normweave.serve.delivery_store import DeadLetter, Delivery, DeliveryStore, Item
+from normweave.serve.message import MESSAGES
 from normweave.serve.outputs import DeliveryError, Output, RefusedError
-from normweave.serve.records import Inspection, NotFoundError
+from normweave.serve.records import NotFoundError, Subject
 from normweave.serve.service import InspectionService
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK = 50
-"""Inspections that are read at a time."""
+"""Records that are read at a time."""
 SAVE_SECONDS = 1.0
 """Time between two transactions that store how far the outputs are. After a crash, as much is delivered again."""
 READY_SECONDS = 1.0
@@ -42,10 +43,11 @@ STALE_SECONDS = 4.0
 STOP_SECONDS = 3.0
 """Time to deliver what remains when the server stops."""
 BEHIND_SHARE = 0.05
-"""Highest share of the time in which undelivered inspections are counted."""
+"""Highest share of the time in which undelivered records are counted."""
 FAR_BEHIND = 10
-"""Undelivered inspections from which a working output is shown as behind."""
+"""Undelivered messages from which a working output is shown as behind."""
 
+READ_ORDER: tuple[Subject, ...] = ("parts", "drift", "inspections")
 Status = Literal["working", "behind", "failing"]
 
 
@@ -56,9 +58,9 @@ class OutputState:
     name: str
     type: str
     status: Status
-    """behind: it works, but has much to deliver, has dead letters, or lost inspections to the retention."""
+    """behind: it works, but has much to deliver, has dead letters, or has lost messages to the retention."""
     behind: int
-    """Inspections that are not delivered yet."""
+    """Messages that are not delivered yet."""
     attempts: int
     """Failed attempts since the last success."""
     last_error: str | None
@@ -67,11 +69,11 @@ class OutputState:
     dead_letters: int
     """Messages that the counterpart has refused for good."""
     removed: int
-    """Inspections that retention removed before they were delivered."""
+    """Messages that retention removed before they were delivered, since a person acknowledged it last."""
 
 
 class Deliveries:
-    """Delivers the inspections of a service to outputs.
+    """Delivers what a service stores to outputs.
 
     Args:
         outputs: with different names.
@@ -101,7 +103,9 @@ class Deliveries:
         self._followers = [
             _Follower(
                 output,
-                self.store.begin(output.config.name, oldest=output.config.start == "oldest"),
+                self.store.begin(
+                    output.config.name, oldest=output.config.start == "oldest", subjects=output.config.deliver
+                ),
                 self.store,
                 service=self._service,
                 readiness=self.readiness,
@@ -109,13 +113,13 @@ class Deliveries:
             for output in self._outputs
         ]
         self._thread = threading.Thread(target=self._run, args=(self._loop,), name="outputs", daemon=True)
-        self._service.listeners.add(self._notify)
+        self._service.listeners.add(self.notify)
         self._thread.start()
 
     def stop(self) -> None:
         """Deliver what remains for at most `STOP_SECONDS`, and store how far the outputs are."""
         if self._thread is not None:
-            self._service.listeners.discard(self._notify)
+            self._service.listeners.discard(self.notify)
             self._call(self._stop)
             self._thread.join()
 
@@ -134,8 +138,20 @@ class Deliveries:
         follower = self._find(name)
         count = self.store.mark_again(name)
         follower.has_letters = True
-        self._notify()
+        self.notify()
         return count
+
+    def acknowledge_removed(self, name: str, *, actor: str, token: int | None = None) -> int:
+        """Count what retention removes from zero again, and return the count until now.
+
+        Args:
+            actor: name of the token of the engineer.
+            token: id of this token.
+
+        Raises:
+            NotFoundError: no output has this name.
+        """
+        return self.store.acknowledge_removed(self._find(name).name, actor=actor, token=token)
 
     def dead_letters(self, name: str, *, limit: int) -> list[DeadLetter]:
         """Return the dead letters of an output, oldest first.
@@ -155,13 +171,14 @@ class Deliveries:
         """Return the state of each output, in the order of line.yaml. Reads the database."""
         return [one.state() for one in self._followers]
 
-    def _notify(self) -> None:
+    def notify(self) -> None:
+        """Look for new records soon; may be called from any thread."""
         self._call(self._wake)
 
     def _call(self, work: Callable[[], None]) -> None:
-        assert self._loop is not None  # it was started
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(work)
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(work)
 
     def _wake(self) -> None:
         for follower in self._followers:
@@ -196,7 +213,7 @@ class Deliveries:
         try:
             self._save()
         except NormweaveError as error:
-            log.warning("How far the outputs are is not stored; some inspections will be delivered again: %s", error)
+            log.warning("How far the outputs are is not stored; some messages will be delivered again: %s", error)
 
     async def _check_ready(self) -> None:
         while True:
@@ -238,7 +255,7 @@ class Deliveries:
 
 
 class _Follower:
-    """Follows the inspections for one output. All but `state` runs in the loop."""
+    """Follows the stored records for one output. All but `state` runs in the loop."""
 
     def __init__(
         self,
@@ -258,14 +275,17 @@ class _Follower:
         self._labels = self.name, output.config.type
         self._metrics = service.metrics
         self._readiness = readiness
-        self._waiting: deque[Inspection] = deque()
+        # Parts first: when one is read, its images can be read too.
+        self._waiting: dict[Subject, deque[Item]] = {
+            subject: deque() for subject in sorted(delivery.last_ids, key=READ_ORDER.index)
+        }
         self._refusals = 0
         self._wait = output.config.first_wait_seconds
 
     def state(self) -> OutputState:
         """Return what the output does. Reads the database."""
         delivery = replace(self.delivery)
-        behind, letters = self.store.behind(delivery.last_id), self.store.count_dead_letters(self.name)
+        behind, letters = self.store.behind(delivery.last_ids), self.store.count_dead_letters(self.name)
         removed = self.store.removed(self.name)
         status: Status = "working"
         if delivery.attempts or not self.connected:
@@ -348,14 +368,14 @@ class _Follower:
 
     async def _deliver_all(self) -> None:
         """Deliver until the server stops and nothing is left."""
-        if not self._waiting and not await self._read():
+        if await self._next() is None:
             self.delivery.attempts, self.delivery.last_error = 0, None  # connected, and nothing to deliver
         while True:
             self.news.clear()
             if self.has_letters:
                 await self._deliver_again()
-            while self._waiting or await self._read():
-                if not await self._deliver(self._waiting[0]):
+            while (item := await self._next()) is not None:
+                if not await self._deliver(item):
                     if self.stopping.is_set():
                         return
                     await self._pause()
@@ -363,13 +383,17 @@ class _Follower:
                 return
             await self.news.wait()
 
-    async def _read(self) -> bool:
-        self._waiting.extend(await asyncio.to_thread(self.store.after, self.delivery.last_id, limit=CHUNK))
-        return bool(self._waiting)
+    async def _next(self) -> Item | None:
+        """Return the oldest record that is not delivered, or None. A part is closed after its images have arrived."""
+        for subject, waiting in self._waiting.items():
+            if not waiting:
+                last_id = self.delivery.last_ids[subject]
+                waiting.extend(await asyncio.to_thread(self.store.after, subject, last_id, limit=CHUNK))
+        return min((waiting[0] for waiting in self._waiting.values() if waiting), key=_order, default=None)
 
-    async def _deliver(self, inspection: Inspection) -> bool:
-        """Deliver an inspection, or set it aside if it is refused; return False if it must be sent again."""
-        message = Message.of(inspection)
+    async def _deliver(self, item: Item) -> bool:
+        """Deliver a record, or set it aside if it is refused; return False if it must be sent again."""
+        message = await asyncio.to_thread(self.store.message, item)
         try:
             await self._limited(self.output.deliver_seconds, self.output.deliver(message), "deliver")
             self._succeeded()
@@ -378,24 +402,19 @@ class _Follower:
             self._refusals += isinstance(error, RefusedError)
             if self._refusals < self.output.attempts:
                 return False
-            await asyncio.to_thread(
-                self.store.add_dead_letter,
-                self.name,
-                inspection=inspection.id,
-                reason=str(error),
-                message=message.model_dump(mode="json"),
-            )
+            content = message.model_dump(mode="json")
+            await asyncio.to_thread(self.store.add_dead_letter, self.name, reason=str(error), message=content)
             self.delivery.attempts = 0
         self._refusals = 0
-        self._waiting.popleft()
-        self.delivery.last_id = inspection.id
+        self._waiting[item.subject].popleft()
+        self.delivery.advance(item)
         return True
 
     async def _deliver_again(self) -> None:
         """Deliver the dead letters that a person wants to be sent again, each once."""
         while letters := await asyncio.to_thread(self.store.dead_letters, self.name, limit=CHUNK, again=True):
             for letter in letters:
-                message = Message.model_validate(letter.message)
+                message = MESSAGES.validate_python(letter.message)
                 try:
                     await self._limited(self.output.deliver_seconds, self.output.deliver(message), "deliver")
                 except Exception as error:
@@ -407,3 +426,8 @@ class _Follower:
                 self._succeeded()
                 await asyncio.to_thread(self.store.remove_dead_letter, letter.id)
         self.has_letters = False
+
+
+def _order(item: Item) -> tuple[datetime, bool]:
+    """Return a key that is lower for what is delivered first."""
+    return item.time, item.subject != "inspections"

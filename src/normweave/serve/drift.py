@@ -6,9 +6,9 @@ import copy
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from normweave.atomic import write_atomically
 from normweave.detector import Detector
@@ -16,10 +16,10 @@ from normweave.drift import reference, stream
 from normweave.drift.causes import Finding, findings
 from normweave.drift.monitor import Image, Monitor
 from normweave.errors import BundleError, DataError, NormweaveError
-from normweave.serve.records import Filter, Inspection
+from normweave.serve.delivery_store import DeliveryStore
+from normweave.serve.records import DriftAlarm, Filter, Inspection
 from normweave.serve.service import InspectionService
 from normweave.serve.store import DATABASE, Store
-from normweave.serve.webhook import Webhook
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +68,15 @@ class DriftWatch:
     Args:
         service: whose store is read; the tests begin anew with each bundle.
         path: file of the state.
-        webhook: is sent each new alarm.
+
+    Attributes:
+        listeners: called from another thread when an alarm has been stored.
     """
 
-    def __init__(self, service: InspectionService, path: Path, *, webhook: Webhook | None = None) -> None:
+    def __init__(self, service: InspectionService, path: Path) -> None:
+        self.listeners: set[Callable[[], None]] = set()
         self._service = service
-        self._webhook = webhook
+        self._store = DeliveryStore(service.store.database, line=service.store.line)
         self._path = path
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -110,8 +113,6 @@ class DriftWatch:
                     pass
             except NormweaveError as error:  # the next run tries again
                 log.warning("Drift is not followed for now: %s", error)
-            if self._webhook is not None and self._webhook.deliver():
-                self._save()
             if self._stopped.wait(STEP_SECONDS):
                 return
 
@@ -145,13 +146,11 @@ class DriftWatch:
             "last": self._last,
             "monitor": self._monitor.as_dict(),
             "raised": sorted(self._raised),
-            "undelivered": [] if self._webhook is None else self._webhook.waiting,
         }
         write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
 
     def _begin(self, detector: Detector, own: str) -> None:
         """Load the state of this bundle, or begin anew."""
-        first = self._bundle is None
         with self._lock:
             self._bundle, self._last, self._monitor, self._found, self.refusal = own, 0, None, [], None
             try:
@@ -161,8 +160,6 @@ class DriftWatch:
                 return
             try:
                 state = json.loads(self._path.read_text())
-                if first and self._webhook is not None:  # also alarms of another bundle
-                    self._webhook.restore(state["undelivered"])
                 if state["bundle_hash"] == own:
                     self._monitor.load(state["monitor"])
                     self._last = int(state["last"])
@@ -176,7 +173,7 @@ class DriftWatch:
         self._show_alarms()
 
     def _show_alarms(self) -> None:
-        """Set the metric of each alarm, and log new ones."""
+        """Set the metric of each alarm; log and store new ones."""
         gauge = self._service.metrics.drift_alarm
         alarms: dict[tuple[str, str], Finding] = {
             (one.cause, "/".join(filter(None, product))): one
@@ -189,24 +186,26 @@ class DriftWatch:
             gauge.labels(cause, subclass).set(0)
         for cause, subclass in now - self._raised:
             log.warning("Drift: %s, %s", cause, subclass or "all images")
-            if self._webhook is not None:
-                self._webhook.add(self._event(alarms[cause, subclass], subclass))
+            self._store.add_alarm(self._alarm(alarms[cause, subclass], subclass))
         for cause, subclass in now:
             gauge.labels(cause, subclass).set(1)
+        if now - self._raised:
+            for notify in tuple(self.listeners):
+                notify()
         self._raised = now
 
-    def _event(self, alarm: Finding, subclass: str) -> dict[str, Any]:
-        """Return an alarm as the webhook is sent it."""
-        return {
-            "type": "drift.alarm",
-            "line": self._service.store.line,
-            "bundle_hash": self._bundle,
-            "cause": alarm.cause,
-            "subclass": subclass,
-            "since": alarm.since_at,
-            "since_inspection": int(alarm.since),
-            "evidence": alarm.evidence,
-            "effect": alarm.effect,
-            "advice": alarm.advice,
-            "inspections": [int(name) for name in alarm.examples],
-        }
+    def _alarm(self, alarm: Finding, subclass: str) -> DriftAlarm:
+        """Return an alarm as it is stored."""
+        return DriftAlarm(
+            time=datetime.now(UTC),
+            line=self._service.store.line,
+            bundle_hash=self._bundle or "",
+            cause=alarm.cause,
+            subclass=subclass,
+            since=alarm.since_at,
+            since_inspection=int(alarm.since),
+            evidence=alarm.evidence,
+            effect=alarm.effect,
+            advice=alarm.advice,
+            inspections=tuple(int(name) for name in alarm.examples),
+        )

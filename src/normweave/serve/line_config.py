@@ -42,6 +42,10 @@ class EntryConfig:
     name: EntryName
     """Unique among the sources and outputs of the line; shown on the page, in metrics and in messages."""
 
+    def contradictions(self, parts: PartRule) -> list[str]:
+        """Return what does not fit to the parts of the line; each text begins with the name of a setting."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class LineConfig:
@@ -69,7 +73,7 @@ def read(path: Path) -> LineConfig:
         found.append(f"name must be text, got {name!r:.80}")
     parts = values.get("parts") or {}
     rule = _checked(PartRule, parts, "parts", found)
-    entries = {section: _entries(section, values.get(section), found) for section in SECTIONS}
+    entries = {section: _entries(section, values.get(section), rule or PartRule(), found) for section in SECTIONS}
     names = Counter(one.name for section in entries.values() for one in section)
     if repeated := [each for each, count in names.items() if count > 1]:
         found.append(f"name must be unique among sources and outputs, got {', '.join(repeated)} more than once")
@@ -112,7 +116,7 @@ def _others(section: str) -> dict[str, Any]:
     return plugins.usable("outputs", known=_own(section), has=("Config", "Output"))
 
 
-def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:
+def _entries(section: str, values: Any, parts: PartRule, found: list[str]) -> list[EntryConfig]:
     """Return the entries of a section without mistakes, and add the mistakes of the others to `found`."""
     if values is None:
         return []
@@ -131,7 +135,9 @@ def _entries(section: str, values: Any, found: list[str]) -> list[EntryConfig]:
             found.append(str(unknown(f"{at}.type", str(value["type"]), types(section), HOWTO)))
             continue
         entry = _checked(load(section, value["type"]).Config, value, at, found)
-        entries += [] if entry is None else [entry]
+        if entry is not None:
+            entries.append(entry)
+            found += [f"{at}.{text}" for text in entry.contradictions(parts)]
     return entries
 
 

@@ -29,14 +29,17 @@ class OutputOut(BaseModel):
     type: str
     status: Annotated[
         Status,
-        Field(description="behind: it works, but has much to deliver, dead letters, or lost inspections to retention."),
+        Field(description="behind: it works, but has much to deliver, dead letters, or lost messages to retention."),
     ]
-    behind: Annotated[int, Field(description="Inspections that are not delivered yet.")]
+    behind: Annotated[int, Field(description="Messages that are not delivered yet.")]
     attempts: Annotated[int, Field(description="Failed attempts since the last success.")]
     last_error: Annotated[str | None, Field(description="Why the last attempt failed; null: it succeeded.")]
     last_success_at: datetime | None
     dead_letters: Annotated[int, Field(description="Messages that the counterpart has refused for good.")]
-    removed: Annotated[int, Field(description="Inspections that retention removed before they were delivered.")]
+    removed: Annotated[
+        int,
+        Field(description="Messages that retention removed before they were delivered, since it was acknowledged."),
+    ]
 
 
 class SourceOut(BaseModel):
@@ -51,6 +54,9 @@ class SourceOut(BaseModel):
     inspected: int
     dropped: Annotated[int, Field(description="Frames that a newer one replaced before they were inspected.")]
     failed: Annotated[int, Field(description="Frames that could not be inspected.")]
+    missed: Annotated[
+        int, Field(description="Signals of a Modbus trigger that came before the frame of the one before.")
+    ]
 
     @classmethod
     def of(cls, source: SourceRunner) -> SourceOut:
@@ -76,17 +82,26 @@ class DeadLetterOut(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     id: int
-    inspection: Annotated[int, Field(description="Id of the inspection, which retention may have removed.")]
+    inspection: Annotated[
+        int | None,
+        Field(description="Id of the inspection, which retention may have removed; null: it is of a part or of drift."),
+    ]
     at: datetime
     reason: str
     again: Annotated[bool, Field(description="Whether it is to be sent again.")]
-    message: Message
+    message: Annotated[Message, Field(discriminator="type")]
 
 
 class DeadLettersOut(BaseModel):
     """Dead letters of an output, oldest first."""
 
     dead_letters: list[DeadLetterOut]
+
+
+class AcknowledgedOut(BaseModel):
+    """How many lost messages were acknowledged."""
+
+    count: int
 
 
 class SentAgainOut(BaseModel):
@@ -127,5 +142,15 @@ def line_routes(service: InspectionService, outputs: Deliveries, sources: Sequen
     )
     async def send_again(name: OutputName, engineer: Engineer) -> SentAgainOut:
         return SentAgainOut(count=await asyncio.to_thread(outputs.send_again, name))
+
+    @router.post(
+        "/v1/line/outputs/{name}/acknowledge-removed",
+        summary="Acknowledge that messages were lost to retention; for engineers",
+        description="`removed` counts from 0 again, and the audit keeps the number.",
+        responses=problem_responses(*BODY, 404),
+    )
+    async def acknowledge_removed(name: OutputName, engineer: Engineer) -> AcknowledgedOut:
+        count = await asyncio.to_thread(outputs.acknowledge_removed, name, actor=engineer.name, token=engineer.id)
+        return AcknowledgedOut(count=count)
 
     return router

@@ -74,11 +74,11 @@ class Metrics:
         )
         output = ["name", "type"]
         self.output_delivered = Counter(
-            "normweave_output_delivered", "Inspections that an output has delivered.", output, registry=self._registry
+            "normweave_output_delivered", "Messages that an output has delivered.", output, registry=self._registry
         )
         self.output_behind = Gauge(
             "normweave_output_behind",
-            "Inspections that an output has not delivered yet.",
+            "Messages that an output has not delivered yet.",
             output,
             registry=self._registry,
         )
@@ -100,7 +100,8 @@ class Metrics:
         )
         self.source_frames = Counter(
             "normweave_source_frames",
-            "Frames that the trigger of a source chose; dropped: a newer one came before they were inspected.",
+            "Frames that the trigger of a source chose; dropped: a newer one came before they were inspected; missed: "
+            "signals of the trigger without a frame.",
             ["name", "result"],
             registry=self._registry,
         )

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, select, update
 
 from normweave.serve.records import SERVER, AuditEntry, AuditEvent, Inspection
-from normweave.serve.store import Store, add_entry
+from normweave.serve.store import Store
 from normweave.serve.tables import (
     ACTIVATIONS,
     INSPECTIONS,
     SHADOW_OUTCOME,
     SHADOW_OUTCOMES,
     SHADOWS,
+    add_entry,
     to_inspection,
 )
 from normweave.types import Outcome, Tile

@@ -114,6 +114,12 @@ class Messages:
                 raise self._failure()
         return message
 
+    def check(self) -> None:
+        """Raise OSError if the connection was lost and no message waits."""
+        with self._changed:
+            if self._ended and self._latest is None:
+                raise self._failure()
+
     def _failure(self) -> OSError:
         where = f"The MQTT broker {self._broker.host}:{self._broker.port}"
         return ConnectionError(f"{where} cannot be used: {self._error or 'no answer'}. Check its address and log.")

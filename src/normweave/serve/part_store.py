@@ -7,14 +7,15 @@ from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from normweave.outcome.parts import PartView
 from normweave.serve.database import StoreError
+from normweave.serve.delivery_store import count_removed
 from normweave.serve.records import Inspection, PartRecord
 from normweave.serve.store import Store
-from normweave.serve.tables import INSPECTIONS, PARTS, to_inspection
-from normweave.types import PartReason, PartVerdict
+from normweave.serve.tables import INSPECTIONS, PARTS, to_inspection, to_part
+from normweave.types import PartVerdict
 
 _INSPECTION = INSPECTIONS.c
 _PART = PARTS.c
@@ -74,7 +75,7 @@ class PartStore:
             if row is None:
                 return None
             root = row.at if row.corrects is None else _closed_at(connection, row.corrects)
-        return None if root is None or root < since else _record(row)
+        return None if root is None or root < since else to_part(row)
 
     def views(self, root: int, *, limit: int) -> list[PartView]:
         """Return the images that belong to a closed part, in the order of storage."""
@@ -102,13 +103,13 @@ class PartStore:
         """Return the record with this id, of any line, or None."""
         with self._database.reading() as connection:
             row = connection.execute(select(PARTS).where(_PART.id == id)).one_or_none()
-        return None if row is None else _record(row)
+        return None if row is None else to_part(row)
 
     def of(self, root: int) -> list[PartRecord]:
         """Return the record of a closed part and its corrections, oldest first."""
         query = select(PARTS).where((_PART.id == root) | (_PART.corrects == root)).order_by(_PART.id)
         with self._database.reading() as connection:
-            return [_record(row) for row in connection.execute(query)]
+            return [to_part(row) for row in connection.execute(query)]
 
     def records(
         self,
@@ -142,12 +143,14 @@ class PartStore:
         if after is not None:
             query = query.where(_PART.id > after)
         with self._database.reading() as connection:
-            return [_record(row) for row in connection.execute(query)]
+            return [to_part(row) for row in connection.execute(query)]
 
     def expire(self, *, before: datetime) -> None:
         """Remove records of parts that were closed or corrected before this time."""
+        old = (_PART.at < before) & (_PART.line == self.line)
         with self._database.writing() as connection:
-            connection.execute(delete(PARTS).where(_PART.at < before, _PART.line == self.line))
+            count_removed(connection, "parts", old)
+            connection.execute(delete(PARTS).where(old))
 
 
 def _closed_at(connection: Connection, root: int) -> datetime | None:
@@ -178,11 +181,3 @@ def _view(row: Any) -> PartView:
     """Return the image of a part; one without a name for its view is a view of its own, but for the same content."""
     name = f"image {row.id}" if row.image_hash is None else f"image {row.image_hash[:8]}"
     return PartView(row.view or name, row.verdict, row.id)
-
-
-def _record(row: Row[Any]) -> PartRecord:
-    values = dict(row._mapping)
-    values["reasons"] = tuple(PartReason._make(item) for item in row.reasons)
-    if isinstance(row.expected, list):
-        values["expected"] = tuple(row.expected)
-    return PartRecord(**values)

@@ -1,7 +1,8 @@
 """Parts of several views: collects their images and stores one verdict when a part is closed.
 
-A part is closed when all expected views came, or some time after its last view. An image that comes later belongs to
-the closed part too; it never makes its verdict better, and if it makes it worse, a correction is stored.
+A part is closed when all expected views came, or some time after its last view, and none of its images is accepted and
+not judged yet: so images of one request count together. An image that comes later belongs to the closed part too; it
+never makes its verdict better, and if it makes it worse, a correction is stored.
 
 All images are read from the store in the order of their storage, and an image is marked in the transaction that stores
 the verdict in which it counts. So after a restart the open parts are those of the unmarked images. Their time limits
@@ -14,7 +15,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
@@ -64,6 +65,7 @@ class OpenParts:
         self.rule = rule
         self.most = most
         self._parts: OrderedDict[str, _Open] = OrderedDict()  # the part with the latest view last
+        self._complete: dict[str, None] = {}  # in the order in which their last view came
 
     def __contains__(self, part_id: str) -> bool:
         return part_id in self._parts
@@ -72,28 +74,39 @@ class OpenParts:
         return len(self._parts)
 
     def add(self, part_id: str, image: PartView, *, now: float) -> list[ClosedPart]:
-        """Add an image and return the parts that this closes: its own, or the longest waiting one of too many."""
+        """Add an image, and close and return the parts that go beyond a limit: its own, or the longest waiting one."""
         part = self._parts.setdefault(part_id, _Open())
         part.images.append(image)
         part.last = now
         self._parts.move_to_end(part_id)
-        if self.rule.is_complete(part.images) or len(part.images) >= MAX_IMAGES:
+        if len(part.images) >= MAX_IMAGES:
             return [self._close(part_id)]
+        if self.rule.is_complete(part.images):
+            self._complete.setdefault(part_id)
         return [self._close(next(iter(self._parts)))] if len(self._parts) > self.most else []
 
-    def due(self, *, now: float) -> list[ClosedPart]:
-        """Close and return the parts whose last view came at least `rule.seconds` ago."""
-        closed = []
-        while self._parts and now - next(iter(self._parts.values())).last >= self.rule.seconds:
-            closed.append(self._close(next(iter(self._parts))))
-        return closed
+    def ready(self, *, now: float, but: Collection[str] = ()) -> list[ClosedPart]:
+        """Close and return the parts that are complete, or whose last view came at least `rule.seconds` ago.
 
-    def wait(self, *, now: float) -> float:
-        """Return the time until the next part is due; infinity if none is open."""
-        return next((max(0.0, part.last + self.rule.seconds - now) for part in self._parts.values()), float("inf"))
+        Args:
+            but: parts that stay open, since more of their images are being judged.
+        """
+        ids = [one for one in self._complete if one not in but]
+        for id, part in self._parts.items():
+            if now - part.last < self.rule.seconds:
+                break
+            if id not in but and id not in self._complete:
+                ids.append(id)
+        return [self._close(id) for id in ids]
+
+    def wait(self, *, now: float, but: Collection[str] = ()) -> float:
+        """Return the time until the next part is due; infinity if none is open. `but` is that of `ready`."""
+        waiting = (part.last for id, part in self._parts.items() if id not in but)
+        return next((max(0.0, last + self.rule.seconds - now) for last in waiting), float("inf"))
 
     def _close(self, part_id: str) -> ClosedPart:
         images = tuple(self._parts.pop(part_id).images)
+        self._complete.pop(part_id, None)
         return ClosedPart(part_id, images, judge(images, self.rule.views))
 
 
@@ -119,6 +132,7 @@ class Parts:
         self._clock = clock
         self._open = OpenParts(service.part_rule, most=most)
         self._last = 0
+        self._being_judged: set[str] = set()  # parts of which images are being judged
         self._removed_at = clock()
         self._news, self._stopped = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -151,21 +165,26 @@ class Parts:
                 self._begin_again()
             if ended:
                 return
-            self._news.wait(min(LONGEST_WAIT, max(0.01, self._open.wait(now=self._clock()))))
+            seconds = self._open.wait(now=self._clock(), but=self._being_judged)
+            self._news.wait(min(LONGEST_WAIT, max(0.01, seconds)))
 
     def step(self) -> bool:
-        """Count the next images and close what is due; return whether there may be more images.
+        """Count the next images and close what is ready; return whether there may be more images.
 
         Raises:
             NormweaveError: the store failed.
         """
+        # Asked before the read: an image that is not judged now cannot be missing in both.
+        self._being_judged = self._service.waiting_parts()
         found = self.records.open_views(after=self._last, limit=CHUNK)
         for one in found:
             self._add(one)
             self._last = one.image.inspection or 0
-        for closed in self._open.due(now=self._clock()):
+        if len(found) == CHUNK:
+            return True
+        for closed in self._open.ready(now=self._clock(), but=self._being_judged):
             self._store(closed)
-        return len(found) == CHUNK
+        return False
 
     def _begin_again(self) -> None:
         """Forget what is open; the unmarked images are read again."""

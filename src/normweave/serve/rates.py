@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import select
 
+from normweave.detector import Detector
 from normweave.errors import CheckError, DataError
 from normweave.outcome.measured import LEVEL, WRONG_REVIEWS, JudgedImage, MeasuredRates, Rate, Shown, measure
 from normweave.outcome.operating_point import Calibration
 from normweave.outcome.parts import part_of
+from normweave.serve.records import RatePreview
 from normweave.serve.reviews import LABELS
 from normweave.serve.store import Store
 from normweave.serve.tables import INSPECTIONS
@@ -30,6 +32,25 @@ BORDERLINE = 2.0
 """A good part is close to the limit if its p-value is at most this multiple of the false-alarm rate."""
 _SEVERITY: dict[Shown, int] = {"normal": 0, "borderline": 1, "unknown": 2, "anomalous": 3}
 _INSPECTION = INSPECTIONS.c
+
+
+def preview(store: Store, detector: Detector, *, rate: float, newest: int) -> RatePreview:
+    """Return the verdicts that the newest inspections of a bundle would have.
+
+    Args:
+        detector: with the thresholds for this rate.
+    """
+    calibration = detector.calibration
+    assert calibration is not None  # with_rate needs it
+    now: Counter[str] = Counter()
+    then: Counter[str] = Counter()
+    changed = 0
+    for one in store.scored_images(detector.bundle_hash or "", newest=newest):
+        verdict = calibration.decide(score=one.score, distance=one.distance, subclass=one.routed).verdict
+        now[one.verdict] += 1
+        then[verdict] += 1
+        changed += verdict != one.verdict
+    return RatePreview(false_alarm_rate=rate, n=now.total(), now=dict(now), then=dict(then), changed=changed)
 
 
 class ScoredReview(NamedTuple):

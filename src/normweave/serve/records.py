@@ -16,6 +16,8 @@ Source = Literal["api", "page", "folder", "camera", "video", "mqtt", "http"]
 ReviewDecision = Literal["accept", "reject", "undo"]
 """Reviewer decision on a part: good, defective, or an earlier decision withdrawn."""
 Bucket = Literal["hour", "day", "week"]
+Subject = Literal["inspections", "parts", "drift"]
+"""What an output delivers: inspections, verdicts on parts of several views, alarms of drift."""
 WatchStatus = Literal["watching", "paused", "folder missing", "failed"]
 """State of the watched folder. failed: the folder, the store or the list of inspected files cannot be used."""
 AuditEvent = Literal[
@@ -34,6 +36,8 @@ AuditEvent = Literal[
     "teach_started",
     "teach_kept",
     "teach_discarded",
+    "delivery_lost",
+    "delivery_loss_acknowledged",
 ]
 SERVER = "server"
 """Actor of what the server does at its start, and of tokens made by the command line."""
@@ -242,6 +246,32 @@ class PartRecord:
     def root(self) -> int:
         """Id of the record that was stored when the part was closed."""
         return self.corrects or self.id
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftAlarm:
+    """A change of the images of a line since the calibration."""
+
+    id: int = 0
+    """Counts from 1 in the order of storage. 0: not stored yet."""
+    time: datetime
+    """When it was raised, UTC."""
+    line: str
+    """Name of the line (`serve --name`)."""
+    bundle_hash: str
+    cause: str
+    subclass: str
+    """CATEGORY/SUBCLASS; empty: all images."""
+    since: str
+    """When it began, by estimate; empty: not known."""
+    since_inspection: int
+    """Id of the inspection with which it began, by estimate."""
+    evidence: float | None
+    effect: str
+    """Size of the change, for people."""
+    advice: str
+    inspections: tuple[int, ...]
+    """Ids of inspections that show it, newest first."""
 
 
 @dataclass(frozen=True, kw_only=True)

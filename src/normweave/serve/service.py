@@ -10,6 +10,7 @@ are in the service at a time; further ones are refused with BusyError.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import queue
 import shutil
@@ -34,6 +35,7 @@ from normweave.serve.database import StoreError
 from normweave.serve.files import Files
 from normweave.serve.metrics import Metrics
 from normweave.serve.models import Models
+from normweave.serve.rates import preview
 from normweave.serve.records import (
     SERVER,
     Inspection,
@@ -132,6 +134,7 @@ class InspectionService:
         self.config = config
         self._lock = threading.Lock()
         self.waiting = 0
+        self._waiting_parts: Counter[str] = Counter()
         self.listeners: set[Callable[[], None]] = set()
         self._stopping = False
         self._scoring_since: float | None = None
@@ -257,6 +260,10 @@ class InspectionService:
             self.waiting += len(uploads)
             self.metrics.waiting.set(self.waiting)
             now, started = datetime.now(UTC), time.perf_counter()
+            identify = self.part_rule.identify
+            named = [
+                Upload(one.name, one.content, *identify(one.name, part=one.part, view=one.view)) for one in uploads
+            ]
             jobs = [
                 _Job(
                     upload=upload,
@@ -268,16 +275,24 @@ class InspectionService:
                     detector=self.detector,
                     request=part,
                 )
-                for upload, part in zip(uploads, places, strict=True)
+                for upload, part in zip(named, places, strict=True)
             ]
+            self._waiting_parts.update(one.part for one in named if one.part is not None)
             for job in jobs:
-                job.done.add_done_callback(self._count_answered)
+                job.done.add_done_callback(functools.partial(self._count_answered, job.upload.part))
                 self._decoders.submit(self._open, job)
         return list(await asyncio.gather(*(asyncio.shield(asyncio.wrap_future(job.done)) for job in jobs)))
 
-    def _count_answered(self, _: Future[Inspection]) -> None:
+    def waiting_parts(self) -> set[str]:
+        """Return the ids of the parts of which images are accepted and not stored yet."""
+        with self._lock:
+            return set(self._waiting_parts)
+
+    def _count_answered(self, part: str | None, _: Future[Inspection]) -> None:
         with self._lock:
             self.waiting -= 1
+            if part is not None:
+                self._waiting_parts -= Counter([part])  # keeps positive counts only
         self.metrics.waiting.set(self.waiting)
 
     def _open(self, job: _Job) -> None:
@@ -396,7 +411,6 @@ class InspectionService:
         except DataError as error:  # of this image only
             outcome, scored = Outcome(image_path=None, error=str(error), model=detector.model), None
         upload = job.upload
-        part, view = self.part_rule.identify(upload.name, part=upload.part, view=upload.view)
         outcome = replace(
             outcome,
             image_path=upload.name,
@@ -404,8 +418,8 @@ class InspectionService:
             anomaly_map=None,
             latency_ms=None if scored is None else job.seconds * 1000,
             bundle_hash=detector.bundle_hash,
-            part_id=part,
-            view=view,
+            part_id=upload.part,
+            view=upload.view,
         )
         routed = image = None
         if scored is not None:
@@ -506,21 +520,7 @@ class InspectionService:
             CheckError: there are too few calibration images for this rate.
             ConfigError: the rate is not in (0, 1).
         """
-        return await self._read(lambda: self._preview(rate, last))
-
-    def _preview(self, rate: float, last: int) -> RatePreview:
-        detector = self.detector.with_rate(rate)
-        calibration = detector.calibration
-        assert calibration is not None  # with_rate needs it
-        now: Counter[str] = Counter()
-        then: Counter[str] = Counter()
-        changed = 0
-        for one in self.store.scored_images(detector.bundle_hash or "", newest=last):
-            verdict = calibration.decide(score=one.score, distance=one.distance, subclass=one.routed).verdict
-            now[one.verdict] += 1
-            then[verdict] += 1
-            changed += verdict != one.verdict
-        return RatePreview(false_alarm_rate=rate, n=now.total(), now=dict(now), then=dict(then), changed=changed)
+        return await self._read(lambda: preview(self.store, self.detector.with_rate(rate), rate=rate, newest=last))
 
     async def change_rate(self, rate: float, *, actor: str, token: int | None = None) -> None:
         """Use the thresholds for this false-alarm rate from now on, also after a restart with this bundle.

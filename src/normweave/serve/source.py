@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import field
 from datetime import UTC, datetime
-from typing import ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ from normweave.validation import PositiveFloat, checked
 
 log = logging.getLogger(__name__)
 
-Result = Literal["inspected", "dropped", "failed"]
+Result = Literal["inspected", "dropped", "failed", "missed"]
+"""missed: a signal of the trigger that has no frame of its own; the others are of chosen frames."""
 Colour = Literal["green", "amber", "red"]
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 """Shortest and longest pause before a source is connected again; it doubles, with jitter."""
@@ -142,7 +143,7 @@ class SourceRunner:
         clock: seconds of a clock that only increases.
 
     Attributes:
-        counts: number of chosen frames by their result. Each counts once.
+        counts: number of chosen frames by their result, each once, and of signals without a frame.
         last: the last inspection.
         listeners: called from another thread when a frame was inspected.
     """
@@ -151,7 +152,7 @@ class SourceRunner:
         self, config: SourceConfig, service: InspectionService, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.config = config
-        self.counts: Counter[Result] = Counter({"inspected": 0, "dropped": 0, "failed": 0})
+        self.counts: Counter[Result] = Counter(dict.fromkeys(get_args(Result), 0))
         self.last: records.Inspection | None = None
         self.listeners: set[Callable[[], None]] = set()
         self._service = service
@@ -242,7 +243,7 @@ class SourceRunner:
 
     def _read_connection(self) -> None:
         """Read the frames of one connection to its end."""
-        chooser = trigger(self.config.trigger)
+        chooser, missed = trigger(self.config.trigger), 0
         try:
             found = frames(
                 self.config,
@@ -255,11 +256,15 @@ class SourceRunner:
                         return
                     self._set_connected(True)
                     if frame is None:
+                        chooser.check()
                         continue
                     self._seen_at = self._clock()
                     at = self._seen_at if frame.at is None else frame.at
                     if chooser.chooses(frame.grey() if chooser.needs_grey else None, at=at):
                         self._offer(frame, chooser.part)
+                    if chooser.missed > missed:
+                        self._count("missed", chooser.missed - missed)
+                        missed = chooser.missed
         finally:
             chooser.close()
 

@@ -54,6 +54,7 @@ from normweave.serve.tables import (
     STORED_IMAGE,
     TOKENS,
     Timestamp,
+    add_entry,
     to_inspection,
     to_row,
 )
@@ -438,7 +439,7 @@ class Store:
             with self.database.writing() as connection:
                 rows = connection.execute(old.limit(CHUNK)).all()
                 ids = [row.id for row in rows]
-                count_removed(connection, ids)
+                count_removed(connection, "inspections", _INSPECTION.id.in_(ids))
                 connection.execute(delete(INSPECTIONS).where(_INSPECTION.id.in_(ids)))
                 hashes = _hashes(rows)
                 free = sorted(hashes - _last_references(connection, hashes).keys())
@@ -495,12 +496,6 @@ class Store:
         sizes = select(func.max(files.c.size).label("size")).where(files.c.digest.is_not(None))
         (row,) = self._read(select(func.sum(sizes.group_by(files.c.digest).subquery().c.size)))
         return int(row[0] or 0)
-
-
-def add_entry(connection: Connection, entry: AuditEntry) -> None:
-    """Add an entry to the audit, within a transaction."""
-    values = {name: value for name, value in vars(entry).items() if name != "id"}
-    connection.execute(insert(AUDIT).values(values))
 
 
 def _rate(row: Row[Any]) -> RateChange:

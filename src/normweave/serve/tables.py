@@ -17,6 +17,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Connection,
     Dialect,
     Float,
     ForeignKey,
@@ -29,11 +30,21 @@ from sqlalchemy import (
     Table,
     Text,
     TypeDecorator,
+    insert,
     text,
 )
 
-from normweave.serve.records import NAME_LENGTH, Inspection, RequestPart, Review, StoredImage
-from normweave.types import Outcome, OutcomeColumn, Tile
+from normweave.serve.records import (
+    NAME_LENGTH,
+    AuditEntry,
+    DriftAlarm,
+    Inspection,
+    PartRecord,
+    RequestPart,
+    Review,
+    StoredImage,
+)
+from normweave.types import Outcome, OutcomeColumn, PartReason, Tile
 
 SHORT, LONG = 255, 4000
 """Maximum number of characters of the name of a token, a product or a line, and of a comment."""
@@ -273,20 +284,44 @@ DELIVERIES = Table(
     METADATA,
     Column("line", BoundedText(SHORT), primary_key=True),
     Column("name", BoundedText(SHORT), primary_key=True),
-    Column("last_id", BigInteger, nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("last_error", BoundedText(LONG)),
     Column("last_success_at", Timestamp),
+)
+"""One row for each output of a line."""
+CURSORS = Table(
+    "delivery_cursors",
+    METADATA,
+    Column("line", BoundedText(SHORT), primary_key=True),
+    Column("name", BoundedText(SHORT), primary_key=True),
+    Column("subject", BoundedText(SHORT), primary_key=True),
+    Column("last_id", BigInteger, nullable=False),
     Column("removed", BigInteger, nullable=False),
 )
-"""One row for each output of a line: all inspections of the line up to `last_id` are delivered."""
+"""One row for each output of a line and each subject that it delivers: all of the line up to `last_id` is delivered.
+`removed`: how much retention has removed before it was delivered, since a person acknowledged it last."""
+DRIFT_ALARMS = Table(
+    "drift_alarms",
+    METADATA,
+    _id(),
+    Column("line", BoundedText(SHORT), nullable=False),
+    Column("time", Timestamp, nullable=False),
+    Column("bundle_hash", BoundedText(64), nullable=False),
+    Column("cause", BoundedText(SHORT), nullable=False),
+    Column("subclass", BoundedText(2 * SHORT), nullable=False),
+    Column("since", BoundedText(SHORT), nullable=False),
+    Column("since_inspection", BigInteger, nullable=False),
+    Column("evidence", Float(53)),
+    Column("effect", BoundedText(LONG), nullable=False),
+    Column("advice", BoundedText(LONG), nullable=False),
+    Column("inspections", Json, nullable=False),
+)
 DEAD_LETTERS = Table(
     "dead_letters",
     METADATA,
     _id(),
     Column("line", BoundedText(SHORT), nullable=False),
     Column("output", BoundedText(SHORT), nullable=False),
-    Column("inspection", BigInteger, nullable=False),
     Column("at", Timestamp, nullable=False),
     Column("reason", BoundedText(LONG), nullable=False),
     Column("message", Json, nullable=False),
@@ -342,3 +377,23 @@ def to_inspection(row: Row[Any]) -> Inspection:
         request = RequestPart(row.request_key, row.request_hash, row.request_place)
     arrival = {name: values[name] for name in _ARRIVAL}
     return Inspection(id=row.id, outcome=Outcome(**outcome), image=image, review=review, request=request, **arrival)
+
+
+def to_part(row: Row[Any]) -> PartRecord:
+    """Return the verdict on a part of a row."""
+    values = dict(row._mapping)
+    values["reasons"] = tuple(PartReason._make(item) for item in row.reasons)
+    if isinstance(row.expected, list):
+        values["expected"] = tuple(row.expected)
+    return PartRecord(**values)
+
+
+def to_alarm(row: Row[Any]) -> DriftAlarm:
+    """Return the alarm of drift of a row."""
+    return DriftAlarm(**{**row._mapping, "inspections": tuple(row.inspections)})
+
+
+def add_entry(connection: Connection, entry: AuditEntry) -> None:
+    """Add an entry to the audit, within a transaction."""
+    values = {name: value for name, value in vars(entry).items() if name != "id"}
+    connection.execute(insert(AUDIT).values(values))

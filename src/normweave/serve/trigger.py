@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from importlib.util import find_spec
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from normweave.errors import MissingError
 from normweave.serve.mqtt import Broker, Messages
-from normweave.validation import PositiveFloat, PositiveInt, checked
+from normweave.validation import PositiveFloat, PositiveInt, check, checked
 
 SMALL = 32
 """Height and width of the grey frames that are compared."""
@@ -50,7 +52,31 @@ class MessageTrigger:
     broker: Broker
 
 
-TriggerConfig = Annotated[FrameTrigger | SecondsTrigger | StillTrigger | MessageTrigger, Field(discriminator="type")]
+@checked
+class ModbusTrigger:
+    """The first frame after a bit of a PLC has risen is inspected."""
+
+    type: Literal["modbus"]
+    host: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=1, le=65535)] = 502
+    device_id: Annotated[int, Field(ge=0, le=255)] = 1
+    signal: Literal["coil", "discrete_input", "holding_register", "input_register"] = "coil"
+    """What the bit is, or is in."""
+    address: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Counted from 0."""
+    bit: Annotated[int, Field(ge=0, le=15)] = 0
+    """Of a register; 0 is the lowest."""
+    poll_seconds: PositiveFloat = 0.02
+    """Time between two looks. The bit must be high, and low, for more than twice as long."""
+    timeout_seconds: PositiveFloat = 1.0
+    """Longest wait for an answer."""
+
+    def __post_init__(self) -> None:
+        check((not self.bit or self.signal.endswith("register"), f"bit has no effect with signal {self.signal}"))
+
+
+_Config = FrameTrigger | SecondsTrigger | StillTrigger | MessageTrigger | ModbusTrigger
+TriggerConfig = Annotated[_Config, Field(discriminator="type")]
 
 
 class Trigger(ABC):
@@ -58,6 +84,8 @@ class Trigger(ABC):
 
     part: str | None = None
     """Id of the part that the chosen frame shows, if the trigger names it."""
+    missed: int = 0
+    """Number of signals so far that have no frame of their own, since the next one came before it."""
 
     @abstractmethod
     def chooses(self, grey: NDArray[np.float32] | None, *, at: float) -> bool:
@@ -69,6 +97,9 @@ class Trigger(ABC):
         """
 
     needs_grey = False
+
+    def check(self) -> None:  # noqa: B027 - most triggers hold nothing
+        """Raise OSError if the connection of the trigger is lost. Called while no frame comes."""
 
     def close(self) -> None:  # noqa: B027 - most triggers hold nothing
         """End the connections of the trigger."""
@@ -145,12 +176,48 @@ class OnMessage(Trigger):
         self.part = text[:500] or None
         return True
 
+    def check(self) -> None:
+        """Raise OSError if the connection to the broker is lost."""
+        self._messages.check()
+
     def close(self) -> None:
         """End the connection to the broker."""
         self._messages.stop()
 
 
-def trigger(config: FrameTrigger | SecondsTrigger | StillTrigger | MessageTrigger) -> Trigger:
+class OnRisingEdge(Trigger):
+    """Chooses the first frame after each rising edge; of several between two frames, all but one are missed."""
+
+    def __init__(self, config: ModbusTrigger) -> None:
+        if find_spec("pymodbus") is None:
+            raise MissingError(
+                'A trigger by Modbus needs pymodbus, which is not installed: pip install "normweave[line]"'
+            )
+        from normweave.serve.plc import RisingEdges
+
+        self._edges = RisingEdges(config)
+        self._edges.start()
+
+    def chooses(self, grey: NDArray[np.float32] | None, *, at: float) -> bool:
+        """Return whether the bit has risen since the frame before.
+
+        Raises:
+            OSError: the PLC cannot be reached.
+        """
+        count = self._edges.take()
+        self.missed += max(0, count - 1)
+        return count > 0
+
+    def check(self) -> None:
+        """Raise OSError if the connection to the PLC is lost."""
+        self._edges.check()
+
+    def close(self) -> None:
+        """End the connection to the PLC."""
+        self._edges.stop()
+
+
+def trigger(config: _Config) -> Trigger:
     """Return the trigger of these settings."""
     match config:
         case SecondsTrigger():
@@ -159,5 +226,7 @@ def trigger(config: FrameTrigger | SecondsTrigger | StillTrigger | MessageTrigge
             return Still(config)
         case MessageTrigger():
             return OnMessage(config)
+        case ModbusTrigger():
+            return OnRisingEdge(config)
         case _:
             return EveryFrame()

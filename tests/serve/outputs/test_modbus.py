@@ -9,9 +9,10 @@ from pymodbus.client import ModbusTcpClient
 from counterparts import PlcClient, PlcServer, make, refusal, until
 from inspections import inspection, unreadable
 from normweave.serve import delivery
-from normweave.serve.message import Message
+from normweave.serve.delivery_store import DeliveryStore
+from normweave.serve.message import InspectionMessage
 from normweave.serve.outputs import modbus
-from normweave.serve.verdict_codes import DEFECTIVE, GOOD, NO_RESULT, STALE, UNKNOWN, UNREADABLE
+from normweave.serve.verdict_codes import DEFECTIVE, GOOD, INCOMPLETE, NO_RESULT, STALE, UNKNOWN, UNREADABLE
 
 
 @pytest.fixture(params=[PlcServer, PlcClient], ids=["client", "server"])
@@ -30,20 +31,35 @@ def often(monkeypatch):
 
 def message(*, age=0.0, **fields):
     at = datetime.now(UTC) - timedelta(seconds=age)
-    return Message.of(inspection(id=0x12345678, received_at=at, **fields))
+    return InspectionMessage.of(inspection(id=0x12345678, received_at=at, **fields))
 
 
 def test_the_registers_of_a_result():
-    high, low, verdict, score, boxes = modbus.result(message(pred_score=3.0, threshold=2.0), max_age=10)
-    assert (high, low, verdict, score, boxes) == (0x1234, 0x5678, DEFECTIVE, 1500, 2)
+    registers = modbus.result(message(pred_score=3.0, threshold=2.0), max_age=10)
+    assert registers == [0x1234, 0x5678, DEFECTIVE, 1500, 2, modbus.OF_IMAGE, 0, 0, 0]
     for value, registers in (("normal", GOOD), ("unknown", UNKNOWN), ("anomalous", DEFECTIVE)):
         assert modbus.result(message(verdict=value), max_age=10)[2] == registers
-    assert modbus.result(Message.of(unreadable(id=1)), max_age=10) == [0, 1, UNREADABLE, 0, 0]
+    assert modbus.result(InspectionMessage.of(unreadable(id=1)), max_age=10)[:5] == [0, 1, UNREADABLE, 0, 0]
     assert modbus.result(message(pred_score=1e9, threshold=1.0), max_age=10)[3] == 0xFFFF
     assert modbus.result(message(pred_score=-1.0, threshold=1.0), max_age=10)[3] == 0
     for score, register in ((-0.5, 1000), (-0.25, 1500), (-0.75, 500), (-9.0, 0), (0.5, 3000)):
         assert modbus.result(message(pred_score=score, threshold=-0.5), max_age=10)[3] == register
     assert [modbus.result(message(pred_score=s, threshold=0.0), max_age=10)[3] for s in (-1, 0, 1)] == [0, 1000, 0xFFFF]
+
+
+def test_the_id_of_a_part_is_a_number_if_it_has_only_digits():
+    numbers = {"70000": [1, 4464], "4294967295": [0xFFFF, 0xFFFF], "4294967296": [0, 0], "A-17": [0, 0], None: [0, 0]}
+    for id, registers in numbers.items():
+        assert modbus.result(message(part_id=id), max_age=10)[-2:] == registers
+
+
+def test_the_registers_of_a_part(station):
+    first = station.add_part("70000", verdict="incomplete")
+    correction = station.add_part("70000", verdict="anomalous", corrects=first.id)
+    store = DeliveryStore(station.store.database, line=station.store.line)
+    one, two = (modbus.result(store.message(each), max_age=10) for each in store.after("parts", 0, limit=9))
+    assert one == [0, first.id, INCOMPLETE, 0, 0, modbus.OF_PART, 1, 1, 4464]
+    assert two == [0, correction.id, DEFECTIVE, 0, 0, modbus.OF_PART, 2, 1, 4464]
 
 
 def test_an_old_result_is_never_good():
@@ -54,7 +70,7 @@ def test_a_result_is_good_only_until_it_is_acknowledged(plc, station, begin):
     begin(plc.output())
     ids = station.add(3, verdict="normal") + station.add(1)
     until(lambda: len(plc.taken) == 4)
-    assert plc.taken == [(id, GOOD) for id in ids[:3]] + [(ids[3], DEFECTIVE)]
+    assert [one[:2] for one in plc.taken] == [(id, GOOD) for id in ids[:3]] + [(ids[3], DEFECTIVE)]
     until(lambda: plc.seen[-1][modbus.VERDICT] == NO_RESULT and not plc.seen[-1][modbus.STATUS] & modbus.VALID)
     assert plc.seen[-1][0] == modbus.VERSION
 
@@ -148,6 +164,12 @@ def test_doctor_writes_nothing_to_a_plc(tmp_path):
         ("role: master, host: h", "outputs[0].role"),
         ("role: client, host: h, acknowledge_seconds: 20", "acknowledge_seconds must be at most max_age_seconds"),
         ("role: client, host: h, address: 65520", "outputs[0].address"),
+        ("role: client, host: h, deliver: [parts]", "outputs[0].deliver has parts, so parts.views must name or number"),
+        (
+            "role: client, host: h, deliver: [drift]",
+            "outputs[0].deliver[0] must be 'inspections' or 'parts', got 'drift'",
+        ),
+        ("role: client, host: h, deliver: []", "outputs[0].deliver must name at least one, each once, got none"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path, entry, words):

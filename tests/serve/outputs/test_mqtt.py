@@ -12,7 +12,7 @@ import pytest
 from counterparts import Mosquitto, make, refusal, until
 from normweave.errors import ConfigError
 from normweave.serve import delivery
-from normweave.serve.message import Message
+from normweave.serve.message import InspectionMessage
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ def test_results_state_and_heartbeat(start, station):
     try:
         (id,) = station.add()
         until(lambda: texts(broker, "inspection"))
-        assert Message.model_validate_json(texts(broker, "inspection")[0]) == Message.of(station.store.inspection(id))
+        assert InspectionMessage.model_validate_json(texts(broker, "inspection")[0]) == InspectionMessage.of(
+            station.store.inspection(id)
+        )
         until(lambda: state(broker) == ONLINE)
         until(lambda: len(texts(broker, "heartbeat")) > 2)
         station.failure = "The disk is full."

@@ -15,13 +15,13 @@ from asyncua import ua
 from counterparts import OPCUA_PASSWORD, OpcuaClient, make, refusal
 from inspections import inspection
 from normweave.errors import ConfigError
-from normweave.serve.message import Message
+from normweave.serve.message import InspectionMessage
 from normweave.serve.outputs import DeliveryError
 from normweave.serve.verdict_codes import DEFECTIVE, GOOD, NO_RESULT
 from required import absent
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries of asyncua
-MESSAGE = Message.of(inspection(id=7, line="Press 5", part_id="p1"))
+MESSAGE = InspectionMessage.of(inspection(id=7, line="Press 5", part_id="p1"))
 
 
 @contextlib.asynccontextmanager
@@ -84,7 +84,7 @@ def test_a_result_is_shown_until_a_client_with_a_login_acknowledges_it(tmp_path)
                 await asyncio.sleep(0.01)
             shown = [await anonymous[name].read_value() for name in ("ResultId", "PartId", "InspectionId")]
             assert shown == [MESSAGE.id, "p1", 7]
-            assert Message.model_validate_json(await anonymous["ResultContent"].read_value()) == MESSAGE
+            assert InspectionMessage.model_validate_json(await anonymous["ResultContent"].read_value()) == MESSAGE
             with pytest.raises(ua.UaStatusCodeError):
                 await may_not(MESSAGE.id)
             for client in (anonymous, nodes):
@@ -152,7 +152,7 @@ def test_a_second_implementation_follows_and_acknowledges(tmp_path):
             assert line, "the client has ended"
         assert json.loads(line) == {"ready": False}
         for id in (1, 2, 3):
-            message = Message.of(inspection(id=id, line="Press 5", verdict="normal"))
+            message = InspectionMessage.of(inspection(id=id, line="Press 5", verdict="normal"))
             while True:
                 with contextlib.suppress(DeliveryError):  # until it has subscribed
                     await output.deliver(message)

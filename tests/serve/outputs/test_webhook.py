@@ -7,7 +7,7 @@ import pytest
 
 from counterparts import SECRET, make, refusal, until
 from normweave.errors import ConfigError
-from normweave.serve.message import Message
+from normweave.serve.message import InspectionMessage
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def deliveries(station, receiver):
 def test_the_reference_library_verifies_the_message(station, receiver, deliveries):
     (id,) = station.add()
     ((headers, body),) = until(lambda: receiver.received)  # the receiver verifies
-    message = Message.of(station.store.inspection(id))
-    assert Message.model_validate(body) == message
+    message = InspectionMessage.of(station.store.inspection(id))
+    assert InspectionMessage.model_validate(body) == message
     assert headers["webhook-id"] == message.id
     assert headers["content-type"] == "application/json"
 

@@ -33,16 +33,31 @@ def test_the_state_is_a_word_and_a_colour():
 def test_what_is_wrong_is_shown():
     state = replace(STATE, status="failing", behind=1234, attempts=3, last_error="<b>no answer", removed=5)
     html = sections([state], {}, token=ENGINEER)
-    for words in ("<dd>1,234</dd>", "<dd>3</dd>", "&lt;b&gt;no answer", "<dd>5</dd>"):
+    for words in (
+        "<dd>1,234</dd>",
+        "<dd>3</dd>",
+        "&lt;b&gt;no answer",
+        "removed 5 messages before delivery",
+        'data-id="-1"',
+    ):
         assert words in html
+    assert "Acknowledge" not in sections([state], {}, token=replace(ENGINEER, role="operator"))
 
 
 def test_only_engineers_send_dead_letters_again():
-    letter = DeadLetter(id=1, output="mes", inspection=7, at=NOON, reason="status 410", message={}, again=False)
+    letter, *others = [
+        DeadLetter(
+            id=1, output="mes", at=NOON, reason="status 410", message={"type": type, "data": {"id": 7}}, again=False
+        )
+        for type in ("inspection.stored", "part.closed", "drift.alarm")
+    ]
     state = replace(STATE, status="behind", dead_letters=3)
     html = sections([state], {"mes": [letter]}, token=ENGINEER)
     for words in ("Inspection 7", "status 410", "and 2 more", 'data-id="1"', "Send again"):
         assert words in html
+    html = sections([state], {"mes": others}, token=ENGINEER)
+    assert 'href="/parts?id=7">Part verdict 7' in html
+    assert 'href="/drift">Alarm of drift 7' in html
     assert "Send again" not in sections([state], {"mes": [letter]}, token=replace(ENGINEER, role="operator"))
 
 

@@ -6,14 +6,31 @@ calls it, in one event loop for all outputs.
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import AfterValidator
 
 from normweave.errors import NormweaveError
+from normweave.outcome.parts import PartRule
 from normweave.serve.line_config import EntryConfig, load
 from normweave.serve.message import Message
-from normweave.validation import PositiveFloat, checked
+from normweave.serve.records import Subject
+from normweave.validation import PositiveFloat, check, checked
+
+T = TypeVar("T")
+
+
+def _different(values: tuple[T, ...]) -> tuple[T, ...]:
+    given = ", ".join(map(str, values)) or "none"
+    check((0 < len(values) == len(set(values)), f"must name at least one, each once, got {given}"))
+    return values
+
+
+Results = Annotated[tuple[Literal["inspections", "parts"], ...], AfterValidator(_different)]
+"""`deliver` of outputs that a machine reads."""
 
 
 class DeliveryError(NormweaveError):
@@ -30,8 +47,10 @@ class RefusedError(DeliveryError):
 class OutputConfig(EntryConfig):
     """Settings of every output."""
 
+    deliver: Annotated[tuple[Subject, ...], AfterValidator(_different)] = ("inspections",)
+    """What is delivered: inspections, verdicts on parts, alarms of drift."""
     start: Literal["newest", "oldest"] = "newest"
-    """Where a new output begins: after the newest stored inspection, or with the oldest one."""
+    """Where a new output begins: after the newest that is stored, or with the oldest."""
     timeout_seconds: PositiveFloat = 5.0
     """Time limit of each step: to connect, to deliver a message, to close."""
     first_wait_seconds: PositiveFloat = 1.0
@@ -39,6 +58,19 @@ class OutputConfig(EntryConfig):
     longest_wait_seconds: PositiveFloat = 60.0
     heartbeat_seconds: PositiveFloat = 1.0
     """Time between two heartbeats."""
+
+    needs_views: ClassVar[bool] = False
+    """Whether a machine acts on the verdicts, so that parts need `parts.views`: without it none is known to be
+    complete."""
+
+    def contradictions(self, parts: PartRule) -> list[str]:
+        """Return that the views of parts must be known, if they must and are not."""
+        if parts.views is not None or not self.needs_views or "parts" not in self.deliver:
+            return []
+        return [
+            "deliver has parts, so parts.views must name or number the expected views: without them no part is known "
+            "to be complete, and none would ever be good. For example: parts: {views: 2}"
+        ]
 
 
 class Output(ABC):
@@ -98,3 +130,21 @@ def build(configs: Iterable[OutputConfig], *, line: str) -> list[Output]:
         ConfigError: a secret cannot be read.
     """
     return [load("outputs", config.type).Output(config, line=line) for config in configs]
+
+
+def check_free(host: str, port: int) -> None:
+    """Check that this machine can listen on an address.
+
+    Raises:
+        OSError: it cannot.
+    """
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(address[0], socket.SOCK_STREAM) as free:
+            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            free.bind(address[4])
+    except OSError as error:
+        raise OSError(
+            f"this machine cannot listen on {host}, port {port}: {error.strerror or error}. host must be an address of "
+            "this machine, and nothing else may use the port; those below 1024 need a right of the system"
+        ) from error

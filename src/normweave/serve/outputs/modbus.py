@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
+import re
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pymodbus.client import AsyncModbusTcpClient
@@ -18,15 +18,19 @@ from pymodbus.server import ModbusTcpServer
 from pymodbus.simulator import DataType, SimData, SimDevice
 
 from normweave.serve import outputs
-from normweave.serve.message import Message
+from normweave.serve.message import DriftMessage, InspectionMessage, Message, PartMessage
+from normweave.serve.plc import reason
 from normweave.serve.verdict_codes import NO_RESULT, verdict_code
 from normweave.validation import PositiveFloat, check, checked
 
 VERSION = 1
 """Version of the table of registers."""
 HEARTBEAT, STATUS, SEQUENCE, RESULT = 1, 2, 3, 4
-"""Offsets: the version is at 0; the result is the id (high, low), the verdict, the score, and the number of boxes."""
+"""Offsets: the version is at 0; the result has the registers that `result` returns."""
 VERDICT = 6
+RESULT_COUNT = 9
+OF_IMAGE, OF_PART = 0, 1
+"""What a result is of."""
 ACKNOWLEDGE = 16
 """Offset of the register that the PLC writes."""
 COUNT = 17
@@ -53,10 +57,13 @@ class Config(outputs.OutputConfig):
     device_id: Annotated[int, Field(ge=1, le=247)] = 1
     address: Annotated[int, Field(ge=0, le=65536 - COUNT)] = 0
     """Of the first holding register, counted from 0."""
+    deliver: outputs.Results = ("inspections",)
     acknowledge_seconds: PositiveFloat = 2.0
     """Time in which the PLC must acknowledge a result; then the result is taken back and written again."""
     max_age_seconds: PositiveFloat = 10.0
     """Age from which a good result is written as stale."""
+
+    needs_views: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         fits = self.acknowledge_seconds <= self.max_age_seconds
@@ -84,7 +91,7 @@ class Output(outputs.Output):
         """Connect or listen, and write that there is no result and the server is not ready."""
         await self._open()
         self._status, self._writes = 0, True
-        await self._write(0, [VERSION, self._beats, 0, 0, 0, 0, NO_RESULT, 0, 0])
+        await self._write(0, [VERSION, self._beats, 0, 0, *[0] * RESULT_COUNT])  # NO_RESULT is 0
         self._sequence = (await self._read(ACKNOWLEDGE))[0]
 
     async def _open(self) -> None:
@@ -93,6 +100,7 @@ class Output(outputs.Output):
 
     async def deliver(self, message: Message) -> None:
         """Write a result, and wait until the PLC has acknowledged it."""
+        assert not isinstance(message, DriftMessage)  # the settings refuse it
         self._sequence = self._sequence % 0xFFFF + 1
         try:
             await self._write(SEQUENCE, [self._sequence, *result(message, max_age=self.config.max_age_seconds)])
@@ -103,7 +111,7 @@ class Output(outputs.Output):
                         await asyncio.sleep(POLL_SECONDS)
             except TimeoutError:
                 raise outputs.DeliveryError(
-                    f"The PLC has not acknowledged result {self._sequence} (inspection {message.data.id}) within "
+                    f"The PLC has not acknowledged result {self._sequence} ({_what(message)} {message.data.id}) within "
                     f"{self.config.acknowledge_seconds:g} s: it must write {self._sequence} to register "
                     f"{self.config.address + ACKNOWLEDGE}."
                 ) from None
@@ -149,20 +157,36 @@ class Output(outputs.Output):
         await self._registers.write(self.config.address + offset, list(values))
 
 
-def result(message: Message, *, max_age: float) -> list[int]:
-    """Return the registers of a result: id (high, low), verdict, score, number of boxes.
+def result(message: InspectionMessage | PartMessage, *, max_age: float) -> list[int]:
+    """Return the registers of a result.
 
-    The score is 1000 at the threshold, from 0 to 65535; 0 also without a score. A good result older than `max_age`
-    seconds is stale.
+    They are: id (high, low), verdict, score, number of boxes, what it is of, revision, id of the part as a number
+    (high, low). The score is 1000 at the threshold, from 0 to 65535; 0 also without a score, and of a part. A good
+    result older than `max_age` seconds is stale.
     """
     data = message.data
     verdict = verdict_code(message, max_age=max_age)
-    score = 0
-    if data.score is not None and data.threshold is not None:
-        # A share of the threshold, which is the same as score / threshold where this is above 0.
-        beyond = (data.score - data.threshold) / max(abs(data.threshold), 1e-9)
-        score = round(min(max(AT_THRESHOLD * (1 + beyond), 0), 0xFFFF))
-    return [data.id >> 16 & 0xFFFF, data.id & 0xFFFF, verdict, score, min(len(data.boxes), 0xFFFF)]
+    score = boxes = revision = 0
+    of = OF_IMAGE
+    if isinstance(message, PartMessage):
+        of, revision = OF_PART, min(message.data.revision, 0xFFFF)
+    else:
+        boxes = min(len(message.data.boxes), 0xFFFF)
+        if message.data.score is not None and message.data.threshold is not None:
+            # A share of the threshold, which is the same as score / threshold where this is above 0.
+            beyond = (message.data.score - message.data.threshold) / max(abs(message.data.threshold), 1e-9)
+            score = round(min(max(AT_THRESHOLD * (1 + beyond), 0), 0xFFFF))
+    number = int(data.part_id) if data.part_id is not None and re.fullmatch("[0-9]{1,10}", data.part_id) else 0
+    return [*_words(data.id), verdict, score, boxes, of, revision, *_words(number if number < 2**32 else 0)]
+
+
+def _words(value: int) -> tuple[int, int]:
+    """Return the high and the low 16 bits of the last 32."""
+    return value >> 16 & 0xFFFF, value & 0xFFFF
+
+
+def _what(message: InspectionMessage | PartMessage) -> str:
+    return "verdict on a part" if isinstance(message, PartMessage) else "inspection"
 
 
 class _Client:
@@ -195,7 +219,8 @@ class _Client:
 
     def _check(self, answer: Any, what: str, address: int, count: int) -> None:
         if answer.isError():
-            raise OSError(f"the PLC does not {what} the holding registers {address} to {address + count - 1}: {answer}")
+            registers = f"the holding registers {address} to {address + count - 1}"
+            raise OSError(f"the PLC does not {what} {registers}: {reason(answer)}. Check address and device_id")
 
     async def close(self) -> None:
         self._client.close()
@@ -214,9 +239,7 @@ class _Server:
 
     async def open(self) -> None:
         config = self._config
-        with socket.socket() as free:  # pymodbus gives no reason why it cannot listen
-            free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            free.bind((config.host, config.port))
+        outputs.check_free(config.host, config.port)  # pymodbus gives no reason why it cannot listen
         registers = SimData(config.address, count=COUNT, values=0, datatype=DataType.REGISTERS)
         device = SimDevice(config.device_id, simdata=[registers])
         self._server = ModbusTcpServer(device, address=(config.host, config.port))

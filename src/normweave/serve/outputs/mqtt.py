@@ -1,4 +1,4 @@
-"""MQTT 5: each result to a topic of the line with QoS 1, and a retained state with a last will."""
+"""MQTT 5: each message to a topic of the line with QoS 1, and a retained state with a last will."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from pydantic import AfterValidator, Field
 from normweave.serve import outputs
 from normweave.serve.line_config import secret
 from normweave.serve.message import Message, slug
+from normweave.serve.records import Subject
 from normweave.validation import check, checked
+
+TOPICS: dict[Subject, str] = {"inspections": "inspection", "parts": "part", "drift": "drift"}
+"""Last level of the topic of each message."""
 
 
 def _topic(value: str) -> str:
@@ -33,7 +37,7 @@ class Config(outputs.OutputConfig):
     port: Annotated[int, Field(ge=1, le=65535)] = 1883
     """8883 is usual with TLS."""
     topic: Annotated[str, Field(max_length=200), AfterValidator(_topic)] = ""
-    """First levels of the topics; empty: normweave/NAME-OF-THE-LINE. Below it: inspection, state, heartbeat."""
+    """First levels of the topics; empty: normweave/NAME-OF-THE-LINE. Below it: the `TOPICS`, state, heartbeat."""
     username: str = ""
     password_env: str = ""
     password_file: str = ""
@@ -99,7 +103,7 @@ class Output(outputs.Output):
 
     async def deliver(self, message: Message) -> None:
         """Publish a message."""
-        await self._publish("inspection", message.model_dump_json())
+        await self._publish(TOPICS[message.subject], message.model_dump_json())
 
     async def heartbeat(self, ok: bool) -> None:
         """Publish a change of the state, and the next number of the heartbeat if the server can inspect."""

@@ -8,8 +8,11 @@ acknowledged it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import hmac
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
 
 from asyncua import Node, Server, ua, uamethod
 from asyncua.crypto.permission_rules import USER_TYPES
@@ -18,7 +21,7 @@ from pydantic import Field
 
 from normweave.serve import outputs
 from normweave.serve.line_config import secret
-from normweave.serve.message import Message
+from normweave.serve.message import DriftMessage, Message, PartMessage
 from normweave.serve.verdict_codes import NO_RESULT, verdict_code
 from normweave.validation import PositiveFloat, check, checked
 
@@ -30,6 +33,8 @@ CHANGES = (
     ua.NodeId(ua.ObjectIds.CallRequest_Encoding_DefaultBinary),
 )
 """Requests that need a login."""
+EVENT = ("ResultId", "ResultType", "InspectionId", "PartVerdictId", "Revision", "VerdictCode", "ResultContent")
+"""Fields of the event of a result."""
 
 
 @checked
@@ -49,10 +54,13 @@ class Config(outputs.OutputConfig):
     certificate: str = ""
     """PEM or DER file of the certificate of this server."""
     private_key: str = ""
+    deliver: outputs.Results = ("inspections",)
     acknowledge_seconds: PositiveFloat = 2.0
     """Time in which the client must acknowledge a result; then the result is taken back and written again."""
     max_age_seconds: PositiveFloat = 10.0
     """Age from which a good result is written as stale."""
+
+    needs_views: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         password = bool(self.password_env) != bool(self.password_file)
@@ -86,8 +94,10 @@ class Output(outputs.Output):
     async def connect(self) -> None:
         """Listen, with no result and not ready."""
         config = self.config
+        outputs.check_free(config.host, config.port)  # before the nodes are made, which takes seconds
         self._server = server = Server(user_manager=_Users(config.username, self._password))
-        await server.init()
+        with _uncollected():
+            await server.init()
         server.set_server_name("normweave")
         server.set_endpoint(f"opc.tcp://{config.host}:{config.port}/normweave")
         policy = ua.SecurityPolicyType.NoSecurity
@@ -112,15 +122,20 @@ class Output(outputs.Output):
             (system, "Heartbeat", self._beats, ua.VariantType.UInt32),
             (current, "ResultId", "", ua.VariantType.String),
             (current, "PartId", "", ua.VariantType.String),
+            (current, "ResultType", "", ua.VariantType.String),
             (current, "InspectionId", 0, ua.VariantType.Int64),
+            (current, "PartVerdictId", 0, ua.VariantType.Int64),
+            (current, "Revision", 0, ua.VariantType.UInt16),
             (current, "VerdictCode", NO_RESULT, ua.VariantType.UInt16),
             (current, "ResultContent", "", ua.VariantType.String),
         ]
         for parent, name, value, type in variables:
             self._nodes[name] = await parent.add_variable(ua.NodeId(name, index), f"{index}:{name}", value, type)
-        fields = [("ResultId", ua.VariantType.String), ("InspectionId", ua.VariantType.Int64),
-                  ("VerdictCode", ua.VariantType.UInt16), ("ResultContent", ua.VariantType.String)]  # fmt: skip
-        event = await server.create_custom_event_type(index, "ResultReadyEventType", ua.ObjectIds.BaseEventType, fields)
+        text, id, number = ua.VariantType.String, ua.VariantType.Int64, ua.VariantType.UInt16
+        types = dict(zip(EVENT, (text, text, id, id, number, number, text), strict=True))
+        event = await server.create_custom_event_type(
+            index, "ResultReadyEventType", ua.ObjectIds.BaseEventType, list(types.items())
+        )
         self._events = await server.get_event_generator(event, system)
 
         def acknowledge(_: Any, ids: list[str]) -> int:
@@ -136,19 +151,23 @@ class Output(outputs.Output):
 
     async def deliver(self, message: Message) -> None:
         """Show a result, send its event, and wait until a client has acknowledged it."""
-        code, content = verdict_code(message, max_age=self.config.max_age_seconds), message.model_dump_json()
+        assert not isinstance(message, DriftMessage)  # the settings refuse it
+        code, part = verdict_code(message, max_age=self.config.max_age_seconds), isinstance(message, PartMessage)
         shown = {
             "ResultId": message.id,
+            "ResultType": message.type,
             "PartId": message.data.part_id or "",
-            "InspectionId": message.data.id,
-            "ResultContent": content,
+            "InspectionId": 0 if part else message.data.id,
+            "PartVerdictId": message.data.id if part else 0,
+            "Revision": message.data.revision if isinstance(message, PartMessage) else 0,
+            "ResultContent": message.model_dump_json(),
             "VerdictCode": code,  # last, so that the others belong to it
         }
         acknowledged = self._acknowledged[message.id] = asyncio.Event()
         try:
             for name, value in shown.items():
                 await self._write(name, value)
-            for name in ("ResultId", "InspectionId", "VerdictCode", "ResultContent"):
+            for name in EVENT:
                 setattr(self._events.event, name, shown[name])
             await self._events.trigger(message=f"Result {message.id}")
             try:
@@ -176,11 +195,28 @@ class Output(outputs.Output):
         """Stop to listen."""
         server, self._server = self._server, None
         if server is not None:
+            gc.unfreeze()
             await server.stop()
 
     async def _write(self, name: str, value: Any) -> None:
         node = self._nodes[name]
         await node.write_value(value, await node.read_data_type_as_variant_type())
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Make the nodes of the standard, 100,000s of objects, without garbage collection.
+
+    Each full collection would stop all threads for up to 0.3 s, also later: it leaves out what is here at the end.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if enabled:
+            gc.enable()
 
 
 class _Users:

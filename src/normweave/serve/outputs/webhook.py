@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import json
 import threading
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from http.client import HTTPException
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import standardwebhooks
 from pydantic import AfterValidator
 
 from normweave.errors import ConfigError
-from normweave.serve import outputs, webhook
+from normweave.serve import outputs
 from normweave.serve.line_config import secret
 from normweave.serve.message import Message
 from normweave.validation import PositiveInt, check, checked
@@ -25,10 +28,10 @@ AGAIN = (408, 425, 429)
 
 
 def _url(value: str) -> str:
-    try:
-        return webhook.check_url(value)
-    except ConfigError as error:
-        raise ValueError(str(error)) from error
+    parts = urlsplit(value)
+    right = parts.scheme in ("http", "https") and bool(parts.hostname)
+    check((right, f"must be an address like https://host/path, got {value!r:.200}"))
+    return value
 
 
 @checked
@@ -46,6 +49,16 @@ class Config(outputs.OutputConfig):
     def __post_init__(self) -> None:
         given = bool(self.secret_env) != bool(self.secret_file)
         check((given, "secret_env or secret_file must be given: messages are signed"))
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A message is sent to the address that was configured, and to no other."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirect)
 
 
 class Output(outputs.Output):
@@ -89,9 +102,7 @@ class Output(outputs.Output):
         }
         seconds = self.config.timeout_seconds
         try:
-            status = await self._in_thread(
-                lambda: webhook.post(self.config.url, body.encode(), headers, seconds=seconds)
-            )
+            status = await self._in_thread(lambda: _post(self.config.url, body.encode(), headers, seconds=seconds))
         except (OSError, HTTPException) as error:
             raise outputs.DeliveryError(f"{self.config.url}: {type(error).__name__}: {error}") from error
         if 400 <= status < 500 and status not in AGAIN:
@@ -127,3 +138,21 @@ class Output(outputs.Output):
         self._sending = True
         threading.Thread(target=run, name="webhook", daemon=True).start()
         return await done
+
+
+def _post(url: str, body: bytes, headers: Mapping[str, str], *, seconds: float) -> int:
+    """Send JSON as the body of a POST request and return the status of the answer. Redirects are not followed.
+
+    Args:
+        seconds: time limit for each step of the connection.
+
+    Raises:
+        OSError, HTTPException: there is no answer, or it is not HTTP.
+    """
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json", **headers}, method="POST")
+    try:
+        with _opener.open(request, timeout=seconds) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code

@@ -30,6 +30,8 @@ EVENTS: dict[AuditEvent, str] = {
     "teach_started": "training of a product started",
     "teach_kept": "new bundle kept",
     "teach_discarded": "training or new bundle thrown away",
+    "delivery_lost": "messages removed before delivery",
+    "delivery_loss_acknowledged": "loss of messages acknowledged",
 }
 
 
@@ -105,6 +107,9 @@ def described(entry: AuditEntry) -> str:
         case "teach_kept" | "teach_discarded":
             made = f", bundle {detail['bundle_hash'][:12]}" if detail["bundle_hash"] else ""
             return f"{detail['category']}/{detail['subclass']}{made}"
+        case "delivery_lost" | "delivery_loss_acknowledged":
+            count = detail["removed"]
+            return f"output {detail['output']}, {count:,} message{'' if count == 1 else 's'}"
         case "shadow_failed":
             return f"bundle {detail['bundle_hash'][:12]}: {detail['reason']}"
         case "model_promoted" | "model_rolled_back":

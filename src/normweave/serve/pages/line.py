@@ -37,7 +37,7 @@ class LinePage(Page):
         self.heading()
         self._given = ui.html().props('aria-live="polite"')
         self._sections = ui.html().props('aria-live="polite"')
-        self._sections.on("click", self._send_again, js_handler=EMIT_ID)
+        self._sections.on("click", self._act, js_handler=EMIT_ID)
         self._names: list[str] = []
         await self._update()
         ui.timer(REFRESH_SECONDS, self._update, immediate=False)
@@ -54,12 +54,21 @@ class LinePage(Page):
             one.name: self._outputs.dead_letters(one.name, limit=LETTERS) for one in states if one.dead_letters
         }
 
-    async def _send_again(self, event: GenericEventArguments) -> None:
-        number = int(event.args) - 1
-        if self._token.role == "engineer" and 0 <= number < len(self._names):
-            count = await asyncio.to_thread(self._outputs.send_again, self._names[number])
+    async def _act(self, event: GenericEventArguments) -> None:
+        """Do what the button of an output is for; its number is that of the output, negative to acknowledge a loss."""
+        number = int(event.args)
+        place = abs(number) - 1
+        if self._token.role != "engineer" or not 0 <= place < len(self._names):
+            return
+        name = self._names[place]
+        if number > 0:
+            count = await asyncio.to_thread(self._outputs.send_again, name)
             ui.notify(f"{count} messages are sent again.")
-            await self._update()
+        else:
+            actor, token = self._token.name, self._token.id
+            count = await asyncio.to_thread(self._outputs.acknowledge_removed, name, actor=actor, token=token)
+            ui.notify(f"The loss of {count} messages is acknowledged.")
+        await self._update()
 
 
 def sources(given: Sequence[SourceRunner]) -> str:
@@ -68,8 +77,21 @@ def sources(given: Sequence[SourceRunner]) -> str:
     return render_macro(TEMPLATE, "sources", rows=rows, words=live.WORDS)
 
 
+def _about(letter: DeadLetter) -> tuple[str, str]:
+    """Return the name and the address of what a dead letter is of."""
+    id = int(letter.message["data"]["id"])
+    match letter.message["type"]:
+        case "inspection.stored":
+            return f"Inspection {id}", f"/history?days=&id={id}"
+        case "drift.alarm":
+            return f"Alarm of drift {id}", "/drift"
+        case _:
+            return f"Part verdict {id}", f"/parts?id={id}"
+
+
 def sections(states: list[OutputState], letters: dict[str, list[DeadLetter]], *, token: Token) -> str:
     """Return a section for each output as HTML, with the buttons of an engineer."""
+    listed = {name: [(one, *_about(one)) for one in given] for name, given in letters.items()}
     return render_macro(
-        TEMPLATE, "sections", states=states, letters=letters, colours=COLOURS, engineer=token.role == "engineer"
+        TEMPLATE, "sections", states=states, letters=listed, colours=COLOURS, engineer=token.role == "engineer"
     )

@@ -11,6 +11,7 @@ from normweave.serve.source import SourceConfig, frames
 
 SETTINGS = {
     "camera": "url: rtsp://127.0.0.1:{port}/line",
+    "genicam": "producer: missing-{port}.cti",
     "video": "path: missing-{port}.mkv",
     "mqtt": "broker: {{host: 127.0.0.1, port: {port}, topic: a}}",
     "http": "url: 'http://127.0.0.1:{port}/a.jpg'",

@@ -27,6 +27,8 @@ from normweave.validation import checked, joined, mistakes
 HOWTO = "Every setting is explained in docs/reference/line.md."
 SECTIONS = ("sources", "outputs")
 """Lists of entries; each is a package of `normweave.serve`."""
+EXTRAS = {"genicam": "genicam"}
+"""Extra of the package that installs what a type uses, if it is not `line`."""
 KEYS = ("name", "parts", *SECTIONS)
 """Keys of the file."""
 
@@ -101,7 +103,8 @@ def load(section: str, type: str) -> Any:
         return importlib.import_module(f"normweave.serve.{section}.{type}")
     except ImportError as error:
         raise MissingError(
-            f'{section} of type {type} need {error.name}, which is not installed: pip install "normweave[line]"'
+            f"{section} of type {type} need {error.name}, which is not installed: "
+            f'pip install "normweave[{EXTRAS.get(type, "line")}]"'
         ) from error
 
 

@@ -11,8 +11,8 @@ from normweave.types import Outcome, PartReason, PartVerdict, Tile, Verdict
 
 Role = Literal["operator", "engineer"]
 """An operator inspects, reviews and reads. An engineer also changes the false-alarm rate and manages tokens."""
-Source = Literal["api", "page", "folder", "camera", "video", "mqtt", "http"]
-"""How an image came in; the last four are types of `sources` in `line.yaml`."""
+Source = Literal["api", "page", "folder", "camera", "genicam", "video", "mqtt", "http"]
+"""How an image came in; the last five are types of `sources` in `line.yaml`."""
 ReviewDecision = Literal["accept", "reject", "undo"]
 """Reviewer decision on a part: good, defective, or an earlier decision withdrawn."""
 Bucket = Literal["hour", "day", "week"]

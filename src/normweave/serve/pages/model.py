@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from normweave.errors import CheckError, NormweaveError
 from normweave.outcome.operating_point import LOWEST_RATE, Calibration, groups_needed
 from normweave.serve.pages import charts
-from normweave.serve.pages.frame import Page, Serving, notify_error
+from normweave.serve.pages.frame import Page, Serving, notify_error, plain_button
+from normweave.serve.pages.measured import measured
 from normweave.serve.pages.verdict import Result, product
+from normweave.serve.rates import ReviewRates, measured_rates
 from normweave.serve.records import ScoredImage
 from normweave.serve.service import PREVIEW_IMAGES
 from normweave.serve.templating import percent, render_macro
@@ -53,6 +55,7 @@ class ModelPage(Page):
     def __init__(self, serving: Serving) -> None:
         super().__init__(serving)
         self._rate = self._calibration.false_alarm_rate
+        self._proposed: float | None = None
         self._requested = 0  # number of the newest preview; the results of earlier ones are dropped
         self._stored = decided(self._calibration, [])
         self._bundle_hash = self._service.detector.bundle_hash
@@ -79,6 +82,16 @@ class ModelPage(Page):
                 self._group = ui.select(self._groups(), value=ALL, label="Product", on_change=self._draw)
                 self._group.props("outlined dense options-dense").classes("choice")
             self._histogram = ui.html()
+        with ui.element("section").classes("sheet"):
+            ui.html("<h2>Measured by reviews</h2>")
+            ui.html(
+                "How many defective parts are found and good ones rejected, by the decisions of reviewers."
+            ).classes("soft")
+            with ui.element("div").classes("choices"):
+                self._measure = plain_button("Measure", self._show_measured)
+                self._show_proposed = plain_button("", self._look_at_proposed)
+                self._show_proposed.set_visibility(False)
+            self._measured = ui.html().classes("measured").props('aria-live="polite"')
         self._limits = ui.html().classes("sheet")
         detector = self._service.detector
         if fusion := detector.record.get("notes", {}).get("fusion"):
@@ -171,6 +184,31 @@ class ModelPage(Page):
         self._stored = await asyncio.to_thread(self._read_stored)
         self._draw()
         await self._preview()
+
+    # ── the reviews ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _show_measured(self) -> None:
+        self._measure.disable()
+        try:
+            rates = await asyncio.to_thread(self._read_measured)
+        except NormweaveError as error:
+            notify_error(str(error))
+            return
+        finally:
+            self._measure.enable()
+        self._proposed = rates.proposed
+        self._measured.set_content(measured(rates))
+        differs = rates.proposed is not None and rates.proposed != rates.present
+        self._show_proposed.set_text(f"Look at {percent(rates.proposed)}" if rates.proposed is not None else "")
+        self._show_proposed.set_visibility(differs)
+
+    def _read_measured(self) -> ReviewRates:
+        bundle_hash = self._service.detector.bundle_hash or ""
+        return measured_rates(self._service.store, bundle_hash, calibration=self._calibration)
+
+    async def _look_at_proposed(self) -> None:
+        if self._proposed is not None:
+            await self._move(self._proposed)
 
     # ── histogram and limits ─────────────────────────────────────────────────────────────────────────────────────────
 

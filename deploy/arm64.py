@@ -9,7 +9,7 @@ from pathlib import Path
 
 PYTHON = "3.11"
 NEWEST_GLIBC = 39
-EXTRAS = ("serve", "line", "postgres", "openvino")
+EXTRAS = ("serve", "line", "postgres", "openvino", "align")
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from normweave import fitting, settings
 from normweave.config import AdaptedMoEConfig, Config, PrepareConfig, TimmConfig
-from normweave.data import images, regions, rows, splits, synthetic
+from normweave.data import regions, rows, splits, synthetic
 from normweave.data.prepare import Preparation, Preparations
 from normweave.data.regions import TileRegion
 from normweave.detector import Data, Detector, samples_of
@@ -372,10 +372,7 @@ def _defective(
     rng = synthetic.seeded(seed, variant, int(scanned.hashes[number][:12], 16))
     category = scanned.samples[number].category
     same = [int(each) for each in others if each != number and scanned.samples[each].category == category] or [number]
-    pixels, other = (
-        images.decode(scanned.samples[each].image_path).transpose(2, 0, 1)
-        for each in (number, same[rng.integers(len(same))])
-    )
+    pixels, other = (scanned.image(each).transpose(2, 0, 1) for each in (number, same[rng.integers(len(same))]))
     region = scanned.preparation.of(category).region
     if region is None:
         defective, mask = synthetic.add_small_defect(pixels, other, rng=rng)

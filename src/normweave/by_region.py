@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave.config import Config
+from normweave.config import Config, RegionConfig
 from normweave.config.regions import EVERY
-from normweave.data import regions
+from normweave.data import alignment, regions, rows
+from normweave.data.alignment import Limits, Placement
 from normweave.data.prepare import Preparation, Preparations
+from normweave.data.regions import Region
 from normweave.data.rows import Rows
-from normweave.errors import ConfigError
-from normweave.scoring import ImageScore, PreparedImage, TileScores
-from normweave.types import Outcome, Progress
+from normweave.errors import ConfigError, ImageError
+from normweave.scoring import HeldOut, ImageScore, PreparedImage, TileScores
+from normweave.types import Outcome, Progress, Sample, Tile
 
 if TYPE_CHECKING:
     from normweave.network.base import Network
@@ -36,7 +38,16 @@ class Scored(NamedTuple):
         """The image without its pixels."""
         sample, tiles = self.rows.samples[self.number], self.rows.tiles_of(self.number)
         preparations = (self.rows.preparation.of(sample.category),) * len(tiles)
-        return PreparedImage(str(sample.image_path), self.rows.sizes[self.number], tiles, None, None, preparations)
+        placements = (self.rows.placements[self.number],) * len(tiles)
+        size = self.rows.sizes[self.number]
+        return PreparedImage(str(sample.image_path), size, tiles, None, None, preparations, placements)
+
+    @property
+    def placed(self) -> tuple[Region, Placement] | None:
+        """The region and where its part is; None: the region does not follow the part."""
+        placement = self.rows.placements[self.number]
+        region = self.rows.preparation.of(self.rows.samples[self.number].category).region
+        return None if placement is None or region is None else (region, placement)
 
 
 def check_routing(scanned: Rows, *, routes: bool) -> None:
@@ -80,6 +91,51 @@ class ByRegion(NamedTuple):
         """The preparation under one of the regions: the only one, for most detectors."""
         return next(iter(self.owned))
 
+    def prepare(self, path: str | None, pixels: NDArray[np.uint8]) -> PreparedImage:
+        """Return an image (H, W, 3) with its tiles under each region; regions whose part it does not show are left out.
+
+        Raises:
+            ImageError: it shows the part of no region, or cannot be cut into tiles.
+        """
+        height, width = pixels.shape[:2]
+        cut: list[tuple[Preparation, Placement | None, Tile]] = []
+        prepared: list[NDArray[np.uint8]] = []
+        reasons = []
+        for each in self.owned:
+            tiles = each.checked_tiles(height, width)
+            try:
+                placement = each.place(pixels)
+            except ImageError as error:
+                reasons.append(str(error))
+                continue
+            moved = alignment.to_reference(pixels, placement)
+            cut += [(each, placement, tile) for tile in tiles]
+            prepared += [each.apply(moved, tile) for tile in tiles]
+        if not cut:
+            raise ImageError(" ".join(dict.fromkeys(reasons)))
+        preparations, placements, of = zip(*cut, strict=True)
+        return PreparedImage(path, (height, width), of, np.stack(prepared), None, preparations, placements)
+
+    def scan(
+        self,
+        samples: Sequence[Sample],
+        *,
+        known: Callable[[Sequence[str]], Sequence[bool]] | None = None,
+        progress: Progress | None = None,
+    ) -> Rows:
+        """Read every image once; one that shows the part of no region is refused.
+
+        Args:
+            known: as of `rows.scan`.
+        """
+        first = self.first
+        if len(self.owned) == 1 or not any(each.follows for each in self.owned):
+            return rows.scan(samples, first, known=known, progress=progress)
+        scanned = rows.scan(samples, Preparation(first.config), progress=progress)
+        unfit = [scanned.under(each).unfit for each in self.owned]
+        nowhere = {number: reason for number, reason in unfit[0].items() if all(number in each for each in unfit)}
+        return scanned.without(nowhere)
+
     def choose(self, image: PreparedImage, tiles: TileScores | None) -> tuple[PreparedImage, TileScores | None]:
         """Return an image and its scores under one region, of an image that was scored under several.
 
@@ -106,7 +162,10 @@ class ByRegion(NamedTuple):
         region = (own[0] if own else self.first).region
         assert outcome.height is not None
         assert outcome.width is not None
-        return None if region is None else regions.mask(region, outcome.height, outcome.width)
+        if region is None:
+            return None
+        inside = regions.mask(region, outcome.height, outcome.width)
+        return np.asarray(alignment.to_image(inside, placement_of(outcome)))
 
     def score_rows(
         self,
@@ -138,13 +197,34 @@ class ByRegion(NamedTuple):
             yield each[0] if len(each) == 1 else self._chosen(each)
 
     def _chosen(self, scores: Sequence[Scored]) -> Scored:
-        images = [each.image for each in scores]
+        shown = [each for each in scores if each.number not in each.rows.unfit]
+        images = [each.image for each in shown]
         joined = images[0]._replace(
             tiles=tuple(chain.from_iterable(each.tiles for each in images)),
             preparations=tuple(chain.from_iterable(each.preparations for each in images)),
         )
-        image, _ = self.choose(joined, TileScores.concatenate([each.own for each in scores]))
-        return scores[list(self.owned).index(image.preparations[0])]
+        image, _ = self.choose(joined, TileScores.concatenate([each.own for each in shown]))
+        return next(each for each in shown if each.rows.preparation == image.preparations[0])
+
+
+def placement_of(outcome: Outcome) -> Placement | None:
+    """Return where an inspected image shows the part that its region follows; None: the region does not follow it."""
+    if outcome.shift_x is None or outcome.shift_y is None or outcome.rotation is None:
+        return None
+    return Placement(outcome.shift_x, outcome.shift_y, outcome.rotation, outcome.correlation or 0.0, 1.0)
+
+
+def limits_of(listed: Sequence[RegionConfig], held_out: Sequence[HeldOut]) -> dict[str, Limits]:
+    """Return what images must reach, by the category of each region that follows the part; see `Limits`.
+
+    Args:
+        held_out: normal images. A region without any gets no limits.
+    """
+    found: dict[Region, list[Placement]] = {}
+    for each in held_out:
+        if each.placed is not None:
+            found.setdefault(each.placed[0], []).append(each.placed[1])
+    return {each.category: Limits.of(found[region]) for each in listed if (region := Region.of(each)) in found}
 
 
 def _score_rows(

@@ -22,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from normweave import bundle, history, references, settings
-from normweave.by_region import ByRegion, Scored
+from normweave.by_region import ByRegion, Scored, limits_of
 from normweave.config import Config, OutcomeConfig
-from normweave.data import images, layouts, rows, splits, variations
+from normweave.data import alignment, images, layouts, rows, splits, variations
+from normweave.data.alignment import Limits
 from normweave.data.images import ImageInput, read_ahead
 from normweave.data.prepare import Preparations
 from normweave.data.regions import cells_inside, filled
@@ -84,10 +85,11 @@ class Detector:
     ) -> None:
         self.network = network
         self.config = config
-        self.preparation = Preparations(config.prepare, regions=config.regions)
+        self.record = dict(record)
+        limits = {name: Limits(**each) for name, each in self.record.get(alignment.KEY, {}).items()}
+        self.preparation = Preparations(config.prepare, regions=config.regions, limits_of=limits)
         self.subclass_names = subclass_names
         self.subclasses = dict(subclasses)
-        self.record = dict(record)
         self.operating_points = operating_points
         self.bundle_hash = bundle_hash
         self.refused = refused
@@ -123,6 +125,8 @@ class Detector:
         path = Path(folder)
         record = bundle.read(path)
         parts = parse_record(record, where=path)
+        if any(each.align != "none" for each in parts["config"].regions):
+            alignment.library()  # before the first image, if it is missing
         prepare = parts["config"].prepare
         network = open_graph(
             bundle.read_file(path, bundle.GRAPH),
@@ -222,14 +226,9 @@ class Detector:
         """Decode an image and prepare its tiles under each region. This is the first of the three steps of `stream`."""
         path = os.fspath(image) if isinstance(image, str | os.PathLike) else None
         try:
-            pixels = images.decode(image)
-            height, width = pixels.shape[:2]
-            cut = [(each, tile) for each in self.regions.owned for tile in each.checked_tiles(height, width)]
+            return self.regions.prepare(path, images.decode(image))
         except ImageError as error:
             return PreparedImage(path, (0, 0), (), None, str(error))
-        preparations, tiles = zip(*cut, strict=True)
-        prepared = np.stack([each.apply(pixels, tile) for each, tile in cut])
-        return PreparedImage(path, (height, width), tiles, prepared, None, preparations)
 
     def scores(self, batch: Sequence[PreparedImage], *, size: int | None = None) -> list[TileScores | None]:
         """Compute the scores of the tiles of each image, in passes of at most `size` tiles; None if unreadable."""
@@ -261,14 +260,21 @@ class Detector:
         full_map, found = None, tuple[DefectBox, ...]()
         if maps:
             limit = points.box_threshold(threshold=decision.threshold, unseen=decision.unseen)
-            grids, inside = tiles.raw.scores, image.inside
             full_map = anomaly_map(
-                grids, image.tiles, image.size, smoothing=self.smoothing, inside=inside, threshold=limit
+                tiles.raw.scores,
+                image.tiles,
+                image.size,
+                smoothing=self.smoothing,
+                inside=image.inside,
+                threshold=limit,
+                placement=image.placement,
             )
             if decision.verdict != "normal":
                 found = boxes.find(full_map, limit)
                 if self.network.references is not None and tiles.raw.nearest is not None:
-                    found = self.network.references.mark(found, full_map, tiles.raw.nearest, image.tiles)
+                    found = self.network.references.mark(
+                        found, full_map, tiles.raw.nearest, image.tiles, placement=image.placement
+                    )
         cells = cells_inside(image.parts_inside, tiles.raw.scores.shape[1:])
         category, subclass = self.product(scored.subclass)
         names = self.subclass_names
@@ -296,6 +302,7 @@ class Detector:
             anomaly_map=full_map,
             **({} if seen is None else seen._asdict()),
             **statistics.of_map(tiles.raw.scores, image.tiles, image.size, inside=cells)._asdict(),
+            **({} if image.placement is None else image.placement.as_outcome()),
             height=height,
             width=width,
             model=self.model,
@@ -359,7 +366,7 @@ class Detector:
     ) -> rows.Rows:
         """Read every image once; those whose features are in the cache are not decoded again."""
         known = None if cache is None else lambda keys: self.network.stored(cache, keys)
-        return rows.scan(samples, self.regions.first, known=known, progress=progress)
+        return self.regions.scan(samples, known=known, progress=progress)
 
     def score_rows(
         self,
@@ -455,7 +462,7 @@ class Detector:
             vary_light = routed[score.subclass] <= reference.VARIED_IMAGES
             described = reference.describe(each.rows, number, each.own.raw.scores, vary=vary_light)
             others = each.unseen and ImageScore.of(each.unseen)
-            result.append(HeldOut(number, groups[number], score, others, (), described))
+            result.append(HeldOut(number, groups[number], score, others, (), described, each.placed))
             views.append(each.rows)
         rendered = (
             (place, filled(tiles, parts), parts)
@@ -504,6 +511,9 @@ class Detector:
             attainable=attainable,
         )
         self.record[reference.KEY] = drift_record(held_out, self.product, cross_validated=cross_validated)
+        if limits := limits_of(self.config.regions, held_out):
+            self.record[alignment.KEY] = {name: each._asdict() for name, each in limits.items()}
+            self.preparation = replace(self.preparation, limits_of=limits)
 
     def with_rate(self, false_alarm_rate: float) -> Detector:
         """Return the same network with thresholds for another false-alarm rate, from the same held-out images.

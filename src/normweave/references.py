@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from normweave import bundle
+from normweave.data.alignment import Placement
 from normweave.data.images import decode
 from normweave.data.rows import Rows
 from normweave.errors import BundleError
@@ -71,6 +72,11 @@ class References:
         used, image = np.unique(images.owner[rows], return_inverse=True)  # (m,), (M,)
         tiles = np.array(images.tiles).reshape(-1, 4)[rows]  # (M, 4) top, left, height, width
         centres = tiles[:, :2] + (origins[:, 1:] + 0.5) * tiles[:, 2:] / np.array(grid)
+        for number, owner in enumerate(used):
+            if (placement := images.placements[owner]) is not None:  # to pixels of the image as it was taken
+                matrix, own = placement.matrix(*images.sizes[owner]), image == number
+                moved = centres[own][:, ::-1] @ matrix[:, :2].T + matrix[:, 2]
+                centres[own] = np.clip(moved[:, ::-1], 0, np.array(images.sizes[owner]) - 1)
         tile_size = dict(
             zip(image.tolist(), map(tuple, tiles[:, 2:].tolist()), strict=True)
         )  # the same for all tiles of an image
@@ -103,6 +109,8 @@ class References:
         anomaly_map: NDArray[np.float32],
         nearest: NDArray[np.int64],
         tiles: Sequence[Tile],
+        *,
+        placement: Placement | None = None,
     ) -> tuple[DefectBox, ...]:
         """Return the boxes with the region of a good image that the model compared each with.
 
@@ -112,18 +120,26 @@ class References:
         Args:
             anomaly_map: (H, W), in which the boxes were found.
             nearest: (n, h, w) of the tiles, as `RawOutput.nearest`.
+            placement: where the image shows the part of the reference, of which the tiles are.
 
         Raises:
             BundleError: `nearest` refers to a patch that is not listed.
         """
-        return tuple(self._marked(box, anomaly_map, nearest, tiles) for box in boxes)
+        return tuple(self._marked(box, anomaly_map, nearest, tiles, placement) for box in boxes)
 
     def _marked(
-        self, box: DefectBox, anomaly_map: NDArray[np.float32], nearest: NDArray[np.int64], tiles: Sequence[Tile]
+        self,
+        box: DefectBox,
+        anomaly_map: NDArray[np.float32],
+        nearest: NDArray[np.int64],
+        tiles: Sequence[Tile],
+        placement: Placement | None,
     ) -> DefectBox:
         inside = anomaly_map[box.y : box.y + box.height, box.x : box.x + box.width]
         down, right = divmod(int((inside == box.peak).argmax()), box.width)  # of the peak in the box
         y, x = box.y + down, box.x + right
+        if placement is not None:
+            x, y = (round(each) for each in placement.to_reference(x, y, anomaly_map.shape))
 
         def distance(number: int) -> float:
             top, left, height, width = tiles[number]
@@ -131,6 +147,8 @@ class References:
 
         number = min(range(len(tiles)), key=distance)  # where tiles overlap, the one whose centre is nearest
         tile, (h, w) = tiles[number], nearest.shape[1:]
+        y = min(max(y, tile.top), tile.top + tile.height - 1)  # of a moved part, it may be beyond by a pixel
+        x = min(max(x, tile.left), tile.left + tile.width - 1)
         patch = int(nearest[number, (y - tile.top) * h // tile.height, (x - tile.left) * w // tile.width])
         if not 0 <= patch < len(self.patches):
             raise BundleError(

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from normweave import maps
 from normweave.config import Config, OutcomeConfig
-from normweave.data import regions
+from normweave.data import alignment, regions
+from normweave.data.alignment import Placement
 from normweave.data.prepare import Preparation
-from normweave.data.regions import TileRegion
+from normweave.data.regions import Region, TileRegion
 from normweave.drift import reference
 from normweave.drift.reference import Described
 from normweave.outcome import image_score
@@ -33,6 +34,7 @@ class PreparedImage(NamedTuple):
     pixels: NDArray[np.uint8] | None  # (n, 3, height, width)
     error: str | None
     preparations: tuple[Preparation, ...] = ()  # of each tile; different ones if categories have different regions
+    placements: tuple[Placement | None, ...] = ()  # of each tile; None: its region does not follow the part
 
     def part(self, start: int, stop: int) -> PreparedImage:
         """Return the image with the tiles from `start` to before `stop` alone."""
@@ -40,7 +42,13 @@ class PreparedImage(NamedTuple):
             tiles=self.tiles[start:stop],
             pixels=None if self.pixels is None else self.pixels[start:stop],
             preparations=self.preparations[start:stop],
+            placements=self.placements[start:stop],
         )
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the image shows the part of the region of the first tile; None: the region does not follow it."""
+        return self.placements[0] if self.placements else None
 
     @property
     def parts_inside(self) -> list[TileRegion | None]:
@@ -52,7 +60,7 @@ class PreparedImage(NamedTuple):
 
     @property
     def inside(self) -> NDArray[np.bool_] | None:
-        """(height, width) whether each pixel lies in the region of the first tile; None: no region."""
+        """(height, width) whether each pixel lies in the region of the first tile, before it is moved; None: none."""
         region = self.preparations[0].region
         return None if region is None else regions.mask(region, *self.size)
 
@@ -171,6 +179,7 @@ class HeldOut(NamedTuple):
     unseen: ImageScore | None  # without the expert of its own subclass; None: the network cannot leave one out
     varied: tuple[ImageScore, ...] = ()  # of the image under harmless variations
     described: Described | None = None  # its statistics, for `normweave drift`
+    placed: tuple[Region, Placement] | None = None  # region that follows the part, and where that is
 
 
 def drift_record(
@@ -198,12 +207,15 @@ def anomaly_map(
     smoothing: float,
     inside: NDArray[np.bool_] | None = None,
     threshold: float = 0.0,
+    placement: Placement | None = None,
 ) -> NDArray[np.float32]:
     """Return the map (height, width) of an image of this size from the patch scores (n, h, w) of its tiles.
 
     Args:
         inside: (height, width) pixels in the region; the others get a value below `threshold` and below all inside.
             None: all.
+        placement: where the image shows the part that the region follows; tiles and `inside` are those of the
+            reference, and the map is that of the image.
     """
     parts = (  # one at a time, since together they are larger than the map
         maps.upsample(grid[None], tile.height, tile.width, smoothing=smoothing)[0]
@@ -211,9 +223,14 @@ def anomaly_map(
     )
     whole = len(tiles) == 1 and tiles[0] == Tile(0, 0, *size)
     result = next(parts) if whole else maps.stitch(parts, tiles, *size, complete=inside is None)
-    if inside is not None and not inside.all():
-        lowest = float(result[inside].min(initial=np.inf))
-        result[~inside] = min(lowest, threshold - BELOW * max(1.0, abs(threshold)))
+    if inside is None or (placement is None and inside.all()):
+        return result
+    lowest = float(result[inside].min(initial=np.inf))
+    outside = min(lowest, threshold - BELOW * max(1.0, abs(threshold)))
+    result[~inside] = outside
+    if placement is not None:
+        result = alignment.to_image(result, placement)
+        result[~alignment.to_image(inside, placement)] = outside
     return result
 
 

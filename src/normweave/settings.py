@@ -167,7 +167,7 @@ def regions_text(found: Iterable[RegionConfig]) -> str:
 def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return nested settings without what is empty."""
     nested = {key: _given(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    return {key: value for key, value in nested.items() if value}
+    return {key: value for key, value in nested.items() if value and value != "none"}
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:

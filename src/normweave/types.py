@@ -325,9 +325,20 @@ class Outcome:
     map_level: float | None = None
     """Median of the patch scores, in units of the anomaly map."""
     peak_x: float | None = None
-    """Place of the highest patch score, as share of the width, 0 to 1."""
+    """Place of the highest patch score, as share of the width, 0 to 1; of a moved part, in the reference image."""
     peak_y: float | None = None
     """As share of the height."""
+    shift_x: float | None = None
+    """Pixels by which the part is moved to the right of its place in the reference image of a region that follows it.
+
+    This and the next three are None without such a region.
+    """
+    shift_y: float | None = None
+    """The same downwards."""
+    rotation: float | None = None
+    """Degrees by which the part is turned clockwise."""
+    correlation: float | None = None
+    """Of the part with the reference image, -1 to 1."""
     height: int | None = None
     width: int | None = None
     latency_ms: float | None = None

@@ -9,6 +9,7 @@ from playwright.sync_api import expect
 from browsing import broken, carry
 from normweave import settings
 from normweave.data import regions
+from normweave.data.alignment import decode_reference
 from normweave.errors import ConfigError
 from normweave.serve.pages.region import read
 
@@ -46,7 +47,7 @@ def press(page, name):
 
 
 def choose(page, category):
-    page.locator(".q-select").click()
+    page.locator(".q-select").first.click()
     page.get_by_role("option", name=category, exact=True).click()
 
 
@@ -77,6 +78,12 @@ def test_shapes_are_drawn_undone_and_downloaded(opened, tmp_path):
     assert inside.mean() == pytest.approx(0.8 * 0.6 - 0.3 * 0.3 / 2, abs=0.02)
     assert not inside[35, 45]
     assert inside[55, 25]
+    assert (found.align, found.reference) == ("none", "")
+    page.locator(".q-select").last.click()
+    page.get_by_role("option", name="where it is moved and turned", exact=True).click()
+    follows, _ = downloaded(page, tmp_path)
+    assert (follows.align, follows.include) == ("rigid", found.include)
+    assert decode_reference(follows.reference).shape == (64, 64)
     press(page, "undo")
     expect(page.get_by_text(re.compile(r"4[78]\.\d %"))).to_be_visible()
     press(page, "redo")

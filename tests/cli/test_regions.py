@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from normweave import settings
-from normweave.data import regions
+from normweave.data import alignment, regions
+from normweave.errors import ConfigError
 
 from .conftest import run
 
@@ -46,6 +47,47 @@ def test_shapes_are_written_for_one_category_after_the_other(image, tmp_path):
     again = run("data", "roi", image, "-o", file, "--category", "nut")
     assert again.stdout.startswith(f"{file}: the region of nut is 50.0% of {image}")
     assert settings.read(file).regions == settings.read_regions(file)  # it is a part of a file of settings
+
+
+def test_a_region_that_follows_the_part_holds_the_image_as_reference(tmp_path):
+    path, file = tmp_path / "print.png", tmp_path / "regions.json"
+    pixels = np.random.default_rng(0).integers(0, 256, (15, 20), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)
+    Image.fromarray(pixels).save(path)
+    options = ("--rectangle", "0.1,0.1,0.8,0.8")
+    result = run("data", "roi", path, "-o", file, *options, "--align", "rigid")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{file}: the region of * is 64.0% of {path}, and follows the part (rigid)")
+    (found,) = settings.read_regions(file)
+    assert found.align == "rigid"
+    np.testing.assert_array_equal(alignment.decode_reference(found.reference), pixels)
+    run("data", "roi", path, "-o", file, *options)  # drawn again, without
+    assert settings.read_regions(file)[0].align == "none"
+    assert "align" not in file.read_text()
+    result = run("data", "roi", path, "-o", file, "--align", "rigid")
+    assert result.exit_code == 2
+    assert "--align rigid is about a region that is drawn now" in result.stderr
+
+
+def test_a_region_without_structure_cannot_follow(image, tmp_path):
+    result = run("data", "roi", image, "-o", tmp_path / "regions.json", "--rectangle", "0,0,1,1", "--align", "rigid")
+    assert result.exit_code == 2
+    assert "shows too little structure in its reference image" in " ".join(result.stderr.split())
+    assert not (tmp_path / "regions.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"align": "rigid"}, "align=rigid must have a reference image: write the region with normweave data roi IMAGE"),
+        ({"reference": "abcd"}, "reference must be empty with align=none"),
+        ({"align": "affine", "reference": "abcd"}, "'none', 'translation' or 'rigid'"),
+    ],
+)
+def test_settings_of_the_alignment_that_cannot_be_used(values, words):
+    region = {"include": {"rectangles": [[0, 0, 1, 1]]}} | values
+    with pytest.raises(ConfigError) as caught:
+        settings.from_dict({"regions": [region]})
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(

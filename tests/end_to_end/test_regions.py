@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
@@ -15,10 +16,11 @@ from normweave import contents, settings
 from normweave.cli import app
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, RegionConfig, ShapesConfig, TimmConfig
 from normweave.data import images, layouts, regions
+from normweave.data.alignment import encode_reference as reference_of
 from normweave.data.masks import near
 from normweave.detector import Detector
 from normweave.errors import ConfigError
-from normweave.types import Outcome
+from normweave.types import Outcome, Sample
 
 PART = RegionConfig(
     include=ShapesConfig(polygons=(((0.1, 0.05), (0.95, 0.1), (0.9, 0.9), (0.3, 0.8)),)),
@@ -208,3 +210,143 @@ def test_an_added_subclass_is_learnt_under_the_region(cloth):
     outcome = grown.score(pixels)
     assert outcome.subclass == names[2]
     same(outcome, grown.score(planted(pixels, PART, seed=1)))
+
+
+# ── regions that follow the part ─────────────────────────────────────────────────────────────────────────────────────
+
+BOX = ShapesConfig(rectangles=((0.25, 0.25, 0.5, 0.5),))
+
+
+def part(seed, *, right=0.0, down=0.0, degrees=0.0, print_seed=1, size=96):
+    """A printed part of always the same print, with a little noise, on a grey ground, moved and turned."""
+    print_ = np.random.default_rng(print_seed).uniform(20, 235, (12, 12)).astype(np.float32)
+    pixels = np.full((size, size), 120, dtype=np.float32)
+    side = size // 2 + 8
+    pixels[20 : 20 + side, 20 : 20 + side] = cv2.resize(print_, (side, side), interpolation=cv2.INTER_CUBIC)
+    centre = ((size - 1) / 2,) * 2
+    matrix = cv2.getRotationMatrix2D(centre, -degrees, 1)
+    matrix[:, 2] += [right, down]
+    shown = cv2.warpAffine(pixels, matrix, (size, size), borderMode=cv2.BORDER_REPLICATE)
+    shown = shown + np.random.default_rng(seed).normal(0, 3, shown.shape)
+    return np.repeat(shown.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def poses(count, *, seed):
+    """Moves of a part: up to 6 pixels and 8 degrees."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        right, down, degrees = rng.uniform(-1, 1, 3) * [6, 6, 8]
+        yield {"right": right, "down": down, "degrees": degrees}
+
+
+def following(align, category="*", *, print_seed=1):
+    given = {} if align == "none" else {"align": align, "reference": reference_of(part(0, print_seed=print_seed))}
+    return RegionConfig(category=category, include=BOX, **given)
+
+
+def written(folder, pixels):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, each in enumerate(pixels):
+        Image.fromarray(each).save(folder / f"{number:03}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two detectors of a part that does not move in training, without and with alignment."""
+    paths = written(tmp_path_factory.mktemp("parts"), (part(seed) for seed in range(1, 13)))
+    return {align: fit(paths, "patchcore", following(align)) for align in ("none", "rigid")}
+
+
+def test_scores_stay_where_the_part_moves(parts):
+    """Without alignment they rise."""
+    still = [part(seed) for seed in range(20, 26)]
+    moving = [part(20 + number, **pose) for number, pose in enumerate(poses(6, seed=3))]
+    scores = {}
+    for align, detector in parts.items():
+        scores[align] = [[each.pred_score for each in detector.score(shown, maps=False)] for shown in (still, moving)]
+    spread = np.ptp(scores["rigid"][0]) + 0.1 * np.mean(scores["rigid"][0])
+    assert np.abs(np.subtract(*scores["rigid"])).max() < spread
+    assert np.mean(scores["none"][1]) > np.mean(scores["none"][0]) + spread
+    detector = parts["rigid"]
+    assert [each.verdict for each in detector.score(moving)].count("normal") >= 5
+    assert {each.verdict for each in parts["none"].score(moving)} == {"anomalous"}
+
+
+def test_maps_boxes_and_regions_are_those_of_the_image_as_it_was_taken(parts, tmp_path):
+    """In memory, from a bundle and twice: the same bits. A defect is marked where it lies in the image."""
+    detector = parts["rigid"]
+    pixels = part(30, right=7, down=-5, degrees=10)
+    spot = pixels.copy()
+    spot[42:56, 46:60] = np.random.default_rng(4).choice([0, 255], (14, 14, 1))
+    outcome = detector.score(spot)
+    assert (outcome.shift_x, outcome.shift_y) == (pytest.approx(7, abs=0.7), pytest.approx(-5, abs=0.7))
+    assert outcome.rotation == pytest.approx(10, abs=1.5)
+    assert outcome.correlation > 0.5
+    assert outcome.verdict == "anomalous"
+    assert outcome.anomaly_map.shape == (96, 96)
+    down, right = np.unravel_index(outcome.anomaly_map.argmax(), (96, 96))
+    assert (abs(down - 49), abs(right - 53)) < (9, 9)
+    (box,) = outcome.boxes
+    assert box.x <= 53 < box.x + box.width
+    assert box.y <= 49 < box.y + box.height
+    inside = detector.regions.inside(outcome)
+    assert inside.sum() == pytest.approx(48 * 48, rel=0.04)
+    rows, columns = np.nonzero(inside)
+    assert (columns.mean(), rows.mean()) == (pytest.approx(54.5, abs=1), pytest.approx(42.5, abs=1))
+    assert (outcome.anomaly_map[~inside] <= outcome.anomaly_map[inside].min()).all()
+    again = Detector.load(detector.save(tmp_path / "part.bundle"), threads=1, device="cpu")
+    assert again.preparation.limits_of == detector.preparation.limits_of
+    assert again.score(spot).pred_score == pytest.approx(outcome.pred_score, rel=1e-3)
+    same(again.score(spot), again.score(spot))
+    (path,) = written(tmp_path / "files", [spot])
+    (scored,) = again.stream_samples(settings_samples([path]))
+    assert scored.outcome.pred_score == again.score(spot).pred_score
+    np.testing.assert_array_equal(scored.outcome.anomaly_map, again.score(spot).anomaly_map)
+    described = contents.describe(tmp_path / "part.bundle")["regions"]["*"]
+    assert described["align"] == "rigid"
+    assert len(described["reference_sha256"]) == 64
+
+
+def settings_samples(paths):
+    return [Sample(image_path=path) for path in paths]
+
+
+def test_an_image_without_the_part_is_refused_and_the_others_are_scored(parts, tmp_path):
+    """Also in a data set, and for calibration, which computes the limits again."""
+    detector = parts["rigid"]
+    limits = detector.preparation.limits_of["*"]
+    assert limits.images == detector.record["calibration_images"]
+    assert 0.15 <= limits.correlation < 0.5
+    wrong = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    good, bad, other = detector.score([part(40), wrong, part(41)[:, :60]])
+    assert good.error is None
+    assert bad.verdict is None
+    assert "no position was found" in bad.error or "does not fit the reference image" in bad.error
+    assert "other proportions than the reference image" in other.error
+    paths = written(tmp_path, [*(part(seed, right=2) for seed in range(50, 70)), wrong])
+    found = list(detector.stream_samples(settings_samples(paths)))
+    assert [each.outcome.error is None for each in found] == [True] * 20 + [False]
+    other = Detector.load(detector.save(tmp_path / "own.bundle"), threads=1, device="cpu")
+    other.calibrate([str(path) for path in paths], false_alarm_rate=0.1)
+    assert other.preparation.limits_of["*"].images == other.record["alignment"]["*"]["images"] == 20
+    assert [each.image_path for each in other.refused] == [str(paths[-1])]
+
+
+def test_categories_with_references_of_their_own(tmp_path):
+    """An image that shows the part of one category only is scored under the region of that one."""
+    samples = []
+    for name, print_seed in (("bolt", 1), ("nut", 2)):
+        paths = written(tmp_path / name, (part(seed, print_seed=print_seed) for seed in range(8)))
+        samples += [Sample(image_path=path, category=name) for path in paths]
+    listed = [following("rigid", name, print_seed=seed) for name, seed in (("bolt", 1), ("nut", 2))]
+    detector = fit(samples, "gaussian", *listed)
+    assert set(detector.record["alignment"]) == {"bolt", "nut"}
+    moving = {name: part(90, right=5, degrees=-6, print_seed=seed) for name, seed in (("bolt", 1), ("nut", 2))}
+    for name, pixels in moving.items():
+        outcome = detector.score(pixels)
+        assert (outcome.category, outcome.shift_x) == (name, pytest.approx(5, abs=0.7))
+    paths = written(tmp_path / "test", [*moving.values(), part(3, print_seed=9)])
+    found = {each.sample.image_path: each.outcome for each in detector.stream_samples(settings_samples(paths))}
+    assert [found[path].category for path in paths[:2]] == ["bolt", "nut"]
+    assert "reference image of its region" in found[paths[2]].error

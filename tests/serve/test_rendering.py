@@ -11,6 +11,7 @@ from PIL import Image
 from inspections import stored_image
 from normweave.config import Config, PrepareConfig, ShapesConfig
 from normweave.data import regions
+from normweave.data.alignment import Placement
 from normweave.data.prepare import Preparation
 from normweave.data.regions import Region
 from normweave.scoring import PreparedImage, TileScores
@@ -91,6 +92,15 @@ def test_a_stored_map_has_the_region_under_which_it_was_scored(tmp_path):
             assert inside.shape == found.shape == (width // 2, width)
             np.testing.assert_array_equal(inside, regions.mask(region, width // 2, width))
             np.testing.assert_allclose(found[inside], 1, rtol=1e-6)
+            assert (found[~inside] < 0.5).all()
+    moved = image._replace(placements=(Placement(32, 0, 0, 0.9, 1.0),))
+    with closing(Files(tmp_path)) as files:
+        reader = ImageReader(files, replace(stored, grids_hash=files.put(grids_file(moved, scores))))
+        for side, width in ((None, 128), (32, 32)):
+            inside, found = reader.inside(max_side=side), reader.anomaly_map(max_side=side)
+            expected = np.roll(regions.mask(region, width // 2, width), width // 4, axis=1)
+            np.testing.assert_array_equal(inside, expected)
+            assert found[inside].max() == pytest.approx(1, rel=1e-6)
             assert (found[~inside] < 0.5).all()
     plain = replace(stored, grids_hash="x", size=None)
     assert ImageReader(files, plain).size == (64, 58)  # of an inspection without a size: that of its tiles

@@ -1,5 +1,6 @@
 """`normweave data roi`: write, check and show the regions of interest of a detector."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PREVIEWS = (".png", ".jpg", ".jpeg")
+
+
+class Align(StrEnum):
+    """Whether the region follows the part."""
+
+    none = "none"
+    translation = "translation"
+    rigid = "rigid"
 
 
 def roi(
@@ -43,6 +52,9 @@ def roi(
     ignore_mask: Annotated[
         Path | None, typer.Option(help="Leave out: pixels that are not black.", show_default=False)
     ] = None,
+    align: Annotated[
+        Align, typer.Option(help="Find the part of IMAGE in each image: its shift, or (rigid) its rotation too.")
+    ] = Align.none,
     preview: Annotated[
         Path | None, typer.Option(help="New image (.png) that shows the region.", show_default=False)
     ] = None,
@@ -52,7 +64,7 @@ def roi(
     Without shapes, the file is checked and described. Outside the region nothing is learnt, scored or shown.
     """
     from normweave import settings
-    from normweave.data import images
+    from normweave.data import alignment, images
     from normweave.data import regions as drawn
 
     pixels = images.decode(image)
@@ -72,10 +84,17 @@ def roi(
     if preview is not None and preview.suffix.lower() not in PREVIEWS:
         raise ConfigError(f"The preview must end in {' or '.join(PREVIEWS)}, got {preview}. Nothing was written.")
     if given := _given(**parts):
+        if align is not Align.none:
+            given |= {"align": align.value, "reference": alignment.encode_reference(pixels)}
         own = settings.from_dict({"regions": [{"category": category, **given}]}, source="The options").regions
         drawn.check(own)
         found |= {category: own[0]}
         settings.write_regions(output, found.values())
+    elif align is not Align.none:
+        raise ConfigError(
+            f"--align {align.value} is about a region that is drawn now. Draw it over {image}, for example with "
+            "--rectangle 0.1,0.1,0.8,0.8."
+        )
     region = drawn.of(found.values(), category)
     if region is None:
         raise ConfigError(
@@ -89,7 +108,8 @@ def roi(
         described = drawn.described(tuple(found.values()))
         terminal.record({"file": str(output), "category": category, "inside": share, "regions": described})
     else:
-        terminal.show(f"{output}: the region of {category} is {share:.1%} of {image}")
+        follows = "" if region.align == "none" else f", and follows the part ({region.align})"
+        terminal.show(f"{output}: the region of {category} is {share:.1%} of {image}{follows}")
         if preview is not None:
             terminal.show(f"{preview}: the region over the image")
         terminal.remark(f"Next: normweave train DATA -o BUNDLE --regions {output}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -14,6 +14,8 @@ MAX_POINTS = 1000
 """The most corners of a polygon."""
 MAX_MASK_LETTERS = 2**20
 """The most letters of a mask as base64 text."""
+MAX_REFERENCE_LETTERS = 2**18
+"""The most letters of a reference image as base64 text."""
 EVERY = "*"
 """The category of a region for all categories that have none of their own."""
 
@@ -58,7 +60,20 @@ class RegionConfig:
     """The part to inspect; without shapes the whole image."""
     ignore: ShapesConfig = ShapesConfig()
     """Parts of it that are left out."""
+    align: Literal["none", "translation", "rigid"] = "none"
+    """Whether the region follows the part: `translation` finds where the part is, `rigid` also how it is turned.
+
+    Needs OpenCV, `pip install "normweave[align]"`.
+    """
+    reference: Annotated[str, Field(max_length=MAX_REFERENCE_LETTERS)] = ""
+    """The image over which the shapes were drawn, a small grey PNG image as base64 text; needed by `align`."""
 
     def __post_init__(self) -> None:
+        aligned = self.align != "none"
+        write = "write the region with normweave data roi IMAGE --align"
+        check(
+            (not aligned or bool(self.reference), f"align={self.align} must have a reference image: {write}"),
+            (aligned or not self.reference, "reference must be empty with align=none, which does not use it"),
+        )
         given = not (self.include.empty and self.ignore.empty)
         check((given, "include must have a polygon, a rectangle or a mask, or ignore must have one"))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from normweave.config import PrepareConfig, RegionConfig
-from normweave.data import regions
+from normweave.config.regions import EVERY
+from normweave.data import alignment, regions
+from normweave.data.alignment import Limits, Placement
 from normweave.data.regions import Region, TileRegion
 from normweave.errors import ImageError
 from normweave.types import Tile
@@ -26,10 +29,12 @@ class Preparation:
 
     Args:
         region: the part of the image that is inspected; None: all of it.
+        limits: what an image must reach to be inspected under a region that follows the part.
     """
 
     config: PrepareConfig
     region: Region | None = None
+    limits: Limits = field(default=alignment.FEWEST, compare=False)
 
     def of(self, category: str | None) -> Preparation:
         """Return itself: it is the same for all categories."""
@@ -37,8 +42,27 @@ class Preparation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
-        region = {} if self.region is None else {name: asdict(part) for name, part in self.region._asdict().items()}
-        return asdict(self.config) | region
+        if self.region is None:
+            return asdict(self.config)
+        shapes = {"include": asdict(self.region.include), "ignore": asdict(self.region.ignore)}
+        return asdict(self.config) | shapes | regions.alignment_of(self.region)
+
+    @property
+    def follows(self) -> bool:
+        """Whether the region follows the part."""
+        return self.region is not None and self.region.align != "none"
+
+    def place(self, image: NDArray[np.uint8]) -> Placement | None:
+        """Return where an image (H, W, 3) shows the part; None: the region does not follow it.
+
+        Raises:
+            ImageError: the image does not show the part as well as it must.
+        """
+        if self.region is None or not self.follows:
+            return None
+        placement = regions.aligner(self.region).place(image)
+        self.limits.check(placement)
+        return placement
 
     def tiles(self, height: int, width: int) -> tuple[Tile, ...]:
         """Return the tiles of an image of (height, width) pixels, row by row; together they cover every pixel.
@@ -123,9 +147,15 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Preparations(Preparation):
-    """The image preparation of each category. They differ in the region; on its own it prepares whole images."""
+    """The image preparation of each category. They differ in the region; on its own it prepares whole images.
+
+    Args:
+        regions: by category.
+        limits_of: of each category of `regions`.
+    """
 
     regions: tuple[RegionConfig, ...] = ()
+    limits_of: Mapping[str, Limits] = field(default_factory=dict, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the settings as JSON values; those of the regions by category, without the pixels of masks."""
@@ -133,4 +163,6 @@ class Preparations(Preparation):
 
     def of(self, category: str | None) -> Preparation:
         """Return the preparation of images of a category."""
-        return Preparation(self.config, regions.of(self.regions, category))
+        own = category if any(each.category == category for each in self.regions) else EVERY
+        limits = self.limits_of.get(str(own), alignment.FEWEST)
+        return Preparation(self.config, regions.of(self.regions, category), limits)

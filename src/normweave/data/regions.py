@@ -22,6 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from pydantic import TypeAdapter
 
 from normweave.config.regions import EVERY, MAX_MASK_LETTERS, RegionConfig, ShapesConfig
+from normweave.data import alignment
+from normweave.data.alignment import Aligner
 from normweave.data.synthetic import coverage
 from normweave.errors import ConfigError
 from normweave.types import Tile
@@ -46,11 +48,18 @@ class Region(NamedTuple):
 
     include: ShapesConfig
     ignore: ShapesConfig
+    align: str = "none"
+    reference: str = ""
+
+    @classmethod
+    def of(cls, config: RegionConfig) -> Region:
+        """Return the region of these settings."""
+        return cls(config.include, config.ignore, config.align, config.reference)
 
 
 def of(regions: Iterable[RegionConfig], category: str | None) -> Region | None:
     """Return the region of a category, or that of all categories; None: the whole image."""
-    named = {each.category: Region(each.include, each.ignore) for each in regions}
+    named = {each.category: Region.of(each) for each in regions}
     return named.get(category or EVERY, named.get(EVERY))
 
 
@@ -61,7 +70,8 @@ def check(regions: Sequence[RegionConfig], *, categories: Collection[str] | None
         categories: those that regions may name; None: any.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: one is not, or one that follows the part cannot be found in its own reference image.
+        MissingError: a region follows the part, and OpenCV is not installed.
     """
     for each in regions:
         name = f"The region of {'all categories' if each.category == EVERY else repr(each.category)}"
@@ -70,12 +80,29 @@ def check(regions: Sequence[RegionConfig], *, categories: Collection[str] | None
                 f"{name} has no images. Categories of the data: {', '.join(sorted(categories))}. Correct the name of "
                 "the category, or remove its region."
             )
-        covered = int(mask(Region(each.include, each.ignore), RASTER, RASTER).sum())
+        covered = int(mask(Region.of(each), RASTER, RASTER).sum())
         if covered < LEAST_PIXELS:
             raise ConfigError(
                 f"{name} covers {covered} of {RASTER * RASTER:,} pixels of a raster over the image, and "
                 f"{LEAST_PIXELS} is the least. Enlarge the included shapes, or remove ignored ones."
             )
+        if each.align != "none":
+            try:
+                aligner(Region.of(each))
+            except ConfigError as error:
+                raise ConfigError(f"{name}: {error}") from error
+
+
+@lru_cache(maxsize=CACHED)
+def aligner(region: Region) -> Aligner:
+    """Return what finds the part of a region that follows it.
+
+    Raises:
+        ConfigError: its reference image is none, or shows too little structure.
+        MissingError: OpenCV is not installed.
+    """
+    reference = alignment.decode_reference(region.reference)
+    return Aligner.checked(reference, mask(region, *reference.shape), rigid=region.align == "rigid")
 
 
 @lru_cache(maxsize=2)
@@ -278,18 +305,18 @@ def nearest(kept: Mask) -> NDArray[np.int32]:
 
 
 def to_json(region: Region) -> bytes:
-    """Return a region as JSON, for `from_json`."""
+    """Return the shapes of a region as JSON, for `from_json`."""
     return TypeAdapter(RegionConfig).dump_json(RegionConfig(include=region.include, ignore=region.ignore))
 
 
 def from_json(text: bytes) -> Region:
-    """Return the region that `to_json` wrote."""
+    """Return the region that `to_json` wrote; it does not follow the part."""
     found = TypeAdapter(RegionConfig).validate_json(text)
     return Region(found.include, found.ignore)
 
 
 def described(regions: Sequence[RegionConfig]) -> dict[str, Any]:
-    """Return the regions by category as JSON values, with the hash in the place of each mask."""
+    """Return the regions by category as JSON values, with the hash in the place of each picture."""
 
     def shapes(part: ShapesConfig) -> dict[str, Any]:
         drawn: dict[str, Any] = {}
@@ -298,12 +325,24 @@ def described(regions: Sequence[RegionConfig]) -> dict[str, Any]:
         if part.rectangles:
             drawn["rectangles"] = [list(rectangle) for rectangle in part.rectangles]
         if part.mask:
-            drawn["mask_sha256"] = hashlib.sha256(base64.b64decode(part.mask)).hexdigest()
+            drawn["mask_sha256"] = _hash(part.mask)
         return drawn
 
     return {
         each.category: {
             name: shapes(part) for name, part in (("include", each.include), ("ignore", each.ignore)) if not part.empty
         }
+        | alignment_of(Region.of(each))
         for each in regions
     }
+
+
+def alignment_of(region: Region) -> dict[str, str]:
+    """Return how a region follows the part as JSON values; nothing if it does not."""
+    if region.align == "none":
+        return {}
+    return {"align": region.align, "reference_sha256": _hash(region.reference)}
+
+
+def _hash(picture: str) -> str:
+    return hashlib.sha256(base64.b64decode(picture)).hexdigest()

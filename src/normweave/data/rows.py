@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from normweave.data import alignment
+from normweave.data.alignment import Placement
 from normweave.data.images import content_hash, decode, reading_version, size
 from normweave.data.prepare import Preparation
 from normweave.data.regions import TileRegion
@@ -48,12 +50,18 @@ class Rows:
     refused: tuple[Refusal, ...]
     preparation: Preparation
     """Of images of each category."""
+    placements: tuple[Placement | None, ...]
+    """m places of the parts that the regions of the images follow; None: the region does not follow it."""
+    unfit: Mapping[int, str] = field(default_factory=dict)
+    """Why an image does not show the part of its region, by its number; see `under`."""
     _decode: Callable[[int], NDArray[np.uint8]] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # The tiles of an image are consecutive rows: decode it once.
-        samples = self.samples
-        cached = lru_cache(maxsize=2)(lambda number: decode(samples[number].image_path))
+        samples, placements = self.samples, self.placements
+        cached = lru_cache(maxsize=2)(
+            lambda number: alignment.to_reference(decode(samples[number].image_path), placements[number])
+        )
         object.__setattr__(self, "_decode", cached)
 
     def __len__(self) -> int:
@@ -64,6 +72,10 @@ class Rows:
         """Return the prepared pixels of a row, (3, height, width)."""
         owner = int(self.owner[row])
         return self.preparation.of(self.samples[owner].category).apply(self._decode(owner), self.tiles[row])
+
+    def image(self, number: int) -> NDArray[np.uint8]:
+        """Return an image (H, W, 3), moved as its region is; its tiles and its region refer to it."""
+        return self._decode(number)
 
     def part_inside(self, row: int) -> TileRegion | None:
         """Return how a row is prepared and scored under its region; None: all of it is inside."""
@@ -76,7 +88,9 @@ class Rows:
         return [self.part_inside(int(row)) for row in np.flatnonzero(self.owner == number)]
 
     def under(self, preparation: Preparation) -> Rows:
-        """Return the rows of the same images under one preparation; no image is read.
+        """Return the rows of the same images under one preparation; images are read only if its region follows them.
+
+        An image that does not show the part of the region is in `unfit`, and prepared as if it were not moved.
 
         Raises:
             ImageError: an image has no pixel in its region.
@@ -85,12 +99,39 @@ class Rows:
             _tiles_and_keys(sample, content, preparation, size)
             for sample, content, size in zip(self.samples, self.hashes, self.sizes, strict=True)
         ]
+        placements, unfit = list[Placement | None](), dict[int, str]()
+        for number, sample in enumerate(self.samples):
+            placement, each = None, preparation.of(sample.category)
+            try:
+                placement = each.place(decode(sample.image_path)) if each.follows else None
+            except ImageError as error:
+                unfit[number] = str(error)
+            placements.append(placement)
         return replace(
             self,
             owner=np.array([number for number, (tiles, _) in enumerate(own) for _ in tiles], dtype=np.int64),
             tiles=tuple(tile for tiles, _ in own for tile in tiles),
             keys=tuple(key for _, keys in own for key in keys),
             preparation=preparation,
+            placements=tuple(placements),
+            unfit=unfit,
+        )
+
+    def without(self, refused: Mapping[int, str]) -> Rows:
+        """Return the rows without some images, which are refused for the reasons given."""
+        kept = [number for number in range(len(self.samples)) if number not in refused]
+        rows = np.flatnonzero(np.isin(self.owner, kept))
+        names = (Refusal(str(self.samples[number].image_path), reason) for number, reason in refused.items())
+        return replace(
+            self,
+            samples=tuple(self.samples[number] for number in kept),
+            hashes=tuple(self.hashes[number] for number in kept),
+            sizes=tuple(self.sizes[number] for number in kept),
+            placements=tuple(self.placements[number] for number in kept),
+            owner=np.searchsorted(kept, self.owner[rows]),
+            tiles=tuple(self.tiles[row] for row in rows),
+            keys=tuple(self.keys[row] for row in rows),
+            refused=(*self.refused, *names),
         )
 
     def tiles_of(self, number: int) -> tuple[Tile, ...]:
@@ -113,9 +154,10 @@ def scan(
 
     Args:
         known: returns for each key whether its features are stored; called once, with the keys of all images. Images
-            with stored features are not decoded again.
+            with stored features are not decoded again, unless their region follows the part.
     """
     images: list[tuple[Sample, str, tuple[int, int]]] = []  # sample, content hash, size
+    placements: list[Placement | None] = []
     rows: list[tuple[int, Tile, str]] = []  # index of the image, tile, key
     refused: list[Refusal] = []
     files = [_read_file(sample, preparation.of(sample.category)) for sample in samples]
@@ -126,13 +168,17 @@ def scan(
             if isinstance(file, ImageError):
                 raise file
             height, width = file.size
-            if not stored.issuperset(file.keys):
-                height, width = decode(sample.image_path).shape[:2]
+            placement, own = None, preparation.of(sample.category)
+            if own.follows or not stored.issuperset(file.keys):
+                pixels = decode(sample.image_path)
+                height, width = pixels.shape[:2]
+                placement = own.place(pixels)
         except ImageError as error:
             refused.append(Refusal(str(sample.image_path), str(error)))
             continue
         rows += [(len(images), tile, key) for tile, key in zip(file.tiles, file.keys, strict=True)]
         images.append((sample, file.content, (height, width)))
+        placements.append(placement)
         if progress is not None:
             progress("reading images", number + 1, len(samples))
     return Rows(
@@ -144,6 +190,7 @@ def scan(
         keys=tuple(key for _, _, key in rows),
         refused=tuple(refused),
         preparation=preparation,
+        placements=tuple(placements),
     )
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from normweave import scoring
-from normweave.data import images, regions
+from normweave.data import alignment, images, regions
+from normweave.data.alignment import Placement
 from normweave.data.regions import Region
 from normweave.scoring import PreparedImage, TileScores
 from normweave.serve.files import Files
@@ -62,8 +63,17 @@ class ImageReader:
         Args:
             grids: of another model, as for `map_of`.
         """
-        _, region = _read_grids(self._grids if grids is None else grids)
-        return None if region is None else regions.mask(region, *shrunk(self.size, max_side))
+        content, size = self._grids if grids is None else grids, shrunk(self.size, max_side)
+        inside = self._inside_reference(content, size)
+        if inside is None:
+            return None
+        _, _, placement = _read_grids(content)
+        return np.asarray(alignment.to_image(inside, placement and placement.resized(self.size, size)))
+
+    def _inside_reference(self, grids: bytes, size: tuple[int, int]) -> NDArray[np.bool_] | None:
+        """Return the region before it is moved to the part, (H, W); None: no region."""
+        _, region, _ = _read_grids(grids)
+        return None if region is None else regions.mask(region, *size)
 
     def map_of(
         self, grids: bytes, tiles: Sequence[Tile], *, smoothing: float, threshold: float, max_side: int | None = None
@@ -74,12 +84,19 @@ class ImageReader:
             grids: what `grids_file` returned.
             threshold: of the map.
         """
-        scores, _ = _read_grids(grids)
+        scores, _, placement = _read_grids(grids)
         whole, size = self.size, shrunk(self.size, max_side)
         if size != whole:
             tiles = [_shrunk_tile(tile, whole, size) for tile in tiles]
-        inside = self.inside(grids, max_side=max_side)
-        return scoring.anomaly_map(scores, tuple(tiles), size, smoothing=smoothing, inside=inside, threshold=threshold)
+        return scoring.anomaly_map(
+            scores,
+            tuple(tiles),
+            size,
+            smoothing=smoothing,
+            inside=self._inside_reference(grids, size),
+            threshold=threshold,
+            placement=placement and placement.resized(whole, size),
+        )
 
     @cached_property
     def _grids(self) -> bytes:
@@ -89,20 +106,22 @@ class ImageReader:
 def grids_file(image: PreparedImage, tiles: TileScores) -> bytes:
     """Return the patch scores of an image, (n, h, w) float32, as an .npy file.
 
-    The region under which it was scored follows as a second array, the bytes of its JSON; nothing without one.
+    The region under which it was scored follows as a second array, the bytes of its JSON; nothing without one. If the
+    region follows the part, the fields of its placement are a third array.
     """
-    region = image.preparations[0].region
+    region, placement = image.preparations[0].region, image.placement
     text = b"" if region is None else npy(np.frombuffer(regions.to_json(region), dtype=np.uint8))
-    return npy(tiles.raw.scores) + text
+    return npy(tiles.raw.scores) + text + (b"" if placement is None else npy(np.array(placement)))
 
 
-def _read_grids(content: bytes) -> tuple[NDArray[np.float32], Region | None]:
+def _read_grids(content: bytes) -> tuple[NDArray[np.float32], Region | None, Placement | None]:
     """Return what `grids_file` wrote."""
     stream = io.BytesIO(content)
-    scores = np.load(stream, allow_pickle=False)
-    if stream.tell() == len(content):
-        return scores, None
-    return scores, regions.from_json(np.load(stream, allow_pickle=False).tobytes())
+    found = [np.load(stream, allow_pickle=False)]
+    while stream.tell() < len(content):
+        found.append(np.load(stream, allow_pickle=False))
+    region = regions.from_json(found[1].tobytes()) if len(found) > 1 else None
+    return found[0], region, Placement(*found[2].tolist()) if len(found) > 2 else None
 
 
 def shrunk(size: tuple[int, int], max_side: int | None) -> tuple[int, int]:

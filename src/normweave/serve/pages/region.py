@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from normweave import settings
 from normweave.config import RegionConfig, ShapesConfig
 from normweave.config.regions import EVERY
 from normweave.data import regions
+from normweave.data.alignment import encode_reference
 from normweave.errors import NormweaveError
 from normweave.serve.pages.frame import EMIT_ID, Page, Serving, notify_error
 from normweave.serve.pages.inspect import ENDINGS
@@ -27,6 +29,12 @@ LISTED = 24
 MAX_SIDE = 1600
 """Longer side of the image that is drawn on, in pixels."""
 FILE = "regions.json"
+FOLLOW = {
+    "none": "no, it stays in its place",
+    "translation": "where it is moved",
+    "rigid": "where it is moved and turned",
+}
+"""Whether the region follows the part, in words."""
 
 
 class Drawing(Element, component="region.js"):
@@ -74,6 +82,8 @@ class RegionPage(Page):
         self._listed: list[Inspection] = []
         self._shown: Inspection | None = None
         self._problems: dict[str, str] = {}  # of drawings that are not kept, by category
+        self._follow = {each.category: each.align for each in self._regions.values()}
+        self._over: dict[str, Inspection] = {}  # the image over which the region of a category was drawn
 
     async def content(self) -> None:
         """Build the images to draw on, the drawing, and the file."""
@@ -93,6 +103,8 @@ class RegionPage(Page):
                 options = {name: "all that have no region of their own" if name == EVERY else name for name in names}
                 self._category = ui.select(options, value=EVERY, label="Category", on_change=self._draw)
                 self._category.props("outlined dense options-dense").classes("choice wide")
+                self._align = ui.select(FOLLOW, value="none", label="Follow the part", on_change=self._set_follow)
+                self._align.props("outlined dense options-dense").classes("choice wide")
             self._drawing = Drawing()
             self._drawing.on("drawn", self._changed)
             with ui.element("div").classes("pager"):
@@ -134,7 +146,11 @@ class RegionPage(Page):
         """Show the region of the chosen category: its own, or that of all."""
         self._problems.pop(self._category.value, None)  # what was drawn is not kept, so it is not shown again
         self._drawing.draw(self._regions.get(self._category.value, self._regions.get(EVERY)))
+        self._align.set_value(self._follow.get(str(self._category.value), "none"))
         self._show_state()
+
+    def _set_follow(self) -> None:
+        self._follow[str(self._category.value)] = self._align.value
 
     def _changed(self, event: GenericEventArguments) -> None:
         """Check what was drawn, and keep it for the chosen category."""
@@ -149,6 +165,8 @@ class RegionPage(Page):
                 self._regions.pop(category, None)
             else:
                 self._regions[category] = region
+                if self._shown is not None:
+                    self._over[category] = self._shown
         self._show_state()
 
     def _show_state(self) -> None:
@@ -171,9 +189,26 @@ class RegionPage(Page):
         )
         self._download.set_enabled(bool(self._regions) and not self._problems)
 
-    def _send(self) -> None:
+    async def _send(self) -> None:
         if self.is_open_to(self._token) and self._regions and not self._problems:
-            ui.download.content(settings.regions_text(self._regions.values()), FILE, "application/json")
+            try:
+                found = [await self._following(each) for each in self._regions.values()]
+                await asyncio.to_thread(regions.check, found)
+            except NormweaveError as error:
+                notify_error(str(error))
+                return
+            ui.download.content(settings.regions_text(found), FILE, "application/json")
+
+    async def _following(self, region: RegionConfig) -> RegionConfig:
+        """Return a region that follows the part as chosen, with the image over which it was drawn as reference."""
+        follow = self._follow.get(region.category, "none")
+        if follow == region.align:
+            return region
+        over = self._over.get(region.category, self._shown)
+        reference = ""
+        if follow != "none" and over is not None and over.image is not None:
+            reference = await self._service.render(over.image, lambda reader: encode_reference(reader.image()))
+        return replace(region, align=follow, reference=reference)
 
 
 def read(category: str, drawn: Any) -> RegionConfig | None:

@@ -5,8 +5,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from normweave.serve.access import Access
+from normweave.serve.access import UNKNOWN_SECONDS, Access
 from normweave.serve.records import NotFoundError
+from normweave.serve.store import Store
 
 
 def test_only_the_first_start_creates_a_token_for_each_role(access):
@@ -102,3 +103,22 @@ def test_secrets_of_sessions_are_not_stored(access, tmp_path):
     content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"sessions" in content
     assert cookie.encode() not in content
+
+
+def test_a_token_that_another_server_has_just_made_is_valid(service, access):
+    made = access.create(name="Ada", role="operator")
+    other = Access(service.store, session_hours=12)
+    assert other.authenticate(made.secret) == made.token  # its cache is filled
+    time.sleep(UNKNOWN_SECONDS)
+    new = access.create(name="Bob", role="operator")
+    assert other.authenticate(new.secret) == new.token
+
+
+def test_unknown_tokens_are_looked_for_in_the_store_twice_a_second_at_most(access, monkeypatch):
+    reads = []
+    read = Store.tokens
+    access.create(name="Ada", role="operator")
+    monkeypatch.setattr(Store, "tokens", lambda store: (reads.append(1), read(store))[1])
+    for number in range(100):
+        assert access.authenticate(f"nw_{number}") is None
+    assert len(reads) <= 2

@@ -127,6 +127,8 @@ def test_a_taken_port(server, bundle, tmp_path):
         (("--name", "a\nb"), "--name must have at most 60 printable characters"),
         (("--host", "256.1.1.1"), "Cannot listen on 256.1.1.1"),
         (("--database", "mysql://x"), "mysql"),
+        (("--images", "s3://line"), "which need --database postgresql://…; got no --database. One server"),
+        (("--images", "images", "--database", "sqlite:///x.db"), "got another database"),
         (("--max-megapixels", "0"), "max_pixels must be above 0"),
     ],
 )

@@ -264,3 +264,29 @@ def test_without_outputs_nothing_runs(station):
     deliveries = station.begin()
     assert (deliveries.states(), station.listeners) == ([], set())
     deliveries.stop()
+
+
+def test_a_server_that_does_not_deliver_shows_what_is_stored_and_can_begin_again(station, begin, monkeypatch):
+    monkeypatch.setattr(delivery, "SAVE_SECONDS", 0.02)
+    leader, waits = Script(attempts=1), Script(attempts=1)
+    leading = begin(leader)
+    standby = delivery.Deliveries(station, [waits])
+    leader.answers = [None, RefusedError("gone")]
+    ids = station.add(3)
+    until(lambda: leader.taken == [ids[0], ids[2]])
+    until(lambda: [one.behind for one in standby.states()] == [0])
+    (state,) = standby.states()
+    assert (state.status, state.dead_letters, state.last_success_at is None) == ("behind", 1, False)
+    assert len(standby.dead_letters("script", limit=9)) == 1
+
+    assert standby.send_again("script") == 1  # the one that delivers finds it
+    until(lambda: leader.taken == [ids[0], ids[2], ids[1]])
+    leading.stop(seconds=0)
+    standby.start()
+    (last,) = station.add()
+    until(lambda: waits.taken == [last])
+    standby.stop()
+    leading.start()
+    (last,) = station.add()
+    until(lambda: leader.taken[-1] == last)
+    assert waits.taken != [last]

@@ -1,5 +1,6 @@
 """Drift of the inspections of a server."""
 
+import threading
 from copy import copy
 from dataclasses import replace
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bundles import wait_for
 from counterparts import until
 from inspections import inspection, unreadable
 from normweave.errors import DataError
 from normweave.serve import DATABASE, drift
 from normweave.serve.delivery import Deliveries
+from normweave.serve.delivery_store import DeliveryStore
 from normweave.serve.store import Store
 
 
@@ -139,3 +142,37 @@ def test_the_thread_follows_what_is_stored(service, loaded, photos, watching):
     watch.start()  # an application may start again
     watch.stop()
     assert watch.state()[1].count == 3
+
+
+def test_a_new_leader_stores_the_alarms_that_the_one_before_may_not_have_stored(
+    service, loaded, photos, tmp_path, monkeypatch
+):
+    good = [photo for photo in photos if "/good/" in photo]
+    scored(loaded, good, service, 60)
+    scored(loaded, good, service, 90, gain=0.8)
+    leads, store = threading.Event(), DeliveryStore(service.store.database, line="")
+
+    def alarms():
+        return [item.record.cause for item in store.after("drift", 0, limit=99)]
+
+    def follow(name):
+        watch = drift.DriftWatch(service, tmp_path / name, leads=leads.is_set)
+        watch.start()
+        wait_for(lambda: watch.state()[0])
+        watch.stop()
+        return watch
+
+    watch = follow("drift.json")
+    assert alarms() == []
+    leads.set()
+    watch.start()
+    watch.stop()
+    assert "lighting or camera" in (found := alarms())
+
+    leads.clear()
+    late = follow("other.json")
+    monkeypatch.setattr(drift, "HANDOVER_SECONDS", 0.0)
+    leads.set()
+    late.start()
+    late.stop()
+    assert alarms() == found  # the leader of that time has stored them

@@ -233,3 +233,35 @@ def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(DataError, match=r"is not writable: .*Choose another folder"):
         Files(tmp_path / "taken" / "files")
+
+
+def test_servers_share_a_folder_only_if_all_of_them_do(tmp_path):
+    first, second = Files(tmp_path, shared=True), Files(tmp_path, shared=True)
+    digest = first.put(b"part")
+    assert second.read(digest) == b"part"
+    assert first.identity == second.identity
+    with pytest.raises(DataError, match=r"Several servers share a folder if each is started with --images."):
+        Files(tmp_path)
+    first.close()
+    second.close()
+    alone = Files(tmp_path)
+    with pytest.raises(DataError, match="Another server stores its images in"):
+        Files(tmp_path, shared=True)
+    alone.close()
+    other = Files(tmp_path / "other")
+    assert other.identity != first.identity
+    other.close()
+
+
+def test_a_shared_folder_keeps_the_partial_files_of_others(tmp_path):
+    first, second = Files(tmp_path, shared=True), Files(tmp_path, shared=True)
+    first.put(b"part")
+    (shard,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    young, old = shard / ".partial-of-another", shard / ".partial-of-a-killed-server"
+    for path in (young, old):
+        path.write_bytes(b"")
+    os.utime(old, (0, 0))
+    second.sweep()
+    assert (young.exists(), old.exists()) == (True, False)
+    first.close()
+    second.close()

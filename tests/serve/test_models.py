@@ -15,8 +15,10 @@ from normweave.errors import ConfigError
 from normweave.serve.library import ModelError
 from normweave.serve.model_store import ModelStore
 from normweave.serve.models import Models, changed_preparation, choose_active
-from normweave.serve.service import Upload
+from normweave.serve.service import StoppedError, Upload
 from normweave.serve.store import Store
+
+from .conftest import load
 
 
 def counted(models):
@@ -228,3 +230,64 @@ def test_no_image_is_lost_or_attributed_to_the_wrong_bundle_while_they_are_excha
         assert one.outcome.pred_score == pytest.approx(outcome.pred_score, rel=1e-4)
         assert (one.outcome.verdict, one.outcome.threshold) == (outcome.verdict, outcome.threshold)
     assert len(service.store.inspections(ALL, limit=10**6)) == len(answers)
+
+
+# ── another server of the line ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def other(library_service, loaded, library, start):
+    """The models of a second server with the same store and library."""
+    service = start()
+    service.store = library_service.store
+    service.swap(loaded)
+    service.models = Models(library, service=service, load=load, device="cpu")
+    return service.models, service
+
+
+def test_what_another_server_decides_is_taken_over(models, other, hashes, library):
+    follower, service = other
+    follower.follow()
+    assert service.detector.bundle_hash == hashes["old"]
+    models.start_shadow(hashes["new"], ADA)
+    follower.follow()
+    follower.follow()
+    assert follower.state().candidate == hashes["new"]
+    assert refused(follower.promote, hashes["torn"], ADA) == "bundle_damaged"
+    models.promote(hashes["new"], ADA)
+    assert refused(follower.records.promote, hashes["new"], ADA) == "already_active"
+    follower.follow()
+    assert service.detector.bundle_hash == hashes["new"]
+    before = models.records.before(models.records.active())
+    models.roll_back(ADA)
+    assert refused(follower.records.roll_back, before, ADA) == "nothing_to_roll_back_to"
+    follower.follow()
+    assert (service.detector.bundle_hash, service.refusal) == (hashes["old"], None)
+
+
+def test_a_server_without_the_active_bundle_refuses_images_until_it_has_it(models, other, hashes, library, photos):
+    follower, service = other
+    follower.follow()
+    models.start_shadow(hashes["new"], ADA)
+    models.promote(hashes["new"], ADA)
+    away = (library.folder / "new").rename(library.folder.parent / "away")
+    with pytest.raises(ModelError, match="The library has no bundle"):
+        follower.follow()
+    with pytest.raises(StoppedError, match=r"The active bundle of the line cannot be loaded on this server: The libra"):
+        inspect_files(service, photos[0])
+    with pytest.raises(StoppedError, match=r"The active bundle of the line cannot be loaded"):
+        service.check_ready()
+    away.rename(library.folder / "new")
+    follower.follow()
+    (one,) = inspect_files(service, photos[0])
+    assert one.outcome.bundle_hash == hashes["new"]
+
+
+def test_a_rate_that_another_server_has_set_is_taken_over(models, other, library_service):
+    _, service = other
+    before = service.detector
+    service.follow_rate()
+    assert service.detector is before
+    asyncio.run(library_service.change_rate(0.4, actor="Ada"))
+    service.follow_rate()
+    assert service.detector.calibration.false_alarm_rate == 0.4

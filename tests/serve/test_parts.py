@@ -300,3 +300,20 @@ def test_the_state_alone_closes_each_part_once_in_any_order(order, lost):
     assert not state
     assert Counter(one.part_id for one in closed) == Counter({str(part) for part, _ in came})
     assert sum(len(one.images) for one in closed) == len(came)
+
+
+def test_a_server_that_leads_again_reads_what_another_one_has_closed_in_the_meantime(service, photos):
+    service.part_rule = PartRule(part="^([^_]+)_", views=2, seconds=30)
+    first, second = Parts(service), Parts(service)
+    first.start()
+    inspect_files(service, photos[0], names=["17_a.png"])
+    until(lambda: "17" in {one.part_id for one in first.records.open_views(after=0, limit=9)})
+    first.stop()
+    second.start()
+    inspect_files(service, photos[1], names=["17_b.png"])
+    until(lambda: len(second.records.records(limit=9)) == 1)
+    second.stop()
+    first.start()
+    inspect_files(service, photos[2], photos[3], names=["18_a.png", "18_b.png"])
+    until(lambda: [one.part_id for one in first.records.records(limit=9)] == ["18", "17"])
+    first.stop()

@@ -269,3 +269,16 @@ def test_ten_thousand_frames_are_counted_exactly_and_at_most_one_is_in_the_servi
     assert max(waiting) <= 1
     assert runner.counts["failed"] == 0
     assert service.store.count(ALL) == runner.counts["inspected"] > 0
+
+
+def test_a_stopped_source_can_begin_again(run, script, picture):
+    runner = run()
+    script.give(None, picture)
+    until(lambda: runner.counts["inspected"] == 1)
+    script.give(END)
+    runner.stop()
+    assert runner.state == ("amber", "this server does not read it")
+    runner.start()
+    script.give(None, picture)
+    until(lambda: runner.counts["inspected"] == 2)
+    assert runner.state.colour == "green"

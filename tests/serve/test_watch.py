@@ -18,6 +18,7 @@ from normweave.serve import create_app
 from normweave.serve import watch as module
 from normweave.serve.database import StoreError
 from normweave.serve.records import Filter, WatchState
+from normweave.serve.retention import Retention
 from normweave.serve.seen import Seen
 from normweave.serve.service import BusyError, Upload
 from normweave.serve.watch import Watch
@@ -86,7 +87,7 @@ def test_what_retention_removed_is_not_inspected_again(start, camera, photos):
 
     async def walk(watch):
         await until(lambda: names(service) == ["a.png"])
-        service.apply_retention()
+        Retention(service).apply()
         await asyncio.sleep(0.4)
 
     watching(service, camera, walk)

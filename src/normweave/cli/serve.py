@@ -41,6 +41,13 @@ def serve(
         Path | None,
         typer.Option("--config", "-c", help="YAML file of the sources and outputs of the line.", show_default=False),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or s3://… of the images, which several servers of the line share. Needs PostgreSQL.",
+            show_default=False,
+        ),
+    ] = None,
     library: Annotated[
         Path | None,
         typer.Option(
@@ -101,6 +108,11 @@ def serve(
         raise ConfigError("Give one BUNDLE, or a folder of bundles with --library.")
     if active is not None and library is None:
         raise ConfigError("--active chooses a bundle of a library, so it needs --library.")
+    if images is not None and (database is None or not database.startswith("postgresql")):
+        raise ConfigError(
+            "--images is for several servers of a line, which need --database postgresql://…; got "
+            f"{'no --database' if database is None else 'another database'}. One server stores its images in --data."
+        )
     if (tls_certificate is None) != (tls_key is None):
         raise ConfigError("TLS needs both --tls-certificate and --tls-key.")
     if watch is not None and not watch.is_dir():
@@ -112,10 +124,12 @@ def serve(
         from normweave.serve.authentication import is_loopback
         from normweave.serve.config import ServeConfig
         from normweave.serve.delivery import Deliveries
-        from normweave.serve.files import Files
+        from normweave.serve.files import Files, ImageStore
         from normweave.serve.library import Library
         from normweave.serve.models import Models, choose_active
+        from normweave.serve.object_files import ObjectFiles
         from normweave.serve.records import Role
+        from normweave.serve.replicas import Replica, SoleServer
         from normweave.serve.seen import Seen
         from normweave.serve.service import InspectionService
         from normweave.serve.source import SourceRunner
@@ -166,11 +180,27 @@ def serve(
     folder = where.resolve().parent / "inspections" if data is None else data
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        files = Files(folder / server.FILES)
+        if images is not None:  # else the folder of the images has a lock
+            stack.enter_context(closing(SoleServer(folder)))
+        files: ImageStore
+        if images is None:
+            files = Files(folder / server.FILES)
+        elif "://" in images:
+            files = ObjectFiles(images)
+        else:
+            files = Files(Path(images), shared=True)
         stack.callback(files.close)
         files.sweep()
         store = Store.open(database or folder / server.DATABASE, line=name)
         stack.callback(store.close)
+        replica = None
+        if store.database.is_shared:
+            replica = Replica(
+                store.database, line=name, images=files.identity, server=store.server, watches=watch is not None
+            )
+            stack.callback(replica.close)
+        elif database is not None:
+            stack.enter_context(closing(SoleServer(store.database.path)))
         if detector is None and bundles is not None:
             detector = load(choose_active(bundles, store, name=active).path)
         assert detector is not None
@@ -181,7 +211,7 @@ def serve(
         tokens = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
-        service = InspectionService(detector, store=store, files=files, config=limits)
+        service = InspectionService(detector, store=store, files=files, config=limits, folder=folder)
         service.part_rule = line.parts
         stack.callback(service.stop)
         if bundles is not None:
@@ -193,7 +223,9 @@ def serve(
             watching = Watch(watch.resolve(), service=service, seen=seen)
         delivering = Deliveries(service, receivers)
         sources = [SourceRunner(one, service) for one in line.sources]
-        app = server.create_app(service, access=access, watch=watching, outputs=delivering, sources=sources)
+        app = server.create_app(
+            service, access=access, watch=watching, outputs=delivering, sources=sources, replica=replica
+        )
         address = listening.getsockname()
         shown = f"[{address[0]}]" if ":" in address[0] else address[0]
         url = f"{'http' if certificate is None else 'https'}://{shown}:{address[1]}"

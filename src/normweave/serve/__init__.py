@@ -17,6 +17,8 @@ from normweave.serve.drift import DriftWatch
 from normweave.serve.handlers import HeadMiddleware
 from normweave.serve.limits import LimitsMiddleware
 from normweave.serve.parts import Parts
+from normweave.serve.replicas import Replica
+from normweave.serve.retention import Retention
 from normweave.serve.service import InspectionService
 from normweave.serve.source import SourceRunner
 from normweave.serve.store import DATABASE as DATABASE
@@ -38,6 +40,7 @@ def create_app(
     watch: Watch | None = None,
     outputs: Deliveries | None = None,
     sources: Sequence[SourceRunner] = (),
+    replica: Replica | None = None,
     pages: bool = True,
 ) -> FastAPI:
     """Return the ASGI application of a server. On shutdown it first finishes all accepted images.
@@ -47,25 +50,50 @@ def create_app(
         watch: started and stopped with the application.
         outputs: started and stopped with the application; the last results are delivered.
         sources: started and stopped with the application.
+        replica: outputs and sources are then started when this server becomes the leader; closed with the application.
         pages: add the pages for people; at most one application of a process can have them.
     """
-    drift = DriftWatch(service, service.files.folder.parent / DRIFT)
+    drift = DriftWatch(service, service.folder / DRIFT, leads=lambda: replica is None or replica.leads)
     teaching = Teaching(service)
     parts = Parts(service)
     outputs = Deliveries(service, []) if outputs is None else outputs
     parts.listeners.add(outputs.notify)
     drift.listeners.add(outputs.notify)
+    retention = Retention(service)
+
+    def lead() -> None:
+        retention.start()
+        parts.start()
+        outputs.start()
+        for source in sources:
+            source.start()
+        service.metrics.leader.set(1)
+
+    def lead_no_longer() -> None:
+        service.metrics.leader.set(0)
+        for source in sources:
+            source.stop()
+        outputs.stop(seconds=0)
+        parts.stop()
+        retention.stop()
+
+    def follow() -> None:
+        service.follow_rate()
+        if service.models is not None:
+            service.models.follow()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         if watch is not None:
             watch.start()
         drift.start()
-        parts.start()
-        outputs.start()
-        for source in sources:
-            source.start()
+        if replica is None:
+            lead()
+        else:
+            replica.start(news=service.notify, follow=follow, leads=lead, follows=lead_no_longer)
         yield
+        if replica is not None:
+            await asyncio.to_thread(replica.stop)
         for source in sources:
             await asyncio.to_thread(source.stop)
         if watch is not None:
@@ -73,8 +101,11 @@ def create_app(
         await asyncio.to_thread(teaching.stop)
         await asyncio.to_thread(service.stop)
         await asyncio.to_thread(parts.stop)
+        await asyncio.to_thread(retention.stop)
         await asyncio.to_thread(drift.stop)
         await asyncio.to_thread(outputs.stop)
+        if replica is not None:
+            await asyncio.to_thread(replica.close)
         if access is not None:
             await asyncio.to_thread(access.close)
 

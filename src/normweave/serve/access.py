@@ -25,6 +25,8 @@ PREFIX = "nw_"
 """Start of every token, by which secret scanners can recognise it."""
 CACHE_SECONDS = 5.0
 """Lifetime of cached tokens and sessions: what another process revokes or ends is refused after at most this time."""
+UNKNOWN_SECONDS = 0.5
+"""A token that is not known is looked for in the store at most so often: another process may have created it."""
 USE_SECONDS = 60.0
 """The time of the last use of a session is stored at most once in this time."""
 MOST_CACHED = 1000
@@ -63,9 +65,10 @@ class Access:
 
     def create_first_tokens(self) -> list[NewToken]:
         """Create a token for each role if the store has none; return the new tokens."""
-        if self._store.tokens():
-            return []
-        return [self.create(name=role, role=role) for role in ("engineer", "operator")]
+        with self._store.database.locked("tokens"):  # of several servers that start, one does
+            if self._store.tokens():
+                return []
+            return [self.create(name=role, role=role) for role in ("engineer", "operator")]
 
     def close(self) -> None:
         """Record the failed logins that are not recorded yet."""
@@ -119,7 +122,9 @@ class Access:
 
     def authenticate(self, secret: str) -> Token | None:
         """Return the token with this secret; None if it is unknown, expired or revoked."""
-        return _if_valid(self._tokens().get(_digest(secret)))
+        digest = _digest(secret)
+        found = self._tokens().get(digest) or self._tokens(UNKNOWN_SECONDS).get(digest)
+        return _if_valid(found)
 
     def log_in(self, token: Token, *, address: str) -> str:
         """Start a session, and return the value of its cookie.
@@ -178,9 +183,10 @@ class Access:
                 self._sessions[digest] = now, session
         return session
 
-    def _tokens(self) -> dict[str, Token]:
+    def _tokens(self, seconds: float | None = None) -> dict[str, Token]:
+        """Return the tokens as they were at most so long ago; None: `CACHE_SECONDS`."""
         with self._lock:
-            if time.monotonic() - self._cached_at >= CACHE_SECONDS:
+            if time.monotonic() - self._cached_at >= (CACHE_SECONDS if seconds is None else seconds):
                 self._cache = {token.digest: token for token in self._store.tokens()}
                 self._cached_at = time.monotonic()
             return self._cache

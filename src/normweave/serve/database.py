@@ -1,14 +1,15 @@
-"""Connections to SQLite or PostgreSQL, transactions, and migrations."""
+"""Connections to SQLite or PostgreSQL, transactions, locks of several servers, and migrations."""
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, make_url, select
 from sqlalchemy.engine import URL
@@ -20,8 +21,14 @@ from normweave.errors import ConfigError, DataError, MissingError, NormweaveErro
 MIGRATIONS = Path(__file__).parent / "migrations"
 TIMEOUT_SECONDS = 10
 """Longest wait for a connection to PostgreSQL, or for another writer of an SQLite file."""
+IDLE_SECONDS = 60
+"""PostgreSQL ends a transaction that does nothing for so long, since it may hold locks that others wait for."""
+LOST_SECONDS = 15
+"""After about this time PostgreSQL and the server notice that the other machine is gone."""
 _MIGRATION_LOCK = 0x6E6F726D
 """The advisory lock of PostgreSQL that a migration holds."""
+LockName = Literal["inspections", "files", "tokens", "models", "line", "images", "leader", "watch"]
+"""What an advisory lock of PostgreSQL protects. inspections, files, tokens: of the database; the others: of a line."""
 _alembic = threading.Lock()
 """Alembic keeps its current migration in a global variable."""
 _URL_CURE = "Write sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE, with %40 for an @ in the password."
@@ -87,6 +94,7 @@ class Database:
                     "createdb --encoding=UTF8 --template=template0 NAME"
                 )
             # Only one of several starting servers migrates; with SQLite, the start of a transaction has this effect.
+            connection.exec_driver_sql("SET LOCAL lock_timeout = 0")  # a migration of many rows takes its time
             connection.execute(select(func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
@@ -110,6 +118,50 @@ class Database:
         """Close all connections."""
         self._engine.dispose()
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several servers can use it: PostgreSQL. An SQLite file has one writer at a time, and one server."""
+        return self._engine.dialect.name == "postgresql"
+
+    @property
+    def path(self) -> Path:
+        """File of an SQLite database."""
+        return Path(str(self._engine.url.database))
+
+    def lock(self, connection: Connection, name: LockName, *of: str, shared: bool = False) -> None:
+        """Wait for a lock that is held until the end of the transaction; without effect for SQLite.
+
+        Args:
+            of: what it belongs to, such as the name of a line.
+            shared: several transactions can hold it like this, but none beside one that does not share it.
+        """
+        if self.is_shared:
+            take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
+            connection.execute(select(take(lock_key(name, *of))))
+
+    @contextmanager
+    def locked(self, name: LockName, *of: str) -> Iterator[None]:
+        """Hold a lock apart from other transactions; see `lock`. Without effect for SQLite."""
+        if not self.is_shared:
+            yield
+            return
+        with self.writing() as connection:
+            self.lock(connection, name, *of)
+            yield
+
+    def dedicated(self) -> Any:
+        """Return a psycopg connection outside the pool, in autocommit mode; the caller closes it. PostgreSQL only.
+
+        Raises:
+            StoreError: the database failed.
+        """
+        with self._errors():
+            raw = self._engine.raw_connection()
+            raw.detach()
+            connection: Any = raw.dbapi_connection
+            connection.autocommit = True
+            return connection
+
     def reading(self) -> AbstractContextManager[Connection]:
         """Return a transaction that only reads.
 
@@ -129,11 +181,15 @@ class Database:
 
     @contextmanager
     def _transaction(self, *, writes: bool) -> Iterator[Connection]:
+        with self._errors(), self._engine.connect() as connection:
+            connection.execution_options(normweave_writes=writes)
+            with connection.begin():
+                yield connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            with self._engine.connect() as connection:
-                connection.execution_options(normweave_writes=writes)
-                with connection.begin():
-                    yield connection
+            yield
         except IntegrityError:
             raise
         except (DBAPIError, PoolTimeoutError) as error:
@@ -144,6 +200,12 @@ class Database:
                 else "that it runs, that this machine may reach it, and its name and password"
             )
             raise StoreError(f"The database {self._name} failed: {reason}. Check {cure}.") from error
+
+
+def lock_key(name: LockName, *of: str) -> int:
+    """Return the number of an advisory lock of PostgreSQL."""
+    digest = hashlib.sha256("\0".join(("normweave", name, *of)).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _read_url(url: str) -> URL:
@@ -172,8 +234,7 @@ def _read_url(url: str) -> URL:
 def make_engine(url: URL) -> Engine:
     """Return an engine that tests a connection before using it and, for SQLite, writes through to the disk."""
     if url.drivername != "sqlite":
-        timeout = {} if "connect_timeout" in url.query else {"connect_timeout": TIMEOUT_SECONDS}
-        return create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=timeout)
+        return _make_postgres_engine(url)
 
     engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args={"timeout": TIMEOUT_SECONDS})
 
@@ -189,6 +250,34 @@ def make_engine(url: URL) -> Engine:
         # A transaction that reads first and then writes fails at once if another one wrote in between: so wait here.
         writes = connection.get_execution_options()["normweave_writes"]
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    return engine
+
+
+def _make_postgres_engine(url: URL) -> Engine:
+    """Return an engine whose connections end soon if the other machine is gone, and wait for no lock for ever."""
+    limits = {
+        "connect_timeout": TIMEOUT_SECONDS,
+        "keepalives_idle": 5,
+        "keepalives_interval": 2,
+        "keepalives_count": (LOST_SECONDS - 5) // 2,
+        "tcp_user_timeout": 1000 * LOST_SECONDS,
+    }
+    given = {name: value for name, value in limits.items() if name not in url.query}
+    engine = create_engine(url, pool_pre_ping=True, hide_parameters=True, connect_args=given)
+
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _: Any) -> None:
+        settings = {
+            "lock_timeout": f"{TIMEOUT_SECONDS}s",
+            "idle_in_transaction_session_timeout": f"{IDLE_SECONDS}s",
+            "tcp_keepalives_idle": "5",
+            "tcp_keepalives_interval": "2",
+            "tcp_keepalives_count": str(limits["keepalives_count"]),
+        }
+        with connection.cursor() as cursor:
+            cursor.execute("; ".join(f"SET {name} = '{value}'" for name, value in settings.items()))
+        connection.commit()
 
     return engine
 

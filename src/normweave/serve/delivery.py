@@ -2,9 +2,8 @@
 
 The store is the queue: each output has, for inspections, verdicts on parts and alarms of drift, the id up to which it
 has delivered, so what is undelivered survives a restart and needs no memory. A verdict on a part comes after its
-images. All outputs share one event loop in a thread of its own, so no counterpart delays an answer. The ids of one line
-become visible in their order, since one thread of one server stores them: two servers that share a database need lines
-of different names.
+images. All outputs share one event loop in a thread of its own, so no counterpart delays an answer. Ids become visible
+in their order, see `insertion`. Of several servers of a line, the leader delivers.
 """
 
 from __future__ import annotations
@@ -86,11 +85,12 @@ class Deliveries:
         self._followers: list[_Follower] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._stop_seconds = STOP_SECONDS
         self._not_ready: str | None = "The server is starting."
         self._ready_at = time.monotonic()
 
     def start(self) -> None:
-        """Start to deliver, if there are outputs.
+        """Start to deliver, if there are outputs; also again after `stop`.
 
         Raises:
             StoreError: the database failed.
@@ -116,12 +116,14 @@ class Deliveries:
         self._service.listeners.add(self.notify)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Deliver what remains for at most `STOP_SECONDS`, and store how far the outputs are."""
+    def stop(self, *, seconds: float = STOP_SECONDS) -> None:
+        """Deliver what remains for at most this time, and store how far the outputs are."""
         if self._thread is not None:
+            self._stop_seconds = seconds
             self._service.listeners.discard(self.notify)
             self._call(self._stop)
             self._thread.join()
+            self._thread, self._followers = None, []
 
     def readiness(self) -> str | None:
         """Return why the server cannot inspect now; None: it can."""
@@ -135,9 +137,9 @@ class Deliveries:
         Raises:
             NotFoundError: no output has this name.
         """
-        follower = self._find(name)
-        count = self.store.mark_again(name)
-        follower.has_letters = True
+        count = self.store.mark_again(self._named(name))
+        for follower in self._followers:
+            follower.has_letters = True
         self.notify()
         return count
 
@@ -151,7 +153,7 @@ class Deliveries:
         Raises:
             NotFoundError: no output has this name.
         """
-        return self.store.acknowledge_removed(self._find(name).name, actor=actor, token=token)
+        return self.store.acknowledge_removed(self._named(name), actor=actor, token=token)
 
     def dead_letters(self, name: str, *, limit: int) -> list[DeadLetter]:
         """Return the dead letters of an output, oldest first.
@@ -159,17 +161,26 @@ class Deliveries:
         Raises:
             NotFoundError: no output has this name.
         """
-        return self.store.dead_letters(self._find(name).name, limit=limit)
+        return self.store.dead_letters(self._named(name), limit=limit)
 
-    def _find(self, name: str) -> _Follower:
-        for follower in self._followers:
-            if follower.name == name:
-                return follower
+    def _named(self, name: str) -> str:
+        if name in (output.config.name for output in self._outputs):
+            return name
         raise NotFoundError(f"There is no output {name!r:.100}. GET /v1/line lists them.")
 
     def states(self) -> list[OutputState]:
-        """Return the state of each output, in the order of line.yaml. Reads the database."""
-        return [one.state() for one in self._followers]
+        """Return the state of each output, in the order of line.yaml. Reads the database.
+
+        On a server that does not deliver, it is what the one that does has stored.
+        """
+        followers = self._followers
+        if self._thread is not None:
+            return [one.state() for one in followers]
+        return [
+            _state(output, delivery, self.store, connected=True)
+            for output in self._outputs
+            if (delivery := self.store.read(output.config.name)) is not None
+        ]
 
     def notify(self) -> None:
         """Look for new records soon; may be called from any thread."""
@@ -206,7 +217,7 @@ class Deliveries:
         helpers = [asyncio.create_task(work()) for work in (self._check_ready, self._save_often)]
         tasks = [asyncio.create_task(one.run(), name=one.name) for one in self._followers]
         await self._followers[0].stopping.wait()
-        await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        await asyncio.wait(tasks, timeout=self._stop_seconds)
         for task in (*tasks, *helpers):
             task.cancel()
         await asyncio.gather(*tasks, *helpers, return_exceptions=True)
@@ -231,11 +242,20 @@ class Deliveries:
             await asyncio.sleep(SAVE_SECONDS)
             try:
                 await asyncio.to_thread(self._save)
+                await self._find_letters()
                 if (start := time.monotonic()) >= next_count:
                     await asyncio.to_thread(self._show)
                     next_count = time.monotonic() + (time.monotonic() - start) / BEHIND_SHARE
             except NormweaveError as error:
                 log.warning("How far the outputs are is not stored for now: %s", error)
+
+    async def _find_letters(self) -> None:
+        """Find dead letters that are to be sent again, which another server may have marked."""
+        for one in self._followers:
+            if not one.has_letters:
+                one.has_letters = bool(await asyncio.to_thread(self.store.dead_letters, one.name, limit=1, again=True))
+                if one.has_letters:
+                    one.news.set()
 
     def _save(self) -> None:
         changed = [one for one in self._followers if one.delivery != one.saved]
@@ -284,25 +304,7 @@ class _Follower:
 
     def state(self) -> OutputState:
         """Return what the output does. Reads the database."""
-        delivery = replace(self.delivery)
-        behind, letters = self.store.behind(delivery.last_ids), self.store.count_dead_letters(self.name)
-        removed = self.store.removed(self.name)
-        status: Status = "working"
-        if delivery.attempts or not self.connected:
-            status = "failing"
-        elif behind >= FAR_BEHIND or letters or removed:
-            status = "behind"
-        return OutputState(
-            name=self.name,
-            type=self.output.config.type,
-            status=status,
-            behind=behind,
-            attempts=delivery.attempts,
-            last_error=delivery.last_error,
-            last_success_at=delivery.last_success_at,
-            dead_letters=letters,
-            removed=removed,
-        )
+        return _state(self.output, replace(self.delivery), self.store, connected=self.connected)
 
     async def run(self) -> None:
         """Connect, deliver, and connect again after a wait, until the server stops."""
@@ -431,3 +433,24 @@ class _Follower:
 def _order(item: Item) -> tuple[datetime, bool]:
     """Return a key that is lower for what is delivered first."""
     return item.time, item.subject != "inspections"
+
+
+def _state(output: Output, delivery: Delivery, store: DeliveryStore, *, connected: bool) -> OutputState:
+    behind, letters = store.behind(delivery.last_ids), store.count_dead_letters(delivery.name)
+    removed = store.removed(delivery.name)
+    status: Status = "working"
+    if delivery.attempts or not connected:
+        status = "failing"
+    elif behind >= FAR_BEHIND or letters or removed:
+        status = "behind"
+    return OutputState(
+        name=delivery.name,
+        type=output.config.type,
+        status=status,
+        behind=behind,
+        attempts=delivery.attempts,
+        last_error=delivery.last_error,
+        last_success_at=delivery.last_success_at,
+        dead_letters=letters,
+        removed=removed,
+    )

@@ -130,6 +130,15 @@ class DeliveryStore:
         state = {} if row is None else {column: row._mapping[column] for column in STATE}
         return Delivery(name=name, last_ids=last_ids, **state)
 
+    def read(self, name: str) -> Delivery | None:
+        """Return how far an output is, or None if it never began."""
+        with self._database.reading() as connection:
+            found = select(*(_DELIVERY[column] for column in STATE)).where(*self._of(DELIVERIES, name))
+            row = connection.execute(found).one_or_none()
+            query = select(_CURSOR.subject, _CURSOR.last_id).where(*self._of(CURSORS, name))
+            last_ids = {cast("Subject", one.subject): int(one.last_id) for one in connection.execute(query)}
+        return None if row is None else Delivery(name=name, last_ids=last_ids, **row._mapping)
+
     def save(self, deliveries: Sequence[Delivery]) -> None:
         """Store how far outputs are."""
         with self._database.writing() as connection:

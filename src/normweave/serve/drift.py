@@ -6,6 +6,8 @@ import copy
 import json
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +29,8 @@ CHUNK = 200
 """Inspections that are read at a time."""
 STEP_SECONDS = 5.0
 """Time between two looks for new inspections."""
+HANDOVER_SECONDS = 60.0
+"""A new leader stores the alarms of so long before, which the one before may not have stored."""
 
 
 def open_store(place: str) -> Store:
@@ -68,15 +72,18 @@ class DriftWatch:
     Args:
         service: whose store is read; the tests begin anew with each bundle.
         path: file of the state.
+        leads: whether this server stores alarms; all servers of a line find the same ones.
 
     Attributes:
         listeners: called from another thread when an alarm has been stored.
     """
 
-    def __init__(self, service: InspectionService, path: Path) -> None:
+    def __init__(self, service: InspectionService, path: Path, *, leads: Callable[[], bool] = lambda: True) -> None:
         self.listeners: set[Callable[[], None]] = set()
         self._service = service
         self._store = DeliveryStore(service.store.database, line=service.store.line)
+        self._leads = leads
+        self._unsent: deque[tuple[float, DriftAlarm]] = deque()
         self._path = path
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -111,10 +118,21 @@ class DriftWatch:
             try:
                 while self.step() and not self._stopped.is_set():
                     pass
+                self._store_unsent()
             except NormweaveError as error:  # the next run tries again
                 log.warning("Drift is not followed for now: %s", error)
             if self._stopped.wait(STEP_SECONDS):
                 return
+
+    def _store_unsent(self) -> None:
+        """Store the alarms of the last `HANDOVER_SECONDS` if this server has become the leader."""
+        while self._unsent and self._unsent[0][0] < time.monotonic() - HANDOVER_SECONDS:
+            self._unsent.popleft()
+        while self._unsent and self._leads():
+            self._store.add_alarm(self._unsent[0][1])
+            self._unsent.popleft()
+            for notify in tuple(self.listeners):
+                notify()
 
     def step(self) -> bool:
         """Test the next inspections and save the state; return whether there were as many as are read at a time."""
@@ -186,7 +204,11 @@ class DriftWatch:
             gauge.labels(cause, subclass).set(0)
         for cause, subclass in now - self._raised:
             log.warning("Drift: %s, %s", cause, subclass or "all images")
-            self._store.add_alarm(self._alarm(alarms[cause, subclass], subclass))
+            alarm = self._alarm(alarms[cause, subclass], subclass)
+            if self._leads():
+                self._store.add_alarm(alarm)
+            else:
+                self._unsent.append((time.monotonic(), alarm))
         for cause, subclass in now:
             gauge.labels(cause, subclass).set(1)
         if now - self._raised:

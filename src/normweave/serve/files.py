@@ -1,7 +1,8 @@
 """Image files and patch scores on disk, each named by the SHA-256 of its content.
 
     files/
-    ├── .lock              held by the running server
+    ├── .id                identifies the folder, wherever it is mounted; with PostgreSQL only
+    ├── .lock              held by the running server, or by all servers that share the folder
     └── ab/abcdef…         one file for each content, even if it is sent several times
 
 Names given by senders never become part of a path.
@@ -13,10 +14,14 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import sys
 import threading
+import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -31,6 +36,8 @@ CHUNK = 500
 """Number of files that are looked up in the database at a time."""
 MOST_ORPHANS = 1200
 """Most files without a record that one kill leaves: those of 500 inspections in retention, or of one batch."""
+ABANDONED_SECONDS = 3600.0
+"""Age at which a partial file in a folder that several servers share is of a killed one."""
 
 log = logging.getLogger(__name__)
 
@@ -43,22 +50,134 @@ class MissingFileError(ContentError):
     """A file is missing."""
 
 
-class Files:
-    """A folder of files, for one server at a time.
+class FullError(OSError):
+    """The disk has too little space."""
+
+
+class ImageStore(ABC):
+    """Contents by their SHA-256.
 
     Retention removes unreferenced files while new images arrive, which may have the same content. Therefore hold
     `write_lock` from `put` until the store has the record; `remove_unreferenced` checks and removes under that lock.
 
+    Attributes:
+        name: folder or address, for messages.
+        removal: context in which `remove_unreferenced` checks and removes; keeps other servers from storing an
+            inspection that refers to the file. See `Store.removing`.
+        parallel: number of threads that write at the same time.
+        cure: what to do when it cannot be written.
+    """
+
+    parallel = 1
+    cure = "Free disk space, or repair the disk."
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.write_lock = threading.RLock()
+        self.removal: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What tells whether two servers use the same store."""
+
+    @abstractmethod
+    def put(self, content: bytes) -> str:
+        """Write a content and return its hash. It is stored to last once this method has returned.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+
+    @abstractmethod
+    def read(self, digest: str) -> bytes:
+        """Return the content with this hash.
+
+        Raises:
+            ContentError: the file is missing or was changed, or the hash is malformed.
+        """
+
+    @abstractmethod
+    def remove(self, digest: str) -> None:
+        """Remove the file with this hash, if it exists.
+
+        Raises:
+            ContentError: the hash is malformed.
+        """
+
+    @abstractmethod
+    def all_hashes(self) -> Iterator[str]:
+        """Yield the hashes of all files in order."""
+
+    @abstractmethod
+    def check_writable(self, *, free: int = 0) -> None:
+        """Raise OSError if no file can be written now, or there are less than `free` bytes of space."""
+
+    def sweep(self) -> None:  # noqa: B027 - not every store has partial files
+        """Remove partial files of a killed server; files that are being written now are kept."""
+
+    def close(self) -> None:  # noqa: B027 - not every store holds something
+        """Release the store for another server."""
+
+    def remove_unreferenced(self, unreferenced: Callable[[set[str]], set[str]], digest: str) -> bool:
+        """Remove a file unless a record refers to it, and return whether it was removed.
+
+        Args:
+            unreferenced: returns those of some hashes that no record refers to.
+        """
+        with self.write_lock, self.removal():
+            if not unreferenced({digest}):
+                return False
+            self.remove(digest)
+            return True
+
+    def remove_orphans(self, unreferenced: Callable[[set[str]], set[str]], *, stopped: threading.Event) -> int:
+        """Remove the files without a record that a killed server has left, and return their number.
+
+        More than `MOST_ORPHANS`, or than files with a record, are not from a kill: the folder belongs to another
+        database, or the database is restored from an older backup. Then nothing is removed.
+
+        Args:
+            unreferenced: returns those of some hashes that no record refers to.
+            stopped: ends the search.
+        """
+        orphans: list[str] = []
+        referenced = 0
+        hashes = self.all_hashes()
+        while (chunk := set(islice(hashes, CHUNK))) and not stopped.is_set() and len(orphans) <= MOST_ORPHANS:
+            free = unreferenced(chunk)
+            orphans += sorted(free)
+            referenced += len(chunk) - len(free)
+        if stopped.is_set() or not orphans:
+            return 0
+        if len(orphans) > min(MOST_ORPHANS, referenced):
+            log.warning(
+                "%s files in %s belong to no inspection, too many for a killed server, so none is removed. Check that "
+                "the database belongs to this folder.",
+                f"{len(orphans):,}{' or more' if len(orphans) > MOST_ORPHANS else ''}",
+                self.name,
+            )
+            return 0
+        removed = sum(self.remove_unreferenced(unreferenced, digest) for digest in orphans)
+        log.warning("%d files of a killed server, which belong to no inspection, are removed.", removed)
+        return removed
+
+
+class Files(ImageStore):
+    """A folder of files, for one server at a time, or for all servers that share it.
+
     Args:
         folder: created if it does not exist.
+        shared: whether other servers may use it at the same time.
 
     Raises:
         DataError: another server uses the folder (not detected on Windows), or it is not writable.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
+        super().__init__(str(folder))
         self.folder = folder
-        self.write_lock = threading.RLock()
+        self._shared = shared
         self._partial = f"{_PARTIAL}{uuid.uuid4().hex}-"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,20 +189,31 @@ class Files:
             ) from error
         if sys.platform != "win32":
             try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as error:
                 self._lock.close()
                 raise DataError(
-                    f"Another server stores its images in {folder}. "
-                    "Stop that server, or choose another folder for this one."
+                    f"Another server stores its images in {folder}. Stop that server, or choose another folder for "
+                    "this one. Several servers share a folder if each is started with --images."
                 ) from error
+
+    @property
+    def identity(self) -> str:
+        """The same wherever the folder is mounted; drawn when it is read for the first time."""
+        return _read_id(self.folder)
 
     def close(self) -> None:
         """Release the folder for another server."""
         self._lock.close()
 
-    def check_writable(self) -> None:
-        """Raise OSError if no file can be written now."""
+    def check_writable(self, *, free: int = 0) -> None:
+        """Raise OSError if no file can be written now, or there are less than `free` bytes of space."""
+        left = shutil.disk_usage(self.folder).free
+        if left < free:
+            raise FullError(
+                f"The disk of {self.folder} has {left:,} bytes free, less than one request may have. "
+                "Free disk space, or keep less (--keep-days, --keep-gib)."
+            )
         probe = self.folder / f"{self._partial}probe"
         try:
             probe.write_bytes(b"x")
@@ -145,60 +275,26 @@ class Files:
         """
         self._path(digest).unlink(missing_ok=True)
 
-    def remove_unreferenced(self, unreferenced: Callable[[set[str]], set[str]], digest: str) -> bool:
-        """Remove a file unless a record refers to it, and return whether it was removed.
-
-        Args:
-            unreferenced: returns those of some hashes that no record refers to.
-        """
-        with self.write_lock:
-            if not unreferenced({digest}):
-                return False
-            self.remove(digest)
-            return True
-
     def sweep(self) -> None:
         """Remove partial files of a killed server; files that are being written now are kept."""
         for folder in [self.folder, *self._shards()]:
             for partial in folder.glob(f"{_PARTIAL}*"):
-                if not partial.name.startswith(self._partial):
+                if not partial.name.startswith(self._partial) and not self._may_be_written(partial):
                     partial.unlink(missing_ok=True)
 
-    def remove_orphans(self, unreferenced: Callable[[set[str]], set[str]], *, stopped: threading.Event) -> int:
-        """Remove the files without a record that a killed server has left, and return their number.
-
-        More than `MOST_ORPHANS`, or than files with a record, are not from a kill: the folder belongs to another
-        database, or the database is restored from an older backup. Then nothing is removed.
-
-        Args:
-            unreferenced: returns those of some hashes that no record refers to.
-            stopped: ends the search.
-        """
-        orphans: list[str] = []
-        referenced = 0
-        hashes = self.all_hashes()
-        while (chunk := set(islice(hashes, CHUNK))) and not stopped.is_set() and len(orphans) <= MOST_ORPHANS:
-            free = unreferenced(chunk)
-            orphans += sorted(free)
-            referenced += len(chunk) - len(free)
-        if stopped.is_set() or not orphans:
-            return 0
-        if len(orphans) > min(MOST_ORPHANS, referenced):
-            log.warning(
-                "%s files in %s belong to no inspection, too many for a killed server, so none is removed. Check that "
-                "the database belongs to this folder.",
-                f"{len(orphans):,}{' or more' if len(orphans) > MOST_ORPHANS else ''}",
-                self.folder,
-            )
-            return 0
-        removed = sum(self.remove_unreferenced(unreferenced, digest) for digest in orphans)
-        log.warning("%d files of a killed server, which belong to no inspection, are removed.", removed)
-        return removed
+    def _may_be_written(self, partial: Path) -> bool:
+        """Return whether another server may be writing a partial file."""
+        if not self._shared:
+            return False
+        try:
+            return time.time() - partial.stat().st_mtime < ABANDONED_SECONDS
+        except FileNotFoundError:
+            return True
 
     def all_hashes(self) -> Iterator[str]:
         """Yield the hashes of all files in order."""
         for shard in self._shards():
-            yield from sorted(path.name for path in shard.iterdir() if _SHA256.fullmatch(path.name))
+            yield from sorted(path.name for path in shard.iterdir() if is_hash(path.name))
 
     def _shards(self) -> list[Path]:
         return sorted(path for path in self.folder.iterdir() if path.is_dir() and len(path.name) == 2)
@@ -226,10 +322,40 @@ def read_content(folder: Path, digest: str) -> bytes:
     return content
 
 
-def _path(folder: Path, digest: str) -> Path:
-    if not _SHA256.fullmatch(digest):
+def is_hash(name: str) -> bool:
+    """Return whether a name is the hash of a file."""
+    return _SHA256.fullmatch(name) is not None
+
+
+def check_hash(digest: str) -> str:
+    """Return the hash of a file.
+
+    Raises:
+        ContentError: it is not one.
+    """
+    if not is_hash(digest):
         raise ContentError(f"The hash of a file must be a SHA-256 in 64 lowercase hex digits, got {digest[:100]!r}.")
-    return folder / digest[:2] / digest
+    return digest
+
+
+def _path(folder: Path, digest: str) -> Path:
+    return folder / check_hash(digest)[:2] / digest
+
+
+def _read_id(folder: Path) -> str:
+    """Return what identifies a folder; the first server that uses it draws it."""
+    path = folder / ".id"
+    drawn = folder / f"{_PARTIAL}{uuid.uuid4().hex}-id"
+    if not path.exists():
+        drawn.write_text(uuid.uuid4().hex)
+        try:
+            os.link(drawn, path)  # unlike a renaming, it never replaces that of another server
+        except FileExistsError:
+            pass
+        except OSError:  # the file system has no links; two servers that start for the first time may then collide
+            drawn.replace(path)
+        drawn.unlink(missing_ok=True)
+    return path.read_text()
 
 
 def _sync_folder(folder: Path) -> None:

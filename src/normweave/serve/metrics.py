@@ -108,6 +108,11 @@ class Metrics:
         self.source_connected = Gauge(
             "normweave_source_connected", "1: the source is connected.", ["name"], registry=self._registry
         )
+        self.leader = Gauge(
+            "normweave_leader",
+            "1: this server reads the sources of the line, delivers to its outputs, and closes its parts.",
+            registry=self._registry,
+        )
         self.drift_alarm = Gauge(
             "normweave_drift_alarm",
             "1: the images have changed since the calibration, with this cause, in this subclass.",

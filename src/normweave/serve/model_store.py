@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, func, insert, select, update
 
+from normweave.serve.library import ModelError
 from normweave.serve.records import SERVER, AuditEntry, AuditEvent, Inspection
 from normweave.serve.store import Store
 from normweave.serve.tables import (
@@ -112,6 +114,13 @@ class ModelStore:
         )
         add_entry(connection, entry)
 
+    @contextmanager
+    def _changing(self) -> Iterator[Connection]:
+        """Yield a transaction that changes what is active or in the shadow, one server of the line at a time."""
+        with self._database.writing() as connection:
+            self._database.lock(connection, "models", self.line)
+            yield connection
+
     # ── the active bundle ────────────────────────────────────────────────────────────────────────────────────────────
 
     def active(self) -> Activation | None:
@@ -136,19 +145,34 @@ class ModelStore:
             self._activate(connection, bundle_hash, before=None if active is None else active.id, actor=Actor(SERVER))
 
     def promote(self, bundle_hash: str, actor: Actor) -> None:
-        """Make the candidate active, end its run, and add this to the audit."""
-        with self._database.writing() as connection:
+        """Make the candidate active, end its run, and add this to the audit.
+
+        Raises:
+            ModelError: another server has done it.
+        """
+        with self._changing() as connection:
             active = self._active(connection)
             assert active is not None  # a server with a library has an active bundle
+            if active.bundle_hash == bundle_hash:
+                raise ModelError(f"The bundle {bundle_hash[:12]}… is active already.", code="already_active")
             self._activate(connection, bundle_hash, before=active.id, actor=actor)
             self._end(connection)
             self._audit(connection, "model_promoted", actor, bundle_hash=bundle_hash, before=active.bundle_hash)
 
     def roll_back(self, to: Activation, actor: Actor) -> None:
-        """Make an earlier bundle active again, end its run if it is the candidate, and add this to the audit."""
-        with self._database.writing() as connection:
+        """Make an earlier bundle active again, end its run if it is the candidate, and add this to the audit.
+
+        Raises:
+            ModelError: another server has changed what is active.
+        """
+        with self._changing() as connection:
             active = self._active(connection)
             assert active is not None  # `to` came before it
+            if active.before != to.id:
+                raise ModelError(
+                    "Another bundle has just become active. Look at the models again, then roll back.",
+                    code="nothing_to_roll_back_to",
+                )
             self._activate(connection, to.bundle_hash, before=to.before, actor=actor)
             self._end(connection, SHADOWS.c.bundle_hash == to.bundle_hash)
             detail = {"bundle_hash": to.bundle_hash, "before": active.bundle_hash}
@@ -175,7 +199,7 @@ class ModelStore:
         """Begin a run, which ends an earlier one, and add this to the audit."""
         values = {"line": self.line, "bundle_hash": bundle_hash, "active_hash": active_hash}
         started = {"started_at": datetime.now(UTC), "actor": actor.name, "skipped": 0}
-        with self._database.writing() as connection:
+        with self._changing() as connection:
             for ended in self._end(connection):
                 self._audit(connection, "shadow_stopped", actor, bundle_hash=ended)
             row = connection.execute(insert(SHADOWS).values(**values, **started).returning(SHADOWS)).one()

@@ -262,6 +262,30 @@ class Models:
             if self._shadow is not None and self._shadow.run.bundle_hash == back_to.bundle_hash:
                 self._end_shadow()
 
+    def follow(self) -> None:
+        """Take over what another server of the line has promoted, rolled back, or put in the shadow.
+
+        While the active bundle cannot be loaded here, this server refuses images.
+
+        Raises:
+            NormweaveError: a bundle cannot be loaded, or the database failed.
+        """
+        with self._lock:
+            active = self._active().bundle_hash
+            if active != self._service.detector.bundle_hash:
+                try:
+                    self._service.swap(self._detector(active))
+                except NormweaveError as error:
+                    self._service.refusal = f"The active bundle of the line cannot be loaded on this server: {error}"
+                    raise
+                log.info("The bundle %s is active now, as another server has decided.", active[:12])
+            self._service.refusal = None
+            run, shadow = self.records.shadow(), self._shadow
+            if shadow is not None and (run is None or run.id != shadow.run.id):
+                self._end_shadow()
+            if run is not None and self._shadow is None:
+                self._run(run, self.library.find(run.bundle_hash).path)
+
     def stop(self) -> None:
         """Stop the candidate until the next start of the server."""
         with self._lock:

@@ -138,7 +138,9 @@ class Parts:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread, also again after `stop`."""
+        self._stopped.clear()
+        self._begin_again()
         self._service.listeners.add(self._news.set)
         self._news.set()
         self._thread = threading.Thread(target=self._run, name="parts", daemon=True)

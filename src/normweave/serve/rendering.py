@@ -16,7 +16,7 @@ from normweave.data import alignment, images, regions
 from normweave.data.alignment import Placement
 from normweave.data.regions import Region
 from normweave.scoring import PreparedImage, TileScores
-from normweave.serve.files import Files
+from normweave.serve.files import ImageStore
 from normweave.serve.records import StoredImage
 from normweave.types import Tile
 
@@ -24,7 +24,7 @@ from normweave.types import Tile
 class ImageReader:
     """The image of an inspection and its anomaly map, both computed on each call."""
 
-    def __init__(self, files: Files, stored: StoredImage) -> None:
+    def __init__(self, files: ImageStore, stored: StoredImage) -> None:
         self._files = files
         self._stored = stored
 

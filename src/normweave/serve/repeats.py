@@ -1,7 +1,8 @@
 """Requests with an Idempotency-Key: sent again, they are answered from the store and not inspected again.
 
 The key is stored with each inspection, in the same transaction. So it survives a restart, and of a request that a crash
-interrupted only the images that were not stored are inspected.
+interrupted only the images that were not stored are inspected. Of a request that comes to two servers at the same time,
+each image is stored once, see `insertion`.
 """
 
 from __future__ import annotations
@@ -66,6 +67,9 @@ class KeyedRequests:
                 token=token,
                 parts=[part._replace(place=place) for place in missing],
             )
+            for one in new:  # another server may have stored it in the meantime
+                assert one.request is not None
+                _check(one.request.hash, part.hash, part.key)
             done |= dict(zip(missing, new, strict=True))
         return [done[place] for place in range(len(uploads))]
 

@@ -13,15 +13,14 @@ import asyncio
 import functools
 import logging
 import queue
-import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from itertools import chain
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from normweave.data import images
@@ -32,7 +31,7 @@ from normweave.references import References
 from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
-from normweave.serve.files import Files
+from normweave.serve.files import Files, FullError, ImageStore
 from normweave.serve.metrics import Metrics
 from normweave.serve.models import Models
 from normweave.serve.rates import preview
@@ -57,8 +56,6 @@ T = TypeVar("T")
 
 DECODERS = 2
 """Number of threads that decode images."""
-RETENTION_SECONDS = 600.0
-"""Time between two runs of the retention."""
 PROBE_SECONDS = 0.3
 """How long the result of a test whether the store can be written is used again."""
 PREVIEW_IMAGES = 10_000
@@ -114,8 +111,11 @@ class InspectionService:
         detector: loaded from a bundle.
         store: stores inspections; its last false-alarm rate for this bundle replaces that of the bundle.
         files: stores images and patch scores.
+        folder: of what belongs to this server alone; None: the one in which the folder of `files` is.
 
     Attributes:
+        folder: of what belongs to this server alone.
+        refusal: why no image is accepted, which is for a while only; None: images are accepted.
         detector: with the current thresholds; `swap` replaces it.
         models: the library from which it is replaced; None: there is none.
         waiting: number of images accepted and not yet answered.
@@ -123,14 +123,22 @@ class InspectionService:
         part_rule: which images show a part.
     """
 
-    def __init__(self, detector: Detector, *, store: Store, files: Files, config: ServeConfig) -> None:
+    def __init__(
+        self, detector: Detector, *, store: Store, files: ImageStore, config: ServeConfig, folder: Path | None = None
+    ) -> None:
         self.store = store
         self.metrics = Metrics(line=store.line)
         self.models: Models | None = None
+        self.refusal: str | None = None
         self.part_rule = PartRule()
         self.detector = self.with_last_rate(detector)
         self._record_bundle()
         self.files = files
+        files.removal = store.removing
+        if folder is None:
+            assert isinstance(files, Files)  # an object store is in no folder
+            folder = files.folder.parent
+        self.folder = folder
         self.config = config
         self._lock = threading.Lock()
         self.waiting = 0
@@ -143,12 +151,12 @@ class InspectionService:
         self._probed_at = -PROBE_SECONDS
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(DECODERS, thread_name_prefix="read")
+        self._writers = ThreadPoolExecutor(files.parallel, thread_name_prefix="write")
         self._opened: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._scored: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
-        self._stopped = threading.Event()
         self._threads = [
             threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
-            for work in (self._score_batches, self._store_batches, self._run_retention)
+            for work in (self._score_batches, self._store_batches)
         ]
         for thread in self._threads:
             thread.start()
@@ -187,6 +195,8 @@ class InspectionService:
         """
         if self._stopping:
             raise StoppedError("The server is stopping.")
+        if self.refusal is not None:
+            raise StoppedError(self.refusal)
         if stopped := [thread.name for thread in self._threads if not thread.is_alive()]:
             raise StoppedError(
                 f"These threads of the server have stopped: {', '.join(stopped)}. Restart it and read its log."
@@ -211,13 +221,9 @@ class InspectionService:
 
     def _check_writable(self) -> None:
         try:
-            free = shutil.disk_usage(self.files.folder).free
-            if free < self.config.max_request_bytes:
-                raise StoreError(
-                    f"The disk of {self.files.folder} has {free:,} bytes free, less than one request may have. "
-                    "Free disk space, or keep less (--keep-days, --keep-gib)."
-                )
-            self.files.check_writable()
+            self.files.check_writable(free=self.config.max_request_bytes)
+        except FullError as error:
+            raise StoreError(str(error)) from error
         except OSError as error:
             raise _not_written(self.files, error) from error
         self.store.check_writable()
@@ -251,6 +257,8 @@ class InspectionService:
         with self._lock:
             if self._stopping:
                 raise StoppedError("The server is stopping. Send the images again when it is back.")
+            if self.refusal is not None:
+                raise StoppedError(self.refusal)
             if self.waiting + len(uploads) > self.config.max_waiting:
                 self.metrics.refused.inc(len(uploads))
                 raise BusyError(
@@ -387,18 +395,25 @@ class InspectionService:
         """Write the files, then the records of a batch in one transaction, then answer."""
         while (batch := self._scored.get()) is not None:
             try:
-                with self.files.write_lock:
-                    stored = self.store.add([self._inspection(job) for job in batch])
+                with self.files.write_lock, self.store.adding() as add:
+                    stored = add(list(self._writers.map(self._inspection, batch)))
             except BaseException as error:
                 _fail(batch, _not_written(self.files, error) if isinstance(error, OSError) else error)
                 continue
+            new = []
             for job, inspection in zip(batch, stored, strict=True):
-                self.metrics.observe(inspection, seconds=job.seconds)
+                if inspection.received_at == job.received_at:  # not stored by another server in the meantime
+                    self.metrics.observe(inspection, seconds=job.seconds)
+                    new.append(inspection)
                 job.done.set_result(inspection)
-            for notify in tuple(self.listeners):
-                notify()
+            self.notify()
             if self.models is not None:
-                self.models.offer(stored)
+                self.models.offer(new)
+
+    def notify(self) -> None:
+        """Call all listeners: inspections have been stored, by this server or by another one."""
+        for listener in tuple(self.listeners):
+            listener()
 
     def _inspection(self, job: _Job) -> Inspection:
         """Return the inspection of a scored image, with its files written."""
@@ -545,29 +560,16 @@ class InspectionService:
             self.store.add_rate(change, token=token)
             self.detector = detector
 
-    # ── retention, stopping ──────────────────────────────────────────────────────────────────────────────────────────
+    def follow_rate(self) -> None:
+        """Take over a false-alarm rate that another server has set for the present bundle."""
+        before = self.detector
+        detector = self.with_last_rate(before)
+        if before.calibration != detector.calibration:
+            with self._lock:
+                if self.detector is before:  # else it has just been replaced here
+                    self.detector = detector
 
-    def _run_retention(self) -> None:
-        try:
-            self.files.remove_orphans(self.store.unreferenced, stopped=self._stopped)
-        except (NormweaveError, OSError) as error:  # the next start tries again
-            log.warning("Files without an inspection are not removed: %s", error)
-        while not self._stopped.wait(RETENTION_SECONDS):
-            try:
-                self.apply_retention()
-            except NormweaveError as error:  # the next run tries again
-                log.warning("Retention failed: %s", error)
-
-    def apply_retention(self) -> None:
-        """Remove inspections older than `keep_days`, and the oldest images beyond `keep_gib`."""
-        unreferenced: list[Iterable[str]] = []
-        if self.config.keep_days:
-            oldest = datetime.now(UTC) - timedelta(days=self.config.keep_days)
-            unreferenced.append(self.store.expire(before=oldest))
-        if self.config.keep_gib:
-            unreferenced.append(self.store.shrink(max_bytes=int(self.config.keep_gib * 2**30)))
-        for digest in chain.from_iterable(unreferenced):
-            self.files.remove_unreferenced(self.store.unreferenced, digest)
+    # ── stopping ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def stop(self) -> None:
         """Accept no more images, finish the accepted ones, and end the threads."""
@@ -575,16 +577,16 @@ class InspectionService:
             self._stopping = True
         self._decoders.shutdown(wait=True)
         self._opened.put(None)
-        self._stopped.set()
         for thread in self._threads:
             thread.join()
         if self.models is not None:
             self.models.stop()
         self._readers.shutdown(wait=True)
+        self._writers.shutdown(wait=True)
 
 
-def _not_written(files: Files, error: OSError) -> StoreError:
-    return StoreError(f"The images cannot be written to {files.folder}: {error}. Free disk space, or repair the disk.")
+def _not_written(files: ImageStore, error: OSError) -> StoreError:
+    return StoreError(f"The images cannot be written to {files.name}: {error}. {files.cure}")
 
 
 def _not_found(id: int) -> NotFoundError:

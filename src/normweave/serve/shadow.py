@@ -12,7 +12,7 @@ from pathlib import Path
 
 from normweave.errors import NormweaveError
 from normweave.serve.candidate import CandidateError, CandidateProcess, Judgement
-from normweave.serve.files import Files
+from normweave.serve.files import ImageStore
 from normweave.serve.metrics import Metrics
 from normweave.serve.model_store import ModelStore, ShadowOutcome, ShadowRun
 from normweave.serve.records import Inspection
@@ -41,7 +41,7 @@ class Shadow:
         path: Path,
         *,
         store: ModelStore,
-        files: Files,
+        files: ImageStore,
         metrics: Metrics,
         device: str,
         share: float,

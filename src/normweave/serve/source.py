@@ -165,10 +165,8 @@ class SourceRunner:
         self._error: str | None = None
         self._failure: str | None = None  # of the last inspection
         self._seen_at: float | None = None
-        self._threads = [
-            threading.Thread(target=work, name=f"{config.name} {work.__name__.strip('_')}", daemon=True)
-            for work in (self._read, self._inspect)
-        ]
+        self._threads: list[threading.Thread] = []
+        self._ending: list[threading.Thread] = []  # were stopped, and still wait for a counterpart
 
     @property
     def state(self) -> SourceState:
@@ -178,6 +176,8 @@ class SourceRunner:
             return SourceState(
                 "green" if ended else "red", f"{self._error}, {self.counts['inspected']} images were inspected"
             )
+        if not self._threads:
+            return SourceState("amber", "this server does not read it")
         if not self._connected:
             return SourceState("red", self._error or "it is being connected")
         if self._failure is not None:
@@ -195,7 +195,15 @@ class SourceRunner:
         return check(self.config)
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start the threads, also again after `stop`."""
+        for thread in self._ending:
+            thread.join()
+        self._stopped.clear()
+        self._finished = False
+        self._threads = [
+            threading.Thread(target=work, name=f"{self.config.name} {work.__name__.strip('_')}", daemon=True)
+            for work in (self._read, self._inspect)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -205,8 +213,8 @@ class SourceRunner:
         with self._changed:
             self._changed.notify_all()
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(STOP_SECONDS)
+            thread.join(STOP_SECONDS)
+        self._ending, self._threads = [thread for thread in self._threads if thread.is_alive()], []
         if self._waiting is not None:
             self._waiting = None
             self._count("dropped")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from sqlalchemy.exc import IntegrityError
 from normweave.errors import DataError
 from normweave.serve.database import Database
 from normweave.serve.delivery_store import count_removed
+from normweave.serve.insertion import insert_inspections
 from normweave.serve.records import (
     SERVER,
     AuditEntry,
@@ -56,7 +59,6 @@ from normweave.serve.tables import (
     Timestamp,
     add_entry,
     to_inspection,
-    to_row,
 )
 
 DATABASE = "store.sqlite"
@@ -75,11 +77,15 @@ class Store:
 
     Methods are thread-safe, and each is one transaction unless its docstring differs. All of them raise StoreError
     when the database fails.
+
+    Attributes:
+        server: identifies this server among those that use the database, in its notifications of new inspections.
     """
 
     def __init__(self, database: Database, *, line: str = "") -> None:
         self.database = database
         self.line = line
+        self.server = uuid.uuid4().hex
 
     @classmethod
     def open(cls, where: str | Path, *, line: str = "", migrate: bool = True) -> Store:
@@ -112,20 +118,38 @@ class Store:
     def add(self, inspections: Sequence[Inspection]) -> list[Inspection]:
         """Store all inspections or none, and return them as stored, with ascending ids.
 
-        They are on disk when this method returns.
+        They are on disk when this method returns. If another server has stored the same place of the same request with
+        a key in the meantime, that inspection is returned instead.
         """
+        with self.adding() as add:
+            return add(inspections)
+
+    @contextmanager
+    def adding(self) -> Iterator[Callable[[Sequence[Inspection]], list[Inspection]]]:
+        """Yield a function like `add`, to be called once. No server removes a file that was put in the meantime."""
+        if not self.database.is_shared:
+            yield self._add
+            return
+        with self.database.writing() as connection:
+            self.database.lock(connection, "files", shared=True)
+            yield lambda inspections: self._add(inspections, connection)
+
+    def removing(self) -> AbstractContextManager[None]:
+        """Return a context in which no server is between putting a file and storing the inspection that refers to it.
+
+        A server with SQLite has `Files.write_lock` for this.
+        """
+        return self.database.locked("files")
+
+    def _add(self, inspections: Sequence[Inspection], connection: Connection | None = None) -> list[Inspection]:
         if wrong := [one for one in inspections if one.id or one.review]:
             raise ValueError(f"An inspection is stored once and reviewed afterwards, got {wrong[0]}.")
         if not inspections:
             return []
-        with self.database.writing() as connection:
-            ids = connection.scalars(
-                insert(INSPECTIONS).returning(_INSPECTION.id, sort_by_parameter_order=True),
-                [to_row(one) for one in inspections],
-            ).all()
-            rows = connection.execute(select(INSPECTIONS).where(_INSPECTION.id.in_(ids)))
-            stored = {row.id: to_inspection(row) for row in rows}
-        return [stored[id] for id in ids]
+        if connection is None:
+            with self.database.writing() as connection:
+                return insert_inspections(self.database, connection, inspections, server=self.server)
+        return insert_inspections(self.database, connection, inspections, server=self.server)
 
     def inspection(self, id: int) -> Inspection | None:
         """Return the inspection with this id, or None."""

@@ -110,7 +110,7 @@ class Teaching:
 
     def __init__(self, service: InspectionService, *, program: Sequence[str] = PROGRAM) -> None:
         self._service, self.program = service, tuple(program)
-        self.folder = service.files.folder.parent / FOLDER
+        self.folder = service.folder / FOLDER
         self._lock = threading.RLock()
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None

@@ -1,0 +1,133 @@
+"""Images in an object store: the protocol of S3, spoken by the server of moto."""
+
+import asyncio
+import hashlib
+import sys
+import uuid
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+
+import pytest
+
+from inspections import inspect_files
+from normweave.errors import ConfigError, MissingError
+from normweave.serve import object_files
+from normweave.serve.config import ServeConfig
+from normweave.serve.database import StoreError
+from normweave.serve.files import ContentError, MissingFileError
+from normweave.serve.object_files import ObjectFiles
+from normweave.serve.service import InspectionService
+from normweave.serve.store import Store
+
+moto = pytest.importorskip("moto.server")
+botocore = pytest.importorskip("botocore.session")
+s3fs = pytest.importorskip("s3fs")
+fsspec = pytest.importorskip("fsspec")
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """Address of a bucket in an S3 on this machine."""
+    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        url = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+        given = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "eu-central-1"}
+        for name, value in given.items():
+            patch.setenv(f"AWS_{name}", value)
+        client = botocore.Session().create_client("s3", endpoint_url=url)
+        client.create_bucket(Bucket="line", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
+        yield "s3://line/press 5"
+    server.stop()
+
+
+@pytest.fixture
+def files(s3):
+    files = ObjectFiles(s3)
+    yield files
+    for digest in list(files.all_hashes()):
+        files.remove(digest)
+
+
+def test_a_content_is_read_by_its_hash(files):
+    digest = files.put(b"part")
+    assert digest == hashlib.sha256(b"part").hexdigest()
+    assert files.put(b"part") == digest
+    assert files.read(digest) == b"part"
+    assert list(files.all_hashes()) == [digest]
+    files.remove(digest)
+    files.remove(digest)
+    with pytest.raises(MissingFileError, match=r"is not in s3://line/press 5. It was removed by retention"):
+        files.read(digest)
+
+
+def test_a_changed_object_and_a_malformed_hash_are_refused(files):
+    digest = files.put(b"part")
+    fsspec.filesystem("s3").pipe_file(f"line/press 5/{digest[:2]}/{digest}", b"pirt")
+    with pytest.raises(ContentError, match=r"in s3://line/press 5 was changed. Restore it"):
+        files.read(digest)
+    for work in (files.read, files.remove):
+        with pytest.raises(ContentError, match=r"must be a SHA-256 in 64 lowercase hex digits, got '../etc'"):
+            work("../etc")
+
+
+def test_objects_without_a_record_are_removed_and_others_kept(files):
+    kept = [files.put(bytes([number])) for number in range(3)]
+    files.put(b"of a killed server")
+    with_record = set(kept)
+    assert files.remove_orphans(lambda hashes: hashes - with_record, stopped=Event()) == 1
+    assert list(files.all_hashes()) == sorted(kept)
+
+
+def test_a_service_stores_and_shows_its_images(files, loaded, photos, tmp_path):
+    with closing(Store.open(tmp_path / "store.db")) as store:
+        service = InspectionService(loaded, store=store, files=files, config=ServeConfig(), folder=tmp_path)
+        kept = inspect_files(service, *photos[:5])
+        service.check_ready()
+        for one, path in zip(kept, photos, strict=False):
+            assert asyncio.run(service.read_image(one.image)) == Path(path).read_bytes()
+            shape = asyncio.run(service.render(one.image, lambda reader: reader.anomaly_map().shape))
+            assert shape == one.image.size
+        service.stop()
+
+
+def test_a_store_that_does_not_answer_is_an_error_with_its_address(files, monkeypatch):
+    digest = files.put(b"part")
+    files.check_writable()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # sooner
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    away = ObjectFiles(f"{files.name}/away")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
+        away.put(b"part")
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:1"):
+        away.check_writable()
+    with pytest.raises(StoreError, match=rf"The file {digest} cannot be read from s3://line/press 5/away: .*"):
+        away.read(digest)
+
+
+def test_the_probe_writes_no_object_each_time(files, monkeypatch):
+    monkeypatch.setattr(object_files, "PROBE_SECONDS", 60.0)
+    files.check_writable()
+    monkeypatch.setattr(uuid, "uuid4", None)  # of which a probe has its name
+    files.check_writable()
+    monkeypatch.setattr(object_files, "PROBE_SECONDS", 0.0)
+    with pytest.raises(TypeError, match="NoneType"):
+        files.check_writable()
+
+
+@pytest.mark.parametrize("url", ["memory://line", "file:///tmp/line", "https://host/line"])
+def test_what_stores_nothing_to_last_is_refused(url):
+    with pytest.raises(
+        ConfigError, match=r"--images cannot be of .*://, got .*Give a folder, or the address of an obj"
+    ):
+        ObjectFiles(url)
+
+
+def test_unknown_protocols_and_missing_packages(monkeypatch):
+    with pytest.raises(ConfigError, match=r"--images 'nowhere://line' cannot be used: .*Give s3://BUCKET/FOLDER."):
+        ObjectFiles("nowhere://line")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(MissingError, match=r'needs fsspec, which is not installed. pip install "normweave\[s3\]"'):
+        ObjectFiles("s3://line")

@@ -1,0 +1,274 @@
+"""Replicas: two server processes of one line with a real PostgreSQL, and the locks that they hold."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from bundles import wait_for
+from counterparts import Receiver, until
+from inspections import ALL
+from normweave.errors import DataError
+from normweave.serve.database import Database
+from normweave.serve.replicas import Replica, SoleServer
+from normweave.serve.store import Store
+from serving import Server
+
+LINE = "Press 5"
+
+
+# ── the locks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Member:
+    """A replica in this process.
+
+    Attributes:
+        events: what it was told.
+    """
+
+    def __init__(self, url, *, images="a", line=LINE, **given):
+        self.database = Database.open(url)
+        self.events = []
+        try:
+            self.replica = Replica(self.database, line=line, images=images, server=f"{id(self)}", **given)
+        except BaseException:
+            self.database.close()
+            raise
+
+    def start(self):
+        tell = {name: (lambda name=name: self.events.append(name)) for name in ("leads", "follows", "news")}
+        self.replica.start(follow=lambda: None, **tell)
+        return self
+
+    def close(self):
+        self.replica.stop()
+        self.replica.close()
+        self.database.close()
+
+
+def test_one_leads_and_another_one_when_it_has_closed(postgres):
+    url = postgres.database()
+    first = Member(url).start()
+    wait_for(lambda: first.replica.leads)
+    with closing(Member(url).start()) as second:
+        time.sleep(1)
+        assert (second.replica.leads, second.events) == (False, [])
+        first.close()
+        assert not first.replica.leads
+        wait_for(lambda: second.replica.leads, seconds=3)
+    assert (first.events, second.events) == (["leads"], ["leads"])
+
+
+def test_the_leader_stops_when_its_connection_is_lost_and_competes_again(postgres):
+    with closing(Member(postgres.database()).start()) as member:
+        wait_for(lambda: member.replica.leads)
+        postgres.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname LIKE 'test_%'")
+        wait_for(lambda: member.events.count("leads") == 2, seconds=5)
+    assert member.events == ["leads", "follows", "news", "leads"]
+
+
+def test_lines_have_leaders_of_their_own(postgres):
+    url = postgres.database()
+    with closing(Member(url).start()) as one, closing(Member(url, line="Press 6", images="b").start()) as other:
+        wait_for(lambda: one.replica.leads and other.replica.leads)
+
+
+def test_servers_of_a_line_with_other_images_are_refused(postgres):
+    url = postgres.database()
+    stated = r"of the line 'Press 5' uses this database and stores its images elsewhere. Start all"
+    with closing(Member(url)), closing(Member(url)), pytest.raises(DataError, match=stated):
+        Member(url, images="b")
+    with closing(Member(url, images="b")):  # the others have left
+        pass
+
+
+def test_one_server_of_a_line_watches_a_folder(postgres):
+    url = postgres.database()
+    with (
+        closing(Member(url, watches=True)),
+        closing(Member(url)),
+        pytest.raises(DataError, match=r"'Press 5' watches a folder. .*: leave out --watch here."),
+    ):
+        Member(url, watches=True)
+
+
+def test_an_sqlite_file_and_a_data_folder_have_one_server(tmp_path):
+    for path in (tmp_path / "store.db", tmp_path):
+        with closing(SoleServer(path)), pytest.raises(DataError, match=f"Another server uses {path}. Stop that"):
+            SoleServer(path)
+        SoleServer(path).close()
+
+
+# ── two processes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Pair:
+    """Two servers of a line, with an output that the leader delivers to.
+
+    Attributes:
+        answered: id of each answered inspection.
+    """
+
+    def __init__(self, library_folder, url, folder):
+        self.receiver = Receiver(folder)
+        self.receiver.listen()
+        line = folder / "line.yaml"
+        output = dataclasses.asdict(self.receiver.output(start="oldest").config)
+        line.write_text(json.dumps({"name": LINE, "outputs": [output]}))
+        library = shutil.copytree(library_folder, folder / "bundles")
+        shared = ("--library", library, "--active", "old", "--database", url, "--images", folder / "images", "-c", line)
+        self.url = url
+        self.answered = []
+        with ThreadPoolExecutor(2) as pool:  # which of them makes the tokens is open
+            first, second = pool.map(lambda name: Server(None, folder / name, *shared), ("first", "second"))
+        first.tokens = second.tokens = first.tokens | second.tokens
+        self.servers = (first, second)
+
+    def leader(self):
+        """Return the server that leads, and the other one."""
+        for one, other in (self.servers, self.servers[::-1]):
+            if "normweave_leader 1.0" in self.get(one, "/metrics").text:
+                return one, other
+        return None
+
+    def get(self, server, path, role="engineer"):
+        with server.client(role) as client:
+            return client.get(path)
+
+    def post(self, server, path, role="engineer", **given):
+        with server.client(role) as client:
+            answer = client.post(path, **given)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+    def inspect(self, server, content, key=None):
+        headers = {} if key is None else {"Idempotency-Key": key}
+        given = {"files": {"images": ("part.png", content)}, "headers": headers}
+        (one,) = self.post(server, "/v1/inspect", role="operator", **given)["inspections"]
+        self.answered.append(one["id"])
+        return one
+
+    def close(self):
+        for server in self.servers:
+            server.kill()
+        self.receiver.close()
+
+
+@pytest.fixture(scope="module")
+def pair(library_folder, postgres, tmp_path_factory):
+    pair = Pair(library_folder, postgres.database(), tmp_path_factory.mktemp("pair"))
+    with closing(pair):
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def contents(photos):
+    return [Path(path).read_bytes() for path in photos]
+
+
+def test_a_login_and_a_new_token_are_valid_on_both(pair):
+    first, second = pair.servers
+    with first.client(role=None) as browser:
+        assert browser.post("/login", data={"token": first.tokens["operator"]}).status_code == 303
+        (cookie,) = browser.cookies.jar
+    # As behind a proxy, where both have the same name and port.
+    headers = {"Cookie": f"{cookie.name}={cookie.value}", "Host": first.url.removeprefix("http://")}
+    assert httpx2.get(f"{second.url}/history.csv", headers=headers, trust_env=False).status_code == 200
+    with first.client("engineer") as client:
+        made = client.post("/v1/tokens", json={"name": "guest", "role": "operator"}).json()
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    assert httpx2.get(f"{second.url}/v1/model", headers=headers, trust_env=False).status_code == 200
+
+
+def test_an_inspection_of_one_is_shown_by_the_other(pair, contents):
+    first, second = pair.servers
+    with first.client() as client, client.stream("GET", "/v1/inspections/events") as stream:
+        lines = stream.iter_lines()
+        assert next(lines) == "retry: 1000"
+        one = pair.inspect(second, contents[0])
+        begun = time.monotonic()
+        assert next(line for line in lines if line.startswith("id:")) == f"id: {one['id']}"
+        assert time.monotonic() - begun < 1
+    assert pair.get(first, one["image_url"], role="operator").content == contents[0]
+
+
+def test_a_key_that_comes_to_both_at_once_gives_one_inspection(pair, contents):
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(5):
+            content, key = contents[1] + b"key" + bytes([number]), f"same {number}"
+            one, other = pool.map(
+                lambda server, *given: pair.inspect(server, *given), pair.servers, [content] * 2, [key] * 2
+            )
+            assert one == other
+            pair.answered.pop()
+    with closing(Store.open(pair.url, migrate=False)) as store:
+        assert store.count(ALL) == len(pair.answered)
+
+
+def test_a_promotion_and_a_rate_are_taken_over_within_two_seconds(pair, contents):
+    first, second = pair.servers
+    old = pair.get(first, "/v1/model").json()["bundle_hash"]
+    new = next(one["bundle_hash"] for one in pair.get(first, "/v1/models").json()["models"] if one["name"] == "new")
+    pair.post(first, f"/v1/models/{new}/shadow")
+    pair.post(second, f"/v1/models/{new}/promote")
+    wait_for(lambda: pair.get(first, "/v1/model").json()["bundle_hash"] == new, seconds=2)
+    assert pair.inspect(first, contents[2])["bundle_hash"] == pair.inspect(second, contents[2])["bundle_hash"] == new
+    with second.client("engineer") as client:
+        assert client.put("/v1/model/false-alarm-rate", json={"false_alarm_rate": 0.3}).status_code == 200
+    wait_for(lambda: pair.get(first, "/v1/model").json()["false_alarm_rate"] == 0.3, seconds=2)
+    pair.post(first, "/v1/models/rollback")
+    wait_for(lambda: pair.get(second, "/v1/model").json()["bundle_hash"] == old, seconds=2)
+
+
+def test_what_both_inspect_under_kills_is_stored_once_and_delivered_in_order(pair, contents):
+    """The leader is killed while clients send; they send again, with the key, to the other one."""
+    leader, other = wait_for(pair.leader)
+    numbers, stop, answers = itertools.count(), threading.Event(), {}
+
+    def send(servers):
+        while not stop.is_set():
+            number = next(numbers)
+            content = contents[number % len(contents)] + number.to_bytes(8, "big")
+            for server in itertools.cycle(servers):
+                with contextlib.suppress(httpx2.HTTPError), server.client() as client:
+                    files, headers = {"images": ("load.png", content)}, {"Idempotency-Key": f"load {number}"}
+                    answer = client.post("/v1/inspect", files=files, headers=headers)
+                    if answer.status_code == 200:
+                        (answers[number],) = answer.json()["inspections"]
+                        break
+                time.sleep(0.05)
+
+    clients = [threading.Thread(target=send, args=[pair.servers[:: (-1) ** turn]]) for turn in range(4)]
+    for client in clients:
+        client.start()
+    wait_for(lambda: len(answers) > 20)
+    leader.kill()
+    wait_for(lambda: "normweave_leader 1.0" in pair.get(other, "/metrics").text, seconds=5)
+    count = len(answers)
+    leader.start()
+    wait_for(lambda: len(answers) > count + 20)
+    stop.set()
+    for client in clients:
+        client.join()
+    with closing(Store.open(pair.url, migrate=False)) as store:
+        stored = list(store.iter_inspections(ALL))
+    ids = [one.id for one in stored]
+    loaded = {one.request.key: one for one in stored if one.request is not None and one.request.key.startswith("load")}
+    assert len(loaded) == len(answers) == sum(one.name == "load.png" for one in stored)
+    for number, answer in answers.items():
+        assert loaded[f"load {number}"].id == answer["id"]
+        assert loaded[f"load {number}"].image.image_hash == answer["image_hash"]
+    until(lambda: set(ids) <= set(pair.receiver.ids()), "the delivery of all")
+    assert list(dict.fromkeys(pair.receiver.ids())) == ids
+    # The one that was killed leads no longer, and shows what the leader has stored.
+    wait_for(lambda: pair.get(leader, "/v1/line").json()["outputs"][0]["behind"] == 0)

@@ -120,3 +120,21 @@ def test_patterns_and_views_of_options():
         PartRule(part="a")
     assert part_of("17_camera2.png", re.compile("^(.+)_camera")) == "17"
     assert part_of("17.png", None) is None
+
+
+def test_ids_are_the_same_however_they_came_and_different_ones_stay_different():
+    """By the interface, a list, a pattern or a folder: without white space around, and with visible characters only."""
+    rule = PartRule(part="^(.+)/")
+    for sent in (" 17", "17\t", "17"):
+        assert rule.identify("other/a.png", part=sent, view=" front\n") == ("17", "front")
+        assert rule.identify(f"{sent}/front.png") == ("17", "front")
+    ids = {sent: rule.identify(f"{sent}/a.png")[0] for sent in ("1\x077", "1\x087", "1\udcff7", "17")}
+    assert ids == {"1\x077": r"1\x077", "1\x087": r"1\x087", "1\udcff7": r"1\udcff7", "17": "17"}
+    assert rule.identify("a.png", part=" \n") == (None, None)
+
+
+def test_more_views_than_a_part_may_have_are_refused():
+    for views in (101, tuple(map(str, range(101)))):
+        with pytest.raises(ConfigError, match="views must be at most 100, which is the most images of a part, got 101"):
+            PartRule(views=views)
+    assert PartRule(views=100).views == 100

@@ -110,6 +110,11 @@ def test_a_name_has_the_same_limit_everywhere(client, photos):
             "The request has no image",
         ),
         ({"data": {"images": "text"}, "files": {"other": b""}}, 422, "must contain files, got text"),
+        (
+            {"data": {"part_id": "17"}, "files": {"images": b"x"}},
+            422,
+            "The form has the unknown field 'part_id'. Allowed are 'images', 'part' and 'view': correct its name",
+        ),
         ({"files": [("images", ("a", b"x"))] * 33}, 413, "Too many files. Maximum number of files is 32"),
         ({"json": {"images": [{"data": ""}] * 33}}, 413, "has 33 images, but at most 32"),
         ({"json": {}}, 422, "images: Field required"),

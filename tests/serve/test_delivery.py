@@ -158,6 +158,16 @@ def test_a_dead_letter_that_fails_again_stops_nothing(station, begin, failure):
     assert script.tried == [first, first, *later]
 
 
+def test_a_failure_that_lasts_is_logged_once(station, script, begin, caplog):
+    """Also if each message becomes a dead letter."""
+    deliveries = begin(script)
+    script.answers = [RefusedError("gone")] * 4
+    *_, last = station.add(5)
+    until(lambda: script.taken == [last])
+    assert deliveries.states()[0].dead_letters == 4
+    assert caplog.text.count("The output script fails: gone") == 1
+
+
 def test_dead_letters_that_were_to_be_sent_again_survive_a_restart(station, begin):
     first = Script()
     deliveries = begin(first)
@@ -207,7 +217,11 @@ def test_an_output_that_cannot_connect_is_failing(station, begin, script):
     script.connect = connect
     deliveries = begin(script)
     state = until(lambda: deliveries.states()[0].attempts > 1 and deliveries.states()[0])
-    assert (state.status, state.last_error, state.last_success_at) == ("failing", "OSError: no route", None)
+    assert (state.status, state.last_error, state.last_success_at) == (
+        "failing",
+        "no route. Check the address, and that the counterpart runs.",
+        None,
+    )
 
 
 def test_what_retention_removed_is_shown(station, script, begin):

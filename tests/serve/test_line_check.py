@@ -1,10 +1,11 @@
 """Each output is tested against its counterpart; what is wrong is one line with the cure."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from counterparts import Mosquitto, PlcServer, Receiver
+from counterparts import Mosquitto, PlcServer, Receiver, free_port, make
 from feeders import Snapshots
 from normweave.serve.line_check import check_outputs, check_sources
 from normweave.serve.line_config import LineConfig
@@ -43,7 +44,18 @@ def test_outputs_are_tested_in_their_order(tmp_path):
     found = check_outputs(LineConfig(outputs=(wrong,)))
     assert [(one.name, "status 404" in one.error) for one in found] == [("wrong", True)]
     assert check_outputs(LineConfig()) == []
+    unset = receiver.output(name="unset").config
+    unset = dataclasses.replace(unset, secret_env="NORMWEAVE_NOT_SET", secret_file="")
+    first, second = check_outputs(LineConfig(outputs=(unset, receiver.output(name="works").config)))
+    assert ("NORMWEAVE_NOT_SET, named by secret_env, is not set" in first.error, second.error) == (True, None)
     receiver.close()
+
+
+def test_the_libraries_log_nothing(caplog):
+    plc = make("modbus", role="client", host="127.0.0.1", port=free_port())
+    (found,) = check_outputs(LineConfig(outputs=(plc.config,)))
+    assert "Check host, port" in found.error
+    assert caplog.text == ""
 
 
 def test_each_source_is_tested_and_what_came_or_is_wrong_is_told(tmp_path, photos):

@@ -44,7 +44,7 @@ def test_entries_are_read_in_their_order(bell, read):
 def test_one_error_names_all_mistakes(bell, read):
     with pytest.raises(ConfigError) as caught:
         read(
-            "output: []\nname: 5\noutputs:\n"
+            "output: []\nname: 5\nparts: 0\noutputs:\n"
             "- {type: bell, name: a, port: '502'}\n"
             "- {type: bell, name: 'a b'}\n"
             "- {type: bell, name: c, prot: 1}\n"
@@ -54,10 +54,11 @@ def test_one_error_names_all_mistakes(bell, read):
             "sources: bell\n"
         )
     lines = str(caught.value).splitlines()
-    assert len(lines) == 10, caught.value
+    assert len(lines) == 11, caught.value
     for words in (
         "Unknown key 'output'. Did you mean 'outputs'?",
         "name must be text, got 5",
+        "parts must hold `key: value` lines, got 0",
         "outputs[0].port must be a valid integer, got '502'",
         "outputs[1].name",
         "Unknown setting 'outputs[2].prot'. Did you mean 'outputs[2].port'?",
@@ -81,6 +82,7 @@ def test_one_error_names_all_mistakes(bell, read):
         ("outputs:\n- {type: bell, name: a, name: b}", "duplicate key: name"),
         ("- outputs", "with the keys name, parts, sources, outputs"),
         ("outputs: [", "is not YAML"),
+        (f"name: {'a' * 61}", "name must have at most 60 printable characters, got 'aaa"),
     ],
 )
 def test_what_is_no_line_is_refused(bell, read, text, words):

@@ -37,7 +37,7 @@ def test_a_retained_message_from_before_is_left_out(tmp_path):
 
 def test_a_broker_that_is_not_there(monkeypatch):
     messages = Messages(Broker(host="127.0.0.1", port=free_port(), topic="a"))
-    with pytest.raises(OSError, match="Check its address"):
+    with pytest.raises(OSError, match="Check host, port, login and tls"):
         messages.start()
     messages.stop()
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from feeders import until
 from inspections import inspect_files, inspection
-from normweave.outcome.parts import RANKS, PartRule, PartView, judge
+from normweave.outcome.parts import MAX_IMAGES, RANKS, PartRule, PartView, judge
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
-from normweave.serve.parts import MAX_IMAGES, OpenParts, Parts
+from normweave.serve.parts import OpenParts, Parts
 from normweave.serve.service import Upload
 from normweave.serve.store import Store
 

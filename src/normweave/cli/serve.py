@@ -12,8 +12,6 @@ from normweave.errors import ConfigError, DataError, MissingError, unknown
 
 MIB = 2**20
 _LIMITS = "Limits"
-NAME_LENGTH = 60
-"""Maximum number of characters of the name of a line."""
 
 
 def serve(
@@ -155,8 +153,10 @@ def serve(
         )
     line = line_config.LineConfig() if config is None else line_config.read(config)
     name = name or line.name
-    if len(name) > NAME_LENGTH or not name.isprintable():
-        raise ConfigError(f"--name must have at most {NAME_LENGTH} printable characters, got {name[:200]!r}.")
+    if len(name) > line_config.NAME_LENGTH or not name.isprintable():
+        raise ConfigError(
+            f"--name must have at most {line_config.NAME_LENGTH} printable characters, got {name[:200]!r}."
+        )
     name = name.strip()
     receivers = outputs.build(line.outputs, line=name)
     limits = ServeConfig(

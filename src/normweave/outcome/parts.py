@@ -19,6 +19,10 @@ ID_LENGTH = 500
 """Maximum number of characters of the id of a part and of the name of a view."""
 RANKS: dict[PartVerdict, int] = {"normal": 0, "incomplete": 1, "unknown": 2, "anomalous": 3}
 """Verdicts from good to bad. A correction never goes back."""
+MAX_IMAGES = 100
+"""Images of a part; a server closes it with this number."""
+_INVISIBLE = re.compile("[\0-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters, and the bytes of a name that is no UTF-8."""
 REASONS = ("anomalous", "unknown", "unreadable", "missing")
 """Reasons why a part is not normal, worst first."""
 Views = int | tuple[str, ...] | None
@@ -64,7 +68,14 @@ class PartRule:
         views = self.views
         names = views if isinstance(views, tuple) else ()
         right = views is None or (views > 0 if isinstance(views, int) else bool(names) and all(names))
-        check((right and len(set(names)) == len(names), f"views must be at least 1, or different names, got {views!r}"))
+        count = views if isinstance(views, int) else len(names)
+        check(
+            (right and len(set(names)) == len(names), f"views must be at least 1, or different names, got {views!r}"),
+            (
+                count <= MAX_IMAGES,
+                f"views must be at most {MAX_IMAGES}, which is the most images of a part, got {count}",
+            ),
+        )
         try:
             part_of("", compile_pattern(self.part or None))
         except ConfigError as error:
@@ -79,11 +90,12 @@ class PartRule:
             view: name of the view that was sent; without one it is the second group, or the file name without suffix.
         """
         pattern = compile_pattern(self.part or None)
-        part = part or part_of(name, pattern)
+        part = _plain(part) or _plain(part_of(name, pattern))
         if not part:
             return None, None
         match = None if pattern is None or pattern.groups < 2 else pattern.search(name)
-        named = view or (match and match[2]) or PurePosixPath(name.replace("\\", "/")).stem
+        stem = PurePosixPath(name.replace("\\", "/")).stem
+        named = _plain(view) or _plain(match and match[2]) or _plain(stem)
         return part[:ID_LENGTH], named[:ID_LENGTH] or None
 
     def is_complete(self, views: Iterable[PartView]) -> bool:
@@ -92,6 +104,14 @@ class PartRule:
         if self.views is None:
             return False
         return len(seen) >= self.views if isinstance(self.views, int) else seen.issuperset(self.views)
+
+
+def _plain(text: str | None) -> str:
+    r"""Return an id or a name without white space around it, and with invisible characters as escapes such as \x07.
+
+    So it is the same however it came, different ones stay different, and every store and page can hold it.
+    """
+    return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), (text or "").strip())
 
 
 def compile_pattern(text: str | None) -> re.Pattern[str] | None:

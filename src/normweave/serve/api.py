@@ -461,6 +461,12 @@ async def _from_form(request: Request, max_images: int) -> list[Upload]:
                 raise HTTPException(
                     422, f"{IMAGES!r} must contain files, got text. With curl: -F '{IMAGES}=@part.png'."
                 )
+            if other := sorted(set(form) - {IMAGES, *PART_FIELDS}):
+                raise HTTPException(
+                    422,
+                    f"The form has the unknown field {other[0]!r:.100}. Allowed are {IMAGES!r}, "
+                    f"{' and '.join(map(repr, PART_FIELDS))}: correct its name, or leave it out.",
+                )
             files = [part for part in parts if isinstance(part, UploadFile)]
             if long := [part for part in files if len(part.filename or "") > records.NAME_LENGTH]:
                 raise HTTPException(

@@ -300,6 +300,7 @@ class _Follower:
             subject: deque() for subject in sorted(delivery.last_ids, key=READ_ORDER.index)
         }
         self._refusals = 0
+        self._failures = 0  # since the last success; one that lasts is logged once
         self._wait = output.config.first_wait_seconds
 
     def state(self) -> OutputState:
@@ -338,15 +339,24 @@ class _Follower:
     def _failed(self, error: BaseException) -> None:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        reason = str(error) if isinstance(error, NormweaveError) else f"{type(error).__name__}: {error}"
-        if self.delivery.attempts == 0:
+        reason = str(error) if isinstance(error, NormweaveError) else self._with_cure(error)
+        self._failures += 1
+        if self._failures == 1:
             log.warning("The output %s fails: %s", self.name, reason)
         self.delivery.attempts += 1
         self.delivery.last_error = reason
 
+    def _with_cure(self, error: BaseException) -> str:
+        """Return an error of a library as a sentence, and what to do."""
+        text = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            text = error.strerror  # without its number
+        return f"{text.rstrip('.')}. {self.output.cure}"
+
     def _succeeded(self) -> None:
-        if self.delivery.attempts:
-            log.info("The output %s works again after %d failed attempts.", self.name, self.delivery.attempts)
+        if self._failures:
+            log.info("The output %s works again after %d failed attempts.", self.name, self._failures)
+        self._failures = 0
         self.delivery.attempts, self.delivery.last_error = 0, None
         self.delivery.last_success_at = datetime.now(UTC)
         self._wait = self.output.config.first_wait_seconds

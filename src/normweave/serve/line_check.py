@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -29,24 +31,20 @@ class LineCheck:
 
 
 def check_outputs(config: LineConfig) -> list[LineCheck]:
-    """Test the outputs of a line, all at the same time.
-
-    Raises:
-        ConfigError: a secret cannot be read.
-    """
-    made = outputs.build(config.outputs, line=config.name)
+    """Test the outputs of a line, all at the same time."""
 
     async def check() -> list[LineCheck]:
-        return list(await asyncio.gather(*(_check(one) for one in made)))
+        return list(await asyncio.gather(*(_check(one, config.name) for one in config.outputs)))
 
-    return asyncio.run(check())
+    with _quiet():
+        return asyncio.run(check())
 
 
 def check_sources(config: LineConfig, *, seconds: float = SOURCE_SECONDS) -> list[LineCheck]:
     """Test the sources of a line, all at the same time; each may wait so long for its first image."""
     if not config.sources:
         return []
-    with ThreadPoolExecutor(len(config.sources)) as pool:
+    with _quiet(), ThreadPoolExecutor(len(config.sources)) as pool:
         return list(pool.map(lambda one: _check_source(one, seconds), config.sources))
 
 
@@ -59,8 +57,12 @@ def _check_source(config: SourceConfig, seconds: float) -> LineCheck:
     return LineCheck(name=config.name, type=config.type, error=error, text=text)
 
 
-async def _check(output: outputs.Output) -> LineCheck:
-    seconds, error = output.config.timeout_seconds, None
+async def _check(config: outputs.OutputConfig, line: str) -> LineCheck:
+    seconds, error = config.timeout_seconds, None
+    try:
+        (output,) = outputs.build([config], line=line)
+    except NormweaveError as failure:
+        return LineCheck(name=config.name, type=config.type, error=" ".join(str(failure).split()))
     try:
         async with asyncio.timeout(seconds):
             await output.check()
@@ -68,9 +70,21 @@ async def _check(output: outputs.Output) -> LineCheck:
         error = f"no answer within {seconds:g} s. {output.cure}"
     except Exception as failure:
         text = str(failure) if isinstance(failure, NormweaveError) else f"{type(failure).__name__}: {failure}"
-        error = f"{' '.join(text.split()).rstrip('.')}. {output.cure}"
+        text = " ".join(text.split()).rstrip(".")
+        error = f"{text}." if output.cure.rstrip(".") in text else f"{text}. {output.cure}"
     finally:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(seconds):
                 await output.close()
-    return LineCheck(name=output.config.name, type=output.config.type, error=error)
+    return LineCheck(name=config.name, type=config.type, error=error)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries from logging what the result of the test names anyway."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

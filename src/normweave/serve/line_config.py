@@ -32,6 +32,9 @@ EXTRAS = {"genicam": "genicam"}
 KEYS = ("name", "parts", *SECTIONS)
 """Keys of the file."""
 
+NAME_LENGTH = 60
+"""Maximum number of characters of the name of a line."""
+
 T = TypeVar("T")
 EntryName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -73,8 +76,10 @@ def read(path: Path) -> LineConfig:
     name = values.get("name", "")
     if not isinstance(name, str):
         found.append(f"name must be text, got {name!r:.80}")
-    parts = values.get("parts") or {}
-    rule = _checked(PartRule, parts, "parts", found)
+    elif len(name) > NAME_LENGTH or not name.isprintable():
+        found.append(f"name must have at most {NAME_LENGTH} printable characters, got {name[:80]!r}")
+    parts = values.get("parts")
+    rule = _checked(PartRule, {} if parts is None else parts, "parts", found)
     entries = {section: _entries(section, values.get(section), rule or PartRule(), found) for section in SECTIONS}
     names = Counter(one.name for section in entries.values() for one in section)
     if repeated := [each for each, count in names.items() if count > 1]:

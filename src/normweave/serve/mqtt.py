@@ -1,4 +1,4 @@
-"""Messages of an MQTT broker, for sources and triggers: the latest one waits, a newer one replaces it."""
+"""MQTT: the client of sources, triggers and outputs; and, for sources and triggers, the latest message of a broker."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import ssl
 import threading
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from normweave.errors import MissingError
+from normweave.errors import ConfigError, MissingError
 from normweave.serve.line_config import secret
-from normweave.validation import checked
+from normweave.validation import check, checked
 
 if TYPE_CHECKING:
     import aiomqtt
@@ -28,21 +29,96 @@ HEADER_BYTES = 64 * 2**10
 
 
 @checked
-class Broker:
-    """An MQTT broker and a topic."""
+class Address:
+    """An MQTT broker, and a login."""
 
     host: Annotated[str, Field(min_length=1)]
     port: Annotated[int, Field(ge=1, le=65535)] = 1883
-    topic: Annotated[str, Field(min_length=1)]
-    """May have wildcards, + and #."""
+    """8883 is usual with TLS."""
     username: str = ""
     password_env: str = ""
     """Environment variable of the password."""
     password_file: str = ""
     """File of the password."""
     tls: bool = False
-    ca_file: str = ""
-    """PEM file of the certificate authority; empty: those of the system."""
+    tls_ca: str = ""
+    """PEM file of the authority that signed the broker's certificate; empty: those of the system."""
+    tls_certificate: str = ""
+    """PEM file of a certificate of this client, with `tls_key`."""
+    tls_key: str = ""
+
+    def __post_init__(self) -> None:
+        files = self.tls_ca or self.tls_certificate or self.tls_key
+        check(
+            (self.tls or not files, "tls must be true with tls_ca, tls_certificate or tls_key"),
+            (bool(self.tls_certificate) == bool(self.tls_key), "tls_certificate and tls_key must be given together"),
+        )
+
+
+@checked
+class Broker(Address):
+    """An MQTT broker and a topic."""
+
+    topic: Annotated[str, Field(min_length=1)]
+    """May have wildcards, + and #."""
+
+
+def client(address: Address, *, seconds: float, **given: Any) -> aiomqtt.Client:
+    """Return a client of MQTT 5 that is not connected yet; must be called from a running event loop.
+
+    Args:
+        seconds: time limit of each step.
+        given: further arguments of `aiomqtt.Client`.
+
+    Raises:
+        ConfigError: the password or a file of TLS cannot be read.
+    """
+    import aiomqtt
+
+    password, context = read_files(address)
+    made = aiomqtt.Client(
+        address.host,
+        address.port,
+        protocol=aiomqtt.ProtocolVersion.V5,
+        username=address.username or None,
+        password=password,
+        timeout=seconds,
+        keepalive=10,
+        tls_context=context,
+        **given,
+    )
+    made._client.connect_timeout = seconds  # aiomqtt has no argument for it
+    return made
+
+
+def read_files(address: Address) -> tuple[str | None, ssl.SSLContext | None]:
+    """Return the password and the settings of TLS.
+
+    Raises:
+        ConfigError: one of their files cannot be read.
+    """
+    password = secret("password", env=address.password_env, file=address.password_file)
+    if not address.tls:
+        return password, None
+    for name in ("tls_ca", "tls_certificate", "tls_key"):
+        path = getattr(address, name)
+        try:
+            if path:
+                Path(path).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"The file {path}, named by {name}, cannot be read: {error.strerror}. Correct {name}, or leave it out."
+            ) from error
+    try:
+        context = ssl.create_default_context(cafile=address.tls_ca or None)
+        if address.tls_certificate:
+            context.load_cert_chain(address.tls_certificate, address.tls_key)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            "tls_ca, tls_certificate or tls_key has no certificate or key, or they do not belong together: "
+            f"{error.reason or error}. Give PEM files."
+        ) from error
+    return password, context
 
 
 class Message(NamedTuple):
@@ -122,17 +198,18 @@ class Messages:
 
     def _failure(self) -> OSError:
         where = f"The MQTT broker {self._broker.host}:{self._broker.port}"
-        return ConnectionError(f"{where} cannot be used: {self._error or 'no answer'}. Check its address and log.")
+        reason = str(self._error or "no answer").rstrip(".")
+        return ConnectionError(f"{where} cannot be used: {reason}. Check host, port, login and tls, and its log.")
 
     async def _run(self) -> None:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         try:
-            async with self._client() as client:
-                await client.subscribe(self._broker.topic, qos=1)
+            async with self._client() as connected:
+                await connected.subscribe(self._broker.topic, qos=1)
                 with self._changed:
                     self._connected = True
                     self._changed.notify_all()
-                async for message in client.messages:
+                async for message in connected.messages:
                     self._put(message)
         except asyncio.CancelledError:
             pass
@@ -144,12 +221,9 @@ class Messages:
                 self._changed.notify_all()
 
     def _client(self) -> aiomqtt.Client:
-        import aiomqtt
         from paho.mqtt.packettypes import PacketTypes
         from paho.mqtt.properties import Properties
 
-        broker = self._broker
-        password = secret("password", env=broker.password_env, file=broker.password_file)
         properties = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         properties.MaximumPacketSize = self._max_bytes + HEADER_BYTES
         dropped = self._on_drop
@@ -161,15 +235,9 @@ class Messages:
                     dropped(1)
                 super().put_nowait(item)
 
-        return aiomqtt.Client(
-            broker.host,
-            broker.port,
-            username=broker.username or None,
-            password=password,
-            protocol=aiomqtt.ProtocolVersion.V5,
-            timeout=CONNECT_SECONDS,
-            keepalive=10,
-            tls_context=ssl.create_default_context(cafile=broker.ca_file or None) if broker.tls else None,
+        return client(
+            self._broker,
+            seconds=CONNECT_SECONDS,
             properties=properties,
             queue_type=LatestMessages,
             max_queued_incoming_messages=QUEUE,

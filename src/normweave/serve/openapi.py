@@ -60,6 +60,7 @@ INSPECT_BODY: dict[str, Any] = {
                     "title": "InspectForm",
                     "type": "object",
                     "required": [IMAGES],
+                    "additionalProperties": False,
                     "properties": {
                         IMAGES: {"type": "array", "minItems": 1, "items": _BINARY},
                         **{name: {"type": "array", "items": _TEXT} for name in PART_FIELDS},

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
 
+from normweave.outcome.parts import MAX_IMAGES
 from normweave.serve import schemas
 from normweave.serve.openapi import problem_responses
 from normweave.serve.parameters import DEPENDENCIES, MAX_PAGE_SIZE, PAGE_SIZE, Id
 from normweave.serve.part_store import PartStore
-from normweave.serve.parts import MAX_IMAGES
 from normweave.serve.records import NotFoundError, PartRecord
 from normweave.serve.service import InspectionService
 from normweave.types import PartVerdict

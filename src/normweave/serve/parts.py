@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 from typing import NamedTuple
 
 from normweave.errors import NormweaveError
-from normweave.outcome.parts import PartResult, PartRule, PartView, is_worse, judge
+from normweave.outcome.parts import MAX_IMAGES, PartResult, PartRule, PartView, is_worse, judge
 from normweave.serve.part_store import OpenView, PartStore, TakenError
 from normweave.serve.records import PartRecord
 from normweave.serve.service import InspectionService
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 MAX_OPEN = 10_000
 """Open parts; beyond it the one that waits longest is closed."""
-MAX_IMAGES = 100
-"""Images of a part; with this number it is closed."""
 CHUNK = 500
 """Images that are read at a time."""
 LONGEST_WAIT = 1.0

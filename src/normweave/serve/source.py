@@ -24,7 +24,7 @@ from typing import ClassVar, Literal, NamedTuple, Protocol, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave.errors import NormweaveError
+from normweave.errors import ImageError, NormweaveError
 from normweave.serve import line_config, records
 from normweave.serve.service import BusyError, InspectionService, StoppedError, Upload
 from normweave.serve.trigger import FrameTrigger, TriggerConfig, trigger
@@ -123,6 +123,12 @@ def check(config: SourceConfig, *, seconds: float = 10.0) -> str:
         for frame in found:
             reached = True
             if frame is not None:
+                try:
+                    frame.grey()
+                except ImageError as error:
+                    raise ConnectionError(
+                        f"What came is no image that can be read: {error}. Check that the source sends image files."
+                    ) from error
                 size = "" if frame.size is None else f" of {frame.size[1]} x {frame.size[0]} pixels"
                 return f"first image{size} after {time.monotonic() - began:.1f} s"
             if time.monotonic() > began + seconds:
@@ -164,6 +170,7 @@ class SourceRunner:
         self._connected = False
         self._error: str | None = None
         self._failure: str | None = None  # of the last inspection
+        self._unreadable = 0  # images in a row that could not be read
         self._seen_at: float | None = None
         self._threads: list[threading.Thread] = []
         self._ending: list[threading.Thread] = []  # were stopped, and still wait for a counterpart
@@ -182,6 +189,11 @@ class SourceRunner:
             return SourceState("red", self._error or "it is being connected")
         if self._failure is not None:
             return SourceState("amber", self._failure)
+        if self._unreadable and self.last is not None:
+            images = "The last image" if self._unreadable == 1 else f"The last {self._unreadable} images"
+            reason = (self.last.outcome.error or "").rstrip(".")
+            text = f"{images} could not be read: {reason}. Check that the source sends image files."
+            return SourceState("amber", text)
         quiet = None if self._seen_at is None else self._clock() - self._seen_at
         if quiet is None or quiet > QUIET_SECONDS:
             return SourceState("amber", "connected, no image yet" if quiet is None else f"no image for {quiet:.0f} s")
@@ -334,6 +346,7 @@ class SourceRunner:
                         [upload], source=cast("records.Source", config.type), actor=config.name
                     )
                     (self.last,) = runner.run(call)
+                    self._unreadable = 0 if self.last.outcome.error is None else self._unreadable + 1
                     return "inspected", None
                 except BusyError as error:
                     if self._stopped.wait(BUSY_SECONDS) or (config.drops and self._waiting is not None):

@@ -172,7 +172,7 @@ class OnMessage(Trigger):
         message = self._messages.take()
         if message is None:
             return False
-        text = message.payload.decode("utf-8", "replace").strip()
+        text = message.payload.decode("utf-8", "surrogateescape").strip()
         self.part = text[:500] or None
         return True
 

@@ -126,7 +126,7 @@ def test_a_login_is_needed_where_the_broker_needs_one(start, station, tmp_path, 
         (id,) = station.add()
         until(lambda: broker.ids() == [id])
         without = until(lambda: deliveries.states()[1].attempts and deliveries.states()[1])
-        assert without.last_error == "MqttConnectError: [code:135] Not authorized"
+        assert without.last_error.startswith("[code:135] Not authorized. Check host and port, username and password")
     finally:
         deliveries.stop()
 
@@ -187,3 +187,14 @@ def test_the_password_is_read_at_the_start(monkeypatch):
     monkeypatch.delenv("BROKER", raising=False)
     with pytest.raises(ConfigError, match="BROKER, named by password_env, is not set"):
         make("mqtt", host="h", password_env="BROKER")
+
+
+def test_files_of_tls_are_read_at_the_start(tmp_path):
+    (tmp_path / "no.pem").write_text("no certificate")
+    for name, words in (
+        ("missing.pem", "missing.pem, named by tls_ca, cannot be read: No such file or directory. Correct tls_ca"),
+        ("no.pem", "has no certificate or key, or they do not belong together"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            make("mqtt", host="127.0.0.1", tls=True, tls_ca=str(tmp_path / name))
+        assert words in str(caught.value)

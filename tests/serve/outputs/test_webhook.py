@@ -1,5 +1,6 @@
 """Webhooks are signed, have an id of the inspection, and refused ones become dead letters."""
 
+import base64
 import socket
 import threading
 
@@ -79,7 +80,7 @@ def test_an_answer_that_never_ends_keeps_one_thread(station, tmp_path):
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("url: line-4, secret_env: S", "outputs[0].url A webhook must be an address like https"),
+        ("url: line-4, secret_env: S", "outputs[0].url must be an address like https"),
         ("url: http://mes/", "secret_env or secret_file must be given"),
         ("url: http://mes/, secret_env: S, secret_file: S", "secret_env or secret_file must be given"),
         ("secret_env: S", "outputs[0].url"),
@@ -89,9 +90,30 @@ def test_wrong_settings_are_named(tmp_path, entry, words):
     assert words in refusal(tmp_path, f"type: webhook, name: mes, {entry}")
 
 
-@pytest.mark.parametrize("secret", ["whsec_", "whsec_aéb", "x"])
-def test_a_wrong_secret_is_refused_and_not_printed(monkeypatch, secret):
+@pytest.mark.parametrize(
+    ("secret", "words"),
+    [
+        ("whsec_", "this one has 0 bytes"),
+        ("whsec_aéb", "this is no base64 text"),
+        ("x", "this is no base64 text"),
+        ("whsec_" + base64.b64encode(bytes(23)).decode(), "24 to 64 random bytes in base64; this one has 23 bytes"),
+        ("whsec_" + base64.b64encode(bytes(65)).decode(), "this one has 65 bytes"),
+        (base64.b64encode(bytes(32)).decode(), "this one has 32 bytes, without whsec_"),
+    ],
+)
+def test_a_wrong_secret_is_refused_and_not_printed(monkeypatch, secret, words):
     monkeypatch.setenv("MES_SECRET", secret)
-    with pytest.raises(ConfigError, match="must be whsec_ and base64 text") as caught:
+    with pytest.raises(ConfigError) as caught:
         make("webhook", url="http://mes/", secret_env="MES_SECRET")
+    assert words in str(caught.value)
+    assert "openssl rand -base64 32" in str(caught.value)
     assert "é" not in str(caught.value)
+
+
+def test_an_answer_that_is_no_success_is_named_with_the_cure(station, receiver, deliveries):
+    receiver.statuses = [302] * 1000
+    station.add()
+    until(lambda: deliveries.states()[0].attempts)
+    assert "status 302, a redirect, which is not followed. Give the address" in deliveries.states()[0].last_error
+    receiver.proxy.stop()
+    until(lambda: "Connection refused. Check url and secret" in deliveries.states()[0].last_error)

@@ -40,11 +40,21 @@ def test_a_changed_image_is_inspected_once_also_after_the_server_was_dead(run, s
     assert check(source(snapshots.url)).startswith("first image after")
 
 
-def test_garbage_is_inspected_as_not_readable(run, snapshots, service):
+def test_garbage_is_inspected_as_not_readable_and_the_source_is_amber(run, snapshots, service, contents):
     snapshots.content = b"no image"
     runner = run(source(snapshots.url))
     until(lambda: runner.counts["inspected"] == 1)
     assert service.store.inspections(ALL, limit=1)[0].outcome.error is not None
+    snapshots.content = b"no image either"
+    until(lambda: runner.counts["inspected"] == 2)
+    colour, text = until(lambda: runner.state)
+    assert (colour, "The last 2 images could not be read: " in text) == ("amber", True)
+    with pytest.raises(
+        OSError, match=r"What came is no image that can be read: .*Check that the source sends image files"
+    ):
+        check(source(snapshots.url))
+    snapshots.content = contents[0]
+    until(lambda: runner.state.colour == "green")
 
 
 def test_slow_and_large_answers_and_errors_are_red(start, snapshots, contents):

@@ -13,12 +13,12 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator
 
-from normweave.errors import NormweaveError
+from normweave.errors import ConfigError, NormweaveError
 from normweave.outcome.parts import PartRule
 from normweave.serve.line_config import EntryConfig, load
 from normweave.serve.message import Message
 from normweave.serve.records import Subject
-from normweave.validation import PositiveFloat, check, checked
+from normweave.validation import PositiveFloat, check, checked, joined
 
 T = TypeVar("T")
 
@@ -127,9 +127,17 @@ def build(configs: Iterable[OutputConfig], *, line: str) -> list[Output]:
     """Return the outputs of a line.
 
     Raises:
-        ConfigError: a secret cannot be read.
+        ConfigError: secrets or other files cannot be read, all together.
     """
-    return [load("outputs", config.type).Output(config, line=line) for config in configs]
+    made, wrong = list[Output](), list[str]()
+    for config in configs:
+        try:
+            made.append(load("outputs", config.type).Output(config, line=line))
+        except ConfigError as error:
+            wrong.append(f"{config.name}: {error}")
+    if wrong:
+        raise joined(wrong, source="outputs")
+    return made
 
 
 def check_free(host: str, port: int) -> None:

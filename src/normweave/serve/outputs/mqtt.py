@@ -6,15 +6,13 @@ import contextlib
 import json
 import re
 import socket
-import ssl
 import uuid
 from typing import Annotated, Literal
 
 import aiomqtt
 from pydantic import AfterValidator, Field
 
-from normweave.serve import outputs
-from normweave.serve.line_config import secret
+from normweave.serve import mqtt, outputs
 from normweave.serve.message import Message, slug
 from normweave.serve.records import Subject
 from normweave.validation import check, checked
@@ -29,31 +27,12 @@ def _topic(value: str) -> str:
 
 
 @checked
-class Config(outputs.OutputConfig):
+class Config(outputs.OutputConfig, mqtt.Address):
     """A broker and a topic."""
 
     type: Literal["mqtt"]
-    host: str
-    port: Annotated[int, Field(ge=1, le=65535)] = 1883
-    """8883 is usual with TLS."""
     topic: Annotated[str, Field(max_length=200), AfterValidator(_topic)] = ""
     """First levels of the topics; empty: normweave/NAME-OF-THE-LINE. Below it: the `TOPICS`, state, heartbeat."""
-    username: str = ""
-    password_env: str = ""
-    password_file: str = ""
-    tls: bool = False
-    tls_ca: str = ""
-    """PEM file of the authority that signed the broker's certificate; empty: those of the system."""
-    tls_certificate: str = ""
-    """PEM file of a certificate of this client, with `tls_key`."""
-    tls_key: str = ""
-
-    def __post_init__(self) -> None:
-        files = self.tls_ca or self.tls_certificate or self.tls_key
-        check(
-            (self.tls or not files, "tls must be true with tls_ca, tls_certificate or tls_key"),
-            (bool(self.tls_certificate) == bool(self.tls_key), "tls_certificate and tls_key must be given together"),
-        )
 
 
 class Output(outputs.Output):
@@ -65,7 +44,7 @@ class Output(outputs.Output):
     def __init__(self, config: Config, *, line: str) -> None:
         super().__init__(config, line=line)
         self.topic = config.topic or f"normweave/{slug(line)}"
-        self._password = secret("password", env=config.password_env, file=config.password_file)
+        mqtt.read_files(config)  # so that the server does not start without them
         self._client: aiomqtt.Client | None = None
         self._connected = False
         self._ready: bool | None = None
@@ -79,27 +58,9 @@ class Output(outputs.Output):
         await self.heartbeat(False)
 
     def _make(self, identifier: str, *, will: bool = True) -> aiomqtt.Client:
-        config, context = self.config, None
-        if config.tls:
-            context = ssl.create_default_context(cafile=config.tls_ca or None)
-            if config.tls_certificate:
-                context.load_cert_chain(config.tls_certificate, config.tls_key)
-        client = aiomqtt.Client(
-            config.host,
-            config.port,
-            identifier=identifier,
-            protocol=aiomqtt.ProtocolVersion.V5,
-            username=config.username or None,
-            password=self._password,
-            tls_context=context,
-            keepalive=10,
-            timeout=config.timeout_seconds / 2,  # to connect has two steps, and should not be cancelled in one
-            will=aiomqtt.Will(f"{self.topic}/state", _state("offline", ready=False), qos=1, retain=True)
-            if will
-            else None,
-        )
-        client._client.connect_timeout = config.timeout_seconds / 2  # aiomqtt has no argument for it
-        return client
+        # To connect has two steps, and should not be cancelled in one.
+        last = aiomqtt.Will(f"{self.topic}/state", _state("offline", ready=False), qos=1, retain=True) if will else None
+        return mqtt.client(self.config, seconds=self.config.timeout_seconds / 2, identifier=identifier, will=last)
 
     async def deliver(self, message: Message) -> None:
         """Publish a message."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import threading
@@ -23,6 +24,8 @@ from normweave.serve.line_config import secret
 from normweave.serve.message import Message
 from normweave.validation import PositiveInt, check, checked
 
+KEY_BYTES = 24, 64
+"""Fewest and most bytes of a secret."""
 AGAIN = (408, 425, 429)
 """Statuses 4xx after which the same request may succeed."""
 
@@ -70,11 +73,7 @@ class Output(outputs.Output):
     def __init__(self, config: Config, *, line: str) -> None:
         super().__init__(config, line=line)
         self.attempts = config.refusals
-        given = secret("secret", env=config.secret_env, file=config.secret_file)
-        try:
-            self._signer = standardwebhooks.Webhook(given or "")
-        except Exception as error:  # the library raises what base64 raises, and an exception of its own
-            raise ConfigError(f"The secret of the webhook {config.name} must be whsec_ and base64 text.") from error
+        self._signer = standardwebhooks.Webhook(_key(config))
         self._sending = False
 
     async def connect(self) -> None:
@@ -104,11 +103,21 @@ class Output(outputs.Output):
         try:
             status = await self._in_thread(lambda: _post(self.config.url, body.encode(), headers, seconds=seconds))
         except (OSError, HTTPException) as error:
-            raise outputs.DeliveryError(f"{self.config.url}: {type(error).__name__}: {error}") from error
+            reason = getattr(error, "reason", error)
+            raise outputs.DeliveryError(f"{self.config.url} does not answer: {reason}. {self.cure}") from error
         if 400 <= status < 500 and status not in AGAIN:
-            raise outputs.RefusedError(f"{self.config.url} refuses the message with status {status}.")
+            raise outputs.RefusedError(
+                f"{self.config.url} refuses the message with status {status}. Look into the log of the other server."
+            )
+        if 300 <= status < 400:
+            raise outputs.DeliveryError(
+                f"{self.config.url} answers with status {status}, a redirect, which is not followed. Give the address "
+                "that it leads to as url."
+            )
         if not 200 <= status < 300:
-            raise outputs.DeliveryError(f"{self.config.url} answers with status {status}.")
+            raise outputs.DeliveryError(
+                f"{self.config.url} answers with status {status}. Look into the log of the other server."
+            )
 
     async def _in_thread(self, work: Callable[[], int]) -> int:
         """Call `work` in a thread that nothing waits for: an answer that never ends must not keep the server."""
@@ -138,6 +147,26 @@ class Output(outputs.Output):
         self._sending = True
         threading.Thread(target=run, name="webhook", daemon=True).start()
         return await done
+
+
+def _key(config: Config) -> str:
+    """Return the secret.
+
+    Raises:
+        ConfigError: it cannot be read, or is none as Standard Webhooks allows; the message does not have it.
+    """
+    given = secret("secret", env=config.secret_env, file=config.secret_file) or ""
+    least, most = KEY_BYTES
+    rule = f"The secret of the webhook {config.name} must be whsec_ and {least} to {most} random bytes in base64"
+    cure = 'Make one with: echo "whsec_$(openssl rand -base64 32)"'
+    try:
+        size = len(base64.b64decode(given.removeprefix("whsec_"), validate=True))
+    except ValueError:
+        raise ConfigError(f"{rule}; this is no base64 text. {cure}") from None
+    if not given.startswith("whsec_") or not least <= size <= most:
+        began = "" if given.startswith("whsec_") else ", without whsec_"
+        raise ConfigError(f"{rule}; this one has {size} bytes{began}. {cure}")
+    return given
 
 
 def _post(url: str, body: bytes, headers: Mapping[str, str], *, seconds: float) -> int:

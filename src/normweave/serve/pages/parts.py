@@ -8,10 +8,10 @@ from urllib.parse import urlencode
 from nicegui import ui
 from nicegui.events import GenericEventArguments
 
+from normweave.outcome.parts import MAX_IMAGES
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import EMIT_ID, Page, Pager, Serving, plain_button
 from normweave.serve.part_store import PartStore
-from normweave.serve.parts import MAX_IMAGES
 from normweave.serve.records import Inspection, PartRecord
 from normweave.serve.templating import render_macro
 from normweave.types import PartReason, PartVerdict

@@ -45,6 +45,10 @@ class Config(SourceConfig):
         )
 
 
+class _SlowError(TimeoutError):
+    """An image did not come in time."""
+
+
 class _SameHost(HTTPRedirectHandler):
     """Follows redirects to the same host only, since the image and the password belong to it."""
 
@@ -94,11 +98,24 @@ def _ask(opener: OpenerDirector, config: Config, headers: dict[str, str], max_by
                 if len(content) > max_bytes:
                     raise ConnectionError(f"{config.url} sends more than {max_bytes:,} bytes, the most of an image.")
                 if time.monotonic() > end:
-                    raise TimeoutError(f"{config.url} has not sent its image in {config.timeout_seconds:g} s.")
+                    raise _SlowError(
+                        f"{config.url} has not sent its image in {config.timeout_seconds:g} s. Raise timeout_seconds, "
+                        "or use a faster network."
+                    )
             return bytes(content), answer.headers.get("ETag", "")
     except HTTPError as error:
         if error.code == 304:
             return None, headers["If-None-Match"]
         raise ConnectionError(f"{config.url} answers {error.code} {error.reason}. Check it in a browser.") from error
     except (URLError, HTTPException, ConnectionResetError) as error:
-        raise ConnectionError(f"{config.url} cannot be read: {getattr(error, 'reason', error)}.") from error
+        reason = getattr(error, "reason", error)
+        raise ConnectionError(
+            f"{config.url} cannot be read: {reason}. Check url, timeout_seconds, and that the device runs."
+        ) from error
+    except _SlowError:
+        raise
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"{config.url} has not answered in {config.timeout_seconds:g} s. Check url, timeout_seconds, and that the "
+            "device runs."
+        ) from error

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import pyarrow.parquet
 import pytest
 
-from normweave.cli.results import write_csv, write_parquet
+from normweave.outcome.table import write_csv, write_parquet
 from normweave.serve.schemas import outcome_model
 from normweave.serve.tables import outcome_columns
 from normweave.types import DefectBox, ExpertWeight, Outcome

@@ -1,6 +1,7 @@
 """Write a file completely or not at all."""
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     removed and `path` keeps its old content. Nothing is synced to the disk: a power failure can lose the
     new content.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # no other process has it, on any machine
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from normweave.cli.results import ROWS_A_GROUP, ResultWriter
+from normweave.cli.results import ResultWriter
 from normweave.errors import DataError
+from normweave.outcome.table import ROWS_A_GROUP
 from normweave.types import DefectBox, Outcome
 
 OUTCOME = Outcome(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from normweave.atomic import write_atomically
-from normweave.cli.results import FORMATS
 from normweave.data.tables import encoding_of, read_csv
 from normweave.errors import DataError
 from normweave.outcome.parts import PartRule, PartView, judge
+from normweave.outcome.table import FORMATS
 from normweave.types import Outcome, PartOutcome, PartReason
 
 COLUMNS = ("image_path", "part_id")

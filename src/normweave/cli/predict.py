@@ -6,8 +6,10 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,11 +17,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normweave.cli import options
-from normweave.cli.results import FORMATS, ResultWriter
+from normweave.cli.results import ResultWriter
 from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal
 from normweave.errors import ConfigError, DataError, unknown
+from normweave.outcome.table import FORMATS
 
 if TYPE_CHECKING:
+    from normweave.data.stored import ListedImage
     from normweave.detector import Detector
     from normweave.types import Outcome
 
@@ -32,7 +36,8 @@ def predict(
     images: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Files, folders, patterns such as '*.png', or - to read paths from stdin.",
+            help="Files, folders, patterns such as '*.png', tables (.csv, .parquet), URLs such as s3://bucket/folder, "
+            "or - to read paths from stdin.",
             show_default=False,
         ),
     ] = None,
@@ -41,8 +46,14 @@ def predict(
         typer.Option("--list", help="File with paths of more images, one per line.", show_default=False),
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Table of the results: .jsonl, .csv or .parquet.", show_default=False),
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Table of the results: .jsonl, .csv or .parquet. With --ray a folder, or its URL, for parts in this "
+            "format.",
+            show_default=False,
+        ),
     ] = None,
     maps: Annotated[
         Path | None,
@@ -67,20 +78,39 @@ def predict(
         str | None,
         typer.Option(help="i/n: predict every n-th image from the i-th on, for n processes.", show_default=False),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|local",
+            help="Predict on a Ray cluster: host:port of its head node, auto, or local for all processors of this "
+            "machine.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> int:
     """Predict images in order. Exit code 1 if an image is not normal, 4 if an image could not be read.
 
     Needs no torch. Each path from stdin is predicted before the next is read. With --part, or a --list with the
     columns image_path and part_id, the parts follow after the images; with --output they are in a table of their own,
-    NAME_parts.SUFFIX.
+    NAME_parts.SUFFIX. With --ray the results are files of 64 images or more in the folder --output; only their counts
+    are printed.
     """
+    if ray is not None:
+        refused = {"--maps": maps, "--part": part, "--views": views, "--shard": shard}
+        return predict_on_ray(terminal, bundle, images or [], list_, output, ray, resume=resume, refused=refused)
+    if output is not None and "://" in output:
+        raise ConfigError(f"--output {output} is a URL, which needs --ray. Give a path, or add --ray local.")
+    table = None if output is None else Path(output)
+
     from normweave.cli import parts as parts_of_run
     from normweave.outcome.parts import PartRule, parse_views
 
     rule = PartRule(part=part or "", views=parse_views(views))
-    check_outputs(output, maps, resume=resume)
+    check_outputs(table, maps, resume=resume)
+    if maps is not None and any(each.endswith(".parquet") for each in images or []):
+        raise ConfigError("--maps needs image files, not images in a Parquet table. Leave out --maps.")
     first, step = (0, 1) if shard is None else parse_shard(shard)
-    paths: Iterator[str] = islice(find_images(images or [], list_), first, None, step)
+    paths: Iterator[ListedImage] = islice(find_images(images or [], list_), first, None, step)
     listed = parts_of_run.read_list(list_) if list_ is not None and parts_of_run.is_table(list_) else {}
     parts = parts_of_run.Parts(rule, listed)
     if views is not None and not parts.are_named:
@@ -88,23 +118,24 @@ def predict(
     if shard is not None and parts.are_named:
         raise ConfigError("--shard would divide the images of a part between runs. Leave out --shard or the parts.")
 
+    from normweave.data.stored import fetched
     from normweave.detector import Detector
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)  # fails before the first image
     batch = 1 if STDIN in (images or []) else detector.batch_images
-    with_maps = terminal.json or output is not None or maps is not None
+    with_maps = terminal.json or table is not None or maps is not None
     not_normal = unreadable = 0
     with ExitStack() as stack:
         writer, done, repeated = None, 0, 0
-        if output is not None:
-            writer = stack.enter_context(ResultWriter(output, resume=resume, bundle_hash=detector.bundle_hash))
+        if table is not None:
+            writer = stack.enter_context(ResultWriter(table, resume=resume, bundle_hash=detector.bundle_hash))
             done, not_normal, unreadable = writer.done, writer.not_normal, writer.unreadable
             # Repeat an unfinished batch, so that every image is in the same batch as without the interruption.
             repeated = done % batch
             paths = chain(writer.skip(paths, keep=repeated), paths)
-        outcomes = detector.stream(paths, maps=with_maps, batch_images=batch)
+        outcomes = detector.stream(paths if batch == 1 else fetched(paths), maps=with_maps, batch_images=batch)
         for row in [] if writer is None else writer.rows():
             parts.add(row)
         for number, outcome in enumerate(islice(outcomes, repeated, None), done):
@@ -133,8 +164,8 @@ def predict(
             terminal.record(one.as_dict())
         else:
             terminal.show(parts_of_run.summary(one))
-    if output is not None and parts.are_named:
-        parts_of_run.save(output, judged)
+    if table is not None and parts.are_named:
+        parts_of_run.save(table, judged)
     if parts.are_named and parts.without:
         terminal.remark(
             f"{parts.without} of {done} images show no part: --part does not match their path, or the list names none. "
@@ -150,6 +181,59 @@ def predict(
     return UNREADABLE if unreadable else NOT_NORMAL if not_normal else ALL_NORMAL
 
 
+def predict_on_ray(
+    terminal: Terminal,
+    bundle: Path,
+    images: list[str],
+    list_: Path | None,
+    output: str | None,
+    address: str,
+    *,
+    resume: bool,
+    refused: Mapping[str, object],
+) -> int:
+    """Predict images on a Ray cluster, print the counts of the verdicts and return the exit code."""
+    given = [name for name, value in refused.items() if value is not None]
+    if given:
+        raise ConfigError(f"{given[0]} is not possible with --ray. Leave out one of them.")
+    if output is None:
+        raise ConfigError("--ray needs --output: the folder of the results, such as results.parquet.")
+    if STDIN in images:
+        raise ConfigError("--ray cannot read paths from stdin, which cannot be read again. Write them to a --list.")
+
+    from normweave.bridges.ray import check_address
+    from normweave.bridges.ray_predict import predict as predict_parts
+    from normweave.bridges.ray_predict import suffix_of
+
+    check_address(address)
+    suffix_of(output)
+    if list_ is not None and list_.is_file():
+        from normweave.cli.parts import is_table
+
+        if is_table(list_):
+            raise ConfigError("A --list of parts is not possible with --ray. Give a list of paths alone.")
+    with terminal.progress() as progress:
+        counts = predict_parts(
+            bundle,
+            partial(find_images, images, list_),
+            output=output,
+            address=address,
+            resume=resume,
+            threads=terminal.threads or 1,
+            device=terminal.device,
+            progress=progress,
+        )
+    values = asdict(counts)
+    if terminal.json:
+        terminal.record({"output": output} | values)
+    else:
+        found = ", ".join(f"{count} {name}" for name, count in values.items() if name != "images")
+        terminal.show(f"{counts.images} images: {found}. Results: {output}")
+    if counts.unreadable:
+        return UNREADABLE
+    return NOT_NORMAL if counts.anomalous or counts.unknown else ALL_NORMAL
+
+
 def parse_shard(text: str) -> tuple[int, int]:
     """Return the index of the first image and the step of a shard "i/n".
 
@@ -162,8 +246,8 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
-def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[str]:
-    """Return the paths of the images in the order of the arguments, then those of a list. Folders are sorted by path.
+def find_images(arguments: list[str], listed: Path | None = None) -> "Iterator[ListedImage]":
+    """Return the images in the order of the arguments, then those of a list. Folders are sorted by path.
 
     A file may have any suffix. A path that does not exist is returned too, so that it is reported in its position.
 
@@ -171,10 +255,18 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
         DataError: no image is given, a folder has no images or a link that leads nowhere, a pattern
             matches nothing, stdin is closed, or the list is no file, has no path or is not text.
     """
-    sources: list[Iterable[str]] = []
+    from normweave.data.stored import UrlImage, in_store, in_table, is_table, is_url
+
+    sources: list[Iterable[ListedImage]] = []
     for argument in arguments:
         if argument == STDIN:
             sources.append(_from_stdin())
+        elif is_table(argument) and (is_url(argument) or os.path.exists(argument)):
+            if not any(deque(in_table(argument), maxlen=1)):
+                raise DataError(f"The table {argument} has no rows. Add one row for each image.")
+            sources.append(in_table(argument))
+        elif is_url(argument):
+            sources.append(in_store(argument))
         elif os.path.isdir(argument):
             if not any(deque(in_folder(argument), maxlen=1)):  # to its end: a link that leads nowhere is found now
                 raise DataError(f"The folder {argument} contains no image. Give a folder with images, or image files.")
@@ -195,7 +287,8 @@ def find_images(arguments: list[str], listed: Path | None = None) -> Iterator[st
         sources.append(_listed(listed))
     if not sources:
         raise DataError("No image is given. Give files, folders, patterns, - for stdin, or --list FILE.")
-    return chain.from_iterable(sources)
+    found = chain.from_iterable(sources)
+    return (UrlImage(each) if isinstance(each, str) and is_url(each) else each for each in found)
 
 
 def _from_stdin() -> Iterator[str]:
@@ -280,6 +373,7 @@ def save_map(folder: Path, number: int, outcome: "Outcome", detector: "Detector"
     from PIL import Image
 
     from normweave.data.images import decode
+    from normweave.data.stored import from_json
     from normweave.maps.overlay import overlay
 
     assert outcome.anomaly_map is not None  # `stream` was called with maps=True
@@ -288,6 +382,6 @@ def save_map(folder: Path, number: int, outcome: "Outcome", detector: "Detector"
     path = folder / f"{number:06d}-{stem}.npy"
     np.save(path, outcome.anomaly_map, allow_pickle=False)
     threshold, inside = detector.box_threshold(outcome), detector.regions.inside(outcome)
-    image = overlay(decode(outcome.image_path), outcome.anomaly_map, threshold=threshold, inside=inside)
+    image = overlay(decode(from_json(outcome.image_path)), outcome.anomaly_map, threshold=threshold, inside=inside)
     Image.fromarray(image).save(path.with_suffix(".png"))
     return path

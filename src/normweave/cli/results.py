@@ -6,24 +6,20 @@ from these lines under its own name, and the partial file is removed.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, get_args, get_type_hints
+from typing import TYPE_CHECKING, Self
 
 from normweave.atomic import write_atomically
 from normweave.errors import DataError
+from normweave.outcome.table import FORMATS, Row, json_line
 
 if TYPE_CHECKING:
-    from normweave.types import OutcomeColumn
-
-Row = dict[str, Any]
-ROWS_A_GROUP = 1000
+    from normweave.data.stored import ListedImage
 
 
 class ResultWriter:
@@ -97,30 +93,27 @@ class ResultWriter:
                     ) from error
                 yield row
 
-    def skip(self, paths: Iterator[str], *, keep: int) -> list[str]:
+    def skip(self, paths: Iterator[ListedImage], *, keep: int) -> list[ListedImage]:
         """Advance `paths` over the images that are done, and return the last `keep` of them.
 
         Raises:
             DataError: the paths are not those of the rows.
         """
-        last: deque[str] = deque(maxlen=keep)
+        last: deque[ListedImage] = deque(maxlen=keep)
         for number, row in enumerate(self.rows(), 1):
             path = next(paths, None)
-            if path != row["image_path"]:
+            name = None if path is None else os.fspath(path)
+            if path is None or name != row["image_path"]:
                 raise DataError(
-                    f"Row {number} of {self.path} is {row['image_path']}, but image {number} of this run is {path}. "
+                    f"Row {number} of {self.path} is {row['image_path']}, but image {number} of this run is {name}. "
                     "Give the same images in the same order (use --list for a folder that changes), or remove the file."
                 )
-            last.append(row["image_path"])
+            last.append(path)
         return list(last)
 
     def write(self, row: Row) -> None:
         r"""Append a row and flush it. A file name that is not UTF-8 keeps its bytes as JSON escapes (\udcff)."""
-        try:
-            line = json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # Python represents bytes that are not UTF-8 by surrogates
-            line = json.dumps(row, allow_nan=False).encode()
-        self._file.write(line + b"\n")
+        self._file.write(json_line(row))
         self._file.flush()
 
     def __enter__(self) -> Self:
@@ -142,50 +135,3 @@ class ResultWriter:
 
         write_atomically(self.table, lambda path: write(self.rows(), path, Outcome.columns()))
         self.path.unlink(missing_ok=True)
-
-
-def _readable(value: Any) -> Any:
-    r"""Return the value with bytes of file names that are not UTF-8 written as escapes (\udcff), as in JSON."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, list):
-        return [_readable(item) for item in value]
-    return {name: _readable(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-def write_csv(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
-    """Write a CSV file with these columns. Lists are JSON in their cells."""
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [column.name for column in columns])
-        writer.writeheader()
-        for row in map(_readable, rows):
-            writer.writerow(
-                {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
-            )
-
-
-def write_parquet(rows: Iterator[Row], path: Path, columns: Sequence[OutcomeColumn]) -> None:
-    """Write a Parquet file with these columns, in row groups of a thousand, so that memory stays bounded."""
-    import pyarrow
-    import pyarrow.parquet
-
-    types = {str: pyarrow.string(), float: pyarrow.float64(), int: pyarrow.int64(), bool: pyarrow.bool_()}
-
-    def arrow_type(column: OutcomeColumn) -> Any:
-        if not column.is_list:
-            return types[column.type]
-        items = get_type_hints(column.type)  # of an optional item the first alternative, the other is None
-        fields = [(name, types[next(iter(get_args(type_)), type_)]) for name, type_ in items.items()]
-        return pyarrow.list_(pyarrow.struct(fields))
-
-    schema = pyarrow.schema([(column.name, arrow_type(column)) for column in columns])
-    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
-        while group := list(islice(map(_readable, rows), ROWS_A_GROUP)):
-            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
-
-
-FORMATS: dict[str, Callable[[Iterator[Row], Path, Sequence[OutcomeColumn]], None] | None] = {
-    ".jsonl": None,  # the partial file itself
-    ".csv": write_csv,
-    ".parquet": write_parquet,
-}

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import warnings
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from normweave.errors import DataError, ImageError
 
 T = TypeVar("T")
 ImageInput = str | os.PathLike[str] | bytes | NDArray[Any] | Image.Image
-"""Path, the bytes of a file, array (height, width[, 1 | 3 | 4]), or PIL image."""
+"""Path, `StoredImage`, the bytes of a file, array (height, width[, 1 | 3 | 4]), or PIL image."""
 
 MAX_PIXELS = 150_000_000
 """Larger images are refused by their header: a file of some kilobytes can decode to gigabytes."""
@@ -72,6 +73,25 @@ _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 _WITH_ORIENTATION = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}  # keys of `Image.info`
 
 _filters = threading.Lock()
+
+
+class StoredImage(os.PathLike[str]):
+    """An image that is no file of this machine. Its path names it in results and messages."""
+
+    path: str
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """Return the content of the file.
+
+        Raises:
+            ImageError: it does not exist, or may not be read.
+            DataError: the store does not answer, so that other images cannot be read either.
+        """
+
+    def __fspath__(self) -> str:
+        """Return the path."""
+        return self.path
 
 
 def decode(source: ImageInput) -> NDArray[np.uint8]:
@@ -255,10 +275,12 @@ def _opened(
                 tiff.check_layout(source, "PIL image", None)
             yield source, "PIL image"
         return
+    name = "bytes"
+    if isinstance(source, StoredImage):
+        name, source = source.path, source.read()
     if isinstance(source, bytes):
-        name = "bytes"
         if not source:
-            raise ImageError("bytes: empty, 0 bytes. Give the complete content of an image file.")
+            raise ImageError(f"{name}: empty, 0 bytes. Give the complete content of an image file.")
     elif isinstance(source, (str, os.PathLike)):
         source = _file(source)
         name = str(source)

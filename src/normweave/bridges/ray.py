@@ -1,0 +1,194 @@
+"""Run work on a Ray cluster, from a process of its own.
+
+The process that asks imports nothing of Ray and keeps its stdout. Ray ends a process whose cluster is lost; here this
+is an error with a cure. Nothing is sent to Ray's makers: a cluster that is started here has usage statistics off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from normweave.errors import ConfigError, MissingError, NormweaveError
+from normweave.types import Progress
+
+T = TypeVar("T")
+
+LOCAL = "local"
+"""In place of an address: a cluster of this machine alone, which ends with the work."""
+AUTO = "auto"
+"""In place of an address: the cluster that this machine belongs to."""
+STORE_MIB = 256
+"""Memory of a local cluster for what the tasks are given. Images and results do not pass through it."""
+CONNECT_S = 5.0
+
+
+def run(address: str, work: Callable[..., T], *arguments: Any, progress: Progress | None = None) -> T:
+    """Return `work(progress, *arguments)`, called in a new process that is connected to a cluster.
+
+    Args:
+        address: host:port of the head node, `auto` or `local`.
+        work: a function of a module.
+
+    Raises:
+        MissingError: Ray is not installed, or no cluster answers.
+        NormweaveError: raised by `work`, or the cluster was lost.
+    """
+    check_address(address)
+    if importlib.util.find_spec("ray") is None:
+        raise MissingError("--ray needs Ray, which is not installed: pip install 'normweave[scale]'")
+    context = multiprocessing.get_context("spawn")
+    own, other = context.Pipe()
+    verbose = logging.getLogger().isEnabledFor(logging.INFO)
+    process = context.Process(target=_session, args=(other, address, work, arguments, verbose))
+    process.start()
+    other.close()
+    try:
+        while True:
+            try:
+                what, *values = own.recv()
+            except EOFError:
+                process.join()
+                raise NormweaveError(
+                    f"The connection to the Ray cluster {address} was lost: its process ended with code "
+                    f"{process.exitcode}. What was finished is kept. Check that the head node runs, then run the "
+                    "command again (predict: with --resume)."
+                ) from None
+            if what == "progress":
+                if progress is not None:
+                    progress(*values)
+            elif what == "error":
+                raise values[0]
+            else:
+                result: T = values[0]
+                return result
+    finally:
+        own.close()
+        process.join(CONNECT_S)  # it disconnects
+        if process.is_alive():
+            process.terminate()
+            process.join()
+
+
+def check_address(address: str) -> None:
+    """Check an address without a connection.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    host, _, port = address.rpartition(":")
+    if address not in (LOCAL, AUTO) and not (host and "/" not in host and port.isdecimal() and int(port) < 2**16):
+        raise ConfigError(
+            f"--ray must be local, auto or the host:port of a head node, such as 10.0.0.5:6379, got {address!r}."
+        )
+
+
+def _session(
+    connection: Connection, address: str, work: Callable[..., Any], arguments: tuple[Any, ...], verbose: bool
+) -> None:
+    """Connect, call `work` and send what it returns or raises."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
+    _silence(sys.stdout)  # Ray prints the messages of its nodes there
+    if not verbose:
+        _silence(sys.stderr)
+
+    def report(task: str, done: int, total: int) -> None:
+        connection.send(("progress", task, done, total))
+
+    try:
+        with connected(address):
+            result = work(report, *arguments)
+        connection.send(("result", result))
+    except NormweaveError as error:
+        connection.send(("error", error))
+    except KeyboardInterrupt:  # the process that asked ends, too
+        return
+    except Exception as error:
+        import ray
+
+        if isinstance(error, ray.exceptions.RayError):
+            text = str(error).strip().splitlines()
+            connection.send(
+                ("error", NormweaveError(f"The Ray cluster {address} ended the work: {text[-1] if text else error!r}"))
+            )
+        else:
+            connection.send(("error", RuntimeError(traceback.format_exc())))
+
+
+def _silence(stream: Any) -> None:
+    stream.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _exit_with_parent() -> None:
+    """End this process, and a local cluster, when the process that asked has ended."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        if (ray := sys.modules.get("ray")) is not None:
+            ray.shutdown()
+        os._exit(1)
+
+
+@contextmanager
+def connected(address: str) -> Iterator[None]:
+    """Connect this process to a cluster.
+
+    Raises:
+        MissingError: no cluster answers.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # tasks without a graphics processor see none
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        options |= {
+            "num_cpus": processors(),
+            "include_dashboard": False,
+            "object_store_memory": STORE_MIB * 2**20,
+            "_node_ip_address": "127.0.0.1",  # no other machine reaches it
+        }
+    elif address != AUTO:
+        _check_answer(address)
+    try:
+        ray.init(address=address, **options)
+    except ConnectionError as error:
+        raise MissingError(_no_answer(address, error)) from error
+    except RuntimeError as error:  # such as another version of Python or Ray
+        raise MissingError(f"The Ray cluster {address} cannot be used: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def _check_answer(address: str) -> None:
+    """Raise MissingError if nothing listens: Ray would try for a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise MissingError(_no_answer(address, error)) from error
+
+
+def _no_answer(address: str, error: Exception) -> str:
+    return (
+        f"No Ray cluster answers at {address} ({str(error).strip() or type(error).__name__}). Start one with "
+        "`ray start --head --disable-usage-stats`, or use --ray local for this machine alone."
+    )

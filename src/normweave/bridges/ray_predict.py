@@ -1,0 +1,343 @@
+"""Predict images on many machines with Ray Data: each task scores some consecutive images and writes them as one part.
+
+A task reads, decodes, scores and writes, so that pixels do not pass between processes and as many images are in memory
+as tasks run. A part is a whole number of batches: each image is in the same batch as without Ray, and has the same
+scores. It is written completely or not at all, under the number of its first image. A part that exists is read instead
+of scored, also after the loss of a node or of the cluster: each image has exactly one row.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from normweave import __version__, bundle
+from normweave.bridges import ray as session
+from normweave.data import stored
+from normweave.data.stored import Folder, ListedImage
+from normweave.detector import Detector
+from normweave.errors import DataError, MissingError, NormweaveError, unknown
+from normweave.outcome.table import Row, json_line, readable, write_parquet
+from normweave.record import parse_record
+from normweave.types import Outcome, Progress
+
+PART_IMAGES = 64
+"""Images of a part, rounded up to whole batches: what the loss of a worker costs, and what one file contains."""
+WINDOW = 2**17
+"""Images whose paths are in memory at once; the parts of one window are finished before those of the next begin."""
+RUN = "_run.json"
+"""What the parts of a folder belong to."""
+COMPLETE = "_complete.json"
+"""The counts of a finished run."""
+SUFFIXES = (".jsonl", ".parquet")
+
+_detectors: dict[tuple[Any, ...], Detector] = {}  # of this worker process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many images have each verdict."""
+
+    images: int = 0
+    normal: int = 0
+    anomalous: int = 0
+    unknown: int = 0
+    unreadable: int = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[Row]) -> Counts:
+        """Count rows."""
+        result = cls()
+        for row in rows:
+            name = "unreadable" if row["error"] is not None else row["verdict"]
+            result = replace(result, images=result.images + 1, **{name: getattr(result, name) + 1})
+        return result
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+
+
+class Job(NamedTuple):
+    """What every task is given."""
+
+    files: Any  # reference to the files of the bundle by name
+    bundle_hash: str
+    output: str
+    suffix: str
+    current_folder: str
+    threads: int
+    device: str
+    versions: dict[str, str]
+
+
+def predict(
+    folder: Path,
+    list_images: Callable[[], Iterator[ListedImage]],
+    *,
+    output: str,
+    address: str,
+    resume: bool = False,
+    threads: int = 1,
+    device: str = "auto",
+    part_images: int = PART_IMAGES,
+    progress: Progress | None = None,
+) -> Counts:
+    """Predict images by a bundle, and write their rows as parts of a folder.
+
+    Args:
+        folder: the bundle. It is copied to the workers.
+        list_images: returns the images, the same ones at every call. A function of a module, or a partial of one.
+        output: path or URL of the folder of the parts. It ends in .jsonl or .parquet, the format of the parts.
+        address: of the cluster; see `ray.run`.
+        resume: continue an interrupted run.
+        threads: processors of a task.
+        device: as in `Detector.load`.
+        part_images: images of a part, rounded up to whole batches; an interrupted run keeps its own.
+
+    Raises:
+        DataError: the folder has results and `resume` is false, they are of other images, or there is no image.
+        BundleError: they are of another bundle, or the bundle cannot be used.
+        MissingError: Ray, a cluster or a package is missing.
+    """
+    target = Folder(output)
+    record = bundle.read(folder)
+    batch = parse_record(record, where=folder)["config"].features.batch_images
+    wanted = {
+        "bundle_hash": bundle.bundle_hash(folder),
+        "part_images": -(-max(1, part_images) // batch) * batch,
+    }
+    begun = _begun(target, resume=resume)
+    if begun is not None and begun["bundle_hash"] != wanted["bundle_hash"]:
+        raise DataError(
+            f"{output} was written with another bundle ({begun['bundle_hash']:.12}…, this is "
+            f"{wanted['bundle_hash']:.12}…). Resume with that bundle, or give a new folder."
+        )
+    list_images()  # what is wrong with the arguments is found before a cluster is started
+    if begun is None:
+        target.write(RUN, json.dumps(wanted).encode())
+    job = Job(
+        files={name: bundle.read_file(folder, name) for name in bundle.files(folder)}
+        | {bundle.RECORD: Path(folder, bundle.RECORD).read_bytes()},
+        bundle_hash=wanted["bundle_hash"],
+        output=output,
+        suffix=suffix_of(output),
+        current_folder=os.getcwd(),
+        threads=threads,
+        device=device,
+        versions=versions(),
+    )
+    return session.run(address, _predict, job, list_images, (begun or wanted)["part_images"], progress=progress)
+
+
+def suffix_of(output: str) -> str:
+    """Return the suffix of a folder of parts.
+
+    Raises:
+        ConfigError: parts have no such format.
+    """
+    suffix = os.path.splitext(output.rstrip("/"))[1]
+    if suffix not in SUFFIXES:
+        raise unknown("suffix of --output", suffix, SUFFIXES, f"Got {output}. With --ray it is a folder of parts.")
+    return suffix
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which scores depend."""
+    return {"normweave": __version__} | {name: version(name) for name in ("numpy", "onnxruntime", "pillow")}
+
+
+def _begun(target: Folder, *, resume: bool) -> dict[str, Any] | None:
+    """Return what the parts of a folder belong to; None: there are none."""
+    names = [name for name in target.names() if not name.startswith(".")]
+    if COMPLETE in names:
+        cure = "Leave out --resume, and give a new folder." if resume else "Give a new folder, or remove this one."
+        raise DataError(f"{target.where} is complete. {cure}")
+    if names and not resume:
+        raise DataError(
+            f"{target.where} contains {names[0]}, as of an interrupted run. Resume it (--resume), or give a new folder."
+        )
+    if not names:
+        return None
+    try:
+        begun: dict[str, Any] = json.loads(target.read(RUN) or b"")
+        return {"bundle_hash": str(begun["bundle_hash"]), "part_images": int(begun["part_images"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{target.where} contains {names[0]}, but no readable {RUN}. Give a new folder.") from error
+
+
+# ── in the process that is connected to the cluster ──────────────────────────────────────────────────────────────────
+
+
+def _predict(
+    progress: Progress, job: Job, list_images: Callable[[], Iterator[ListedImage]], part_images: int
+) -> Counts:
+    """Score every part and return the counts of all images."""
+    import ray
+
+    warnings.simplefilter("ignore")  # Ray Data warns of itself
+    import ray.data
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    job = job._replace(files=ray.put(job.files))
+    numbered = enumerate(list_images())
+    target, counts, expected = Folder(job.output), Counts(), set[str]()
+    while window := list(islice(numbered, WINDOW // part_images * part_images)):
+        parts = [window[start : start + part_images] for start in range(0, len(window), part_images)]
+        expected |= {_name(part[0][0], job.suffix) for part in parts}
+        rows = [
+            {"first": part[0][0], "images": json.dumps([stored.as_json(image) for _, image in part])} for part in parts
+        ]
+        scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _score_part,
+            fn_args=(job,),
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=job.threads,
+            num_gpus=1 if job.device.startswith("cuda") else 0,
+        )
+        for result in scored.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
+            for error in result["error"]:
+                if error:
+                    raise _error(json.loads(str(error)))
+            counts += Counts(**{each.name: int(result[each.name].sum()) for each in fields(Counts)})
+            progress("images", counts.images, window[-1][0] + 1)
+    if not counts.images:
+        raise DataError("No image was found, so nothing is known to be normal. Give at least one image.")
+    _finish(target, counts, expected)
+    return counts
+
+
+def _error(sent: dict[str, str]) -> NormweaveError:
+    """Return the exception of a task."""
+    known = {each.__name__: each for each in _subclasses(NormweaveError)}
+    return known.get(sent["type"], NormweaveError)(sent["text"])
+
+
+def _subclasses(of: type[NormweaveError]) -> Iterator[type[NormweaveError]]:
+    yield of
+    for each in of.__subclasses__():
+        yield from _subclasses(each)
+
+
+def _finish(target: Folder, counts: Counts, expected: set[str]) -> None:
+    """Check that the parts are those of the images, and write the counts."""
+    names = target.names()
+    for name in names:
+        if name.startswith(".part-"):  # of a task whose node was lost while it wrote
+            target.remove(name)
+    found = {name for name in names if name.startswith("part-")}
+    if found != expected:
+        example = sorted(found ^ expected)[0]
+        raise DataError(
+            f"{target.where} has {len(found)} parts, and these images are {len(expected)}: {example} differs. Another "
+            "run writes there, or wrote there with more images. Give a new folder."
+        )
+    content = {each.name: getattr(counts, each.name) for each in fields(counts)}
+    target.write(COMPLETE, json.dumps(content).encode())
+
+
+def _name(first: int, suffix: str) -> str:
+    return f"part-{first:09d}{suffix}"
+
+
+# ── in the workers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _score_part(batch: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Score one part, unless it exists, and return its counts."""
+    counts, error = Counts(), ""
+    try:
+        images = [stored.from_json(value) for value in json.loads(str(batch["images"][0]))]
+        counts = _part(int(batch["first"][0]), images, job)
+    except NormweaveError as failure:
+        error = json.dumps({"type": type(failure).__name__, "text": str(failure)})
+    return {each.name: [getattr(counts, each.name)] for each in fields(counts)} | {"error": [error]}
+
+
+def _part(first: int, images: list[ListedImage], job: Job) -> Counts:
+    target, name = Folder(job.output), _name(first, job.suffix)
+    if (content := target.read(name)) is not None:
+        rows = _rows(content, job.suffix, where=f"{job.output}/{name}")
+        _check_images(rows, images, first, where=f"{job.output}/{name}")
+        return Counts.of(rows)
+    detector = _detector(job)
+    if os.path.isdir(job.current_folder):
+        os.chdir(job.current_folder)
+    inputs = stored.fetched(images) if any(map(_in_store, images)) else images
+    rows = [outcome.as_dict() for outcome in detector.stream(inputs)]
+    target.write(name, _content(rows, job.suffix))
+    return Counts.of(rows)
+
+
+def _in_store(image: ListedImage) -> bool:
+    return isinstance(image, stored.UrlImage)
+
+
+def _detector(job: Job) -> Detector:
+    """Return the detector of this worker process."""
+    import ray
+
+    key = (job.bundle_hash, job.threads, job.device)
+    if key not in _detectors:
+        if (own := versions()) != job.versions:
+            raise MissingError(
+                f"The worker {socket.gethostname()} has {own}, and this machine {job.versions}. Install the same "
+                "versions on every node, so that scores do not depend on the node."
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in ray.get(job.files).items():
+                Path(folder, name).write_bytes(content)
+            _detectors[key] = Detector.load(folder, threads=job.threads, device=job.device)
+    return _detectors[key]
+
+
+def _check_images(rows: list[Row], images: list[ListedImage], first: int, *, where: str) -> None:
+    """Raise DataError if the rows of a part are of other images."""
+    for number in range(max(len(rows), len(images))):
+        got = rows[number]["image_path"] if number < len(rows) else None
+        image = os.fspath(images[number]) if number < len(images) else None
+        if image not in (got, None) and readable(image) == got:
+            continue  # a name that is not UTF-8, in Parquet
+        if got != image:
+            raise DataError(
+                f"Row {number + 1} of {where} is {got}, but image {first + number + 1} of this run is {image}. Give "
+                "the same images in the same order (use --list for a folder that changes), or a new folder."
+            )
+
+
+def _content(rows: list[Row], suffix: str) -> bytes:
+    """Return rows as a file."""
+    if suffix == ".jsonl":
+        return b"".join(map(json_line, rows))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "part.parquet")
+        write_parquet(iter(rows), path, Outcome.columns())
+        return path.read_bytes()
+
+
+def _rows(content: bytes, suffix: str, *, where: str) -> list[Row]:
+    """Return the rows of a file; of Parquet what is compared and counted."""
+    try:
+        if suffix == ".jsonl":
+            rows: list[Row] = [json.loads(line) for line in content.decode(errors="surrogatepass").splitlines()]
+        else:
+            from pyarrow import parquet
+
+            rows = parquet.read_table(io.BytesIO(content), columns=["image_path", "verdict", "error"]).to_pylist()
+        Counts.of(rows)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(f"{where} is not a part of results ({error}). Remove it, then resume.") from error
+    return rows

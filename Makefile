@@ -21,7 +21,7 @@ help:
 	touch $@
 
 .venv/.dev: pyproject.toml .venv/.train
-	$(BIN)/python -m pip install -e ".[train,clip,serve,line,genicam,postgres,openvino,align,bench,dev]"
+	$(BIN)/python -m pip install -e ".[train,clip,serve,line,genicam,postgres,openvino,align,bench,scale,s3,dev]"
 	touch $@
 
 demo: .venv/.train

@@ -13,7 +13,8 @@ from PIL import Image
 
 from normweave.benchmark.plan import read_plan
 from normweave.benchmark.run import Run, divide, fit_peer, list_runs, read_samples, run
-from normweave.bridges import peers
+from normweave.bridges import peers, ray_tasks
+from normweave.bridges.ray_tasks import Failed
 from normweave.errors import ConfigError, DataError, MissingError
 from normweave.textiles import SEEN, make_textures
 
@@ -68,6 +69,48 @@ def test_a_plan_becomes_a_table_and_is_not_run_twice(tmp_path: Path):
     again = run(plan, output=output, cache=tmp_path / "cache")
     assert [row.get("image_auroc") for row in again] == [row.get("image_auroc") for row in rows]
     assert all(json.loads(file.read_text())["data"] == "cloth" for file in files)
+
+
+def test_runs_that_are_computed_elsewhere_give_the_same_table(cloth, tmp_path, monkeypatch):
+    """`ray_tasks` is tested for itself; here its tasks run in this process."""
+    calls = []
+
+    def one_by_one(address, function, items, *, save, processors, progress):
+        calls.append((address, len(items), processors))
+        for item in items[:1]:
+            save(item, function(item))
+        return [Failed(number, "the loss of its worker, 4 times") for number in range(1, len(items))]
+
+    monkeypatch.setattr(ray_tasks, "run", one_by_one)
+    plan = tmp_path / "small.yaml"
+    plan.write_text(
+        f"""
+title: Small
+data:
+  - name: cloth
+    path: {cloth}
+    protocols: [given]
+    set: [data.subclass_from=column, data.calibration=split, features.weights=random, 'features.strides=[8]',
+      prepare.height=64, prepare.width=64, outcome.false_alarm_rate=0.1]
+methods:
+  - {{name: DFM, model: dfm}}
+  - {FAILING}
+seeds: [0]
+"""
+    )
+    options = {"root": tmp_path, "cache": tmp_path / "cache"}
+    far = run(plan, output=tmp_path / "far", ray="10.0.0.5:6379", **options)
+    assert calls == [("10.0.0.5:6379", 2, 1)]
+    assert "the loss of its worker, 4 times" in far[-1]["error"]
+    near = run(plan, output=tmp_path / "near", threads=1, **options)
+    measured = ("train_s", "test_ms", "inference_ms", "peak_mib")
+    for one, other in zip(near[:-1], far[:-1], strict=True):
+        assert {key: one[key] for key in one if key not in measured} == {
+            key: other[key] for key in other if key not in measured
+        }
+    assert len(list((tmp_path / "far" / "small.runs").glob("*.safetensors"))) == 1
+    assert run(plan, output=tmp_path / "far", ray="10.0.0.5:6379", **options)[:-1] == far[:-1]
+    assert calls[1:] == [("10.0.0.5:6379", 1, 1)]  # the finished run is not repeated
 
 
 MANY = """

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -30,7 +31,7 @@ from normweave.benchmark.evaluate import measure
 from normweave.benchmark.plan import DataPlan, MethodPlan, PartPlan, Plan, read_plan
 from normweave.benchmark.protocols import Divisions, Fold
 from normweave.benchmark.summary import summarise
-from normweave.bridges import peers
+from normweave.bridges import peers, ray_tasks
 from normweave.config import Config
 from normweave.data import layouts
 from normweave.data.joined import join
@@ -108,6 +109,8 @@ def run(
     root: Path | None = None,
     jobs: int = 1,
     cache: Path | None = None,
+    ray: str | None = None,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """Make the table of a plan, `output/NAME` as `.md`, `.html`, `.csv` and `.parquet`, and its figures.
@@ -117,6 +120,8 @@ def run(
     Args:
         root: the folder against which the plan's data paths are read; NORMWEAVE_DATA, or ../shared/data.
         jobs: runs in parallel; each gets its share of the cores.
+        ray: address of a Ray cluster that the runs are distributed over, as in `bridges.ray.run`.
+        threads: of each run; default: its share of the cores, with `ray` 1.
 
     Returns:
         One row for each method, data set, protocol and side; for several categories one for all test images together,
@@ -136,13 +141,13 @@ def run(
     divisions, unusable = divide(plan, root, output)
     runs = list(list_runs(plan, divisions, root))
     cache = cache or cache_folder()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = threads or (1 if ray is not None else max(1, (os.cpu_count() or 1) // jobs))
     work = [
         Work(item, fold, done, cache, threads, timed)
         for item, fold, timed in runs
         if not (done / f"{item.key}.json").exists()
     ]
-    ended = _in_processes(work, jobs, progress)
+    ended = _in_processes(work, jobs, progress) if ray is None else _on_cluster(work, ray, threads, progress)
     results = [
         json.loads(file.read_text())
         if (file := done / f"{item.key}.json").exists()
@@ -197,6 +202,37 @@ def _in_processes(work: Sequence[Work], jobs: int, progress: Progress | None) ->
         for process, _ in running.values():
             process.terminate()
     return ended
+
+
+def _on_cluster(work: Sequence[Work], address: str, threads: int, progress: Progress | None) -> dict[str, str]:
+    """Run each as a task of a Ray cluster; return the reasons of those that failed by key.
+
+    Every node must have the images and the package. Results and artifacts are written here.
+    """
+    if not work:
+        return {}
+    failed = ray_tasks.run(address, run_elsewhere, work, save=save_run, processors=threads, progress=progress)
+    return {work[number].run.key: reason for number, reason in failed}
+
+
+def run_elsewhere(work: Work) -> tuple[str, bytes | None]:
+    """Return the result of a run as JSON, and its artifact."""
+    with tempfile.TemporaryDirectory() as folder:
+        _run_one(work._replace(done=Path(folder)))
+        artifact = Path(folder, f"{work.run.key}.safetensors")
+        return Path(folder, f"{work.run.key}.json").read_text("utf-8"), _content(artifact)
+
+
+def _content(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def save_run(work: Work, result: tuple[str, bytes | None]) -> None:
+    """Write the result of a run that was computed elsewhere."""
+    text, artifact = result
+    if artifact is not None:
+        write_atomically(work.done / f"{work.run.key}.safetensors", lambda path: path.write_bytes(artifact))
+    _replace(work.done / f"{work.run.key}.json", text)
 
 
 def read_samples(item: DataPlan, root: Path, output: Path) -> list[Sample]:

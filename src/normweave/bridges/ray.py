@@ -31,6 +31,8 @@ AUTO = "auto"
 STORE_MIB = 256
 """Memory of a local cluster for what the tasks are given. Images and results do not pass through it."""
 CONNECT_S = 5.0
+LOST_S = 15
+"""After this time without the head node the cluster is lost, unless RAY_gcs_rpc_server_reconnect_timeout_s is set."""
 
 
 def run(address: str, work: Callable[..., T], *arguments: Any, progress: Progress | None = None) -> T:
@@ -118,9 +120,15 @@ def _session(
         import ray
 
         if isinstance(error, ray.exceptions.RayError):
-            text = str(error).strip().splitlines()
+            cause = getattr(error, "cause", None) or error
             connection.send(
-                ("error", NormweaveError(f"The Ray cluster {address} ended the work: {text[-1] if text else error!r}"))
+                (
+                    "error",
+                    NormweaveError(
+                        f"The Ray cluster {address} ended the work ({type(cause).__name__}: {str(cause)[:500]}). What "
+                        "was finished is kept. Run the command again (predict: with --resume)."
+                    ),
+                )
             )
         else:
             connection.send(("error", RuntimeError(traceback.format_exc())))
@@ -149,6 +157,7 @@ def connected(address: str) -> Iterator[None]:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # tasks without a graphics processor see none
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(LOST_S))
     import ray
 
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}

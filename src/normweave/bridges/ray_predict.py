@@ -157,6 +157,24 @@ def versions() -> dict[str, str]:
     return {"normweave": __version__} | {name: version(name) for name in ("numpy", "onnxruntime", "pillow")}
 
 
+def check_versions(wanted: dict[str, str]) -> None:
+    """Raise MissingError if a worker has other versions than the machine of the command."""
+    if (own := versions()) != wanted:
+        raise MissingError(
+            f"The worker {socket.gethostname()} has {own}, and the machine of the command {wanted}. Install the same "
+            "versions on every node, so that scores do not depend on the node."
+        )
+
+
+def check_visible(file: str) -> None:
+    """Raise DataError if a worker does not see a file that the machine of the command sees; empty: no file."""
+    if file and not os.path.exists(file):
+        raise DataError(
+            f"The worker {socket.gethostname()} does not see {file}, which the machine of the command does. Mount the "
+            "folder under the same path on every node, or read the images from a store (s3://…)."
+        )
+
+
 def _begun(target: Folder, *, resume: bool) -> dict[str, Any] | None:
     """Return what the parts of a folder belong to; None: there are none."""
     names = [name for name in target.names() if not name.startswith(".")]
@@ -198,7 +216,12 @@ def _predict(
         parts = [window[start : start + part_images] for start in range(0, len(window), part_images)]
         expected |= {_name(part[0][0], job.suffix) for part in parts}
         rows = [
-            {"first": part[0][0], "images": json.dumps([stored.as_json(image) for _, image in part])} for part in parts
+            {
+                "first": part[0][0],
+                "images": json.dumps([stored.as_json(image) for _, image in part]),
+                "file": next((image for _, image in part if isinstance(image, str) and os.path.exists(image)), ""),
+            }
+            for part in parts
         ]
         scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _score_part,
@@ -261,13 +284,18 @@ def _score_part(batch: dict[str, Any], job: Job) -> dict[str, Any]:
     counts, error = Counts(), ""
     try:
         images = [stored.from_json(value) for value in json.loads(str(batch["images"][0]))]
-        counts = _part(int(batch["first"][0]), images, job)
+        counts = _part(int(batch["first"][0]), images, job, file=str(batch["file"][0]))
     except NormweaveError as failure:
         error = json.dumps({"type": type(failure).__name__, "text": str(failure)})
     return {each.name: [getattr(counts, each.name)] for each in fields(counts)} | {"error": [error]}
 
 
-def _part(first: int, images: list[ListedImage], job: Job) -> Counts:
+def _part(first: int, images: list[ListedImage], job: Job, *, file: str) -> Counts:
+    """Score a part, unless it exists.
+
+    Args:
+        file: an image that the machine of the command sees; empty: there is none.
+    """
     target, name = Folder(job.output), _name(first, job.suffix)
     if (content := target.read(name)) is not None:
         rows = _rows(content, job.suffix, where=f"{job.output}/{name}")
@@ -276,6 +304,7 @@ def _part(first: int, images: list[ListedImage], job: Job) -> Counts:
     detector = _detector(job)
     if os.path.isdir(job.current_folder):
         os.chdir(job.current_folder)
+    check_visible(file)
     inputs = stored.fetched(images) if any(map(_in_store, images)) else images
     rows = [outcome.as_dict() for outcome in detector.stream(inputs)]
     target.write(name, _content(rows, job.suffix))
@@ -292,11 +321,7 @@ def _detector(job: Job) -> Detector:
 
     key = (job.bundle_hash, job.threads, job.device)
     if key not in _detectors:
-        if (own := versions()) != job.versions:
-            raise MissingError(
-                f"The worker {socket.gethostname()} has {own}, and this machine {job.versions}. Install the same "
-                "versions on every node, so that scores do not depend on the node."
-            )
+        check_versions(job.versions)
         with tempfile.TemporaryDirectory() as folder:
             for name, content in ray.get(job.files).items():
                 Path(folder, name).write_bytes(content)

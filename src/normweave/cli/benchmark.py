@@ -7,6 +7,7 @@ import typer
 
 from normweave.cli import options
 from normweave.cli.terminal import ALL_NORMAL, Terminal
+from normweave.errors import ConfigError
 
 
 def benchmark(
@@ -19,12 +20,28 @@ def benchmark(
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="The number of runs at the same time. They share the cores.")] = 1,
     cache: options.Cache = None,
+    ray: options.Ray = None,
 ) -> int:
-    """Run a benchmark plan and write its table. Finished runs are not repeated."""
+    """Run a benchmark plan and write its table. Finished runs are not repeated.
+
+    With --ray each run is a task with --threads processors (default 1) on a cluster whose nodes have the images.
+    """
+    if ray is not None and jobs != 1:
+        raise ConfigError("--jobs is not possible with --ray, which uses all processors of the cluster. Leave it out.")
+
     from normweave.benchmark.run import run
 
     with terminal.progress() as progress:
-        rows = run(plan, output=output, root=root, jobs=jobs, cache=cache, progress=progress)
+        rows = run(
+            plan,
+            output=output,
+            root=root,
+            jobs=jobs,
+            cache=cache,
+            ray=ray,
+            threads=terminal.threads if ray is not None else None,
+            progress=progress,
+        )
     table = output / f"{plan.stem}.md"
     if terminal.json:
         terminal.record({"table": str(table), "rows": rows})

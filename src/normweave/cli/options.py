@@ -26,6 +26,14 @@ FalseAlarmRate = Annotated[
     float | None, typer.Option(help="Highest share of new normal images with the verdict anomalous, 0 to 1.")
 ]
 Cache = Annotated[Path | None, typer.Option(help="Folder of the feature cache.", show_default="in the user's cache")]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS|local",
+        help="Use a Ray cluster: host:port of its head node, auto, or local for all processors of this machine.",
+        show_default=False,
+    ),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not cache features on disk.")]
 
 

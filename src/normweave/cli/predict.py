@@ -78,15 +78,7 @@ def predict(
         str | None,
         typer.Option(help="i/n: predict every n-th image from the i-th on, for n processes.", show_default=False),
     ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS|local",
-            help="Predict on a Ray cluster: host:port of its head node, auto, or local for all processors of this "
-            "machine.",
-            show_default=False,
-        ),
-    ] = None,
+    ray: options.Ray = None,
 ) -> int:
     """Predict images in order. Exit code 1 if an image is not normal, 4 if an image could not be read.
 

@@ -294,8 +294,8 @@ def _column(table: str) -> tuple[str, bool] | None:
     """Return the column with the contents of image files, and whether it is a struct; None: there is none."""
     from pyarrow import types
 
-    def is_binary(kind: Any) -> bool:
-        return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+    def is_binary(given: Any) -> bool:
+        return bool(types.is_binary(given) or types.is_large_binary(given) or types.is_binary_view(given))
 
     for field in _parquet(table).schema_arrow:
         if field.name in CONTENTS and is_binary(field.type):

@@ -1,0 +1,280 @@
+"""Throughput of `normweave predict --ray` on one and two nodes against `predict`, memory, and results after kills.
+
+    python perf/bench_ray.py [--images 1500] [--rounds 3] [--kills 20] [--memory-images 12000]
+
+Each node is processes of its own (`ray.cluster_utils.Cluster`) with one CPU, tied to one core, and so is `predict`
+with one thread. The rate is that of the steady state: from the first finished part of every node to the
+last. Needs `[scale]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import psutil
+from ray.cluster_utils import Cluster
+
+from normweave.config import (
+    AdaptedMoEConfig,
+    Config,
+    DataConfig,
+    GaussianExpertConfig,
+    OutcomeConfig,
+    PrepareConfig,
+    TimmConfig,
+)
+from normweave.detector import Detector
+from normweave.textiles import SEEN, make_textures
+
+COMMAND = [sys.executable, "-m", "normweave", "predict"]
+STORE = 100 * 2**20
+
+
+class Nodes:
+    """A cluster of a head without processors, and nodes with one each."""
+
+    def __init__(self, count: int, *, tied: bool = True) -> None:
+        self.tied = tied
+        self.cluster = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE},
+        )
+        self.nodes: list = []
+        for _ in range(count):
+            self.add()
+
+    @property
+    def address(self) -> str:
+        """Return where the head node listens."""
+        return self.cluster.address
+
+    def add(self) -> None:
+        """Add a node."""
+        node = self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        if self.tied:
+            core = len(self.nodes) % os.cpu_count()
+            for process in tree(node):
+                process.cpu_affinity([core])  # workers inherit it
+        self.nodes.append(node)
+
+    def kill(self, node) -> None:
+        """Kill every process of a node at once."""
+        for process in tree(node):
+            process.kill()
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def stop(self) -> None:
+        """End every node."""
+        self.cluster.shutdown()
+
+
+def tree(node) -> list[psutil.Process]:
+    """Return the processes of a node with their children."""
+    found = []
+    for infos in node.all_processes.values():
+        for info in infos:
+            process = psutil.Process(info.process.pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+@contextmanager
+def nodes(count: int, *, tied: bool = True) -> Iterator[Nodes]:
+    running = Nodes(count, tied=tied)
+    try:
+        yield running
+    finally:
+        running.stop()
+
+
+def prepare(folder: Path, *, size: int, strides: tuple[int, ...]) -> tuple[Path, list[str]]:
+    """Fit a detector to synthetic textiles; return its bundle and its test images."""
+    manifest = make_textures(
+        folder / "cloth", size=(size, size), seed=3, train_images=18, test_images=10, defect_images=10, seen=SEEN[:3]
+    )
+    detector = Detector.fit(
+        manifest,
+        config=Config(
+            data=DataConfig(subclass_from="column", calibration="split"),
+            prepare=PrepareConfig(height=size, width=size),
+            features=TimmConfig(weights="random", strides=strides),
+            head=AdaptedMoEConfig(expert=GaussianExpertConfig()),
+            outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
+        ),
+        use_cache=False,
+        device="cpu",
+    )
+    bundle = detector.save(folder / "cloth.bundle")
+    return bundle, sorted(str(path) for path in manifest.parent.glob("cloth/*/test/*/*.png"))
+
+
+def listed(folder: Path, images: list[str], count: int) -> Path:
+    """Write a list of this many images, which repeat."""
+    path = folder / f"{count}.txt"
+    path.write_text("".join(f"{images[number % len(images)]}\n" for number in range(count)))
+    return path
+
+
+def rows(output: Path) -> list[dict]:
+    """Return all rows of a folder of parts or of a table, without the time of each."""
+    files = sorted(output.glob("part-*")) if output.is_dir() else [output]
+    found = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
+    for row in found:
+        del row["latency_ms"]
+    return found
+
+
+def plain_rate(bundle: Path, images: Path, count: int, output: Path) -> tuple[float, float]:
+    """Return images/s of `predict` with one thread on one core after the first 64 images, and the whole time."""
+    start = time.perf_counter()
+    command = ["taskset", "-c", "0", *COMMAND, bundle, "--list", images, "--threads", "1", "--json", "-o", output]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    times = [time.perf_counter() for _ in process.stdout]
+    assert process.wait() in (0, 1)
+    assert len(times) == count
+    return (count - 64) / (times[-1] - times[63]), time.perf_counter() - start
+
+
+def ray_rate(bundle: Path, images: Path, count: int, output: Path, running: Nodes) -> tuple[float, float]:
+    """Return images/s of `predict --ray` after the first part of each node, and the whole time."""
+    start = time.perf_counter()
+    command = [*COMMAND, bundle, "--list", images, "--ray", running.address, "-o", output]
+    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    whole = time.perf_counter() - start
+    finished = sorted(path.stat().st_mtime for path in output.glob("part-*"))
+    first = len(running.nodes)
+    return (count - 64 * first) / (finished[-1] - finished[first - 1]), whole
+
+
+def throughput(folder: Path, *, count: int, rounds: int) -> None:
+    bundle, images = prepare(folder, size=256, strides=(8, 16))
+    listing = listed(folder, images, count)
+    print(f"{count} images of 256 x 256, load of the machine {os.getloadavg()[0]:.1f} before")
+    for number in range(rounds):
+        plain, plain_s = plain_rate(bundle, listing, count, folder / f"plain-{number}.jsonl")
+        rates = {}
+        for node_count in (1, 2):
+            with nodes(node_count) as running:
+                output = folder / f"ray-{number}-{node_count}.jsonl"
+                rates[node_count], whole = ray_rate(bundle, listing, count, output, running)
+                equal = rows(output) == rows(folder / f"plain-{number}.jsonl")
+                print(f"  {node_count} node(s): {rates[node_count]:.1f} images/s, whole {whole:.1f} s, equal: {equal}")
+        print(
+            f"round {number + 1}: predict {plain:.1f} images/s (whole {plain_s:.1f} s); one node / predict "
+            f"{rates[1] / plain:.3f}; two nodes / one node {rates[2] / rates[1]:.3f}; load {os.getloadavg()[0]:.1f}",
+            flush=True,
+        )
+
+
+def kills(folder: Path, *, count: int, number: int, seed: int) -> None:
+    """Kill nodes at random moments, some of them the head; compare with the undisturbed rows."""
+    bundle, images = prepare(folder, size=64, strides=(8,))
+    listing = listed(folder, images, count)
+    plain = folder / "plain.jsonl"
+    subprocess.run(
+        [*COMMAND, bundle, "--list", listing, "--threads", "1", "-o", plain, "-q"], stdout=subprocess.DEVNULL
+    )
+    expected = rows(plain)
+    rng, killed, run = random.Random(seed), 0, 0
+    while killed < number:
+        run += 1
+        output = folder / f"run-{run}.jsonl"
+        with_head = run % 3 == 0
+        in_run, starts, resume = 0, 0, []
+        while True:  # until the command ends by itself
+            with nodes(2, tied=False) as running:
+                starts += 1
+                command = [*COMMAND, bundle, "--list", listing, "--ray", running.address, "-o", output, *resume]
+                process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                while not list(output.glob("part-*")) and process.poll() is None:
+                    time.sleep(0.05)
+                head_killed = False
+                while process.poll() is None and in_run < 4:
+                    time.sleep(rng.uniform(0.2, 3.0))
+                    if process.poll() is not None:
+                        break
+                    in_run += 1
+                    if with_head and in_run == 2:
+                        running.kill(running.cluster.head_node)
+                        head_killed = True
+                        break
+                    running.kill(running.nodes.pop(rng.randrange(len(running.nodes))))
+                    running.add()
+                begun = time.perf_counter()
+                _, errors = process.communicate()
+                if head_killed:
+                    print(f"  head killed: code {process.returncode} after {time.perf_counter() - begun:.1f} s")
+                    assert process.returncode == 2, errors
+                    resume = ["--resume"]
+                    continue
+                assert process.returncode in (0, 1), errors
+                break
+        killed += in_run
+        found = rows(output)
+        print(f"run {run}: {in_run} kills, {starts} starts, {len(found)} rows, equal: {found == expected}", flush=True)
+        assert found == expected
+    print(f"{killed} kills, every run equal to the undisturbed one")
+
+
+def memory(folder: Path, *, count: int) -> None:
+    """Print the memory of all processes of a local cluster while many images are predicted."""
+    bundle, images = prepare(folder, size=64, strides=(8,))
+    listing = listed(folder, images, count)
+    output = folder / "memory.jsonl"
+    command = [*COMMAND, bundle, "--list", listing, "--ray", "local", "-o", output, "-q"]
+    process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        time.sleep(5)
+        try:
+            found = [process, *process.children(recursive=True)]
+            own = {each.pid: each.memory_full_info().uss / 2**20 for each in found}
+        except psutil.NoSuchProcess:
+            continue
+        parts = len(list(output.glob("part-*")))
+        print(f"{parts * 64:6d} images: {sum(own.values()):.0f} MiB in {len(own)} processes", flush=True)
+    found = rows(output)
+    print(f"{len(found)} rows")
+    assert len(found) == count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--images", type=int, default=1500)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kill-images", type=int, default=6000)
+    parser.add_argument("--memory-images", type=int, default=12_000)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    for part, wanted in (("throughput", given.rounds), ("kills", given.kills), ("memory", given.memory_images)):
+        if not wanted:
+            continue
+        folder = Path(tempfile.mkdtemp())
+        try:
+            if part == "throughput":
+                throughput(folder, count=given.images, rounds=given.rounds)
+            elif part == "kills":
+                kills(folder, count=given.kill_images, number=given.kills, seed=given.seed)
+            else:
+                memory(folder, count=given.memory_images)
+        finally:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Work runs in a process of its own; what is wrong with the cluster is an error with a cure."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from normweave.bridges import ray as session
+from normweave.errors import ConfigError, MissingError
+
+
+@pytest.mark.parametrize(
+    "address", ["", "here", "host:", ":6379", "http://host:8265", "host:70000", "ray://host:10001"]
+)
+def test_what_is_no_address_is_refused(address):
+    with pytest.raises(ConfigError, match=r"--ray must be local, auto or the host:port of a head node, such as 10\.0"):
+        session.check_address(address)
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "10.0.0.5:6379", "head.factory:6379"])
+def test_addresses(address):
+    session.check_address(address)
+
+
+def never(progress):
+    raise AssertionError
+
+
+def test_no_cluster_answers():
+    with pytest.raises(MissingError, match=r"No Ray cluster answers at 127\.0\.0\.1:1 .*`ray start --head"):
+        session.run("127.0.0.1:1", never)
+
+
+def test_ray_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingError, match=r"--ray needs Ray, which is not installed: pip install 'norm"):
+        session.run("local", never)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["benchmark", "--help"]])
+def test_nothing_imports_ray_unless_asked(arguments):
+    code = (
+        "import sys\nfrom normweave.cli import main\n"
+        f"sys.argv = ['normweave', *{arguments!r}]\n"
+        "try:\n    main()\nfinally:\n    assert not {'ray', 'fsspec', 's3fs'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "AssertionError" not in done.stderr

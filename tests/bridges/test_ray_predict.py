@@ -1,0 +1,200 @@
+"""On a cluster of two nodes each image has one row, equal to that of `normweave predict`, also after kills."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import pyarrow
+import pytest
+from moto.server import ThreadedMotoServer
+from pyarrow import parquet
+
+from clusters import nodes
+from normweave.bridges.ray_predict import (
+    COMPLETE,
+    RUN,
+    Counts,
+    check_versions,
+    check_visible,
+    predict,
+    suffix_of,
+    versions,
+)
+from normweave.cli.predict import find_images
+from normweave.detector import Detector
+from normweave.errors import ConfigError, DataError, MissingError, NormweaveError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Ray and of moto
+]
+PART = 4
+"""Images of a part, as many as in a batch."""
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """Connections to this machine are allowed, unlike in the other tests of this folder."""
+
+
+@pytest.fixture(scope="module")
+def store():
+    """An S3 server and what reaches it; the nodes of the cluster inherit the environment."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    own = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        system = fsspec.filesystem("s3")
+        system.mkdir("line")
+        yield system
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster(store):
+    with nodes(2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def images(photos, store, tmp_path_factory):
+    """Sources of every form: files, an unreadable and a missing one, images of a store and in a table of it."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / "bad.png").write_text("no image")
+    store.put(photos[0], "line/images/0.png")
+    contents = [Path(path).read_bytes() for path in photos]
+    parquet.write_table(pyarrow.table({"image": contents}), folder / "t.parquet")
+    store.put(str(folder / "t.parquet"), "line/t.parquet")
+    missing = [str(folder / "bad.png"), "s3://line/images/gone.png", str(folder / "gone.png")]
+    return [*photos, "s3://line/images", *missing, "s3://line/t.parquet", *photos]
+
+
+@pytest.fixture(scope="module")
+def expected(bundle, images):
+    """The rows of one machine."""
+    return [without_time(outcome.as_dict()) for outcome in Detector.load(bundle, threads=1).stream(find_images(images))]
+
+
+def without_time(row):
+    return {name: value for name, value in row.items() if name != "latency_ms"}
+
+
+def run(bundle, images, output, cluster, **options):
+    listed = partial(find_images, images)
+    return predict(bundle, listed, output=output, address=cluster.address, part_images=PART, **options)
+
+
+def counts(expected):
+    names = ["unreadable" if row["error"] else row["verdict"] for row in expected]
+    return Counts(images=len(names), **{name: names.count(name) for name in set(names)})
+
+
+def test_two_nodes_give_the_rows_of_one_machine_although_nodes_are_killed(bundle, images, expected, cluster, tmp_path):
+    """One node is killed after some parts, then the other one, both replaced. The S3 server is moto's."""
+    output, killed = tmp_path / "r.jsonl", []
+
+    def kill(task, done, total):
+        if len(killed) < 2 and done > len(expected) * (1 + len(killed)) / 4:
+            killed.append(cluster.nodes.pop(0))
+            cluster.kill(killed[-1])
+            cluster.nodes.append(cluster.add())
+
+    assert run(bundle, images, str(output), cluster, progress=kill) == counts(expected)
+    assert len(killed) == 2
+    lines = [line for path in sorted(output.glob("part-*")) for line in path.read_text("utf-8").splitlines()]
+    assert [without_time(json.loads(line)) for line in lines] == expected
+    assert sorted(path.name for path in output.iterdir())[:2] == [COMPLETE, RUN]
+    assert len(list(output.iterdir())) == 2 + -(-len(expected) // PART)
+    assert json.loads((output / COMPLETE).read_text())["images"] == len(expected)
+
+
+def test_the_head_is_killed_and_the_command_started_again(bundle, images, expected, cluster, store):
+    """The results are in a store. The cluster is gone then, so the second run is on this machine alone."""
+    output, seen = "s3://line/r.parquet", []
+
+    def kill(task, done, total):
+        if not seen and done >= 8:
+            seen.append(done)
+            cluster.kill(cluster.head)
+
+    with pytest.raises(NormweaveError, match=r"(was lost|ended the work)"):
+        run(bundle, images, output, cluster, progress=kill)
+    store.invalidate_cache()
+    kept = {path: store.info(path)["LastModified"] for path in store.glob("line/r.parquet/part-*")}
+    assert seen
+    assert 0 < len(kept) < -(-len(expected) // PART)
+    cluster.address = "local"
+    assert run(bundle, images, output, cluster, resume=True) == counts(expected)
+    store.invalidate_cache()
+    found = []
+    for path in sorted(store.glob("line/r.parquet/part-*")):
+        with store.open(path) as file:
+            found += parquet.read_table(file).to_pylist()
+    assert [without_time(row) for row in found] == expected
+    assert all(store.info(path)["LastModified"] == time for path, time in kept.items())
+
+
+# ── what is refused before a cluster is started ──────────────────────────────────────────────────────────────────────
+
+
+class Nowhere:
+    address = "127.0.0.1:1"
+
+
+@pytest.fixture
+def begun(bundle, tmp_path):
+    """The folder of an interrupted run."""
+    folder = tmp_path / "r.jsonl"
+    folder.mkdir()
+    (folder / RUN).write_text(json.dumps({"bundle_hash": Detector.load(bundle).bundle_hash, "part_images": PART}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "resume", "what"),
+    [
+        (lambda folder: None, False, r"contains _run\.json, as of an interrupted run\. Resume it \(--resume\)"),
+        (lambda folder: (folder / COMPLETE).write_text("{}"), True, r"is complete\. Leave out --resume"),
+        (lambda folder: (folder / COMPLETE).write_text("{}"), False, r"is complete\. Give a new folder"),
+        (lambda folder: (folder / RUN).write_text("{}"), True, r"but no readable _run\.json\. Give a new folder"),
+        (
+            lambda folder: (folder / RUN).write_text('{"bundle_hash": "b", "part_images": 4}'),
+            True,
+            r"was written with another bundle \(b…, this is .*Resume with that bundle, or give a new folder",
+        ),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(bundle, images, begun, change, resume, what):
+    change(begun)
+    with pytest.raises(DataError, match=what):
+        run(bundle, images, str(begun), Nowhere(), resume=resume)
+
+
+def test_other_versions_are_refused():
+    check_versions(versions())
+    with pytest.raises(
+        MissingError, match=r"The worker .* has .*, and the machine of the command \{'numpy': '0'\}\. Ins"
+    ):
+        check_versions({"numpy": "0"})
+
+
+def test_a_file_that_only_the_machine_of_the_command_sees_is_no_unreadable_image(tmp_path):
+    check_visible("")
+    check_visible(str(tmp_path))
+    with pytest.raises(DataError, match=r"The worker .* does not see .*a\.png, which the machine .* Mount the folder"):
+        check_visible(str(tmp_path / "a.png"))
+
+
+def test_the_suffix_of_the_folder_is_the_format():
+    assert suffix_of("s3://bucket/r.parquet/") == ".parquet"
+    with pytest.raises(ConfigError, match=r"Unknown suffix of --output '\.csv'\. Known: \.jsonl, \.parquet\."):
+        suffix_of("r.csv")

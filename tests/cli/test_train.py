@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from normweave import bundle
+from normweave.bridges import ray_features
 from normweave.cli.terminal import Terminal
 from normweave.cli.train import compose_settings, int8_summary, point_row, report, show_budget, weights
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
@@ -277,6 +278,29 @@ def test_the_summary_of_the_int8_check():
     assert int8_summary({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (
         "int8: on 9 labelled images image AUROC 0.9000 (float) 0.8999 (int8)."
     )
+
+
+@pytest.mark.parametrize("options", [["--no-cache"], ["--budget", "best"]])
+def test_a_cluster_needs_the_cache_of_one_size(textiles, tmp_path, options):
+    result = run("train", textiles, "-o", tmp_path / "b", "--ray", "local", *options)
+    assert result.exit_code == 2
+    assert f"{' '.join(options)} is not possible with --ray" in result.stderr
+
+
+def test_a_cluster_computes_the_features_of_the_fit(textiles, tmp_path, monkeypatch):
+    """Of the settings of the budget."""
+    calls = []
+    monkeypatch.setattr(ray_features, "compute", lambda data, config, **options: calls.append((data, config, options)))
+    cache = tmp_path / "cache"
+    options = ["--ray", "10.0.0.5:6379", "--threads", 1, "--cache", cache, "--budget", "fast", "--model", "dfm", *SMALL]
+    result = run("train", textiles, "-o", tmp_path / "b", *options)
+    assert result.exit_code == 0, result.output
+    ((data, config, given),) = calls
+    fitted = Detector.load(tmp_path / "b").config
+    assert (data, config.features, config.prepare) == (textiles, fitted.features, fitted.prepare)
+    progress = given.pop("progress")
+    assert progress is None
+    assert given == {"address": "10.0.0.5:6379", "cache": cache, "layout": None, "threads": 1}
 
 
 def test_int8_check_without_int8_is_refused(textiles, tmp_path):

@@ -102,6 +102,26 @@ def test_rows_of_one_key_are_stored_once(tmp_path, extractor):
     assert cached_bytes(tmp_path) == 2 * ROW_BYTES
 
 
+def test_rows_that_were_computed_elsewhere_are_read_as_own_ones(tmp_path, extractor):
+    own = cache.cached(extractor, keys(1), image, folder=tmp_path, max_gib=1)
+    assert cache.missing(extractor, keys(3, 1, 2, 3), folder=tmp_path, max_gib=1) == keys(3, 2)
+    (features,) = cache.computed(extractor, image, [3, 2])
+    cache.add(tmp_path, extractor.fingerprint, keys(3, 2), features)
+    assert cache.missing(extractor, keys(1, 2, 3), folder=tmp_path, max_gib=1) == []
+    source = cache.cached(extractor, keys(1, 2, 3), refuse, folder=tmp_path, max_gib=1)
+    assert torch.equal(source.read([0]), own.read([0]))
+    assert torch.equal(source.read([2, 1]), torch.from_numpy(features).float())
+
+
+def test_room_is_made_for_rows_that_are_computed_elsewhere(tmp_path, extractor, other):
+    cache.cached(other, keys(1, 2), image, folder=tmp_path, max_gib=1)
+    cache.cached(extractor, keys(1), image, folder=tmp_path, max_gib=1)
+    assert cache.missing(extractor, keys(1, 2), folder=tmp_path, max_gib=2 * ROW_BYTES / GIB) == keys(2)
+    assert cached_bytes(tmp_path) == ROW_BYTES  # of the extractor itself
+    with pytest.raises(DataError, match=r"The features of 2 more images take"):
+        cache.missing(extractor, keys(1, 2, 3), folder=tmp_path, max_gib=2 * ROW_BYTES / GIB)
+
+
 def test_other_weights_or_settings_never_get_these_rows(tmp_path, extractor, other):
     cache.cached(extractor, keys(0), image, folder=tmp_path, max_gib=1)
     assert cache.contains(tmp_path, other.fingerprint, keys(0)) == [False]

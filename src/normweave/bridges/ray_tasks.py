@@ -32,6 +32,7 @@ def run(
     *,
     save: Callable[[Item, Any], None],
     processors: int = 1,
+    reuse: bool = False,
     name: str = "runs",
     progress: Progress | None = None,
 ) -> list[Failed]:
@@ -41,12 +42,13 @@ def run(
         address: of the cluster; see `ray.run`.
         function, save: functions of a module. What `function` raises is the reason of a failure; it is not repeated.
         processors: of a task.
+        reuse: whether a process takes further tasks, and keeps what it has loaded; else its memory is released.
         name: of the step, for `progress`.
 
     Returns:
         The items without a result, in their order.
     """
-    work = partial(_run, function=function, save=save, processors=processors, name=name)
+    work = partial(_run, function=function, save=save, processors=processors, reuse=reuse, name=name)
     return session.run(address, work, items, os.getcwd(), progress=progress)
 
 
@@ -58,13 +60,14 @@ def _run(
     function: Callable[[Any], Any],
     save: Callable[[Any, Any], None],
     processors: int,
+    reuse: bool,
     name: str,
 ) -> list[Failed]:
     """Run in the process that is connected to the cluster."""
     import ray
 
-    # With one task for each process, memory is released after it.
-    task = ray.remote(num_cpus=processors, max_calls=1, max_retries=RETRIES)(_in_folder)
+    calls = {} if reuse else {"max_calls": 1}
+    task = ray.remote(num_cpus=processors, max_retries=RETRIES, **calls)(_in_folder)
     failed: list[Failed] = []
     waiting = list(enumerate(items))[::-1]
     running: dict[Any, int] = {}

@@ -83,10 +83,21 @@ def train(
     ] = False,
     cache: options.Cache = None,
     no_cache: options.NoCache = False,
+    ray: options.Ray = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted training.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
 ) -> int:
-    """Train on good images, compute the operating points and write a bundle."""
+    """Train on good images, compute the operating points and write a bundle.
+
+    With --ray the features of the images are computed on a cluster, by tasks with --threads processors (default 1), and
+    what follows on this machine.
+    """
+    if ray is not None and (no_cache or budget == "best"):
+        given = "--no-cache" if no_cache else "--budget best"
+        raise ConfigError(
+            f"{given} is not possible with --ray, which fills the cache for one input size. Leave it out."
+        )
+
     from normweave import bundle
     from normweave import settings as all_settings
 
@@ -117,6 +128,19 @@ def train(
     target = Path(os.path.abspath(output))  # `.` has no name
     work = target.with_name(f"{target.name}.work")
     with terminal.progress() as progress:
+        if ray is not None:
+            from normweave.bridges import ray_features
+            from normweave.budget import fast
+
+            ray_features.compute(
+                data,
+                fast(settings, all_settings.named(config, set_ or [])) if budget == "fast" else settings,
+                address=ray,
+                cache=cache,
+                layout=layout,
+                threads=terminal.threads or 1,
+                progress=progress,
+            )
         detector = Detector.fit(
             data,
             config=settings,

@@ -101,7 +101,7 @@ class Streamed:
         """
         features = torch.empty(len(rows), *self.shape)
         start = 0
-        for batch in _computed(self.extractor, self.load, [int(row) for row in rows]):
+        for batch in computed(self.extractor, self.load, [int(row) for row in rows]):
             features[start : start + len(batch)] = torch.from_numpy(batch)
             start += len(batch)
         return features
@@ -180,6 +180,37 @@ def cached(
     return Cached([rows[key] for key in keys], shape=extractor.shape)
 
 
+def missing(extractor: FrozenFeatures, keys: Sequence[str], *, folder: Path, max_gib: float) -> list[str]:
+    """Return the keys without a row, in their order, and make room for them as `cached` does.
+
+    Raises:
+        DataError: they do not fit the cache or the disk.
+    """
+    home = folder / extractor.fingerprint
+    home.mkdir(parents=True, exist_ok=True)
+    row_bytes = 2 * int(np.prod(extractor.shape))
+    found: set[str] = set()
+    needed = []
+    for segment in _segments(home, row_bytes=row_bytes):
+        if own := set(keys).intersection(segment.keys):
+            found |= own
+            needed.append(segment.data)
+    result = [key for key in dict.fromkeys(keys) if key not in found]
+    if result:
+        _make_room(folder, home, needed, rows=len(result), row_bytes=row_bytes, max_bytes=int(max_gib * GIB))
+    return result
+
+
+def add(folder: Path, fingerprint: str, keys: Sequence[str], features: NDArray[np.float16]) -> None:
+    """Write a segment of rows (n, D, h, w) that were computed elsewhere."""
+    data = folder / fingerprint / f"{uuid.uuid4().hex}.f16"
+    data.parent.mkdir(parents=True, exist_ok=True)
+    with data.open("wb", buffering=0) as file, data.with_suffix(".keys").open("wb", buffering=0) as index:
+        _append(file, np.ascontiguousarray(features).tobytes())
+        os.fsync(file.fileno())
+        _append(index, "".join(f"{key}\n" for key in keys).encode())
+
+
 def _segments(home: Path, *, row_bytes: int) -> Iterator[Segment]:
     """Yield every segment with its complete rows."""
     for index in sorted(home.glob("*.keys")):
@@ -231,7 +262,7 @@ def _write(
     keys = list(missing)
     done = 0
     with data.open("w+b", buffering=0) as file, data.with_suffix(".keys").open("wb", buffering=0) as index:
-        for features in _computed(extractor, load, missing.values()):
+        for features in computed(extractor, load, missing.values()):
             try:
                 _append(file, features.tobytes())
                 os.fsync(file.fileno())
@@ -255,7 +286,7 @@ def _append(file: FileIO, content: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
-def _computed(extractor: FrozenFeatures, load: Load, rows: Iterable[int]) -> Iterator[NDArray[np.float16]]:
+def computed(extractor: FrozenFeatures, load: Load, rows: Iterable[int]) -> Iterator[NDArray[np.float16]]:
     """Yield the features of these rows in order, one pass at a time, (up to batch_images, D, h, w)."""
     images = _loaded(load, rows)
     while batch := list(islice(images, extractor.batch_images)):

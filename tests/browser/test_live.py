@@ -56,4 +56,4 @@ def test_the_page_line_and_the_rest_interface_have_the_state_of_each_source(visi
     expect(film).to_contain_text("film video No images There is no video file missing.mkv")
     expect(film.locator(".light.red")).to_be_visible()
     _, source = page.request.get(f"{server.url}/v1/line").json()["sources"]
-    assert (source["name"], source["type"], source["status"], source["inspected"]) == ("film", "video", "red", 0)
+    assert (source["name"], source["type"], source["status"], source["inspected"]) == ("film", "video", "no images", 0)

@@ -4,9 +4,9 @@ from datetime import timedelta
 
 import pytest
 
-from inspections import NOON, inspection
+from inspections import NOON, accept, inspection
 from normweave.outcome.parts import PartRule, PartView
-from normweave.serve.part_store import PartStore, TakenError
+from normweave.serve.part_store import Marks, PartStore, TakenError
 from normweave.serve.records import PartRecord
 from normweave.types import PartReason
 
@@ -84,6 +84,19 @@ def test_the_last_verdict_counts_and_its_age_is_that_of_the_closing(store, parts
     assert parts.last("17", since=NOON + timedelta(hours=1)) is None
     assert parts.last("18", since=NOON) is None
     assert parts.of(closed.id) == [closed, correction]
+
+
+def test_marks_are_the_last_correction_and_the_decisions_that_count(store, parts):
+    first, second = parts.close(record(), add(store, "a")), parts.close(record(part_id="18"), add(store, "a"))
+    late = add(store, "b", "c")
+    for id in late:
+        worse = record(verdict="anomalous", corrects=first.id)
+        correction = parts.add_late(first.id, id, correction=worse)
+    store.review(late[0], accept(decision="reject"))
+    store.review(late[1], accept())
+    store.review(late[1], accept(decision="undo"))
+    assert parts.marks({first.id, second.id}) == {first.id: Marks(correction.id, ("reject",)), second.id: Marks()}
+    assert parts.marks(()) == {}
 
 
 def test_pages_of_records(store, parts):

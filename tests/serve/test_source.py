@@ -112,7 +112,7 @@ def test_a_frame_becomes_an_inspection_with_the_name_of_its_source(run, script, 
     assert (stored.source, stored.actor, stored.outcome.part_id, stored.outcome.view) == ("camera", "top", "17", "top")
     assert stored.name.startswith("top 2")
     assert runner.last == stored
-    assert runner.state == ("green", "1 inspected")
+    assert runner.state == ("running", "1 inspected")
     text = service.metrics.text().decode()
     assert 'normweave_source_frames_total{name="top",result="inspected"} 1.0' in text
     assert 'normweave_source_connected{name="top"} 1.0' in text
@@ -130,7 +130,7 @@ def test_one_frame_is_inspected_for_each_rise_of_a_plc_also_after_it_was_dead(ru
         runner = run(Config(type="camera", name="top", retry_seconds=0.02, trigger=at))
         feeding = threading.Thread(target=feed)
         feeding.start()
-        until(lambda: runner.state.colour == "green")
+        until(lambda: runner.state.status == "running")
         plc.pulse("coil", True)
         until(lambda: runner.counts["inspected"] == 1)
         frames.set()
@@ -142,10 +142,10 @@ def test_one_frame_is_inspected_for_each_rise_of_a_plc_also_after_it_was_dead(ru
         until(lambda: runner.counts["inspected"] == 2)
         until(lambda: runner.counts["missed"] == 2)
         plc.stop()
-        until(lambda: script.give(None) or runner.state.colour == "red")
+        until(lambda: script.give(None) or runner.state.status == "no images")
         assert "Check the network" in runner.state.text or "Check host and port" in runner.state.text
         plc.start()
-        until(lambda: script.give(None) or runner.state.colour != "red")
+        until(lambda: script.give(None) or runner.state.status != "no images")
         plc.pulse("coil", True)
         until(lambda: script.give(picture) or runner.counts["inspected"] == 3)
     assert 'normweave_source_frames_total{name="top",result="missed"} 2.0' in gate.metrics.text().decode()
@@ -172,7 +172,7 @@ def test_a_source_that_does_not_hurry_waits_and_loses_nothing(run, script, pictu
     gate.open.set()
     until(lambda: runner.state.text.startswith("the stream ended"))
     until(lambda: runner.counts["inspected"] == 5)
-    assert runner.state == ("green", "the stream ended, 5 images were inspected")
+    assert runner.state == ("running", "the stream ended, 5 images were inspected")
     assert (dict(runner.counts), script.connections) == ({"inspected": 5, "dropped": 0, "failed": 0, "missed": 0}, 1)
 
 
@@ -182,12 +182,12 @@ def test_a_broken_connection_is_red_with_its_reason_and_made_again(run, script, 
     until(lambda: runner.counts["inspected"] == 1)
     script.give(*[ConnectionError("The cable is cut.")] * 3)
     until(lambda: script.connections == 4)
-    assert runner.state == ("red", "The cable is cut.")
+    assert runner.state == ("no images", "The cable is cut.")
     script.give(picture)
     until(lambda: runner.counts["inspected"] == 2)
-    assert runner.state.colour == "green"
+    assert runner.state.status == "running"
     script.give(END)
-    until(lambda: runner.state == ("red", "the stream ended"))
+    until(lambda: runner.state == ("no images", "the stream ended"))
 
 
 def test_an_unexpected_error_is_logged_and_the_source_goes_on(run, script, picture, caplog):
@@ -203,10 +203,10 @@ def test_a_frame_that_cannot_be_inspected_counts_as_failed_and_the_next_is_tried
     gate.errors.append(OSError("The disk is full."))
     script.give(picture)
     until(lambda: runner.counts["failed"] == 1)
-    assert runner.state == ("amber", "an image was not inspected: The disk is full.")
+    assert runner.state == ("attention", "an image was not inspected: The disk is full.")
     script.give(picture)
     until(lambda: runner.counts["inspected"] == 1)
-    assert runner.state == ("green", "1 inspected, 1 failed")
+    assert runner.state == ("running", "1 inspected, 1 failed")
 
 
 def test_a_busy_server_is_asked_again_until_a_newer_frame_comes(run, script, picture, gate):
@@ -227,13 +227,13 @@ def test_a_busy_server_is_asked_again_until_a_newer_frame_comes(run, script, pic
 def test_a_quiet_source_is_amber(run, script, picture):
     now = [0.0]
     runner = run(clock=lambda: now[0])
-    assert runner.state.colour == "red"
+    assert runner.state.status == "no images"
     script.give(None)
-    until(lambda: runner.state == ("amber", "connected, no image yet"))
+    until(lambda: runner.state == ("attention", "connected, no image yet"))
     script.give(picture)
     until(lambda: runner.counts["inspected"] == 1)
     now[0] = 61.0
-    assert runner.state == ("amber", "no image for 61 s")
+    assert runner.state == ("attention", "no image for 61 s")
 
 
 def test_a_stopped_source_has_counted_every_frame(run, script, picture, gate):
@@ -277,8 +277,8 @@ def test_a_stopped_source_can_begin_again(run, script, picture):
     until(lambda: runner.counts["inspected"] == 1)
     script.give(END)
     runner.stop()
-    assert runner.state == ("amber", "this server does not read it")
+    assert runner.state == ("attention", "this server does not read it")
     runner.start()
     script.give(None, picture)
     until(lambda: runner.counts["inspected"] == 2)
-    assert runner.state.colour == "green"
+    assert runner.state.status == "running"

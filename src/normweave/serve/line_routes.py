@@ -10,12 +10,13 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
-from normweave.serve.delivery import Deliveries, Status
+from normweave.serve import delivery, source
+from normweave.serve.delivery import Deliveries
 from normweave.serve.message import Message
 from normweave.serve.openapi import BODY, problem_responses
 from normweave.serve.parameters import DEPENDENCIES, MAX_PAGE_SIZE, PAGE_SIZE, Engineer
 from normweave.serve.service import InspectionService
-from normweave.serve.source import Colour, SourceRunner
+from normweave.serve.source import SourceRunner
 
 OutputName = Annotated[str, Path(max_length=60, description="`name` of an output.")]
 
@@ -28,7 +29,7 @@ class OutputOut(BaseModel):
     name: str
     type: str
     status: Annotated[
-        Status,
+        delivery.Status,
         Field(description="behind: it works, but has much to deliver, dead letters, or lost messages to retention."),
     ]
     behind: Annotated[int, Field(description="Messages that are not delivered yet.")]
@@ -48,7 +49,8 @@ class SourceOut(BaseModel):
     name: str
     type: str
     status: Annotated[
-        Colour, Field(description="green: images come; amber: connected, but see `text`; red: not connected.")
+        source.Status,
+        Field(description="running: images come; attention: connected, but see `text`; no images: not connected."),
     ]
     text: str
     inspected: int
@@ -59,12 +61,12 @@ class SourceOut(BaseModel):
     ]
 
     @classmethod
-    def of(cls, source: SourceRunner) -> SourceOut:
+    def of(cls, runner: SourceRunner) -> SourceOut:
         """Return the answer for a source."""
-        colour, text = source.state
-        config = source.config
+        status, text = runner.state
+        config = runner.config
         return cls.model_validate(
-            {"name": config.name, "type": config.type, "status": colour, "text": text} | source.counts
+            {"name": config.name, "type": config.type, "status": status, "text": text} | runner.counts
         )
 
 

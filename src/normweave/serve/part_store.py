@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -27,6 +27,18 @@ class OpenView(NamedTuple):
 
     part_id: str
     image: PartView
+
+
+class Marks(NamedTuple):
+    """What happened to a closed part later.
+
+    Attributes:
+        last_correction: id of the last correction of its verdict; 0: there is none.
+        decisions: of reviewers on its images, without those that were undone: accept, reject.
+    """
+
+    last_correction: int = 0
+    decisions: tuple[str, ...] = ()
 
 
 class TakenError(StoreError):
@@ -110,6 +122,18 @@ class PartStore:
         query = select(PARTS).where((_PART.id == root) | (_PART.corrects == root)).order_by(_PART.id)
         with self._database.reading() as connection:
             return [to_part(row) for row in connection.execute(query)]
+
+    def marks(self, roots: Collection[int]) -> dict[int, Marks]:
+        """Return what happened to closed parts later, by the id of their first verdict."""
+        last = select(_PART.corrects, func.max(_PART.id)).where(_PART.corrects.in_(roots)).group_by(_PART.corrects)
+        columns = (_INSPECTION.part, _INSPECTION.decision)
+        decided = select(*columns).where(_INSPECTION.part.in_(roots), _INSPECTION.decision.is_not(None)).distinct()
+        with self._database.reading() as connection:
+            corrections: dict[int, int] = dict(connection.execute(last).tuples().all())
+            decisions: dict[int, list[str]] = {}
+            for root, decision in connection.execute(decided.order_by(*columns)):
+                decisions.setdefault(root, []).append(decision)
+        return {root: Marks(corrections.get(root, 0), tuple(decisions.get(root, ()))) for root in roots}
 
     def records(
         self,

@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 
 Result = Literal["inspected", "dropped", "failed", "missed"]
 """missed: a signal of the trigger that has no frame of its own; the others are of chosen frames."""
-Colour = Literal["green", "amber", "red"]
+Status = Literal["running", "attention", "no images"]
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 """Shortest and longest pause before a source is connected again; it doubles, with jitter."""
 BUSY_SECONDS = 0.1
 """Pause before a frame is sent again to a busy server, if no newer one has come."""
 QUIET_SECONDS = 10.0
-"""A source without a frame for this time is amber."""
+"""A source without a frame for this time needs attention."""
 ENDED = "the stream ended"
 STOP_SECONDS = 10.0
 """Longest wait for the end of a source."""
@@ -82,7 +82,7 @@ Frames = Generator[Frame | None, None, None]
 class SourceState(NamedTuple):
     """State of a source, for the page and for people."""
 
-    colour: Colour
+    status: Status
     text: str
 
 
@@ -177,30 +177,32 @@ class SourceRunner:
 
     @property
     def state(self) -> SourceState:
-        """Whether images come: red: not connected, amber: none at the moment or not inspected, green: they come."""
+        """running: images come; attention: none at the moment, or they are not inspected; no images: not connected."""
         if self._finished:
             ended = self._error == ENDED
             return SourceState(
-                "green" if ended else "red", f"{self._error}, {self.counts['inspected']} images were inspected"
+                "running" if ended else "no images", f"{self._error}, {self.counts['inspected']} images were inspected"
             )
         if not self._threads:
-            return SourceState("amber", "this server does not read it")
+            return SourceState("attention", "this server does not read it")
         if not self._connected:
-            return SourceState("red", self._error or "it is being connected")
+            return SourceState("no images", self._error or "it is being connected")
         if self._failure is not None:
-            return SourceState("amber", self._failure)
+            return SourceState("attention", self._failure)
         if self._unreadable and self.last is not None:
             images = "The last image" if self._unreadable == 1 else f"The last {self._unreadable} images"
             reason = (self.last.outcome.error or "").rstrip(".")
             text = f"{images} could not be read: {reason}. Check that the source sends image files."
-            return SourceState("amber", text)
+            return SourceState("attention", text)
         quiet = None if self._seen_at is None else self._clock() - self._seen_at
         if quiet is None or quiet > QUIET_SECONDS:
-            return SourceState("amber", "connected, no image yet" if quiet is None else f"no image for {quiet:.0f} s")
+            return SourceState(
+                "attention", "connected, no image yet" if quiet is None else f"no image for {quiet:.0f} s"
+            )
         counts = ", ".join(
             f"{count} {result}" for result, count in self.counts.items() if count or result == "inspected"
         )
-        return SourceState("green", counts)
+        return SourceState("running", counts)
 
     def check(self) -> str:
         """Connect to the source apart from this runner; see `check`."""

@@ -21,13 +21,13 @@ def camera(url, **given):
 def test_frames_come_until_the_camera_is_dead_and_again_when_it_is_back(run, rtsp, service):
     runner = run(camera(rtsp.url))
     until(lambda: runner.counts["inspected"] >= 2)
-    assert runner.state.colour == "green"
+    assert runner.state.status == "running"
     (newest,) = service.store.inspections(ALL, limit=1)
     assert (newest.outcome.error, newest.outcome.height, newest.outcome.width) == (None, 64, 96)
     assert (newest.source, newest.image.image_type) == ("camera", "image/png")
     rtsp.stop()
     until(lambda: rtsp.url in runner.state.text)
-    assert runner.state.colour == "red"
+    assert runner.state.status == "no images"
     before = runner.counts["inspected"]
     rtsp.start()
     until(lambda: runner.counts["inspected"] > before)
@@ -56,7 +56,7 @@ def test_what_is_no_stream_is_red_with_its_reason(run, monkeypatch, answer):
         runner = run(camera(url, username="ada", password_env="NORMWEAVE_TEST_PASSWORD"))
         monkeypatch.setenv("NORMWEAVE_TEST_PASSWORD", "secret word")
         until(lambda: f"{url} cannot be read" in runner.state.text)
-        assert runner.state.colour == "red"
+        assert runner.state.status == "no images"
         assert "secret" not in runner.state.text
 
 

@@ -32,7 +32,7 @@ def test_frames_are_inspected_and_the_camera_is_free_again(run, service):
     config = source(features={"PixelFormat": "Mono8", "AcquisitionFrameRate": 20.0})
     runner = run(config)
     until(lambda: runner.counts["inspected"] >= 2)
-    assert runner.state.colour == "green"
+    assert runner.state.status == "running"
     one = service.store.inspections(ALL, limit=1)[0]
     assert (one.source, one.outcome.height, one.outcome.width) == ("genicam", 400, 400)
     with pytest.raises(OSError, match="no other program uses it"):

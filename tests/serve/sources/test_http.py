@@ -28,7 +28,7 @@ def test_a_changed_image_is_inspected_once_also_after_the_server_was_dead(run, s
     until(lambda: len(snapshots.requests) > asked + 3)
     assert runner.counts["inspected"] == 2  # the same content without an ETag is the same image
     snapshots.stop()
-    until(lambda: runner.state.colour == "red")
+    until(lambda: runner.state.status == "no images")
     assert snapshots.url in runner.state.text
     snapshots.content = contents[2]
     snapshots.start()
@@ -47,14 +47,14 @@ def test_garbage_is_inspected_as_not_readable_and_the_source_is_amber(run, snaps
     assert service.store.inspections(ALL, limit=1)[0].outcome.error is not None
     snapshots.content = b"no image either"
     until(lambda: runner.counts["inspected"] == 2)
-    colour, text = until(lambda: runner.state)
-    assert (colour, "The last 2 images could not be read: " in text) == ("amber", True)
+    status, text = until(lambda: runner.state)
+    assert (status, "The last 2 images could not be read: " in text) == ("attention", True)
     with pytest.raises(
         OSError, match=r"What came is no image that can be read: .*Check that the source sends image files"
     ):
         check(source(snapshots.url))
     snapshots.content = contents[0]
-    until(lambda: runner.state.colour == "green")
+    until(lambda: runner.state.status == "running")
 
 
 def test_slow_and_large_answers_and_errors_are_red(start, snapshots, contents):
@@ -67,7 +67,7 @@ def test_slow_and_large_answers_and_errors_are_red(start, snapshots, contents):
     until(lambda: "more than 50,000 bytes" in runner.state.text)
     snapshots.status = 503
     until(lambda: "answers 503" in runner.state.text)
-    assert runner.state.colour == "red"
+    assert runner.state.status == "no images"
     snapshots.status, snapshots.content = 200, contents[0]
     until(lambda: runner.counts["inspected"] == 1)
     runner.stop()

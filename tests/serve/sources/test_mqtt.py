@@ -48,15 +48,15 @@ def test_images_come_with_their_parts_also_after_the_broker_was_dead(run, mosqui
     assert (first.outcome.part_id, first.outcome.view, first.source) == ("17", "front", "mqtt")
     assert (second.outcome.verdict, second.outcome.part_id) == (None, None)
     mosquitto.stop()
-    until(lambda: runner.state.colour == "red")
+    until(lambda: runner.state.status == "no images")
     assert f"127.0.0.1:{mosquitto.port} cannot be used" in runner.state.text
     mosquitto.start()
-    until(lambda: runner.state.colour != "red")
+    until(lambda: runner.state.status != "no images")
     publish(contents[1])
     until(lambda: runner.counts["inspected"] == 3)
     runner.stop()
     again = run(source(mosquitto))  # a restart of ours
-    until(lambda: again.state.colour == "amber")
+    until(lambda: again.state.status == "attention")
     publish(contents[2])
     until(lambda: again.counts["inspected"] == 1)
     assert check(source(mosquitto), seconds=0.1) == "connected, no image yet"
@@ -66,7 +66,7 @@ def test_larger_messages_than_allowed_do_not_arrive(start, mosquitto, publish, c
     service = start(max_image_bytes=100_000)
     runner = SourceRunner(source(mosquitto), service)
     runner.start()
-    until(lambda: runner.state.colour == "amber")
+    until(lambda: runner.state.status == "attention")
     publish(b"x" * 1_000_000)  # mosquitto does not send it, since it is larger than the packets of this client
     publish(b"x" * 110_000)
     publish(contents[0])
@@ -77,7 +77,7 @@ def test_larger_messages_than_allowed_do_not_arrive(start, mosquitto, publish, c
 
 def test_a_flood_is_counted_exactly(run, mosquitto, contents):
     runner = run(source(mosquitto))
-    until(lambda: runner.state.colour == "amber")
+    until(lambda: runner.state.status == "attention")
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, protocol=paho.MQTTv5)
     client.connect("127.0.0.1", mosquitto.port)
     client.loop_start()

@@ -44,7 +44,7 @@ def test_triggers_use_the_time_and_the_motion_of_the_video(run, pictures, tmp_pa
 def test_a_missing_a_damaged_and_a_cut_file(run, pictures, tmp_path):
     missing = run(film(tmp_path / "film.mkv"))
     until(lambda: "There is no video file" in missing.state.text)
-    assert missing.state.colour == "red"
+    assert missing.state.status == "no images"
     (tmp_path / "torn.mkv").write_bytes(b"no video" * 1000)
     damaged = run(film(tmp_path / "torn.mkv"))
     until(lambda: "cannot be read" in damaged.state.text)

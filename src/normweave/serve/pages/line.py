@@ -74,7 +74,7 @@ class LinePage(Page):
 def sources(given: Sequence[SourceRunner]) -> str:
     """Return the state of each source as HTML."""
     rows = [(one.config, one.state) for one in given]
-    return render_macro(TEMPLATE, "sources", rows=rows, words=live.WORDS)
+    return render_macro(TEMPLATE, "sources", rows=rows, colours=live.COLOURS)
 
 
 def _about(letter: DeadLetter) -> tuple[str, str]:

@@ -13,8 +13,8 @@ from normweave.serve.templating import render_macro
 TEMPLATE = "live.html"
 REFRESH_SECONDS = 0.5
 """Time between two looks at the sources; images in between are not shown."""
-WORDS = {"green": "Running", "amber": "Attention", "red": "No images"}
-"""Word of each state, which is never shown by its colour alone."""
+COLOURS = {"running": "green", "attention": "amber", "no images": "red"}
+"""Class of the mark of each status, whose word stands beside it."""
 
 
 class LivePage(Page):
@@ -66,4 +66,5 @@ class _Section:
 
 def head(config: SourceConfig, state: SourceState) -> str:
     """Return the name and the state of a source as HTML."""
-    return render_macro(TEMPLATE, "head", name=config.name, type=config.type, state=state, word=WORDS[state.colour])
+    colour = COLOURS[state.status]
+    return render_macro(TEMPLATE, "head", name=config.name, type=config.type, state=state, colour=colour)

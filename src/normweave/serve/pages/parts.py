@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from urllib.parse import urlencode
 
 from nicegui import ui
@@ -11,7 +12,7 @@ from nicegui.events import GenericEventArguments
 from normweave.outcome.parts import MAX_IMAGES
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import EMIT_ID, Page, Pager, Serving, plain_button
-from normweave.serve.part_store import PartStore
+from normweave.serve.part_store import Marks, PartStore
 from normweave.serve.records import Inspection, PartRecord
 from normweave.serve.templating import render_macro
 from normweave.types import PartReason, PartVerdict
@@ -29,6 +30,8 @@ WORDS: dict[PartVerdict, str] = {
 }
 REASONS = {"anomalous": "defective", "unknown": "unknown product", "unreadable": "not readable", "missing": "missing"}
 """Reasons of `PartReason` for people."""
+DECISIONS = {"accept": "accepted as good", "reject": "rejected as defective"}
+"""Decisions of reviewers for people."""
 
 
 class PartsPage(Page):
@@ -36,7 +39,10 @@ class PartsPage(Page):
 
     path = "/parts"
     title = "Parts"
-    purpose = "Parts of several views, with one verdict each. A view that comes late can only make it worse."
+    purpose = (
+        "Parts of several views, with one verdict each. A view that comes late can only make it worse. Decisions of "
+        "reviewers change no verdict."
+    )
     position = 4.5
 
     def __init__(self, serving: Serving) -> None:
@@ -72,7 +78,8 @@ class PartsPage(Page):
     async def _list(self) -> None:
         before, limit = self._pager.before, self._pager.limit
         found = await asyncio.to_thread(self._records.records, before=before, limit=limit)
-        self._table.set_content(table(self._pager.shown(found)))
+        marks = await asyncio.to_thread(self._records.marks, {one.root for one in found})
+        self._table.set_content(table(self._pager.shown(found), marks))
 
     async def _show(self, event: GenericEventArguments) -> None:
         if await self._fill(int(event.args)):
@@ -95,15 +102,30 @@ def reasons(given: tuple[PartReason, ...]) -> str:
     return ", ".join(f"{one.view or 'a view'}: {REASONS[one.reason]}" for one in given)
 
 
-def table(records: list[PartRecord]) -> str:
-    """Return an HTML table of verdicts on parts; `data-id` is the id of the verdict that a click opens."""
-    rows = [(one, WORDS[one.verdict], reasons(one.reasons)) for one in records]
+def table(records: list[PartRecord], marks: Mapping[int, Marks]) -> str:
+    """Return an HTML table of verdicts on parts; `data-id` is the id of the verdict that a click opens.
+
+    Args:
+        marks: by the id of the first verdict on the part.
+    """
+    rows = [(one, WORDS[one.verdict], reasons(one.reasons), marked(one, marks[one.root])) for one in records]
     return render_macro(TEMPLATE, "table", rows=rows)
+
+
+def marked(record: PartRecord, marks: Marks) -> list[str]:
+    """Return what else there is to know of a verdict: corrections, and decisions of reviewers on its images."""
+    texts = ["correction by a late view"] if record.corrects else []
+    if marks.last_correction > record.id:
+        texts.append("corrected later")
+    return texts + [f"a view was {DECISIONS[one]}" for one in marks.decisions]
 
 
 def views(history: list[PartRecord], inspections: list[Inspection]) -> str:
     """Return the verdicts on a part as HTML, oldest first, and its images side by side."""
     verdicts = [(one, WORDS[one.verdict], reasons(one.reasons)) for one in history]
-    images = [(one, verdict.result_of(one.outcome)) for one in inspections]
+    images = [
+        (one, verdict.result_of(one.outcome), DECISIONS.get(one.review.decision if one.review else ""))
+        for one in inspections
+    ]
     on_time = history[0].images if history else 0
     return render_macro(TEMPLATE, "views", verdicts=verdicts, images=images, on_time=on_time)

@@ -1,5 +1,7 @@
 """The exception tree and the message for an unknown name."""
 
+from urllib.error import URLError
+
 from normweave import errors
 
 
@@ -18,3 +20,13 @@ def test_an_unknown_name_is_reported_with_the_most_similar_and_all_known_names()
     error = errors.unknown("layout", "visaa", ["visa", "btad"], "Use --layout.")
     assert str(error) == "Unknown layout 'visaa'. Did you mean 'visa'? Known: btad, visa. Use --layout."
     assert str(errors.unknown("layout", "x", ["visa"], "Use --layout.")).startswith("Unknown layout 'x'. Known:")
+
+
+def test_reasons_of_libraries_have_no_numbers_of_the_system() -> None:
+    for error, text in (
+        (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
+        (URLError(ConnectionRefusedError(111, "Connection refused")), "Connection refused"),
+        (ValueError("garbage."), "garbage"),
+        (TimeoutError(), "TimeoutError"),
+    ):
+        assert errors.reason(error) == text

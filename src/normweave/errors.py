@@ -52,3 +52,12 @@ def unknown(what: str, value: str, known: Iterable[str], howto: str) -> ConfigEr
     similar = get_close_matches(value, known, n=1)
     hint = f" Did you mean {similar[0]!r}?" if similar else ""
     return ConfigError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}. {howto}")
+
+
+def reason(error: BaseException) -> str:
+    """Return the text of an error of a library for people: without the number of a system error, its type if empty."""
+    inner = getattr(error, "reason", None)
+    if isinstance(inner, BaseException):
+        return reason(inner)
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(text).rstrip(".")

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
-from normweave.errors import NormweaveError
+from normweave.errors import NormweaveError, reason
 from normweave.serve.delivery_store import DeadLetter, Delivery, DeliveryStore, Item
 from normweave.serve.message import MESSAGES
 from normweave.serve.outputs import DeliveryError, Output, RefusedError
@@ -339,19 +339,13 @@ class _Follower:
     def _failed(self, error: BaseException) -> None:
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
-        reason = str(error) if isinstance(error, NormweaveError) else self._with_cure(error)
+        known = isinstance(error, NormweaveError)
+        text = str(error) if known else f"{reason(error)}. {self.output.cure}"
         self._failures += 1
         if self._failures == 1:
-            log.warning("The output %s fails: %s", self.name, reason)
+            log.warning("The output %s fails: %s", self.name, text)
         self.delivery.attempts += 1
-        self.delivery.last_error = reason
-
-    def _with_cure(self, error: BaseException) -> str:
-        """Return an error of a library as a sentence, and what to do."""
-        text = str(error) or type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            text = error.strerror  # without its number
-        return f"{text.rstrip('.')}. {self.output.cure}"
+        self.delivery.last_error = text
 
     def _succeeded(self) -> None:
         if self._failures:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from normweave.errors import NormweaveError
+from normweave.errors import NormweaveError, reason
 from normweave.serve import outputs, source
 from normweave.serve.line_config import LineConfig
 from normweave.serve.source import SourceConfig
@@ -69,8 +69,7 @@ async def _check(config: outputs.OutputConfig, line: str) -> LineCheck:
     except TimeoutError:
         error = f"no answer within {seconds:g} s. {output.cure}"
     except Exception as failure:
-        text = str(failure) if isinstance(failure, NormweaveError) else f"{type(failure).__name__}: {failure}"
-        text = " ".join(text.split()).rstrip(".")
+        text = " ".join(reason(failure).split())
         error = f"{text}." if output.cure.rstrip(".") in text else f"{text}. {output.cure}"
     finally:
         with contextlib.suppress(Exception):

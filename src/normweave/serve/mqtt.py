@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from normweave.errors import ConfigError, MissingError
+from normweave.errors import ConfigError, MissingError, reason
 from normweave.serve.line_config import secret
 from normweave.validation import check, checked
 
@@ -198,8 +198,8 @@ class Messages:
 
     def _failure(self) -> OSError:
         where = f"The MQTT broker {self._broker.host}:{self._broker.port}"
-        reason = str(self._error or "no answer").rstrip(".")
-        return ConnectionError(f"{where} cannot be used: {reason}. Check host, port, login and tls, and its log.")
+        why = "no answer" if self._error is None else reason(self._error)
+        return ConnectionError(f"{where} cannot be used: {why}. Check host, port, login and tls, and its log.")
 
     async def _run(self) -> None:
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()

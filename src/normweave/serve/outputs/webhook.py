@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import standardwebhooks
 from pydantic import AfterValidator
 
-from normweave.errors import ConfigError
+from normweave.errors import ConfigError, reason
 from normweave.serve import outputs
 from normweave.serve.line_config import secret
 from normweave.serve.message import Message
@@ -103,8 +103,7 @@ class Output(outputs.Output):
         try:
             status = await self._in_thread(lambda: _post(self.config.url, body.encode(), headers, seconds=seconds))
         except (OSError, HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise outputs.DeliveryError(f"{self.config.url} does not answer: {reason}. {self.cure}") from error
+            raise outputs.DeliveryError(f"{self.config.url} does not answer: {reason(error)}. {self.cure}") from error
         if 400 <= status < 500 and status not in AGAIN:
             raise outputs.RefusedError(
                 f"{self.config.url} refuses the message with status {status}. Look into the log of the other server."

@@ -12,6 +12,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
+from normweave.errors import reason
 from normweave.serve.line_config import secret
 from normweave.serve.pictures import frame
 from normweave.serve.source import Frames, SourceConfig
@@ -108,9 +109,8 @@ def _ask(opener: OpenerDirector, config: Config, headers: dict[str, str], max_by
             return None, headers["If-None-Match"]
         raise ConnectionError(f"{config.url} answers {error.code} {error.reason}. Check it in a browser.") from error
     except (URLError, HTTPException, ConnectionResetError) as error:
-        reason = getattr(error, "reason", error)
         raise ConnectionError(
-            f"{config.url} cannot be read: {reason}. Check url, timeout_seconds, and that the device runs."
+            f"{config.url} cannot be read: {reason(error)}. Check url, timeout_seconds, and that the device runs."
         ) from error
     except _SlowError:
         raise

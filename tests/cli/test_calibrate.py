@@ -23,12 +23,13 @@ def own(trained, tmp_path):
 
 
 def test_calibrating_replaces_the_operating_points_only(trained, own, tmp_path):
-    run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=2")
+    with_test = ("--train-images=2", "--test-images=1", "--defect-images=1")
+    run("data", "make-textures", tmp_path / "more", *SMALL_SET, *with_test)
     result = run("calibrate", own, tmp_path / "more", "--false-alarm-rate", "0.25", "--json")
     assert result.exit_code == 0, result.output
     output = json.loads(result.stdout)
     assert output["false_alarm_rate"] == 0.25
-    assert output["calibration_images"] == 12
+    assert output["calibration_images"] == 12  # no test image
     assert output["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
     assert bundle.weights_hash(own) == bundle.weights_hash(trained.bundle)
 

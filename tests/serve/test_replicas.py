@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shutil
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,15 +17,17 @@ import httpx2
 import pytest
 
 from bundles import wait_for
-from counterparts import Receiver, until
+from counterparts import Receiver, answers, free_port, until
 from inspections import ALL
 from normweave.errors import DataError
 from normweave.serve.database import Database
 from normweave.serve.replicas import Replica, SoleServer
 from normweave.serve.store import Store
+from required import absent
 from serving import Server
 
 LINE = "Press 5"
+NGINX = Path(__file__).parents[2] / "deploy" / "nginx.conf"
 
 
 # ── the locks ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,11 +168,48 @@ class Pair:
         self.receiver.close()
 
 
+class Nginx:
+    """nginx before two servers, with the configuration of the folder deploy.
+
+    Attributes:
+        url: its address.
+    """
+
+    def __init__(self, program, folder, servers):
+        port = free_port()
+        text = NGINX.read_text().replace("listen 8080;", f"listen 127.0.0.1:{port};")
+        for example, server in zip(("8081", "8082"), servers, strict=True):
+            text = text.replace(f"127.0.0.1:{example}", server.url.removeprefix("http://"))
+        names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        paths = " ".join(f"{name}_temp_path {folder}/{name};" for name in names)
+        main = f"daemon off; pid {folder}/pid; error_log stderr; events {{}} http {{ access_log off; {paths} {text} }}"
+        user = "" if os.geteuid() else "user root; "
+        (folder / "nginx.conf").write_text(user + main)
+        command = [program, "-p", folder, "-c", folder / "nginx.conf"]
+        subprocess.run([*command, "-t"], check=True, capture_output=True)
+        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self.url = f"http://127.0.0.1:{port}"
+        until(lambda: answers(port), "the start of nginx")
+
+    def close(self):
+        self._process.terminate()
+        self._process.wait(20)
+
+
 @pytest.fixture(scope="module")
 def pair(library_folder, postgres, tmp_path_factory):
     pair = Pair(library_folder, postgres.database(), tmp_path_factory.mktemp("pair"))
     with closing(pair):
         yield pair
+
+
+@pytest.fixture(scope="module")
+def nginx(pair, tmp_path_factory):
+    program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        absent("nginx", "nginx was not found: apt-get install nginx-light")
+    with closing(Nginx(program, tmp_path_factory.mktemp("nginx"), pair.servers)) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -230,42 +271,68 @@ def test_a_promotion_and_a_rate_are_taken_over_within_two_seconds(pair, contents
     wait_for(lambda: pair.get(second, "/v1/model").json()["bundle_hash"] == old, seconds=2)
 
 
-def test_what_both_inspect_under_kills_is_stored_once_and_delivered_in_order(pair, contents):
-    """The leader is killed while clients send; they send again, with the key, to the other one."""
-    leader, other = wait_for(pair.leader)
-    numbers, stop, answers = itertools.count(), threading.Event(), {}
+def test_programs_and_people_come_through_nginx(pair, nginx, contents):
+    with httpx2.Client(base_url=nginx.url, trust_env=False) as browser:
+        assert browser.get("/", headers={"Accept": "text/html"}).status_code == 401
+        assert browser.post("/login", data={"token": pair.servers[0].tokens["operator"]}).status_code == 303
+        page = browser.get("/")
+        assert (page.status_code, "normweave" in page.text) == (200, True)
+    token = {"Authorization": f"Bearer {pair.servers[0].tokens['operator']}"}
+    with httpx2.Client(base_url=nginx.url, headers=token, trust_env=False) as client:
+        with client.stream("GET", "/v1/inspections/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "retry: 1000"
+            sent = []
+            for headers in ({}, {"Idempotency-Key": "by nginx"}, {"Idempotency-Key": "by nginx"}):
+                answer = client.post("/v1/inspect", files={"images": contents[3]}, headers=headers)
+                sent += [one["id"] for one in answer.json()["inspections"]]
+            assert sent[1] == sent[2]
+            for id in sent[:2]:
+                assert next(line for line in lines if line.startswith("id:")) == f"id: {id}"
+        large = client.post("/v1/inspect", files={"images": bytes(5_000_000)})
+        assert (large.status_code, large.json()["inspections"][0]["error"] is None) == (200, False)
 
-    def send(servers):
+
+def test_what_both_inspect_under_kills_is_stored_once_and_delivered_in_order(pair, nginx, contents):
+    """The leader is killed while clients send; they send again, with the key, to the other one, or nginx does this."""
+    leader, other = wait_for(pair.leader)
+    numbers, stop, answered, statuses = itertools.count(), threading.Event(), {}, set()
+
+    def send(*urls):
         while not stop.is_set():
             number = next(numbers)
             content = contents[number % len(contents)] + number.to_bytes(8, "big")
-            for server in itertools.cycle(servers):
-                with contextlib.suppress(httpx2.HTTPError), server.client() as client:
-                    files, headers = {"images": ("load.png", content)}, {"Idempotency-Key": f"load {number}"}
-                    answer = client.post("/v1/inspect", files=files, headers=headers)
+            headers = {"Idempotency-Key": f"load {number}", "Authorization": f"Bearer {leader.tokens['operator']}"}
+            for url in itertools.cycle(urls):
+                with contextlib.suppress(httpx2.HTTPError):
+                    files = {"images": ("load.png", content)}
+                    answer = httpx2.post(f"{url}/v1/inspect", files=files, headers=headers, timeout=60, trust_env=False)
+                    statuses.add((url, answer.status_code))
                     if answer.status_code == 200:
-                        (answers[number],) = answer.json()["inspections"]
+                        (answered[number],) = answer.json()["inspections"]
                         break
                 time.sleep(0.05)
 
-    clients = [threading.Thread(target=send, args=[pair.servers[:: (-1) ** turn]]) for turn in range(4)]
+    ways = ([leader.url, other.url], [other.url, leader.url], [nginx.url], [nginx.url])
+    clients = [threading.Thread(target=send, args=way) for way in ways]
     for client in clients:
         client.start()
-    wait_for(lambda: len(answers) > 20)
+    wait_for(lambda: len(answered) > 20)
     leader.kill()
     wait_for(lambda: "normweave_leader 1.0" in pair.get(other, "/metrics").text, seconds=5)
-    count = len(answers)
+    count = len(answered)
     leader.start()
-    wait_for(lambda: len(answers) > count + 20)
+    wait_for(lambda: len(answered) > count + 20)
     stop.set()
     for client in clients:
         client.join()
+    assert {status for url, status in statuses if url == nginx.url} == {200}
     with closing(Store.open(pair.url, migrate=False)) as store:
         stored = list(store.iter_inspections(ALL))
     ids = [one.id for one in stored]
     loaded = {one.request.key: one for one in stored if one.request is not None and one.request.key.startswith("load")}
-    assert len(loaded) == len(answers) == sum(one.name == "load.png" for one in stored)
-    for number, answer in answers.items():
+    assert len(loaded) == len(answered) == sum(one.name == "load.png" for one in stored)
+    for number, answer in answered.items():
         assert loaded[f"load {number}"].id == answer["id"]
         assert loaded[f"load {number}"].image.image_hash == answer["image_hash"]
     until(lambda: set(ids) <= set(pair.receiver.ids()), "the delivery of all")

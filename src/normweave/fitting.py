@@ -337,7 +337,7 @@ def torch_device(name: str) -> str:
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] == OPENVINO:
+    if name.partition(":")[0] in (OPENVINO, "tensorrt"):
         raise ConfigError(
             f"Device {name!r} runs finished bundles (predict, calibrate, evaluate), and this needs torch. Use --device "
             "auto, cpu or cuda."

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper
 
 from normweave.errors import BundleError, ConfigError, MissingError
 from normweave.network import open_graph
-from normweave.network.onnx import providers
+from normweave.network.onnx import PROVIDERS, providers
 
 SIZE = (4, 6)
 
@@ -76,11 +76,41 @@ def test_a_graph_that_cannot_be_computed():
         loaded(np.zeros((1, 3, *SIZE), np.uint8))
 
 
+@pytest.fixture
+def every_provider(monkeypatch, tmp_path):
+    """An onnxruntime that claims to have all providers, as onnxruntime-gpu does on a machine without a card."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def test_devices():
     assert providers("cpu") == ["CPUExecutionProvider"]
     assert providers("auto")[-1] == "CPUExecutionProvider"
-    with pytest.raises(ConfigError, match="Unknown device 'gpu'"):
-        providers("gpu")
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        with pytest.raises(MissingError, match="Device 'cuda' was requested, but this onnxruntime has"):
-            providers("cuda")
+    for wrong in ("gpu", "cpu:1", "cuda:first"):
+        with pytest.raises(ConfigError, match=f"Unknown device '{wrong}'.*Known: auto, cpu, cuda, openvino, tensorrt"):
+            providers(wrong)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="has CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "tensorrt"])
+def test_a_device_that_this_onnxruntime_lacks_is_refused(device):
+    with pytest.raises(MissingError, match=rf"Device '{device}' was requested, but this onnxruntime has only .*CPU"):
+        network(graph(), device=device)
+
+
+def test_providers_and_their_options(every_provider, tmp_path):
+    cuda = ("CUDAExecutionProvider", {"device_id": "1", "use_tf32": "0"})
+    assert providers("cuda:1") == [cuda, "CPUExecutionProvider"]
+    (name, options), second, last = providers("tensorrt:1")
+    assert (name, second, last) == ("TensorrtExecutionProvider", cuda, "CPUExecutionProvider")
+    assert options["trt_fp16_enable"] == "0"
+    assert options["trt_engine_cache_path"] == str(tmp_path / "normweave" / "tensorrt")
+    assert (tmp_path / "normweave" / "tensorrt").is_dir()
+    assert providers("auto")[0][0] == "CUDAExecutionProvider"
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_cannot_start_is_refused_and_not_replaced_by_the_processor(every_provider, device):
+    with pytest.raises(MissingError, match=rf"Device '{device}' was requested, but ONNX Runtime .* could not start it"):
+        network(graph(), device=device)
+    assert network(graph(), device="cpu")(np.zeros((1, 3, *SIZE), np.uint8)).scores.shape == (1, *SIZE)

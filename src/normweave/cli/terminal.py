@@ -51,7 +51,7 @@ class Terminal:
     device: Annotated[
         str,
         typer.Option(
-            help="auto, cpu, cuda or cuda:N. For a bundle also openvino or openvino:GPU.",
+            help="auto, cpu, cuda or cuda:N. For a bundle also tensorrt, openvino or openvino:GPU.",
             rich_help_panel=_PANEL,
         ),
     ] = "auto"

@@ -20,7 +20,7 @@ def open_graph(
         where: its name in messages.
         size: (height, width) of the prepared pixels.
         threads: number of threads of one pass; None: the number of processors.
-        device: auto, cpu, cuda or cuda:N of ONNX Runtime; openvino (on the processor) or openvino:GPU.
+        device: auto, cpu, cuda[:N] or tensorrt[:N] of ONNX Runtime; openvino (on the processor) or openvino:GPU.
 
     Raises:
         BundleError: the graph is not self-contained, is not from normweave, or has an operator that the library lacks.
@@ -33,4 +33,4 @@ def open_graph(
         return OpenVinoNetwork(content, where=where, size=size, threads=threads, plugin=plugin or "CPU")
     from normweave.network.onnx import OnnxNetwork, providers
 
-    return OnnxNetwork(content, where=where, size=size, threads=threads, providers=providers(device))
+    return OnnxNetwork(content, where=where, size=size, threads=threads, providers=providers(device), device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -136,6 +137,35 @@ class ByRegion(NamedTuple):
         nowhere = {number: reason for number, reason in unfit[0].items() if all(number in each for each in unfit)}
         return scanned.without(nowhere)
 
+    def scores(
+        self, network: Network, batch: Sequence[PreparedImage], config: Config, *, size: int | None = None
+    ) -> list[TileScores | None]:
+        """Compute the scores of the tiles of each image, in passes of at most `size` tiles; None if unreadable.
+
+        Each region has passes of its own, so that the last bits of a score do not depend on the other regions.
+        """
+        readable = [image for image in batch if image.pixels is not None]
+        if not readable:
+            return [None] * len(batch)
+        pixels = np.concatenate([image.pixels for image in readable if image.pixels is not None])
+        parts = [part for image in readable for part in image.parts_inside]
+        under = [preparation for image in readable for preparation in image.preparations]
+        own = [[number for number, each in enumerate(under) if each == region] for region in self.owned]
+        scored = TileScores.concatenate(
+            [
+                TileScores.compute(network, pixels[some], config, size=size, parts=[parts[number] for number in some])
+                for some in own
+                if some
+            ]
+        )
+        if len(self.owned) > 1:
+            scored = scored.take(np.argsort([number for some in own for number in some]))
+        ends = np.cumsum([0 if image.pixels is None else len(image.tiles) for image in batch])
+        return [
+            None if image.pixels is None else scored.part(int(end) - len(image.tiles), int(end))
+            for image, end in zip(batch, ends, strict=True)
+        ]
+
     def choose(self, image: PreparedImage, tiles: TileScores | None) -> tuple[PreparedImage, TileScores | None]:
         """Return an image and its scores under one region, of an image that was scored under several.
 
@@ -212,6 +242,32 @@ def placement_of(outcome: Outcome) -> Placement | None:
     if outcome.shift_x is None or outcome.shift_y is None or outcome.rotation is None:
         return None
     return Placement(outcome.shift_x, outcome.shift_y, outcome.rotation, outcome.correlation or 0.0, 1.0)
+
+
+def extended(config: Config, given: Sequence[RegionConfig], category: str, known: Collection[str]) -> Config:
+    """Return the settings with the region of a category that is added; regions of known categories cannot change.
+
+    Args:
+        given: regions of any categories; empty: the settings stay as they are.
+        known: the categories of the detector.
+
+    Raises:
+        ConfigError: a region of a known category, or of all, differs from the stored one, or a region cannot be used.
+    """
+    regions.check(given, categories={*known, category})
+    new: tuple[RegionConfig, ...] = ()
+    for each in given:
+        own = regions.of(config.regions, None if each.category == EVERY else each.category)
+        if each.category == category and category not in known:
+            new = (each,)
+        elif own != Region.of(each):
+            name = "all categories" if each.category == EVERY else repr(each.category)
+            raise ConfigError(
+                f"The region of {name} differs from that of the detector{'' if own else ', which has none'}: its "
+                f"scores and thresholds are those of its own region. Leave it out of the regions of {category!r}, or "
+                "train again with it."
+            )
+    return replace(config, regions=(*config.regions, *new))
 
 
 def limits_of(listed: Sequence[RegionConfig], held_out: Sequence[HeldOut]) -> dict[str, Limits]:

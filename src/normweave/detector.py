@@ -116,7 +116,7 @@ class Detector:
 
         Args:
             threads: number of threads of the network; None: the number of processors.
-            device: auto, cpu, cuda or cuda:N; openvino or openvino:GPU.
+            device: auto, cpu, cuda[:N] or tensorrt[:N]; openvino or openvino:GPU.
 
         Raises:
             BundleError: damaged, not a bundle, or of another format version.
@@ -232,16 +232,7 @@ class Detector:
 
     def scores(self, batch: Sequence[PreparedImage], *, size: int | None = None) -> list[TileScores | None]:
         """Compute the scores of the tiles of each image, in passes of at most `size` tiles; None if unreadable."""
-        readable = [image.pixels for image in batch if image.pixels is not None]
-        if not readable:
-            return [None] * len(batch)
-        parts = [part for image in batch if image.pixels is not None for part in image.parts_inside]
-        scored = TileScores.compute(self.network, np.concatenate(readable), self.config, size=size, parts=parts)
-        ends = np.cumsum([len(image.tiles) for image in batch])
-        return [
-            None if image.pixels is None else scored.part(int(end) - len(image.tiles), int(end))
-            for image, end in zip(batch, ends, strict=True)
-        ]
+        return self.regions.scores(self.network, batch, self.config, size=size)
 
     def outcome(self, image: PreparedImage, tiles: TileScores | None, *, maps: bool = True) -> Outcome:
         """Return the outcome of an image from the scores of its tiles.
@@ -511,9 +502,13 @@ class Detector:
             attainable=attainable,
         )
         self.record[reference.KEY] = drift_record(held_out, self.product, cross_validated=cross_validated)
-        if limits := limits_of(self.config.regions, held_out):
-            self.record[alignment.KEY] = {name: each._asdict() for name, each in limits.items()}
-            self.preparation = replace(self.preparation, limits_of=limits)
+        self.set_limits(limits_of(self.config.regions, held_out))
+
+    def set_limits(self, limits: Mapping[str, Limits]) -> None:
+        """Set what images must reach under regions that follow the part, by category; other limits stay."""
+        if limits:
+            self.preparation = replace(self.preparation, limits_of={**self.preparation.limits_of, **limits})
+            self.record[alignment.KEY] = {name: each._asdict() for name, each in self.preparation.limits_of.items()}
 
     def with_rate(self, false_alarm_rate: float) -> Detector:
         """Return the same network with thresholds for another false-alarm rate, from the same held-out images.
@@ -545,6 +540,18 @@ class Detector:
         return self.operating_points
 
     # ---------------------------------------------------------------- subclasses
+
+    def with_regions(self, config: Config) -> Detector:
+        """Return the same network with the regions of other settings, of categories that are added or removed."""
+        other = copy(self)
+        other.config = config
+        named = {each.category for each in config.regions}
+        limits = {name: each for name, each in self.preparation.limits_of.items() if name in named}
+        other.preparation = Preparations(config.prepare, regions=config.regions, limits_of=limits)
+        other.record = self.record | {"config": settings.as_dict(config), "preparation": other.preparation.as_dict()}
+        other.record.pop(alignment.KEY, None)
+        other.set_limits(limits)
+        return other
 
     def with_subclass(self, data: Data, *, category: str, subclass: str | None, **options: Any) -> Detector:
         """Return a detector that also knows a subclass, from a few good images; see `subclasses`. Needs torch."""

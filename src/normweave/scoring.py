@@ -140,8 +140,12 @@ class TileScores(NamedTuple):
 
     def part(self, start: int, stop: int) -> TileScores:
         """Return the tiles from `start` to before `stop`."""
-        fields: Any = (None if field is None else field[start:stop] for field in self.raw)
-        return TileScores(RawOutput(*fields), self.scores[start:stop], self.peaks[start:stop])
+        return self.take(slice(start, stop))
+
+    def take(self, tiles: slice | NDArray[np.int64]) -> TileScores:
+        """Return some tiles."""
+        fields: Any = (None if field is None else field[tiles] for field in self.raw)
+        return TileScores(RawOutput(*fields), self.scores[tiles], self.peaks[tiles])
 
 
 class ImageScore(NamedTuple):

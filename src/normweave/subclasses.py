@@ -18,10 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normweave import bundle, checks, fitting, history
+from normweave import bundle, by_region, checks, fitting, history
 from normweave.checks import Checks
-from normweave.config import AdaptedMoEConfig, FusionExpertConfig
+from normweave.config import AdaptedMoEConfig, FusionExpertConfig, RegionConfig
 from normweave.data import rows, splits
+from normweave.data.alignment import Limits
 from normweave.detector import Data, Detector, samples_of
 from normweave.drift import reference
 from normweave.drift.reference import Described
@@ -50,6 +51,7 @@ def with_subclass(
     *,
     category: str,
     subclass: str | None,
+    regions: Sequence[RegionConfig] = (),
     check: Data | None = None,
     layout: str | None = None,
     progress: Progress | None = None,
@@ -64,6 +66,8 @@ def with_subclass(
         detector: of Adapted-MoE with the fusion of experts, just fitted or loaded from a bundle.
         data: 5 to about 50 good images of the subclass, none of which was used before.
         category, subclass: its names; the category may be new. Subclass None: a category without subclasses.
+        regions: with the region of a new category; those of known ones must be as they are. Without one of its own, a
+            category has that of all categories.
         check: further images, on which the scores are compared, too.
 
     Raises:
@@ -82,6 +86,8 @@ def with_subclass(
             f"The detector knows the subclass {name} already. Known: {', '.join(detector.subclass_names)}. Choose "
             f"another name{', or remove it first (normweave remove-subclass)' if removable else ''}."
         )
+    known_categories = {each for each, _ in detector.subclasses.values()}
+    detector = detector.with_regions(by_region.extended(detector.config, regions, category, known_categories))
     images = _images(detector, data, category=category, subclass=subclass, layout=layout, progress=progress)
     teaching = _Teaching(detector, network, head, images, name=name, progress=progress)
     added_head, held_out, routed, described = teaching.fit()
@@ -157,6 +163,9 @@ def with_subclass(
             if is_own
         ]
         result.record[reference.KEY] = reference.joined(detector.record[reference.KEY], line)
+    placements = [each for each in images.placements if each is not None]
+    if placements and category not in known_categories and category in {each.category for each in regions}:
+        result.set_limits({category: Limits.of(placements)})
     if progress is not None:
         progress("writing the graph", 1, 1)
     return result
@@ -203,6 +212,9 @@ def without_subclass(
     further = _scan(detector, check, layout)
     result = _changed(detector, network, other, further if network.checks is None else None)
     del result.subclasses[name]
+    if category not in {each for each, _ in result.subclasses.values()}:
+        others = tuple(each for each in detector.config.regions if each.category != category)
+        result = result.with_regions(replace(detector.config, regions=others))
     calibration, points = detector.calibration, detector.operating_points
     if calibration is not None and points is not None and calibration.added:
         place = number - len(calibration.subclass_names)

@@ -257,6 +257,13 @@ class PartReason(NamedTuple):
     inspection: int | None  # id of the stored inspection of the view, if there is one
 
 
+class ViewBundle(NamedTuple):
+    """The bundle that inspected an image of a part."""
+
+    view: str
+    bundle_hash: str | None  # None: the image could not be read
+
+
 class OutcomeColumn(NamedTuple):
     """A field of `Outcome` or `PartOutcome` as tables, schemas and databases need it."""
 
@@ -370,6 +377,8 @@ class PartOutcome:
     """Number of images of the part."""
     reasons: tuple[PartReason, ...] = ()
     """Why it is not normal, worst first."""
+    bundles: tuple[ViewBundle, ...] = ()
+    """Which bundle inspected each image, in their order."""
 
     @classmethod
     def columns(cls) -> tuple[OutcomeColumn, ...]:

@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 
+from normweave import bundle
 from normweave.cli.parts import Listed, Parts, is_table, read_list, summary
+from normweave.detector import Detector
 from normweave.errors import DataError
 from normweave.outcome.parts import PartRule
 from normweave.types import Outcome, PartOutcome, PartReason
@@ -40,6 +42,65 @@ def test_a_run_ends_with_a_line_for_each_part(trained, pictures):
     with (pictures / "out_parts.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["part_id"], row["images"]) for row in rows] == [("17", "2"), ("18", "1")]
+
+
+@pytest.fixture(scope="module")
+def other(trained, tmp_path_factory):
+    """A bundle with other thresholds, so that it is seen which one judged."""
+    detector = Detector.load(trained.bundle, threads=1, device="cpu").with_rate(0.5)
+    return detector.save(tmp_path_factory.mktemp("other") / "other.bundle")
+
+
+def test_each_view_has_its_bundle(trained, other, pictures):
+    (pictures / "20_front.png").write_bytes(b"no image")
+    options = ["--part", "([^/_]+)_([^/_]+)[.]png$", "--view-bundle", f"back={other}", "-o", pictures / "out.jsonl"]
+    result = run("predict", trained.bundle, pictures, *options, "--json", "--threads", "1")
+    *images, first, second, third = lines(result.stdout)
+    first_hash, back_hash = bundle.bundle_hash(trained.bundle), bundle.bundle_hash(other)
+    assert first_hash != back_hash
+    assert [(one["view"], one["bundle_hash"]) for one in images] == [
+        ("back", back_hash),
+        ("front", first_hash),
+        ("front", first_hash),
+        ("front", None),
+    ]
+    assert images[0]["threshold"] < images[1]["threshold"]
+    assert first["bundles"] == [
+        {"view": "back", "bundle_hash": back_hash},
+        {"view": "front", "bundle_hash": first_hash},
+    ]
+    assert second["bundles"] == [{"view": "front", "bundle_hash": first_hash}]
+    assert third["bundles"] == [{"view": "front", "bundle_hash": None}]
+    whole = (pictures / "out.jsonl").read_text()
+    done = whole.splitlines(keepends=True)
+    (pictures / "out.jsonl").unlink()
+    (pictures / "out.jsonl.partial").write_text("".join(done[:1]))  # of the other bundle
+    again = run("predict", trained.bundle, pictures, *options, "--resume", "--threads", "1")
+    assert again.exit_code == result.exit_code
+    same = [[json.loads(text)[key] for key in ("pred_score", "bundle_hash")] for text in done]
+    rows = lines((pictures / "out.jsonl").read_text())
+    assert [[row[key] for key in ("pred_score", "bundle_hash")] for row in rows] == same
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--view-bundle", "back=x"), "--view-bundle is about the views of parts. Name them with --part"),
+        (("--part", "(.)", "--view-bundle", "back"), "must be VIEW=BUNDLE, each view once, got 'back'"),
+        (("--part", "(.)", "--view-bundle", "a=x", "--view-bundle", "a=y"), "each view once, got 'a=y'"),
+        (("--part", "(.)", "--views", "a,b", "--view-bundle", "c=x"), "Unknown view of --view-bundle 'c'"),
+        (("--part", "(.)", "--view-bundle", "a=missing.bundle"), "missing.bundle does not exist; a bundle is a folder"),
+    ],
+)
+def test_bundles_of_views_that_cannot_be_used(trained, pictures, options, words):
+    result = run("predict", trained.bundle, pictures, *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+def test_a_view_that_no_image_shows_is_named(trained, other, pictures):
+    result = run("predict", trained.bundle, pictures, "--part", "([^/_]+)_[^/]+$", "--view-bundle", f"side={other}")
+    assert "No image shows the view side of --view-bundle." in result.stderr
 
 
 def test_a_list_names_the_parts(trained, pictures):

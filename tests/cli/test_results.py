@@ -26,7 +26,7 @@ OUTCOME = Outcome(
 
 
 def opened(path, *, resume=False, bundle_hash="b" * 64):
-    return ResultWriter(path, resume=resume, bundle_hash=bundle_hash)
+    return ResultWriter(path, resume=resume, bundle_hashes=(bundle_hash,))
 
 
 def written(path, outcomes):

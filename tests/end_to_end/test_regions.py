@@ -197,11 +197,17 @@ def test_pixels_as_bytes(with_region, photos):
     same(with_region.score(Path(photos[0]).read_bytes()), with_region.score(content.getvalue()))
 
 
-def test_an_added_subclass_is_learnt_under_the_region(cloth):
-    """The region stays in the bundle, and what lies outside in its images changes no threshold and no weight."""
+@pytest.fixture(scope="module")
+def two_of_three(cloth):
+    """The training images of three subclasses, their names, and a detector of the first two under the region."""
     samples = [each for each in layouts.read(cloth, DataConfig(subclass_from="column")) if each.split == "train"]
     names = sorted({each.subclass for each in samples})
-    first = fit([each for each in samples if each.subclass in names[:2]], "fusion", PART)
+    return samples, names, fit([each for each in samples if each.subclass in names[:2]], "fusion", PART)
+
+
+def test_an_added_subclass_is_learnt_under_the_region(two_of_three):
+    """The region stays in the bundle, and what lies outside in its images changes no threshold and no weight."""
+    samples, names, first = two_of_three
     new = [replace(each, split=None) for each in samples if each.subclass == names[2]][:8]
     grown = first.with_subclass(new, category="cloth", subclass=names[2])
     assert grown.config.regions == (PART,)
@@ -350,3 +356,62 @@ def test_categories_with_references_of_their_own(tmp_path):
     found = {each.sample.image_path: each.outcome for each in detector.stream_samples(settings_samples(paths))}
     assert [found[path].category for path in paths[:2]] == ["bolt", "nut"]
     assert "reference image of its region" in found[paths[2]].error
+
+
+# ── a category that is added with its region ─────────────────────────────────────────────────────────────────────────
+
+
+def test_a_new_category_brings_its_region_and_no_other_score_changes(two_of_three, photos):
+    samples, names, first = two_of_three
+    new = [str(each.image_path) for each in samples if each.subclass == names[2]][:8]
+    half = RegionConfig(category="felt", include=ShapesConfig(rectangles=((0.0, 0.0, 0.5, 1.0),)))
+    for given, category, words in (
+        ((half, replace(PART, include=half.include)), "felt", "The region of all categories differs from that of the"),
+        ((half,), "cloth", r"'felt' has no images\. Categories of the data: cloth"),
+        ((replace(half, category="cloth"),), "cloth", "The region of 'cloth' differs from that of the detector"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            first.with_subclass(new, category=category, subclass="grey", regions=given)
+    after = first.with_subclass(new, category="felt", subclass="grey", regions=(half, PART))  # PART as it is stored
+    described = {"include": {"rectangles": [[0.0, 0.0, 0.5, 1.0]]}}
+    assert after.record["preparation"]["regions"]["felt"] == described
+    assert settings.from_dict(after.record["config"]).regions == after.config.regions == (PART, half)
+    assert len(after.regions.owned) == 2
+    own = after.score(new[0])
+    assert own.category == "felt"
+    np.testing.assert_array_equal(after.regions.inside(own), regions.mask(regions.of([half], "felt"), 64, 64))
+    kept = 0
+    for path in photos:
+        old, now = first.score(path), after.score(path)
+        if now.category == "cloth":
+            assert (now.subclass, now.pred_score) == (old.subclass, old.pred_score)
+            np.testing.assert_array_equal(now.anomaly_map, old.anomaly_map)
+            kept += 1
+    assert kept >= 6
+
+
+def test_the_command_takes_the_region_of_a_new_category(cloth, fusion_bundle, tmp_path):
+    """That of a known one is refused, and no bundle is written."""
+    file = tmp_path / "regions.json"
+    settings.write_regions(file, [replace(PART, category="cloth")])
+    words = ("add-subclass", fusion_bundle, cloth.parent, "--category", "cloth", "--subclass", "new")
+    result = CliRunner().invoke(app, [*map(str, words), "-o", str(tmp_path / "x"), "--regions", str(file)])
+    assert result.exit_code == 2
+    assert "differs from that of the detector, which has none" in " ".join(result.output.split())
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_new_category_brings_a_region_that_follows_the_part(tmp_path):
+    """Its limits are computed from its own good images."""
+    bolts = [Sample(image_path=path, category="bolt") for path in written(tmp_path / "b", map(part, range(10)))]
+    first = fit(bolts, "fusion", following("rigid", "bolt"))
+    nuts = written(tmp_path / "n", (part(seed, print_seed=2, right=seed - 4) for seed in range(8)))
+    grown = first.with_subclass(nuts, category="nut", subclass=None, regions=[following("rigid", "nut", print_seed=2)])
+    assert grown.record["alignment"]["bolt"] == first.record["alignment"]["bolt"]
+    assert grown.record["alignment"]["nut"]["images"] == 8
+    outcome = grown.score(part(77, print_seed=2, right=4, degrees=5))
+    assert (outcome.category, outcome.shift_x) == ("nut", pytest.approx(4, abs=0.7))
+    same(grown.score(part(78, right=3)), replace(first.score(part(78, right=3)), bundle_hash=None))
+    less = grown.with_regions(first.config)  # as remove-subclass does with the last subclass of a category
+    assert set(less.record["alignment"]) == set(less.preparation.limits_of) == {"bolt"}
+    assert less.record["preparation"] == first.record["preparation"]

@@ -1,18 +1,25 @@
 """Parts of `normweave predict`: which images show a part, and one verdict for each part at the end of a run."""
 
+from __future__ import annotations
+
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normweave.atomic import write_atomically
 from normweave.data.tables import encoding_of, read_csv
-from normweave.errors import DataError
-from normweave.outcome.parts import PartRule, PartView, judge
+from normweave.errors import ConfigError, DataError, unknown
+from normweave.outcome.parts import PartRule, PartView, Views, judge
 from normweave.outcome.table import FORMATS
-from normweave.types import Outcome, PartOutcome, PartReason
+from normweave.types import Outcome, PartOutcome, PartReason, ViewBundle
+
+if TYPE_CHECKING:
+    from normweave.data.stored import ListedImage
+    from normweave.detector import Detector
 
 COLUMNS = ("image_path", "part_id")
 """Columns that make a list a table; `view` is optional."""
@@ -42,19 +49,24 @@ class Parts:
         self.are_named = bool(rule.part) or any(one.part for one in listed.values())
         self.without = 0
         self._views: dict[str, list[PartView]] = {}
+        self._bundles: dict[str, list[ViewBundle]] = {}
 
     def identified(self, outcome: Outcome) -> Outcome:
         """Return the outcome with the part and the view of its image."""
-        path = outcome.image_path or ""
-        part, view = self._listed.get(path, Listed(None, None))
-        id, name = self._rule.identify(path, part=part, view=view)
+        id, name = self.of(outcome.image_path or "")
         return replace(outcome, part_id=id, view=name)
+
+    def of(self, path: str) -> Listed:
+        """Return the part and the view that an image shows."""
+        part, view = self._listed.get(path, Listed(None, None))
+        return Listed(*self._rule.identify(path, part=part, view=view))
 
     def add(self, row: dict[str, Any]) -> None:
         """Count the row of an image."""
         if row.get("part_id") is not None:
             view = PartView(row["view"] or row["image_path"], row["verdict"])
             self._views.setdefault(row["part_id"], []).append(view)
+            self._bundles.setdefault(row["part_id"], []).append(ViewBundle(view.view, row.get("bundle_hash")))
         else:
             self.without += 1
 
@@ -62,7 +74,82 @@ class Parts:
         """Yield the result for each part, in the order of their first images."""
         for part, views in self._views.items():
             verdict, reasons = judge(views, self._rule.views)
-            yield PartOutcome(part_id=part, verdict=verdict, images=len(views), reasons=reasons)
+            bundles = tuple(self._bundles[part])
+            yield PartOutcome(part_id=part, verdict=verdict, images=len(views), reasons=reasons, bundles=bundles)
+
+
+class ViewDetectors:
+    """Predicts each image with the detector of its view.
+
+    Args:
+        first: of all other views, and of images that show no part.
+        of_views: the detectors of views.
+        parts: which view an image shows.
+
+    Attributes:
+        seen: the views of which an image came.
+    """
+
+    def __init__(self, first: Detector, of_views: Mapping[str, Detector], parts: Parts) -> None:
+        self._first = first
+        self._of_views = of_views
+        self._parts = parts
+        self.seen: set[str] = set()
+
+    @property
+    def bundle_hashes(self) -> set[str | None]:
+        """The hashes of all bundles."""
+        return {each.bundle_hash for each in (self._first, *self._of_views.values())}
+
+    def of(self, image: ListedImage) -> Detector:
+        """Return the detector of the view that an image shows."""
+        view = self._parts.of(os.fspath(image)).view if self._of_views else None
+        if view is not None and view in self._of_views:
+            self.seen.add(view)
+            return self._of_views[view]
+        return self._first
+
+    def stream(self, images: Iterable[ListedImage], *, maps: bool, batch_images: int) -> Iterator[Outcome]:
+        """Score images in order; of `batch_images` images, those of a detector pass through its network together."""
+        if not self._of_views:
+            yield from self._first.stream(images, maps=maps, batch_images=batch_images)
+            return
+        rest = iter(images)
+        while batch := list(islice(rest, batch_images)):
+            chosen = [self.of(image) for image in batch]
+            running = {
+                id(each): each.stream(
+                    [image for image, own in zip(batch, chosen, strict=True) if own is each],
+                    maps=maps,
+                    batch_images=batch_images,
+                )
+                for each in chosen
+            }
+            for each in chosen:
+                yield next(running[id(each)])
+
+
+def parse_view_bundles(texts: Sequence[str], views: Views) -> dict[str, Path]:
+    """Return the bundle of each view from options VIEW=BUNDLE.
+
+    Args:
+        views: the expected views.
+
+    Raises:
+        ConfigError: an option has another form, or names a view twice or one that is not expected.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        view, equals, path = text.partition("=")
+        if not (view and equals and path) or view in found:
+            raise ConfigError(
+                f"--view-bundle must be VIEW=BUNDLE, each view once, got {text!r}. For example: "
+                "--view-bundle top=top.bundle"
+            )
+        if isinstance(views, tuple) and view not in views:
+            raise unknown("view of --view-bundle", view, views, "These are the views of --views.")
+        found[view] = Path(path)
+    return found
 
 
 def is_table(path: Path) -> bool:

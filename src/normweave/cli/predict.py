@@ -65,13 +65,21 @@ def predict(
     part: Annotated[
         str | None,
         typer.Option(
-            help="Regular expression on paths whose first group is the part, and a second one the view.",
+            help="Regular expression, searched in each path: its first group in brackets is the part, a second one the "
+            "view, as '([^/]+)_(.+)[.]' in photos/SN-17_front.png. Without a second group the view is the file name.",
             show_default=False,
         ),
     ] = None,
     views: Annotated[
         str | None,
         typer.Option(help="Views of each part: their number, or names such as front,back.", show_default=False),
+    ] = None,
+    view_bundle: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="VIEW=BUNDLE: the bundle of a view of the parts; BUNDLE is that of all others. Repeatable.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted run on the same images.")] = False,
     shard: Annotated[
@@ -88,7 +96,7 @@ def predict(
     are printed.
     """
     if ray is not None:
-        refused = {"--maps": maps, "--part": part, "--views": views, "--shard": shard}
+        refused = {"--maps": maps, "--part": part, "--views": views, "--view-bundle": view_bundle, "--shard": shard}
         return predict_on_ray(terminal, bundle, images or [], list_, output, ray, resume=resume, refused=refused)
     if output is not None and "://" in output:
         raise ConfigError(f"--output {output} is a URL, which needs --ray. Give a path, or add --ray local.")
@@ -107,6 +115,11 @@ def predict(
     parts = parts_of_run.Parts(rule, listed)
     if views is not None and not parts.are_named:
         raise ConfigError("--views is about parts. Name them with --part, or in the column part_id of a --list.")
+    of_views = parts_of_run.parse_view_bundles(view_bundle or (), rule.views)
+    if of_views and not parts.are_named:
+        raise ConfigError(
+            "--view-bundle is about the views of parts. Name them with --part, or in the column part_id of a --list."
+        )
     if shard is not None and parts.are_named:
         raise ConfigError("--shard would divide the images of a part between runs. Leave out --shard or the parts.")
 
@@ -114,6 +127,10 @@ def predict(
     from normweave.detector import Detector
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
+    others = {
+        view: Detector.load(path, threads=terminal.threads, device=terminal.device) for view, path in of_views.items()
+    }
+    detectors = parts_of_run.ViewDetectors(detector, others, parts)
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)  # fails before the first image
     batch = 1 if STDIN in (images or []) else detector.batch_images
@@ -122,12 +139,13 @@ def predict(
     with ExitStack() as stack:
         writer, done, repeated = None, 0, 0
         if table is not None:
-            writer = stack.enter_context(ResultWriter(table, resume=resume, bundle_hash=detector.bundle_hash))
+            writer = stack.enter_context(ResultWriter(table, resume=resume, bundle_hashes=detectors.bundle_hashes))
             done, not_normal, unreadable = writer.done, writer.not_normal, writer.unreadable
             # Repeat an unfinished batch, so that every image is in the same batch as without the interruption.
             repeated = done % batch
             paths = chain(writer.skip(paths, keep=repeated), paths)
-        outcomes = detector.stream(paths if batch == 1 else fetched(paths), maps=with_maps, batch_images=batch)
+        read = paths if batch == 1 else fetched(paths)
+        outcomes = detectors.stream(read, maps=with_maps, batch_images=batch)
         for row in [] if writer is None else writer.rows():
             parts.add(row)
         for number, outcome in enumerate(islice(outcomes, repeated, None), done):
@@ -135,7 +153,8 @@ def predict(
             row = outcome.as_dict()
             parts.add(row)
             if maps is not None and outcome.error is None:
-                row["anomaly_map"] = str(save_map(maps, number, outcome, detector))
+                assert outcome.image_path is not None  # the images are files
+                row["anomaly_map"] = str(save_map(maps, number, outcome, detectors.of(outcome.image_path)))
             if writer is not None:
                 writer.write(row)
             if terminal.json:
@@ -163,6 +182,8 @@ def predict(
             f"{parts.without} of {done} images show no part: --part does not match their path, or the list names none. "
             "They are in no part below."
         )
+    if without := sorted(of_views.keys() - detectors.seen):
+        terminal.remark(f"No image shows the view {', '.join(without)} of --view-bundle.")
     if parts.are_named and not judged:
         raise ConfigError(
             f"No image shows a part: --part {part!r} matches no path. It is searched in the path, and its group in "

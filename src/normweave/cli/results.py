@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -28,7 +28,7 @@ class ResultWriter:
     Args:
         table: path of the table, with a suffix of `FORMATS`.
         resume: continue after the rows of an interrupted run.
-        bundle_hash: identifies the bundle. Rows of another bundle are refused.
+        bundle_hashes: identify the bundles. Rows of other bundles are refused.
 
     Attributes:
         done: the number of rows of the interrupted run.
@@ -38,7 +38,7 @@ class ResultWriter:
         DataError: an interrupted run left rows and `resume` is false, or the rows are not of this bundle.
     """
 
-    def __init__(self, table: Path, *, resume: bool, bundle_hash: str | None) -> None:
+    def __init__(self, table: Path, *, resume: bool, bundle_hashes: Collection[str | None]) -> None:
         self.table = table
         self.path = table.with_name(f"{table.name}.partial")
         self.done = self.not_normal = self.unreadable = 0
@@ -54,7 +54,7 @@ class ResultWriter:
         self._file = self.path.open("a+b")
         try:
             self._remove_incomplete_line()
-            self._count(bundle_hash)
+            self._count(bundle_hashes)
         except DataError:
             self._file.close()
             raise
@@ -65,12 +65,13 @@ class ResultWriter:
         self._file.truncate(complete)
         self._file.seek(complete)
 
-    def _count(self, bundle_hash: str | None) -> None:
+    def _count(self, bundle_hashes: Collection[str | None]) -> None:
         for row in self.rows():
-            if row.get("bundle_hash") not in (bundle_hash, None):
+            if row.get("bundle_hash") not in (*bundle_hashes, None):
+                given = ", ".join(f"{each:.12}…" for each in bundle_hashes)
                 raise DataError(
-                    f"{self.path} was written with another bundle ({row['bundle_hash']:.12}…, this is "
-                    f"{bundle_hash:.12}…). Resume with that bundle, or remove the file."
+                    f"{self.path} was written with another bundle ({row['bundle_hash']:.12}…, this is {given}). Resume "
+                    "with that bundle, or remove the file."
                 )
             self.done += 1
             self.unreadable += row["error"] is not None

@@ -26,22 +26,35 @@ def add_subclass(
     category: Category,
     subclass: Name,
     output: Output,
+    regions: Annotated[
+        Path | None,
+        typer.Option(help="File with the region of interest of a new category, from 'data roi'.", show_default=False),
+    ] = None,
     check: Check = None,
     layout: options.Layout = None,
     overwrite: Overwrite = False,
 ) -> int:
     """Add a subclass from 5 to 50 good images, and write a new bundle. No other score changes by a bit.
 
-    The training data is not needed. Exit code 3, and no bundle, if the score of a stored image that is routed as before
-    has changed. Needs torch, as training does.
+    The training data is not needed. A new category may bring its region; a known one keeps that of the bundle. Exit
+    code 3, and no bundle, if the score of a stored image that is routed as before has changed. Needs torch, as training
+    does.
     """
+    from normweave import settings
     from normweave.bundle import check_target
     from normweave.detector import Detector
 
     check_target(output, overwrite=overwrite)
+    drawn = () if regions is None else settings.read_regions(regions)
     with terminal.progress() as progress:
         detector = Detector.load(bundle, threads=terminal.threads).with_subclass(
-            data, category=category, subclass=subclass, check=check, layout=layout, progress=progress
+            data,
+            category=category,
+            subclass=subclass,
+            regions=drawn,
+            check=check,
+            layout=layout,
+            progress=progress,
         )
         detector.save(output, overwrite=overwrite)
     name = detector.subclass_names[-1]

@@ -1,7 +1,8 @@
-"""The example in C++ is compiled, and gives the scores and verdicts of `Detector`."""
+"""The examples in C++ and C# are compiled, and give the scores and verdicts of `Detector`."""
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,25 +14,42 @@ from normweave.detector import Detector
 from normweave.textiles import SEEN, render
 from required import absent
 
-SOURCE = Path(__file__).parents[1] / "examples" / "cpp" / "inspect.cpp"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SYSTEM_JSON = Path("/usr/lib/mono/4.5/System.Json.dll")
 
 
-@pytest.fixture(scope="module")
-def inspect(tmp_path_factory):
+def compiled_cpp(home, folder):
+    """The command that runs the example in C++."""
+    if shutil.which("g++") is None or not Path("/usr/include/nlohmann/json.hpp").is_file():
+        absent("g++", "g++ or nlohmann-json3-dev is not installed")
+    libraries = [str(next(home.glob("libs/libopenvino.so*"))), f"-Wl,-rpath,{home}/libs"]
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", f"{home}/include", "-o", f"{folder}/inspect"]
+    subprocess.run(["g++", EXAMPLES / "cpp" / "inspect.cpp", *options, *libraries], check=True)
+    return [f"{folder}/inspect"]
+
+
+def compiled_csharp(home, folder):
+    """The command that runs the example in C#."""
+    if shutil.which("mcs") is None or shutil.which("mono") is None or not SYSTEM_JSON.is_file():
+        absent("mono", "mono-mcs, mono-runtime or libmono-system-json4.0-cil is not installed")
+    (folder / "libopenvino_c.so").symlink_to(next(home.glob("libs/libopenvino_c.so*")))
+    program = f"-out:{folder}/inspect.exe"
+    subprocess.run(["mcs", "-warnaserror", "-r:System.Json", program, EXAMPLES / "csharp" / "inspect.cs"], check=True)
+    return ["mono", f"{folder}/inspect.exe"]
+
+
+@pytest.fixture(scope="module", params=[compiled_cpp, compiled_csharp], ids=["C++", "C#"])
+def inspect(request, tmp_path_factory):
     """The compiled example; returns exit code, output and error."""
     found = importlib.util.find_spec("openvino")
     if found is None or found.origin is None:
         pytest.skip("openvino is not installed")
-    if shutil.which("g++") is None or not Path("/usr/include/nlohmann/json.hpp").is_file():
-        absent("g++", "g++ or nlohmann-json3-dev is not installed")
-    home = Path(found.origin).parent
-    program = tmp_path_factory.mktemp("cpp") / "inspect"
-    libraries = [str(next(home.glob("libs/libopenvino.so*"))), f"-Wl,-rpath,{home}/libs"]
-    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", f"{home}/include", "-o", str(program)]
-    subprocess.run(["g++", str(SOURCE), *options, *libraries], check=True)
+    home, folder = Path(found.origin).parent, tmp_path_factory.mktemp("compiled")
+    command = request.param(home, folder)
+    environment = os.environ | {"LD_LIBRARY_PATH": f"{folder}:{home}/libs"}
 
     def run(*arguments):
-        done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment)
         return done.returncode, done.stdout, done.stderr
 
     return run

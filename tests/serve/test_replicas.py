@@ -293,6 +293,17 @@ def test_programs_and_people_come_through_nginx(pair, nginx, contents):
         assert (large.status_code, large.json()["inspections"][0]["error"] is None) == (200, False)
 
 
+def test_what_both_inspect_is_delivered_once_by_the_leader(pair, contents):
+    for server in (*pair.servers, *pair.servers):
+        pair.inspect(server, contents[4])
+    with closing(Store.open(pair.url, migrate=False)) as store:
+        ids = [one.id for one in store.iter_inspections(ALL)]
+    until(lambda: len(pair.receiver.ids()) >= len(ids), "the delivery of all")
+    time.sleep(0.5)  # a second delivery would come
+    assert pair.receiver.ids() == ids
+    assert sum("normweave_leader 1.0" in pair.get(one, "/metrics").text for one in pair.servers) == 1
+
+
 def test_what_both_inspect_under_kills_is_stored_once_and_delivered_in_order(pair, nginx, contents):
     """The leader is killed while clients send; they send again, with the key, to the other one, or nginx does this."""
     leader, other = wait_for(pair.leader)

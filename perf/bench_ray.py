@@ -18,9 +18,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -138,27 +139,53 @@ def rows(output: Path) -> list[dict]:
     return found
 
 
-def plain_rate(bundle: Path, images: Path, count: int, output: Path) -> tuple[float, float]:
-    """Return images/s of `predict` with one thread on one core after the first 64 images, and the whole time."""
-    start = time.perf_counter()
+class Rate(NamedTuple):
+    """Images a second, and milliseconds of processor time of an image."""
+
+    images_s: float
+    processor_ms: float
+
+
+def processor_s(processes: Iterable[psutil.Process]) -> float:
+    """Return the processor time of these processes and of children that have ended."""
+    total = 0.0
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # own and of children, user and system
+    return total
+
+
+def plain_rate(bundle: Path, images: Path, output: Path) -> Rate:
+    """Return the rate of `predict` with one thread on one core after the first 64 images."""
     command = ["taskset", "-c", "0", *COMMAND, bundle, "--list", images, "--threads", "1", "--json", "-o", output]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    times = [time.perf_counter() for _ in process.stdout]
+    own = psutil.Process(process.pid)
+    marks = []
+    for _ in process.stdout:
+        with suppress(psutil.ZombieProcess):
+            marks.append((time.perf_counter(), processor_s([own])))
     assert process.wait() in (0, 1)
-    assert len(times) == count
-    return (count - 64) / (times[-1] - times[63]), time.perf_counter() - start
+    count = len(marks) - 64
+    return Rate(count / (marks[-1][0] - marks[63][0]), (marks[-1][1] - marks[63][1]) * 1000 / count)
 
 
-def ray_rate(bundle: Path, images: Path, count: int, output: Path, running: Nodes) -> tuple[float, float]:
-    """Return images/s of `predict --ray` after the first part of each node, and the whole time."""
-    start = time.perf_counter()
+def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
+    """Return the rate of `predict --ray` after the first part of each node; processor time is of all processes."""
     command = [*COMMAND, bundle, "--list", images, "--ray", running.address, "-o", output]
-    done = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True)
-    assert done.returncode in (0, 1), done.stderr
-    whole = time.perf_counter() - start
-    finished = sorted(path.stat().st_mtime for path in output.glob("part-*"))
-    first = len(running.nodes)
-    return (count - 64 * first) / (finished[-1] - finished[first - 1]), whole
+    process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    marks: list[tuple[int, float, float]] = []  # finished parts, time, processor time
+    while process.poll() is None:
+        done = len(list(output.glob("part-*")))
+        if done >= len(running.nodes) and (not marks or done > marks[-1][0]):
+            with suppress(psutil.NoSuchProcess):
+                every = [each for node in (running.cluster.head_node, *running.nodes) for each in tree(node)]
+                every += [process, *process.children(recursive=True)]
+                marks.append((done, time.perf_counter(), processor_s(every)))
+        time.sleep(0.05)
+    assert process.returncode in (0, 1), process.stderr.read()
+    (first, start, used), (last, end, finally_used) = marks[0], marks[-1]
+    count = (last - first) * 64
+    return Rate(count / (end - start), (finally_used - used) * 1000 / count)
 
 
 def throughput(folder: Path, *, count: int, rounds: int) -> None:
@@ -166,17 +193,21 @@ def throughput(folder: Path, *, count: int, rounds: int) -> None:
     listing = listed(folder, images, count)
     print(f"{count} images of 256 x 256, load of the machine {os.getloadavg()[0]:.1f} before")
     for number in range(rounds):
-        plain, plain_s = plain_rate(bundle, listing, count, folder / f"plain-{number}.jsonl")
+        plain = plain_rate(bundle, listing, folder / f"plain-{number}.jsonl")
         rates = {}
         for node_count in (1, 2):
             with nodes(node_count) as running:
                 output = folder / f"ray-{number}-{node_count}.jsonl"
-                rates[node_count], whole = ray_rate(bundle, listing, count, output, running)
-                equal = rows(output) == rows(folder / f"plain-{number}.jsonl")
-                print(f"  {node_count} node(s): {rates[node_count]:.1f} images/s, whole {whole:.1f} s, equal: {equal}")
+                rates[node_count] = ray_rate(bundle, listing, output, running)
+                assert rows(output) == rows(folder / f"plain-{number}.jsonl")
+        for name, rate in (("predict", plain), ("one node", rates[1]), ("two nodes", rates[2])):
+            print(f"  {name}: {rate.images_s:.1f} images/s, {rate.processor_ms:.1f} ms of processor time an image")
+        one, two = rates[1], rates[2]
         print(
-            f"round {number + 1}: predict {plain:.1f} images/s (whole {plain_s:.1f} s); one node / predict "
-            f"{rates[1] / plain:.3f}; two nodes / one node {rates[2] / rates[1]:.3f}; load {os.getloadavg()[0]:.1f}",
+            f"round {number + 1}: one node / predict {one.images_s / plain.images_s:.3f} in time, "
+            f"{plain.processor_ms / one.processor_ms:.3f} in processor time; two nodes / one node "
+            f"{two.images_s / one.images_s:.3f} in time, {2 * one.processor_ms / two.processor_ms:.3f} in processor "
+            f"time; every row equal; load {os.getloadavg()[0]:.1f}",
             flush=True,
         )
 

@@ -15,6 +15,10 @@ def write_or_fail(item):
         raise ValueError("not this one")
     if text == "end" or (text == "end once" and attempts.stat().st_size == 1):
         os.kill(os.getpid(), signal.SIGKILL)
+    if text == "token":
+        return (
+            f"{os.environ['RAY_AUTH_MODE']} {len(os.environ['RAY_AUTH_TOKEN'])} {os.environ['RAY_USAGE_STATS_ENABLED']}"
+        )
     return text.upper()
 
 

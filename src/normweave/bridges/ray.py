@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import multiprocessing
 import os
+import secrets
 import socket
 import sys
 import threading
@@ -157,6 +158,8 @@ def connected(address: str) -> Iterator[None]:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # tasks without a graphics processor see none
+    if address == LOCAL:  # it listens on every address: refuse whoever has not this token
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", str(LOST_S))
     import ray
 
@@ -166,7 +169,6 @@ def connected(address: str) -> Iterator[None]:
             "num_cpus": processors(),
             "include_dashboard": False,
             "object_store_memory": STORE_MIB * 2**20,
-            "_node_ip_address": "127.0.0.1",  # no other machine reaches it
         }
     elif address != AUTO:
         _check_answer(address)

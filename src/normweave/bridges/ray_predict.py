@@ -130,7 +130,7 @@ def predict(
         files={name: bundle.read_file(folder, name) for name in bundle.files(folder)}
         | {bundle.RECORD: Path(folder, bundle.RECORD).read_bytes()},
         bundle_hash=wanted["bundle_hash"],
-        output=output,
+        output=output if stored.is_url(output) else os.path.abspath(output),
         suffix=suffix_of(output),
         current_folder=os.getcwd(),
         threads=threads,
@@ -219,7 +219,9 @@ def _predict(
             {
                 "first": part[0][0],
                 "images": json.dumps([stored.as_json(image) for _, image in part]),
-                "file": next((image for _, image in part if isinstance(image, str) and os.path.exists(image)), ""),
+                "file": json.dumps(
+                    next((image for _, image in part if isinstance(image, str) and os.path.exists(image)), "")
+                ),
             }
             for part in parts
         ]
@@ -284,7 +286,7 @@ def _score_part(batch: dict[str, Any], job: Job) -> dict[str, Any]:
     counts, error = Counts(), ""
     try:
         images = [stored.from_json(value) for value in json.loads(str(batch["images"][0]))]
-        counts = _part(int(batch["first"][0]), images, job, file=str(batch["file"][0]))
+        counts = _part(int(batch["first"][0]), images, job, file=json.loads(str(batch["file"][0])))
     except NormweaveError as failure:
         error = json.dumps({"type": type(failure).__name__, "text": str(failure)})
     return {each.name: [getattr(counts, each.name)] for each in fields(counts)} | {"error": [error]}

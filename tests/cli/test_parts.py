@@ -98,6 +98,16 @@ def test_bundles_of_views_that_cannot_be_used(trained, pictures, options, words)
     assert words in " ".join(result.stderr.split())
 
 
+def test_a_list_with_other_columns_is_refused(trained, pictures):
+    table = pictures / "list.csv"
+    table.write_text("path,part\n17_front.png,A\n")
+    result = run("predict", trained.bundle, "--list", table)
+    assert result.exit_code == 2
+    assert "columns are path, part. It needs image_path, part_id, separated by commas" in " ".join(
+        result.stderr.split()
+    )
+
+
 def test_a_view_that_no_image_shows_is_named(trained, other, pictures):
     result = run("predict", trained.bundle, pictures, "--part", "([^/_]+)_[^/]+$", "--view-bundle", f"side={other}")
     assert "No image shows the view side of --view-bundle." in result.stderr

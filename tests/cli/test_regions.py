@@ -49,6 +49,15 @@ def test_shapes_are_written_for_one_category_after_the_other(image, tmp_path):
     assert settings.read(file).regions == settings.read_regions(file)  # it is a part of a file of settings
 
 
+def test_a_grey_mask_is_refused_with_its_values(image, tmp_path):
+    Image.new("L", (80, 60), 100).save(tmp_path / "grey.png")
+    result = run("data", "roi", image, "-o", tmp_path / "regions.json", "--mask", tmp_path / "grey.png")
+    assert result.exit_code == 2
+    words = " ".join(result.stderr.split())
+    assert "values up to 100, none of them above half of the range" in words
+    assert "The mask of a region has two values: 255 (white) where to look, 0 (black) elsewhere." in words
+
+
 def test_a_region_that_follows_the_part_holds_the_image_as_reference(tmp_path):
     path, file = tmp_path / "print.png", tmp_path / "regions.json"
     pixels = np.random.default_rng(0).integers(0, 256, (15, 20), dtype=np.uint8).repeat(4, axis=0).repeat(4, axis=1)

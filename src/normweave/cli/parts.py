@@ -153,10 +153,13 @@ def parse_view_bundles(texts: Sequence[str], views: Views) -> dict[str, Path]:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a list is a CSV table with parts: its first line has the names of the columns."""
+    """Return whether a list is a CSV table with parts: its first line has the names of the columns.
+
+    A file of several columns whose name ends in .csv is a table too, so that a wrong name of a column is an error.
+    """
     with path.open(encoding=encoding_of(path), errors="replace") as file:
         header = [name.strip().strip('"') for name in file.readline(10_000).split(",")]
-    return all(column in header for column in COLUMNS)
+    return all(column in header for column in COLUMNS) or (path.suffix.lower() == ".csv" and len(header) > 1)
 
 
 def read_list(path: Path) -> dict[str, Listed]:

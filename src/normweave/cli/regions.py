@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from normweave.cli.terminal import ALL_NORMAL, Terminal
-from normweave.errors import ConfigError
+from normweave.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +74,7 @@ def roi(
         name: _given(
             rectangles=[_numbers(each) for each in rectangles or ()],
             polygons=[[_numbers(corner) for corner in each.split()] for each in polygons or ()],
-            mask="" if path is None else drawn.encode_mask(images.read_mask(path, height=height, width=width)),
+            mask="" if path is None else _mask(path, height=height, width=width),
         )
         for name, rectangles, polygons, path in (
             ("include", rectangle, polygon, mask),
@@ -114,6 +114,17 @@ def roi(
             terminal.show(f"{preview}: the region over the image")
         terminal.remark(f"Next: normweave train DATA -o BUNDLE --regions {output}")
     return ALL_NORMAL
+
+
+def _mask(path: Path, *, height: int, width: int) -> str:
+    from normweave.data import images, regions
+
+    try:
+        return regions.encode_mask(images.read_mask(path, height=height, width=width))
+    except DataError as error:
+        raise DataError(
+            f"{error} The mask of a region has two values: 255 (white) where to look, 0 (black) elsewhere."
+        ) from error
 
 
 def _given(**values: Any) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_the_line_is_tested(tmp_path, monkeypatch):
     line.write_text("outputs:\n- {type: webhook, name: mes, url: 'http://127.0.0.1:1/', secret_env: MES_SECRET}\n")
     result = run("doctor", "--line", line)
     assert result.exit_code == 3
-    assert "mes (webhook): http://127.0.0.1:1/: URLError" in result.stdout
+    assert "mes (webhook): http://127.0.0.1:1/ does not answer: Connection refused." in result.stdout
     assert "Check url and secret" in result.stdout
     (found,) = json.loads(run("doctor", "--line", line, "--json").stdout)["outputs"]
     assert (found["name"], found["type"], "Check url" in found["error"]) == ("mes", "webhook", True)

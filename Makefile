@@ -15,14 +15,16 @@ help:
 	@echo "make commands      write the command reference from the code"
 	@echo "make docs          the documentation as a site"
 
-.venv/.train: pyproject.toml
+$(BIN)/python:
 	$(PYTHON) -m venv .venv
+
+.venv/.train: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[train]"
 	touch $@
 
-.venv/.dev: pyproject.toml .venv/.train
+.venv/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -e ".[train,clip,serve,line,genicam,postgres,openvino,align,bench,scale,s3,dev]"
-	touch $@
+	touch .venv/.train $@
 
 demo: .venv/.train
 	$(BIN)/normweave demo
@@ -33,7 +35,7 @@ test: .venv/.dev
 
 # test_settings.py has no numerical result.
 test-threads: .venv/.dev
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -m "not slow" --ignore tests/heads/adapted_moe/test_settings.py tests/heads tests/features tests/maps tests/outcome tests/test_scoring.py tests/test_fitting.py tests/test_cross_validation.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -q -n auto --dist loadfile -m "not slow" --ignore tests/heads/adapted_moe/test_settings.py tests/heads tests/features tests/maps tests/outcome tests/test_scoring.py tests/test_fitting.py tests/test_cross_validation.py
 
 check: .venv/.dev
 	$(BIN)/ruff check

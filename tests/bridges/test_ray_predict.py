@@ -9,7 +9,6 @@ from pathlib import Path
 import fsspec
 import pyarrow
 import pytest
-from moto.server import ThreadedMotoServer
 from pyarrow import parquet
 
 from clusters import nodes
@@ -27,10 +26,11 @@ from normweave.cli.predict import find_images
 from normweave.detector import Detector
 from normweave.errors import ConfigError, DataError, MissingError, NormweaveError
 from normweave.outcome.table import readable
+from s3_server import s3_server
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Ray and of moto
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Ray
 ]
 PART = 4
 """Images of a part, as many as in a batch."""
@@ -44,22 +44,10 @@ def no_network():
 @pytest.fixture(scope="module")
 def store():
     """An S3 server and what reaches it; the nodes of the cluster inherit the environment."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    _, port = server.get_host_and_port()
-    own = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in own.items():
-            patch.setenv(name, value)
+    with s3_server():
         system = fsspec.filesystem("s3")
         system.mkdir("line")
         yield system
-    server.stop()
 
 
 @pytest.fixture(scope="module")

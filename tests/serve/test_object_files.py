@@ -19,8 +19,8 @@ from normweave.serve.files import ContentError, MissingFileError
 from normweave.serve.object_files import ObjectFiles
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
+from s3_server import s3_server
 
-moto = pytest.importorskip("moto.server")
 botocore = pytest.importorskip("botocore.session")
 s3fs = pytest.importorskip("s3fs")
 fsspec = pytest.importorskip("fsspec")
@@ -29,17 +29,10 @@ fsspec = pytest.importorskip("fsspec")
 @pytest.fixture(scope="module")
 def s3():
     """Address of a bucket in an S3 on this machine."""
-    server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as patch:
-        url = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
-        given = {"ENDPOINT_URL": url, "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b", "DEFAULT_REGION": "eu-central-1"}
-        for name, value in given.items():
-            patch.setenv(f"AWS_{name}", value)
+    with s3_server() as url:
         client = botocore.Session().create_client("s3", endpoint_url=url)
         client.create_bucket(Bucket="line", CreateBucketConfiguration={"LocationConstraint": "eu-central-1"})
         yield "s3://line/press 5"
-    server.stop()
 
 
 @pytest.fixture

@@ -19,7 +19,10 @@ SECONDS = 30.0
 def s3_server():
     """Start a server without buckets, and yield its address; clients find it by the environment meanwhile."""
     if (program := shutil.which("moto_server")) is None:
-        absent("moto_server", "moto_server was not found: pipx install 'moto[s3,server]'")
+        absent(
+            "moto_server",
+            "moto_server was not found: pip install 'moto[s3]' flask flask-cors, in an environment of its own",
+        )
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]

@@ -22,9 +22,12 @@ def wait_for(condition, seconds=60):
     return found
 
 
-def without_history(folder):
-    """Return the record of a bundle, with the hashes of all other files, but without the times of its history."""
-    record = json.loads((folder / "bundle.json").read_text())
+def without_history(trained):
+    """Return the record of a bundle that was trained, with the hashes of its files, or of a detector.
+
+    Without its history, which has times.
+    """
+    record = json.loads((trained / "bundle.json").read_text()) if isinstance(trained, Path) else dict(trained)
     assert [step["action"] for step in record.pop("history")] == ["trained"]
     return record
 

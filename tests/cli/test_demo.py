@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from bundles import without_history
+
 from .conftest import run
 
 
@@ -16,11 +18,13 @@ def test_the_demo_leaves_data_bundle_and_report_and_can_be_called_again(tmp_path
     assert metrics["unseen"]["n_normal"] == 4 * 4
     left = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"data", "cloth.bundle", "report.html", "metrics.json", "predictions.csv"} <= left
+    bundle = without_history(tmp_path / "demo" / "cloth.bundle")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "demo" / "data").rglob("*.png")}
 
     again = run("demo", "-o", tmp_path / "demo", "--images", "12", "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout)["pooled"] == metrics["pooled"]
+    assert without_history(tmp_path / "demo" / "cloth.bundle") == bundle
     assert {path: path.stat().st_mtime_ns for path in times} == times
 
 

@@ -57,32 +57,3 @@ def test_an_engineer_applies_another_rate(visit, server):
     apply.click()
     expect(apply).to_be_disabled()
     assert rate(page, server) == pytest.approx(before)
-
-
-@pytest.mark.usefixtures("sent")
-def test_an_engineer_measures_the_rates_by_reviews_and_looks_at_the_proposed_one(visit, server):
-    operator, engineer = ({"Authorization": f"Bearer {server.tokens[role]}"} for role in ("operator", "engineer"))
-    page = visit("/model", role="engineer")
-    before = rate(page, server)
-
-    def apply(value):
-        path, body = f"{server.url}/v1/model/false-alarm-rate", {"false_alarm_rate": value}
-        assert page.request.put(path, headers=engineer, data=body).ok
-
-    apply(0.2)
-    page.reload()
-    section = page.locator("section", has=page.get_by_role("heading", name="Measured by reviews"))
-    section.get_by_role("button", name="Measure").click()
-    expect(section).to_contain_text("images were inspected with this bundle")
-    for one in page.request.get(f"{server.url}/v1/inspections").json()["inspections"]:
-        body = {"decision": "accept" if one["verdict"] == "normal" else "reject"}
-        answer = page.request.post(f"{server.url}/v1/inspections/{one['id']}/review", headers=operator, data=body)
-        assert answer.ok, answer.text()
-    section.get_by_role("button", name="Measure").click()
-    expect(section.locator("dd").first).to_contain_text("reviewed defective parts")
-    expect(section.locator("dd").first).not_to_contain_text("not measured")
-    section.get_by_role("button", name="Look at 10\u00a0%").click()
-    expect(page.get_by_label("Rate in percent")).to_have_value("10")
-    expect(page.locator(".main-button")).to_have_text("Apply 10\u00a0%")
-    assert rate(page, server) == pytest.approx(0.2)
-    apply(before)

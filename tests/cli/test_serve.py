@@ -131,7 +131,9 @@ def test_the_line_is_read_before_anything_starts(trained, runs, tmp_path):
     assert (result.exit_code, runs) == (2, [])
     assert "Unknown outputs[0].type 'telepathy'" in result.output
     line.write_text(f"name: {'x' * 61}\n")
-    assert "--name must have at most 60" in serve(trained.bundle, "--data", tmp_path / "data", "-c", line).output
+    assert (
+        "line.yaml: name must have at most 60" in serve(trained.bundle, "--data", tmp_path / "data", "-c", line).output
+    )
     line.write_text("name: Press 5\n")
     assert serve(trained.bundle, "--data", tmp_path / "data", "-c", line).exit_code == 0
     assert len(runs) == 1

@@ -8,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "tutorial" / "tutorial.ipynb"
-SECONDS = 300  # for one cell
+SECONDS = 900  # for one cell
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def s3_server():
             patch.setenv("AWS_ENDPOINT_URL", url)
             patch.setenv("AWS_ACCESS_KEY_ID", "test")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-            patch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
             fsspec.get_filesystem_class("s3").clear_instance_cache()  # a client has the address of its start
             yield url
         finally:

@@ -81,6 +81,7 @@ def test_routes_for_engineers(app, browser, keys):
         ("DELETE", "/v1/models/{bundle_hash}/shadow"),
         ("POST", "/v1/models/{bundle_hash}/promote"),
         ("POST", "/v1/models/rollback"),
+        ("POST", "/v1/line/outputs/{name}/acknowledge-removed"),
         ("POST", "/v1/line/outputs/{name}/send-again"),
         ("GET", "/v1/teach"),
         ("POST", "/v1/teach"),

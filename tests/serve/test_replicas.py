@@ -228,7 +228,8 @@ def test_a_login_and_a_new_token_are_valid_on_both(pair):
     with first.client("engineer") as client:
         made = client.post("/v1/tokens", json={"name": "guest", "role": "operator"}).json()
     headers = {"Authorization": f"Bearer {made['token']}"}
-    assert httpx2.get(f"{second.url}/v1/model", headers=headers, trust_env=False).status_code == 200
+    # The other server has it after half a second at the latest.
+    wait_for(lambda: httpx2.get(f"{second.url}/v1/model", headers=headers, trust_env=False).status_code == 200, 10)
 
 
 def test_an_inspection_of_one_is_shown_by_the_other(pair, contents):

@@ -129,7 +129,7 @@ class PartStore:
         columns = (_INSPECTION.part, _INSPECTION.decision)
         decided = select(*columns).where(_INSPECTION.part.in_(roots), _INSPECTION.decision.is_not(None)).distinct()
         with self._database.reading() as connection:
-            corrections: dict[int, int] = dict(connection.execute(last).tuples().all())
+            corrections: dict[int, int] = {row[0]: row[1] for row in connection.execute(last)}
             decisions: dict[int, list[str]] = {}
             for root, decision in connection.execute(decided.order_by(*columns)):
                 decisions.setdefault(root, []).append(decision)

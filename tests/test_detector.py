@@ -158,7 +158,10 @@ def test_calibration_gives_the_operating_points_of_torch(bundle, more, photos, t
         np.testing.assert_allclose(np.sort(other.distances), np.sort(mine.distances), rtol=1e-2)
         np.testing.assert_array_equal(np.sort(other.subclasses), np.sort(mine.subclasses))
     assert not np.allclose(theirs.calibration.scores, theirs.calibration.unseen.scores)
-    assert ours.record | {"drift": None} == theirs.record | {"drift": None}
+    apart = {"drift": None, "history": None}  # the history has the second in which each was calibrated
+    assert ours.record | apart == theirs.record | apart
+    first, second = ([step["action"] for step in each.record["history"]] for each in (ours, theirs))
+    assert first == second == ["trained", "calibrated"]
     for mine, other in zip(ours.record["drift"]["subclasses"], theirs.record["drift"]["subclasses"], strict=True):
         np.testing.assert_allclose(
             np.array(other["values"], float), np.array(mine["values"], float), rtol=0.02, atol=0.02

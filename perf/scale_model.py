@@ -1,7 +1,7 @@
 """Cost of a million images, and a simulation of many lines with bursts and failures: what is full first.
 
 The lines are divided into cells. A cell is a PostgreSQL database, hosts, and the servers of its lines, two for each.
-All parameters are options. The defaults are measured or assumed, as docs/scale.md says of each; the prices are assumed.
+All parameters are options. The defaults are measured or assumed (docs/scale.md states which); the prices are assumed.
 
 python perf/scale_model.py                          # the tables of docs/scale.md
 python perf/scale_model.py --lines 200 --hours 1
@@ -210,8 +210,8 @@ def simulate(model: Model, *, hours: float, seed: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for field in fields(Model):
-        kind = int if isinstance(field.default, int) else float
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default)
+        number = int if isinstance(field.default, int) else float
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=number, default=field.default)
     parser.add_argument("--hours", type=float, default=4)
     parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args())

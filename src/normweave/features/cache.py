@@ -189,10 +189,10 @@ def missing(extractor: FrozenFeatures, keys: Sequence[str], *, folder: Path, max
     home = folder / extractor.fingerprint
     home.mkdir(parents=True, exist_ok=True)
     row_bytes = 2 * int(np.prod(extractor.shape))
-    found: set[str] = set()
+    wanted, found = set(keys), set[str]()
     needed = []
     for segment in _segments(home, row_bytes=row_bytes):
-        if own := set(keys).intersection(segment.keys):
+        if own := wanted.intersection(segment.keys):
             found |= own
             needed.append(segment.data)
     result = [key for key in dict.fromkeys(keys) if key not in found]
@@ -206,9 +206,7 @@ def add(folder: Path, fingerprint: str, keys: Sequence[str], features: NDArray[n
     data = folder / fingerprint / f"{uuid.uuid4().hex}.f16"
     data.parent.mkdir(parents=True, exist_ok=True)
     with data.open("wb", buffering=0) as file, data.with_suffix(".keys").open("wb", buffering=0) as index:
-        _append(file, np.ascontiguousarray(features).tobytes())
-        os.fsync(file.fileno())
-        _append(index, "".join(f"{key}\n" for key in keys).encode())
+        _append_rows(file, index, keys, features)
 
 
 def _segments(home: Path, *, row_bytes: int) -> Iterator[Segment]:
@@ -264,9 +262,7 @@ def _write(
     with data.open("w+b", buffering=0) as file, data.with_suffix(".keys").open("wb", buffering=0) as index:
         for features in computed(extractor, load, missing.values()):
             try:
-                _append(file, features.tobytes())
-                os.fsync(file.fileno())
-                _append(index, "".join(f"{key}\n" for key in keys[done : done + len(features)]).encode())
+                _append_rows(file, index, keys[done : done + len(features)], features)
             except OSError as error:
                 raise DataError(
                     f"The cache {home.parent} could not be written after {done} of {len(keys)} images "
@@ -277,6 +273,13 @@ def _write(
             if progress is not None:
                 progress("features", done, len(keys))
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _append_rows(file: FileIO, index: FileIO, keys: Sequence[str], features: NDArray[np.float16]) -> None:
+    """Write rows (n, D, h, w) to the disk, then their keys: no key is without its row."""
+    _append(file, features.tobytes())
+    os.fsync(file.fileno())
+    _append(index, "".join(f"{key}\n" for key in keys).encode())
 
 
 def _append(file: FileIO, content: bytes) -> None:

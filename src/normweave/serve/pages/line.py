@@ -21,7 +21,7 @@ REFRESH_SECONDS = 2.0
 LETTERS = 10
 """Dead letters of an output that are listed, the oldest."""
 COLOURS = {"working": "green", "behind": "amber", "failing": "red"}
-"""Class of the mark of each status, whose word stands beside it."""
+"""Class of the mark of each status; the page shows the status itself beside it."""
 
 
 class LinePage(Page):

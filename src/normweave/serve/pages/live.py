@@ -14,7 +14,7 @@ TEMPLATE = "live.html"
 REFRESH_SECONDS = 0.5
 """Time between two looks at the sources; images in between are not shown."""
 COLOURS = {"running": "green", "attention": "amber", "no images": "red"}
-"""Class of the mark of each status, whose word stands beside it."""
+"""Class of the mark of each status; the page shows the status itself beside it."""
 
 
 class LivePage(Page):

@@ -441,10 +441,10 @@ def test_layouts_standardise_on_images_left_out():
         views = [view(residual, index) for view, residual in zip(experts.views, residuals, strict=True)]
         return [*views, experts.detail(new, residuals[0], index)]
 
-    draws = [scores(seed, np.arange(60)) for seed in (2, 5, 6, 7)]
+    draws = [scores(seed, np.arange(60)) for seed in (2, 5, 6, 7, 8, 9, 10, 11)]
     for part in zip(*draws, strict=True):
         assert abs(np.mean([float(each.mean()) for each in part])) < 0.5
-        assert all(0.6 < each.std() < 1.6 for each in part)
+        assert 0.7 < np.mean([float(each.std()) for each in part]) < 1.3  # of one draw it depends on the processor too
     on_the_fit = scores(2, np.zeros(60, dtype=np.int64))  # one group: nothing can be left out
     assert on_the_fit[0].mean() > 1.5
 

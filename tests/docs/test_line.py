@@ -95,6 +95,18 @@ def test_the_container_starts_a_server_and_checks_its_health():
     assert f"127.0.0.1:{started['port']}/readyz" in instruction("CMD")[-1]
 
 
+def test_hadolint_accepts_every_dockerfile(tmp_path):
+    found = [path for pattern in ("*Dockerfile*", "*Containerfile*") for path in ROOT.rglob(pattern)]
+    found = [path for path in found if path.is_file() and not {".venv", ".git"} & set(path.relative_to(ROOT).parts)]
+    assert ROOT / "deploy" / "Dockerfile" in found
+    hadolint = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([hadolint, "--no-color", *found], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+    (tmp_path / "Dockerfile").write_text("FROM python\n")
+    done = subprocess.run([hadolint, tmp_path / "Dockerfile"], capture_output=True, text=True, check=False)
+    assert "DL3006" in done.stdout  # what it refuses is noticed here
+
+
 def test_the_health_check_fails_without_a_server(served):
     program, flag, code = instruction("CMD")
     assert program == "python"

@@ -134,6 +134,7 @@ def test_a_taken_port(server, bundle, tmp_path):
         (("--database", "mysql://x"), "mysql"),
         (("--images", "s3://line"), "which need --database postgresql://…; got no --database. One server"),
         (("--images", "images", "--database", "sqlite:///x.db"), "got another database"),
+        (("--view-bundle", "back"), "--view-bundle must be VIEW=BUNDLE, each view once, got 'back'"),
         (("--max-megapixels", "0"), "max_pixels must be above 0"),
     ],
 )
@@ -162,8 +163,17 @@ def test_the_name_of_the_line(bundle, photos, tmp_path):
                 assert page.count("Press") > 1
 
 
-def test_without_tokens(bundle, tmp_path):
-    with Server(bundle, tmp_path / "data", "--no-token") as server, server.client(role=None) as client:
+def test_without_tokens_and_with_bundles_of_views(bundle, library_folder, photos, tmp_path):
+    line, new = tmp_path / "line.yaml", library_folder / "new"
+    line.write_text(f"view_bundles: {{back: {new}, top: nowhere}}")
+    options = ("--no-token", "-c", line, "--view-bundle", f"top={new}")
+    with Server(bundle, tmp_path / "data", *options) as server, server.client(role=None) as client:
+        files = [("images", Path(photo).read_bytes()) for photo in photos[:3]]
+        sent = client.post("/v1/inspect", files=files, data={"part": "17", "view": ["front", "back", "top"]}).json()
+        model = client.get("/v1/model").json()
+        own = model["view_bundles"]
+        assert [one["bundle_hash"] for one in sent["inspections"]] == [model["bundle_hash"], own["back"], own["top"]]
+        assert own["back"] == own["top"] != model["bundle_hash"]
         assert server.tokens == {}
         assert client.get("/v1/model/rates").status_code == 200
 

@@ -124,7 +124,7 @@ def test_a_damaged_state_begins_anew(service, loaded, photos, watching, tmp_path
 
 
 def test_a_bundle_without_statistics_is_refused_in_words(service, loaded, watching):
-    service.detector = copy(loaded)
+    service.detectors.active = copy(loaded)
     service.detector.record = {name: value for name, value in loaded.record.items() if name != "drift"}
     watch = watching()
     assert not watch.step()

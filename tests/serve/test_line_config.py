@@ -80,7 +80,7 @@ def test_one_error_names_all_mistakes(bell, read):
         ),
         ("outputs: []\noutputs: []", "duplicate key: outputs"),
         ("outputs:\n- {type: bell, name: a, name: b}", "duplicate key: name"),
-        ("- outputs", "with the keys name, parts, sources, outputs"),
+        ("- outputs", "with the keys name, parts, view_bundles, sources, outputs"),
         ("outputs: [", "is not YAML"),
         (f"name: {'a' * 61}", "name must have at most 60 printable characters, got 'aaa"),
     ],
@@ -139,6 +139,58 @@ def test_the_rule_of_parts_is_read_and_its_mistakes_are_named(read):
         read("parts: {view: 4}")
     with pytest.raises(ConfigError, match="different names, got"):
         read("parts: {views: [a, a]}")
+
+
+def test_mistakes_of_several_settings_are_named_beside_those_of_one(read):
+    """As far as the settings that do not fit are right themselves: the others may be meant in a way that fits."""
+    with pytest.raises(ConfigError) as caught:
+        read(
+            "parts: {views: 0, part: '('}\n"
+            "view_bundles: {back: 5}\n"
+            "sources:\n"
+            "- {type: http, name: a, url: 'http://a', poll_seconds: x,"
+            " trigger: {type: modbus, host: h, bit: 3, port: 0}}\n"
+            "- {type: http, name: b, url: 'http://a', trigger: {type: modbus, host: h, bit: x}}\n"
+            "outputs:\n"
+            "- {type: modbus, name: a, role: server, host: h, port: 0, acknowledge_seconds: 20}\n"
+            "- {type: modbus, name: c, role: server, host: h, acknowledge_seconds: x, max_age_seconds: 1}\n"
+        )
+    _, *lines = str(caught.value).splitlines()
+    words = (
+        "parts.views must be at least 1",
+        "parts.part: The pattern '(' is no regular expression",
+        "view_bundles must hold `view: folder of a bundle` lines, got 'back': 5",
+        "sources[0].poll_seconds must be a valid number",
+        "sources[0].trigger.port must be greater than or equal to 1",
+        "sources[0].trigger.bit has no effect with signal coil",
+        "sources[1].trigger.bit must be a valid integer",
+        "outputs[0].port must be greater than or equal to 1",
+        "outputs[0].acknowledge_seconds must be at most max_age_seconds",
+        "outputs[1].acknowledge_seconds must be a valid number",
+        "name must be unique among sources and outputs, got a more than once",
+    )
+    assert [word for word in words if not any(word in line for line in lines)] == [], caught.value
+    assert len(lines) == len(words), caught.value
+
+
+def test_views_that_a_machine_needs_are_missing_only_if_they_are_not_wrong(read):
+    output = "outputs:\n- {type: modbus, name: a, role: server, host: h, deliver: [parts], port: 0}\n"
+    with pytest.raises(ConfigError, match=r"parts\.views must name or number the expected views") as caught:
+        read(output)
+    assert "port must be" in str(caught.value)
+    with pytest.raises(ConfigError) as caught:
+        read(f"parts: {{views: x}}\n{output}")
+    assert "must name or number" not in str(caught.value)
+
+
+def test_bundles_of_views_are_read_and_are_of_expected_views(read):
+    assert read("view_bundles: {back: bundles/back}").view_bundles == {"back": Path("bundles/back")}
+    with pytest.raises(
+        ConfigError, match=r"view_bundles must hold `view: folder of a bundle` lines, got 'back.bundle'"
+    ):
+        read("view_bundles: back.bundle")
+    with pytest.raises(ConfigError, match=r"Unknown view of view_bundles 'bakc'. Did you mean 'back'\?.*parts.views"):
+        read("parts: {views: [front, back]}\nview_bundles: {bakc: b}")
 
 
 @pytest.mark.parametrize("section", line_config.SECTIONS)

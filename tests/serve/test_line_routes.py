@@ -83,4 +83,10 @@ def test_an_unknown_output_is_named(clients):
 
 
 def test_a_server_without_outputs(client):
-    assert client.get("/v1/line").json() == {"line": "", "sources": [], "outputs": []}
+    assert client.get("/v1/line").json() == {
+        "line": "",
+        "leads": True,
+        "leader": None,
+        "sources": [],
+        "outputs": [],
+    }

@@ -12,6 +12,7 @@ from bundles import ADA, damage, wait_for
 from inspections import ALL, inspect_files
 from normweave.detector import Detector
 from normweave.errors import ConfigError
+from normweave.serve.detectors import Detectors
 from normweave.serve.library import ModelError
 from normweave.serve.model_store import ModelStore
 from normweave.serve.models import Models, changed_preparation, choose_active
@@ -240,7 +241,7 @@ def other(library_service, loaded, library, start):
     """The models of a second server with the same store and library."""
     service = start()
     service.store = library_service.store
-    service.swap(loaded)
+    service.detectors = Detectors(loaded, views={}, store=service.store, metrics=service.metrics)
     service.models = Models(library, service=service, load=load, device="cpu")
     return service.models, service
 
@@ -286,8 +287,8 @@ def test_a_server_without_the_active_bundle_refuses_images_until_it_has_it(model
 def test_a_rate_that_another_server_has_set_is_taken_over(models, other, library_service):
     _, service = other
     before = service.detector
-    service.follow_rate()
+    service.detectors.follow_rates()
     assert service.detector is before
     asyncio.run(library_service.change_rate(0.4, actor="Ada"))
-    service.follow_rate()
+    service.detectors.follow_rates()
     assert service.detector.calibration.false_alarm_rate == 0.4

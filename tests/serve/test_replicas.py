@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx2
@@ -62,14 +63,17 @@ class Member:
 
 def test_one_leads_and_another_one_when_it_has_closed(postgres):
     url = postgres.database()
-    first = Member(url).start()
+    first = Member(url, address="one:8080").start()
     wait_for(lambda: first.replica.leads)
-    with closing(Member(url).start()) as second:
+    with closing(Member(url, address="two:8080").start()) as second:
         time.sleep(1)
         assert (second.replica.leads, second.events) == (False, [])
+        assert second.replica.leader() == first.replica.leader()
+        assert second.replica.leader().address == "one:8080"
         first.close()
         assert not first.replica.leads
         wait_for(lambda: second.replica.leads, seconds=3)
+        assert second.replica.leader().address == "two:8080"
     assert (first.events, second.events) == (["leads"], ["leads"])
 
 
@@ -128,7 +132,8 @@ class Pair:
         self.receiver.listen()
         line = folder / "line.yaml"
         output = dataclasses.asdict(self.receiver.output(start="oldest").config)
-        line.write_text(json.dumps({"name": LINE, "outputs": [output]}))
+        source = {"type": "http", "name": "top", "url": "http://127.0.0.1:1/"}
+        line.write_text(json.dumps({"name": LINE, "parts": {"views": 2}, "sources": [source], "outputs": [output]}))
         library = shutil.copytree(library_folder, folder / "bundles")
         shared = ("--library", library, "--active", "old", "--database", url, "--images", folder / "images", "-c", line)
         self.url = url
@@ -292,6 +297,27 @@ def test_programs_and_people_come_through_nginx(pair, nginx, contents):
                 assert next(line for line in lines if line.startswith("id:")) == f"id: {id}"
         large = client.post("/v1/inspect", files={"images": bytes(5_000_000)})
         assert (large.status_code, large.json()["inspections"][0]["error"] is None) == (200, False)
+
+
+def test_images_of_a_request_to_the_server_that_does_not_lead_count_together(pair, contents):
+    """They are scored in several batches, and the part is complete with two of them."""
+    _, other = wait_for(pair.leader)
+    files = [("images", ("part.png", content + b"part")) for content in (contents * 20)[:20]]
+    sent = pair.post(other, "/v1/inspect", role="operator", files=files, data={"part": "17", "view": list("ab" * 10)})
+    pair.answered += [one["id"] for one in sent["inspections"]]
+    found = wait_for(lambda: pair.get(other, "/v1/parts?part_id=17").json()["parts"])
+    assert [(one["images"], one["corrects"]) for one in found] == [(20, None)]
+
+
+def test_each_server_names_the_one_that_leads(pair):
+    leader, other = wait_for(pair.leader)
+    lines = [pair.get(one, "/v1/line").json() for one in (leader, other)]
+    assert [line["leads"] for line in lines] == [True, False]
+    assert lines[0]["leader"] == lines[1]["leader"]
+    assert lines[0]["leader"]["address"].endswith(leader.url.removeprefix("http://127.0.0.1"))
+    since = datetime.now(UTC) - datetime.fromisoformat(lines[0]["leader"]["since"])
+    assert timedelta(0) <= since < timedelta(hours=1)
+    assert [line["sources"][0]["status"] for line in lines] == ["no images", "idle"]
 
 
 def test_what_both_inspect_is_delivered_once_by_the_leader(pair, contents):

@@ -277,7 +277,7 @@ def test_a_stopped_source_can_begin_again(run, script, picture):
     until(lambda: runner.counts["inspected"] == 1)
     script.give(END)
     runner.stop()
-    assert runner.state == ("attention", "this server does not read it")
+    assert runner.state == ("idle", "this server does not read it")
     runner.start()
     script.give(None, picture)
     until(lambda: runner.counts["inspected"] == 2)

@@ -129,11 +129,12 @@ class ViewDetectors:
                 yield next(running[id(each)])
 
 
-def parse_view_bundles(texts: Sequence[str], views: Views) -> dict[str, Path]:
+def parse_view_bundles(texts: Sequence[str], views: Views, *, of: str = "--views") -> dict[str, Path]:
     """Return the bundle of each view from options VIEW=BUNDLE.
 
     Args:
         views: the expected views.
+        of: the setting that has them.
 
     Raises:
         ConfigError: an option has another form, or names a view twice or one that is not expected.
@@ -147,7 +148,7 @@ def parse_view_bundles(texts: Sequence[str], views: Views) -> dict[str, Path]:
                 "--view-bundle top=top.bundle"
             )
         if isinstance(views, tuple) and view not in views:
-            raise unknown("view of --view-bundle", view, views, "These are the views of --views.")
+            raise unknown("view of --view-bundle", view, views, f"These are the views of {of}.")
         found[view] = Path(path)
     return found
 

@@ -1,5 +1,6 @@
 """`normweave serve`: a server with a REST interface and web pages for a bundle, or for a library of bundles."""
 
+import socket
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, get_args
@@ -7,6 +8,7 @@ from typing import Annotated, get_args
 import typer
 
 from normweave.cli import options
+from normweave.cli.parts import parse_view_bundles
 from normweave.cli.terminal import ALL_NORMAL, Terminal
 from normweave.errors import ConfigError, DataError, MissingError, unknown
 
@@ -38,6 +40,13 @@ def serve(
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="YAML file of the sources and outputs of the line.", show_default=False),
+    ] = None,
+    view_bundle: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="VIEW=BUNDLE: the bundle of a view of the parts; all other images have the active one. Repeatable.",
+            show_default=False,
+        ),
     ] = None,
     images: Annotated[
         str | None,
@@ -158,6 +167,9 @@ def serve(
             f"--name must have at most {line_config.NAME_LENGTH} printable characters, got {name[:200]!r}."
         )
     name = name.strip()
+    of_views = line.view_bundles | parse_view_bundles(
+        view_bundle or (), line.parts.views, of="parts in the file of --config"
+    )
     receivers = outputs.build(line.outputs, line=name)
     limits = ServeConfig(
         max_waiting=max_waiting,
@@ -174,6 +186,7 @@ def serve(
         return Detector.load(path, threads=terminal.threads, device=terminal.device)
 
     detector = None if bundle is None else load(bundle)
+    views = {view: load(path) for view, path in of_views.items()}
     bundles = None if library is None else Library(library.resolve())
     where = bundle or library
     assert where is not None  # one of them was given
@@ -191,12 +204,18 @@ def serve(
             files = Files(Path(images), shared=True)
         stack.callback(files.close)
         files.sweep()
+        listening = stack.enter_context(process.listen(host, port))
         store = Store.open(database or folder / server.DATABASE, line=name)
         stack.callback(store.close)
         replica = None
         if store.database.is_shared:
             replica = Replica(
-                store.database, line=name, images=files.identity, server=store.server, watches=watch is not None
+                store.database,
+                line=name,
+                images=files.identity,
+                server=store.server,
+                watches=watch is not None,
+                address=f"{socket.gethostname()}:{listening.getsockname()[1]}",
             )
             stack.callback(replica.close)
         elif database is not None:
@@ -204,14 +223,13 @@ def serve(
         if detector is None and bundles is not None:
             detector = load(choose_active(bundles, store, name=active).path)
         assert detector is not None
-        listening = stack.enter_context(process.listen(host, port))
         access = None
         if not no_token:
             access = Access(store, session_hours=limits.session_hours, session_max_hours=limits.session_max_hours)
         tokens = [] if access is None else access.create_first_tokens()
         if access is not None and new_token is not None:
             tokens.append(access.create(name=new_token, role="engineer" if new_token == "engineer" else "operator"))
-        service = InspectionService(detector, store=store, files=files, config=limits, folder=folder)
+        service = InspectionService(detector, store=store, files=files, config=limits, folder=folder, views=views)
         service.part_rule = line.parts
         stack.callback(service.stop)
         if bundles is not None:
@@ -234,6 +252,7 @@ def serve(
                 {
                     "url": url,
                     "bundle_hash": detector.bundle_hash,
+                    "view_bundles": dict(service.detectors.view_hashes),
                     "data": str(folder),
                     "tokens": [{"name": new.token.name, "role": new.token.role, "token": new.secret} for new in tokens],
                 }

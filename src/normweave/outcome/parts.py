@@ -75,11 +75,8 @@ class PartRule:
                 count <= MAX_IMAGES,
                 f"views must be at most {MAX_IMAGES}, which is the most images of a part, got {count}",
             ),
+            *((False, f"part: {reason}") for reason in _wrong_pattern(self.part)),
         )
-        try:
-            part_of("", compile_pattern(self.part or None))
-        except ConfigError as error:
-            raise ValueError(f"part: {error}") from error
 
     def identify(self, name: str, *, part: str | None = None, view: str | None = None) -> tuple[str | None, str | None]:
         """Return the id of the part and the name of the view of an image; None: of no part, or without a name.
@@ -126,6 +123,15 @@ def compile_pattern(text: str | None) -> re.Pattern[str] | None:
         raise ConfigError(
             f"The pattern {text!r} is no regular expression: {error}. For example: '^(.+)_camera[0-9]'"
         ) from error
+
+
+def _wrong_pattern(text: str) -> list[str]:
+    """Return why a pattern of parts cannot be used; empty: it can."""
+    try:
+        part_of("", compile_pattern(text or None))
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def parse_views(text: str | None) -> Views:

@@ -53,6 +53,7 @@ def create_app(
         replica: outputs and sources are then started when this server becomes the leader; closed with the application.
         pages: add the pages for people; at most one application of a process can have them.
     """
+    service.replica = replica
     drift = DriftWatch(service, service.folder / DRIFT, leads=lambda: replica is None or replica.leads)
     teaching = Teaching(service)
     parts = Parts(service)
@@ -78,7 +79,7 @@ def create_app(
         retention.stop()
 
     def follow() -> None:
-        service.follow_rate()
+        service.detectors.follow_rates()
         if service.models is not None:
             service.models.follow()
 

@@ -560,6 +560,7 @@ def _model(service: InspectionService) -> schemas.ModelOut:
         line=service.store.line,
         model=record["model"],
         bundle_hash=detector.bundle_hash,
+        view_bundles=dict(service.detectors.view_hashes),
         categories=record["categories"],
         fit_images=record["fit_images"],
         calibration_images=record["calibration_images"],

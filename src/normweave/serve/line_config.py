@@ -1,20 +1,24 @@
 """`line.yaml`: sources, outputs and parts of a line. One error names all mistakes by their dotted key.
 
+Mistakes of several settings together are in the same error, as far as none of these settings has a mistake of its own.
+
 The `type` of an entry is the name of a module of `normweave.serve.sources` or `normweave.serve.outputs`, whose class
 `Config` has its settings. A module, and the library that it uses, is imported only if an entry has its type.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
 import pkgutil
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -29,7 +33,7 @@ SECTIONS = ("sources", "outputs")
 """Lists of entries; each is a package of `normweave.serve`."""
 EXTRAS = {"genicam": "genicam"}
 """Extra of the package that installs what a type uses, if it is not `line`."""
-KEYS = ("name", "parts", *SECTIONS)
+KEYS = ("name", "parts", "view_bundles", *SECTIONS)
 """Keys of the file."""
 
 NAME_LENGTH = 60
@@ -60,6 +64,8 @@ class LineConfig:
     """Name of the line, as of `serve --name`."""
     parts: PartRule = field(default_factory=PartRule)
     """Parts of several views."""
+    view_bundles: dict[str, Path] = field(default_factory=dict)
+    """The bundle of each view that has one of its own."""
     sources: tuple[Any, ...] = ()
     outputs: tuple[Any, ...] = ()
 
@@ -80,14 +86,21 @@ def read(path: Path) -> LineConfig:
         found.append(f"name must have at most {NAME_LENGTH} printable characters, got {name[:80]!r}")
     parts = values.get("parts")
     rule = _checked(PartRule, {} if parts is None else parts, "parts", found)
-    entries = {section: _entries(section, values.get(section), rule or PartRule(), found) for section in SECTIONS}
-    names = Counter(one.name for section in entries.values() for one in section)
+    bundles = _view_bundles(values.get("view_bundles"), rule, found)
+    entries = {section: _entries(section, values.get(section), rule, found) for section in SECTIONS}
+    names = Counter(name for section in SECTIONS for name in _names(values.get(section)))
     if repeated := [each for each, count in names.items() if count > 1]:
         found.append(f"name must be unique among sources and outputs, got {', '.join(repeated)} more than once")
     if found:
         raise joined(found, source=str(path))
-    assert rule is not None  # there are no mistakes
-    return LineConfig(name=name, parts=rule, sources=tuple(entries["sources"]), outputs=tuple(entries["outputs"]))
+    assert rule.settings is not None  # there are no mistakes
+    return LineConfig(
+        name=name,
+        parts=rule.settings,
+        view_bundles=bundles,
+        sources=tuple(entries["sources"]),
+        outputs=tuple(entries["outputs"]),
+    )
 
 
 def types(section: str) -> list[str]:
@@ -124,8 +137,45 @@ def _others(section: str) -> dict[str, Any]:
     return plugins.usable("outputs", known=_own(section), has=("Config", "Output"))
 
 
-def _entries(section: str, values: Any, parts: PartRule, found: list[str]) -> list[EntryConfig]:
-    """Return the entries of a section without mistakes, and add the mistakes of the others to `found`."""
+class _Checked(NamedTuple, Generic[T]):
+    """Settings, and which of them have mistakes of their own."""
+
+    settings: T | None
+    """Without the wrong ones; None: then there are mistakes of several settings, or one that is required is wrong."""
+    wrong: frozenset[str]
+    """Names of the settings with mistakes of their own."""
+
+    def true(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that name no setting with a mistake of its own: its value is not known."""
+        return [text for text in texts if not any(re.search(rf"\b{re.escape(name)}\b", text) for name in self.wrong)]
+
+
+def _names(values: Any) -> list[str]:
+    """Return the names of the entries of a section, also of those with mistakes."""
+    given = [one.get("name") for one in values if isinstance(one, Mapping)] if isinstance(values, list) else []
+    return [name for name in given if isinstance(name, str)]
+
+
+def _view_bundles(values: Any, parts: _Checked[PartRule], found: list[str]) -> dict[str, Path]:
+    """Return the bundle of each view, and add the mistakes to `found`."""
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        found.append(f"view_bundles must hold `view: folder of a bundle` lines, got {values!r:.80}")
+        return {}
+    bundles = {}
+    for view, path in values.items():
+        if not (isinstance(view, str) and view and isinstance(path, str) and path):
+            found.append(f"view_bundles must hold `view: folder of a bundle` lines, got {view!r}: {path!r:.80}")
+            continue
+        if parts.settings is not None and isinstance(parts.settings.views, tuple) and view not in parts.settings.views:
+            found.append(str(unknown("view of view_bundles", view, parts.settings.views, "parts.views has these.")))
+        bundles[view] = Path(path)
+    return bundles
+
+
+def _entries(section: str, values: Any, parts: _Checked[PartRule], found: list[str]) -> list[EntryConfig]:
+    """Return the entries of a section, and add their mistakes to `found`."""
     if values is None:
         return []
     if not isinstance(values, list):
@@ -142,21 +192,51 @@ def _entries(section: str, values: Any, parts: PartRule, found: list[str]) -> li
         if value["type"] not in types(section):
             found.append(str(unknown(f"{at}.type", str(value["type"]), types(section), HOWTO)))
             continue
-        entry = _checked(load(section, value["type"]).Config, value, at, found)
-        if entry is not None:
-            entries.append(entry)
-            found += [f"{at}.{text}" for text in entry.contradictions(parts)]
+        entry: _Checked[EntryConfig] = _checked(load(section, value["type"]).Config, value, at, found)
+        if entry.settings is not None:
+            entries.append(entry.settings)
+            if parts.settings is not None:
+                texts = entry.true(entry.settings.contradictions(parts.settings))
+                found += [f"{at}.{text}" for text in parts.true(texts)]
     return entries
 
 
-def _checked(config: type[T], value: Any, at: str, found: list[str]) -> T | None:
-    """Return the settings, or None if there are mistakes, which are added to `found`."""
+def _checked(config: type[T], value: Any, at: str, found: list[str]) -> _Checked[T]:
+    """Return the settings, and add the mistakes to `found`, also those of several settings together."""
+    reader = TypeAdapter(config)
     try:
         # As JSON, pydantic's strict mode takes lists for tuples and mappings for classes.
-        return TypeAdapter(config).validate_json(json.dumps(value, default=str))
+        return _Checked(reader.validate_json(json.dumps(value, default=str)), frozenset())
     except ValidationError as error:
         found += mistakes(error, config, at=at, howto=HOWTO)
-        return None
+        wrong = [each["loc"] for each in error.errors(include_url=False)]
+    # pydantic compares settings with each other only if each of them is right, so the wrong ones are left out.
+    rest, names = _without(value, wrong)
+    checked = _Checked[T](None, frozenset(names))
+    if not names:
+        return checked
+    try:
+        return checked._replace(settings=reader.validate_json(json.dumps(rest, default=str)))
+    except ValidationError as error:
+        texts = mistakes(error, config, at=at, howto=HOWTO)
+        found += [text for text in checked.true(texts) if text not in found]
+        return checked
+
+
+def _without(value: Any, places: Sequence[tuple[int | str, ...]]) -> tuple[Any, set[str]]:
+    """Return a copy of settings without those at some locations of pydantic, and the names of these."""
+    rest, names = copy.deepcopy(value), set[str]()
+    for place in places:
+        holder: Any = None
+        inner, name = rest, ""
+        for part in place:  # those that are no key are items of a list, or the variant of a union
+            if isinstance(inner, Mapping) and part in inner:
+                holder, name = inner, str(part)
+                inner = inner[part]
+        if holder is not None and not (isinstance(inner, Mapping) and name != place[-1]):
+            del holder[name]
+            names.add(name)
+    return rest, names
 
 
 def secret(name: str, *, env: str, file: str) -> str | None:

@@ -50,7 +50,10 @@ class SourceOut(BaseModel):
     type: str
     status: Annotated[
         source.Status,
-        Field(description="running: images come; attention: connected, but see `text`; no images: not connected."),
+        Field(
+            description="running: images come; attention: connected, but see `text`; no images: not connected; idle: "
+            "this server does not read it, but the one that leads the line."
+        ),
     ]
     text: str
     inspected: int
@@ -70,10 +73,24 @@ class SourceOut(BaseModel):
         )
 
 
+class LeaderOut(BaseModel):
+    """The server of a line that reads its sources, delivers to its outputs, and closes its parts."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    address: str
+    since: datetime
+
+
 class LineOut(BaseModel):
     """The sources and outputs of the line, in the order of line.yaml."""
 
     line: Annotated[str, Field(description="Name of the line.")]
+    leads: Annotated[bool, Field(description="Whether this server leads the line; a single server does.")]
+    leader: Annotated[
+        LeaderOut | None,
+        Field(description="The server that leads, of a line with several; null: there is one server, or none leads."),
+    ]
     sources: list[SourceOut]
     outputs: list[OutputOut]
 
@@ -119,8 +136,11 @@ def line_routes(service: InspectionService, outputs: Deliveries, sources: Sequen
     @router.get("/v1/line", summary="Read what the sources and outputs of the line do")
     async def line() -> LineOut:
         states = await asyncio.to_thread(outputs.states)
+        leader = None if service.replica is None else await asyncio.to_thread(service.replica.leader)
         return LineOut(
             line=service.store.line,
+            leads=service.replica is None or service.replica.leads,
+            leader=None if leader is None else LeaderOut.model_validate(leader),
             sources=[SourceOut.of(one) for one in sources],
             outputs=[OutputOut.model_validate(one) for one in states],
         )

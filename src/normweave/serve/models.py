@@ -240,7 +240,7 @@ class Models:
             self._check_candidate(bundle_hash)
             detector = self._detector(bundle_hash)
             self.records.promote(bundle_hash, actor)
-            self._service.swap(detector)
+            self._service.detectors.swap(detector)
             self._end_shadow()
 
     def roll_back(self, actor: Actor) -> None:
@@ -258,7 +258,7 @@ class Models:
                 )
             detector = self._detector(back_to.bundle_hash)
             self.records.roll_back(back_to, actor)
-            self._service.swap(detector)
+            self._service.detectors.swap(detector)
             if self._shadow is not None and self._shadow.run.bundle_hash == back_to.bundle_hash:
                 self._end_shadow()
 
@@ -274,7 +274,7 @@ class Models:
             active = self._active().bundle_hash
             if active != self._service.detector.bundle_hash:
                 try:
-                    self._service.swap(self._detector(active))
+                    self._service.detectors.swap(self._detector(active))
                 except NormweaveError as error:
                     self._service.refusal = f"The active bundle of the line cannot be loaded on this server: {error}"
                     raise
@@ -311,7 +311,7 @@ class Models:
             raise ModelError(f"The bundle {found.name} cannot be used: {error}", code="bundle_damaged") from error
         if detector.bundle_hash != bundle_hash:
             raise ModelError(f"The bundle {found.name} has just been replaced. Try again.", code="bundle_damaged")
-        return warm_up(self._service.with_last_rate(detector))
+        return warm_up(self._service.detectors.with_last_rate(detector))
 
     def _run(self, run: ShadowRun, path: Path) -> None:
         config = self._service.config

@@ -1,8 +1,9 @@
 """Parts of several views: collects their images and stores one verdict when a part is closed.
 
-A part is closed when all expected views came, or some time after its last view, and none of its images is accepted and
-not judged yet: so images of one request count together. An image that comes later belongs to the closed part too; it
-never makes its verdict better, and if it makes it worse, a correction is stored.
+A part is closed when all expected views came, or some time after its last view, and none of its images is accepted on
+this server and not judged yet. Images of one request are stored in one transaction (see `together`), so they count
+together on whichever server they came to. An image that comes later belongs to the closed part too; it never makes its
+verdict better, and if it makes it worse, a correction is stored.
 
 All images are read from the store in the order of their storage, and an image is marked in the transaction that stores
 the verdict in which it counts. So after a restart the open parts are those of the unmarked images. Their time limits

@@ -10,12 +10,16 @@ An SQLite file has one server.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+from sqlalchemy import text
 
 from normweave.errors import DataError, NormweaveError
 from normweave.serve.database import Database, LockName, StoreError, lock_key
@@ -28,6 +32,21 @@ log = logging.getLogger(__name__)
 
 CHECK_SECONDS = 0.5
 """Time between two checks of the connection, of the leadership, and of what other replicas have changed."""
+_HOLDER = (
+    "FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = "
+    "(SELECT oid FROM pg_database WHERE datname = current_database()) "
+    "AND (classid::bigint << 32) | objid::bigint = "
+)
+"""Who holds a lock; PostgreSQL shows its key of 64 bits as two halves."""
+_NAME_LENGTH = 63
+"""Of the name of a connection to PostgreSQL, in bytes."""
+
+
+class Leader(NamedTuple):
+    """The server of a line that leads."""
+
+    address: str
+    since: datetime
 
 
 class SoleServer:
@@ -61,6 +80,7 @@ class Replica:
         images: `ImageStore.identity`, which all servers of a line share.
         watches: whether it watches a folder, which one server of a line may do.
         server: `Store.server`, to ignore its own notifications.
+        address: host and port of this server, by which people find it.
 
     Attributes:
         leads: whether it is the leader.
@@ -70,8 +90,18 @@ class Replica:
         StoreError: the database failed.
     """
 
-    def __init__(self, database: Database, *, line: str, images: str, server: str, watches: bool = False) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        line: str,
+        images: str,
+        server: str,
+        watches: bool = False,
+        address: str = "",
+    ) -> None:
         self._database, self._line, self._images, self._server = database, line, images, server
+        self._address = address
         self._watches = watches
         self.leads = False
         self._stopped = threading.Event()
@@ -101,6 +131,14 @@ class Replica:
         ]
         for thread in self._threads:
             thread.start()
+
+    def leader(self) -> Leader | None:
+        """Return which server of the line leads; None: none does at this moment. Reads the database."""
+        query = text(f"SELECT application_name FROM pg_stat_activity WHERE pid IN (SELECT pid {_HOLDER} :key)")
+        with self._database.reading() as connection:
+            name = connection.scalar(query, {"key": lock_key("leader", self._line)})
+        found = re.fullmatch(r"normweave ([0-9]+) (.*)", name or "")
+        return None if found is None else Leader(found[2], datetime.fromtimestamp(int(found[1]), UTC))
 
     def stop(self) -> None:
         """Stop to compete and to follow. Call `close` when the work of the leader is done."""
@@ -137,12 +175,7 @@ class Replica:
     def _check_images(self, connection: Any) -> None:
         line, images = lock_key("line", self._line), lock_key("images", self._line, self._images)
         connection.execute("SELECT pg_advisory_lock_shared(%s), pg_advisory_lock_shared(%s)", [line, images])
-        # A key of 64 bits is shown as its halves.
-        held = (
-            "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND granted AND database = "
-            "(SELECT oid FROM pg_database WHERE datname = current_database()) "
-            "AND (classid::bigint << 32) | objid::bigint = %s"
-        )
+        held = f"SELECT pid {_HOLDER} %s"
         others = connection.execute(f"{held} EXCEPT {held}", [line, images]).fetchall()
         if others:
             raise DataError(
@@ -158,6 +191,9 @@ class Replica:
                     log.warning("The connection to the database is back.")
                     self._news()  # those of the meantime were missed
                 if not self.leads and _try(self._connection, "leader", self._line):
+                    # Other servers read who leads, and since when, from the name of the connection that has the lock.
+                    name = f"normweave {int(time.time())} {self._address}"[:_NAME_LENGTH]
+                    self._connection.execute("SELECT set_config('application_name', %s, false)", [name])
                     self.leads = True
                     log.info("This server is the leader of the line %r.", self._line)
                     self._leads()

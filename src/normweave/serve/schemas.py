@@ -197,6 +197,9 @@ class ModelOut(BaseModel):
     line: Annotated[str, Field(description="Name of the line.")]
     model: str
     bundle_hash: str | None
+    view_bundles: Annotated[
+        dict[str, str], Field(description="`bundle_hash` of each view of parts that has a bundle of its own.")
+    ]
     categories: dict[str, Any]
     fit_images: int
     calibration_images: int

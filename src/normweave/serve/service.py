@@ -16,7 +16,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -31,15 +31,14 @@ from normweave.references import References
 from normweave.scoring import ImageScore, PreparedImage, TileScores
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
+from normweave.serve.detectors import Detectors
 from normweave.serve.files import Files, FullError, ImageStore
 from normweave.serve.metrics import Metrics
 from normweave.serve.models import Models
 from normweave.serve.rates import preview
 from normweave.serve.records import (
-    SERVER,
     Inspection,
     NotFoundError,
-    RateChange,
     RatePreview,
     RequestPart,
     Review,
@@ -48,7 +47,9 @@ from normweave.serve.records import (
     StoredImage,
 )
 from normweave.serve.rendering import ImageReader, grids_file, media_type
+from normweave.serve.replicas import Replica
 from normweave.serve.store import Store
+from normweave.serve.together import Together
 from normweave.types import Outcome
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,11 @@ class _Job:
     started: float
     detector: Detector
     """With the thresholds at the time of arrival."""
+    compared: bool
+    """Whether the candidate in the shadow judges the image too: not that of a view with a bundle of its own."""
     request: RequestPart | None
+    together: Together[_Job]
+    """The images of the same request and part."""
     done: Future[Inspection] = field(default_factory=Future)
     opened: PreparedImage = field(default=PreparedImage(None, (0, 0), (), None, None))
     scored: TileScores | None = None
@@ -109,30 +114,39 @@ class InspectionService:
 
     Args:
         detector: loaded from a bundle.
-        store: stores inspections; its last false-alarm rate for this bundle replaces that of the bundle.
+        store: stores inspections; its last false-alarm rate for a bundle replaces that of the bundle.
         files: stores images and patch scores.
         folder: of what belongs to this server alone; None: the one in which the folder of `files` is.
+        views: the detectors of views of parts with a bundle of their own.
 
     Attributes:
         folder: of what belongs to this server alone.
         refusal: why no image is accepted, which is for a while only; None: images are accepted.
-        detector: with the current thresholds; `swap` replaces it.
-        models: the library from which it is replaced; None: there is none.
+        detectors: with the current thresholds.
+        models: the library from which the active one is replaced; None: there is none.
+        replica: this server among those of the line; None: it is the only one.
         waiting: number of images accepted and not yet answered.
         listeners: called from another thread when inspections have been stored.
         part_rule: which images show a part.
     """
 
     def __init__(
-        self, detector: Detector, *, store: Store, files: ImageStore, config: ServeConfig, folder: Path | None = None
+        self,
+        detector: Detector,
+        *,
+        store: Store,
+        files: ImageStore,
+        config: ServeConfig,
+        folder: Path | None = None,
+        views: Mapping[str, Detector] | None = None,
     ) -> None:
         self.store = store
         self.metrics = Metrics(line=store.line)
         self.models: Models | None = None
+        self.replica: Replica | None = None
         self.refusal: str | None = None
         self.part_rule = PartRule()
-        self.detector = self.with_last_rate(detector)
-        self._record_bundle()
+        self.detectors = Detectors(detector, views=views or {}, store=store, metrics=self.metrics)
         self.files = files
         files.removal = store.removing
         if folder is None:
@@ -161,31 +175,10 @@ class InspectionService:
         for thread in self._threads:
             thread.start()
 
-    def with_last_rate(self, detector: Detector) -> Detector:
-        """Return the detector with the last false-alarm rate that was set for its bundle."""
-        change = self.store.rate(detector.bundle_hash or "")
-        return detector if change is None else detector.with_rate(change.false_alarm_rate)
-
-    def swap(self, detector: Detector) -> None:
-        """Inspect with this detector what arrives from now on; images that were accepted end on the one before."""
-        with self._lock:
-            self.detector = detector
-            self.metrics.name_bundle(detector.bundle_hash or "", model=detector.model)
-
-    def _record_bundle(self) -> None:
-        """Add the bundle, and the one before it on this line, to the audit."""
-        self.metrics.name_bundle(self.detector.bundle_hash or "", model=self.detector.model)
-        calibration = self.detector.calibration
-        before = self.store.audit(event="bundle_loaded", line=self.store.line, limit=1)
-        self.store.add_audit(
-            "bundle_loaded",
-            actor=SERVER,
-            detail={
-                "bundle_hash": self.detector.bundle_hash,
-                "before": before[0].detail["bundle_hash"] if before else None,
-                "false_alarm_rate": None if calibration is None else calibration.false_alarm_rate,
-            },
-        )
+    @property
+    def detector(self) -> Detector:
+        """The detector of the active bundle."""
+        return self.detectors.active
 
     def check_ready(self) -> None:
         """Check that an image could be scored and stored now.
@@ -272,20 +265,26 @@ class InspectionService:
             named = [
                 Upload(one.name, one.content, *identify(one.name, part=one.part, view=one.view)) for one in uploads
             ]
-            jobs = [
-                _Job(
-                    upload=upload,
-                    source=source,
-                    actor=actor,
-                    token=token,
-                    received_at=now,
-                    started=started,
-                    detector=self.detector,
-                    request=part,
+            counts = Counter(one.part for one in named if one.part is not None)
+            together = {part: Together[_Job](count) for part, count in counts.items()}
+            jobs = []
+            for upload, part in zip(named, places, strict=True):
+                own = self.detectors.of_view(upload.view)
+                jobs.append(
+                    _Job(
+                        upload=upload,
+                        source=source,
+                        actor=actor,
+                        token=token,
+                        received_at=now,
+                        started=started,
+                        detector=own or self.detector,
+                        compared=own is None,
+                        request=part,
+                        together=Together(1) if upload.part is None else together[upload.part],
+                    )
                 )
-                for upload, part in zip(named, places, strict=True)
-            ]
-            self._waiting_parts.update(one.part for one in named if one.part is not None)
+            self._waiting_parts.update(counts)
             for job in jobs:
                 job.done.add_done_callback(functools.partial(self._count_answered, job.upload.part))
                 self._decoders.submit(self._open, job)
@@ -312,6 +311,7 @@ class InspectionService:
                 job.opened = job.opened._replace(error=reason)
         except BaseException as error:
             job.done.set_exception(error)
+            self._scored.put([job])  # others may wait for it
             return
         self._opened.put(job)
 
@@ -348,7 +348,7 @@ class InspectionService:
             small, large = list[_Job](), list[_Job]()
             for job in batch:
                 (small if len(job.opened.tiles) <= job.detector.batch_images else large).append(job)
-            for network in {id(job.detector.network) for job in small}:  # two after a swap
+            for network in {id(job.detector.network) for job in small}:  # of views, and after a swap
                 self._score([job for job in small if id(job.detector.network) == network], self._scores)
             for job in large:
                 self._score([job], self._scores_of_large)
@@ -360,6 +360,7 @@ class InspectionService:
             outputs = scores(batch)
         except BaseException as error:
             _fail(batch, error)
+            self._scored.put(batch)  # others may wait for it
             return
         finally:
             self._scoring_since = None
@@ -393,22 +394,26 @@ class InspectionService:
 
     def _store_batches(self) -> None:
         """Write the files, then the records of a batch in one transaction, then answer."""
-        while (batch := self._scored.get()) is not None:
+        while (scored := self._scored.get()) is not None:
+            batch = [one for job in scored for one in job.together.add(job) if not one.done.done()]
+            if not batch:
+                continue
             try:
                 with self.files.write_lock, self.store.adding() as add:
                     stored = add(list(self._writers.map(self._inspection, batch)))
             except BaseException as error:
                 _fail(batch, _not_written(self.files, error) if isinstance(error, OSError) else error)
                 continue
-            new = []
+            compared = []
             for job, inspection in zip(batch, stored, strict=True):
                 if inspection.received_at == job.received_at:  # not stored by another server in the meantime
                     self.metrics.observe(inspection, seconds=job.seconds)
-                    new.append(inspection)
+                    if job.compared:
+                        compared.append(inspection)
                 job.done.set_result(inspection)
             self.notify()
             if self.models is not None:
-                self.models.offer(new)
+                self.models.offer(compared)
 
     def notify(self) -> None:
         """Call all listeners: inspections have been stored, by this server or by another one."""
@@ -518,8 +523,8 @@ class InspectionService:
 
     def references(self, inspection: Inspection) -> References | None:
         """Return the good images that the boxes of an inspection refer to; None if its bundle is not here any more."""
-        detector, bundle_hash = self.detector, inspection.outcome.bundle_hash
-        if bundle_hash == detector.bundle_hash:
+        bundle_hash = inspection.outcome.bundle_hash
+        if (detector := self.detectors.of_bundle(bundle_hash)) is not None:
             return detector.network.references
         return None if self.models is None or bundle_hash is None else self.models.library.references(bundle_hash)
 
@@ -548,26 +553,7 @@ class InspectionService:
             CheckError: there are too few calibration images for this rate.
             ConfigError: the rate is not in (0, 1).
         """
-        await self._read(lambda: self._change_rate(rate, actor, token))
-
-    def _change_rate(self, rate: float, actor: str, token: int | None) -> None:
-        with self._lock:
-            detector = self.detector.with_rate(rate)
-            assert detector.bundle_hash is not None  # it was loaded from a folder
-            change = RateChange(
-                at=datetime.now(UTC), bundle_hash=detector.bundle_hash, false_alarm_rate=rate, actor=actor
-            )
-            self.store.add_rate(change, token=token)
-            self.detector = detector
-
-    def follow_rate(self) -> None:
-        """Take over a false-alarm rate that another server has set for the present bundle."""
-        before = self.detector
-        detector = self.with_last_rate(before)
-        if before.calibration != detector.calibration:
-            with self._lock:
-                if self.detector is before:  # else it has just been replaced here
-                    self.detector = detector
+        await self._read(lambda: self.detectors.change_rate(rate, actor=actor, token=token))
 
     # ── stopping ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

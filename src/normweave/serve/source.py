@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 Result = Literal["inspected", "dropped", "failed", "missed"]
 """missed: a signal of the trigger that has no frame of its own; the others are of chosen frames."""
-Status = Literal["running", "attention", "no images"]
+Status = Literal["running", "attention", "no images", "idle"]
 RETRY_SECONDS, MAX_RETRY_SECONDS = 0.5, 30.0
 """Shortest and longest pause before a source is connected again; it doubles, with jitter."""
 BUSY_SECONDS = 0.1
@@ -177,14 +177,18 @@ class SourceRunner:
 
     @property
     def state(self) -> SourceState:
-        """running: images come; attention: none at the moment, or they are not inspected; no images: not connected."""
+        """Return what the source does.
+
+        running: images come; attention: none at the moment, or they are not inspected; no images: not connected; idle:
+        this server does not read it.
+        """
         if self._finished:
             ended = self._error == ENDED
             return SourceState(
                 "running" if ended else "no images", f"{self._error}, {self.counts['inspected']} images were inspected"
             )
         if not self._threads:
-            return SourceState("attention", "this server does not read it")
+            return SourceState("idle", "this server does not read it")
         if not self._connected:
             return SourceState("no images", self._error or "it is being connected")
         if self._failure is not None:

@@ -26,6 +26,10 @@ def entry(event, **given):
         (entry("bundle_loaded", detail=BUNDLE), "bundle cccccccccccc"),
         (entry("bundle_loaded", detail=BUNDLE | {"before": "c" * 64}), "bundle cccccccccccc"),
         (entry("bundle_loaded", detail=BUNDLE | {"before": "d" * 64}), "bundle cccccccccccc, before dddddddddddd"),
+        (
+            entry("bundle_loaded", detail=BUNDLE | {"before": None, "views": {"back": "e" * 64}}),
+            "bundle cccccccccccc, view back: eeeeeeeeeeee",
+        ),
         (entry("shadow_started", detail=BUNDLE), "bundle cccccccccccc"),
         (entry("shadow_failed", detail=BUNDLE | {"reason": "No memory."}), "bundle cccccccccccc: No memory."),
         (entry("model_promoted", detail=BUNDLE | {"before": "d" * 64}), "bundle cccccccccccc, before dddddddddddd"),

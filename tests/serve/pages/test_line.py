@@ -6,7 +6,9 @@ from inspections import NOON
 from normweave.serve.delivery import OutputState
 from normweave.serve.delivery_store import DeadLetter
 from normweave.serve.pages.line import sections
+from normweave.serve.pages.live import follower
 from normweave.serve.records import Token
+from normweave.serve.replicas import Leader
 
 ENGINEER = Token(name="Ada", role="engineer", digest="", created_at=NOON)
 STATE = OutputState(
@@ -63,3 +65,10 @@ def test_only_engineers_send_dead_letters_again():
 
 def test_without_outputs():
     assert "no outputs" in sections([], {}, token=ENGINEER)
+
+
+def test_the_server_that_leads_is_named_on_the_others():
+    html = follower(Leader("<press-5>:8080", NOON))
+    assert "<b>&lt;press-5&gt;:8080</b> leads since 2026-03-05" in html
+    assert "This server does not lead the line" in html
+    assert "No server of the line leads at this moment" in follower(None)

@@ -1,11 +1,22 @@
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from normweave.errors import CheckError, ConfigError
 from normweave.outcome.operating_point import Calibration
-from normweave.serve.pages.model import ALL, UNSEEN, decided, limits, refusal, score_chart, training, weights
+from normweave.serve.pages.model import (
+    ALL,
+    UNSEEN,
+    decided,
+    limits,
+    refusal,
+    score_chart,
+    training,
+    views_with_bundles,
+    weights,
+)
 from normweave.serve.records import ScoredImage
 
 RECORD = {
@@ -158,3 +169,16 @@ def test_a_refused_rate_names_no_setting_and_the_lowest_rate_that_is_possible():
     assert "lowest possible rate is 1.64\u00a0%" in text
     assert "_" not in text
     assert calibration().with_rate(1 / 61).point().drawn_from == 60
+
+
+def test_views_with_bundles_of_their_own_are_listed():
+    detectors = {
+        view: SimpleNamespace(
+            calibration=calibration(), subclasses=subclasses, record=RECORD, bundle_hash=f"{view} hash"
+        )
+        for view, subclasses in (("top", {"cloth/<b>": ("cloth", "<b>")}), ("back", {}))
+    }
+    assert cells(views_with_bundles(detectors)) == [
+        ["back", "cloth, bottle", "5\u00a0%", "back hash"],
+        ["top", "cloth/&lt;b&gt;", "5\u00a0%", "top hash"],
+    ]

@@ -99,7 +99,8 @@ def described(entry: AuditEntry) -> str:
         case "bundle_loaded":
             before = detail["before"]
             changed = f", before {before[:12]}" if before not in (None, detail["bundle_hash"]) else ""
-            return f"bundle {detail['bundle_hash'][:12]}{changed}"
+            views = "".join(f", view {view}: {own[:12]}" for view, own in detail.get("views", {}).items())
+            return f"bundle {detail['bundle_hash'][:12]}{changed}{views}"
         case "shadow_started" | "shadow_stopped":
             return f"bundle {detail['bundle_hash'][:12]}"
         case "teach_started":

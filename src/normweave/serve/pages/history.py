@@ -151,9 +151,9 @@ class HistoryPage(Page):
         ui.timer(REFRESH_SECONDS, self._refresh, immediate=False)
 
     def _products(self) -> dict[str, str]:
-        """Return the products of this bundle and of the library; those of other bundles are under all products."""
-        models = self._service.models
-        known = [self._service.detector.record["categories"]]
+        """Return the products of the bundles that inspect here and of the library; others are under all products."""
+        models, detectors = self._service.models, self._service.detectors
+        known = [one.record["categories"] for one in (detectors.active, *detectors.views.values())]
         known += [] if models is None else [one.categories for one in models.library.known()]
         return products_of(known)
 

@@ -35,6 +35,7 @@ class LinePage(Page):
     async def content(self) -> None:
         """Build the sections."""
         self.heading()
+        await live.follower_note(self._service)
         self._given = ui.html().props('aria-live="polite"')
         self._sections = ui.html().props('aria-live="polite"')
         self._sections.on("click", self._act, js_handler=EMIT_ID)

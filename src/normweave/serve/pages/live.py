@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from nicegui import ui
 
 from normweave.serve.pages import verdict
 from normweave.serve.pages.frame import Page
 from normweave.serve.pages.viewer import Viewer
+from normweave.serve.replicas import Leader
+from normweave.serve.service import InspectionService
 from normweave.serve.source import SourceConfig, SourceRunner, SourceState
 from normweave.serve.templating import render_macro
 
 TEMPLATE = "live.html"
+LEADER_SECONDS = 2.0
+"""Time between two looks at which server leads."""
 REFRESH_SECONDS = 0.5
 """Time between two looks at the sources; images in between are not shown."""
-COLOURS = {"running": "green", "attention": "amber", "no images": "red"}
+COLOURS = {"running": "green", "attention": "amber", "no images": "red", "idle": "grey"}
 """Class of the mark of each status; the page shows the status itself beside it."""
 
 
@@ -28,6 +34,7 @@ class LivePage(Page):
     async def content(self) -> None:
         """Build the sections."""
         self.heading()
+        await follower_note(self._service)
         if not self._sources:
             ui.html(render_macro(TEMPLATE, "missing")).classes("sheet")
         shown = [_Section(source) for source in self._sources]
@@ -62,6 +69,25 @@ class _Section:
             self._id = last.id
             self._banner.set_content(verdict.banner(last))
             self._viewer.show(last)
+
+
+async def follower_note(service: InspectionService) -> None:
+    """Add a section that names the server that leads, unless this one does, which is kept up to date."""
+    replica = service.replica
+    if replica is None:
+        return
+    section = ui.html().props('aria-live="polite"')
+
+    async def update() -> None:
+        section.set_content("" if replica.leads else follower(await asyncio.to_thread(replica.leader)))
+
+    await update()
+    ui.timer(LEADER_SECONDS, update, immediate=False)
+
+
+def follower(leader: Leader | None) -> str:
+    """Return who reads the sources and delivers, on a server that does not, as HTML."""
+    return render_macro(TEMPLATE, "follower", leader=leader)
 
 
 def head(config: SourceConfig, state: SourceState) -> str:

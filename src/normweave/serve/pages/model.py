@@ -11,6 +11,7 @@ import numpy as np
 from nicegui import ui
 from numpy.typing import NDArray
 
+from normweave.detector import Detector
 from normweave.errors import CheckError, NormweaveError
 from normweave.outcome.operating_point import LOWEST_RATE, Calibration, groups_needed
 from normweave.serve.pages import charts
@@ -97,6 +98,8 @@ class ModelPage(Page):
         if fusion := detector.record.get("notes", {}).get("fusion"):
             ui.html(weights(fusion)).classes("sheet")
         ui.html(training(detector.record, detector.bundle_hash)).classes("sheet")
+        if views := self._service.detectors.views:
+            ui.html(views_with_bundles(views)).classes("sheet")
         self._draw()
         ui.timer(REFRESH_SECONDS, self._reload, immediate=False)
         await ui.context.client.connected(CONNECT_SECONDS)
@@ -338,6 +341,16 @@ def _product_of(point: Mapping[str, Any]) -> str:
 def weights(fusion: Sequence[Mapping[str, Any]]) -> str:
     """Return the table of the weights with which the scores of the experts are added, one row for each category."""
     return render_macro(TEMPLATE, "weights", fusion=fusion)
+
+
+def views_with_bundles(views: Mapping[str, Detector]) -> str:
+    """Return the views of parts that have bundles of their own."""
+    rows = []
+    for view, detector in sorted(views.items()):
+        assert detector.calibration is not None  # a bundle without operating points is not loaded
+        products = [product(*each) for each in detector.subclasses.values()] or list(detector.record["categories"])
+        rows.append((view, products, detector.calibration.false_alarm_rate, detector.bundle_hash))
+    return render_macro(TEMPLATE, "views", rows=rows)
 
 
 def training(record: Mapping[str, Any], bundle_hash: str | None) -> str:

@@ -11,6 +11,7 @@ from normweave.data import layouts
 from normweave.detector import Detector
 from normweave.testing import SHAPE as SHAPE
 from normweave.testing import InMemory as InMemory
+from normweave.testing import InParts as InParts
 from normweave.testing import fit as fit
 from normweave.testing import normals as normals
 from normweave.testing import random as random

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,9 @@ from normweave.heads import build as build_head
 from normweave.heads.base import Head
 from normweave.network import OPENVINO, open_graph
 from normweave.network.quantize import quantize_backbone
-from normweave.network.torch import CACHE_GIB, FittedRows, TorchNetwork, feature_source
+from normweave.network.torch import CACHE_GIB, FittedRows, Sources, TorchNetwork, feature_source
 from normweave.outcome.operating_point import groups_needed
+from normweave.passes import Subset
 from normweave.record import parse_record, trained_record
 from normweave.references import References
 from normweave.scoring import ImageScore
@@ -67,6 +68,7 @@ def fit(
     work: Path | None = None,
     resume: bool = False,
     device: str = "auto",
+    sources: Sources | None = None,
     progress: Progress | None = None,
 ) -> Detector:
     """Fit a detector to good images.
@@ -80,6 +82,8 @@ def fit(
         cache_gib: largest size of the feature cache in GiB.
         work: folder for the checkpoints of the training, from which `resume` continues.
         device: auto, cpu, cuda or cuda:N.
+        sources: where the features are, such as `bridges.ray_fit.ClusterSources`; None: on this machine. They need the
+            cache.
 
     Raises:
         DataError: there are no usable good images, or too few.
@@ -93,7 +97,13 @@ def fit(
     folder = (cache or cache_folder()) if use_cache else None
     known = None if folder is None else partial(feature_cache.contains, folder, extractor.fingerprint)
     images, division = divide(samples, config, known=known, progress=progress)
-    source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
+    elsewhere = None
+    if sources is None:
+        source = feature_source(extractor, images, cache=folder, max_gib=cache_gib, progress=progress)
+    else:
+        here = _why_here(config, division, extractor)
+        source = sources(extractor, images, config, cache=cache, max_gib=cache_gib, here=here, progress=progress)
+        elsewhere = source if here is None else None
 
     def fit_rows(fit: NDArray[np.int64], calibration: NDArray[np.int64], *, reuse: Head | None = None) -> Detector:
         chosen = FittedRows(images, fit, calibration)
@@ -111,7 +121,14 @@ def fit(
             progress=progress,
         )
         network = TorchNetwork(
-            extractor, standard, head, config=config, device=device, cache_gib=cache_gib, rows=chosen
+            extractor,
+            standard,
+            head,
+            config=config,
+            device=device,
+            cache_gib=cache_gib,
+            rows=chosen,
+            source=elsewhere,
         )
         if config.outcome.references and head.origins is not None and reuse is None:
             network.references = References.collect(head.origins, grid=source.shape[1:], images=images, fit=fit)
@@ -138,7 +155,21 @@ def fit(
     else:
         held_out = detector.held_out_scores(images, calibration, cache=folder)
     detector.draw_operating_points(held_out, config.outcome, cross_validated=bool(division.folds), attainable=True)
+    detector.network.source = None
     return detector
+
+
+def _why_here(config: Config, division: splits.Division, extractor: FrozenFeatures) -> str | None:
+    """Return why the features must be on the machine that fits; None: they need not."""
+    if division.folds:
+        return "a cross-validation fits a head for each fold of its few images"
+    if config.data.subclass_from == "auto" or getattr(config.head, "discover", "missing") == "always":
+        return "subclasses are discovered in all images together"
+    if config.regions:
+        return "regions of interest prepare an image for several categories"
+    if not build_head(config.head, shape=extractor.shape, dims=extractor.dims).distributed:
+        return f"{config.head.model} is trained by gradient, or reads images one by one"
+    return None
 
 
 def fit_head(
@@ -163,11 +194,11 @@ def fit_head(
         cache, cache_gib, work, resume, device: as in `fit`.
     """
     standard = ChannelStandardizer(channels=source.shape[0])
-    standard.fit(_Part(source, chosen.fit))
+    standard.fit(Subset(source, chosen.fit))
     head = build_head(config.head, shape=source.shape, dims=extractor.dims)
     if reuse is not None:
         head.reuse(reuse)
-    fit_data = _fit_data(chosen, StandardizedFeatures(_Part(source, chosen.fit), standard), config)
+    fit_data = _fit_data(chosen, StandardizedFeatures(Subset(source, chosen.fit), standard), config)
     fit_data = replace(
         fit_data,
         mean=standard.mean,
@@ -347,24 +378,6 @@ def torch_device(name: str) -> str:
             f"Device {name!r} was requested, but this machine has no CUDA device. Use --device cpu or auto."
         )
     return name
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Some rows of a feature source."""
-
-    source: FeatureSource
-    rows: NDArray[np.int64]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.source.shape
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        return self.source.read(self.rows[np.asarray(rows, dtype=np.int64)])
 
 
 def configured(config: Config | None, *, model: str | None, subclass_from: str | None) -> Config:

@@ -13,10 +13,13 @@ The heads of normweave pass the same tests. It needs pytest and `normweave[train
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -29,8 +32,11 @@ from normweave.config import HeadConfig
 from normweave.errors import BundleError
 from normweave.heads import build
 from normweave.heads.base import Head
+from normweave.passes import Merge, Statistics, Tensors, batches
 from normweave.training import train
 from normweave.types import FitData, PatchScores
+
+T = TypeVar("T")
 
 SHAPE = (16, 8, 8)
 """(D, h, w) of the features."""
@@ -69,6 +75,32 @@ class InMemory:
         """Return the features of these rows."""
         self.reads.append(np.asarray(rows))
         return self.features[torch.as_tensor(np.asarray(rows), dtype=torch.int64)]
+
+
+class InParts(InMemory):
+    """As `InMemory`, but only parts of `size` images can be read at once, as if each part were on a machine of its own.
+
+    What passes between them is pickled.
+    """
+
+    def __init__(self, features: Tensor | ArrayLike, *, size: int = 7) -> None:
+        super().__init__(features)
+        self.size = size
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Fail: the features are not on this machine."""
+        raise AssertionError("An image was read on this machine. Use passes.over, or leave `distributed` False.")
+
+    def over(self, statistics: Statistics[T], merge: Merge[T], rows: NDArray[np.int64], aligned: Tensors) -> T:
+        """Return the merged statistics of the parts of these images; see `passes.over`."""
+        results, end = [], 0
+        for _, own in groupby(rows // self.size):
+            start, end = end, end + len(list(own))
+            content = pickle.dumps((statistics, [each[start:end].clone() for each in aligned]))
+            there, given = pickle.loads(content)
+            results.append(there(batches(InMemory(self.features), rows[start:end], tuple(given))))
+        merged: T = merge(iter(results))
+        return merged
 
 
 def normals(features: Tensor | ArrayLike, **fields: Any) -> FitData:
@@ -244,6 +276,16 @@ class HeadContract:
         assert again.keys() == head.state().keys()
         for name, tensor in head.state().items():
             assert torch.equal(tensor, again[name]), name
+
+    def test_images_on_several_machines_give_the_same_head(self, config: HeadConfig, head: Head) -> None:
+        """Images on several machines give the same head, if it is distributed: closed forms to 1e-6."""
+        data = subclass_normals()
+        assert isinstance(data.features, InMemory)
+        if not head.distributed:
+            return
+        apart = fit(build(config, shape=SHAPE), replace(data, features=InParts(data.features.features))).state()
+        for name, tensor in head.state().items():
+            torch.testing.assert_close(apart[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
     def test_a_loaded_head_gives_the_same_scores(
         self, config: HeadConfig, head: Head, unseen: Tensor, tmp_path: Path

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from builders import head_config
+from normweave.bridges import ray as session
 from normweave.bridges import ray_features, ray_tasks
-from normweave.bridges.ray_features import compute, compute_slice
+from normweave.bridges.ray_features import compute_slice
+from normweave.bridges.ray_fit import ClusterSources
 from normweave.bridges.ray_tasks import Failed
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
 from normweave.detector import Detector
 from normweave.errors import DataError, MissingError
 
 CONFIG = Config(
-    data=DataConfig(subclass_from="column", calibration="split"),
+    data=DataConfig(subclass_from="column", calibration="cross-validation", folds=2),
     prepare=PrepareConfig(height=64, width=64),
     features=TimmConfig(weights="random", strides=(8,), batch_images=4),
     head=head_config(expert="gaussian"),
@@ -27,7 +29,7 @@ def tasks(monkeypatch):
     """The slices of each call; tasks run in this process. `ray_tasks` is tested for itself."""
     calls = []
 
-    def run(address, function, items, *, save, processors, reuse, name, progress):
+    def run(cluster, function, items, *, save, processors, reuse, name, progress):
         calls.append(items)
         for item in items:
             save(item, function(item))
@@ -38,27 +40,37 @@ def tasks(monkeypatch):
     return calls
 
 
-def test_a_fit_on_them_is_that_of_one_machine_and_computes_none(cloth, tasks, tmp_path):
-    count = compute(cloth, CONFIG, address="local", cache=tmp_path / "far")
+@pytest.fixture
+def sources():
+    """Of a cluster that is not called: the tasks run in this process."""
+    return ClusterSources(session.Cluster("local", None, None), 1)
+
+
+def fit(cloth, sources, cache, **options):
+    return Detector.fit(cloth, config=CONFIG, cache=cache, device="cpu", sources=sources, **options)
+
+
+def test_a_fit_on_them_is_that_of_one_machine_and_computes_none(cloth, tasks, sources, tmp_path):
+    steps = []
+    far = fit(cloth, sources, tmp_path / "far", progress=lambda step, *_: steps.append(step))
     (slices,) = tasks
     assert [len(each.keys) for each in slices[:-1]] == [12] * (len(slices) - 1)
-    assert sum(len(each.keys) for each in slices) == count
-    assert compute(cloth, CONFIG, address="local", cache=tmp_path / "far") == 0
-    assert len(tasks) == 1
-    steps = []
-    far = Detector.fit(
-        cloth, config=CONFIG, cache=tmp_path / "far", device="cpu", progress=lambda step, *_: steps.append(step)
-    )
     assert "features" not in steps
-    near = Detector.fit(cloth, config=CONFIG, cache=tmp_path / "near", device="cpu")
+    assert sources.summary == (
+        "features computed on the cluster, fitted on this machine: a cross-validation fits a head for each fold of its "
+        "few images"
+    )
+    fit(cloth, sources, tmp_path / "far")
+    assert len(tasks) == 1
+    near = fit(cloth, None, tmp_path / "near")
     assert far.network.tensors().keys() == near.network.tensors().keys()
     for name, tensor in near.network.tensors().items():
         assert torch.equal(far.network.tensors()[name], tensor), name
     assert far.calibration.as_dict() == near.calibration.as_dict()
 
 
-def test_failures_and_other_images_or_weights_are_errors(cloth, tasks, tmp_path, monkeypatch):
-    compute(cloth, CONFIG, address="local", cache=tmp_path / "cache")
+def test_failures_and_other_images_or_weights_are_errors(cloth, tasks, sources, tmp_path, monkeypatch):
+    fit(cloth, sources, tmp_path / "cache")
     one = tasks[0][0]
     with pytest.raises(MissingError, match=r"A node has other weights of the backbone\. Install the same versions"):
         compute_slice(one._replace(fingerprint="other"))
@@ -69,4 +81,4 @@ def test_failures_and_other_images_or_weights_are_errors(cloth, tasks, tmp_path,
         compute_slice(one._replace(samples=(gone,), keys=one.keys[:1]))
     monkeypatch.setattr(ray_tasks, "run", lambda *_, **__: [Failed(0, "DataError: full.")])
     with pytest.raises(DataError, match=r"features of 1 of \d+ parts .* on the cluster: DataError: full\. Run the com"):
-        compute(cloth, CONFIG, address="local", cache=tmp_path / "empty")
+        fit(cloth, sources, tmp_path / "empty")

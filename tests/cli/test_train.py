@@ -3,17 +3,19 @@
 import csv
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 from PIL import Image
 
 from normweave import bundle
-from normweave.bridges import ray_features
+from normweave.bridges import ray_fit
 from normweave.cli.terminal import Terminal
 from normweave.cli.train import compose_settings, int8_summary, point_row, report, show_budget, weights
 from normweave.config import AdaptedMoEConfig, Config, MemoryBankConfig, SimpleNetConfig
 from normweave.detector import Detector
 from normweave.errors import ConfigError
+from normweave.features import cache as feature_cache
 from normweave.textiles import Textile, render
 
 from .conftest import SMALL, run
@@ -280,27 +282,38 @@ def test_the_summary_of_the_int8_check():
     )
 
 
-@pytest.mark.parametrize("options", [["--no-cache"], ["--budget", "best"]])
-def test_a_cluster_needs_the_cache_of_one_size(textiles, tmp_path, options):
-    result = run("train", textiles, "-o", tmp_path / "b", "--ray", "local", *options)
+def test_a_cluster_needs_the_cache(textiles, tmp_path):
+    result = run("train", textiles, "-o", tmp_path / "b", "--ray", "local", "--no-cache")
     assert result.exit_code == 2
-    assert f"{' '.join(options)} is not possible with --ray" in result.stderr
+    assert "--no-cache is not possible with --ray, whose machines keep features there. Leave it out." in result.stderr
 
 
-def test_a_cluster_computes_the_features_of_the_fit(textiles, tmp_path, monkeypatch):
-    """Of the settings of the budget."""
+def test_a_cluster_gives_the_features_of_the_fit(textiles, tmp_path, monkeypatch):
+    """With the settings of the budget; the command prints what the cluster did."""
     calls = []
-    monkeypatch.setattr(ray_features, "compute", lambda data, config, **options: calls.append((data, config, options)))
+
+    class Sources(ray_fit.ClusterSources):
+        def __call__(self, extractor, images, config, **given):
+            calls.append((config, given))
+            self.summary = "fitted elsewhere"
+            return feature_cache.streamed(extractor, images.load, len(images))
+
+    @contextmanager
+    def sources(address, *, threads):
+        calls.append((address, threads))
+        yield Sources(None, threads)
+
+    monkeypatch.setattr(ray_fit, "sources", sources)
     cache = tmp_path / "cache"
     options = ["--ray", "10.0.0.5:6379", "--threads", 1, "--cache", cache, "--budget", "fast", "--model", "dfm", *SMALL]
     result = run("train", textiles, "-o", tmp_path / "b", *options)
     assert result.exit_code == 0, result.output
-    ((data, config, given),) = calls
+    assert "fitted elsewhere" in result.stderr
+    address, (config, given) = calls
+    assert address == ("10.0.0.5:6379", 1)
     fitted = Detector.load(tmp_path / "b").config
-    assert (data, config.features, config.prepare) == (textiles, fitted.features, fitted.prepare)
-    progress = given.pop("progress")
-    assert progress is None
-    assert given == {"address": "10.0.0.5:6379", "cache": cache, "layout": None, "threads": 1}
+    assert (config.features, config.prepare) == (fitted.features, fitted.prepare)
+    assert (given["cache"], given["progress"]) == (cache, None)
 
 
 def test_int8_check_without_int8_is_refused(textiles, tmp_path):

@@ -3,13 +3,14 @@
 The experts are those of `SingleExpertConfig`. Their equations are tested in tests/heads/adapted_moe/test_experts.py.
 """
 
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from builders import SHAPE, fit, seeded, subclass_images, subclass_normals
+from builders import SHAPE, InParts, fit, seeded, subclass_images, subclass_normals
 from normweave.config import AdaptedMoEConfig, SingleExpertConfig
 from normweave.heads import build, locate
 from normweave.heads.adapted_moe.experts.base import Experts, Normals
@@ -24,9 +25,10 @@ def made(config, *, shape=SHAPE):
     return locate("normweave.heads.adapted_moe.experts", config)(config, shape=shape)
 
 
-def fitted(config, *, subclasses=K, count=24):
+def fitted(config, *, subclasses=K, count=24, source=lambda features: features):
     """Return experts fitted on features as they are."""
     data = subclass_normals(subclasses=subclasses, count=count)
+    data = replace(data, features=source(data.features))
     experts = made(config)
     experts.start(experts=subclasses, generator=seeded(0))
     stages = experts.stages(assign=lambda _, given: given, adapt=lambda features, _: features)
@@ -93,6 +95,14 @@ def test_the_same_seed_gives_the_same_experts(config, experts):
     assert all(torch.equal(tensor, again[name]) for name, tensor in experts.state_dict().items())
 
 
+def test_images_on_several_machines_give_the_same_experts(config, experts):
+    if not experts.distributed:
+        return
+    apart = fitted(config, source=lambda features: InParts(features.features)).state_dict()
+    for name, tensor in experts.state_dict().items():
+        torch.testing.assert_close(apart[name], tensor, rtol=1e-6, atol=1e-6, msg=name)
+
+
 @torch.no_grad()
 def test_one_subclass_is_enough(config, unseen):
     scores = fitted(config, subclasses=1)(unseen[:, None], torch.zeros(3, 1, dtype=torch.int64))
@@ -103,6 +113,7 @@ def test_the_class_states_what_the_head_needs(config, experts):
     assert isinstance(experts, Experts)
     assert isinstance(experts.standardised, bool)
     assert isinstance(config.border, bool)
+    assert isinstance(experts.distributed, bool)
     assert experts.default_adaption in ("off", "full", "guarded")
 
 

@@ -1,4 +1,4 @@
-"""Run work on a Ray cluster, from a process of its own.
+"""Run work on a Ray cluster, from a process of its own, which calls functions one after another.
 
 The process that asks imports nothing of Ray and keeps its stdout. Ray ends a process whose cluster is lost; here this
 is an error with a cure. Nothing is sent to Ray's makers: a cluster that is started here has usage statistics off.
@@ -16,8 +16,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from normweave.errors import ConfigError, MissingError, NormweaveError
@@ -36,16 +37,65 @@ LOST_S = 15
 """After this time without the head node the cluster is lost, unless RAY_gcs_rpc_server_reconnect_timeout_s is set."""
 
 
+class Cluster:
+    """A process that is connected to a cluster, and calls functions one after another; see `opened`."""
+
+    def __init__(self, address: str, process: BaseProcess, connection: Connection) -> None:
+        self.address = address
+        self._process = process
+        self._connection = connection
+
+    def call(self, work: Callable[..., T], *arguments: Any, progress: Progress | None = None) -> T:
+        """Return `work(progress, *arguments)`, called in the connected process.
+
+        Args:
+            work: a function of a module.
+
+        Raises:
+            MissingError: no cluster answers.
+            NormweaveError: raised by `work`, or the cluster was lost.
+        """
+        try:
+            with suppress(BrokenPipeError):  # its error is still to be received
+                self._connection.send((work, arguments))
+            while True:
+                what, *values = self._connection.recv()
+                if what == "progress":
+                    if progress is not None:
+                        progress(*values)
+                elif what == "error":
+                    raise values[0]
+                else:
+                    result: T = values[0]
+                    return result
+        except (EOFError, ConnectionResetError):
+            self._process.join()
+            raise NormweaveError(
+                f"The connection to the Ray cluster {self.address} was lost: its process ended with code "
+                f"{self._process.exitcode}. What was finished is kept. Check that the head node runs, then run the "
+                "command again (predict: with --resume)."
+            ) from None
+
+
 def run(address: str, work: Callable[..., T], *arguments: Any, progress: Progress | None = None) -> T:
     """Return `work(progress, *arguments)`, called in a new process that is connected to a cluster.
 
+    Args and raises: as `opened` and `Cluster.call`.
+    """
+    with opened(address) as cluster:
+        return cluster.call(work, *arguments, progress=progress)
+
+
+@contextmanager
+def opened(address: str) -> Iterator[Cluster]:
+    """Start a process that connects to a cluster.
+
     Args:
         address: host:port of the head node, `auto` or `local`.
-        work: a function of a module.
 
     Raises:
-        MissingError: Ray is not installed, or no cluster answers.
-        NormweaveError: raised by `work`, or the cluster was lost.
+        ConfigError: the address is none.
+        MissingError: Ray is not installed.
     """
     check_address(address)
     if importlib.util.find_spec("ray") is None:
@@ -53,28 +103,11 @@ def run(address: str, work: Callable[..., T], *arguments: Any, progress: Progres
     context = multiprocessing.get_context("spawn")
     own, other = context.Pipe()
     verbose = logging.getLogger().isEnabledFor(logging.INFO)
-    process = context.Process(target=_session, args=(other, address, work, arguments, verbose))
+    process = context.Process(target=_session, args=(other, address, verbose))
     process.start()
     other.close()
     try:
-        while True:
-            try:
-                what, *values = own.recv()
-            except EOFError:
-                process.join()
-                raise NormweaveError(
-                    f"The connection to the Ray cluster {address} was lost: its process ended with code "
-                    f"{process.exitcode}. What was finished is kept. Check that the head node runs, then run the "
-                    "command again (predict: with --resume)."
-                ) from None
-            if what == "progress":
-                if progress is not None:
-                    progress(*values)
-            elif what == "error":
-                raise values[0]
-            else:
-                result: T = values[0]
-                return result
+        yield Cluster(address, process, own)
     finally:
         own.close()
         process.join(CONNECT_S)  # it disconnects
@@ -96,10 +129,8 @@ def check_address(address: str) -> None:
         )
 
 
-def _session(
-    connection: Connection, address: str, work: Callable[..., Any], arguments: tuple[Any, ...], verbose: bool
-) -> None:
-    """Connect, call `work` and send what it returns or raises."""
+def _session(connection: Connection, address: str, verbose: bool) -> None:
+    """Connect, and send what each function that is received returns or raises, until no more come."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR)
     _silence(sys.stdout)  # Ray prints the messages of its nodes there
@@ -111,8 +142,12 @@ def _session(
 
     try:
         with connected(address):
-            result = work(report, *arguments)
-        connection.send(("result", result))
+            while True:
+                try:
+                    work, arguments = connection.recv()
+                except (EOFError, ConnectionResetError):  # with progress that was not read
+                    return
+                connection.send(("result", work(report, *arguments)))
     except NormweaveError as error:
         connection.send(("error", error))
     except KeyboardInterrupt:  # the process that asked ends, too

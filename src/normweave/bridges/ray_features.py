@@ -1,29 +1,26 @@
-"""Compute the features of the training images on a Ray cluster, before a fit on this machine reads them from its cache.
+"""Compute the features of the training images on a Ray cluster, for a fit on this machine that has them in its cache.
 
-The backbone takes most of the time of a training whose heads are fitted in closed form. A task computes the features of
-some whole batches, as this machine would group them, so that every later step has the same input.
+The backbone takes most of the time of most trainings. A task computes the features of some whole batches, as this
+machine would group them, so that every later step has the same input.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave import fitting
 from normweave.bridges import ray_tasks
+from normweave.bridges.ray import Cluster
 from normweave.config import Config
 from normweave.data import rows
 from normweave.data.prepare import Preparations
-from normweave.detector import Data, samples_of
 from normweave.errors import DataError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
-from normweave.network.torch import CACHE_GIB
 from normweave.types import Progress, Sample
 
 TASK_ROWS = 64
@@ -39,48 +36,42 @@ class Slice(NamedTuple):
     samples: tuple[Sample, ...]  # that the rows are of
     keys: tuple[str, ...]
     fingerprint: str  # of the extractor
-    cache: Path  # on the machine of the command
+    cache: Path | None = None  # on the machine of the command, where its features are sent to
 
 
 def compute(
-    data: Data,
+    cluster: Cluster,
+    extractor: FrozenFeatures,
+    images: rows.Rows,
     config: Config,
     *,
-    address: str,
-    cache: Path | None = None,
-    cache_gib: float = CACHE_GIB,
-    layout: str | None = None,
+    cache: Path,
+    cache_gib: float,
     threads: int = 1,
     progress: Progress | None = None,
 ) -> int:
-    """Fill the feature cache with all rows that a fit of these data will read, and return how many were missing.
-
-    Features of synthetic defects are not among them: the fit makes the defects.
+    """Fill the feature cache with all rows of these images, and return how many were missing.
 
     Args:
-        data, config, layout: as in `fitting.fit`. Every node must see the images.
-        address: of the cluster; see `ray.run`.
+        images: every node must see them.
+        config: of the extractor and the images.
         cache, cache_gib: folder of the cache on this machine, and its largest size.
         threads: processors of a task.
 
     Raises:
-        DataError: the data cannot be used, or a task failed.
+        DataError: a task failed.
     """
-    folder = cache or fitting.cache_folder()
-    extractor = _extractor(config)
-    known = partial(feature_cache.contains, folder, extractor.fingerprint)
-    images, _ = fitting.divide(samples_of(data, config, layout), config, known=known, progress=progress)
-    missing = feature_cache.missing(extractor, images.keys, folder=folder, max_gib=cache_gib)
+    missing = feature_cache.missing(extractor, images.keys, folder=cache, max_gib=cache_gib)
     if not missing:
         return 0
     sample = {key: images.samples[owner] for key, owner in zip(images.keys, images.owner, strict=True)}
-    size = -(-TASK_ROWS // extractor.batch_images) * extractor.batch_images
+    size = rows_of_task(extractor)
     slices = [
-        Slice(config, tuple(dict.fromkeys(map(sample.__getitem__, keys))), keys, extractor.fingerprint, folder)
+        Slice(config, tuple(dict.fromkeys(map(sample.__getitem__, keys))), keys, extractor.fingerprint, cache)
         for keys in (tuple(missing[start : start + size]) for start in range(0, len(missing), size))
     ]
     failed = ray_tasks.run(
-        address, compute_slice, slices, save=store, processors=threads, reuse=True, name="features", progress=progress
+        cluster, compute_slice, slices, save=store, processors=threads, reuse=True, name="features", progress=progress
     )
     if failed:
         raise DataError(
@@ -90,6 +81,11 @@ def compute(
     return len(missing)
 
 
+def rows_of_task(extractor: FrozenFeatures) -> int:
+    """Return the number of rows of a task, which are whole batches."""
+    return -(-TASK_ROWS // extractor.batch_images) * extractor.batch_images
+
+
 def compute_slice(one: Slice) -> NDArray[np.float16]:
     """Return the features of the rows, (n, D, h, w).
 
@@ -97,25 +93,40 @@ def compute_slice(one: Slice) -> NDArray[np.float16]:
         MissingError: the backbone has other weights here.
         DataError: an image has changed, or cannot be read here.
     """
-    extractor = _extractor(one.config)
-    if extractor.fingerprint != one.fingerprint:
-        raise MissingError("A node has other weights of the backbone. Install the same versions on every node.")
+    images, numbers = scanned(one)
+    return np.concatenate(list(feature_cache.computed(extractor_of(one), images.load, numbers)))
+
+
+def scanned(one: Slice) -> tuple[rows.Rows, list[int]]:
+    """Return the images of a slice, and the row of each of its keys among them.
+
+    Raises:
+        DataError: an image has changed, or cannot be read here.
+    """
     images = rows.scan(one.samples, Preparations(one.config.prepare, regions=one.config.regions))
     number = {key: row for row, key in enumerate(images.keys)}
     if changed := [key for key in one.keys if key not in number]:
         why = images.refused[0].reason if images.refused else "it has changed."
         raise DataError(f"An image of {len(changed)} rows is not the one that the machine of the command reads: {why}")
-    batches = feature_cache.computed(extractor, images.load, [number[key] for key in one.keys])
-    return np.concatenate(list(batches))
+    return images, [number[key] for key in one.keys]
 
 
 def store(one: Slice, features: NDArray[np.float16]) -> None:
     """Write the features of a slice to the cache."""
+    assert one.cache is not None
     feature_cache.add(one.cache, one.fingerprint, one.keys, features)
 
 
-def _extractor(config: Config) -> FrozenFeatures:
-    key = repr((config.features, config.prepare.height, config.prepare.width))
+def extractor_of(one: Slice) -> FrozenFeatures:
+    """Return the extractor of a slice in this worker process.
+
+    Raises:
+        MissingError: the backbone has other weights here.
+    """
+    prepare = one.config.prepare
+    key = repr((one.config.features, prepare.height, prepare.width))
     if key not in _extractors:
-        _extractors[key] = build_features(config.features, height=config.prepare.height, width=config.prepare.width)
+        _extractors[key] = build_features(one.config.features, height=prepare.height, width=prepare.width)
+    if _extractors[key].fingerprint != one.fingerprint:
+        raise MissingError("A node has other weights of the backbone. Install the same versions on every node.")
     return _extractors[key]

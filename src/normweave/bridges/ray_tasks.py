@@ -26,7 +26,7 @@ class Failed(NamedTuple):
 
 
 def run(
-    address: str,
+    address: str | session.Cluster,
     function: Callable[[Item], Any],
     items: Sequence[Item],
     *,
@@ -39,7 +39,7 @@ def run(
     """Call `function` for each item on a cluster, and `save` on this machine with each result at once.
 
     Args:
-        address: of the cluster; see `ray.run`.
+        address: of the cluster, as of `ray.opened`, or the cluster.
         function, save: functions of a module. What `function` raises is the reason of a failure; it is not repeated.
         processors: of a task.
         reuse: whether a process takes further tasks, and keeps what it has loaded; else its memory is released.
@@ -49,6 +49,8 @@ def run(
         The items without a result, in their order.
     """
     work = partial(_run, function=function, save=save, processors=processors, reuse=reuse, name=name)
+    if isinstance(address, session.Cluster):
+        return address.call(work, items, os.getcwd(), progress=progress)
     return session.run(address, work, items, os.getcwd(), progress=progress)
 
 
@@ -83,14 +85,24 @@ def _run(
         except ray.exceptions.RayTaskError as error:
             failed.append(Failed(number, f"{type(error.cause).__name__}: {error.cause}"))
         except ray.exceptions.RayError as error:
-            failed.append(Failed(number, f"the loss of its worker, {RETRIES + 1} times ({type(error).__name__})"))
+            failed.append(Failed(number, loss(error)))
         else:
             save(items[number], result)
         progress(name, len(items) - len(waiting) - len(running), len(items))
     return sorted(failed)
 
 
-def _in_folder(function: Callable[[Any], Any], item: Any, folder: str) -> Any:
+def loss(error: Exception) -> str:
+    """Return why a task has no result that was repeated `RETRIES` times."""
+    return f"the loss of its worker, {RETRIES + 1} times ({type(error).__name__})"
+
+
+def in_folder(folder: str) -> None:
+    """Change to the folder of the command, if this machine has it: paths may be relative to it."""
     if os.path.isdir(folder):
         os.chdir(folder)
+
+
+def _in_folder(function: Callable[[Any], Any], item: Any, folder: str) -> Any:
+    in_folder(folder)
     return function(item)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,14 +90,13 @@ def train(
 ) -> int:
     """Train on good images, compute the operating points and write a bundle.
 
-    With --ray the features of the images are computed on a cluster, by tasks with --threads processors (default 1), and
-    what follows on this machine.
+    With --ray each machine of a cluster computes the features of some images, by tasks with --threads processors
+    (default 1), and the statistics of these images that the model is fitted from. The features are sent to this
+    machine, which then fits alone, for models that are trained by gradient, cross-validation (too few images for
+    --set data.calibration=split), regions of interest and discovered subclasses.
     """
-    if ray is not None and (no_cache or budget == "best"):
-        given = "--no-cache" if no_cache else "--budget best"
-        raise ConfigError(
-            f"{given} is not possible with --ray, which fills the cache for one input size. Leave it out."
-        )
+    if ray is not None and no_cache:
+        raise ConfigError("--no-cache is not possible with --ray, whose machines keep features there. Leave it out.")
 
     from normweave import bundle
     from normweave import settings as all_settings
@@ -127,20 +127,13 @@ def train(
         labelled = test_samples(settings, int8_check, None)
     target = Path(os.path.abspath(output))  # `.` has no name
     work = target.with_name(f"{target.name}.work")
-    with terminal.progress() as progress:
+    with ExitStack() as stack:
+        progress = stack.enter_context(terminal.progress())
+        sources = None
         if ray is not None:
-            from normweave.bridges import ray_features
-            from normweave.budget import fast
+            from normweave.bridges import ray_fit
 
-            ray_features.compute(
-                data,
-                fast(settings, all_settings.named(config, set_ or [])) if budget == "fast" else settings,
-                address=ray,
-                cache=cache,
-                layout=layout,
-                threads=terminal.threads or 1,
-                progress=progress,
-            )
+            sources = stack.enter_context(ray_fit.sources(ray, threads=terminal.threads or 1))
         detector = Detector.fit(
             data,
             config=settings,
@@ -152,6 +145,7 @@ def train(
             work=work,
             resume=resume,
             device=terminal.device,
+            sources=sources,
             progress=progress,
         )
         if int8:
@@ -160,6 +154,8 @@ def train(
             detector = quantize_and_check(detector, labelled, progress=progress)
         detector.save(output, overwrite=overwrite)
     shutil.rmtree(work, ignore_errors=True)
+    if sources is not None:
+        terminal.remark(sources.summary)
     timed = image_ms(Detector.load(output, device=terminal.device), samples_of(data, detector.config, layout))
     return report(terminal, detector, output, timed)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,9 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave.errors import DataError
+from normweave.passes import Batches, Merge, Statistics, Tensors, over
 from normweave.types import FeatureSource
 
-BATCH_IMAGES = 16
+T = TypeVar("T")
+Moments = tuple[int, Tensor, Tensor]
+"""Number of patches, mean and sum of squared differences from the mean (D,) of each channel, in float64."""
 
 
 class ChannelStandardizer(nn.Module):
@@ -45,19 +50,7 @@ class ChannelStandardizer(nn.Module):
         """
         if len(source) == 0:
             raise DataError("Standardization needs at least one image, got none. Check which images are fit normals.")
-        channels = source.shape[0]
-        count = 0
-        mean = torch.zeros(channels, dtype=torch.float64)
-        squares = torch.zeros(channels, dtype=torch.float64)
-        for start in range(0, len(source), BATCH_IMAGES):
-            rows = range(start, min(start + BATCH_IMAGES, len(source)))
-            patches = source.read(rows).double().movedim(1, 0).flatten(1)  # (D, m)
-            new = patches.shape[1]
-            new_mean = patches.mean(1)  # (D,)
-            delta = new_mean - mean
-            squares += (patches - new_mean[:, None]).square().sum(1) + delta**2 * (count * new / (count + new))
-            mean += delta * (new / (count + new))
-            count += new
+        count, mean, squares = over(source, _moments, merge=_merged)
         std = (squares / count).sqrt()
         # A constant channel is divided by 1 instead of 0. Its std is exactly 0: sums of equal float32 are exact in
         # float64.
@@ -68,6 +61,29 @@ class ChannelStandardizer(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Standardize features (B, D, h, w) to mean 0 and standard deviation 1 of each channel."""
         return (features - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+def _moments(batches: Batches) -> Moments:
+    """Return the moments of the patches of all images."""
+    return _merged(_moments_of(features) for (features,) in batches)
+
+
+def _moments_of(features: Tensor) -> Moments:
+    patches = features.double().movedim(1, 0).flatten(1)  # (D, m)
+    mean = patches.mean(1)
+    return patches.shape[1], mean, (patches - mean[:, None]).square().sum(1)
+
+
+def _merged(parts: Iterable[Moments]) -> Moments:
+    """Merge moments by the equations of `ChannelStandardizer.fit`."""
+    rest = iter(parts)
+    count, mean, squares = next(rest)
+    for new, new_mean, new_squares in rest:
+        delta = new_mean - mean
+        squares = squares + (new_squares + delta**2 * (count * new / (count + new)))
+        mean = mean + delta * (new / (count + new))
+        count += new
+    return count, mean, squares
 
 
 class StandardizedFeatures:
@@ -85,3 +101,12 @@ class StandardizedFeatures:
         """Return the features of these images, (len(rows), D, h, w) float32."""
         features: Tensor = self.standardizer(self.source.read(rows))
         return features
+
+    def over(self, statistics: Statistics[T], merge: Merge[T], rows: NDArray[np.int64], aligned: Tensors) -> T:
+        """Return the merged statistics of these images; see `passes.over`."""
+        standardized = partial(_standardized, statistics, self.standardizer)
+        return over(self.source, standardized, merge=merge, rows=rows, aligned=aligned)
+
+
+def _standardized(statistics: Statistics[T], standardizer: ChannelStandardizer, batches: Batches) -> T:
+    return statistics((standardizer(features), *own) for features, *own in batches)

@@ -11,15 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from normweave.heads import state
+from normweave.passes import BATCH_IMAGES
 
 if TYPE_CHECKING:
     import torch
 
     from normweave.config import TrainingConfig
     from normweave.types import FeatureSource, FitData, PatchScores
-
-BATCH_IMAGES = 16
-"""Images that a head reads at once outside of its training stages."""
 
 
 def batches(source: FeatureSource, rows: NDArray[np.int64] | None = None) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
@@ -87,6 +85,9 @@ class Head(nn.Module):
     """The map has one cell, so that no pixel metrics are computed."""
     synthetic_variants: int = 0
     """How many synthetic anomalies are made of each fit image; 0 = none."""
+    distributed: bool = False
+    """Whether `begin` and `finish` read the images by `passes.over` only, and there is no training stage: then they can
+    be on several machines."""
     uses_text: bool = False
     """Needs the text side of a vision-language pair while fitting."""
     can_exclude: bool = False

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from normweave.config import DFMConfig
-from normweave.heads.base import Head, batches
+from normweave.heads.base import Head
+from normweave.passes import Tensors, per_image
 from normweave.types import FitData, PatchScores
 
 PIECE = 1024  # numbers of an image that are converted to float64 at once
@@ -31,6 +32,8 @@ class DFM(Head):
     mean: Tensor  # (F,)
     components: Tensor  # (F, C), orthonormal columns
 
+    distributed = True
+
     def __init__(self, config: DFMConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
         self.config = config
@@ -46,7 +49,7 @@ class DFM(Head):
         """Compute mean and components."""
         generator = torch.Generator().manual_seed(data.seed)
         rows = torch.randperm(len(data), generator=generator)[: self.config.max_images].sort().values.numpy()
-        flat = torch.cat([self._flat(features) for _, features in batches(data.features, rows)])  # (n, F)
+        (flat,) = per_image(data.features, self._rows, rows=rows)  # (n, F)
         mean, components = principal_components(flat, variance=self.config.variance)
         self.mean, self.components = mean.to(self.mean.device), components.to(self.mean.device)
 
@@ -57,6 +60,9 @@ class DFM(Head):
         residual = centred - (centred @ self.components) @ self.components.T  # (B, F)
         squared = residual.square().view(-1, self.channels, *self.grid).sum(1)  # (B, cells, cells)
         return PatchScores(scores=squared.sqrt(), image_scores=squared.sum((1, 2)).sqrt(), routing=None)
+
+    def _rows(self, features: Tensor) -> Tensors:
+        return (self._flat(features),)
 
     def _flat(self, features: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(features, self.grid).flatten(1)  # (B, F)

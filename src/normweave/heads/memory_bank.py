@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normweave.config import MemoryBankConfig
-from normweave.heads.base import Head, batches
+from normweave.heads.base import Head
 from normweave.heads.grid import replace_border
+from normweave.passes import Tensors, per_image
 from normweave.types import FeatureSource, FitData, PatchScores
 
 CHUNK = 1024  # stored patches compared at once: as fast as more, and (queries, CHUNK) numbers are small
@@ -30,6 +31,8 @@ class MemoryBank(Head):
     """
 
     bank: Tensor  # (M, D)
+
+    distributed = True
 
     def __init__(self, config: MemoryBankConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
@@ -94,22 +97,33 @@ def draw_patches(
         (N, D) patches, N <= at_most, in the order of `rows`; and (N, 3) row of the source, grid row and grid column of
         each.
     """
-    D, h, w = source.shape
     each, over = divmod(at_most, max(1, len(rows)))
     quota = torch.full((len(rows),), each)
     quota[torch.randperm(len(rows), generator=generator)[:over]] += 1
-    quota.clamp_(max=h * w)
-    pool = torch.empty(int(quota.sum()), D)
-    cells = torch.empty(len(pool), dtype=torch.int64)
-    filled = 0
-    images = (image for _, features in batches(source, rows) for image in features)  # (D, h, w) each
-    for image, count in zip(images, quota.tolist(), strict=True):
-        chosen = torch.randperm(h * w, generator=generator)[:count]
-        pool[filled : filled + count] = image.flatten(1)[:, chosen].T
-        cells[filled : filled + count] = chosen
-        filled += count
+    return draw_quota(source, rows, quota, generator=generator)
+
+
+def draw_quota(
+    source: FeatureSource, rows: NDArray[np.int64], quota: Tensor, *, generator: torch.Generator
+) -> tuple[Tensor, NDArray[np.int64]]:
+    """Draw as many patches of each of these (n,) images as `quota` (n,), or all of it; return as `draw_patches`.
+
+    They are drawn before an image is read, so that they are the same wherever the images are.
+    """
+    _, h, w = source.shape
+    quota = quota.clamp(max=h * w)
+    most = int(quota.max())
+    cells = torch.stack([torch.randperm(h * w, generator=generator)[:most] for _ in rows])  # (n, most)
+    (pool,) = per_image(source, _patches, rows=rows, aligned=(cells, quota))
+    drawn = torch.cat([own[:count] for own, count in zip(cells, quota, strict=True)])
     owners = np.repeat(rows, quota.numpy())
-    return pool, np.stack([owners, *np.divmod(cells.numpy(), w)], axis=1)
+    return pool, np.stack([owners, *np.divmod(drawn.numpy(), w)], axis=1)
+
+
+def _patches(features: Tensor, cells: Tensor, quota: Tensor) -> Tensors:
+    """Return the first patches (N, D) at the cells (B, most) of each image, as many as its quota (B,)."""
+    images = zip(features.flatten(2), cells, quota, strict=True)
+    return (torch.cat([image[:, own[:count]].T for image, own, count in images]),)
 
 
 def project(patches: Tensor, dimensions: int, *, generator: torch.Generator) -> Tensor:

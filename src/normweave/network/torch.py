@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,6 +89,7 @@ class TorchNetwork(Network):
     Args:
         cache_gib: largest size of the feature cache in GiB.
         rows: the images of the fit, from which the parity check takes some; None for a network read from a bundle.
+        source: features of these images, where they are not in the cache of this machine.
         graph: the exported graph, if there is one already.
     """
 
@@ -105,6 +106,7 @@ class TorchNetwork(Network):
         device: str = "cpu",
         cache_gib: float = CACHE_GIB,
         rows: FittedRows | None = None,
+        source: FeatureSource | None = None,
         graph: bytes | None = None,
     ) -> None:
         self.extractor = extractor.to(device)
@@ -112,6 +114,7 @@ class TorchNetwork(Network):
         self.head = head.to(device).eval()
         self.config = config
         self.rows = rows
+        self.source = source
         self.device = device
         self.cache_gib = cache_gib
         self._graph = graph
@@ -139,7 +142,9 @@ class TorchNetwork(Network):
 
     def reader(self, images: Rows, *, cache: Path | None = None, progress: Progress | None = None) -> Reader:
         """Return a reader that takes features from the cache, and adds those that it lacks."""
-        source = feature_source(self.extractor, images, cache=cache, max_gib=self.cache_gib, progress=progress)
+        source = self.source
+        if source is None or self.rows is None or images is not self.rows.images:
+            source = feature_source(self.extractor, images, cache=cache, max_gib=self.cache_gib, progress=progress)
         return FeatureReader(self, images, source)
 
     def stored(self, cache: Path, keys: Sequence[str]) -> Sequence[bool]:
@@ -240,3 +245,26 @@ def feature_source(
 ) -> FeatureSource:
     """Return the features of all rows: from the cache folder, or computed at each reading where there is none."""
     return feature_cache.source(extractor, images.keys, images.load, folder=cache, max_gib=max_gib, progress=progress)
+
+
+class Sources(Protocol):
+    """Finds or computes the features of the images of a fit, on other machines too."""
+
+    def __call__(
+        self,
+        extractor: FrozenFeatures,
+        images: Rows,
+        config: Config,
+        *,
+        cache: Path | None,
+        max_gib: float,
+        here: str | None,
+        progress: Progress | None,
+    ) -> FeatureSource:
+        """Return a source of the features of all rows.
+
+        Args:
+            cache, max_gib: as in `fitting.fit`; cache None: the folder that is the default where features are computed.
+            here: why they must be on this machine; None: `passes.over` may compute where they are.
+        """
+        ...

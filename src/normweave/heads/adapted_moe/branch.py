@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from normweave.config import AdaptionConfig, SingleExpertConfig
 from normweave.heads import locate
-from normweave.heads.adapted_moe.adaption import build_adaption, statistics
+from normweave.heads.adapted_moe.adaption import Adaption, build_adaption, statistics
 from normweave.heads.adapted_moe.experts.base import Experts
-from normweave.heads.base import batches
+from normweave.passes import Tensors, per_image
 from normweave.types import FeatureSource
 
 FEWEST_HELD_OUT = 3
@@ -61,8 +61,7 @@ class ExpertBranch(nn.Module):
 
     def adapt(self, features: Tensor, experts: Tensor) -> Tensor:
         """Return training images adapted for their own experts (B,), (B, D, h, w)."""
-        adapted: Tensor = self.adaption(features, statistics(features), experts[:, None])
-        return adapted[:, 0]
+        return adapt(self.adaption, features, experts)
 
     def measure(
         self, source: FeatureSource, rows: NDArray[np.int64], experts: NDArray[np.int64], *, number: int
@@ -78,20 +77,23 @@ class ExpertBranch(nn.Module):
         self.unit_scale(number)
         if len(rows) == 0:
             return
+        own = experts[rows]
         images = np.zeros(number)
         sums = np.zeros((number, 2))  # of the mean score of an image, and of its mean squared score
-        for batch, features in batches(source, rows):
-            own = experts[batch]
-            scores = self.experts(features[:, None], torch.from_numpy(own)[:, None])
-            flat = scores.flatten(1).double().numpy()  # (B, P)
-            np.add.at(images, own, 1)
-            np.add.at(sums, own, np.stack([flat.mean(axis=1), (flat**2).mean(axis=1)], axis=1))
+        (moments,) = per_image(source, self._moments, rows=rows, aligned=(torch.from_numpy(own),))
+        np.add.at(images, own, 1)
+        np.add.at(sums, own, moments.numpy())
         few = images < FEWEST_HELD_OUT
         sums[few] = sums.sum(axis=0)
         images[few] = len(rows)
         mean, square = (sums / images[:, None]).T  # (K,) each
         self.scale_mean = torch.from_numpy(mean).float()
         self.scale_std = torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-12))).float()
+
+    def _moments(self, features: Tensor, experts: Tensor) -> Tensors:
+        """Return the mean score and the mean squared score (B, 2) of images by their own expert (B,)."""
+        flat = self.experts(features[:, None], experts[:, None]).flatten(1).double().numpy()  # (B, P)
+        return (torch.from_numpy(np.stack([flat.mean(axis=1), (flat**2).mean(axis=1)], axis=1)),)
 
     def forward(self, features: Tensor, samples: Tensor, experts: Tensor) -> Tensor:
         """Return the scores of (B, D, h, w) with `statistics` (B, 2D) by experts (B, T), (B, T, V, h, w), on one scale.
@@ -101,3 +103,9 @@ class ExpertBranch(nn.Module):
         scores: Tensor = self.experts(self.adaption(features, samples, experts), experts)
         mean, std = self.scale_mean[experts], self.scale_std[experts]  # (B, T) each
         return (scores - mean[..., None, None, None]) / std[..., None, None, None]
+
+
+def adapt(adaption: Adaption, features: Tensor, experts: Tensor) -> Tensor:
+    """Return training images adapted for their own experts (B,), (B, D, h, w)."""
+    adapted: Tensor = adaption(features, statistics(features), experts[:, None])
+    return adapted[:, 0]

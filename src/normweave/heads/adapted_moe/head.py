@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from normweave.config import AdaptedMoEConfig, FusionExpertConfig, NetworkRoutingConfig
 from normweave.errors import DataError
-from normweave.heads.adapted_moe.adaption import statistics
-from normweave.heads.adapted_moe.branch import ExpertBranch
+from normweave.heads.adapted_moe.adaption import Adaption, statistics
+from normweave.heads.adapted_moe.branch import ExpertBranch, adapt
 from normweave.heads.adapted_moe.discovery import (
     Agreement,
     Discovery,
@@ -30,12 +31,15 @@ from normweave.heads.adapted_moe.fusion import (
     last_of_expert,
 )
 from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, select_experts
-from normweave.heads.base import Head, TrainingStage, batches
+from normweave.heads.base import Head, TrainingStage
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
 from normweave.heads.state import drop_row
+from normweave.passes import Batches, Merge, Statistics, Tensors, over, per_image
 from normweave.types import FeatureSource, FitData, PatchScores, Routing, SyntheticDefects
 from normweave.validation import DISCRIMINATOR
+
+T = TypeVar("T")
 
 
 class AdaptedMoE(Head):
@@ -90,6 +94,11 @@ class AdaptedMoE(Head):
         """Whether there is more than one expert."""
         return len(self.subclass_names) > 1
 
+    @property
+    def distributed(self) -> bool:  # type: ignore[override]
+        """Whether nothing is trained by gradient, and no expert of a plug-in reads images one by one."""
+        return self.router is None and all(branch.experts.distributed for branch in self._branches)
+
     def reuse(self, fitted: Head) -> None:
         """Take the scales and weights of the fusion."""
         assert isinstance(fitted, AdaptedMoE)
@@ -119,9 +128,8 @@ class AdaptedMoE(Head):
 
     def _statistics(self, source: FeatureSource) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Return the statistics of every image, and the block statistics, (n, 2D) each."""
-        both = [(statistics(features).numpy(), block_statistics(features).numpy()) for _, features in batches(source)]
-        samples, robust = zip(*both, strict=True)
-        return np.concatenate(samples), np.concatenate(robust)
+        samples, robust = per_image(source, _image_statistics)
+        return samples.numpy(), robust.numpy()
 
     def _subclasses(self, data: FitData, samples: NDArray[np.float32]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         """Return the subclass of each image and the names of the subclasses."""
@@ -223,30 +231,29 @@ class AdaptedMoE(Head):
     @torch.no_grad()
     def held_out(self, data: FitData, rows: NDArray[np.int64]) -> tuple[HeldOut, NDArray[np.int64]]:
         """Return the patch scores of these images by each branch in use, and the subclass that each is routed to."""
-        patches = [np.empty((0, len(self.used), 2, *self.grid), dtype=np.float32)]
-        routed = [np.empty(0, dtype=np.int64)]
-        for both, subclass in self._scores_by_branch(data.features, rows):
-            patches.append(both.numpy())
-            routed.append(subclass.numpy())
-        return HeldOut(np.concatenate(patches), data.categories[rows]), np.concatenate(routed)
+        patches, routed = self._scores(data.features, rows)
+        return HeldOut(patches, data.categories[rows]), routed
 
     @torch.no_grad()
     def held_out_defects(
         self, data: FitData, defects: SyntheticDefects, rows: NDArray[np.int64]
     ) -> tuple[Defective, NDArray[np.int64]]:
         """Return the maps of these images with defects by each branch in use, and the subclass of each."""
-        maps, routed = [np.empty((0, len(self.used), *self.grid), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
-        for both, subclass in self._scores_by_branch(defects.features, rows):
-            maps.append(both[:, :, 0].numpy())
-            routed.append(subclass.numpy())
+        patches, routed = self._scores(defects.features, rows)
         coverage, categories = defects.coverage(rows).numpy(), data.categories[defects.images[rows]]
-        return Defective(np.concatenate(maps), coverage, categories), np.concatenate(routed)
+        return Defective(patches[:, :, 0], coverage, categories), routed
 
-    def _scores_by_branch(self, source: FeatureSource, rows: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the patch scores (B, E, 2, h, w) of a few images by each branch, and the subclass (B,) of each."""
-        for _, features in batches(source, rows):
-            _, choice, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
-            yield torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1), choice.experts[:, 0]
+    def _scores(self, source: FeatureSource, rows: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Return the patch scores (n, E, 2, h, w) of images by each branch, and the subclass (n,) of each."""
+        if len(rows) == 0:
+            return np.empty((0, len(self.used), 2, *self.grid), dtype=np.float32), np.empty(0, dtype=np.int64)
+        patches, routed = per_image(source, self._scores_by_branch, rows=rows)
+        return patches.numpy(), routed.numpy()
+
+    def _scores_by_branch(self, features: Tensor) -> Tensors:
+        """Return the patch scores (B, E, 2, h, w) of a few images by each branch, and the subclass (B,) of each."""
+        _, choice, scored = self._route_and_score(features, self.novelty(block_statistics(features)), allowed=None)
+        return torch.stack([patch_scores for patch_scores, _ in scored.values()], dim=1), choice.experts[:, 0]
 
     def defect_images(self, data: FitData) -> NDArray[np.int64]:
         """Return the fit images that are wanted with synthetic defects, each as often as wanted, ascending."""
@@ -481,7 +488,21 @@ class _Adapted:
 
     def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
         own = torch.from_numpy(self.experts[np.asarray(rows)])
-        return self.branch.adapt(self.source.read(rows), own)
+        return adapt(self.branch.adaption, self.source.read(rows), own)
+
+    def over(self, statistics: Statistics[T], merge: Merge[T], rows: NDArray[np.int64], aligned: Tensors) -> T:
+        """Return the merged statistics of these images; see `passes.over`."""
+        own = torch.from_numpy(self.experts[rows])
+        adapted = partial(_adapted, statistics, self.branch.adaption)
+        return over(self.source, adapted, merge=merge, rows=rows, aligned=(own, *aligned))
+
+
+def _adapted(statistics: Statistics[T], adaption: Adaption, batches: Batches) -> T:
+    return statistics((adapt(adaption, features, experts), *own) for features, experts, *own in batches)
+
+
+def _image_statistics(features: Tensor) -> Tensors:
+    return statistics(features), block_statistics(features)
 
 
 def aggregate(

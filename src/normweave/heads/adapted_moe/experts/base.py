@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave.heads.base import BATCH_IMAGES, TrainingStage
+from normweave.heads.base import TrainingStage
+from normweave.passes import BATCH_IMAGES, Merge, Statistics, Tensors, over, per_image
 from normweave.types import FeatureSource
 
+T = TypeVar("T")
 Assign = Callable[[Tensor, Tensor], Tensor]
 """(features (B, D, h, w), given subclasses (B,)) to the expert of each image (B,)."""
 Adapt = Callable[[Tensor, Tensor], Tensor]
@@ -50,6 +52,22 @@ class Normals:
             batch = chosen[start : start + BATCH_IMAGES]
             yield batch, self.source.read(self.rows[batch])
 
+    def over(
+        self,
+        statistics: Statistics[T],
+        *,
+        merge: Merge[T],
+        chosen: NDArray[np.int64] | None = None,
+        aligned: Tensors = (),
+    ) -> T:
+        """Return `passes.over` of the chosen images; None = all. `batches` reads them on this machine."""
+        rows = self.rows if chosen is None else self.rows[chosen]
+        return over(self.source, statistics, merge=merge, rows=rows, aligned=aligned)
+
+    def per_image(self, function: Callable[..., Tensors], chosen: NDArray[np.int64]) -> Tensors:
+        """Return `passes.per_image` of the chosen images."""
+        return per_image(self.source, function, rows=self.rows[chosen])
+
 
 class Experts(nn.Module):
     """K experts, one for each subclass, that score how much patches differ from the normal patches of the subclass.
@@ -64,6 +82,9 @@ class Experts(nn.Module):
     """Test-time adaption with `head.adaption.method=auto`."""
     maps: int = 1
     """V, the number of maps; with 2 the second gives the image score."""
+    distributed: bool = False
+    """Whether `fit` reads the images by `Normals.over` and `Normals.per_image` only, and there is no training stage:
+    then they can be on several machines."""
     united: bool = False
     """The experts score together, by `score_united`, whatever an image is routed to."""
     origins: NDArray[np.int64] | None = None

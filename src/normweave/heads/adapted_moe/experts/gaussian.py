@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from normweave.config import GaussianExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals, fine_channels, products
+from normweave.passes import Batches, Tensors, added_rows, present
 
 
 class GaussianExperts(Experts):
@@ -20,6 +23,7 @@ class GaussianExperts(Experts):
     whitener: Tensor  # (K, D', D') W
     offset: Tensor  # (K, D') -W m
 
+    distributed = True
     default_adaption = "full"
     by_subclass = ("whitener", "offset")
 
@@ -32,11 +36,7 @@ class GaussianExperts(Experts):
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
         """Fit means and covariances, summed in float64 in one pass."""
-        channels = self.offset.shape[1]
-        count = torch.zeros(normals.number, dtype=torch.float64)
-        total = torch.zeros(normals.number, channels, dtype=torch.float64)
-        square = torch.zeros(normals.number, channels, channels, dtype=torch.float64)
-        self._sum(normals, count, total, square)
+        count, total, square = self._sums(normals)
         together = _covariance(square.sum(dim=0)[None], total.sum(dim=0)[None], count.sum()[None])
         self.whitener, self.offset = self._whitening(
             _covariance(square, total, count), together, total / count[:, None]
@@ -44,22 +44,18 @@ class GaussianExperts(Experts):
 
     def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
         """Append an expert. Its covariance is mixed with the mean of those of the first training, from their W."""
-        channels = self.offset.shape[1]
-        count, total = torch.zeros(1, dtype=torch.float64), torch.zeros(1, channels, dtype=torch.float64)
-        square = torch.zeros(1, channels, channels, dtype=torch.float64)
-        self._sum(normals, count, total, square)
+        count, total, square = self._sums(normals)
         together = covariances(self.whitener[:first]).mean(dim=0, keepdim=True)
         whitener, offset = self._whitening(_covariance(square, total, count), together, total / count[:, None])
         self.whitener, self.offset = torch.cat([self.whitener, whitener]), torch.cat([self.offset, offset])
 
-    def _sum(self, normals: Normals, count: Tensor, total: Tensor, square: Tensor) -> None:
-        """Add number (K,), sum (K, D') and sum of x x' (K, D', D') of the patches of each expert, in float64."""
-        for batch, features in normals.batches():
-            for row, image in zip(batch, features[:, : total.shape[1]].flatten(2).double(), strict=True):
-                expert = normals.experts[row]
-                count[expert] += image.shape[1]
-                total[expert] += image.sum(dim=1)
-                square[expert] += image @ image.T
+    def _sums(self, normals: Normals) -> Tensors:
+        """Return number (K,), sum (K, D') and sum of x x' (K, D', D') of the patches of each expert, in float64."""
+        return normals.over(
+            partial(_patch_sums, normals.number, self.offset.shape[1]),
+            merge=partial(added_rows, normals.number),
+            aligned=(torch.from_numpy(normals.experts),),
+        )
 
     def _whitening(self, own: Tensor, together: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
         """Return W (K, D', D') and -W m (K, D') for the covariances (K, D', D') and means (K, D') of experts.
@@ -80,6 +76,18 @@ class GaussianExperts(Experts):
         used = features[:, :, : self.offset.shape[1]]  # (B, S, D', h, w)
         whitened = products(used, self.whitener[experts], self.offset[experts])  # (B, T, D', P)
         return (whitened * whitened).sum(dim=2).sqrt().view(*experts.shape, 1, *features.shape[3:])
+
+
+def _patch_sums(number: int, channels: int, batches: Batches) -> Tensors:
+    count = torch.zeros(number, dtype=torch.float64)
+    total = torch.zeros(number, channels, dtype=torch.float64)
+    square = torch.zeros(number, channels, channels, dtype=torch.float64)
+    for features, experts in batches:
+        for expert, image in zip(experts, features[:, :channels].flatten(2).double(), strict=True):
+            count[expert] += image.shape[1]
+            total[expert] += image.sum(dim=1)
+            square[expert] += image @ image.T
+    return present(count, total, square)
 
 
 def covariances(whitener: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from normweave.config import LayoutExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals, fine_channels, to_cells, to_grid
 from normweave.heads.adapted_moe.experts.gaussian import covariances
 from normweave.heads.dfm import principal_components
+from normweave.passes import Batches, Tensors, added_rows, present
 
 
 class LayoutExperts(Experts):
@@ -31,6 +33,7 @@ class LayoutExperts(Experts):
     """
 
     standardised = True
+    distributed = True
     maps = 2
     default_adaption = "off"
 
@@ -59,13 +62,11 @@ class LayoutExperts(Experts):
         missing = np.setdiff1d(normals.experts, normals.experts[drawn])
         first = [int(np.flatnonzero(normals.experts == expert)[0]) for expert in missing]
         drawn = np.concatenate([drawn, np.array(first, dtype=drawn.dtype)])
-        pooled: list[list[Tensor]] = [[] for _ in self._views]
-        for _, features in normals.batches(drawn):
-            for parts, view in zip(pooled, self._views, strict=True):
-                parts.append(view.pool(features))
+        sizes = [(view.channels, view.cells) for view in self._views]
+        pooled = normals.per_image(partial(_pooled, sizes, self._views[0].grid), drawn)
         left_out = [
-            view.fit(torch.cat(parts), normals.experts[drawn], normals.groups[drawn], generator=generator)
-            for parts, view in zip(pooled, self._views, strict=True)
+            view.fit(rows, normals.experts[drawn], normals.groups[drawn], generator=generator)
+            for rows, view in zip(pooled, self._views, strict=True)
         ]
         self.detail.fit(normals, drawn, left_out[0])
 
@@ -169,8 +170,8 @@ class View(nn.Module):
 
     def pool(self, features: Tensor) -> Tensor:
         """Average (n, D, h, w) to cells and flatten to (n, F)."""
-        first, last = self.channels
-        return to_cells(features[:, first:last], self.cells, grid=self.grid).flatten(1)
+        (pooled,) = _pooled([(self.channels, self.cells)], self.grid, features)
+        return pooled
 
     def fit(
         self,
@@ -371,13 +372,13 @@ class Detail(nn.Module):
         """Fit on the chosen (n,) normals and their residuals (n, D, cells, cells) in the view, in two passes."""
         tiny = 1e-6
         K = normals.number
-        experts = torch.from_numpy(normals.experts)
-        counts = experts[chosen].bincount(minlength=K).double()  # (K,)
-        sums = torch.zeros(K, *self.mean.shape, dtype=torch.float64)
-        squares = torch.zeros_like(sums)
-        for batch, rest in self._rests(normals, chosen, left_out):
-            sums.index_add_(0, experts[batch], rest.double())
-            squares.index_add_(0, experts[batch], rest.double().square())
+        over = partial(
+            normals.over,
+            merge=partial(added_rows, K),
+            chosen=chosen,
+            aligned=(torch.from_numpy(normals.experts[chosen]), left_out),
+        )
+        counts, sums, squares = over(partial(self._sums, K))
         mean = sums.sum(dim=0) / counts.sum()
         # Of each expert's own images, around the mean of all: E (g - m)^2 = E g^2 - 2 m E g + m^2.
         each = (squares - 2 * mean * sums) / counts[:, None, None, None] + mean.square()
@@ -385,10 +386,7 @@ class Detail(nn.Module):
         square = self.own * each + (1 - self.own) * overall
         self.mean = mean.float()
         self.weights = (1 / (0.5 * square + 0.5 * square.mean(dim=(2, 3), keepdim=True) + tiny)).float()
-        moments = torch.zeros(K, 2, dtype=torch.float64)  # of each expert's scores and their squares
-        for batch, rest in self._rests(normals, chosen, left_out):
-            own = self._distance(rest, experts[batch][:, None]).double().flatten(1)  # (B, P)
-            moments.index_add_(0, experts[batch], torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1))
+        _, moments = over(partial(self._score_sums, K))
         first, second = (moments / counts[:, None]).unbind(dim=1)
         self.centre = first.float()
         self.std = (second - first.square()).clamp_min(0).sqrt().float() + tiny
@@ -424,13 +422,27 @@ class Detail(nn.Module):
         """As in `View`."""
         _room(self, added, added_mean=tuple(self.mean.shape))
 
-    def _rests(
-        self, normals: Normals, chosen: NDArray[np.int64], left_out: Tensor
-    ) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        done = 0
-        for batch, features in normals.batches(chosen):
-            yield batch, self._rest(features, left_out[done : done + len(batch)])
-            done += len(batch)
+    def _sums(self, number: int, batches: Batches) -> Tensors:
+        """Return the number of images (K,), sum of g and of its squares (K, D, h, w) of each expert, in float64."""
+        counts = torch.zeros(number, dtype=torch.float64)
+        sums = torch.zeros(number, *self.mean.shape, dtype=torch.float64)
+        squares = torch.zeros_like(sums)
+        for features, experts, left_out in batches:
+            rest = self._rest(features, left_out).double()
+            counts += experts.bincount(minlength=number)
+            sums.index_add_(0, experts, rest)
+            squares.index_add_(0, experts, rest.square())
+        return present(counts, sums, squares)
+
+    def _score_sums(self, number: int, batches: Batches) -> Tensors:
+        """Return the number of images (K,), and the sums of their mean score and mean squared score (K, 2)."""
+        counts = torch.zeros(number, dtype=torch.float64)
+        moments = torch.zeros(number, 2, dtype=torch.float64)
+        for features, experts, left_out in batches:
+            own = self._distance(self._rest(features, left_out), experts[:, None]).double().flatten(1)  # (B, P)
+            counts += experts.bincount(minlength=number)
+            moments.index_add_(0, experts, torch.stack([own.mean(dim=1), own.square().mean(dim=1)], dim=1))
+        return present(counts, moments)
 
     def _rest(self, features: Tensor, residual: Tensor) -> Tensor:
         explained = to_cells(features, self.cells, grid=self.grid) - residual
@@ -453,6 +465,13 @@ class Detail(nn.Module):
         """
         distance = self._distance(self._rest(features, residual), experts, added)
         return (distance - self.centre[experts][..., None, None]) / self.std[experts][..., None, None]
+
+
+def _pooled(
+    sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]], grid: tuple[int, int], features: Tensor
+) -> Tensors:
+    """Return (n, D, h, w) averaged to cells and flattened, (n, F), for the channels and cells of each view."""
+    return tuple(to_cells(features[:, first:last], cells, grid=grid).flatten(1) for (first, last), cells in sizes)
 
 
 def _room(module: nn.Module, added: int, **shapes: tuple[int, ...]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -9,7 +11,8 @@ from torch import Tensor
 
 from normweave.config import MemoryExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals
-from normweave.heads.memory_bank import coreset, draw_patches
+from normweave.heads.memory_bank import coreset, draw_quota
+from normweave.passes import Batches, Tensors, added
 
 CHUNK = 256  # stored patches that are compared with all others at once
 PRODUCTS = 2**18  # of patches of one image and stored patches, at once: they stay in the processor's cache
@@ -34,6 +37,7 @@ class MemoryExperts(Experts):
     owner: Tensor  # (M,) int64, the expert from whose images the patch is
     usual: Tensor  # (M,) mu(m)
 
+    distributed = True
     default_adaption = "off"
     by_subclass = ()
 
@@ -111,26 +115,16 @@ class MemoryExperts(Experts):
         """Return patches (N, D) of these images, indices into `normals.rows`, and the place of each (N, 3)."""
         most = self.config.max_pool
         own = own[torch.randperm(len(own), generator=generator)[:most].sort().values.numpy()]
-        each = max(1, most // len(own))
-        drawn = [
-            draw_patches(normals.source, normals.rows[row : row + 1], at_most=each, generator=generator) for row in own
-        ]
-        return torch.cat([patches for patches, _ in drawn]), np.concatenate([places for _, places in drawn])
+        quota = torch.full((len(own),), max(1, most // len(own)))
+        return draw_quota(normals.source, normals.rows[own], quota, generator=generator)
 
     def _measure(self, normals: Normals, groups: NDArray[np.int64]) -> Tensor:
         """Return mu of each stored patch (M,); `groups` (M,) are those of the stored patches."""
-        total = torch.zeros(len(self.bank), dtype=torch.float64)
-        count = torch.zeros(len(self.bank), dtype=torch.float64)
-        for batch, features in normals.batches():
-            for row, image in zip(batch, features, strict=True):
-                others = torch.from_numpy(groups != normals.groups[row])
-                if not self.config.shared:
-                    others &= self.owner == int(normals.experts[row])
-                if not others.any():
-                    continue
-                distance, index = self._nearest(image[None], others[None])
-                total.index_add_(0, index.flatten(), distance.flatten().double())
-                count.index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
+        total, count = normals.over(
+            partial(self._distance_sums, torch.from_numpy(groups)),
+            merge=added,
+            aligned=(torch.from_numpy(normals.groups), torch.from_numpy(normals.experts)),
+        )
         if not count.any():  # one group only: no distance to other groups
             return torch.ones(len(self.bank))
         overall = total.sum() / count.sum()
@@ -143,6 +137,22 @@ class MemoryExperts(Experts):
             ]
         )  # (M, 10), itself among them
         return usual[near].mean(dim=1).clamp_min(1e-6).float()
+
+    def _distance_sums(self, stored: Tensor, batches: Batches) -> Tensors:
+        """Return the sum of the distances to each stored patch (M,), whose groups are `stored`, and their number."""
+        total = torch.zeros(len(self.bank), dtype=torch.float64)
+        count = torch.zeros(len(self.bank), dtype=torch.float64)
+        for features, groups, experts in batches:
+            for image, group, expert in zip(features, groups, experts, strict=True):
+                others = stored != group
+                if not self.config.shared:
+                    others &= self.owner == expert
+                if not others.any():
+                    continue
+                distance, index = self._nearest(image[None], others[None])
+                total.index_add_(0, index.flatten(), distance.flatten().double())
+                count.index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
+        return total, count
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Return the distance of every patch to those of each expert, (B, T, 1, h, w)."""

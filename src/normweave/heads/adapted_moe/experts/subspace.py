@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch import Tensor
 from normweave.config import SubspaceExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals, to_cells, to_grid
 from normweave.heads.dfm import principal_components
+from normweave.passes import Tensors
 
 
 class SubspaceExperts(Experts):
@@ -23,6 +26,7 @@ class SubspaceExperts(Experts):
     mean: Tensor  # (K, F)
     components: Tensor  # (K, F, r); columns beyond an expert's own number are zero
 
+    distributed = True
     default_adaption = "off"
 
     def __init__(self, config: SubspaceExpertConfig, *, shape: tuple[int, int, int], unit: float = 1.0) -> None:
@@ -41,17 +45,15 @@ class SubspaceExperts(Experts):
         for expert in range(normals.number):
             own = np.flatnonzero(normals.experts == expert)
             drawn = torch.randperm(len(own), generator=generator)[: self.config.max_images].sort().values.numpy()
-            flat = torch.cat(
-                [self._flat(features[:, None])[:, 0] for _, features in normals.batches(own[drawn])]
-            )  # (n, F)
+            (flat,) = normals.per_image(partial(_flat, self.cells, self.grid), own[drawn])  # (n, F)
             found.append(principal_components(flat, variance=self.config.variance))
         most = max(1, *(components.shape[1] for _, components in found))
         self.mean = torch.stack([mean for mean, _ in found])
         self.components = torch.stack([F.pad(each, (0, most - each.shape[1])) for _, each in found])
 
     def _flat(self, features: Tensor) -> Tensor:
-        pooled = to_cells(features.flatten(0, 1), self.cells, grid=self.grid)  # (B*S, D, cells, cells)
-        return pooled.view(*features.shape[:2], self.mean.shape[1])  # (B, S, F)
+        (flat,) = _flat(self.cells, self.grid, features.flatten(0, 1))  # (B*S, F)
+        return flat.view(*features.shape[:2], self.mean.shape[1])  # (B, S, F)
 
     def forward(self, features: Tensor, experts: Tensor) -> Tensor:
         """Return the residual of every cell, (B, T, 1, h, w)."""
@@ -68,3 +70,8 @@ class SubspaceExperts(Experts):
         cells = squared.sqrt().transpose(0, 1)  # (B, K, cells, cells)
         chosen = experts[..., None, None].expand(*experts.shape, *self.cells)
         return to_grid(cells.gather(1, chosen), (h, w))[:, :, None]
+
+
+def _flat(cells: tuple[int, int], grid: tuple[int, int], features: Tensor) -> Tensors:
+    """Average (N, D, h, w) to cells and flatten to (N, F)."""
+    return (to_cells(features, cells, grid=grid).flatten(1),)

@@ -1,0 +1,71 @@
+"""A fit on a cluster of two nodes is that of one machine, although a node is killed."""
+
+import pytest
+import torch
+
+from clusters import nodes
+from normweave.bridges import ray_features
+from normweave.bridges.ray_fit import sources
+from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
+from normweave.detector import Detector
+from normweave.errors import DataError
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Ray
+]
+CONFIG = Config(
+    data=DataConfig(subclass_from="column", calibration="split"),
+    prepare=PrepareConfig(height=64, width=64),
+    features=TimmConfig(weights="random", strides=(8,), batch_images=4),
+    outcome=OutcomeConfig(false_alarm_rate=0.1, unknown_rate=0.1),
+)
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """Connections to this machine are allowed, unlike in the other tests of this folder."""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with nodes(2) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(ray_features, "TASK_ROWS", 8)
+
+
+def fit(cloth, folder, **options):
+    return Detector.fit(cloth, cache=folder, device="cpu", **{"config": CONFIG} | options)
+
+
+def test_two_nodes_fit_the_detector_of_one_machine_although_one_is_killed(cloth, cluster, tmp_path):
+    """Features stay on the nodes, here in one folder, and the killed node is replaced."""
+    near = fit(cloth, tmp_path / "near")
+    steps = []
+
+    def kill(step, done, total):
+        steps.append(step)
+        if steps.count("statistics of images") == 40:
+            cluster.kill(cluster.nodes.pop(0))
+            cluster.nodes.append(cluster.add())
+
+    with sources(cluster.address) as far_sources:
+        far = fit(cloth, tmp_path / "far", sources=far_sources, progress=kill)
+        assert far_sources.summary == "fitted on the machines of the cluster"
+        assert len(steps) > 40
+        one, other = near.network.tensors(), far.network.tensors()
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():  # the scales of the fusion are quantiles of scores in float32
+            tolerance = 1e-4 if name.startswith("head.fusion.") else 1e-6
+            torch.testing.assert_close(other[name], tensor, rtol=tolerance, atol=1e-6, msg=name)
+        images = sorted(cloth.parent.glob("cloth/*/test/*/*.png"))
+        scores = [[outcome.pred_score for outcome in each.stream(map(str, images))] for each in (near, far)]
+        assert scores[1] == pytest.approx(scores[0], abs=1e-4)
+        assert far.map_threshold == pytest.approx(near.map_threshold, rel=1e-4)
+        limit = r"features of \d+ images take .* GiB, and the caches of 1 machines are limited to 1e-06 GiB .* Add mac"
+        with pytest.raises(DataError, match=limit):
+            fit(cloth, tmp_path / "far", sources=far_sources, cache_gib=1e-6)

@@ -14,15 +14,19 @@ from pyarrow import parquet
 from clusters import nodes
 from normweave.bridges.ray_predict import (
     COMPLETE,
+    MOST_LOSSES,
     RUN,
     Counts,
+    check_losses,
     check_versions,
     check_visible,
+    ending,
     predict,
     suffix_of,
     versions,
 )
 from normweave.cli.predict import find_images
+from normweave.data import stored
 from normweave.detector import Detector
 from normweave.errors import ConfigError, DataError, MissingError, NormweaveError
 from normweave.outcome.table import readable
@@ -50,8 +54,38 @@ def store():
         yield system
 
 
+FATAL = """
+import os, signal
+from fsspec import AbstractFileSystem
+
+class Fatal(AbstractFileSystem):
+    protocol = "fatal"
+
+    def info(self, path, **options):
+        return {"name": path, "type": "file", "size": 1}
+
+    def cat_file(self, path, **options):
+        os.kill(os.getpid(), signal.SIGSEGV)
+"""
+
+
 @pytest.fixture(scope="module")
-def cluster(store):
+def fatal(tmp_path_factory):
+    """Install a store whose package ends the process that reads an image."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "fatal.py").write_text(FATAL)
+    (folder / "fatal-1.dist-info").mkdir()
+    (folder / "fatal-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: fatal\nVersion: 1\n")
+    (folder / "fatal-1.dist-info" / "entry_points.txt").write_text("[fsspec.specs]\nfatal = fatal:Fatal\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+        patch.syspath_prepend(str(folder))
+        fsspec.register_implementation("fatal", "fatal.Fatal")
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(store, fatal):
     with nodes(2) as running:
         yield running
 
@@ -100,10 +134,17 @@ def counts(expected):
 def test_two_nodes_give_the_rows_of_one_machine_although_nodes_are_killed(
     bundle, images, expected, cluster, tmp_path, monkeypatch
 ):
-    """One node is killed after some parts, then the other one, both replaced. The S3 server is moto's."""
+    """One node is killed after some parts, then the other one, both replaced. The S3 server is moto's.
+
+    The last image ends every process that reads it.
+    """
     here = str(Path.cwd())
     monkeypatch.chdir(tmp_path)  # the nodes were started in another folder
     expected = [row | {"error": row["error"] and row["error"].replace(here, str(tmp_path))} for row in expected]
+    error = "fatal://line/1.png: its decoder ended its process with signal 11 (SIGSEGV)."
+    unreadable = next(row for row in expected if row["error"])
+    expected.append(unreadable | {"image_path": "fatal://line/1.png", "error": error})
+    images = [*images, "fatal://line/1.png"]
     output, killed = tmp_path / "r.jsonl", []
 
     def kill(task, done, total):
@@ -181,6 +222,20 @@ def test_a_folder_of_another_run_is_refused(bundle, images, begun, change, resum
     change(begun)
     with pytest.raises(DataError, match=what):
         run(bundle, images, str(begun), Nowhere(), resume=resume)
+
+
+def test_an_image_whose_decoder_ends_its_process_is_found(fatal, photos, tmp_path):
+    (tmp_path / "bad.png").write_text("no image")
+    images = [photos[0], str(tmp_path / "bad.png"), stored.UrlImage("fatal://line/1.png"), photos[1]]
+    assert ending(images) == {2: "fatal://line/1.png: its decoder ended its process with signal 11 (SIGSEGV)."}
+
+
+def test_a_part_that_ends_its_process_again_and_again_ends_the_run():
+    check_losses(MOST_LOSSES - 1, ["a.png", "b.png"])
+    with pytest.raises(
+        NormweaveError, match=r"4 processes of .* the 2 images from a\.png on, and each .* Then resume\."
+    ):
+        check_losses(MOST_LOSSES, ["a.png", "b.png"])
 
 
 def test_other_versions_are_refused():

@@ -68,6 +68,13 @@ def test_paths_pass_the_read_ahead_unchanged(store):
         decode(third)
 
 
+def test_a_refused_image_has_its_path_and_its_reason():
+    image = stored.refused(UrlImage("memory:///bucket/a.png"), "it ended its process.")
+    assert image.path == "memory:///bucket/a.png"
+    with pytest.raises(ImageError, match=r"^it ended its process\.$"):
+        decode(image)
+
+
 def test_an_empty_image_of_a_store_is_named(store):
     store.pipe_file("/bucket/empty.png", b"")
     with pytest.raises(ImageError, match=r"memory:///bucket/empty\.png: empty, 0 bytes"):

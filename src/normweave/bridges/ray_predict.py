@@ -3,7 +3,8 @@
 A task reads, decodes, scores and writes, so that pixels do not pass between processes and as many images are in memory
 as tasks run. A part is a whole number of batches: each image is in the same batch as without Ray, and has the same
 scores. It is written completely or not at all, under the number of its first image. A part that exists is read instead
-of scored, also after the loss of a node or of the cluster: each image has exactly one row.
+of scored, also after the loss of a node or of the cluster: each image has exactly one row. An image that ends the
+process that decodes it has its error, as one that cannot be read.
 """
 
 from __future__ import annotations
@@ -12,10 +13,16 @@ import io
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from itertools import islice
@@ -24,10 +31,11 @@ from typing import Any, NamedTuple
 
 from normweave import __version__, bundle
 from normweave.bridges import ray as session
+from normweave.data import images as image_files
 from normweave.data import stored
 from normweave.data.stored import Folder, ListedImage
 from normweave.detector import Detector
-from normweave.errors import DataError, MissingError, NormweaveError, unknown
+from normweave.errors import DataError, ImageError, MissingError, NormweaveError, unknown
 from normweave.outcome.table import Row, json_line, readable, write_parquet
 from normweave.record import parse_record
 from normweave.types import Outcome, Progress
@@ -41,6 +49,10 @@ RUN = "_run.json"
 COMPLETE = "_complete.json"
 """The counts of a finished run."""
 SUFFIXES = (".jsonl", ".parquet")
+LOSSES = 2
+"""After this many losses of its process on a node, the images of a part are first decoded in a process of their own."""
+MOST_LOSSES = 4
+"""After this many losses on a node, the run ends. Ray itself repeats a task for ever."""
 
 _detectors: dict[tuple[Any, ...], Detector] = {}  # of this worker process
 
@@ -71,6 +83,7 @@ class Counts:
 class Job(NamedTuple):
     """What every task is given."""
 
+    run: str  # a name of its own
     files: Any  # reference to the files of the bundle by name
     bundle_hash: str
     output: str
@@ -127,6 +140,7 @@ def predict(
     if begun is None:
         target.write(RUN, json.dumps(wanted).encode())
     job = Job(
+        run=uuid.uuid4().hex,
         files={name: bundle.read_file(folder, name) for name in bundle.files(folder)}
         | {bundle.RECORD: Path(folder, bundle.RECORD).read_bytes()},
         bundle_hash=wanted["bundle_hash"],
@@ -172,6 +186,16 @@ def check_visible(file: str) -> None:
         raise DataError(
             f"The worker {socket.gethostname()} does not see {file}, which the machine of the command does. Mount the "
             "folder under the same path on every node, or read the images from a store (s3://…)."
+        )
+
+
+def check_losses(losses: int, images: Sequence[ListedImage]) -> None:
+    """Raise NormweaveError if a node has lost too many processes with the same part."""
+    if losses >= MOST_LOSSES:
+        raise NormweaveError(
+            f"{losses} processes of {socket.gethostname()} ended while they scored the {len(images)} images from "
+            f"{os.fspath(images[0])} on, and each image can be decoded. If memory is short, give each task more "
+            "processors (--threads), so that fewer run at once. Then resume."
         )
 
 
@@ -303,14 +327,72 @@ def _part(first: int, images: list[ListedImage], job: Job, *, file: str) -> Coun
         rows = _rows(content, job.suffix, where=f"{job.output}/{name}")
         _check_images(rows, images, first, where=f"{job.output}/{name}")
         return Counts.of(rows)
-    detector = _detector(job)
     if os.path.isdir(job.current_folder):
         os.chdir(job.current_folder)
-    check_visible(file)
-    inputs = stored.fetched(images) if any(map(_in_store, images)) else images
-    rows = [outcome.as_dict() for outcome in detector.stream(inputs)]
+    with _counted(Path(tempfile.gettempdir(), f"normweave-{job.run}-{first}")) as losses:
+        check_losses(losses, images)
+        detector = _detector(job)
+        check_visible(file)
+        inputs = images
+        if losses >= LOSSES:
+            refused = ending(images)
+            inputs = [
+                stored.refused(each, refused[number]) if number in refused else each
+                for number, each in enumerate(images)
+            ]
+        fetched = stored.fetched(inputs) if any(map(_in_store, inputs)) else inputs
+        rows = [outcome.as_dict() for outcome in detector.stream(fetched)]
     target.write(name, _content(rows, job.suffix))
     return Counts.of(rows)
+
+
+@contextmanager
+def _counted(file: Path) -> Iterator[int]:
+    """Yield how many processes of this node ended here before; the file counts them, and this process."""
+    losses = 0
+    with suppress(FileNotFoundError):
+        losses = file.stat().st_size
+    with file.open("ab") as count:
+        count.write(b".")
+    try:
+        yield losses
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def ending(images: Sequence[ListedImage]) -> dict[int, str]:
+    """Return how each of these images that ends the process that decodes it, twice, does so, by its number."""
+    found: dict[int, str] = {}
+    ended: Counter[int] = Counter()
+    start = 0
+    while start < len(images):
+        child = subprocess.run(
+            [sys.executable, "-c", f"from {__name__} import decode_each; decode_each()"],
+            input=json.dumps([stored.as_json(each) for each in images[start:]]),
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+            check=False,
+        )
+        if child.returncode in (0, 1):  # 1: an exception, which the scoring raises again
+            break
+        start += child.stdout.count("\n")
+        ended[start] += 1
+        if ended[start] == 2:
+            code = child.returncode
+            how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"code {code}"
+            found[start] = f"{readable(os.fspath(images[start]))}: its decoder ended its process with {how}."
+            start += 1
+    return found
+
+
+def decode_each() -> None:
+    """Decode the images on stdin, and write a line for each."""
+    for value in json.load(sys.stdin):
+        with suppress(ImageError):
+            image_files.decode(stored.from_json(value))
+        sys.stdout.write("decoded\n")
+        sys.stdout.flush()
 
 
 def _in_store(image: ListedImage) -> bool:

@@ -150,6 +150,11 @@ def _fetch(image: ListedImage) -> ListedImage:
         return _Fetched(image.path, error)
 
 
+def refused(image: ListedImage, reason: str) -> StoredImage:
+    """Return an image that cannot be read, for this reason."""
+    return _Fetched(os.fspath(image), ImageError(reason))
+
+
 def as_json(image: ListedImage) -> Any:
     """Return an image as a JSON value, for another process."""
     return [image.path, image.table, image.row] if isinstance(image, ParquetImage) else os.fspath(image)

@@ -240,6 +240,14 @@ def test_another_model_brings_its_head_and_only_cnc_its_features():
     refused(lambda: settings.with_model(config, "cnn"), "Unknown model 'cnn'", "'cnc'")
 
 
+def test_the_smoothing_is_that_of_the_head_unless_it_is_set():
+    assert Config().smoothing == 1
+    assert settings.override(Config(), ["head.expert.kind=memory"]).smoothing == 4
+    assert settings.with_model(Config(), "patchcore").smoothing == 4
+    assert settings.override(Config(), ["maps.smoothing=2.5"]).smoothing == 2.5
+    assert settings.override(Config(), ["maps.smoothing=0"]).smoothing == 0
+
+
 @pytest.mark.parametrize("features", [TimmConfig(strides=(8,)), OpenClipConfig(), OfflinePairConfig(batch_images=2)])
 def test_features_that_were_chosen_stay(features):
     config = Config(features=features)

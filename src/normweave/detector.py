@@ -157,7 +157,7 @@ class Detector:
     @property
     def smoothing(self) -> float:
         """Standard deviation of the smoothing of anomaly maps, as `maps.upsample` takes it."""
-        return self.config.maps.smoothing
+        return self.config.smoothing
 
     @property
     def calibration(self) -> Calibration | None:

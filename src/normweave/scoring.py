@@ -85,7 +85,7 @@ class TileScores(NamedTuple):
             raw = raw._replace(scores=raw.scores.copy())
             for number, part in under.items():
                 raw.scores[number] = part.fill_cells(raw.scores[number])
-        smooth = maps.upsample(raw.scores, config.prepare.height, config.prepare.width, smoothing=config.maps.smoothing)
+        smooth = maps.upsample(raw.scores, config.prepare.height, config.prepare.width, smoothing=config.smoothing)
         for number, part in under.items():
             smooth[number, ~part.scored] = -np.inf
         peaks = image_score.from_maps(smooth).astype(np.float64)

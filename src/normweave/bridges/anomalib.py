@@ -160,7 +160,7 @@ class InferenceModule(nn.Module):
         assert detector.calibration is not None  # computed by the fit
         self.module = TorchModule(extractor=network.extractor, standard=network.standard, head=network.head)
         _, h, w = network.extractor.shape
-        smooth = config.maps.smoothing
+        smooth = config.smoothing
         for name, cells, pixels in (("rows", h, config.prepare.height), ("columns", w, config.prepare.width)):
             self.register_buffer(name, torch.from_numpy(maps.map_matrix(cells, pixels, smoothing=smooth).copy()))
         points = [detector.calibration.point(k) for k in range(len(detector.subclass_names))]

@@ -77,8 +77,9 @@ class PrepareConfig:
 class MapsConfig:
     """Computation of the anomaly map from the grid of patch scores."""
 
-    smoothing: NaturalFloat = 4.0
-    """Std of the Gaussian in pixels of an input 256 pixels high; it is scaled with the input."""
+    smoothing: NaturalFloat | None = None
+    """Std of the Gaussian in pixels of an input 256 pixels high; it is scaled with the input. None: the default of the
+    head, which is 1 for a fusion of experts and 4 for others; a bundle holds the number."""
 
 
 @checked
@@ -112,6 +113,12 @@ class Config:
         categories = [region.category for region in self.regions]
         twice = sorted({each for each in categories if categories.count(each) > 1})
         check((not twice, f"regions must name each category once, got twice: {', '.join(twice)}"))
+
+    @property
+    def smoothing(self) -> float:
+        """Std of the smoothing of anomaly maps, as `maps.upsample` takes it."""
+        chosen = self.maps.smoothing
+        return self.head.smoothing if chosen is None else chosen
 
     @property
     def model(self) -> str:

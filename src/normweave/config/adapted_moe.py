@@ -8,6 +8,7 @@ from pydantic import Field
 
 from normweave import plugins
 from normweave.config.base import (
+    SMOOTHING,
     BaseHeadConfig,
     Border,
     Cells,
@@ -38,6 +39,8 @@ class BaseExpertConfig:
     as `Class(config, shape=shape, unit=unit)`."""
     border: ClassVar[bool] = True
     """Whether scores near the border are treated, as `head.border` describes."""
+    smoothing: ClassVar[float] = SMOOTHING
+    """Default smoothing of the anomaly map."""
 
     @property
     def members(self) -> tuple[SingleExpertConfig, ...]:
@@ -138,6 +141,7 @@ class FusionExpertConfig:
     """Memory, layout and Gaussian experts, weighted by how well they find synthetic defects in held-out normals."""
 
     border: ClassVar[bool] = True
+    smoothing: ClassVar[float] = 1.0
     kind: Literal["fusion"] = "fusion"
     memory: MemoryExpertConfig = MemoryExpertConfig()
     layout: LayoutExpertConfig = LayoutExpertConfig()
@@ -251,6 +255,11 @@ class AdaptedMoEConfig(BaseHeadConfig):
     expert: Annotated[ExpertConfig, Field(discriminator=DISCRIMINATOR)] = FusionExpertConfig()
     routing: Annotated[RoutingConfig, Field(discriminator="method")] = ClosedFormRoutingConfig()
     adaption: Annotated[AdaptionConfig, Field(discriminator="method")] = PlainAdaptionConfig()
+
+    @property
+    def smoothing(self) -> float:
+        """Default smoothing of the anomaly map, that of the experts."""
+        return self.expert.smoothing
 
     def __post_init__(self) -> None:
         rules: list[tuple[bool, str]] = []

@@ -17,6 +17,8 @@ Variance = InnerShare
 """Share of the variance that the principal components keep."""
 MaxImages = Annotated[int, Field(ge=2)]
 """Largest number of images for the fit, drawn at random; bounds memory."""
+SMOOTHING = 4.0
+"""Smoothing of the anomaly map by default, as `MapsConfig.smoothing`."""
 Projection = NaturalInt
 """Dimensions of the random projection in which the coreset is chosen; 0 = no projection."""
 
@@ -45,3 +47,8 @@ class BaseHeadConfig:
     """Name on the command line."""
     features: ClassVar[type[FeaturesConfig]] = TimmConfig
     """Default features of the head."""
+
+    @property
+    def smoothing(self) -> float:
+        """Default smoothing of the anomaly map."""
+        return SMOOTHING

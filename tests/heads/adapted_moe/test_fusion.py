@@ -13,6 +13,7 @@ from normweave.heads import build
 from normweave.heads.adapted_moe.experts.base import Normals
 from normweave.heads.adapted_moe.fusion import (
     FEWEST_HELD_OUT,
+    LIMIT,
     MOST_OF_CATEGORY,
     Defective,
     Fusion,
@@ -97,6 +98,7 @@ def test_the_maps_of_all_categories_have_one_scale():
     ]
 
     def on_scale(fusion, subclass):
+        fusion.limit.zero_()
         patches = {
             e: torch.tensor(pair).float().expand(1, 2, 1, 2)
             for e, pair in enumerate(zip(*typical[subclass], strict=True))
@@ -126,20 +128,57 @@ def test_the_level_is_the_quantile_at_a_tenth():
 
 
 def test_a_higher_level_than_of_any_normal_image_is_taken_off():
-    """From the image score, as in an image of an unseen subclass; a defect on a part of the image changes nothing."""
+    """As in an image of an unseen subclass; a defect on a part of the image changes nothing."""
     columns = [0.0, 1, 2, 3], [5.0, 6, 7, 9]
     fusion = fused(joined(scored(0, *columns, level=1.0), scored(0, *columns, level=0.5)))
     never = fused(joined(scored(0, *columns), scored(0, *columns)))
     patches = torch.rand(3, 2, 4, 5)  # levels below 1
     patches[1, :, :2] += 8
-    brighter = patches + torch.tensor([0.0, 0.0, 5.0])[:, None, None, None]
+    brighter = patches + torch.tensor([0.0, 0.0, 20.0])[:, None, None, None]
     subclass = torch.zeros(3, dtype=torch.int64)
     maps, scores = fusion({0: brighter, 1: brighter}, subclass)
     excess = (level(brighter[:, 1]) - 1).clamp(min=0)
     assert excess[:2].max() == 0
     corrected = brighter - excess[:, None, None, None]
     torch.testing.assert_close(scores, never({0: corrected, 1: corrected}, subclass)[1])
-    torch.testing.assert_close(maps, never({0: brighter, 1: brighter}, subclass)[0])
+    never.limit.zero_()
+    uncorrected = never({0: brighter, 1: brighter}, subclass)[0]
+    torch.testing.assert_close(maps[:2], uncorrected[:2])
+    torch.testing.assert_close(maps[2], uncorrected[2] - fusion.limit)
+    assert fusion.limit > 0
+
+
+def test_a_map_is_lowered_by_the_excess_of_its_level_up_to_a_limit():
+    """Half of what the highest level of the normal images is above the median level."""
+    first, second = [0.0, 1, 2, 3, 10], [5.0, 5, 6, 7, 9]  # both patches of an image have the same score
+    fusion = fused(scored(0, first, second))
+    highs = [3 + 0.6 * 7, 7 + 0.6 * 2]
+    levels = [
+        0.5 * (a - 2) / (highs[0] - 2) + 0.5 * (b - 6) / (highs[1] - 6) for a, b in zip(first, second, strict=True)
+    ]
+    assert fusion.map_highest[0].item() == pytest.approx(max(levels), rel=1e-5)
+    assert fusion.limit[0].item() == pytest.approx(LIMIT * (max(levels) - np.median(levels)), rel=1e-5)
+    slope = 0.5 / (highs[0] - 2)  # of the fused map by the score of the first expert
+
+    def lowered(above):
+        """What is taken off the map of an image whose level is above the highest one."""
+        patches = {0: torch.full((1, 2, 4, 5), 10 + above / slope), 1: torch.full((1, 2, 4, 5), 9.0)}
+        return max(levels) + above - fusion(patches, torch.tensor([0]))[0][0, 0, 0].item()
+
+    limit = fusion.limit[0].item()
+    expected = [0, 0, limit / 2, limit, limit]
+    assert [lowered(above * limit) for above in (-1, 0, 0.5, 1, 3)] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_limits_of_all_categories_have_the_scale_of_their_maps():
+    narrow = scored(0, [0.0, 2, 4, 6, 20], [10.0, 10, 12, 14, 18], low=0.5)
+    wide = scored(1, [200.0, 600, 1000, 1400, 1800], [100.0, 110, 120, 130, 140], low=0.5)
+    both = fused(joined(narrow, wide), categories=(0, 1))
+    for subclass, own in enumerate((narrow, wide)):
+        maps = {e: torch.from_numpy(own.maps[:, e, None]).repeat(1, 2, 1, 1) for e in range(2)}
+        levels = level(both(maps, torch.full((5,), subclass))[0])  # none of them is above the highest
+        assert both.map_highest[subclass].item() == pytest.approx(levels.max().item(), abs=1e-5)
+        assert both.limit[subclass].item() == pytest.approx(LIMIT * (levels.max() - levels.median()).item(), abs=1e-5)
 
 
 def test_each_category_has_its_own_highest_level():
@@ -415,7 +454,7 @@ def test_a_head_of_a_fold_takes_scales_and_weights_and_fits_its_own_experts(fitt
     one.reuse(fitted)
     assert not len(one.defect_images(part))
     fit(one, part)
-    for name in ("weights", "centre", "spread", "highest", "border.gain", "border.shift"):
+    for name in (*Fusion.by_subclass, "border.gain", "border.shift"):
         own, theirs = (attrgetter(name)(each.fusion) for each in (one, fitted))
         torch.testing.assert_close(own, theirs[1:], rtol=0, atol=0)
         assert not torch.equal(own, theirs[:1])

@@ -24,6 +24,8 @@ MOST_OF_CATEGORY = 200
 """Images of a category that are held out, about; more do not change scales and weights, but need memory and time."""
 LEVEL = 0.1
 """The level of a map is the quantile at this share of its patch scores."""
+LIMIT = 0.5
+"""A map is lowered by at most this share of the range from the median to the highest level of held-out normals."""
 COVERED = 0.5
 """A cell of the grid belongs to a defect that covers this share of it, or as much of it as of any other cell."""
 HIGHEST_AUROC = 0.995
@@ -76,7 +78,7 @@ class Fusion(nn.Module):
     the subclass k that an image is routed to,
 
         score = sum over e of w_ke (score_e - excess_e - median_ke) / (q90_ke - median_ke)
-        map = sum over e of w_ke (map_e - median_ke) / (q90_ke - median_ke) * depth / depth_k
+        map = sum over e of w_ke (map_e - median_ke) / (q90_ke - median_ke) * depth / depth_k - min(excess, limit_k)
 
     where median and q90, the quantile at 0.9, are those of the image scores of held-out normal images of the category
     of k; for the map, those of its maximum. depth_k is how far a typical normal patch is below 0, sum over e of
@@ -84,7 +86,8 @@ class Fusion(nn.Module):
     the subclasses k: maps of all categories have one scale, and that of one category is as if there were no others.
     In an image of an unseen subclass the normal patches have higher scores, too: `excess` is what the level of its
     patch scores, see `level`, is above the highest level of these held-out images, or 0. A defect changes it only if it
-    covers nine tenths of the image.
+    covers nine tenths of the image. From the map, the excess of its own level is taken off. Since there are defects
+    that cover most of an image, it is limited: limit_k is `LIMIT` times the highest level minus the median level.
 
     The weights are proportional to exp(sharpness * logit(AUROC_ke)), with the mean over synthetic defects in held-out
     normal images of the category of `patch_auroc`, by expert e. An expert whose weight is below `smallest_weight` is
@@ -94,9 +97,11 @@ class Fusion(nn.Module):
     weights: Tensor  # (K, E), rows sum to 1
     centre: Tensor  # (K, E, 2) median, of the map's maximum and of the image score
     spread: Tensor  # (K, E, 2) q90 - median; of the map, times depth_k / depth
-    highest: Tensor  # (K, E) highest level
+    highest: Tensor  # (K, E) highest level of the scores whose maximum is the image score
+    map_highest: Tensor  # (K,) highest level of the map
+    limit: Tensor  # (K,) what is taken off a map at most
 
-    by_subclass = ("weights", "centre", "spread", "highest")
+    by_subclass = ("weights", "centre", "spread", "highest", "map_highest", "limit")
 
     def __init__(self, config: FusionExpertConfig, *, border: int) -> None:
         super().__init__()
@@ -107,6 +112,8 @@ class Fusion(nn.Module):
         self.register_buffer("centre", torch.zeros(1, experts, 2))
         self.register_buffer("spread", torch.ones(1, experts, 2))
         self.register_buffer("highest", torch.full((1, experts), torch.inf))
+        self.register_buffer("map_highest", torch.full((1,), torch.inf))
+        self.register_buffer("limit", torch.zeros(1))
         self.record: list[dict[str, Any]] = []
         self.names: tuple[str, ...] = ()  # category of each row of the buffers, known after fit
 
@@ -123,7 +130,7 @@ class Fusion(nn.Module):
         """
         shape = (len(categories), normal.patches.shape[1])
         (weights, highest), (centre, spread) = np.empty((2, *shape)), np.empty((2, *shape, 2))
-        depth = np.empty(len(categories))
+        depth, map_highest, limit = np.empty((3, len(categories)))
         self.record = []
         present, place = np.unique(categories, return_inverse=True)
         maps = [of_category(normal, category).maps for category in present]
@@ -141,23 +148,28 @@ class Fusion(nn.Module):
             members = categories == category
             highest[members] = own.levels.max(axis=0)
             weights[members] = chosen
-            centre[members], spread[members], depth[members] = _scales(own, chosen)
+            centre[members], spread[members], depth[members] = scales = _scales(own, chosen)
+            map_highest[members], limit[members] = _map_levels(own.maps, chosen, *scales[:2])
             found = dict(zip(self.config.use, aurocs.tolist(), strict=True))
             self.record.append(self._note(names[category], own, bad, found, chosen, float(depth[members][0])))
-        spread[:, :, 0] *= (depth / np.median(depth))[:, None]
-        self.weights, self.centre, self.spread, self.highest = (
-            torch.from_numpy(each).float() for each in (weights, centre, spread, highest)
-        )
+        relative = depth / np.median(depth)
+        spread[:, :, 0] *= relative[:, None]
+        self._set(weights, centre, spread, highest, map_highest / relative, limit / relative)
         self.names = tuple(names[category] for category in categories)
 
     def copy(self, fitted: Fusion, categories: Sequence[str]) -> None:
         """Take scales and weights of a fusion that was fitted to these categories, one for each subclass, or more."""
         rows = [fitted.names.index(name) for name in categories]
-        self.weights, self.centre, self.spread, self.highest = (
-            each[rows].clone() for each in (fitted.weights, fitted.centre, fitted.spread, fitted.highest)
-        )
+        for name in self.by_subclass:
+            setattr(self, name, getattr(fitted, name)[rows].clone())
         self.border.copy(fitted.border, rows)
         self.names = tuple(categories)
+
+    def _set(self, *rows: NDArray[np.float64], appended: bool = False) -> None:
+        """Set the buffers in `by_subclass` to these rows, or append them."""
+        for name, values in zip(self.by_subclass, rows, strict=True):
+            new = torch.from_numpy(values).float()
+            setattr(self, name, torch.cat([getattr(self, name), new]) if appended else new)
 
     def _scaled(
         self, patches: NDArray[np.float32], owners: NDArray[np.int64], categories: NDArray[np.int64]
@@ -200,8 +212,9 @@ class Fusion(nn.Module):
         highest[used] = normal.levels.max(axis=0)
         centre[used], spread[used], own_depth = _scales(normal, weights[used])
         spread[:, 0] *= 1 if depth is None else own_depth / depth
-        for name, row in (("weights", weights), ("centre", centre), ("spread", spread), ("highest", highest)):
-            setattr(self, name, torch.cat([getattr(self, name), torch.from_numpy(row).float()[None]]))
+        map_levels = _map_levels(normal.maps, weights[used], centre[used], spread[used])
+        rows = (weights, centre, spread, highest, *map(np.asarray, map_levels))
+        self._set(*(row[None] for row in rows), appended=True)
         found = dict(zip((self.config.use[e] for e in used), aurocs.tolist(), strict=True))
         self.record.append(self._note(category, normal, defective, found, weights, own_depth))
 
@@ -256,7 +269,9 @@ class Fusion(nn.Module):
             excess = (level(each[:, 1]) - self.highest[subclass, e]).clamp(min=0)
             maps.append((each[:, 0] - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None])
             images.append((each[:, 1].amax(dim=(1, 2)) - excess - centre[:, e, 1]) * factor[:, e, 1])
-        return torch.stack(maps).sum(dim=0), torch.stack(images).sum(dim=0)
+        fused = torch.stack(maps).sum(dim=0)
+        excess = (level(fused) - self.map_highest[subclass]).clamp(min=0)
+        return fused - torch.minimum(excess, self.limit[subclass])[:, None, None], torch.stack(images).sum(dim=0)
 
 
 def _aurocs(normal: HeldOut, defective: Defective | None) -> NDArray[np.float64]:
@@ -273,6 +288,21 @@ def _scales(normal: HeldOut, weights: NDArray[np.float64]) -> tuple[NDArray[np.f
     wide = np.maximum(high - median, 1e-6)
     low = np.median(normal.maps, axis=(0, 2, 3))  # (E,)
     return median, wide, max(float(weights @ ((median[:, 0] - low) / wide[:, 0])), 1e-6)
+
+
+def _map_levels(
+    maps: NDArray[np.float32], weights: NDArray[np.float64], centre: NDArray[np.float64], spread: NDArray[np.float64]
+) -> tuple[float, float]:
+    """Return the highest level of the fused maps of normal images, and what is taken off a map at most.
+
+    Args:
+        maps: (m, E, h, w).
+        weights: (E,).
+        centre, spread: (E, 2).
+    """
+    scaled = (maps - centre[:, 0, None, None]) * (weights / spread[:, 0])[:, None, None]
+    levels = level(torch.from_numpy(scaled.sum(axis=1))).numpy()  # (m,)
+    return float(levels.max()), LIMIT * float(levels.max() - np.median(levels))
 
 
 def level(maps: Tensor) -> Tensor:

@@ -98,8 +98,10 @@ def test_images_that_do_not_show_the_part_are_refused_with_the_reason():
     reference = printed()
     aligner = regions.aligner(region("rigid", reference))
     limits = Limits.of([Placement(0, 0, 0, 0.9, 1.0), Placement(0, 0, 0, 0.8, 0.97)])
-    assert limits == (0.4, pytest.approx(0.92), 2)
-    with pytest.raises(ImageError, match=r"no position was found|at least 0\.40 is needed, from 2 held-out normal"):
+    assert limits == (0.4, pytest.approx(0.92), 2, 1.0)
+    with pytest.raises(
+        ImageError, match=r"no position was found|in another place|at least 0\.40 is needed, from 2 held-out normal"
+    ):
         limits.check(aligner.place(printed(seed=5)))
     with pytest.raises(ImageError, match=r"shows 60% of its region of interest, at least 92% is needed"):
         limits.check(Placement(0, 0, 0, 0.9, 0.6))
@@ -109,7 +111,50 @@ def test_images_that_do_not_show_the_part_are_refused_with_the_reason():
         aligner.place(np.ascontiguousarray(reference.swapaxes(0, 1)))
     out, _ = moved(reference, 70, 0, 0)
     assert aligner.place(np.ascontiguousarray(out)).overlap == pytest.approx(0.75, abs=0.03)
-    assert Limits.of([Placement(0, 0, 0, 0.1, 0.1)]) == (alignment.LEAST_CORRELATION, alignment.LEAST_OVERLAP, 1)
+    assert Limits.of([Placement(0, 0, 0, 0.1, 0.1)]) == (alignment.LEAST_CORRELATION, alignment.LEAST_OVERLAP, 1, 1.0)
+
+
+def biscuit(*, seed):
+    """A round part whose edge is that of all others, and whose grain is its own."""
+    rows, columns = np.mgrid[:150, :150] - np.array([75, 75])[:, None, None]
+    grain = printed((150, 150), seed=seed)[..., 0]
+    inside = np.hypot(rows, columns) < 50
+    grey = np.where(inside, 120 + (grain - 128.0) * 0.5, 30).clip(0, 255).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def test_a_round_part_of_any_rotation_is_refused_and_not_placed_wrongly():
+    include = ShapesConfig(rectangles=((0.1, 0.1, 0.8, 0.8),))
+    aligner = regions.aligner(region("rigid", biscuit(seed=0), include))
+    assert aligner.place(biscuit(seed=0)).rotation == pytest.approx(0, abs=0.3)
+    other = aligner.place(biscuit(seed=1))
+    with pytest.raises(ImageError, match=r"almost as well in another place \(.*, at most 80% .* needs align=none"):
+        alignment.FEWEST.check(other)
+
+
+def test_a_part_with_one_place_in_each_held_out_image_is_not_refused_for_another():
+    clear, unclear = Placement(0, 0, 0, 0.9, 1.0, 0.5), Placement(0, 0, 0, 0.9, 1.0, 0.7)
+    assert [Limits.of(each).rival for each in ([clear, clear], [clear, unclear])] == [1.0, alignment.MOST_RIVAL]
+    Limits.of([clear]).check(clear._replace(rival=0.99))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("align", ["rigid", "translation"])
+def test_real_biscuits_are_refused_and_not_placed_far_from_where_they_are(data_root, align):
+    """All of them lie within a tenth of the image of each other; rotations mean nothing, so nearly all are refused."""
+    first, *paths = sorted((data_root / "cookie" / "images" / "good").glob("*"))
+    aligner = regions.aligner(region(align, images.decode(first)))
+    placed = []
+    for path in paths[:16]:
+        image = images.decode(path)
+        try:
+            place = aligner.place(image)
+            alignment.FEWEST.check(place)
+        except ImageError:
+            continue
+        placed.append(max(abs(place.shift_x), abs(place.shift_y)) / max(image.shape))
+    assert len(placed) < {"rigid": 4, "translation": 12}[align]
+    assert max(placed) < 0.1
 
 
 def test_an_image_that_opencv_cannot_move_is_refused():

@@ -1,5 +1,7 @@
 """A bit of a PLC as a trigger, with a Modbus server of pymodbus in another process."""
 
+import time
+
 import pytest
 
 from feeders import Plc, free_port, until
@@ -38,6 +40,7 @@ def test_each_rise_counts_once_and_a_high_level_at_the_start_does_not(plc, signa
     plc.write(signal, 1 << bit)
     edges = RisingEdges(config(plc, signal=signal, address=8, bit=bit))
     edges.start()
+    time.sleep(0.1)  # some polls of a level that is high
     for _ in range(2):
         plc.pulse(signal, 1 << bit)
     assert counted(edges, 2)

@@ -4,7 +4,8 @@ Both images are shrunk to 256 pixels, and each pixel is divided by the local con
 The part of the reference is compared with every position of the image (and every 4 degrees) by the normalized
 cross-correlation of the pixels under it alone; the best positions are refined by the enhanced correlation coefficient
 (Evangelidis and Psarakis 2008). So pixels outside of the part have no influence unless they resemble it more than the
-part does.
+part does. `Limits` can refuse an image in which another rotation (or another position, without rotations) fits almost
+as well: a wrong place is worse than none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import base64
 import binascii
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ REFINED = ((9, 30), (5, 60))
 """Side of the blur in pixels, and number of steps, of each refinement."""
 LONGEST = 32_766
 """Longest side of an image that OpenCV can move."""
-LEAST_CORRELATION = 0.15
+LEAST_CORRELATION = 0.2
 """Below it, no position was found."""
 LEAST_OVERLAP = 0.5
 """Share of the region that must lie in the image."""
@@ -54,6 +55,16 @@ LESS_OVERLAP = 0.05
 """The limit of the overlap is this much below the lowest one of held-out normal images."""
 KEY = "alignment"
 """What the record of a detector holds of the limits of each region that follows the part, by category."""
+ANOTHER_PLACE = 1 / 8
+"""Shift from which on a position is another one, as share of the longer side."""
+ANOTHER_ROTATION = 3 * DEGREES
+"""Degrees from which on a rotation is another one."""
+MOST_RIVAL = 0.8
+"""Share of the highest correlation that another place may reach; round parts of any rotation reach 0.83 and more."""
+CLEAR_RIVAL = 0.6
+"""If no held-out normal image has more, the part has one place in each image, and images are not compared with it."""
+SURE_CORRELATION = 0.4
+"""Without rotations, another position counts below this correlation: repeated print may be like the part."""
 LEAST_SELF = 0.9
 """Correlation of a reference with itself, below which it has too little structure."""
 
@@ -73,6 +84,8 @@ class Placement(NamedTuple):
     """Of the part with the reference, -1 to 1, after removing the local contrast."""
     overlap: float
     """Share of the region that lies in the image."""
+    rival: float = 0.0
+    """Share of the highest correlation that another rotation reaches, or another position without rotations."""
 
     def matrix(self, height: int, width: int) -> Matrix:
         """Return the transform (2, 3) of points (x, y) of the reference to points of an image of this size."""
@@ -87,7 +100,7 @@ class Placement(NamedTuple):
 
     def as_outcome(self) -> dict[str, Any]:
         """Return the fields of an outcome that hold it."""
-        return {name: value for name, value in self._asdict().items() if name != "overlap"}
+        return {name: value for name, value in self._asdict().items() if name not in ("overlap", "rival")}
 
     def resized(self, old: tuple[int, int], new: tuple[int, int]) -> Placement:
         """Return the placement in the image after it was resized from one (height, width) to another."""
@@ -106,6 +119,8 @@ class Limits(NamedTuple):
     overlap: float
     images: int = 0
     """Held-out normal images from which the limits were computed."""
+    rival: float = 1.0
+    """The highest `rival`; 1: any."""
 
     @classmethod
     def of(cls, placements: Iterable[Placement]) -> Limits:
@@ -113,7 +128,8 @@ class Limits(NamedTuple):
         found = list(placements)
         lowest = min(each.correlation for each in found)
         overlap = min(each.overlap for each in found) - LESS_OVERLAP
-        return cls(max(LEAST_CORRELATION, SHARE_OF_LOWEST * lowest), max(LEAST_OVERLAP, overlap), len(found))
+        rival = MOST_RIVAL if max(each.rival for each in found) > CLEAR_RIVAL else 1.0
+        return cls(max(LEAST_CORRELATION, SHARE_OF_LOWEST * lowest), max(LEAST_OVERLAP, overlap), len(found), rival)
 
     def check(self, placement: Placement) -> None:
         """Check that an image fits.
@@ -129,6 +145,13 @@ class Limits(NamedTuple):
                 f"if it is moved by up to {MOST_SHIFT:.0%} of the longer side of the image, and turned by up to "
                 f"{MOST_DEGREES} degrees with align=rigid."
             )
+        if placement.rival > self.rival:
+            raise ImageError(
+                f"shows the part of the reference image of its region almost as well in another place ("
+                f"{placement.rival:.0%} of the correlation of {placement.correlation:.2f}, at most {self.rival:.0%} is "
+                "allowed), so that its place is not known. Check that the camera shows this product. A part without "
+                "edges or print that all good parts have, or a round part of any rotation, needs align=none."
+            )
         if placement.overlap < self.overlap:
             raise ImageError(
                 f"shows {placement.overlap:.0%} of its region of interest, at least {self.overlap:.0%} is needed"
@@ -136,7 +159,7 @@ class Limits(NamedTuple):
             )
 
 
-FEWEST = Limits(LEAST_CORRELATION, LEAST_OVERLAP)
+FEWEST = Limits(LEAST_CORRELATION, LEAST_OVERLAP, rival=MOST_RIVAL)
 """The limits until some were computed."""
 
 
@@ -181,6 +204,27 @@ def decode_reference(text: str) -> NDArray[np.uint8]:
             f"The reference of a region must be a PNG image as base64 text, got {text[:40]!r}…: {error}. "
             "Write it with: normweave data roi IMAGE -o regions.json --align rigid"
         ) from error
+
+
+class _Found(NamedTuple):
+    """Where the part of the reference was found in a shrunk image."""
+
+    correlation: float
+    matrix: Matrix
+    """Transform (2, 3) of the reference to the image."""
+    rival: float
+    """As `Placement.rival`."""
+
+
+class _Peak(NamedTuple):
+    """The best position of a template in a coarse image."""
+
+    correlation: float
+    degrees: int
+    matrix: Matrix
+    """Transform (3, 3) of the coarse reference to the coarse image."""
+    rival: float
+    """Highest correlation at another position."""
 
 
 class _Template(NamedTuple):
@@ -229,7 +273,8 @@ class Aligner:
         """
         found = cls(reference, inside, rigid=rigid)
         place = found._find(reference)
-        if place is None or place[0] < LEAST_SELF or np.abs(place[1] - np.eye(2, 3)).max() > 1:
+        at_home = place is not None and np.abs(place.matrix - np.eye(2, 3)).max() <= 1
+        if place is None or not at_home or place.rival > MOST_RIVAL or place.correlation < LEAST_SELF:
             raise ConfigError(
                 "The region shows too little structure in its reference image to be found in other images. Draw it "
                 "around edges or print in two directions over a sharp image, or use align=none."
@@ -262,11 +307,11 @@ class Aligner:
                 "does not show the part of the reference image of its region: no position was found. Check that the "
                 "camera shows this product, in focus and not too dark."
             )
-        correlation, matrix = found
+        correlation, matrix, rival = found
         centre = np.array([(self._size[1] - 1) / 2, (self._size[0] - 1) / 2, 1.0])
         shift = (matrix @ centre - centre[:2]) * [width / self._size[1], height / self._size[0]]
-        degrees = math.degrees(math.atan2(matrix[1, 0], matrix[0, 0])) if self._rigid else 0.0
-        placement = Placement(float(shift[0]), float(shift[1]), degrees, correlation, 1.0)
+        degrees = _degrees(matrix) if self._rigid else 0.0
+        placement = Placement(float(shift[0]), float(shift[1]), degrees, correlation, 1.0, rival)
         return placement._replace(overlap=self._overlap(matrix))
 
     def _structure(self, grey: NDArray[np.uint8], inside: NDArray[np.uint8] | None = None) -> NDArray[np.float32]:
@@ -298,12 +343,12 @@ class Aligner:
         matrix[:, 2] -= [columns[0], rows[0]]
         return _Template(degrees, np.ascontiguousarray(pixels[box]), np.ascontiguousarray(turned[box]), matrix)
 
-    def _candidates(self, image: NDArray[np.float32]) -> list[Matrix]:
-        """Return the best transforms (3, 3) of the reference to the image (h, w); rotations that differ enough."""
+    def _peaks(self, image: NDArray[np.float32]) -> list[_Peak]:
+        """Return the best position of each template in the image (h, w), the best template first."""
         cv = self._cv
         coarse = cv.resize(image, self._coarse_size[::-1], interpolation=cv.INTER_AREA)
         margin = math.ceil(MOST_SHIFT * max(self._coarse_size))
-        found: list[tuple[float, int, Matrix]] = []
+        found: list[_Peak] = []
         for template in self._templates:
             down, right = (
                 margin + max(0, own - side) for own, side in zip(template.pixels.shape, coarse.shape, strict=True)
@@ -314,20 +359,37 @@ class Aligner:
             row, column = np.unravel_index(int(match.argmax()), match.shape)
             matrix = np.vstack([template.matrix, [0, 0, 1]])
             matrix[:2, 2] += [column - right, row - down]
-            found.append((float(match[row, column]), template.degrees, matrix))
-        found.sort(key=lambda each: -each[0])  # stable
-        chosen: list[tuple[float, int, Matrix]] = []
-        for each in found:
-            if all(abs(each[1] - other[1]) >= 3 * DEGREES for other in chosen):
+            rows, columns = np.ogrid[: match.shape[0], : match.shape[1]]
+            away = np.hypot(rows - row, columns - column) >= ANOTHER_PLACE * max(self._coarse_size)
+            rival = float(match.max(initial=-1.0, where=away))
+            found.append(_Peak(float(match[row, column]), template.degrees, matrix, rival))
+        return sorted(found, key=lambda each: -each.correlation)  # stable
+
+    def _candidates(self, peaks: Sequence[_Peak]) -> list[Matrix]:
+        """Return the best transforms (3, 3) of the reference to an image (h, w); rotations that differ enough."""
+        chosen: list[_Peak] = []
+        for each in peaks:
+            if all(abs(each.degrees - other.degrees) >= ANOTHER_ROTATION for other in chosen):
                 chosen.append(each)
         scale = [own / side for own, side in zip(self._size, self._coarse_size, strict=True)]
         to_fine = np.array([[scale[1], 0, (scale[1] - 1) / 2], [0, scale[0], (scale[0] - 1) / 2], [0, 0, 1]])
-        return [to_fine @ matrix @ np.linalg.inv(to_fine) for _, _, matrix in chosen[:BEST]]
+        return [to_fine @ each.matrix @ np.linalg.inv(to_fine) for each in chosen[:BEST]]
 
-    def _find(self, grey: NDArray[np.uint8]) -> tuple[float, Matrix] | None:
-        """Return the correlation and the transform (2, 3) of the reference to an image (h, w); None: no position."""
+    def _rival(self, peaks: Sequence[_Peak], correlation: float, degrees: float) -> float:
+        """Return `Placement.rival`; `correlation` and `degrees` are those that were found."""
+        best = peaks[0].correlation
+        if best <= 0:
+            return 1.0
+        if not self._rigid:
+            return 0.0 if correlation >= SURE_CORRELATION else max(0.0, peaks[0].rival / best)
+        others = (each.correlation for each in peaks if abs(each.degrees - degrees) >= ANOTHER_ROTATION)
+        return max(0.0, max(others, default=0.0) / best)
+
+    def _find(self, grey: NDArray[np.uint8]) -> _Found | None:
+        """Return where the part is in an image (h, w); None: no position."""
         image = self._structure(grey)
-        found = [self._refined(image, self._reference, each) for each in self._candidates(image)]
+        peaks = self._peaks(image)
+        found = [self._refined(image, self._reference, each) for each in self._candidates(peaks)]
         best = max((each for each in found if each is not None), key=lambda each: each[0], default=None)
         if best is None:
             return None
@@ -335,7 +397,10 @@ class Aligner:
         size = (grey.shape[1], grey.shape[0])
         under = self._cv.warpAffine(self._inside, best[1][:2], size, flags=self._cv.INTER_NEAREST)
         own = self._refined(self._structure(grey, under), self._part, best[1])
-        return None if own is None or not self._near(own[1]) else (own[0], own[1][:2])
+        if own is None or not self._near(own[1]):
+            return None
+        correlation, matrix = own
+        return _Found(correlation, matrix[:2], self._rival(peaks, correlation, _degrees(matrix)))
 
     def _refined(
         self, image: NDArray[np.float32], reference: NDArray[np.float32], start: Matrix
@@ -370,7 +435,7 @@ class Aligner:
         """Return whether a transform (3, 3) moves and turns by what is allowed, and a little more."""
         centre = np.array([(self._size[1] - 1) / 2, (self._size[0] - 1) / 2, 1.0])
         moved = np.abs(matrix @ centre - centre).max()
-        turned = abs(math.degrees(math.atan2(matrix[1, 0], matrix[0, 0])))
+        turned = abs(_degrees(matrix))
         # The rotation is around the centre of the image, so that the part itself may be moved by less than its shift.
         return bool(moved <= 2 * MOST_SHIFT * max(self._size) and turned <= MOST_DEGREES + DEGREES)
 
@@ -414,6 +479,10 @@ def to_image(values: NDArray[Any], placement: Placement | None) -> NDArray[Any]:
         borderMode=cv.BORDER_CONSTANT if boolean else cv.BORDER_REPLICATE,
     )
     return np.asarray(moved > 0 if boolean else moved)
+
+
+def _degrees(matrix: Matrix) -> float:
+    return math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))
 
 
 @lru_cache(maxsize=32)

@@ -98,7 +98,9 @@ def predict(
     if ray is not None:
         refused = {"--maps": maps, "--part": part, "--views": views, "--view-bundle": view_bundle, "--shard": shard}
         return predict_on_ray(terminal, bundle, images or [], list_, output, ray, resume=resume, refused=refused)
-    if output is not None and "://" in output:
+    from normweave.data.stored import fetched, is_url
+
+    if output is not None and is_url(output):
         raise ConfigError(f"--output {output} is a URL, which needs --ray. Give a path, or add --ray local.")
     table = None if output is None else Path(output)
 
@@ -123,7 +125,6 @@ def predict(
     if shard is not None and parts.are_named:
         raise ConfigError("--shard would divide the images of a part between runs. Leave out --shard or the parts.")
 
-    from normweave.data.stored import fetched
     from normweave.detector import Detector
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)

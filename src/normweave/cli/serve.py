@@ -146,6 +146,7 @@ def serve(
         raise MissingError(
             f'The server needs {error.name}, which is not installed: pip install "normweave[serve]"'
         ) from error
+    from normweave.data.stored import is_url
     from normweave.detector import Detector
 
     if no_token and not is_loopback(host):
@@ -198,7 +199,7 @@ def serve(
         files: ImageStore
         if images is None:
             files = Files(folder / server.FILES)
-        elif "://" in images:
+        elif is_url(images):
             files = ObjectFiles(images)
         else:
             files = Files(Path(images), shared=True)

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from normweave.atomic import write_atomically
+from normweave.data.stored import is_url
 from normweave.detector import Detector
 from normweave.drift import reference, stream
 from normweave.drift.causes import Finding, findings
@@ -39,7 +40,7 @@ def open_store(place: str) -> Store:
     Raises:
         DataError: there is none.
     """
-    if "://" in place:
+    if is_url(place):
         return Store.open(place, migrate=False)
     path = Path(place) / DATABASE
     if not path.is_file():

@@ -23,4 +23,8 @@ class Together(Generic[T]):
     def add(self, item: T) -> list[T]:
         """Add an item, and return all of them with the last one; before, none."""
         self._items.append(item)
-        return self._items if len(self._items) == self._count else []
+        if len(self._items) < self._count:
+            return []
+        # Nothing is kept: an item that refers to this object would stay in memory until the garbage collection.
+        items, self._items = self._items, []
+        return items

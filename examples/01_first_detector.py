@@ -20,7 +20,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         cloth = Path(folder) / "cloth"
         make_textures(cloth, size=(128, 128), train_images=60, test_images=0, defect_images=0, seen=[CLOTH], unseen=[])
-        detector = Detector.fit(cloth, config=config, use_cache=False)
+        detector = Detector.fit(cloth, config=config, cache=Path(folder) / "features")
         detector.save(Path(folder) / "cloth.bundle")
         detector = Detector.load(Path(folder) / "cloth.bundle")
 

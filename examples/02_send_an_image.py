@@ -80,7 +80,7 @@ def make_bundle(folder: Path) -> Path:
     config = replace(Config(), prepare=PrepareConfig(height=128, width=128))
     cloth = folder / "cloth"
     make_textures(cloth, size=SIZE, train_images=60, test_images=0, defect_images=0, seen=[CLOTH], unseen=[])
-    return Detector.fit(cloth, config=config, use_cache=False).save(folder / "cloth.bundle")
+    return Detector.fit(cloth, config=config, cache=folder / "features").save(folder / "cloth.bundle")
 
 
 @contextmanager

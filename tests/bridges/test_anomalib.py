@@ -21,6 +21,13 @@ from .conftest import config_for, predicted, quiet_engine, to_test
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.fixture(autouse=True)
+def features(monkeypatch, tmp_path):
+    """The folder of the feature cache, which is not the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "normweave"
+
+
 def folder_of(samples) -> Folder:
     """anomalib's own data module over one textile, which reads the files itself."""
     home = samples[0].image_path.parents[2]
@@ -46,12 +53,13 @@ def folder_of(samples) -> Folder:
         pytest.param("adapted-moe", ("data.subclass_from=auto", "head.max_subclasses=2"), marks=pytest.mark.slow),
     ],
 )
-def test_our_model_gives_the_scores_of_our_detector_in_the_engine(name, further, textiles, tmp_path):
+def test_our_model_gives_the_scores_of_our_detector_in_the_engine(name, further, textiles, tmp_path, features):
     data = folder_of(textiles(64))
     model = NormweaveModel(config_for(name, *further))
     engine = quiet_engine(tmp_path)
 
     engine.fit(model, datamodule=data)
+    assert list(features.glob("**/*.f16")), "the features were not cached"
     (metrics,) = engine.test(model, datamodule=data, verbose=False)
     batches = engine.predict(model, datamodule=data)
 

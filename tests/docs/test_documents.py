@@ -164,7 +164,7 @@ def test_python_blocks_run(path, tmp_path, monkeypatch, request):
     make_textures(
         tmp_path / "cloth",
         size=(64, 64),
-        train_images=40,
+        train_images=24,
         test_images=0,
         defect_images=0,
         seen=[textile],

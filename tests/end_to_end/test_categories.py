@@ -26,7 +26,7 @@ def bundle(data_root: Path, textiles: Path, feature_cache: Path, tmp_path_factor
     folder = tmp_path_factory.mktemp("categories")
     tiles = read(data_root / "magnetic-tiles", DataConfig(subclass=("exp1", "exp3")), layout="magnetic_tiles")
     few = {sample.group for sample in tiles if sample.label == "normal"}
-    few = set(sorted(few)[:40])
+    few = set(sorted(few)[:24])
     write_manifest([sample for sample in tiles if sample.group in few], folder / "tiles.csv")
     call("data", "manifest", folder / "tiles.csv", textiles, "-o", folder / "all.csv", "--json")
     (trained,) = call(

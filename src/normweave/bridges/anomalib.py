@@ -87,7 +87,7 @@ class NormweaveModel(MemoryBankMixin, AnomalibModule):  # type: ignore[misc]
         """
         paths = sorted(self._paths)  # independent of the order of the epoch
         with torch.inference_mode(False), torch.enable_grad():  # Lightning may call it during a validation
-            self._use(fitting.fit(paths, config=self.config, use_cache=False, device=self.device.type))
+            self._use(fitting.fit(paths, config=self.config, device=self.device.type))
 
     def _use(self, detector: Detector) -> None:
         self.detector = detector

@@ -78,7 +78,7 @@ def fit(
         model: the name of a model, which overrides the head of the config; see `settings.model_names`.
         subclass_from: overrides `config.data.subclass_from`.
         cache: folder of the feature cache; default: the user's cache folder.
-        use_cache: if False, features are computed anew at every pass over the images.
+        use_cache: if False, features are computed again at each pass over the images, about fourteen: for a small disk.
         cache_gib: largest size of the feature cache in GiB.
         work: folder for the checkpoints of the training, from which `resume` continues.
         device: auto, cpu, cuda or cuda:N.

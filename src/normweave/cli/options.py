@@ -34,7 +34,9 @@ Ray = Annotated[
         show_default=False,
     ),
 ]
-NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not cache features on disk.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Do not cache features on disk; training takes several times as long.")
+]
 
 
 def chosen(names: list[str] | None) -> tuple[str, ...]:

@@ -8,7 +8,6 @@ from typing import Annotated, get_args
 import typer
 
 from normweave.cli import options
-from normweave.cli.parts import parse_view_bundles
 from normweave.cli.terminal import ALL_NORMAL, Terminal
 from normweave.errors import ConfigError, DataError, MissingError, unknown
 
@@ -126,6 +125,7 @@ def serve(
         raise DataError(f"The folder {watch} does not exist. Create it, or leave out --watch.")
     try:
         from normweave import serve as server
+        from normweave.cli.parts import parse_view_bundles
         from normweave.serve import line_config, outputs, process
         from normweave.serve.access import Access
         from normweave.serve.authentication import is_loopback

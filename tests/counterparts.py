@@ -35,7 +35,7 @@ from normweave.serve.verdict_codes import GOOD
 from normweave.types import PartReason
 from required import absent
 
-SOON = 20.0
+SOON = 60.0
 """Seconds until something must have happened."""
 
 
@@ -487,7 +487,7 @@ class OpcuaClient(Counterpart):
             await asyncio.sleep(0.05)
 
     async def _session(self):
-        client = asyncua.Client(f"opc.tcp://127.0.0.1:{self.proxy.port}/normweave", timeout=1, watchdog_intervall=0.2)
+        client = asyncua.Client(f"opc.tcp://127.0.0.1:{self.proxy.port}/normweave", timeout=3, watchdog_intervall=0.5)
         client.set_user("line")
         client.set_password(OPCUA_PASSWORD)
         events = asyncio.Queue()

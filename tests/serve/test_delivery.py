@@ -107,6 +107,21 @@ def test_a_message_without_an_answer_ends_the_connection(station, script, begin)
     until(lambda: script.taken == ids)
 
 
+def test_an_output_can_have_more_time_to_connect_than_to_deliver(station, begin):
+    class Slow(Script):
+        connect_seconds = 20.0
+
+        async def connect(self):
+            await super().connect()
+            await asyncio.sleep(2 * self.config.timeout_seconds)
+
+    slow = Slow()
+    begin(slow)
+    ids = station.add(1)
+    until(lambda: slow.taken == ids)
+    assert slow.steps == ["connect"]
+
+
 def test_one_output_does_not_wait_for_another(station, script, begin):
     slow = Script(name="slow")
     slow.hangs = True

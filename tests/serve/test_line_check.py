@@ -68,3 +68,12 @@ def test_each_source_is_tested_and_what_came_or_is_wrong_is_told(tmp_path, photo
     assert top.text.startswith("first image after")
     assert "There is no video file" in film.error
     assert check_sources(LineConfig()) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries of asyncua
+def test_an_opcua_server_has_more_time_to_start_than_to_answer(monkeypatch):
+    monkeypatch.setenv("SCADA", "a password")
+    login = {"username": "line", "password_env": "SCADA", "security": "none"}
+    output = make("opcua", host="127.0.0.1", port=free_port(), timeout_seconds=0.01, **login)
+    (found,) = check_outputs(LineConfig(outputs=(output.config,)))
+    assert found.error is None

@@ -312,7 +312,7 @@ class _Follower:
         seconds = self.output.config.timeout_seconds
         while True:
             try:
-                await self._limited(seconds, self.output.connect(), "connect")
+                await self._limited(self.output.connect_seconds, self.output.connect(), "connect")
                 self.connected = True
                 async with asyncio.TaskGroup() as group:
                     beating = group.create_task(self._beat())

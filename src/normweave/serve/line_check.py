@@ -64,10 +64,10 @@ async def _check(config: outputs.OutputConfig, line: str) -> LineCheck:
     except NormweaveError as failure:
         return LineCheck(name=config.name, type=config.type, error=" ".join(str(failure).split()))
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(output.connect_seconds):
             await output.check()
     except TimeoutError:
-        error = f"no answer within {seconds:g} s. {output.cure}"
+        error = f"no answer within {output.connect_seconds:g} s. {output.cure}"
     except Exception as failure:
         text = " ".join(reason(failure).split())
         error = f"{text}." if output.cure.rstrip(".") in text else f"{text}. {output.cure}"

@@ -95,6 +95,11 @@ class Output(ABC):
         self.line = line
 
     @property
+    def connect_seconds(self) -> float:
+        """Time limit to connect."""
+        return float(self.config.timeout_seconds)
+
+    @property
     def deliver_seconds(self) -> float:
         """Time limit to deliver a message."""
         return float(self.config.timeout_seconds)

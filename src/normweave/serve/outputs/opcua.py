@@ -28,6 +28,8 @@ from normweave.validation import PositiveFloat, check, checked
 NAMESPACE = "urn:normweave:line"
 STATES = {True: ("Operational", "ContinuousExecution"), False: ("Error", "")}
 """Values of CurrentState and AutomaticModeState of a server that can inspect, or not."""
+START_SECONDS = 60.0
+"""Time limit to make the nodes and to listen. With less, a slow processor would start again for ever."""
 CHANGES = (
     ua.NodeId(ua.ObjectIds.WriteRequest_Encoding_DefaultBinary),
     ua.NodeId(ua.ObjectIds.CallRequest_Encoding_DefaultBinary),
@@ -85,6 +87,11 @@ class Output(outputs.Output):
         self._nodes: dict[str, Node] = {}
         self._beats = 0
         self._acknowledged: dict[str, asyncio.Event] = {}
+
+    @property
+    def connect_seconds(self) -> float:
+        """Time limit to start: the nodes are made here, which takes 2 s, and longer on a busy or slow processor."""
+        return START_SECONDS + self.config.timeout_seconds
 
     @property
     def deliver_seconds(self) -> float:

@@ -7,9 +7,10 @@ from PIL import Image
 
 from builders import InMemory
 from normweave import features, fitting
-from normweave.config import PrepareConfig, TimmConfig
+from normweave.config import Config, PrepareConfig, TimmConfig
 from normweave.data import rows, synthetic
 from normweave.data.prepare import Preparation
+from normweave.errors import DataError
 from normweave.features.standardize import ChannelStandardizer
 from normweave.network.torch import FittedRows
 from normweave.types import FitData, Sample
@@ -146,3 +147,15 @@ def test_defects_are_filled_from_the_same_category_and_do_not_depend_on_other_fi
     again = defects(scanned, monkeypatch, fit=without, wanted=wanted - 1)
     assert {draw for _, _, draw in again} == {draw for _, _, draw in seen}
     assert set(again) >= {each for each in seen if each[1] != 0}
+
+
+def test_too_few_images_are_named_with_those_that_were_left_out(tmp_path):
+    good, broken = tmp_path / "good.png", tmp_path / "broken.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(good)
+    broken.write_bytes(b"no image")
+    samples = [Sample(image_path=good), Sample(image_path=broken)]
+    with pytest.raises(DataError, match=r"1 images were left out. The first, .*broken\.png: "):
+        fitting.divide(samples, Config(prepare=PrepareConfig(height=32, width=32)))
+    with pytest.raises(DataError) as error:
+        fitting.divide(samples[:1], Config(prepare=PrepareConfig(height=32, width=32)))
+    assert "left out" not in str(error.value)

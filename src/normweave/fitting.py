@@ -28,7 +28,7 @@ from normweave.data import regions, rows, splits, synthetic
 from normweave.data.degenerate import refuse_degenerate
 from normweave.data.prepare import Preparations
 from normweave.detector import Data, Detector, samples_of
-from normweave.errors import BundleError, ConfigError, MissingError
+from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
 from normweave.features import pair as feature_pair
@@ -341,15 +341,23 @@ def divide(
     regions.check(config.regions, categories={sample.category for sample in train})
     images = rows.scan(train, Preparations(config.prepare, regions=config.regions), known=known, progress=progress)
     hashes = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
-    division = splits.divide(
-        images.samples,
-        method=config.data.calibration,
-        calibration_share=config.data.calibration_share,
-        at_least=groups_needed(config.outcome.false_alarm_rate),
-        folds=config.data.folds,
-        seed=config.seed,
-        content=lambda sample: hashes[sample.image_path],
-    )
+    try:
+        division = splits.divide(
+            images.samples,
+            method=config.data.calibration,
+            calibration_share=config.data.calibration_share,
+            at_least=groups_needed(config.outcome.false_alarm_rate),
+            folds=config.data.folds,
+            seed=config.seed,
+            content=lambda sample: hashes[sample.image_path],
+        )
+    except DataError as error:
+        if not images.refused:
+            raise
+        first = images.refused[0]
+        raise DataError(
+            f"{error} {len(images.refused)} images were left out. The first, {first.image_path}: {first.reason}"
+        ) from error
     refuse_degenerate(images.samples)
     return images, division
 

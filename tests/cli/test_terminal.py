@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from normweave.cli import terminal as shared
-from normweave.cli.terminal import Terminal, command
+from normweave.cli.terminal import Terminal, command, unreadable
 from normweave.errors import CheckError, ConfigError, MissingError
 
 
@@ -234,3 +234,11 @@ def test_progress_bars_are_drawn_on_a_terminal(monkeypatch, capsys):
 def test_no_progress_without_a_terminal():
     with Terminal().progress() as progress:
         assert progress is None
+
+
+@pytest.mark.parametrize("error", ["does not fit the reference image.", "a/1.png: it is damaged."])
+def test_the_line_of_an_unreadable_image_has_its_path_once(error):
+    line = unreadable("a/1.png", error)
+    assert line.startswith("unreadable  a/1.png")
+    assert line.count("a/1.png") == 1
+    assert line.endswith(error)

@@ -122,6 +122,13 @@ def test_a_name_has_the_same_limit_everywhere(client, photos):
         ({"json": {"images": [{"data": "%%"}]}}, 422, "is not base64"),
         ({"json": {"images": [{"data": "é"}]}}, 422, "is not base64"),
         ({"json": {"images": [{"path": "/etc/passwd"}]}}, 422, "images.0.data: Field required"),
+        (
+            {"json": {"images": [{"data": "eA==", "name": "17.png", "view": "back"}]}},
+            422,
+            "The image '17.png' has the view 'back', but no part. Send the id of its part as 'part' too, or leave out",
+        ),
+        ({"data": {"view": "back", "part": ""}, "files": {"images": b"x"}}, 422, "has the view 'back', but no part"),
+        ({"content": b"x", "params": {"view": "back"}, "headers": {"Content-Type": "image/png"}}, 422, "but no part"),
         ({"content": b"{", "headers": {"Content-Type": "application/json"}}, 422, "Invalid JSON"),
         ({"content": b"\xff", "headers": {"Content-Type": "application/json"}}, 422, "Invalid JSON"),
     ],

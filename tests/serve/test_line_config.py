@@ -191,6 +191,8 @@ def test_bundles_of_views_are_read_and_are_of_expected_views(read):
         read("view_bundles: back.bundle")
     with pytest.raises(ConfigError, match=r"Unknown view of view_bundles 'bakc'. Did you mean 'back'\?.*parts.views"):
         read("parts: {views: [front, back]}\nview_bundles: {bakc: b}")
+    with pytest.raises(ConfigError, match=r"names of views without white space around them, got ' back '"):
+        read("parts: {views: 2}\nview_bundles: {' back ': b}")
 
 
 @pytest.mark.parametrize("section", line_config.SECTIONS)

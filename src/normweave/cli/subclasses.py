@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, unreadable
 
 Category = Annotated[str, typer.Option("--category", help="Category of the subclass; may be new.", show_default=False)]
 KnownCategory = Annotated[str, typer.Option("--category", help="Category of the subclass.", show_default=False)]
@@ -72,7 +72,7 @@ def add_subclass(
         terminal.record(result | {"operating_point": point} | added | {"refused": refused})
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
-        terminal.show(f"unreadable  {image['error']}")
+        terminal.show(unreadable(**image))
     for path, other in added["routed_to_others"]:
         terminal.show(f"not used    {path}: it is nearer to {other} when it is held out")
     terminal.show(f"{output}: {name} added, from {added['images']} good images of {added['groups']} groups")

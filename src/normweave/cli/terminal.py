@@ -235,3 +235,8 @@ def _console(*, stderr: bool) -> "Console":
     from rich.console import Console
 
     return Console(stderr=stderr, markup=False, highlight=False)
+
+
+def unreadable(image_path: str, error: str) -> str:
+    """Return the line of an image that was left out, with its path also if the error does not name it."""
+    return f"unreadable  {error if image_path in error else f'{image_path} {error}'}"

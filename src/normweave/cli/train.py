@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, unreadable
 from normweave.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
         )
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
-        terminal.show(f"unreadable  {image['error']}")
+        terminal.show(unreadable(**image))
     table = Table("subclass", "held-out images", "groups", "threshold", title_justify="left", box=None)
     for point in calibration.get("operating_points", []):
         table.add_row(*point_row(point))

@@ -164,12 +164,15 @@ def _view_bundles(values: Any, parts: _Checked[PartRule], found: list[str]) -> d
         found.append(f"view_bundles must hold `view: folder of a bundle` lines, got {values!r:.80}")
         return {}
     bundles = {}
+    names = None if parts.settings is None else parts.settings.views
     for view, path in values.items():
         if not (isinstance(view, str) and view and isinstance(path, str) and path):
             found.append(f"view_bundles must hold `view: folder of a bundle` lines, got {view!r}: {path!r:.80}")
             continue
-        if parts.settings is not None and isinstance(parts.settings.views, tuple) and view not in parts.settings.views:
-            found.append(str(unknown("view of view_bundles", view, parts.settings.views, "parts.views has these.")))
+        if view != view.strip():
+            found.append(f"view_bundles must hold names of views without white space around them, got {view!r:.80}")
+        elif isinstance(names, tuple) and view not in names:
+            found.append(str(unknown("view of view_bundles", view, names, "parts.views has these.")))
         bundles[view] = Path(path)
     return bundles
 

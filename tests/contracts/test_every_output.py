@@ -73,7 +73,8 @@ def test_verdicts_on_parts_come_after_their_images_and_corrections_after_them(co
     expected = [(before.id, False, 1), (late.id, False, 2), (good.id, True, 1)]
     expected += [(one.id, False, 1) for one in bad] + [(correction.id, False, 2)]
     assert counterpart.parts() == expected
-    assert [of_part for of_part, *_ in counterpart.results()] == [False, True] * 7
+    once = dict.fromkeys(counterpart.results())  # a slow client may get a result twice
+    assert [of_part for of_part, *_ in once] == [False, True] * 7
 
 
 @pytest.mark.parametrize(("counterpart", "fault"), FAULTS, indirect=["counterpart"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from normweave import bundle, checks, cross_validation, references, settings, training
 from normweave.by_region import check_routing
 from normweave.checks import Checks
-from normweave.config import Config, MapsConfig
+from normweave.config import Config
 from normweave.data import regions, rows, splits, synthetic
 from normweave.data.degenerate import refuse_degenerate
 from normweave.data.prepare import Preparations
@@ -90,7 +90,7 @@ def fit(
         ConfigError, MissingError: a setting is not possible, or a backbone is not available.
     """
     config = configured(config, model=model, subclass_from=subclass_from)
-    config = replace(config, maps=MapsConfig(smoothing=config.smoothing))
+    config = replace(config, maps=replace(config.maps, smoothing=config.smoothing))
     device = torch_device(device)
     samples = samples_of(data, config, layout)
     extractor = build_features(config.features, height=config.prepare.height, width=config.prepare.width)

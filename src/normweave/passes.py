@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -91,6 +92,15 @@ def batches(source: FeatureSource, rows: NDArray[np.int64], aligned: Tensors = (
     for start in range(0, len(rows), BATCH_IMAGES):
         batch = slice(start, start + BATCH_IMAGES)
         yield source.read(rows[batch]), *(each[batch] for each in aligned)
+
+
+def by_part(rows: NDArray[np.int64], size: int, aligned: Tensors) -> Iterator[tuple[int, NDArray[np.int64], Tensors]]:
+    """Yield the rows that follow each other in one part of `size` images, with the part's number and aligned rows."""
+    end = 0
+    for part, own in groupby(rows // size):
+        start, end = end, end + len(list(own))
+        # Copies: pickled, a slice would bring the whole tensor.
+        yield int(part), rows[start:end], tuple(each[start:end].clone() for each in aligned)
 
 
 def per_image(

@@ -17,7 +17,6 @@ import pickle
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +31,7 @@ from normweave.config import HeadConfig
 from normweave.errors import BundleError
 from normweave.heads import build
 from normweave.heads.base import Head
-from normweave.passes import Merge, Statistics, Tensors, batches
+from normweave.passes import Merge, Statistics, Tensors, batches, by_part
 from normweave.training import train
 from normweave.types import FitData, PatchScores
 
@@ -93,12 +92,10 @@ class InParts(InMemory):
 
     def over(self, statistics: Statistics[T], merge: Merge[T], rows: NDArray[np.int64], aligned: Tensors) -> T:
         """Return the merged statistics of the parts of these images; see `passes.over`."""
-        results, end = [], 0
-        for _, own in groupby(rows // self.size):
-            start, end = end, end + len(list(own))
-            content = pickle.dumps((statistics, [each[start:end].clone() for each in aligned]))
-            there, given = pickle.loads(content)
-            results.append(there(batches(InMemory(self.features), rows[start:end], tuple(given))))
+        results = []
+        for _, own, rest in by_part(rows, self.size, aligned):
+            there, given = pickle.loads(pickle.dumps((statistics, rest)))
+            results.append(there(batches(InMemory(self.features), own, given)))
         merged: T = merge(iter(results))
         return merged
 

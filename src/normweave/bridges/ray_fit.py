@@ -15,7 +15,7 @@ import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +33,7 @@ from normweave.data.rows import Rows
 from normweave.errors import DataError, NormweaveError
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
-from normweave.passes import Merge, Statistics, Tensors, batches, per_image
+from normweave.passes import Merge, Statistics, Tensors, batches, by_part, per_image
 from normweave.types import FeatureSource, Progress
 
 T = TypeVar("T")
@@ -167,14 +167,10 @@ class ClusterFeatures:
 
     def over(self, statistics: Statistics[T], merge: Merge[T], rows: NDArray[np.int64], aligned: Tensors) -> T:
         """Return the merged statistics of these images; see `passes.over`."""
-        runs, end = [], 0
-        for part, own in groupby(rows // self.size):
-            start, end = end, end + len(list(own))
-            numbers = rows[start:end] - part * self.size
-            runs.append(Run(int(part), numbers, tuple(each[start:end].clone() for each in aligned)))
+        work = [Run(part, own - part * self.size, rest) for part, own, rest in by_part(rows, self.size, aligned)]
         # As bytes: multiprocessing would share the memory of tensors instead of sending them.
         content = self.cluster.call(
-            _over, self.name, pickle.dumps((statistics, merge, runs)), self.threads, os.getcwd(), progress=self.progress
+            _over, self.name, pickle.dumps((statistics, merge, work)), self.threads, os.getcwd(), progress=self.progress
         )
         result: T = pickle.loads(content)
         return result

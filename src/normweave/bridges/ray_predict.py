@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 from normweave import __version__, bundle
 from normweave.bridges import ray as session
+from normweave.bridges import ray_tasks
 from normweave.data import images as image_files
 from normweave.data import stored
 from normweave.data.stored import Folder, ListedImage
@@ -327,8 +328,7 @@ def _part(first: int, images: list[ListedImage], job: Job, *, file: str) -> Coun
         rows = _rows(content, job.suffix, where=f"{job.output}/{name}")
         _check_images(rows, images, first, where=f"{job.output}/{name}")
         return Counts.of(rows)
-    if os.path.isdir(job.current_folder):
-        os.chdir(job.current_folder)
+    ray_tasks.in_folder(job.current_folder)
     with _counted(Path(tempfile.gettempdir(), f"normweave-{job.run}-{first}")) as losses:
         check_losses(losses, images)
         detector = _detector(job)

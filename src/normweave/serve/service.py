@@ -267,7 +267,7 @@ class InspectionService:
             ]
             counts = Counter(one.part for one in named if one.part is not None)
             together = {part: Together[_Job](count) for part, count in counts.items()}
-            jobs = []
+            jobs, active = [], self.detector  # one for the whole request: it may be replaced at any time
             for upload, part in zip(named, places, strict=True):
                 own = self.detectors.of_view(upload.view)
                 jobs.append(
@@ -278,7 +278,7 @@ class InspectionService:
                         token=token,
                         received_at=now,
                         started=started,
-                        detector=own or self.detector,
+                        detector=own or active,
                         compared=own is None,
                         request=part,
                         together=Together(1) if upload.part is None else together[upload.part],

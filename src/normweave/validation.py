@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import field as dataclass_field
 from dataclasses import is_dataclass
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, NamedTuple, TypeVar, Union, cast, dataclass_transform, get_args, get_origin
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -104,22 +106,35 @@ def mistakes(error: ValidationError, settings: Any, *, at: str = "", howto: str 
     found: list[str] = []
     places = [each["loc"] for each in error.errors(include_url=False)]
     for each in error.errors(include_url=False):
-        section, key, owner, choices, discriminator = _locate(settings, each["loc"], at)
-        given, context = each["input"], each.get("ctx", {})
+        place = _locate(settings, each["loc"], at)
+        key, given, context = place.key, each["input"], each.get("ctx", {})
+        if place.members and any(one[:-1] == each["loc"][: place.depth] for one in places):
+            # pydantic has a line for each type of a union; this is the one that has the whole value.
+            if len(each["loc"]) == place.depth + 1:
+                *first, last = map(_in_words, place.members)
+                text = f"{key} must be {', '.join(first)} or {last}, got {given!r:.80}"
+                found += [text] if text not in found else []
+            continue
         match each["type"]:
             case "unexpected_keyword_argument":
                 name = str(each["loc"][-1])
-                owners = [tag for tag, part in choices.items() if name in fields_of(part)]
+                owners = [tag for tag, part in place.choices.items() if name in fields_of(part)]
                 if owners:
-                    found.append(
-                        f"{key} belongs to {section}{discriminator}={' or '.join(owners)}. Choose it, or remove {key}"
-                    )
+                    choice = f"{place.section}{place.discriminator}={' or '.join(owners)}"
+                    found.append(f"{key} belongs to {choice}. Choose it, or remove {key}")
                 else:
-                    known = [f"{section}{field}" for field in fields_of(owner)]
+                    known = [f"{place.section}{field}" for field in fields_of(place.owner)]
                     found.append(str(unknown("setting", key, known, howto)))
             case "union_tag_invalid":
                 name = f"{key}.{str(context['discriminator']).strip(chr(39))}"
                 found.append(str(unknown(name, str(context["tag"]), _tags(context), howto)))
+            case "union_tag_not_found":
+                name, tags = place.tag, ", ".join(place.tags)
+                found.append(f"{key} must have {name}, which is one of {tags}, got {given!r:.80}")
+            case "missing":
+                found.append(f"{key} must be given: it has no default")
+            case "string_pattern_mismatch":
+                found.append(f"{key} must match the pattern {context['pattern']}, got {given!r:.80}")
             case "too_short" if any(_is_below(each["loc"], place) for place in places):
                 pass  # its items are wrong, and have their own lines
             case "value_error":
@@ -130,7 +145,8 @@ def mistakes(error: ValidationError, settings: Any, *, at: str = "", howto: str 
                 found.append(f"{key} must hold `key: value` lines, got {given!r:.80}")
             case _:
                 allowed = each["msg"].replace("Input should be", "must be").replace("valid array", "valid list")
-                allowed = allowed.replace("Tuple should have", "must have").replace(" after validation", "")
+                allowed = re.sub("^(Tuple|String|List) should have", "must have", allowed)
+                allowed = allowed.replace(" after validation", "")
                 found.append(f"{key} {allowed}, got {given!r:.80}")
     return found
 
@@ -144,25 +160,72 @@ def _tags(context: dict[str, Any]) -> list[str]:
     return [tag.strip(" '") for tag in str(context["expected_tags"]).split(",")]
 
 
-def _locate(settings: Any, location: Sequence[int | str], at: str) -> tuple[str, str, Any, dict[str, Any], str]:
-    """Return, for a pydantic location, its section with a dot, its dotted key, and the class that holds it.
+class _Place(NamedTuple):
+    """What a location of pydantic is in the settings."""
 
-    The last two items are the variants of the union that the section is, by tag, and the discriminator's name.
-    """
+    key: str
+    """Dotted key; of a plain union its own key, without what is below it."""
+    section: str
+    """The key of the section, with a dot."""
+    owner: Any
+    """Class that holds the key."""
+    choices: dict[str, Any]
+    """Variants of the union that the section is, by tag."""
+    discriminator: str
+    """Field that names the variant of the section."""
+    tag: str
+    """Field that names the variant of the key itself."""
+    tags: tuple[str, ...]
+    """Its values."""
+    members: tuple[Any, ...]
+    """Types of the plain union, without a discriminator, that the location is in; empty: in none."""
+    depth: int
+    """Number of the parts of the location up to the key."""
+
+
+def _locate(settings: Any, location: Sequence[int | str], at: str) -> _Place:
+    """Return what a location of pydantic is."""
     key, section = at, ""
     owner, choices, discriminator = settings, {}, ""  # of the section that the next part is in
     union: dict[str, Any] = {}
     holder: tuple[Any, dict[str, Any], str] = (settings, {}, "")
+    members: tuple[Any, ...] = ()
+    depth = 0
     for part in location:
         if union and part in union:  # pydantic names the variant in the location
             owner, choices, union = union[str(part)], union, {}
+            depth += 1
             continue
+        if members := _members(owner, union):
+            break
+        depth += 1
         section, holder = (f"{key}." if key else ""), (owner, choices, discriminator)
         key = f"{key}[{part}]" if isinstance(part, int) else f"{section}{part}"
         field = fields_of(owner).get(str(part))
-        item = next(iter(get_args(owner)), None) if isinstance(part, int) else None  # of a list
-        owner, choices, discriminator, union = item, {}, "", {}
+        owner, choices, discriminator, union = _item(owner), {}, "", {}
         if field is not None:
             owner, union = field.annotation, variants(field)
             discriminator = str(field.discriminator or "")
-    return section, key, *holder
+    return _Place(key, section, *holder, discriminator, tuple(union), members, depth)
+
+
+def _item(annotation: Any) -> Any:
+    """Return the type of the items of a list, or of the values of a mapping; None: it is neither."""
+    inner = get_args(annotation)
+    return (inner[-1] if get_origin(annotation) is dict else inner[0]) if inner else None
+
+
+def _members(annotation: Any, union: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the types of a union without a discriminator, but None; empty: it is no such union."""
+    if union or get_origin(annotation) not in (Union, UnionType):
+        return ()
+    inner = tuple(part for part in get_args(annotation) if part is not NoneType)
+    return inner if len(inner) > 1 else ()
+
+
+def _in_words(annotation: Any) -> str:
+    """Return what a type is called in messages."""
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
+    if annotation in plain:
+        return plain[annotation]
+    return f"a list of {_in_words(_item(annotation))}" if _item(annotation) else str(annotation)

@@ -88,6 +88,10 @@ def test_the_line_is_tested(tmp_path, monkeypatch):
     assert (found["name"], found["type"], "Check url" in found["error"]) == ("mes", "webhook", True)
     line.write_text("outputs:\n- {type: webhook}\n")
     assert run("doctor", "--line", line).exit_code == 2
+    line.write_text("parts: {views: [front, back]}\nview_bundles: {back: back.bundle}\n")
+    result = run("doctor", "--line", line)
+    assert result.exit_code == 3
+    assert "view_bundles.back (bundle): back.bundle does not exist" in result.stdout
     line.write_text("name: Press 5\n")
     result = run("doctor", "--line", line)
-    assert (result.exit_code, "has no sources and no outputs" in result.stdout) == (0, True)
+    assert (result.exit_code, "has no sources, no outputs" in result.stdout) == (0, True)

@@ -9,7 +9,7 @@ import pytest
 from normweave import bundle
 from normweave.cli.parts import Listed, Parts, is_table, read_list, summary
 from normweave.detector import Detector
-from normweave.errors import DataError
+from normweave.errors import ConfigError, DataError
 from normweave.outcome.parts import PartRule
 from normweave.types import Outcome, PartOutcome, PartReason
 
@@ -89,7 +89,11 @@ def test_each_view_has_its_bundle(trained, other, pictures):
         (("--part", "(.)", "--view-bundle", "back"), "must be VIEW=BUNDLE, each view once, got 'back'"),
         (("--part", "(.)", "--view-bundle", "a=x", "--view-bundle", "a=y"), "each view once, got 'a=y'"),
         (("--part", "(.)", "--views", "a,b", "--view-bundle", "c=x"), "Unknown view of --view-bundle 'c'"),
-        (("--part", "(.)", "--view-bundle", "a=missing.bundle"), "missing.bundle does not exist; a bundle is a folder"),
+        (("--part", "(.)", "--view-bundle", "a =x"), "--view-bundle: the name of a view has no white space around it"),
+        (
+            ("--part", "(.)", "--view-bundle", "a=missing.bundle"),
+            "--view-bundle a: missing.bundle does not exist; a bundle is a folder",
+        ),
     ],
 )
 def test_bundles_of_views_that_cannot_be_used(trained, pictures, options, words):
@@ -160,6 +164,11 @@ def test_of_several_images_of_a_view_the_worst_counts():
     assert summary(one) == "ANOMALOUS   part 1, 2 images: a anomalous"
     missing = PartOutcome(part_id="3", verdict="incomplete", images=1, reasons=(PartReason("missing", None, None),))
     assert summary(missing).endswith("a view missing")
+
+
+def test_an_image_of_a_list_with_a_view_and_no_part_is_refused_before_the_first_image():
+    with pytest.raises(ConfigError, match=r"'c.png' has the view 'a', but no part"):
+        Parts(PartRule(), {"c.png": Listed(None, "a")})
 
 
 def test_lists_with_parts(tmp_path):

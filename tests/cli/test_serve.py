@@ -134,6 +134,11 @@ def test_the_line_is_read_before_anything_starts(trained, runs, tmp_path):
     assert (
         "line.yaml: name must have at most 60" in serve(trained.bundle, "--data", tmp_path / "data", "-c", line).output
     )
+    line.write_text("parts: {views: [front, back]}\nview_bundles: {back: back.bundle}\n")
+    result = serve(trained.bundle, "--data", tmp_path / "data", "-c", line)
+    assert (result.exit_code, "view_bundles.back: back.bundle does not exist" in result.output) == (2, True)
+    result = serve(trained.bundle, "--data", tmp_path / "data", "--view-bundle", "back=b")
+    assert "--view-bundle needs the names of all views in parts.views" in " ".join(result.output.split())
     line.write_text("name: Press 5\n")
     assert serve(trained.bundle, "--data", tmp_path / "data", "-c", line).exit_code == 0
     assert len(runs) == 1

@@ -100,7 +100,13 @@ def test_the_pattern_names_part_and_view():
     assert PartRule().identify("front.png", part="17") == ("17", "front")
     assert PartRule(part="^(.+)_").identify("18_front.png", part="17", view="back") == ("17", "back")
     assert PartRule().identify("", part="17") == ("17", None)
-    assert PartRule().identify("front.png", view="back") == (None, None)
+    assert PartRule().identify("front.png", view=" ") == (None, None)
+
+
+def test_a_view_without_a_part_is_refused():
+    """Else another bundle than that of the view would judge the image."""
+    with pytest.raises(ConfigError, match=r"The image 'front.png' has the view 'back', but no part\. Give the id"):
+        PartRule(part="^(.+)/").identify("front.png", view="back")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_a_name_has_the_same_limit_everywhere(client, photos):
         (
             {"json": {"images": [{"data": "eA==", "name": "17.png", "view": "back"}]}},
             422,
-            "The image '17.png' has the view 'back', but no part. Send the id of its part as 'part' too, or leave out",
+            "The image '17.png' has the view 'back', but no part. Give the id of its part too, or leave out the view.",
         ),
         ({"data": {"view": "back", "part": ""}, "files": {"images": b"x"}}, 422, "has the view 'back', but no part"),
         ({"content": b"x", "params": {"view": "back"}, "headers": {"Content-Type": "image/png"}}, 422, "but no part"),

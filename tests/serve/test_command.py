@@ -165,7 +165,7 @@ def test_the_name_of_the_line(bundle, photos, tmp_path):
 
 def test_without_tokens_and_with_bundles_of_views(bundle, library_folder, photos, tmp_path):
     line, new = tmp_path / "line.yaml", library_folder / "new"
-    line.write_text(f"view_bundles: {{back: {new}, top: nowhere}}")
+    line.write_text(f"parts: {{views: [front, back, top]}}\nview_bundles: {{back: {new}, top: nowhere}}")
     options = ("--no-token", "-c", line, "--view-bundle", f"top={new}")
     with Server(bundle, tmp_path / "data", *options) as server, server.client(role=None) as client:
         files = [("images", Path(photo).read_bytes()) for photo in photos[:3]]

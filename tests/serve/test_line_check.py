@@ -7,7 +7,7 @@ import pytest
 
 from counterparts import Mosquitto, PlcServer, Receiver, free_port, make
 from feeders import Snapshots
-from normweave.serve.line_check import check_outputs, check_sources
+from normweave.serve.line_check import check_bundles, check_outputs, check_sources
 from normweave.serve.line_config import LineConfig
 from normweave.serve.sources import http, video
 
@@ -34,6 +34,14 @@ def test_a_working_counterpart_and_one_of_each_fault(counterpart):
     counterpart.proxy.stop()
     (found,) = check_outputs(config)
     assert " Check " in found.error
+
+
+def test_bundles_of_views_are_loaded(bundle):
+    works, missing = check_bundles(LineConfig(view_bundles={"front": Path(bundle), "back": Path("back.bundle")}))
+    assert (works.name, works.type, works.error) == ("view_bundles.front", "bundle", None)
+    assert works.text.startswith("works, ")
+    assert missing.name == "view_bundles.back"
+    assert "back.bundle does not exist" in missing.error
 
 
 def test_outputs_are_tested_in_their_order(tmp_path):

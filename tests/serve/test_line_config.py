@@ -184,15 +184,145 @@ def test_views_that_a_machine_needs_are_missing_only_if_they_are_not_wrong(read)
 
 
 def test_bundles_of_views_are_read_and_are_of_expected_views(read):
-    assert read("view_bundles: {back: bundles/back}").view_bundles == {"back": Path("bundles/back")}
+    named = "parts: {views: [front, back]}\n"
+    assert read(f"{named}view_bundles: {{back: bundles/back}}").view_bundles == {"back": Path("bundles/back")}
     with pytest.raises(
         ConfigError, match=r"view_bundles must hold `view: folder of a bundle` lines, got 'back.bundle'"
     ):
         read("view_bundles: back.bundle")
     with pytest.raises(ConfigError, match=r"Unknown view of view_bundles 'bakc'. Did you mean 'back'\?.*parts.views"):
         read("parts: {views: [front, back]}\nview_bundles: {bakc: b}")
-    with pytest.raises(ConfigError, match=r"names of views without white space around them, got ' back '"):
-        read("parts: {views: 2}\nview_bundles: {' back ': b}")
+    with pytest.raises(ConfigError, match=r"view_bundles: the name of a view has no white space.*got ' back'"):
+        read(f"{named}view_bundles: {{' back': b}}")
+    with pytest.raises(ConfigError, match=r"parts\.views: the name of a view has no white space.*got 'back '"):
+        read("parts: {views: ['back ']}")
+
+
+@pytest.mark.parametrize(("parts", "got"), [("parts: {views: 2}\n", "2"), ("", "none")])
+def test_bundles_of_views_need_their_names(read, parts, got):
+    with pytest.raises(ConfigError, match=rf"view_bundles needs the names of all views in parts\.views, got {got}: "):
+        read(f"{parts}view_bundles: {{bakc: b}}")
+
+
+LOGIN = "has no effect without username. Give username too, or leave "
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            "outputs: [{type: mqtt, name: a, host: h, username: u, password_env: A, password_file: b}]",
+            ["outputs[0].password_env and password_file are both given, got 'A' and 'b'. Keep one of them"],
+        ),
+        (
+            "outputs: [{type: mqtt, name: a, host: h, password_env: A}]",
+            [f"outputs[0].password_env {LOGIN}password_env out"],
+        ),
+        (
+            "sources: [{type: mqtt, name: a, broker: {host: h, topic: t, password_file: b}}]",
+            [f"sources[0].broker.password_file {LOGIN}password_file out"],
+        ),
+        (
+            "sources: [{type: http, name: a, url: 'http://a', password_env: A}]",
+            [f"sources[0].password_env {LOGIN}password_env out"],
+        ),
+        (
+            "sources: [{type: camera, name: a, device: /dev/video0, transport: udp, username: u}]",
+            [
+                "sources[0].transport has no effect with device, which is a USB camera. Leave transport out",
+                "sources[0].username has no effect with device, which is a USB camera. Leave username out",
+            ],
+        ),
+        (
+            "sources: [{type: camera, name: a, url: 'http://a', transport: udp, size: 1x1}]",
+            [
+                "sources[0].size has no effect with url: a stream has its own size. Leave size out",
+                "sources[0].transport has no effect with a url that is not rtsp. Leave transport out",
+            ],
+        ),
+        (
+            "outputs: [{type: opcua, name: a, host: h, username: u, password_env: A, security: none, certificate: c}]",
+            ["outputs[0].certificate has no effect with security none. Leave certificate out"],
+        ),
+        (
+            "outputs: [{type: mqtt, name: a, host: h, first_wait_seconds: 100}]",
+            ["outputs[0].first_wait_seconds must be at most longest_wait_seconds, got 100 and 60"],
+        ),
+        (
+            "outputs: [{type: webhook, name: a, url: 'http://a', secret_env: A, secret_file: b}]",
+            ["outputs[0].secret_env and secret_file are both given, got 'A' and 'b'. Keep one of them"],
+        ),
+        (
+            "outputs: [{type: webhook, name: a, url: 'http://a'}]",
+            ["outputs[0].secret_env or secret_file must be given: messages are signed"],
+        ),
+    ],
+)
+def test_settings_that_have_no_effect_or_contradict_each_other_are_refused(read, entry, words):
+    with pytest.raises(ConfigError) as caught:
+        read(entry)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == (len(words) if len(words) == 1 else len(words) + 1), caught.value
+    assert [word for word in words if not any(word in line for line in lines)] == [], caught.value
+
+
+def test_a_wrong_or_missing_setting_hides_no_other_mistake_and_is_listed_once(read):
+    with pytest.raises(ConfigError) as caught:
+        read(
+            "outputs:\n"
+            "- {type: modbus, name: 'a b', acknowledge_seconds: 20}\n"
+            "- {type: webhook, secret_env: A, secret_file: b, refusals: x}\n"
+            "- {type: modbus, name: 'a b', host: h, role: x, deliver: [parts]}\n"
+        )
+    _, *lines = str(caught.value).splitlines()
+    words = (
+        "outputs[0].name must have 1 to 60 letters (a to z), digits, '.', '_' and '-', and begin with a letter or "
+        "digit, got 'a b'",
+        "outputs[0].role must be given: it has no default",
+        "outputs[0].host must be given: it has no default",
+        "outputs[0].acknowledge_seconds must be at most max_age_seconds, got 20 and 10",
+        "outputs[2].name must have",
+        "outputs[2].role must be 'client' or 'server', got 'x'",
+        "outputs[2].deliver has parts, so parts.views must name or number the expected views",
+        "name must be unique",
+        "outputs[1].name must be given: it has no default",
+        "outputs[1].url must be given: it has no default",
+        "outputs[1].refusals must be a valid integer, got 'x'",
+        "outputs[1].secret_env and secret_file are both given",
+    )
+    assert [word for word in words if not any(word in line for line in lines)] == [], caught.value
+    assert len(lines) == len(words), caught.value
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("parts: {views: [1, 2]}", "parts.views must be an integer or a list of text, got [1, 2]"),
+        ("outputs: [{type: mqtt, name: a, host: ''}]", "outputs[0].host must have at least 1 character, got ''"),
+        (
+            "sources: [{type: http, name: a, url: 'http://a', trigger: {}}]",
+            "sources[0].trigger must have type, which is one of frame, seconds, still, message, modbus, got {}",
+        ),
+        (
+            "sources: [{type: camera, name: a, device: video0}]",
+            "sources[0].device must be a device like /dev/video0, got 'video0'",
+        ),
+        (
+            "sources: [{type: camera, name: a, device: /dev/video0, size: big}]",
+            "sources[0].size must be WIDTHxHEIGHT like 1280x720, got 'big'",
+        ),
+        (
+            "sources: [{type: genicam, name: a, producer: p, features: {Gain: [1]}}]",
+            "sources[0].features.Gain must be true or false, an integer, a number or text, got [1]",
+        ),
+    ],
+)
+def test_errors_have_no_words_of_pydantic(read, entry, words):
+    if "genicam" in entry:
+        pytest.importorskip("harvesters")
+    with pytest.raises(ConfigError) as caught:
+        read(entry)
+    assert str(caught.value).partition(": ")[2] == words
 
 
 @pytest.mark.parametrize("section", line_config.SECTIONS)

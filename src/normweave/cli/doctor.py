@@ -19,7 +19,7 @@ def doctor(
     line: Annotated[
         Path | None,
         typer.Option(
-            help="Test the sources and outputs of this line.yaml instead, with messages of no effect.",
+            help="Test the sources, outputs and bundles of views of this line.yaml instead; messages have no effect.",
             show_default=False,
         ),
     ] = None,
@@ -63,24 +63,25 @@ def doctor(
 
 
 def _test_line(terminal: Terminal, path: Path) -> int:
-    """Test each source and output of a line, and print one line for each; exit code 3 if one fails."""
+    """Test each source, output and bundle of a view, and print one line for each; exit code 3 if one fails."""
     try:
         from normweave.serve import line_config
-        from normweave.serve.line_check import check_outputs, check_sources
+        from normweave.serve.line_check import check_bundles, check_outputs, check_sources
     except ImportError as error:
         raise MissingError(
             f'The test needs {error.name}, which is not installed: pip install "normweave[serve,line]"'
         ) from error
     config = line_config.read(path)
-    sources, outputs = check_sources(config), check_outputs(config)
-    results = sources + outputs
+    tests = {"sources": check_sources, "outputs": check_outputs, "view_bundles": check_bundles}
+    found = {section: test(config) for section, test in tests.items()}
+    results = [one for section in found.values() for one in section]
     if terminal.json:
-        terminal.record({"sources": [vars(one) for one in sources], "outputs": [vars(one) for one in outputs]})
+        terminal.record({section: [vars(one) for one in each] for section, each in found.items()})
     else:
         for one in results:
             terminal.show(f"{one.name} ({one.type}): {one.error or one.text}")
         if not results:
-            terminal.show(f"{path} has no sources and no outputs.")
+            terminal.show(f"{path} has no sources, no outputs and no bundles of views.")
     return CheckError.exit_code if any(one.error for one in results) else ALL_NORMAL
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normweave.atomic import write_atomically
 from normweave.data.tables import encoding_of, read_csv
-from normweave.errors import ConfigError, DataError, unknown
-from normweave.outcome.parts import PartRule, PartView, Views, judge
+from normweave.errors import ConfigError, DataError, NormweaveError
+from normweave.outcome.parts import PartRule, PartView, Views, check_view_bundles, judge
 from normweave.outcome.table import FORMATS
 from normweave.types import Outcome, PartOutcome, PartReason, ViewBundle
+from normweave.validation import joined
 
 if TYPE_CHECKING:
     from normweave.data.stored import ListedImage
@@ -38,6 +39,9 @@ class Parts:
     Args:
         listed: the part of each path of a list.
 
+    Raises:
+        ConfigError: an image of the list has a view and shows no part.
+
     Attributes:
         are_named: whether images can show a part.
         without: number of images that show none.
@@ -50,6 +54,8 @@ class Parts:
         self.without = 0
         self._views: dict[str, list[PartView]] = {}
         self._bundles: dict[str, list[ViewBundle]] = {}
+        for path in listed:
+            self.of(path)  # a row with a view and without a part is found before the first image
 
     def identified(self, outcome: Outcome) -> Outcome:
         """Return the outcome with the part and the view of its image."""
@@ -147,9 +153,29 @@ def parse_view_bundles(texts: Sequence[str], views: Views, *, of: str = "--views
                 f"--view-bundle must be VIEW=BUNDLE, each view once, got {text!r}. For example: "
                 "--view-bundle top=top.bundle"
             )
-        if isinstance(views, tuple) and view not in views:
-            raise unknown("view of --view-bundle", view, views, f"These are the views of {of}.")
         found[view] = Path(path)
+    if wrong := check_view_bundles(found, views, what="--view-bundle", of=of):
+        raise joined(wrong, source="the bundles of views")
+    return found
+
+
+def load_views(
+    bundles: Mapping[str, Path], load: Callable[[Path], Detector], *, named: Callable[[str], str]
+) -> dict[str, Detector]:
+    """Return the detector of each view that has a bundle of its own.
+
+    Args:
+        named: the setting that has the bundle of a view.
+
+    Raises:
+        NormweaveError: a bundle cannot be loaded; the message begins with its setting.
+    """
+    found = {}
+    for view, path in bundles.items():
+        try:
+            found[view] = load(path)
+        except NormweaveError as error:
+            raise type(error)(f"{named(view)}: {error}") from error
     return found
 
 

@@ -128,9 +128,11 @@ def predict(
     from normweave.detector import Detector
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
-    others = {
-        view: Detector.load(path, threads=terminal.threads, device=terminal.device) for view, path in of_views.items()
-    }
+    others = parts_of_run.load_views(
+        of_views,
+        lambda path: Detector.load(path, threads=terminal.threads, device=terminal.device),
+        named=lambda view: f"--view-bundle {view}",
+    )
     detectors = parts_of_run.ViewDetectors(detector, others, parts)
     if maps is not None:
         maps.mkdir(parents=True, exist_ok=True)  # fails before the first image

@@ -125,7 +125,7 @@ def serve(
         raise DataError(f"The folder {watch} does not exist. Create it, or leave out --watch.")
     try:
         from normweave import serve as server
-        from normweave.cli.parts import parse_view_bundles
+        from normweave.cli.parts import load_views, parse_view_bundles
         from normweave.serve import line_config, outputs, process
         from normweave.serve.access import Access
         from normweave.serve.authentication import is_loopback
@@ -148,6 +148,7 @@ def serve(
         ) from error
     from normweave.data.stored import is_url
     from normweave.detector import Detector
+    from normweave.outcome.parts import check_named
 
     if no_token and not is_loopback(host):
         raise ConfigError(
@@ -168,9 +169,11 @@ def serve(
             f"--name must have at most {line_config.NAME_LENGTH} printable characters, got {name[:200]!r}."
         )
     name = name.strip()
-    of_views = line.view_bundles | parse_view_bundles(
-        view_bundle or (), line.parts.views, of="parts in the file of --config"
-    )
+    of = "parts.views of the file of --config"
+    given = parse_view_bundles(view_bundle or (), line.parts.views, of=of)
+    if given and (unnamed := check_named(line.parts.views, what="--view-bundle", of=of)):
+        raise ConfigError(f"{unnamed[0]}.")
+    of_views = line.view_bundles | given
     receivers = outputs.build(line.outputs, line=name)
     limits = ServeConfig(
         max_waiting=max_waiting,
@@ -187,7 +190,9 @@ def serve(
         return Detector.load(path, threads=terminal.threads, device=terminal.device)
 
     detector = None if bundle is None else load(bundle)
-    views = {view: load(path) for view, path in of_views.items()}
+    views = load_views(
+        of_views, load, named=lambda view: f"--view-bundle {view}" if view in given else f"view_bundles.{view}"
+    )
     bundles = None if library is None else Library(library.resolve())
     where = bundle or library
     assert where is not None  # one of them was given

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from normweave.errors import ConfigError
+from normweave.errors import ConfigError, unknown
 from normweave.types import PartReason, PartVerdict, Verdict
 from normweave.validation import PositiveFloat, check, checked
 
@@ -68,13 +68,15 @@ class PartRule:
         views = self.views
         names = views if isinstance(views, tuple) else ()
         right = views is None or (views > 0 if isinstance(views, int) else bool(names) and all(names))
+        given = list(views) if isinstance(views, tuple) else views
         count = views if isinstance(views, int) else len(names)
         check(
-            (right and len(set(names)) == len(names), f"views must be at least 1, or different names, got {views!r}"),
+            (right and len(set(names)) == len(names), f"views must be at least 1, or different names, got {given!r}"),
             (
                 count <= MAX_IMAGES,
                 f"views must be at most {MAX_IMAGES}, which is the most images of a part, got {count}",
             ),
+            *((False, f"views: {wrong}") for name in names if name and (wrong := wrong_name(name))),
             *((False, f"part: {reason}") for reason in _wrong_pattern(self.part)),
         )
 
@@ -85,10 +87,18 @@ class PartRule:
             name: file name of the image.
             part: id that was sent with the image; it goes before the pattern.
             view: name of the view that was sent; without one it is the second group, or the file name without suffix.
+
+        Raises:
+            ConfigError: a view was sent, and the image shows no part: it may be meant for the bundle of this view.
         """
         pattern = compile_pattern(self.part or None)
         part = _plain(part) or _plain(part_of(name, pattern))
         if not part:
+            if _plain(view):
+                raise ConfigError(
+                    f"The image {name!r:.100} has the view {view!r:.100}, but no part. Give the id of its part too, or "
+                    "leave out the view."
+                )
             return None, None
         match = None if pattern is None or pattern.groups < 2 else pattern.search(name)
         stem = PurePosixPath(name.replace("\\", "/")).stem
@@ -109,6 +119,40 @@ def _plain(text: str | None) -> str:
     So it is the same however it came, different ones stay different, and every store and page can hold it.
     """
     return _INVISIBLE.sub(lambda found: found[0].encode("unicode_escape").decode(), (text or "").strip())
+
+
+def wrong_name(view: str) -> str | None:
+    """Return why no image can have a view of this name; None: one can."""
+    if view and view == _plain(view):
+        return None
+    return f"the name of a view has no white space around it and no invisible characters, got {view!r:.80}"
+
+
+def check_view_bundles(names: Iterable[str], views: Views, *, what: str, of: str) -> list[str]:
+    """Return why bundles cannot belong to views of these names.
+
+    Args:
+        views: the expected views of a part.
+        what: the setting that has the bundles.
+        of: the setting that has the views.
+    """
+    found = list[str]()
+    for name in names:
+        if wrong := wrong_name(name):
+            found.append(f"{what}: {wrong}. Correct the name")
+        elif isinstance(views, tuple) and name not in views:
+            found.append(str(unknown(f"view of {what}", name, views, f"{of} has these.")))
+    return found
+
+
+def check_named(views: Views, *, what: str, of: str) -> list[str]:
+    """Return that the names of the views are not given, so that a misspelled one would not be found."""
+    if isinstance(views, tuple):
+        return []
+    return [
+        f"{what} needs the names of all views in {of}, got {'none' if views is None else views}: without them a "
+        "misspelled view would be judged by the other bundle. For example: parts: {views: [front, back]}"
+    ]
 
 
 def compile_pattern(text: str | None) -> re.Pattern[str] | None:

@@ -422,6 +422,7 @@ async def _uploads(request: Request, service: InspectionService, body: Upload) -
 
     Raises:
         HTTPException: the request cannot be parsed, or exceeds a limit.
+        ConfigError: an image has a view and no part.
     """
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == FORM:
@@ -441,12 +442,7 @@ async def _uploads(request: Request, service: InspectionService, body: Upload) -
         raise HTTPException(422, f"The request has no image. Send one or more as {IMAGES!r}.")
     identify = service.part_rule.identify
     for one in uploads:
-        if one.view and one.view.strip() and identify(one.name, part=one.part, view=one.view)[0] is None:
-            raise HTTPException(
-                422,
-                f"The image {one.name!r:.100} has the view {one.view!r:.100}, but no part. Send the id of its part as "
-                f"{PART_FIELDS[0]!r} too, or leave out {PART_FIELDS[1]!r}.",
-            )
+        identify(one.name, part=one.part, view=one.view)  # a view without a part is refused
     if len(uploads) > config.max_images:
         raise HTTPException(
             413,

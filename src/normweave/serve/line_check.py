@@ -1,4 +1,4 @@
-"""A test of each source and output of a line, for `normweave doctor --line`."""
+"""A test of each source, output and bundle of a view of a line, for `normweave doctor --line`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from normweave.detector import Detector
 from normweave.errors import NormweaveError, reason
 from normweave.serve import outputs, source
 from normweave.serve.line_config import LineConfig
@@ -20,14 +21,14 @@ SOURCE_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class LineCheck:
-    """Result of the test of a source or an output."""
+    """Result of the test of a source, an output or the bundle of a view."""
 
     name: str
     type: str
     error: str | None
     """What is wrong, and what to do; None: it works."""
     text: str = "works"
-    """What came from a source."""
+    """What came from a source, or what a bundle is of."""
 
 
 def check_outputs(config: LineConfig) -> list[LineCheck]:
@@ -46,6 +47,21 @@ def check_sources(config: LineConfig, *, seconds: float = SOURCE_SECONDS) -> lis
         return []
     with _quiet(), ThreadPoolExecutor(len(config.sources)) as pool:
         return list(pool.map(lambda one: _check_source(one, seconds), config.sources))
+
+
+def check_bundles(config: LineConfig) -> list[LineCheck]:
+    """Load the bundle of each view, one after the other, as the server does at its start."""
+    found = []
+    for view, path in config.view_bundles.items():
+        name, error, text = f"view_bundles.{view}", None, ""
+        try:
+            detector = Detector.load(path, threads=1, device="cpu")
+            categories = sorted({category for category, _ in detector.subclasses.values()})
+            text = f"works, {detector.model} of {', '.join(categories)}"
+        except NormweaveError as failure:
+            error = " ".join(str(failure).split())
+        found.append(LineCheck(name=name, type="bundle", error=error, text=text))
+    return found
 
 
 def _check_source(config: SourceConfig, seconds: float) -> LineCheck:

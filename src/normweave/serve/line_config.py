@@ -18,15 +18,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from normweave import plugins
 from normweave.errors import ConfigError, MissingError, unknown
-from normweave.outcome.parts import PartRule
+from normweave.outcome.parts import PartRule, check_named, check_view_bundles
 from normweave.settings import read_yaml
-from normweave.validation import checked, joined, mistakes
+from normweave.validation import check, checked, fields_of, joined, mistakes
 
 HOWTO = "Every setting is explained in docs/reference/line.md."
 SECTIONS = ("sources", "outputs")
@@ -38,9 +38,25 @@ KEYS = ("name", "parts", "view_bundles", *SECTIONS)
 
 NAME_LENGTH = 60
 """Maximum number of characters of the name of a line."""
+ATTEMPTS = 4
+"""How often settings are read: as given, without wrong ones, and with values for the required ones among these."""
 
 T = TypeVar("T")
-EntryName = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+def _entry_name(value: str) -> str:
+    right = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}", value)
+    check(
+        (
+            right is not None,
+            "must have 1 to 60 letters (a to z), digits, '.', '_' and '-', and begin with a letter or digit, "
+            f"got {value!r:.80}",
+        )
+    )
+    return value
+
+
+EntryName = Annotated[str, AfterValidator(_entry_name)]
 
 
 @checked
@@ -50,6 +66,16 @@ class EntryConfig:
     type: str
     name: EntryName
     """Unique among the sources and outputs of the line; shown on the page, in metrics and in messages."""
+
+    def __post_init__(self) -> None:
+        check(*self.rules())
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return the rules for several settings together, as `normweave.validation.check` takes them.
+
+        A class that has more adds them to those of its base classes.
+        """
+        return []
 
     def contradictions(self, parts: PartRule) -> list[str]:
         """Return what does not fit to the parts of the line; each text begins with the name of a setting."""
@@ -146,8 +172,12 @@ class _Checked(NamedTuple, Generic[T]):
     """Names of the settings with mistakes of their own."""
 
     def true(self, texts: Sequence[str]) -> list[str]:
-        """Return the texts that name no setting with a mistake of its own: its value is not known."""
-        return [text for text in texts if not any(re.search(rf"\b{re.escape(name)}\b", text) for name in self.wrong)]
+        """Return the texts that name no setting with a mistake of its own: its value is not known.
+
+        No text is about the setting `name`, which is a word of them.
+        """
+        wrong = self.wrong - {"name"}
+        return [text for text in texts if not any(re.search(rf"\b{re.escape(name)}\b", text) for name in wrong)]
 
 
 def _names(values: Any) -> list[str]:
@@ -164,16 +194,15 @@ def _view_bundles(values: Any, parts: _Checked[PartRule], found: list[str]) -> d
         found.append(f"view_bundles must hold `view: folder of a bundle` lines, got {values!r:.80}")
         return {}
     bundles = {}
-    names = None if parts.settings is None else parts.settings.views
     for view, path in values.items():
         if not (isinstance(view, str) and view and isinstance(path, str) and path):
             found.append(f"view_bundles must hold `view: folder of a bundle` lines, got {view!r}: {path!r:.80}")
             continue
-        if view != view.strip():
-            found.append(f"view_bundles must hold names of views without white space around them, got {view!r:.80}")
-        elif isinstance(names, tuple) and view not in names:
-            found.append(str(unknown("view of view_bundles", view, names, "parts.views has these.")))
         bundles[view] = Path(path)
+    if parts.settings is not None and bundles and "views" not in parts.wrong:
+        views = parts.settings.views
+        found += check_view_bundles(bundles, views, what="view_bundles", of="parts.views")
+        found += check_named(views, what="view_bundles", of="parts.views")
     return bundles
 
 
@@ -206,40 +235,62 @@ def _entries(section: str, values: Any, parts: _Checked[PartRule], found: list[s
 
 def _checked(config: type[T], value: Any, at: str, found: list[str]) -> _Checked[T]:
     """Return the settings, and add the mistakes to `found`, also those of several settings together."""
-    reader = TypeAdapter(config)
-    try:
-        # As JSON, pydantic's strict mode takes lists for tuples and mappings for classes.
-        return _Checked(reader.validate_json(json.dumps(value, default=str)), frozenset())
-    except ValidationError as error:
-        found += mistakes(error, config, at=at, howto=HOWTO)
-        wrong = [each["loc"] for each in error.errors(include_url=False)]
-    # pydantic compares settings with each other only if each of them is right, so the wrong ones are left out.
-    rest, names = _without(value, wrong)
-    checked = _Checked[T](None, frozenset(names))
-    if not names:
-        return checked
-    try:
-        return checked._replace(settings=reader.validate_json(json.dumps(rest, default=str)))
-    except ValidationError as error:
-        texts = mistakes(error, config, at=at, howto=HOWTO)
-        found += [text for text in checked.true(texts) if text not in found]
-        return checked
+    reader, wrong, rest = TypeAdapter(config), set[str](), value
+    for _ in range(ATTEMPTS):
+        checked = _Checked[T](None, frozenset(wrong))
+        try:
+            # As JSON, pydantic's strict mode takes lists for tuples and mappings for classes.
+            return checked._replace(settings=reader.validate_json(json.dumps(rest, default=str)))
+        except ValidationError as error:
+            texts = mistakes(error, config, at=at, howto=HOWTO)
+            found += [text for text in checked.true(texts) if text not in found]
+            # pydantic compares settings with each other only if each of them is right.
+            rest, names = _corrected(config, rest, error)
+        if not names:
+            break
+        wrong |= names
+    return _Checked(None, frozenset(wrong))
 
 
-def _without(value: Any, places: Sequence[tuple[int | str, ...]]) -> tuple[Any, set[str]]:
-    """Return a copy of settings without those at some locations of pydantic, and the names of these."""
+def _corrected(config: type[T], value: Any, error: ValidationError) -> tuple[Any, set[str]]:
+    """Return a copy of settings with right values for those with a mistake of their own, and the names of these.
+
+    A wrong one is left out; one that is required has any value.
+    """
     rest, names = copy.deepcopy(value), set[str]()
-    for place in places:
+    for each in error.errors(include_url=False):
+        place = each["loc"]
         holder: Any = None
         inner, name = rest, ""
         for part in place:  # those that are no key are items of a list, or the variant of a union
             if isinstance(inner, Mapping) and part in inner:
                 holder, name = inner, str(part)
                 inner = inner[part]
-        if holder is not None and not (isinstance(inner, Mapping) and name != place[-1]):
+        field = fields_of(config).get(str(place[0])) if len(place) == 1 else None
+        if (each["type"] == "missing" and isinstance(inner, dict)) or (field is not None and field.is_required()):
+            choices = get_args(field.annotation) if field is not None else ()
+            (inner if each["type"] == "missing" else holder)[place[-1]] = choices[0] if choices else "x"
+            names.add(str(place[-1]))
+        elif holder is not None and not (isinstance(inner, Mapping) and name != place[-1]):
             del holder[name]
             names.add(name)
     return rest, names
+
+
+def login_rules(config: Any) -> list[tuple[bool, str]]:
+    """Return the rules for `username`, `password_env` and `password_file` of settings."""
+    named = "password_env" if config.password_env else "password_file" if config.password_file else ""
+    return [
+        (
+            not (config.password_env and config.password_file),
+            f"password_env and password_file are both given, got {config.password_env!r} and "
+            f"{config.password_file!r}. Keep one of them",
+        ),
+        (
+            bool(config.username) or not named,
+            f"{named} has no effect without username. Give username too, or leave {named} out",
+        ),
+    ]
 
 
 def secret(name: str, *, env: str, file: str) -> str | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from normweave.errors import ConfigError, MissingError, reason
-from normweave.serve.line_config import secret
+from normweave.serve.line_config import login_rules, secret
 from normweave.validation import check, checked
 
 if TYPE_CHECKING:
@@ -48,11 +48,16 @@ class Address:
     tls_key: str = ""
 
     def __post_init__(self) -> None:
+        check(*self.rules())
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return the rules for the login, and for the files of TLS."""
         files = self.tls_ca or self.tls_certificate or self.tls_key
-        check(
+        return [
+            *login_rules(self),
             (self.tls or not files, "tls must be true with tls_ca, tls_certificate or tls_key"),
             (bool(self.tls_certificate) == bool(self.tls_key), "tls_certificate and tls_key must be given together"),
-        )
+        ]
 
 
 @checked

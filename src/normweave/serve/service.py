@@ -243,10 +243,13 @@ class InspectionService:
 
         Raises:
             BusyError: too many images are waiting.
+            ConfigError: an image has a view and shows no part.
             StoppedError: the server is stopping.
             NormweaveError: the images could not be stored, or the bundle failed.
         """
         places: Sequence[RequestPart | None] = parts or [None] * len(uploads)
+        identify = self.part_rule.identify
+        named = [Upload(one.name, one.content, *identify(one.name, part=one.part, view=one.view)) for one in uploads]
         with self._lock:
             if self._stopping:
                 raise StoppedError("The server is stopping. Send the images again when it is back.")
@@ -261,10 +264,6 @@ class InspectionService:
             self.waiting += len(uploads)
             self.metrics.waiting.set(self.waiting)
             now, started = datetime.now(UTC), time.perf_counter()
-            identify = self.part_rule.identify
-            named = [
-                Upload(one.name, one.content, *identify(one.name, part=one.part, view=one.view)) for one in uploads
-            ]
             counts = Counter(one.part for one in named if one.part is not None)
             together = {part: Together[_Job](count) for part, count in counts.items()}
             jobs, active = [], self.detector  # one for the whole request: it may be replaced at any time

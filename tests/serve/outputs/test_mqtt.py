@@ -186,7 +186,7 @@ def test_wrong_settings_are_named(tmp_path, entry, words):
 def test_the_password_is_read_at_the_start(monkeypatch):
     monkeypatch.delenv("BROKER", raising=False)
     with pytest.raises(ConfigError, match="BROKER, named by password_env, is not set"):
-        make("mqtt", host="h", password_env="BROKER")
+        make("mqtt", host="h", username="u", password_env="BROKER")
 
 
 def test_files_of_tls_are_read_at_the_start(tmp_path):

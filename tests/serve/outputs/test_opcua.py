@@ -170,7 +170,7 @@ def test_a_second_implementation_follows_and_acknowledges(tmp_path):
     ("entry", "words"),
     [
         ("username: a, security: none", "password_env or password_file must be given"),
-        ("username: a, password_env: P", "certificate and private_key must be given with sign_and_encrypt"),
+        ("username: a, password_env: P", "certificate and private_key must be given with security sign_and_encrypt"),
         ("password_env: P, security: none", "outputs[0].username"),
         (
             "username: a, password_env: P, security: none, acknowledge_seconds: 20",

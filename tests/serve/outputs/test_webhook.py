@@ -82,7 +82,7 @@ def test_an_answer_that_never_ends_keeps_one_thread(station, tmp_path):
     [
         ("url: line-4, secret_env: S", "outputs[0].url must be an address like https"),
         ("url: http://mes/", "secret_env or secret_file must be given"),
-        ("url: http://mes/, secret_env: S, secret_file: S", "secret_env or secret_file must be given"),
+        ("url: http://mes/, secret_env: S, secret_file: S", "secret_env and secret_file are both given"),
         ("secret_env: S", "outputs[0].url"),
     ],
 )

@@ -33,6 +33,14 @@ Results = Annotated[tuple[Literal["inspections", "parts"], ...], AfterValidator(
 """`deliver` of outputs that a machine reads."""
 
 
+def age_rule(acknowledge: float, age: float) -> tuple[bool, str]:
+    """Return the rule for `acknowledge_seconds` and `max_age_seconds`."""
+    return (
+        acknowledge <= age,
+        f"acknowledge_seconds must be at most max_age_seconds, got {acknowledge:g} and {age:g}",
+    )
+
+
 class DeliveryError(NormweaveError):
     """The counterpart has not taken a message; the connection can be used again, and the message is sent again."""
 
@@ -62,6 +70,17 @@ class OutputConfig(EntryConfig):
     needs_views: ClassVar[bool] = False
     """Whether a machine acts on the verdicts, so that parts need `parts.views`: without it none is known to be
     complete."""
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return that no wait is longer than the longest."""
+        first, longest = self.first_wait_seconds, self.longest_wait_seconds
+        return [
+            *super().rules(),
+            (
+                first <= longest,
+                f"first_wait_seconds must be at most longest_wait_seconds, got {first:g} and {longest:g}",
+            ),
+        ]
 
     def contradictions(self, parts: PartRule) -> list[str]:
         """Return that the views of parts must be known, if they must and are not."""

@@ -21,7 +21,7 @@ from normweave.serve import outputs
 from normweave.serve.message import DriftMessage, InspectionMessage, Message, PartMessage
 from normweave.serve.plc import reason
 from normweave.serve.verdict_codes import NO_RESULT, verdict_code
-from normweave.validation import PositiveFloat, check, checked
+from normweave.validation import PositiveFloat, checked
 
 VERSION = 1
 """Version of the table of registers."""
@@ -65,9 +65,9 @@ class Config(outputs.OutputConfig):
 
     needs_views: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        fits = self.acknowledge_seconds <= self.max_age_seconds
-        check((fits, "acknowledge_seconds must be at most max_age_seconds"))
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return that a result is not older than good ones may be while it waits."""
+        return [*super().rules(), outputs.age_rule(self.acknowledge_seconds, self.max_age_seconds)]
 
 
 class Output(outputs.Output):

@@ -34,6 +34,10 @@ class Config(outputs.OutputConfig, mqtt.Address):
     topic: Annotated[str, Field(max_length=200), AfterValidator(_topic)] = ""
     """First levels of the topics; empty: normweave/NAME-OF-THE-LINE. Below it: the `TOPICS`, state, heartbeat."""
 
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return the rules of outputs and of addresses of brokers."""
+        return [*outputs.OutputConfig.rules(self), *mqtt.Address.rules(self)]
+
 
 class Output(outputs.Output):
     """Publishes messages to a broker. A message is delivered when the broker has acknowledged it."""

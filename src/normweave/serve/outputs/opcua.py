@@ -20,10 +20,10 @@ from asyncua.server.user_managers import User, UserRole
 from pydantic import Field
 
 from normweave.serve import outputs
-from normweave.serve.line_config import secret
+from normweave.serve.line_config import login_rules, secret
 from normweave.serve.message import DriftMessage, Message, PartMessage
 from normweave.serve.verdict_codes import NO_RESULT, verdict_code
-from normweave.validation import PositiveFloat, check, checked
+from normweave.validation import PositiveFloat, checked, unused
 
 NAMESPACE = "urn:normweave:line"
 STATES = {True: ("Operational", "ContinuousExecution"), False: ("Error", "")}
@@ -64,14 +64,20 @@ class Config(outputs.OutputConfig):
 
     needs_views: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        password = bool(self.password_env) != bool(self.password_file)
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return that there is a password, and that the files of the encryption are there if it is used."""
         files = bool(self.certificate and self.private_key)
-        check(
-            (password, "password_env or password_file must be given"),
-            (files or self.security == "none", "certificate and private_key must be given with sign_and_encrypt"),
-            (self.acknowledge_seconds <= self.max_age_seconds, "acknowledge_seconds must be at most max_age_seconds"),
-        )
+        return [
+            *super().rules(),
+            *login_rules(self),
+            (bool(self.password_env or self.password_file), "password_env or password_file must be given"),
+            (
+                files or self.security == "none",
+                "certificate and private_key must be given with security sign_and_encrypt",
+            ),
+            *(unused(self, "certificate private_key", why="security none") if self.security == "none" else ()),
+            outputs.age_rule(self.acknowledge_seconds, self.max_age_seconds),
+        ]
 
 
 class Output(outputs.Output):

@@ -12,17 +12,16 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from http.client import HTTPException
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import standardwebhooks
-from pydantic import AfterValidator
 
 from normweave.errors import ConfigError, reason
 from normweave.serve import outputs
 from normweave.serve.line_config import secret
 from normweave.serve.message import Message
-from normweave.validation import PositiveInt, check, checked
+from normweave.validation import PositiveInt, checked
 
 KEY_BYTES = 24, 64
 """Fewest and most bytes of a secret."""
@@ -30,28 +29,31 @@ AGAIN = (408, 425, 429)
 """Statuses 4xx after which the same request may succeed."""
 
 
-def _url(value: str) -> str:
-    parts = urlsplit(value)
-    right = parts.scheme in ("http", "https") and bool(parts.hostname)
-    check((right, f"must be an address like https://host/path, got {value!r:.200}"))
-    return value
-
-
 @checked
 class Config(outputs.OutputConfig):
     """An address and a secret."""
 
     type: Literal["webhook"]
-    url: Annotated[str, AfterValidator(_url)]
+    url: str
     secret_env: str = ""
     """Environment variable with the secret of the signature: `whsec_` and 24 to 64 bytes in base64."""
     secret_file: str = ""
     refusals: PositiveInt = 3
     """After how many refusals (status 4xx but 408, 425 and 429) a message becomes a dead letter."""
 
-    def __post_init__(self) -> None:
-        given = bool(self.secret_env) != bool(self.secret_file)
-        check((given, "secret_env or secret_file must be given: messages are signed"))
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return that the address is one, and that there is one secret."""
+        parts, env, file = urlsplit(self.url), self.secret_env, self.secret_file
+        address = parts.scheme in ("http", "https") and bool(parts.hostname)
+        return [
+            *super().rules(),
+            (address, f"url must be an address like https://host/path, got {self.url!r:.200}"),
+            (bool(env or file), "secret_env or secret_file must be given: messages are signed"),
+            (
+                not (env and file),
+                f"secret_env and secret_file are both given, got {env!r} and {file!r}. Keep one of them",
+            ),
+        ]
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
 from normweave.errors import reason
-from normweave.serve.line_config import secret
+from normweave.serve.line_config import login_rules, secret
 from normweave.serve.pictures import frame
 from normweave.serve.source import Frames, SourceConfig
-from normweave.validation import PositiveFloat, check, checked
+from normweave.validation import PositiveFloat, checked
 
 CHUNK = 64 * 2**10
 """Bytes that are read at a time."""
@@ -38,12 +38,15 @@ class Config(SourceConfig):
     password_file: str = ""
     """File of the password."""
 
-    def __post_init__(self) -> None:
+    def rules(self) -> list[tuple[bool, str]]:
+        """Return that the address is one, without a login in it."""
         parts = urlsplit(self.url)
-        check(
+        return [
+            *super().rules(),
+            *login_rules(self),
             (parts.scheme in ("http", "https") and bool(parts.hostname), f"url must be http(s)://…, got {self.url!r}"),
             ("@" not in parts.netloc, "url must have no password: give username, password_env"),
-        )
+        ]
 
 
 class _SlowError(TimeoutError):

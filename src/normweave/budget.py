@@ -129,7 +129,7 @@ def fit(
     if budget == "fast":
         config = fast(config, keep)
     elif budget == "best":
-        folder = (cache or fitting.cache_folder()) if use_cache else None
+        folder = (cache or feature_cache.default_folder()) if use_cache else None
         config, compared = best(
             samples_of(data, config, layout),
             config,

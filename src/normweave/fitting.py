@@ -50,11 +50,6 @@ INT8_IMAGES = 64
 """Fit images from which the ranges of int8 are measured."""
 
 
-def cache_folder() -> Path:
-    """Return the default folder of the feature cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normweave" / "features"
-
-
 def fit(
     data: Data,
     *,
@@ -95,7 +90,7 @@ def fit(
     samples = samples_of(data, config, layout)
     extractor = build_features(config.features, height=config.prepare.height, width=config.prepare.width)
     extractor.to(device)
-    folder = (cache or cache_folder()) if use_cache else None
+    folder = (cache or feature_cache.default_folder()) if use_cache else None
     known = None if folder is None else partial(feature_cache.contains, folder, extractor.fingerprint)
     images, division = divide(samples, config, known=known, progress=progress)
     elsewhere = None

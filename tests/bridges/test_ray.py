@@ -27,7 +27,9 @@ def never(progress):
     raise AssertionError
 
 
-def test_no_cluster_answers():
+def test_no_cluster_answers(monkeypatch):
+    """It is known before a process imports Ray, which takes long."""
+    monkeypatch.setattr(session.multiprocessing, "get_context", never)
     with pytest.raises(MissingError, match=r"No Ray cluster answers at 127\.0\.0\.1:1 .*`ray start --head"):
         session.run("127.0.0.1:1", never)
 

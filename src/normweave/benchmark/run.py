@@ -37,7 +37,8 @@ from normweave.data import layouts
 from normweave.data.joined import join
 from normweave.detector import Detector
 from normweave.errors import DataError, MissingError, NormweaveError
-from normweave.fitting import cache_folder, fit
+from normweave.features import cache as feature_cache
+from normweave.fitting import fit
 from normweave.textiles import make_textures
 from normweave.types import Progress, Sample
 
@@ -140,7 +141,7 @@ def run(
     done.mkdir(parents=True, exist_ok=True)
     divisions, unusable = divide(plan, root, output)
     runs = list(list_runs(plan, divisions, root))
-    cache = cache or cache_folder()
+    cache = cache or feature_cache.default_folder()
     threads = threads or (1 if ray is not None else max(1, (os.cpu_count() or 1) // jobs))
     work = [
         Work(item, fold, done, cache, threads, timed)

@@ -95,11 +95,13 @@ def opened(address: str) -> Iterator[Cluster]:
 
     Raises:
         ConfigError: the address is none.
-        MissingError: Ray is not installed.
+        MissingError: Ray is not installed, or nothing listens at the address.
     """
     check_address(address)
     if importlib.util.find_spec("ray") is None:
         raise MissingError("--ray needs Ray, which is not installed: pip install 'normweave[scale]'")
+    if address not in (LOCAL, AUTO):
+        _check_answer(address)  # before the process, which imports Ray
     context = multiprocessing.get_context("spawn")
     own, other = context.Pipe()
     verbose = logging.getLogger().isEnabledFor(logging.INFO)
@@ -205,8 +207,6 @@ def connected(address: str) -> Iterator[None]:
             "include_dashboard": False,
             "object_store_memory": STORE_MIB * 2**20,
         }
-    elif address != AUTO:
-        _check_answer(address)
     try:
         ray.init(address=address, **options)
     except ConnectionError as error:

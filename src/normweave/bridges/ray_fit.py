@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from normweave import fitting
 from normweave.bridges import ray as session
 from normweave.bridges import ray_features, ray_tasks
 from normweave.bridges.ray_features import Slice
@@ -110,7 +109,7 @@ class ClusterSources:
             self.summary = "fitted on the machines of the cluster"
             return ClusterFeatures(self, extractor, images, config, cache=cache, cache_gib=max_gib, progress=progress)
         self.summary = f"features computed on the cluster, fitted on this machine: {here}"
-        folder = cache or fitting.cache_folder()
+        folder = cache or feature_cache.default_folder()
         ray_features.compute(
             self.cluster,
             extractor,
@@ -290,7 +289,7 @@ def _source(part: Part) -> FeatureSource:
             ray_features.extractor_of(part.rows),
             part.rows.keys,
             load,
-            folder=part.cache or fitting.cache_folder(),
+            folder=part.cache or feature_cache.default_folder(),
             max_gib=part.cache_gib,
         )
     return _open[part.rows.keys]

@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from normweave.caches import cache_folder
 from normweave.errors import DataError
 from normweave.features.frozen import FrozenFeatures
 from normweave.types import FeatureSource, Progress
@@ -107,6 +108,11 @@ class Streamed:
         return features
 
 
+def default_folder() -> Path:
+    """Return the folder of the cache, unless another one is given."""
+    return cache_folder("features")
+
+
 def streamed(extractor: FrozenFeatures, load: Load, count: int) -> FeatureSource:
     """Return a source of the features of rows 0..count-1 of `load`, computed again at each read."""
     return Streamed(extractor, load, count)
@@ -155,14 +161,36 @@ def cached(
         ImageError: raised by `load`.
         DataError: the features do not fit the cache or the disk, or a feature does not fit float16.
     """
+    rows, new = _look_up(extractor, keys, folder=folder, max_gib=max_gib)
+    if new:
+        first = {key: row for row, key in reversed(list(enumerate(keys)))}
+        computing = {key: first[key] for key in new}
+        memory = _write(folder / extractor.fingerprint, computing, extractor, load, progress)
+        rows |= {key: Row(memory, index) for index, key in enumerate(new)}
+    return Cached([rows[key] for key in keys], shape=extractor.shape)
+
+
+def missing(extractor: FrozenFeatures, keys: Sequence[str], *, folder: Path, max_gib: float) -> list[str]:
+    """Return the keys without a row, in their order, and make room for rows that are computed elsewhere.
+
+    Raises:
+        DataError: they do not fit the cache or the disk.
+    """
+    return _look_up(extractor, keys, folder=folder, max_gib=max_gib)[1]
+
+
+def _look_up(
+    extractor: FrozenFeatures, keys: Sequence[str], *, folder: Path, max_gib: float
+) -> tuple[dict[str, Row], list[str]]:
+    """Return the rows on disk by key, and the keys without one in their order, for which room is made."""
     home = folder / extractor.fingerprint
     home.mkdir(parents=True, exist_ok=True)
     row_bytes = 2 * int(np.prod(extractor.shape))
-    first = {key: row for row, key in reversed(list(enumerate(keys)))}
+    wanted = set(keys)
     rows: dict[str, Row] = {}
     needed = []
     for segment in _segments(home, row_bytes=row_bytes):
-        if first.keys().isdisjoint(segment.keys):
+        if wanted.isdisjoint(segment.keys):
             continue
         try:
             os.utime(segment.data)  # the time of the last use
@@ -171,34 +199,11 @@ def cached(
         except FileNotFoundError:  # removed by another process
             continue
         needed.append(segment.data)
-        rows |= {key: Row(memory, index) for index, key in enumerate(segment.keys) if key in first}
-    missing = {key: row for key, row in sorted(first.items(), key=lambda item: item[1]) if key not in rows}
-    if missing:
-        _make_room(folder, home, needed, rows=len(missing), row_bytes=row_bytes, max_bytes=int(max_gib * GIB))
-        memory = _write(home, missing, extractor, load, progress)
-        rows |= {key: Row(memory, index) for index, key in enumerate(missing)}
-    return Cached([rows[key] for key in keys], shape=extractor.shape)
-
-
-def missing(extractor: FrozenFeatures, keys: Sequence[str], *, folder: Path, max_gib: float) -> list[str]:
-    """Return the keys without a row, in their order, and make room for them as `cached` does.
-
-    Raises:
-        DataError: they do not fit the cache or the disk.
-    """
-    home = folder / extractor.fingerprint
-    home.mkdir(parents=True, exist_ok=True)
-    row_bytes = 2 * int(np.prod(extractor.shape))
-    wanted, found = set(keys), set[str]()
-    needed = []
-    for segment in _segments(home, row_bytes=row_bytes):
-        if own := wanted.intersection(segment.keys):
-            found |= own
-            needed.append(segment.data)
-    result = [key for key in dict.fromkeys(keys) if key not in found]
-    if result:
-        _make_room(folder, home, needed, rows=len(result), row_bytes=row_bytes, max_bytes=int(max_gib * GIB))
-    return result
+        rows |= {key: Row(memory, index) for index, key in enumerate(segment.keys) if key in wanted}
+    new = [key for key in dict.fromkeys(keys) if key not in rows]
+    if new:
+        _make_room(folder, home, needed, rows=len(new), row_bytes=row_bytes, max_bytes=int(max_gib * GIB))
+    return rows, new
 
 
 def add(folder: Path, fingerprint: str, keys: Sequence[str], features: NDArray[np.float16]) -> None:

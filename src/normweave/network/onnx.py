@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 from numpy.typing import NDArray
 
+from normweave.caches import cache_folder
 from normweave.errors import BundleError, MissingError, unknown
 from normweave.network import OPENVINO
 from normweave.network.base import GraphNetwork
@@ -60,16 +60,11 @@ def _with_options(name: str, number: str) -> Any:
     if name == "cuda":
         options["use_tf32"] = "0"
     else:
-        folder = cache_folder()
+        folder = cache_folder("tensorrt")
         folder.mkdir(parents=True, exist_ok=True)
         # An engine takes minutes to build; it is kept for the same graph, card and version of TensorRT.
         options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(folder), "trt_fp16_enable": "0"}
     return PROVIDERS[name], options
-
-
-def cache_folder() -> Path:
-    """Return the folder of the engines of TensorRT."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "normweave" / "tensorrt"
 
 
 def library() -> ModuleType:

@@ -48,7 +48,7 @@ class Config(SourceConfig):
     """File of the password."""
 
     def rules(self) -> list[tuple[bool, str]]:
-        """Return that there is one address, and that no setting belongs to the other kind of camera."""
+        """Return that there is one address, and that no setting is without effect."""
         scheme, others = urlsplit(self.url).scheme, list[tuple[bool, str]]()
         if self.device:
             others = unused(self, "transport username", why="device, which is a USB camera")

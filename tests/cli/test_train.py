@@ -176,7 +176,8 @@ def test_a_rate_that_cannot_be_guaranteed_is_reported_and_the_verdicts_are_marke
     rate = f"{100 / (groups + 1):.3g} %"
     assert f"{groups} independent good parts can promise {rate} false alarms at best; 1 % needs 99." in result.stdout
     assert "Verdicts are marked uncalibrated." in result.stdout
-    assert "fitted on 24 good images, calibrated on the same by cross-validation" in result.stdout
+    assert "dfm, fitted and, by cross-validation, calibrated on the same 24 good images for" in result.stdout
+    assert "held-out" not in result.stdout
     predicted = run("predict", tmp_path / "b", textiles, "--json")
     outcomes = [json.loads(line) for line in predicted.stdout.splitlines()]
     assert {(each["guarantee"], each["false_alarm_rate"]) for each in outcomes} == {("uncalibrated", 1 / (groups + 1))}

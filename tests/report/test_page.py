@@ -184,6 +184,13 @@ def test_the_input_sizes_that_were_compared_are_shown(tmp_path):
     assert "budget" not in page(tmp_path, provenance=PROVENANCE | {"budget": None})  # an older bundle
 
 
+def test_the_images_of_a_cross_validation_are_counted_once(tmp_path):
+    crossed = PROVENANCE | {"fit_images": 70, "calibration_images": 70, "cross_validated": True}
+    text = Checked(page(tmp_path, provenance=crossed)).text
+    assert "70 images to fit the model and, by cross-validation, to set the thresholds. At" in text
+    assert text.count("70 images") == 1
+
+
 def test_the_summary_counts_rejected_images_and_compares_false_alarms_with_the_target(tmp_path):
     text = Checked(page(tmp_path)).text
     assert "Of 40 defective images, 30 were rejected" in text

@@ -425,6 +425,7 @@ def provenance(detector: Detector, data: object) -> dict[str, Any]:
         "seed": record["seed"],
         "fit_images": record["fit_images"],
         "calibration_images": record["calibration_images"],
+        "cross_validated": calibration.cross_validated,
         "trained_on": list(detector.subclasses),
         "budget": record.get("budget"),
         "fusion": record.get("notes", {}).get("fusion"),

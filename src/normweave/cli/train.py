@@ -210,7 +210,8 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
     refused = [{"image_path": refusal.image_path, "error": refusal.reason} for refusal in detector.refused]
     if terminal.json:
         keys = ("model", "categories", "fit_images", "calibration_images", "seed")
-        points = {key: calibration.get(key) for key in ("false_alarm_rate", "guarantee", "operating_points")}
+        of_points = ("false_alarm_rate", "guarantee", "cross_validated", "operating_points")
+        points = {key: calibration.get(key) for key in of_points}
         terminal.record(
             {"bundle": str(folder), "bundle_hash": detector.bundle_hash}
             | {key: record[key] for key in keys}
@@ -222,14 +223,23 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
         return UNREADABLE if refused else ALL_NORMAL
     for image in refused:
         terminal.show(unreadable(**image))
-    table = Table("subclass", "held-out images", "groups", "threshold", title_justify="left", box=None)
+    crossed, fitted_on = calibration.get("cross_validated", False), f"{record['fit_images']} good images"
+    table = Table(
+        "subclass",
+        "good images" if crossed else "held-out images",
+        "groups",
+        "threshold",
+        title_justify="left",
+        box=None,
+    )
     for point in calibration.get("operating_points", []):
         table.add_row(*point_row(point))
     terminal.show(
-        f"{folder}: {record['model']}, fitted on {record['fit_images']} good images, calibrated on "
-        f"{'the same' if calibration.get('cross_validated') else record['calibration_images']} "
-        f"{'by cross-validation' if calibration.get('cross_validated') else 'others'} for a false-alarm rate of "
-        f"{calibration.get('false_alarm_rate', 0):g}",
+        f"{folder}: {record['model']}, fitted and, by cross-validation, calibrated on the same {fitted_on} for "
+        f"a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}"
+        if crossed
+        else f"{folder}: {record['model']}, fitted on {fitted_on}, calibrated on {record['calibration_images']} others "
+        f"for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
         table,
     )
     for category in fusion:

@@ -117,10 +117,7 @@ def write_page(
         trained_on=provenance.get("trained_on", ()),
         promise=provenance.get("promise"),
         suspects=[(PurePath(each.image_path).name, each) for each in suspects],
-        training_images=[
-            (provenance.get("fit_images"), "fit the model"),
-            (provenance.get("calibration_images"), "set the thresholds"),
-        ],
+        training_images=_training_images(provenance),
         budget=_budget(provenance.get("budget")),
         fusion=_fusion(provenance.get("fusion")),
         histogram=_histogram(read),
@@ -248,6 +245,14 @@ def _fusion(categories: Sequence[Row] | None) -> Section | None:
         ["held-out good images", "synthetic defects", *(expert["name"] for expert in categories[0]["experts"])],
         [line(each) for each in categories],
     )
+
+
+def _training_images(provenance: Mapping[str, Any]) -> list[tuple[int | None, str]]:
+    """Return how many images were used for what; those of a cross-validation are counted once."""
+    fitted = provenance.get("fit_images")
+    if provenance.get("cross_validated"):
+        return [(fitted, "fit the model and, by cross-validation, to set the thresholds")]
+    return [(fitted, "fit the model"), (provenance.get("calibration_images"), "set the thresholds")]
 
 
 def _budget(budget: Row | None) -> Section | None:

@@ -83,10 +83,11 @@ def test_the_weights_of_each_category_are_shown_with_their_source():
 
 
 def test_the_training_data_is_escaped_and_products_without_subclasses_are_named():
-    text = training(RECORD, "1234")
+    text = training(RECORD, "1234", cross_validated=False)
     assert "cloth/&lt;b&gt;" in text
     assert ">bottle</span>" in text
     assert "<dd>64 × 48 pixels</dd>" in text
+    assert "<dd>the same, by cross-validation</dd>" in training(RECORD, "1234", cross_validated=True)
 
 
 def two_limits(**given):

@@ -97,7 +97,8 @@ class ModelPage(Page):
         detector = self._service.detector
         if fusion := detector.record.get("notes", {}).get("fusion"):
             ui.html(weights(fusion)).classes("sheet")
-        ui.html(training(detector.record, detector.bundle_hash)).classes("sheet")
+        crossed = self._calibration.cross_validated
+        ui.html(training(detector.record, detector.bundle_hash, cross_validated=crossed)).classes("sheet")
         if views := self._service.detectors.views:
             ui.html(views_with_bundles(views)).classes("sheet")
         self._draw()
@@ -353,8 +354,12 @@ def views_with_bundles(views: Mapping[str, Detector]) -> str:
     return render_macro(TEMPLATE, "views", rows=rows)
 
 
-def training(record: Mapping[str, Any], bundle_hash: str | None) -> str:
-    """Return the products and the facts that are recorded in the bundle."""
+def training(record: Mapping[str, Any], bundle_hash: str | None, *, cross_validated: bool) -> str:
+    """Return the products and the facts that are recorded in the bundle.
+
+    Args:
+        cross_validated: whether the parts in training also gave the limits.
+    """
     products = [
         product(category, subclass)
         for category, subclasses in record["categories"].items()
@@ -365,7 +370,9 @@ def training(record: Mapping[str, Any], bundle_hash: str | None) -> str:
         "Model": record["model"],
         "Backbone": features.get("backbone", features.get(DISCRIMINATOR, "–")),
         "Good parts in training": record["fit_images"],
-        "Good parts held out for the limits": record["calibration_images"],
+        "Good parts held out for the limits": "the same, by cross-validation"
+        if cross_validated
+        else record["calibration_images"],
         "Input": f"{preparation['width']} × {preparation['height']} pixels",
         "Seed": record["seed"],
         "Software": " · ".join(f"{name} {version}" for name, version in record["software"].items()),

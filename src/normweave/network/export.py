@@ -47,6 +47,9 @@ def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
         import onnxscript  # noqa: F401 - torch needs it, and its own message is less clear
     except ImportError as error:
         raise MissingError('Exporting a network needs onnx and onnxscript: pip install "normweave[train]"') from error
+    for each in module.modules():
+        if getattr(each, "inplace", False):
+            each.inplace = False  # an operation in place takes torch.export several times as long to trace
     batch = torch.export.Dim("batch")
     # Two images: torch.export treats a size of one as a constant.
     inputs: tuple[Tensor, ...] = (torch.zeros(2, 3, height, width, dtype=torch.uint8),)

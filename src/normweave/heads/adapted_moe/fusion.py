@@ -261,17 +261,18 @@ class Fusion(nn.Module):
         Returns:
             The map (B, h, w) and the image score (B,).
         """
-        weights, centre, spread = self.weights[subclass], self.centre[subclass], self.spread[subclass]
-        factor = weights[..., None] / spread  # (B, E, 2)
-        maps, images = [], []
-        for e, unscaled in scores.items():
-            each = self.border(unscaled, subclass, e)
-            excess = (level(each[:, 1]) - self.highest[subclass, e]).clamp(min=0)
-            maps.append((each[:, 0] - centre[:, e, 0, None, None]) * factor[:, e, 0, None, None])
-            images.append((each[:, 1].amax(dim=(1, 2)) - excess - centre[:, e, 1]) * factor[:, e, 1])
-        fused = torch.stack(maps).sum(dim=0)
+        used = list(scores)
+        weights, highest = self.weights[:, used][subclass], self.highest[:, used][subclass]  # (B, E') each
+        centre, spread = self.centre[:, used][subclass], self.spread[:, used][subclass]  # (B, E', 2) each
+        each = torch.stack([self.border(scores[e], subclass, e) for e in used], dim=1)  # (B, E', 2, h, w)
+        excess = (level(each[:, :, 1]) - highest).clamp(min=0)
+        peaks = each[:, :, 1].amax(dim=(2, 3)) - excess
+        factor = weights[..., None] / spread
+        maps = (each[:, :, 0] - centre[..., 0, None, None]) * factor[..., 0, None, None]
+        images = (peaks - centre[..., 1]) * factor[..., 1]
+        fused = maps.sum(dim=1)
         excess = (level(fused) - self.map_highest[subclass]).clamp(min=0)
-        return fused - torch.minimum(excess, self.limit[subclass])[:, None, None], torch.stack(images).sum(dim=0)
+        return fused - torch.minimum(excess, self.limit[subclass])[:, None, None], images.sum(dim=1)
 
 
 def _aurocs(normal: HeldOut, defective: Defective | None) -> NDArray[np.float64]:

@@ -34,6 +34,10 @@ def test_shapes_are_written_for_one_category_after_the_other(image, tmp_path):
     assert "the region of * is 43." in result.stdout
     with Image.open(tmp_path / "seen.png") as seen:
         assert seen.size == (80, 60)
+    again = run("data", "roi", image, "-o", file, *options, "--preview", tmp_path / "seen.png")
+    assert again.exit_code == 2
+    assert "seen.png exists. Choose another path, or give --overwrite. Nothing" in " ".join(again.stderr.split())
+    assert not run("data", "roi", image, "-o", file, "--preview", tmp_path / "seen.png", "--overwrite").exit_code
     every = inside(file)
     assert every[59, 39]
     assert not every[0, 0]
@@ -66,6 +70,10 @@ def test_a_region_that_follows_the_part_holds_the_image_as_reference(tmp_path):
     result = run("data", "roi", path, "-o", file, *options, "--align", "rigid")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"{file}: the region of * is 64.0% of {path}, and follows the part (rigid)")
+    assert "other proportions" not in result.stderr
+    Image.fromarray(pixels[:, :40]).save(tmp_path / "tall.png")
+    warned = " ".join(run("data", "roi", path, "-o", file, *options, "--align", "rigid").stderr.split())
+    assert f"tall.png has 60 x 40 pixels (height x width), and the reference {path} has 60 x 80: images of" in warned
     (found,) = settings.read_regions(file)
     assert found.align == "rigid"
     np.testing.assert_array_equal(alignment.decode_reference(found.reference), pixels)

@@ -1,6 +1,7 @@
 """`normweave data roi`: write, check and show the regions of interest of a detector."""
 
 from enum import StrEnum
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 PREVIEWS = (".png", ".jpg", ".jpeg")
+BESIDE = 100
+"""Images beside that of a region whose proportions are compared with it, at most."""
 
 
 class Align(StrEnum):
@@ -58,6 +61,7 @@ def roi(
     preview: Annotated[
         Path | None, typer.Option(help="New image (.png) that shows the region.", show_default=False)
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --preview.")] = False,
 ) -> int:
     """Write the region of interest of a category to a file for `normweave train --regions`.
 
@@ -83,6 +87,8 @@ def roi(
     }
     if preview is not None and preview.suffix.lower() not in PREVIEWS:
         raise ConfigError(f"The preview must end in {' or '.join(PREVIEWS)}, got {preview}. Nothing was written.")
+    if preview is not None and preview.exists() and not overwrite:
+        raise DataError(f"The preview {preview} exists. Choose another path, or give --overwrite. Nothing was written.")
     if given := _given(**parts):
         if align is not Align.none:
             given |= {"align": align.value, "reference": alignment.encode_reference(pixels)}
@@ -112,8 +118,29 @@ def roi(
         terminal.show(f"{output}: the region of {category} is {share:.1%} of {image}{follows}")
         if preview is not None:
             terminal.show(f"{preview}: the region over the image")
+        if given and align is not Align.none and (other := _of_other_proportions(image, (height, width))):
+            terminal.remark(other)
         terminal.remark(f"Next: normweave train DATA -o BUNDLE --regions {output}")
     return ALL_NORMAL
+
+
+def _of_other_proportions(image: Path, size: tuple[int, int]) -> str:
+    """Return a remark if an image beside that of the region has other proportions: a region cannot follow there."""
+    from normweave.data import alignment, images, layouts
+
+    beside = (path for path in layouts.images_below(image.parent) if path.parent == image.parent and path != image)
+    for path in islice(beside, BESIDE):
+        try:
+            found = images.size(path)
+        except DataError:
+            continue  # training names it
+        if not alignment.same_proportions(found, size):
+            return (
+                f"{path} has {found[0]} x {found[1]} pixels (height x width), and the reference {image} has {size[0]} x "
+                f"{size[1]}: images of other proportions are refused, in training too. Draw the region over an image "
+                "like those of the line, or use --align none."
+            )
+    return ""
 
 
 def _mask(path: Path, *, height: int, width: int) -> str:

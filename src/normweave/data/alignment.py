@@ -288,7 +288,7 @@ class Aligner:
             ImageError: the image has other proportions than the reference, is too long, or no position was found.
         """
         height, width = image.shape[:2]
-        if max(abs(a - b) for a, b in zip(_shrunk(height, width), self._size, strict=True)) > 1:
+        if not same_proportions((height, width), self._size):
             raise ImageError(
                 f"has other proportions than the reference image of its region: {height} x {width} pixels (height x "
                 f"width), and the reference has {self._size[0]} x {self._size[1]}. Give images of the same camera "
@@ -483,6 +483,11 @@ def to_image(values: NDArray[Any], placement: Placement | None) -> NDArray[Any]:
 
 def _degrees(matrix: Matrix) -> float:
     return math.degrees(math.atan2(matrix[1, 0], matrix[0, 0]))
+
+
+def same_proportions(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Return whether images of two sizes (height, width) have the same proportions, as regions that follow need it."""
+    return max(abs(a - b) for a, b in zip(_shrunk(*one), _shrunk(*other), strict=True)) <= 1
 
 
 @lru_cache(maxsize=32)

@@ -69,6 +69,21 @@ def test_outcomes_equal_those_of_the_fitted_detector(detector, loaded, photos, t
     assert any(outcome.boxes for outcome in theirs)
 
 
+def test_an_anomalous_image_always_has_a_box(loaded, photos, monkeypatch):
+    """Also if no pixel of its map exceeds the threshold of boxes; the boxes of others stay."""
+    before = loaded.score(list(photos))
+    points = loaded.operating_points._replace(map_threshold=1e9, unseen_map_threshold=1e9)
+    monkeypatch.setattr(loaded, "operating_points", points)
+    after = loaded.score(list(photos))
+    assert "anomalous" in {one.verdict for one in after}
+    for one, other in zip(before, after, strict=True):
+        assert len(other.boxes) == (one.verdict == "anomalous")
+        if other.boxes:
+            (box,) = other.boxes
+            assert box.peak == other.anomaly_map.max()
+            assert box.peak == one.boxes[0].peak
+
+
 def test_one_image_and_one_that_cannot_be_read(loaded, photos, tmp_path):
     same(loaded.score(photos)[0], loaded.score(photos[0]))
     assert loaded.score(photos[0], maps=False).anomaly_map is None

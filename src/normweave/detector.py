@@ -262,6 +262,9 @@ class Detector:
             )
             if decision.verdict != "normal":
                 found = boxes.find(full_map, limit)
+                if not found and decision.verdict == "anomalous":  # the image score is not the maximum of the map
+                    inside = None if image.inside is None else alignment.to_image(image.inside, image.placement)
+                    found = boxes.around_highest(full_map, inside)
                 if self.network.references is not None and tiles.raw.nearest is not None:
                     found = self.network.references.mark(
                         found, full_map, tiles.raw.nearest, image.tiles, placement=image.placement

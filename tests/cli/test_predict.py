@@ -197,6 +197,8 @@ def test_arguments_without_an_image_are_refused_at_once(photos):
 
 def test_the_summary_of_an_outcome():
     assert summary(OUTCOME) == "ANOMALOUS    1.5000  (threshold 1.2500)  p 0.0200  a, b.png"
+    moved = replace(OUTCOME, shift_x=-12.04, shift_y=3.0, rotation=0.52, correlation=0.9)
+    assert summary(moved).endswith("p 0.0200  shift -12.0, 3.0  rotation 0.5  a, b.png")
     assert summary(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
     assert summary(normal).startswith("normal  ")

@@ -64,3 +64,14 @@ def test_the_hundred_highest_are_kept():
     anomaly_map[::2, ::2] = np.arange(1, 401).reshape(20, 20)
     found = boxes.find(anomaly_map, 0.0)
     assert [box.peak for box in found] == [float(peak) for peak in range(400, 300, -1)]
+
+
+def test_the_box_around_the_highest_value_is_above_the_middle_of_the_median_and_this_value():
+    anomaly_map = np.zeros((5, 6), dtype=np.float32)
+    anomaly_map[1, 1:3] = 4, 2.5
+    anomaly_map[3, 4] = 3
+    assert boxes.around_highest(anomaly_map, None) == (DefectBox(1, 1, 2, 1, 4.0),)
+    inside = np.zeros((5, 6), dtype=np.bool_)
+    inside[1, 1:4] = True  # its median is 2.5, so the middle is 3.25
+    assert boxes.around_highest(anomaly_map, inside) == (DefectBox(1, 1, 1, 1, 4.0),)
+    assert boxes.around_highest(np.ones((5, 6), dtype=np.float32), None) == ()

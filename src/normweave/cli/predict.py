@@ -355,12 +355,17 @@ def in_folder(folder: str) -> Iterator[str]:
 
 
 def summary(outcome: "Outcome") -> str:
-    """Return one line of text. A verdict that is not normal is in capital letters."""
+    """Return one line of text, for a region that follows the part with its place in pixels and degrees.
+
+    A verdict that is not normal is in capital letters.
+    """
     if outcome.error is not None:
         return f"UNREADABLE  {outcome.image_path}: {outcome.error}"
     verdict = str(outcome.verdict)
     shown = verdict if verdict == "normal" else verdict.upper()
     mark = "uncalibrated  " if outcome.guarantee == "uncalibrated" else ""
+    if outcome.shift_x is not None and outcome.shift_y is not None and outcome.rotation is not None:
+        mark += f"shift {outcome.shift_x:.1f}, {outcome.shift_y:.1f}  rotation {outcome.rotation:.1f}  "
     return (
         f"{shown:<10}{outcome.pred_score:>9.4f}  (threshold {outcome.threshold:.4f})  p {outcome.p_value:.4f}  "
         f"{mark}{outcome.image_path}"

@@ -48,6 +48,18 @@ def find(anomaly_map: NDArray[np.float32], threshold: float) -> tuple[DefectBox,
     )
 
 
+def around_highest(anomaly_map: NDArray[np.float32], inside: NDArray[np.bool_] | None) -> tuple[DefectBox, ...]:
+    """Return the box of the region around the highest value of a map (H, W): for an image without any other box.
+
+    Its pixels are above the middle between the median and the highest value. A map of one value has no such box.
+
+    Args:
+        inside: (H, W) the pixels that are inspected; None: all.
+    """
+    values = anomaly_map if inside is None else anomaly_map[inside]
+    return find(anomaly_map, (float(np.median(values)) + float(values.max())) / 2)[:1]
+
+
 def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Return row, start and end (one past the last pixel) of every run, in reading order."""
     padded = np.zeros((mask.shape[0], mask.shape[1] + 2), dtype=np.int8)

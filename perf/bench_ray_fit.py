@@ -1,9 +1,11 @@
 """Differences of a fit on a Ray cluster to that of one machine, and those of a coreset of coresets to a coreset.
 
-    python perf/bench_ray_fit.py [--data manifest.csv] [--nodes 2 4] [--size 128] [--test-images 60]
+    python perf/bench_ray_fit.py [--data manifest.csv] [--nodes 2 4] [--size 128] [--test-images 60] [--seeds 0 1 2]
+        [--epochs 10] [--models NAME …]
 
 Without --data: synthetic cloth. Each node is processes of its own with one CPU; all use one folder of features. The fit
-on one machine reads its own. Rates are not measured: nodes of one machine share its cores. Needs `[scale]`.
+on one machine reads its own. Models that are trained by gradient are fitted with each seed, since the numbers that they
+draw differ. The time of an epoch is that of nodes which share the cores of one machine. Needs `[scale]`.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +41,17 @@ MODELS: dict[str, list[str]] = {
     "subspace experts": ["head.expert.kind=subspace"],
     "DFM": ["head.kind=dfm"],
     "PatchCore": ["head.kind=memory_bank"],
+}
+
+GRADIENT: dict[str, list[str]] = {
+    "SimpleNet": ["head.kind=simplenet"],
+    "Adapted-MoE (discriminators)": ["head.expert.kind=discriminator"],
+    "CNC": ["head.kind=cnc"],
+    "MSFlow": ["head.kind=msflow"],
+}
+"""Models that are trained by gradient."""
+TRAINING = dict.fromkeys(GRADIENT, "head.training.epochs") | {
+    "Adapted-MoE (discriminators)": "head.expert.training.epochs"
 }
 
 
@@ -111,13 +125,70 @@ def coresets(far: Detector, samples: Sequence[Sample], *, parts: int, folder: Pa
     )
 
 
+class Epochs:
+    """Notes the time after each epoch of the last stage of a fit."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.times: list[tuple[int, float]] = []  # epochs that are done, and when
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Receive progress."""
+        if not step.startswith("train "):
+            return
+        if step != self.stage:
+            self.stage, self.times = step, []
+        self.times.append((done, time.perf_counter()))
+
+    def seconds(self) -> float:
+        """Return the mean time of an epoch between the first and the last that were reported."""
+        (first, start), (last, end) = self.times[0], self.times[-1]
+        return (end - start) / max(last - first, 1)
+
+
+def gradient(
+    samples: Sequence[Sample], test: Sequence[Sample], base: Config, folder: Path, *, names: Sequence[str], given
+) -> None:
+    """Print image AUROC and time of an epoch of models that are trained by gradient, with each seed."""
+    values: dict[tuple[str, int], list[float]] = {}
+
+    def fitted(name: str, machines: int, sources=None) -> None:
+        for seed in given.seeds:
+            config = settings.override(base, [*GRADIENT[name], f"seed={seed}", f"{TRAINING[name]}={given.epochs}"])
+            epochs, start = Epochs(), time.perf_counter()
+            detector = Detector.fit(
+                samples, config=config, cache=folder / "gradient", device="cpu", sources=sources, progress=epochs
+            )
+            if sources is not None:
+                assert sources.machines == machines
+            value = auroc(*scored(detector, test))
+            values.setdefault((name, machines), []).append(value)
+            print(
+                f"| {name} | {machines} | {seed} | {value:.4f} | {epochs.seconds():.2f} | "
+                f"{time.perf_counter() - start:.0f} |",
+                flush=True,
+            )
+
+    print("| model | machines | seed | image AUROC | seconds an epoch | seconds of the fit |")
+    for name in names:
+        fitted(name, 1)
+    for count in given.nodes:
+        with nodes(count, tied=False) as running, ray_fit.sources(running.address) as sources:
+            for name in names:
+                fitted(name, count, sources)
+    for (name, machines), found in values.items():
+        print(f"{name}, {machines} machines: mean {np.mean(found):.4f}, from {min(found):.4f} to {max(found):.4f}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--test-images", type=int, default=60)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=[*MODELS, *GRADIENT])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10)
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     ray_features.TASK_ROWS = 24
@@ -140,12 +211,15 @@ def main() -> None:
         drawn = np.random.default_rng(0).permutation(len(test))[: given.test_images]
         test = [test[number] for number in sorted(drawn)]
         print(f"{data}: {sum(each.split == 'train' for each in samples)} train images, {len(test)} test images")
+        if names := [name for name in given.models if name in GRADIENT]:
+            gradient(samples, test, base, folder, names=names, given=given)
+        given.models = [name for name in given.models if name in MODELS]
         near = {}
         for name in given.models:
             config = settings.override(base, MODELS[name])
             near[name] = Detector.fit(samples, config=config, cache=folder / "near", device="cpu")
         weights: dict[str, list] = {name: [] for name in given.models}
-        for count in given.nodes:
+        for count in given.nodes if near else []:
             with nodes(count, tied=False) as running, ray_fit.sources(running.address) as sources:
                 for name in given.models:
                     one = near[name]

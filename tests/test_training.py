@@ -1,23 +1,29 @@
 """Training with stages small enough to compute by hand. As a program: trains, and kills itself in the third epoch."""
 
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from builders import normals, quick_training
+from builders import InMemory, normals, quick_training
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
 from normweave.heads.base import TrainingStage
-from normweave.training import read_checkpoint, train, write_checkpoint
+from normweave.training import Workers, read_checkpoint, train, write_checkpoint
 
 
 def fit_data(*, count=20, holdout=None, seed=0):
@@ -472,6 +478,128 @@ def test_trains_in_a_thread_as_well():
     thread.start()
     thread.join()
     assert equal(weights(threaded), weights(stage))
+
+
+class Centre(TrainingStage):
+    """A weight for each channel and a sum of all images. The loss is a mean over images, without random numbers."""
+
+    name = "centre"
+    gradient_clip = 0.5
+    final_rate = 0.1
+
+    def __init__(self):
+        super().__init__(nn.Module(), quick_training(epochs=4, batch_images=13))
+        self.module.weight = nn.Parameter(torch.zeros(6))
+        self.module.unused = nn.Parameter(torch.ones(1))
+        self.module.register_buffer("total", torch.zeros(6))
+
+    def optimiser(self):
+        return torch.optim.Adam(self.module.parameters(), lr=0.1)
+
+    def loss(self, features, subclasses, *, generator, training):
+        values = features.mean(dim=(2, 3))  # (B, 6)
+        if training:
+            self.module.total += values.sum(dim=0)
+        return {"loss": (self.module.weight - values).square().sum(dim=1).mean()}
+
+
+class OneOfTwo(LightningEnvironment):
+    """One of two processes that were started by others."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank = rank
+
+    def world_size(self):
+        return 2
+
+    def global_rank(self):
+        return self.rank
+
+    def set_world_size(self, size):
+        pass
+
+    def set_global_rank(self, rank):
+        pass
+
+
+def _train_one_half(make, folder: Path, rank: int):
+    """Train with every second image, together with another process, and write the weights."""
+    data = fit_data(count=17, holdout=np.arange(17) % 5 == 0)  # 13 and 4
+    side = [np.flatnonzero(data.holdout == held_out)[rank::2] for held_out in (False, True)]
+    rows = np.sort(np.concatenate(side))
+    half = replace(
+        data,
+        features=InMemory(data.features.read(rows)),
+        subclasses=data.subclasses[rows],
+        groups=data.groups[rows],
+        holdout=data.holdout[rows],
+    )
+    workers = Workers(rank, 2, 13, partial(DDPStrategy, find_unused_parameters=True), OneOfTwo(rank))
+    if rank:
+        torch.set_num_threads(1)  # those of OpenMP do not survive a fork
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    try:
+        stage = make()
+        history = train(stage, half, device="cpu", workers=workers)
+    finally:
+        torch.distributed.destroy_process_group()
+    noise = [torch.tensor([value for *_, value in stage.seen])] if isinstance(stage, Denoise) else []
+    save_file(weights(stage) | dict(zip(["noise"], noise, strict=False)), folder / f"{rank}.safetensors")
+    return history
+
+
+def train_in_two_processes(make, folder):
+    """Return the history and what both processes wrote."""
+    folder.mkdir()
+    other = multiprocessing.get_context("fork").Process(target=_train_one_half, args=(make, folder, 1))
+    other.start()
+    history = _train_one_half(make, folder, 0)
+    other.join()
+    assert other.exitcode == 0
+    return history, *(load_file(folder / f"{rank}.safetensors") for rank in (0, 1))
+
+
+FORK = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # in which nothing is imported again
+
+
+@FORK
+def test_two_processes_train_as_one(tmp_path):
+    """With one batch of all images the gradients are those of one process, although one has 7 images and one 6."""
+    history, one, two = train_in_two_processes(Centre, tmp_path / "two")
+    alone = Centre()
+    expected = train(alone, fit_data(count=17, holdout=np.arange(17) % 5 == 0), device="cpu")
+    assert history.losses == pytest.approx(expected.losses, rel=1e-5)
+    assert history.holdout_losses == pytest.approx(expected.holdout_losses, rel=1e-5)
+    assert equal(one, two)
+    torch.testing.assert_close(one["weight"], weights(alone)["weight"])
+    torch.testing.assert_close(2 * one["total"], weights(alone)["total"])  # the mean of what each has added
+
+
+@FORK
+def test_two_processes_draw_different_numbers_and_give_the_same_weights_each_time(tmp_path):
+    """With batch norm, whose statistics are averaged, and batches of an odd number of images."""
+    make = partial(Denoise, batch_images=5, **SHORTER_AND_SLOWER)
+    _, one, two = train_in_two_processes(make, tmp_path / "first")
+    _, again, _ = train_in_two_processes(make, tmp_path / "second")
+    assert not set(one.pop("noise").tolist()) & set(two.pop("noise").tolist())
+    del again["noise"]
+    assert equal(one, two)
+    assert equal(one, again)
+
+
+@pytest.mark.parametrize(("size", "first", "end"), [(2, 0, 8), (3, 8, 16), (4, 16, 17), (2, 3, 8)])
+def test_workers_divide_each_batch_and_the_weighted_mean_is_that_of_the_batch(size, first, end):
+    batch = np.arange(first, end)
+    seen, mean = [], 0.0
+    for rank in range(size):
+        own, weight = Workers(rank, size, 100, None, None).share(batch)
+        assert len(own) > 0
+        images = own * size + rank
+        mean += weight * images.mean() / size
+        seen += images.tolist() if weight else []
+    assert sorted(seen) == batch.tolist()
+    assert mean == pytest.approx(batch.mean())
 
 
 def _die_in_the_third_epoch(folder: Path) -> None:

@@ -114,6 +114,7 @@ def fit(
             work=work,
             resume=resume,
             device=device,
+            sources=None if division.folds else sources,
             progress=progress,
         )
         network = TorchNetwork(
@@ -143,6 +144,8 @@ def fit(
     detector = fit_rows(rows_of(images, division.fit), calibration)
     assert isinstance(detector.network, TorchNetwork)
     detector.record |= bundle.subclass_record(detector.subclasses, detector.subclass_names)
+    if sources is not None and sources.machines > 1:
+        detector.record["trained_on_machines"] = sources.machines
     if division.folds:
         folds = [rows_of(images, fold) for fold in division.folds]
         fit_part = partial(fit_rows, reuse=detector.network.head)
@@ -180,11 +183,13 @@ def fit_head(
     work: Path | None,
     resume: bool,
     device: str,
+    sources: Sources | None = None,
     progress: Progress | None,
 ) -> tuple[ChannelStandardizer, Head]:
     """Fit the standardisation of the channels and the head on the fit rows; the backbone is frozen.
 
     Args:
+        sources: may train the head on other machines; None: it is trained on this one.
         source: features of all rows of `chosen.images`.
         reuse: a head fitted to all images, whose weights are taken; see `Head.reuse`.
         cache, cache_gib, work, resume, device: as in `fit`.
@@ -229,8 +234,11 @@ def fit_head(
         work = work / rows.fingerprint(keys)[: rows.HASH_LETTERS]
     head.begin(fit_data)
     check_routing(chosen.images, routes=bool(head.subclass_names))
-    for stage in head.stages(fit_data):
-        training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
+    stages = head.stages(fit_data)
+    given = head, stages, chosen, fit_data, standard
+    if sources is None or not stages or not sources.train(*given, device=device, progress=progress):
+        for stage in stages:
+            training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
     head.to("cpu")
     head.finish(fit_data)
     return standard, head
@@ -502,7 +510,8 @@ def _with_coverage(
         known[row] = True
         return pixels
 
-    source = feature_cache.source(extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
+    make = partial(feature_cache.source, extractor, keys, load, folder=cache, max_gib=max_gib, progress=progress)
+    source = feature_cache.WhenRead(make, shape=extractor.shape, count=len(keys))
 
     def coverage(batch: NDArray[np.int64]) -> Tensor:
         for row in batch[~known[batch]]:  # their features were in the cache

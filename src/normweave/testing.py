@@ -316,6 +316,13 @@ class HeadContract:
         assert len(names) == len(set(names))
         assert all(re.fullmatch(r"[a-z0-9_-]+", name) for name in names)
 
+    def test_a_head_with_stages_can_be_sent_to_other_machines(self, head: Head) -> None:
+        """A head with stages can be sent to other machines, which make the same stages of their images."""
+        data = subclass_normals()
+        if stages := head.stages(data):
+            sent: Head = pickle.loads(pickle.dumps(head))
+            assert [stage.name for stage in sent.stages(data)] == [stage.name for stage in stages]
+
     @pytest.mark.parametrize(
         "given",
         [

@@ -3,6 +3,9 @@
 Lightning runs the loop. This module adds the order of the images, the random numbers, early stopping and checkpoints.
 All random numbers come from generators seeded by (seed, stage, epoch, batch), so that a run that was killed and
 resumed from its last completed epoch ends with bit-equal weights.
+
+Several processes can train a stage together (`Workers`): each has a share of the images and of every batch, and the
+gradients are averaged. Then the rank of the process is part of the seed, too.
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.strategies import Strategy
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -49,6 +54,32 @@ class History:
     """Loss on the held-out images after every epoch; empty without held-out images."""
 
 
+class Workers(NamedTuple):
+    """Processes that train a stage together. The default process group of torch connects them."""
+
+    rank: int
+    """Of this process."""
+    size: int
+    images: int
+    """Training images of all processes."""
+    strategy: Callable[[], Strategy]
+    """Returns Lightning's strategy, which averages the gradients."""
+    environment: ClusterEnvironment
+
+    def share(self, batch: NDArray[np.int64]) -> tuple[NDArray[np.int64], float]:
+        """Return the images of a batch that are of this process, and the weight of their mean loss.
+
+        The images of an epoch are dealt to the processes in turn: the i-th one is image i // size of process i % size.
+        With these weights the average over the processes is the mean over the batch. A process without an image in a
+        batch, such as the last one of an epoch, repeats one with the weight 0.
+
+        Args:
+            batch: consecutive numbers in the epoch.
+        """
+        own = batch[batch % self.size == self.rank] // self.size
+        return (own if len(own) else batch[:1] // self.size), len(own) * self.size / len(batch)
+
+
 def train(
     stage: TrainingStage,
     data: FitData,
@@ -57,14 +88,17 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     device: str = "auto",
+    workers: Workers | None = None,
 ) -> History:
     """Train `stage.module` on all images but the held-out ones; leave it in eval mode with its best weights.
 
     Args:
+        data: of this process.
         folder: the state after each epoch is written to `NAME.safetensors` in it; None = not written.
         resume: continue from that file. A finished stage is loaded and not trained again.
         progress: called after each epoch.
         device: auto, cpu or cuda.
+        workers: the processes that train together, each of which calls this; None: this process alone.
 
     Raises:
         DataError: no images to train on, or features that are not finite.
@@ -72,7 +106,7 @@ def train(
         BundleError: the file to resume from is damaged.
         MissingError: the device is not available.
     """
-    loop = _Loop(stage, data, progress)
+    loop = _Loop(stage, data, progress, workers)
     path = folder / f"{stage.name}.safetensors" if folder else None
     resumed = False
     if path is not None and path.exists():
@@ -93,7 +127,8 @@ def train(
                     max_epochs=stage.epochs,
                     gradient_clip_val=stage.gradient_clip or None,
                     accumulate_grad_batches=stage.accumulate,
-                    plugins=[SafetensorsCheckpoints(), LightningEnvironment()],
+                    strategy="auto" if workers is None else workers.strategy(),
+                    plugins=[SafetensorsCheckpoints(), workers.environment if workers else LightningEnvironment()],
                     logger=False,
                     enable_checkpointing=False,
                     enable_progress_bar=False,
@@ -112,21 +147,25 @@ def train(
 class _Loop(LightningModule):
     """Lightning module of a stage."""
 
-    def __init__(self, stage: TrainingStage, data: FitData, progress: Progress | None) -> None:
+    def __init__(self, stage: TrainingStage, data: FitData, progress: Progress | None, workers: Workers | None) -> None:
         super().__init__()
         self.stage = stage
         self.module = stage.module
         self.data = data
         self.subclasses = torch.from_numpy(data.subclasses)
         self.report_progress = progress
+        self.workers = workers
+        self.own = () if workers is None else (workers.rank,)
         self.path: Path | None = None
         self.history = History()
         self.best: dict[str, Tensor] = {}
         self.running: list[Tensor] = []
         self.train_rows = np.flatnonzero(~data.holdout)
-        self.epoch_images = min(stage.epoch_images or len(data), len(self.train_rows))
+        images = len(self.train_rows) if workers is None else workers.images
+        self.epoch_images = min(stage.epoch_images or images, images)  # of all processes
         held_out = np.flatnonzero(data.holdout)
-        every = math.ceil(len(held_out) / (stage.epoch_images or len(data))) or 1
+        limit = math.ceil(stage.epoch_images / (1 if workers is None else workers.size))
+        every = math.ceil(len(held_out) / (limit or len(data))) or 1
         self.holdout_rows = held_out[::every]  # as the batches, at most `epoch_images`
         if len(self.train_rows) == 0:
             raise DataError(
@@ -167,27 +206,61 @@ class _Loop(LightningModule):
 
         return [optimiser], [torch.optim.lr_scheduler.LambdaLR(optimiser, share)]
 
+    def on_train_start(self) -> None:
+        """Note the buffers, which are equal in all processes."""
+        if self.workers is not None:
+            self.shared = self._buffer_values()
+
     def on_train_epoch_start(self) -> None:
         """Switch batch statistics and dropout on."""
         self.module.train()
         self.running = []
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor, float], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
+        features, subclasses, weight = batch
         loss = self.stage.loss(
-            *batch, generator=self.generator("train", self.history.epochs, batch_idx), training=True
+            features,
+            subclasses,
+            generator=self.generator("train", self.history.epochs, batch_idx, *self.own),
+            training=True,
         )["loss"]
         if not bool(torch.isfinite(loss)):
             self._not_finite(loss, f"batch {batch_idx + 1}")
+        loss = weight * loss
         self.running.append(loss.detach())
         return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Average over the processes by how much each changed its buffers, such as the statistics of a batch norm."""
+        if self.workers is None:
+            return
+        self.shared += self._sum(self._buffer_values() - self.shared) / self.workers.size
+        start = 0
+        for buffer in self._floating():
+            buffer.copy_(self.shared[start : start + buffer.numel()].view_as(buffer))
+            start += buffer.numel()
+
+    def _floating(self) -> list[Tensor]:
+        return [buffer for buffer in self.module.buffers() if buffer.is_floating_point()]
+
+    def _buffer_values(self) -> Tensor:
+        """Return the values of all buffers, (n,), as 32-bit numbers."""
+        return torch.cat([torch.empty(0, device=self.device), *(each.float().flatten() for each in self._floating())])
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Return the sums over the processes."""
+        if self.workers is not None:
+            torch.distributed.all_reduce(values)
+        return values
 
     def on_train_epoch_end(self) -> None:
         """Compute the loss on the held-out images, keep the best weights, write the checkpoint."""
         history, weights = self.history, self.module.state_dict()
-        loss = self._holdout_loss() if len(self.holdout_rows) else None
+        loss = self._holdout_loss()
         history.epochs += 1
-        history.losses.append(torch.stack(self.running).mean().item())
+        mean = self._sum(torch.stack(self.running).mean()) / (1 if self.workers is None else self.workers.size)
+        history.losses.append(mean.item())
         if loss is not None:
             history.holdout_losses.append(loss)
         if loss is None or history.best_loss is None or loss < history.best_loss:
@@ -202,8 +275,8 @@ class _Loop(LightningModule):
             self.report_progress(f"train {self.stage.name}", history.epochs, self.stage.epochs)
 
     @torch.no_grad()
-    def _holdout_loss(self) -> float:
-        """Return the mean loss over the held-out images, with the same random numbers after every epoch."""
+    def _holdout_loss(self) -> float | None:
+        """Return the mean loss over the held-out images, with the same random numbers after every epoch; None: none."""
         self.module.eval()
         total = 0.0
         for batch, start in enumerate(range(0, len(self.holdout_rows), self.stage.batch_images)):
@@ -212,13 +285,15 @@ class _Loop(LightningModule):
             loss = self.stage.loss(
                 features.to(self.device),
                 subclasses.to(self.device),
-                generator=self.generator("holdout", batch),
+                generator=self.generator("holdout", batch, *self.own),
                 training=False,
             )["loss"]
             total += loss.item() * len(rows)
+        both = torch.tensor([total, len(self.holdout_rows)], dtype=torch.float64, device=self.device)
+        total, count = self._sum(both).tolist()
         if not math.isfinite(total):
             self._not_finite(torch.tensor(total), "the held-out images")
-        return total / len(self.holdout_rows)
+        return total / count if count else None
 
     def _not_finite(self, loss: Tensor, batch: str) -> None:
         raise ConfigError(
@@ -269,13 +344,15 @@ class _Batches:
     def __len__(self) -> int:
         return math.ceil(self.loop.epoch_images / self.loop.stage.batch_images)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         loop, size = self.loop, self.loop.stage.batch_images
-        generator = loop.generator("order", loop.history.epochs)
+        generator = loop.generator("order", loop.history.epochs, *loop.own)
         rows = loop.train_rows[torch.randperm(len(loop.train_rows), generator=generator).numpy()]
-        rows = rows[: loop.epoch_images]
-        for start in range(0, len(rows), size):
-            yield loop.read(rows[start : start + size])
+        for start in range(0, loop.epoch_images, size):
+            batch, weight = np.arange(start, min(start + size, loop.epoch_images)), 1.0
+            if loop.workers is not None:
+                batch, weight = loop.workers.share(batch)
+            yield *loop.read(rows[batch % len(rows)]), weight  # images have several tiles, shares are of whole images
 
 
 class SafetensorsCheckpoints(CheckpointIO):

@@ -331,3 +331,17 @@ def test_images_are_loaded_by_two_threads_at_most_16_ahead(extractor):
     hook.remove()
     assert largest == 2
     assert 0 < max(ahead) <= cache.AHEAD
+
+
+def test_a_source_that_is_made_when_it_is_read_is_the_same_and_made_once():
+    made, features_of = [], torch.arange(12.0).view(3, 4, 1, 1)
+
+    class Source:
+        def read(self, rows):
+            return features_of[torch.as_tensor(rows)]
+
+    late = cache.WhenRead(lambda: made.append(1) or Source(), shape=(4, 1, 1), count=3)
+    assert (len(late), late.shape, made) == (3, (4, 1, 1), [])
+    assert torch.equal(late.read([2, 0]), features_of[[2, 0]])
+    late.read([1])
+    assert made == [1]

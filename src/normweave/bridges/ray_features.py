@@ -6,6 +6,7 @@ machine would group them, so that every later step has the same input.
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from normweave.errors import DataError, MissingError
 from normweave.features import build as build_features
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
-from normweave.types import Progress, Sample
+from normweave.types import FeatureSource, Progress, Sample
 
 TASK_ROWS = 64
 """Rows of a task, rounded up to whole batches."""
@@ -95,6 +96,27 @@ def compute_slice(one: Slice) -> NDArray[np.float16]:
     """
     images, numbers = scanned(one)
     return np.concatenate(list(feature_cache.computed(extractor_of(one), images.load, numbers)))
+
+
+def source(one: Slice, *, cache: Path, cache_gib: float) -> FeatureSource:
+    """Return the features of the rows, which are computed unless the cache has them.
+
+    Images are read only if some are missing.
+
+    Raises:
+        MissingError: the backbone has other weights here.
+        DataError: an image has changed, or cannot be read here.
+    """
+    lock, found = threading.Lock(), list[tuple[rows.Rows, list[int]]]()
+
+    def load(row: int) -> NDArray[np.uint8]:
+        with lock:
+            if not found:
+                found.append(scanned(one))
+        images, numbers = found[0]
+        return images.load(numbers[row])
+
+    return feature_cache.cached(extractor_of(one), one.keys, load, folder=cache, max_gib=cache_gib)
 
 
 def scanned(one: Slice) -> tuple[rows.Rows, list[int]]:

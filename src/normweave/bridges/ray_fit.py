@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import threading
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -25,15 +24,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from normweave.bridges import ray as session
-from normweave.bridges import ray_features, ray_tasks
+from normweave.bridges import ray_features, ray_tasks, ray_train
 from normweave.bridges.ray_features import Slice
 from normweave.config import Config
 from normweave.data.rows import Rows
 from normweave.errors import DataError, NormweaveError
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
+from normweave.features.standardize import ChannelStandardizer
+from normweave.heads.base import Head, TrainingStage
+from normweave.network.torch import FittedRows
 from normweave.passes import Merge, Statistics, Tensors, batches, by_part, per_image
-from normweave.types import FeatureSource, Progress
+from normweave.types import FeatureSource, FitData, Progress
 
 T = TypeVar("T")
 
@@ -57,6 +59,15 @@ class Run(NamedTuple):
     aligned: Tensors  # their rows
 
 
+class _Asked(NamedTuple):
+    """The features that a source was made of."""
+
+    config: Config
+    fingerprint: str  # of the extractor
+    cache: Path | None
+    max_gib: float
+
+
 class _Kept(NamedTuple):
     """What the connected process keeps of the parts."""
 
@@ -69,12 +80,12 @@ _open: dict[tuple[str, ...], FeatureSource] = {}  # of a worker process
 
 
 @contextmanager
-def sources(address: str, *, threads: int = 1) -> Iterator[ClusterSources]:
+def sources(address: str, *, threads: int | None = None) -> Iterator[ClusterSources]:
     """Connect to a cluster whose machines take part in fits; see `network.torch.Sources`.
 
     Args:
         address: of the cluster; see `ray.opened`.
-        threads: processors of a task.
+        threads: processors of a task; None: 1, and all of a node for a training by gradient.
     """
     with session.opened(address) as cluster:
         yield ClusterSources(cluster, threads)
@@ -88,8 +99,10 @@ class ClusterSources:
     """
 
     summary: str = ""
+    machines: int = 1
+    """See `network.torch.Sources`."""
 
-    def __init__(self, cluster: session.Cluster, threads: int) -> None:
+    def __init__(self, cluster: session.Cluster, threads: int | None) -> None:
         self.cluster = cluster
         self.threads = threads
 
@@ -105,6 +118,8 @@ class ClusterSources:
         progress: Progress | None,
     ) -> FeatureSource:
         """Return a source of the features of all rows; see `network.torch.Sources`."""
+        self.machines = 1
+        self._asked = _Asked(config, extractor.fingerprint, cache, max_gib)
         if here is None:
             self.summary = "fitted on the machines of the cluster"
             return ClusterFeatures(self, extractor, images, config, cache=cache, cache_gib=max_gib, progress=progress)
@@ -117,12 +132,41 @@ class ClusterSources:
             config,
             cache=folder,
             cache_gib=max_gib,
-            threads=self.threads,
+            threads=self.threads or 1,
             progress=progress,
         )
         return feature_cache.cached(
             extractor, images.keys, images.load, folder=folder, max_gib=max_gib, progress=progress
         )
+
+    def train(
+        self,
+        head: Head,
+        stages: Sequence[TrainingStage],
+        chosen: FittedRows,
+        data: FitData,
+        standard: ChannelStandardizer,
+        *,
+        device: str,
+        progress: Progress | None,
+    ) -> bool:
+        """Train all stages of a head on the nodes of the cluster; see `network.torch.Sources`."""
+        asked = self._asked
+        job = ray_train.Job.of(
+            head,
+            standard,
+            chosen,
+            data,
+            asked.config,
+            fingerprint=asked.fingerprint,
+            cache=asked.cache,
+            cache_gib=asked.max_gib,
+            device=device,
+        )
+        self.machines = ray_train.train(self.cluster, job, stages, threads=self.threads, progress=progress)
+        if self.machines > 1:
+            self.summary = f"features computed on the cluster, trained by gradient on {self.machines} machines"
+        return self.machines > 1
 
 
 class ClusterFeatures:
@@ -139,7 +183,7 @@ class ClusterFeatures:
         cache_gib: float,
         progress: Progress | None,
     ) -> None:
-        self.cluster, self.threads = to.cluster, to.threads
+        self.cluster, self.threads = to.cluster, to.threads or 1
         self.shape = extractor.shape
         self.count = len(images)
         self.size = ray_features.rows_of_task(extractor)
@@ -272,24 +316,10 @@ def statistics_of(part: Part, statistics: Statistics[T], rows: NDArray[np.int64]
 
 
 def _source(part: Part) -> FeatureSource:
-    """Return the features of a part; images are read only if some are missing."""
+    """Return the features of a part."""
     if part.rows.keys not in _open:
-        lock, found = threading.Lock(), list[tuple[Rows, list[int]]]()
-
-        def load(row: int) -> NDArray[np.uint8]:
-            with lock:
-                if not found:
-                    found.append(ray_features.scanned(part.rows))
-            images, numbers = found[0]
-            return images.load(numbers[row])
-
         while len(_open) >= OPEN_PARTS:
             _open.pop(next(iter(_open)))
-        _open[part.rows.keys] = feature_cache.cached(
-            ray_features.extractor_of(part.rows),
-            part.rows.keys,
-            load,
-            folder=part.cache or feature_cache.default_folder(),
-            max_gib=part.cache_gib,
-        )
+        folder = part.cache or feature_cache.default_folder()
+        _open[part.rows.keys] = ray_features.source(part.rows, cache=folder, cache_gib=part.cache_gib)
     return _open[part.rows.keys]

@@ -25,6 +25,26 @@ class Failed(NamedTuple):
     reason: str
 
 
+class Messages:
+    """Receives messages of the workers, as an actor of Ray."""
+
+    def __init__(self) -> None:
+        self.step: tuple[str, int, int] | None = None
+        self.error: bytes | None = None
+
+    def report(self, *step: Any) -> None:
+        """Receive the progress."""
+        self.step = step
+
+    def fail(self, error: bytes) -> None:
+        """Receive an error that another try would raise again."""
+        self.error = error
+
+    def read(self) -> tuple[tuple[str, int, int] | None, bytes | None]:
+        """Return the progress and the error."""
+        return self.step, self.error
+
+
 def run(
     address: str | session.Cluster,
     function: Callable[[Item], Any],

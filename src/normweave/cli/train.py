@@ -92,8 +92,9 @@ def train(
 
     With --ray each machine of a cluster computes the features of some images, by tasks with --threads processors
     (default 1), and the statistics of these images that the model is fitted from. The features are sent to this
-    machine, which then fits alone, for models that are trained by gradient, cross-validation (too few images for
-    --set data.calibration=split), regions of interest and discovered subclasses.
+    machine, which then fits alone, for cross-validation (too few images for --set data.calibration=split), regions of
+    interest and discovered subclasses. Models that are trained by gradient are trained on all machines: the batch is
+    divided between them, and the gradients are averaged after each.
     """
     if ray is not None and no_cache:
         raise ConfigError("--no-cache is not possible with --ray, whose machines keep features there. Leave it out.")
@@ -133,7 +134,7 @@ def train(
         if ray is not None:
             from normweave.bridges import ray_fit
 
-            sources = stack.enter_context(ray_fit.sources(ray, threads=terminal.threads or 1))
+            sources = stack.enter_context(ray_fit.sources(ray, threads=terminal.threads))
         detector = Detector.fit(
             data,
             config=settings,

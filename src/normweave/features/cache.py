@@ -20,6 +20,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from io import FileIO
 from itertools import islice
 from pathlib import Path
@@ -111,6 +112,27 @@ class Streamed:
 def default_folder() -> Path:
     """Return the folder of the cache, unless another one is given."""
     return cache_folder("features")
+
+
+class WhenRead:
+    """A source of features that is made when it is first read: not, if a head that reads it is trained elsewhere."""
+
+    def __init__(self, make: Callable[[], FeatureSource], *, shape: tuple[int, int, int], count: int) -> None:
+        self.make = make
+        self.shape = shape
+        self.count = count
+
+    @cached_property
+    def source(self) -> FeatureSource:
+        """The source."""
+        return self.make()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
+        """Return the features of these images, (len(rows), D, h, w) float32."""
+        return self.source.read(rows)
 
 
 def streamed(extractor: FrozenFeatures, load: Load, count: int) -> FeatureSource:

@@ -38,6 +38,8 @@ class TrainingStage(ABC):
         gradient_clip: the gradient norm over all parameters is clipped to this value; 0 = no clipping.
         accumulate: batches whose gradients are averaged for one step of the optimiser.
         final_rate: the learning rate follows half a cosine down to this share of its start; 1 = constant.
+        worker_images: images of a batch that the loss needs together, at least. A batch can be divided between
+            processes that average their gradients, each with this many. None: the loss compares all images of a batch.
     """
 
     name: str
@@ -45,6 +47,7 @@ class TrainingStage(ABC):
     gradient_clip: float = 0.0
     accumulate: int = 1
     final_rate: float = 1.0
+    worker_images: int | None = 1
 
     def __init__(self, module: nn.Module, training: TrainingConfig) -> None:
         self.module = module

@@ -140,6 +140,7 @@ class MeanShiftedStage(TrainingStage):
     """Train the adapter with the contrastive loss and, if configured, the angular loss."""
 
     name = "mean-shift"
+    worker_images = None
 
     def __init__(self, head: MeanShift) -> None:
         super().__init__(head.adapter, head.config.training)

@@ -216,6 +216,7 @@ class SimilarityStage(TrainingStage):
     name = "pyramidflow"
     gradient_clip = 1.0
     final_rate = 0.1
+    worker_images = 2
 
     def __init__(self, head: PyramidFlow) -> None:
         super().__init__(head.flow, head.config.training)

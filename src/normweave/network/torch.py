@@ -19,12 +19,12 @@ from normweave.data.rows import Rows
 from normweave.features import cache as feature_cache
 from normweave.features.frozen import FrozenFeatures
 from normweave.features.standardize import ChannelStandardizer
-from normweave.heads.base import Head
+from normweave.heads.base import Head, TrainingStage
 from normweave.network import OPENVINO, export, open_graph
 from normweave.network.base import Network, Reader
 from normweave.outcome.operating_point import Calibration
 from normweave.references import bundle_files
-from normweave.types import FeatureSource, PatchScores, Progress, RawOutput
+from normweave.types import FeatureSource, FitData, PatchScores, Progress, RawOutput
 
 CACHE_GIB = 20.0
 PARITY_IMAGES = 32
@@ -248,7 +248,10 @@ def feature_source(
 
 
 class Sources(Protocol):
-    """Finds or computes the features of the images of a fit, on other machines too."""
+    """Finds or computes the features of the images of a fit, and trains heads, on other machines too."""
+
+    machines: int
+    """On which the last head was trained by gradient; 1: the machine that fits."""
 
     def __call__(
         self,
@@ -266,5 +269,24 @@ class Sources(Protocol):
         Args:
             cache, max_gib: as in `fitting.fit`; cache None: the folder that is the default where features are computed.
             here: why they must be on this machine; None: `passes.over` may compute where they are.
+        """
+        ...
+
+    def train(
+        self,
+        head: Head,
+        stages: Sequence[TrainingStage],
+        chosen: FittedRows,
+        data: FitData,
+        standard: ChannelStandardizer,
+        *,
+        device: str,
+        progress: Progress | None,
+    ) -> bool:
+        """Train all stages of a head on several machines; return False if they are to be trained on this one.
+
+        Args:
+            chosen: images of the source of features that was returned last.
+            data: of the fit rows.
         """
         ...

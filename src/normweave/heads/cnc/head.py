@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -255,6 +256,9 @@ class DecoderStage(TrainingStage):
         self.text = text
         self.guide_text = guide_text
         self.synthetic = synthetic
+        if synthetic is not None:  # images with and without an anomaly on each worker
+            shares = (self.config.synthetic.share, 1 - self.config.synthetic.share)
+            self.worker_images = math.ceil(1 / min(share for share in shares if share > 0))
         prompts = head.config.prompts
         self.constrained = head.has_prompts and (prompts.distillation > 0 or prompts.promotion > 0)
         self.prompts: Tensor | None = None

@@ -43,6 +43,7 @@ from normweave.textiles import SEEN, make_textures
 
 COMMAND = [sys.executable, "-m", "normweave", "predict"]
 STORE = 100 * 2**20
+START_S = 300
 
 
 class Nodes:
@@ -64,8 +65,9 @@ class Nodes:
         return self.cluster.address
 
     def add(self) -> None:
-        """Add a node."""
-        node = self.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        """Add a node, and wait until it has joined: Ray waits 30 s, in which a busy machine does not start one."""
+        node = self.cluster.add_node(num_cpus=1, object_store_memory=STORE, wait=False)
+        self.cluster.wait_for_nodes(timeout=START_S)
         if self.tied:
             core = len(self.nodes) % os.cpu_count()
             for process in tree(node):

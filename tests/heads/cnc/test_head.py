@@ -393,11 +393,20 @@ def test_no_stage_trains_on_synthetic_anomalies_of_held_out_images(pair):
     assert len(read) > 8
 
 
+@pytest.mark.parametrize(("share", "least"), [(0.75, 4), (0.5, 2), (1.0, 1), (0.25, 4)])
+def test_a_worker_needs_images_with_and_without_an_anomaly(share, least):
+    data = fit_data()
+    config = CNCConfig(synthetic=SyntheticConfig(share=share), width=16, heads=2)
+    head = begun(build(config, shape=SHAPE, dims=DIMS), data)
+    assert stage_of(head, data, "decoder").worker_images == least
+
+
 def test_synthetic_anomalies_are_optional():
     assert new(variants=3).synthetic_variants == 3
     data = fit_data(pair=TinyPair(DIMS), synthetic=False)
     for stage in start(data).stages(data):
         assert stage.synthetic is None
+        assert stage.worker_images == 1
         assert torch.isfinite(stage.loss(images(2), torch.zeros(2), generator=seeded(), training=True)["loss"])
 
 

@@ -26,6 +26,7 @@ def test_reasons_of_libraries_have_no_numbers_of_the_system() -> None:
     for error, text in (
         (ConnectionRefusedError(111, "Connection refused"), "Connection refused"),
         (URLError(ConnectionRefusedError(111, "Connection refused")), "Connection refused"),
+        (RuntimeError("[Errno 111] Connection refused"), "Connection refused"),
         (ValueError("garbage."), "garbage"),
         (TimeoutError(), "TimeoutError"),
     ):

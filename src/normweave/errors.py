@@ -9,6 +9,7 @@ NormweaveError
 └── CheckError
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -60,4 +61,4 @@ def reason(error: BaseException) -> str:
     if isinstance(inner, BaseException):
         return reason(inner)
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return str(text).rstrip(".")
+    return re.sub(r"^\[Errno -?[0-9]+\] ", "", str(text)).rstrip(".")

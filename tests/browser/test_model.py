@@ -27,6 +27,10 @@ def test_an_operator_previews_another_rate_but_cannot_apply_it(visit, server):
     page.get_by_label("Rate in percent").fill("30")
     expect(page.locator(".preview")).to_contain_text("at 30")  # the server has answered the event before
     assert rate(page, server) == before
+    page.set_viewport_size({"width": 390, "height": 860})
+    limit = page.locator("svg.histogram .strong").bounding_box()  # in view, and large enough to read
+    assert 0 <= limit["x"] <= limit["x"] + limit["width"] <= 390
+    assert limit["height"] >= 12
 
 
 @pytest.mark.usefixtures("sent")

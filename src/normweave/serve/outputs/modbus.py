@@ -74,7 +74,7 @@ class Output(outputs.Output):
     """Writes one result after the other; the next one follows when the PLC has written its number."""
 
     config: Config
-    cure = "Check host, port, device_id and address. role: server listens itself: a running server holds the port."
+    cure = "Check host, port, device_id and address; with role server, that nothing else uses the port."
 
     def __init__(self, config: Config, *, line: str) -> None:
         super().__init__(config, line=line)

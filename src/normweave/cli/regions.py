@@ -1,7 +1,7 @@
 """`normweave data roi`: write, check and show the regions of interest of a detector."""
 
 from enum import StrEnum
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,7 +128,8 @@ def _of_other_proportions(image: Path, size: tuple[int, int]) -> str:
     """Return a remark if an image beside that of the region has other proportions: a region cannot follow there."""
     from normweave.data import alignment, images, layouts
 
-    beside = (path for path in layouts.images_below(image.parent) if path.parent == image.parent and path != image)
+    # Those of the folder itself come first.
+    beside = takewhile(lambda path: path.parent == image.parent, layouts.images_below(image.parent))
     for path in islice(beside, BESIDE):
         try:
             found = images.size(path)
@@ -136,8 +137,8 @@ def _of_other_proportions(image: Path, size: tuple[int, int]) -> str:
             continue  # training names it
         if not alignment.same_proportions(found, size):
             return (
-                f"{path} has {found[0]} x {found[1]} pixels (height x width), and the reference {image} has {size[0]} x "
-                f"{size[1]}: images of other proportions are refused, in training too. Draw the region over an image "
+                f"{path} has {found[0]} x {found[1]} pixels (height x width), and the reference {image} has "
+                f"{size[0]} x {size[1]}: images of other proportions are refused, in training too. Draw the region over an image "
                 "like those of the line, or use --align none."
             )
     return ""

@@ -230,10 +230,11 @@ def _train(progress: Progress, content: bytes, limit: int, threads: int | None, 
     if error is not None:
         raise pickle.loads(error)
     if isinstance(result, TrainingFailedError):
+        reason = str(result).strip().splitlines()[-1][:500]  # the line after the traceback
         raise NormweaveError(
             f"The training on {size} machines was started {ray_tasks.RETRIES + 1} times and ended each time, or "
-            f"there were no {size} machines with free processors: {str(result)[:500]} Run the command again: it uses "
-            "the machines that are left."
+            f"there were no {size} machines with free processors ({reason}). Run the command again: it uses the "
+            "machines that are left."
         ) from result
     if isinstance(result, Exception):
         raise result

@@ -138,8 +138,8 @@ def _of_other_proportions(image: Path, size: tuple[int, int]) -> str:
         if not alignment.same_proportions(found, size):
             return (
                 f"{path} has {found[0]} x {found[1]} pixels (height x width), and the reference {image} has "
-                f"{size[0]} x {size[1]}: images of other proportions are refused, in training too. Draw the region over an image "
-                "like those of the line, or use --align none."
+                f"{size[0]} x {size[1]}: images of other proportions are refused, in training too. Draw the region "
+                "over an image like those of the line, or use --align none."
             )
     return ""
 

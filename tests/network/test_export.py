@@ -241,6 +241,18 @@ def test_the_graph_holds_no_path_and_no_source(content):
     assert [opset.domain for opset in model.opset_import] == [""]
 
 
+@pytest.mark.parametrize(("activation", "opset"), [(nn.ReLU6(inplace=True), 18), (nn.GELU(), 20)])
+def test_the_opset_is_the_one_that_onnx_runtime_computes_fastest(module, activation, opset):
+    class Activated(nn.Module):
+        def forward(self, pixels):
+            return module.extractor(activation(pixels.float()).to(torch.uint8))
+
+    other = TorchModule(extractor=Activated(), standard=module.standard, head=module.head)
+    model = onnx.load_from_string(to_onnx(other, height=SIZE[0], width=SIZE[1]))
+    assert [each.version for each in model.opset_import] == [opset]
+    assert any(node.op_type == "Gelu" for node in model.graph.node) == (opset == 20)
+
+
 def test_an_operator_that_onnx_lacks_is_refused(module):
     class Odd(nn.Module):
         def forward(self, pixels):

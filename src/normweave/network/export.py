@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 
     from normweave.network.torch import TorchModule
 
-OPSET = 20
-"""Opset version of ONNX 1.15 (2023); ONNX Runtime 1.17 and later support it."""
+OPSET = 18
+"""Opset version of ONNX 1.13 (2022). From 19 on, ONNX Runtime's AveragePool takes ten times as long on a CPU."""
+OPSET_WITH_GELU = 20
+"""Opset version of ONNX 1.15 (2023), the first in which the activation of transformers is one operator; as parts of it,
+a vision transformer takes 1.1 times as long."""
 TOLERANCE = 1e-3
 """Largest relative difference of scores between torch and the library that runs the graph."""
 CELLS = 0.99
@@ -47,6 +50,7 @@ def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
         import onnxscript  # noqa: F401 - torch needs it, and its own message is less clear
     except ImportError as error:
         raise MissingError('Exporting a network needs onnx and onnxscript: pip install "normweave[train]"') from error
+    each: Any  # not every module has this field
     for each in module.modules():
         if getattr(each, "inplace", False):
             each.inplace = False  # an operation in place takes torch.export several times as long to trace
@@ -57,17 +61,19 @@ def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
     if module.can_exclude:
         inputs += (torch.full((2,), -1, dtype=torch.int64),)
         names.append(EXCLUDED)
+    shapes = tuple({0: batch} for _ in inputs)
     with torch.no_grad(), quiet(*LOGGERS):
         outputs = list(module.outputs(*inputs))
         try:
+            traced = torch.export.export(module, inputs, dynamic_shapes=shapes)
+            gelu = any(node.target == torch.ops.aten.gelu.default for node in traced.graph.nodes)
             program = torch.onnx.export(
-                module,
-                inputs,
+                traced,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=OPSET_WITH_GELU if gelu else OPSET,
                 input_names=names,
                 output_names=outputs,
-                dynamic_shapes=tuple({0: batch} for _ in inputs),
+                dynamic_shapes=shapes,  # for the names of the axes
                 verbose=False,
             )
             assert program is not None  # without a file name it is returned

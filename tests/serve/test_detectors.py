@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bundles import wait_for
+from normweave.errors import ConfigError
 from normweave.serve.config import ServeConfig
 from normweave.serve.library import Library
 from normweave.serve.models import Models, choose_active
@@ -41,7 +42,9 @@ def inspect(service, photo, *views, part="17"):
 def test_the_bundle_of_the_view_inspects_and_is_stored(line, both, photos):
     old, new = both
     front, back = inspect(line, photos[0], "front", "back")
-    (no_part,) = inspect(line, photos[0], "back", part=None)
+    (no_part,) = inspect(line, photos[0], None, part=None)
+    with pytest.raises(ConfigError, match=r"'back.png' has the view 'back', but no part\. Give the id of its part too"):
+        inspect(line, photos[0], "back", part=None)
     ((expected_old,), (expected_new,)) = (one.score([photos[0]]) for one in both)
     assert old.smoothing != new.smoothing
     judged = ((front, old, expected_old), (back, new, expected_new), (no_part, old, expected_old))

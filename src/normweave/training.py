@@ -156,6 +156,7 @@ class _Loop(LightningModule):
         self.report_progress = progress
         self.workers = workers
         self.own = () if workers is None else (workers.rank,)
+        self.size = 1 if workers is None else workers.size
         self.path: Path | None = None
         self.history = History()
         self.best: dict[str, Tensor] = {}
@@ -164,7 +165,7 @@ class _Loop(LightningModule):
         images = len(self.train_rows) if workers is None else workers.images
         self.epoch_images = min(stage.epoch_images or images, images)  # of all processes
         held_out = np.flatnonzero(data.holdout)
-        limit = math.ceil(stage.epoch_images / (1 if workers is None else workers.size))
+        limit = math.ceil(stage.epoch_images / self.size)
         every = math.ceil(len(held_out) / (limit or len(data))) or 1
         self.holdout_rows = held_out[::every]  # as the batches, at most `epoch_images`
         if len(self.train_rows) == 0:
@@ -235,7 +236,7 @@ class _Loop(LightningModule):
         """Average over the processes by how much each changed its buffers, such as the statistics of a batch norm."""
         if self.workers is None:
             return
-        self.shared += self._sum(self._buffer_values() - self.shared) / self.workers.size
+        self.shared += self._sum(self._buffer_values() - self.shared) / self.size
         start = 0
         for buffer in self._floating():
             buffer.copy_(self.shared[start : start + buffer.numel()].view_as(buffer))
@@ -259,7 +260,7 @@ class _Loop(LightningModule):
         history, weights = self.history, self.module.state_dict()
         loss = self._holdout_loss()
         history.epochs += 1
-        mean = self._sum(torch.stack(self.running).mean()) / (1 if self.workers is None else self.workers.size)
+        mean = self._sum(torch.stack(self.running).mean()) / self.size
         history.losses.append(mean.item())
         if loss is not None:
             history.holdout_losses.append(loss)

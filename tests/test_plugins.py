@@ -73,7 +73,7 @@ def test_a_head_and_a_layout_of_another_package(site, lots, tmp_path):
     assert "needs the plug-in mean_image (heads) of normweave-example 1.0" in shown
     image = next(lots.glob("rejects/*.png"))
     with_it = run("predict", made, image, "--json", site=site)
-    assert json.loads(with_it.stdout)["model"] == "mean-image", with_it.stderr
+    assert json.loads(with_it.stdout)["model"] == "mean_image", with_it.stderr
     without = run("predict", made, image)
     assert without.returncode == 2
     assert "needs the plug-in mean_image (heads) of normweave-example 1.0" in without.stderr

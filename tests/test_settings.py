@@ -244,7 +244,6 @@ def test_the_smoothing_is_that_of_the_head_unless_it_is_set():
     assert Config().smoothing == 1
     assert settings.override(Config(), ["head.expert.kind=memory"]).smoothing == 4
     assert settings.with_model(Config(), "patchcore").smoothing == 4
-    assert settings.with_model(Config(), "patchcore").model == "patchcore"
     assert settings.override(Config(), ["maps.smoothing=2.5"]).smoothing == 2.5
     assert settings.override(Config(), ["maps.smoothing=0"]).smoothing == 0
 

@@ -120,7 +120,7 @@ def listed() -> list[dict[str, str | None]]:
 def recorded(config: Any) -> dict[str, Any]:
     """Return what a bundle records of the plug-ins whose head and expert its settings name; empty if there are none."""
     variants: tuple[tuple[Group, str], ...] = (
-        ("heads", getattr(config.head, DISCRIMINATOR)),
+        ("heads", config.model),
         ("experts", getattr(getattr(config.head, "expert", None), DISCRIMINATOR, "")),
     )
     needed = [

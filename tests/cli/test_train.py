@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from PIL import Image
 
-from normweave import bundle
+from normweave import bundle, settings
 from normweave.bridges import ray_fit
 from normweave.cli.terminal import Terminal
 from normweave.cli.train import compose_settings, int8_summary, point_row, report, show_budget, weights
@@ -357,6 +357,13 @@ def test_the_default_model_is_adapted_moe():
 )
 def test_a_pooled_threshold_names_its_group(point, row):
     assert point_row(point | {"normals": 7, "groups": 3, "threshold": 1.25}) == row
+
+
+def test_the_model_is_named_as_on_the_command_line(trained, capsys):
+    detector = Detector.load(trained.bundle, threads=1)
+    detector.config = settings.with_model(detector.config, "patchcore")
+    assert report(Terminal(), detector, trained.bundle) == 0
+    assert f"{trained.bundle.name}: patchcore, fitted" in " ".join(capsys.readouterr().out.split())
 
 
 def test_suspects_and_the_budget_are_printed(trained, capsys):

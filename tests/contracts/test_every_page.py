@@ -12,8 +12,7 @@ from normweave.serve.pages import every_page
 pytestmark = pytest.mark.browser
 PAGES = every_page()
 LONG = "w" * 150 + ".png"
-INTERNAL = re.compile(r"\b(experts?|adapted(?!-moe)|adaption|kinds?|anomalous|threshold)\b", re.IGNORECASE)
-"""Internal terms; adapted-moe is the name of a model as users type it."""
+INTERNAL = re.compile(r"\b(experts?|adapted|adaption|kinds?|anomalous|threshold)\b", re.IGNORECASE)
 
 SMALL = """
 () => [...document.querySelectorAll("button, a, input:not([type=checkbox]), .viewer-check, .q-toggle")]

@@ -365,7 +365,7 @@ def test_not_found(client):
 
 def test_the_model(client, loaded):
     model = client.get("/v1/model").json()
-    assert model["model"] == "adapted-moe"
+    assert model["model"] == "adapted_moe"
     assert model["bundle_hash"] == loaded.bundle_hash
     assert model["false_alarm_rate"] == 0.1
     assert model["operating_points"] == loaded.calibration.as_dict()["operating_points"]

@@ -235,14 +235,14 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
     )
     for point in calibration.get("operating_points", []):
         table.add_row(*point_row(point))
-    terminal.show(
-        f"{folder}: {record['model']}, fitted and, by cross-validation, calibrated on the same {fitted_on} for "
-        f"a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}"
+    done = (
+        f"fitted and, by cross-validation, calibrated on the same {fitted_on}"
         if crossed
-        else f"{folder}: {record['model']}, fitted on {fitted_on}, calibrated on {record['calibration_images']} others "
-        f"for a false-alarm rate of {calibration.get('false_alarm_rate', 0):g}",
-        table,
+        else f"fitted on {fitted_on}, calibrated on {record['calibration_images']} others"
     )
+    rate = calibration.get("false_alarm_rate", 0)
+    # The name of the command line; `record` has that of the head.
+    terminal.show(f"{folder}: {detector.config.head.model}, {done} for a false-alarm rate of {rate:g}", table)
     for category in fusion:
         terminal.show(weights(category))
     if "budget" in record:

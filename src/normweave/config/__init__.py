@@ -122,5 +122,5 @@ class Config:
 
     @property
     def model(self) -> str:
-        """Name of the model, as on the command line; outcomes and bundles record it."""
-        return self.head.model
+        """Name of the head, as outcomes and bundles record it."""
+        return str(getattr(self.head, DISCRIMINATOR))

@@ -232,9 +232,11 @@ def distances(features, bank):
     return (features.flatten(1).T[:, None] - bank[None]).square().sum(2).sqrt()
 
 
-def test_memories_agree_with_brute_force(monkeypatch):
+@pytest.mark.parametrize("max_patches", [20, 40], ids=["60 stored", "120 stored, three whole blocks"])
+def test_memories_agree_with_brute_force(monkeypatch, max_patches):
     monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.PRODUCTS", 300)
-    experts = memories(shared=False)
+    experts = memories(shared=False, max_patches=max_patches)
+    assert len(experts.bank) == 3 * max_patches
     features = random(2, 1, D, H, W, seed=2)
 
     scores = experts(features, ASKED)

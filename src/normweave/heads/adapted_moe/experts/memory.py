@@ -6,6 +6,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from normweave.passes import Batches, Tensors, added
 
 CHUNK = 256  # stored patches that are compared with all others at once
 PRODUCTS = 2**18  # of patches of one image and stored patches, at once: they stay in the processor's cache
+BLOCK = 40  # products whose maximum is compared first
 
 
 class MemoryExperts(Experts):
@@ -205,8 +207,22 @@ class MemoryExperts(Experts):
         offset = -0.5 * bank.square().sum(dim=1)[None]  # (1 or B, M)
         if allowed is not None:
             offset = offset.masked_fill(~allowed, -torch.inf)
-        parts = torch.split(patches, max(1, PRODUCTS // bank.shape[0]), dim=1)
-        return torch.cat([(part @ bank.T + offset[:, None]).argmax(dim=2) for part in parts], dim=1)
+        missing = -len(bank) % BLOCK
+        bank, offset = F.pad(bank, (0, 0, 0, missing)), F.pad(offset, (0, missing), value=-torch.inf)
+        parts = torch.split(patches, max(1, PRODUCTS // len(bank)), dim=1)
+        return torch.cat([_argmax(part @ bank.T + offset[:, None]) for part in parts], dim=1)
+
+
+def _argmax(values: Tensor) -> Tensor:
+    """Return the index (B, P) of the maximum of (B, P, M), M a multiple of `BLOCK`.
+
+    The block with the maximum is found first: ONNX Runtime has a fast maximum, and a slow argmax.
+    """
+    B, P, M = values.shape
+    blocks = values.reshape(-1, BLOCK)  # (B*P*M/BLOCK, BLOCK)
+    block = blocks.amax(dim=1).view(B * P, M // BLOCK).argmax(dim=1)  # (B*P,)
+    rows = torch.arange(B * P, device=values.device) * (M // BLOCK) + block
+    return (block * BLOCK + blocks[rows].argmax(dim=1)).view(B, P)
 
 
 def _principal_components(patches: Tensor, number: int) -> Tensor:

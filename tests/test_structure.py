@@ -1,6 +1,8 @@
 """Every source module has a test module of its name or a contract that names it; tests use public names only."""
 
 import ast
+import importlib
+from importlib.util import find_spec
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -75,6 +77,19 @@ def test_no_fixture_replaces_one_that_a_shared_fixture_takes():
         if path.name != "builders.py" and (replaced := taken & {name for name, _ in fixtures(path)})
     }
     assert not found
+
+
+def test_benches_import_what_there_is():
+    missing = []
+    for path in sorted((TESTS.parent / "perf").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("normweave"):
+                module = importlib.import_module(node.module)
+                for name in (each.name for each in node.names):
+                    submodule = find_spec(f"{node.module}.{name}") if hasattr(module, "__path__") else None
+                    if not hasattr(module, name) and submodule is None:
+                        missing.append(f"{path.name}: {node.module}.{name}")
+    assert not missing
 
 
 def test_tests_use_public_names_only():

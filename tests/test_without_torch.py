@@ -23,6 +23,7 @@ ABSENT = {
     "lightning",
     "matplotlib",
     "onnx",
+    "onnx_ir",
     "onnxscript",
     "pandas",
     "pyarrow",

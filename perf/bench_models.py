@@ -1,15 +1,20 @@
-"""Promotions, roll backs and kills of a server under load, and the latency with and without a model in the shadow.
+"""Promotions, roll backs and kills of a server under load, and the latency beside a shadow and beside a training.
 
 Eight clients send images with unique bytes and an Idempotency-Key, again after an error, until each is answered. In the
 meantime a candidate is promoted and rolled back, and the server is killed (SIGKILL) and started again. At the end every
 answered image must be in the store exactly once, with the score, the threshold and the verdict that the bundle named in
 its inspection gives. Exit code 1 if one is lost, doubled or wrong.
 
+Before that the latency is measured in turn with nothing beside, with the candidate in the shadow, and, with --teach,
+while the server trains a new product.
+
 python perf/bench_models.py --library DIR --images DIR      # 50 promotions, 50 roll backs, 10 kills; one JSON line
+python perf/bench_models.py --library DIR --images DIR --teach DIR    # good images of a subclass that no bundle knows
 """
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -32,6 +37,8 @@ from normweave import bundle as bundles
 from normweave.detector import Detector
 
 RETRY_SECONDS = 0.05
+SETTLING = 3.0
+"""Seconds that are not measured after the server was told to do something else."""
 KILL_DELAY = 1.0
 """A kill comes up to this many seconds after the beginning of a promotion or a roll back."""
 
@@ -109,11 +116,44 @@ class Load:
             self.sent_again += 1
             await asyncio.sleep(RETRY_SECONDS)
 
-    def latency(self) -> dict[str, float]:
-        """Return the number of answers and their latency, and begin to measure anew."""
-        times, self.seconds = sorted(self.seconds), []
-        p99 = times[int(0.99 * (len(times) - 1))]
-        return {"images": len(times), "median_ms": 1000 * statistics.median(times), "p99_ms": 1000 * p99}
+    async def during(self, seconds: float) -> list[float]:
+        """Return how long each answer took in this time."""
+        self.seconds = []
+        await asyncio.sleep(seconds)
+        return self.seconds
+
+
+def latency(seconds: list[float]) -> dict[str, float]:
+    """Return the number of answers and their latency."""
+    times = sorted(seconds)
+    p99 = times[int(0.99 * (len(times) - 1))]
+    return {"images": len(times), "median_ms": 1000 * statistics.median(times), "p99_ms": 1000 * p99}
+
+
+async def latencies(load: Load, http: httpx2.AsyncClient, candidate: str, options: argparse.Namespace) -> dict:
+    """Return the latency with nothing beside, with the candidate in the shadow, and beside a training, in turn."""
+    seconds: dict[str, list[float]] = {"calm": [], "shadow": [], "training": []}
+    shadow = {"judged": 0, "skipped": 0}
+    paths = sorted(options.teach.glob("*.png"))[:20] if options.teach else []
+    few = [base64.b64encode(path.read_bytes()).decode() for path in paths]
+    lesson = {"category": options.category, "subclass": "taught", "images": [{"data": each} for each in few]}
+    for _ in range(options.rounds):
+        seconds["calm"] += await load.during(options.seconds)
+        (await http.post(f"/v1/models/{candidate}/shadow")).raise_for_status()
+        await load.during(SETTLING)
+        seconds["shadow"] += await load.during(options.seconds)
+        compared = (await http.get("/v1/models/compare", params={"limit": 1})).json()
+        shadow = {name: shadow[name] + compared[name] for name in shadow}
+        (await http.delete(f"/v1/models/{candidate}/shadow")).raise_for_status()
+        if few:
+            started = await http.post("/v1/teach", json=lesson)
+            started.raise_for_status()
+            seconds["training"] += await load.during(options.seconds)
+            job = (await http.get(f"/v1/teach/{started.json()['id']}")).json()
+            assert job["state"] == "training", job
+            (await http.delete(f"/v1/teach/{job['id']}")).raise_for_status()
+        await load.during(SETTLING)
+    return {"latency": {name: latency(each) for name, each in seconds.items() if each}, "shadow": shadow}
 
 
 async def switch(server: Server, http: httpx2.AsyncClient, target: str, path: str) -> None:
@@ -142,17 +182,9 @@ async def measure(server: Server, photos: list[bytes], hashes: tuple[str, str], 
     old, new = hashes
     clients = [asyncio.create_task(load.client()) for _ in range(options.clients)]
     async with server.client("engineer") as http:
-        await asyncio.sleep(3)
-        load.latency()
-        await asyncio.sleep(options.seconds)
-        found: dict = {"without_shadow": load.latency()}
-        (await http.post(f"/v1/models/{new}/shadow")).raise_for_status()
-        await asyncio.sleep(5)
-        load.latency()
-        await asyncio.sleep(options.seconds)
-        found["with_shadow"] = load.latency()
-        compared = (await http.get("/v1/models/compare", params={"limit": 1})).json()
-        found["shadow"] = {name: compared[name] for name in ("judged", "skipped", "differences")}
+        await load.during(SETTLING)
+        found = await latencies(load, http, new, options)
+        load.seconds = []
         kills = set(draw.sample(range(2 * options.switches), options.kills))
         for number in range(2 * options.switches):
             target, path = (old, "/v1/models/rollback") if number % 2 else (new, f"/v1/models/{new}/promote")
@@ -160,7 +192,7 @@ async def measure(server: Server, photos: list[bytes], hashes: tuple[str, str], 
             if number in kills:
                 work.append(killed(server, draw.uniform(0, KILL_DELAY)))
             await asyncio.gather(*work)
-        found["while_switching"] = load.latency()
+        found["latency"]["switching"] = latency(load.seconds)
         load.stop.set()
         await asyncio.gather(*clients)
     return found | {"sent_again": load.sent_again, "answers": load.answers}
@@ -192,7 +224,10 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--switches", type=int, default=50, help="promotions, and as many roll backs")
     parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=30, help="for each of the two latencies")
+    parser.add_argument("--rounds", type=int, default=3, help="in each of which all latencies are measured")
+    parser.add_argument("--seconds", type=float, default=10, help="for each latency in a round")
+    parser.add_argument("--teach", type=Path, help="folder of PNG images of a new subclass")
+    parser.add_argument("--category", default="cloth", help="of this subclass")
     options = parser.parse_args()
     paths = sorted(options.images.rglob("*.png"))
     hashes = tuple(bundles.bundle_hash(options.library / name) for name in ("old", "new"))

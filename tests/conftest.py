@@ -1,6 +1,7 @@
 """What every test may lean on."""
 
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,20 @@ from builders import bundle, cloth, detector, fusion_bundle, photos  # noqa: F40
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # a loaded machine is no failure
 hypothesis.settings.load_profile("no deadline")
+
+THREADS = os.environ.get("OMP_NUM_THREADS")
+
+
+@pytest.fixture(autouse=True)
+def own_threads():
+    """A command with --threads sets their number in this process; the tests after it have that of the test run."""
+    yield
+    if os.environ.get("OMP_NUM_THREADS") != THREADS:
+        os.environ.pop("OMP_NUM_THREADS")
+        if THREADS is not None:
+            os.environ["OMP_NUM_THREADS"] = THREADS
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(int(THREADS or os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session")

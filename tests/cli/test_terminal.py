@@ -242,3 +242,15 @@ def test_the_line_of_an_unreadable_image_has_its_path_once(error):
     assert line.startswith("unreadable  a/1.png")
     assert line.count("a/1.png") == 1
     assert line.endswith(error)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_that_wait_leave_the_processor_to_others(given, expected):
+    """Beside another program a training takes ten times as long if they do not."""
+    script = (
+        "import atexit, os, sys; sys.argv = ['normweave', '--help']; from normweave.cli import main; "
+        "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'], file=sys.stderr)); main()"
+    )
+    own = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", script], env=own, capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == expected

@@ -114,6 +114,9 @@ class CommandExit(SystemExit):
 
 def run(app: typer.Typer) -> None:
     """Run the command line and exit. Exit code 1 means that an image is not normal; no error ends with it."""
+    # Read when torch is loaded, which is later. By default threads of OpenMP that wait keep their processors busy:
+    # beside another program a training by gradient takes ten times as long (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _escape_unknown_characters()
     try:
         sys.exit(_exit_code(Terminal(), app))

@@ -106,6 +106,8 @@ class OnnxNetwork(GraphNetwork):
         options.log_severity_level = ERRORS_ONLY
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
+        # Waiting threads would take the processors from those that decode the next images, and from other programs.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Without this the first bytes select the format, which could be one that has not been checked.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         try:

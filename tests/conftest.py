@@ -20,7 +20,7 @@ def own_threads():
     """A command with --threads sets their number in this process; the tests after it have that of the test run."""
     yield
     if os.environ.get("OMP_NUM_THREADS") != THREADS:
-        os.environ.pop("OMP_NUM_THREADS")
+        os.environ.pop("OMP_NUM_THREADS", None)
         if THREADS is not None:
             os.environ["OMP_NUM_THREADS"] = THREADS
         if torch := sys.modules.get("torch"):

@@ -73,16 +73,16 @@ def one_by_one(number):
         first = [each for each in samples if each.subclass_name == names[0]]
         timed("warm-up, one subclass", Detector.fit, first, config=config, cache=Path(folder) / "a")
         full = timed("one training on all", Detector.fit, samples, config=config, cache=Path(folder) / "b")
-        taught = timed("one subclass", Detector.fit, first, config=config, cache=Path(folder) / "c")
+        extended = timed("one subclass", Detector.fit, first, config=config, cache=Path(folder) / "c")
         for name in names[1:]:
             own = [each for each in samples if each.subclass_name == name and each.split != "test"]
             few = [replace(each, split=None) for each in own]
-            taught = timed(
-                f"added {name}", taught.with_subclass, few, category=few[0].category, subclass=few[0].subclass
+            extended = timed(
+                f"added {name}", extended.with_subclass, few, category=few[0].category, subclass=few[0].subclass
             )
         added = [seconds for what, seconds in processor.items() if what.startswith("added")]
         print(f" {len(added)} additions: {sum(added):.1f} s; full training {processor['one training on all']:.1f} s")
-        for what, detector in (("full", full), ("added", taught)):
+        for what, detector in (("full", full), ("added", extended)):
             row(f"{what}, first", detector, [each for each in tests if each.subclass_name == names[0]])
             row(f"{what}, others", detector, [each for each in tests if each.subclass_name != names[0]])
 

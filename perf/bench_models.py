@@ -133,10 +133,10 @@ def latency(seconds: list[float]) -> dict[str, float]:
 async def latencies(load: Load, http: httpx2.AsyncClient, candidate: str, options: argparse.Namespace) -> dict:
     """Return the latency with nothing beside, with the candidate in the shadow, and beside a training, in turn."""
     seconds: dict[str, list[float]] = {"calm": [], "shadow": [], "training": []}
-    shadow = {"judged": 0, "skipped": 0}
+    shadow = {"judged": 0, "skipped": 0, "differences": 0}
     paths = sorted(options.teach.glob("*.png"))[:20] if options.teach else []
     few = [base64.b64encode(path.read_bytes()).decode() for path in paths]
-    lesson = {"category": options.category, "subclass": "taught", "images": [{"data": each} for each in few]}
+    request = {"category": options.category, "subclass": "added", "images": [{"data": each} for each in few]}
     for _ in range(options.rounds):
         seconds["calm"] += await load.during(options.seconds)
         (await http.post(f"/v1/models/{candidate}/shadow")).raise_for_status()
@@ -146,7 +146,7 @@ async def latencies(load: Load, http: httpx2.AsyncClient, candidate: str, option
         shadow = {name: shadow[name] + compared[name] for name in shadow}
         (await http.delete(f"/v1/models/{candidate}/shadow")).raise_for_status()
         if few:
-            started = await http.post("/v1/teach", json=lesson)
+            started = await http.post("/v1/teach", json=request)
             started.raise_for_status()
             seconds["training"] += await load.during(options.seconds)
             job = (await http.get(f"/v1/teach/{started.json()['id']}")).json()

@@ -17,14 +17,14 @@ THREADS = os.environ.get("OMP_NUM_THREADS")
 
 @pytest.fixture(autouse=True)
 def own_threads():
-    """A command with --threads sets their number in this process; the tests after it have that of the test run."""
+    """A test may change the number of threads of this process; the tests after it have that of the test run."""
     yield
-    if os.environ.get("OMP_NUM_THREADS") != THREADS:
-        os.environ.pop("OMP_NUM_THREADS", None)
-        if THREADS is not None:
-            os.environ["OMP_NUM_THREADS"] = THREADS
-        if torch := sys.modules.get("torch"):
-            torch.set_num_threads(int(THREADS or os.cpu_count() or 1))
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if THREADS is not None:
+        os.environ["OMP_NUM_THREADS"] = THREADS
+    number = int(THREADS or os.cpu_count() or 1)
+    if (torch := sys.modules.get("torch")) and torch.get_num_threads() != number:
+        torch.set_num_threads(number)
 
 
 @pytest.fixture(scope="session")

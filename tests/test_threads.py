@@ -16,15 +16,6 @@ CLOSED_FORM, GRADIENT = 1e-4, 1e-2
 QUICK = {"epochs": 3, "batch_images": 4}
 
 
-@pytest.fixture
-def restored():
-    """The tests after this one have the threads that they had."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(
     ("head", "tolerance"),
     [

@@ -101,8 +101,8 @@ def _shorten(model: Model) -> None:
 
     common.InlinePass()(model)
     fold_constants(model)
-    for each in (common.RemoveUnusedNodesPass(), common.CommonSubexpressionEliminationPass()):
-        each(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
 
 
 def bare(model: ModelProto) -> ModelProto:

@@ -207,8 +207,8 @@ class MemoryExperts(Experts):
         offset = -0.5 * bank.square().sum(dim=1)[None]  # (1 or B, M)
         if allowed is not None:
             offset = offset.masked_fill(~allowed, -torch.inf)
-        missing = -len(bank) % BLOCK
-        bank, offset = F.pad(bank, (0, 0, 0, missing)), F.pad(offset, (0, missing), value=-torch.inf)
+        if missing := -len(bank) % BLOCK:
+            bank, offset = F.pad(bank, (0, 0, 0, missing)), F.pad(offset, (0, missing), value=-torch.inf)
         parts = torch.split(patches, max(1, PRODUCTS // len(bank)), dim=1)
         return torch.cat([_argmax(part @ bank.T + offset[:, None]) for part in parts], dim=1)
 

@@ -18,6 +18,7 @@ from normweave.config import Config
 from normweave.errors import CheckError, MissingError
 from normweave.logs import quiet
 from normweave.network.base import EXCLUDED, PIXELS, Network
+from normweave.network.translate import translate
 from normweave.outcome.operating_point import Calibration
 from normweave.scoring import ImageScore, TileScores
 from normweave.types import RawOutput
@@ -68,17 +69,13 @@ def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
         try:
             traced = torch.export.export(module, inputs, dynamic_shapes=shapes)
             gelu = any(node.target == torch.ops.aten.gelu.default for node in traced.graph.nodes)
-            program = torch.onnx.export(
+            program = translate(
                 traced,
-                dynamo=True,
                 opset_version=OPSET_WITH_GELU if gelu else OPSET,
                 input_names=names,
                 output_names=outputs,
                 dynamic_shapes=shapes,  # for the names of the axes
-                optimize=False,
-                verbose=False,
             )
-            assert program is not None  # without a file name it is returned
             _shorten(program.model)
             program.optimize()
             content: bytes = bare(program.model_proto).SerializeToString(deterministic=True)

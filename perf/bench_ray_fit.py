@@ -48,6 +48,7 @@ GRADIENT: dict[str, list[str]] = {
     "Adapted-MoE (discriminators)": ["head.expert.kind=discriminator"],
     "CNC": ["head.kind=cnc"],
     "MSFlow": ["head.kind=msflow"],
+    "PyramidFlow": ["head.kind=pyramidflow"],
 }
 """Models that are trained by gradient."""
 TRAINING = dict.fromkeys(GRADIENT, "head.training.epochs") | {

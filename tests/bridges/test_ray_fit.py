@@ -39,8 +39,10 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def far_sources(cluster):
-    with sources(cluster.address) as connected:
-        yield connected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
+        with sources(cluster.address) as connected:
+            yield connected
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +105,26 @@ def test_two_nodes_train_by_gradient_within_the_noise_of_seeds_although_a_proces
     assert far.record["trained_on_machines"] == 2
     noise = max(np.abs(one - other).mean() for one in near for other in near)
     assert min(np.abs(scores(far) - one).mean() for one in near) < noise
+
+
+def test_nodes_that_are_left_train_when_one_is_lost_for_good(cloth, cluster, far_sources, tmp_path):
+    """Here one is left, so that the machine of the command trains."""
+    training = {"epochs": 50, "batch_images": 8, "patience": 0}
+    config = replace(CONFIG, head=head_config("simplenet", hidden=16, training=training))
+    near = fit(cloth, tmp_path, config=config)
+    steps = []
+
+    def kill(step, done, total):
+        if step == "train simplenet" and len(cluster.nodes) == 2:
+            cluster.kill(cluster.nodes.pop())
+        steps.append((step, done, total))
+
+    far = fit(cloth, tmp_path, sources=far_sources, config=config, progress=kill)
+    assert ("wait for 2 machines", 1, 2) in steps
+    assert "trained_on_machines" not in far.record
+    assert far_sources.summary.startswith("features computed on the cluster, fitted on this machine")
+    for name, tensor in near.network.tensors().items():
+        torch.testing.assert_close(far.network.tensors()[name], tensor, rtol=0, atol=0, msg=name)
 
 
 def test_features_that_do_not_fit_the_caches_are_refused(cloth, far_sources, tmp_path):

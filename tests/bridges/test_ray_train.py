@@ -6,7 +6,7 @@ import torch
 
 from normweave.bridges import ray_train
 from normweave.config import Config, SimpleNetConfig
-from normweave.errors import ConfigError
+from normweave.errors import ConfigError, MissingError
 from normweave.heads.mean_shift import MeanShiftedStage
 from normweave.heads.pyramidflow import SimilarityStage
 from normweave.heads.simplenet import NoiseStage
@@ -63,3 +63,11 @@ def test_a_head_that_cannot_be_sent_is_refused():
         ray_train.train(
             None, job(holdout=np.zeros(4, bool), head=head), [stage(NoiseStage, 8)], threads=None, progress=None
         )
+
+
+def test_a_machine_without_the_package_of_the_head_is_named():
+    content = b"cno_such_plugin.head\nHead\n."  # a reference to a class
+    with pytest.raises(
+        MissingError, match=r"The worker .* cannot load the head .*no_such_plugin.*same versions of normweave and its p"
+    ):
+        ray_train.received(content)

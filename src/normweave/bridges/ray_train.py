@@ -2,13 +2,14 @@
 
 Each worker has a share of the images: it reads or computes their features on its node, and makes their synthetic
 defects there. The gradients are averaged after each batch. If a worker is lost, Ray Train starts all of them again
-from the first epoch, with the same result.
+from the first epoch, with the same result; if its machine is not replaced, those that are left do so.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import socket
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from normweave.bridges import ray_features, ray_tasks
 from normweave.bridges.ray import Cluster
 from normweave.bridges.ray_features import Slice
 from normweave.config import Config
-from normweave.errors import ConfigError, NormweaveError
+from normweave.errors import ConfigError, MissingError, NormweaveError
 from normweave.features import cache as feature_cache
 from normweave.features import pair as feature_pair
 from normweave.features.standardize import ChannelStandardizer, StandardizedFeatures
@@ -35,7 +36,8 @@ from normweave.types import FitData, Progress, Sample
 
 POLL_S = 0.2
 START_S = "300"
-"""Seconds for the workers to start, unless RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S is set. Ray Train allows 60."""
+"""Seconds for the machines to be free, and for a lost one to be replaced, unless RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S
+is set. Ray Train allows 60."""
 COMMON = ("names", "seed", "category_names", "mean", "std")
 PER_IMAGE = ("subclasses", "groups", "holdout", "given_categories")
 
@@ -176,18 +178,47 @@ def train(
 
 
 def _train(progress: Progress, content: bytes, limit: int, threads: int | None, gpu: bool) -> tuple[int, bytes | None]:
-    """Return the number of workers, and the state of the head that they trained; None if there are not two nodes."""
+    """Return the number of workers, and the state of the head that they trained; None if there are not two nodes.
+
+    If a node is lost and not replaced, those that are left start again.
+    """
+    while True:
+        nodes = _nodes(threads, gpu)
+        size = min(len(nodes), limit)
+        if size < 2:
+            return 1, None
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S)
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that is of use to checkpoints only
+        from ray.train import TrainingFailedError
+
+        try:
+            return size, _fit(progress, content, size, int(min(each["CPU"] for each in nodes)), threads, gpu)
+        except TrainingFailedError as error:
+            if len(_nodes(threads, gpu)) < size:
+                continue
+            reason = str(error).strip().splitlines()[-1][:500]  # the line after the traceback
+            raise NormweaveError(
+                f"The training on {size} machines was started {ray_tasks.RETRIES + 1} times and ended each time, or "
+                f"other work took their processors ({reason}). Run the command again."
+            ) from error
+
+
+def _nodes(threads: int | None, gpu: bool) -> list[dict[str, float]]:
+    """Return the resources of each node that can have a worker."""
     import ray
 
-    needed = threads or 1
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    nodes = [each for each in alive if each.get("CPU", 0) >= needed and (each.get("GPU") or not gpu)]
-    size = min(len(nodes), limit)
-    if size < 2:
-        return 1, None
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S)
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a process that is of use to checkpoints only
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    return [each for each in alive if each.get("CPU", 0) >= (threads or 1) and (each.get("GPU") or not gpu)]
+
+
+def _fit(progress: Progress, content: bytes, size: int, least: int, threads: int | None, gpu: bool) -> bytes:
+    """Return the state of the head that this number of workers trained.
+
+    Args:
+        least: processors of the smallest node.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -201,8 +232,7 @@ def _train(progress: Progress, content: bytes, limit: int, threads: int | None, 
             scaling_config=ScalingConfig(
                 num_workers=size,
                 use_gpu=gpu,
-                resources_per_worker={"CPU": threads or int(min(each["CPU"] for each in nodes))}
-                | ({"GPU": 1} if gpu else {}),
+                resources_per_worker={"CPU": threads or least} | ({"GPU": 1} if gpu else {}),
                 placement_strategy="SPREAD",
             ),
             run_config=RunConfig(
@@ -223,25 +253,37 @@ def _train(progress: Progress, content: bytes, limit: int, threads: int | None, 
         while thread.is_alive():
             thread.join(POLL_S)
             step, error = ray.get(messages.read.remote())
+            if (left := len(_nodes(threads, gpu))) < size:
+                step = (f"wait for {size} machines", left, size)
             if step is not None and step != last:
                 progress(*step)
                 last = step
     (result,) = outcome
     if error is not None:
         raise pickle.loads(error)
-    if isinstance(result, TrainingFailedError):
-        reason = str(result).strip().splitlines()[-1][:500]  # the line after the traceback
-        raise NormweaveError(
-            f"The training on {size} machines was started {ray_tasks.RETRIES + 1} times and ended each time, or "
-            f"there were no {size} machines with free processors ({reason}). Run the command again: it uses the "
-            "machines that are left."
-        ) from result
     if isinstance(result, Exception):
         raise result
-    return size, result.return_value
+    state: bytes = result.return_value
+    return state
 
 
 # ── in the workers ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def received(content: bytes) -> Job:
+    """Return a job that the machine of the command has sent.
+
+    Raises:
+        MissingError: this machine has not the package of the head.
+    """
+    try:
+        job: Job = pickle.loads(content)
+    except (ImportError, AttributeError) as error:
+        raise MissingError(
+            f"The worker {socket.gethostname()} cannot load the head of this training ({error}). Install the same "
+            "versions of normweave and its plug-ins on every node."
+        ) from error
+    return job
 
 
 def _work(given: dict[str, Any]) -> bytes | None:
@@ -250,25 +292,25 @@ def _work(given: dict[str, Any]) -> bytes | None:
     import ray.train
     from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
 
-    job: Job = pickle.loads(given["content"])
     messages = given["messages"]
     if ray.get(messages.read.remote())[1] is not None:  # started again after an error that is raised again
         return None
-    ray_tasks.in_folder(job.folder)
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
-    workers = training.Workers(
-        rank,
-        size,
-        int((~job.per_image["holdout"]).sum()),
-        partial(RayDDPStrategy, find_unused_parameters=True, broadcast_buffers=False),
-        RayLightningEnvironment(),
-    )
 
     def report(*step: Any) -> None:
         messages.report.remote(*step)
 
     try:
+        job = received(given["content"])
+        ray_tasks.in_folder(job.folder)
+        workers = training.Workers(
+            rank,
+            size,
+            int((~job.per_image["holdout"]).sum()),
+            partial(RayDDPStrategy, find_unused_parameters=True, broadcast_buffers=False),
+            RayLightningEnvironment(),
+        )
         data = job.data(job.share(rank, size))
         for stage in job.head.stages(data):
             training.train(stage, data, progress=None if rank else report, device=job.device, workers=workers)

@@ -38,6 +38,7 @@ def in_place(module, x):
 AS_TRACED = {
     "square": lambda module, x: x.square(),
     "scalar minus tensor": lambda module, x: 1.5 - x,
+    "both": lambda module, x: ((x > 0) & (x < 1)).float(),
     "transposed matrix": lambda module, x: x @ module.matrix.T,
     "type": lambda module, x: (100 * x).to(torch.int32).to(torch.float32),
     "batch normalization": lambda module, x: module.norm(x),
@@ -49,6 +50,7 @@ DECOMPOSED = {
     "in place": in_place,
     "condition": lambda module, x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)),
     "without a translation": lambda module, x: x.movedim(1, 2),
+    "bits": lambda module, x: ((10 * x).to(torch.int32) & torch.full((9,), 3, dtype=torch.int32)).float(),
     "scalar minus a multiple of a tensor": lambda module, x: torch.rsub(x, 1.5, alpha=2),
     "batch normalization without weights": lambda module, x: nn.functional.batch_norm(
         x, module.norm.running_mean, module.norm.running_var

@@ -82,6 +82,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
             raise OnnxExporterError(f"aten.rsub with alpha {alpha} has no translation.")
         return onnx.Sub(onnx.CastLike(other, x), x)
 
+    def both(x: Any, other: Any) -> Any:
+        if x.dtype != onnx_ir.DataType.BOOL:
+            raise OnnxExporterError(f"The bits of {x.dtype} have no translation.")
+        return onnx.And(x, other)
+
     def transpose(x: Any) -> Any:
         return onnx.Transpose(x)
 
@@ -115,6 +120,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         aten.square.default: square,
         aten.rsub.Scalar: subtract_from,
+        aten.__and__.Tensor: both,
         aten.numpy_T.default: transpose,
         aten.to.dtype: convert,
         aten.batch_norm.default: normalize,

@@ -174,19 +174,23 @@ def plain_rate(bundle: Path, images: Path, output: Path) -> Rate:
 def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
     """Return the rate of `predict --ray` after the first part of each node; processor time is of all processes."""
     command = [*COMMAND, bundle, "--list", images, "--ray", running.address, "-o", output]
+    parts = -(-len(images.read_text().splitlines()) // 64)
     process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    marks: list[tuple[int, float, float]] = []  # finished parts, time, processor time
+    every: list[psutil.Process] = []  # looked for once: it takes time of the cores of the nodes
+    first = start = used = 0.0
     while process.poll() is None:
         done = len(list(output.glob("part-*")))
-        if done >= len(running.nodes) and (not marks or done > marks[-1][0]):
-            with suppress(psutil.NoSuchProcess):
-                every = [each for node in (running.cluster.head_node, *running.nodes) for each in tree(node)]
-                every += [process, *process.children(recursive=True)]
-                marks.append((done, time.perf_counter(), processor_s(every)))
+        if done and not every:
+            every = [each for node in (running.cluster.head_node, *running.nodes) for each in tree(node)]
+            every += [process, *process.children(recursive=True)]
+        elif done >= len(running.nodes) and not first:
+            first, start, used = done, time.perf_counter(), processor_s(every)
+        if done == parts:
+            end, finally_used = time.perf_counter(), processor_s(every)
+            break
         time.sleep(0.05)
-    assert process.returncode in (0, 1), process.stderr.read()
-    (first, start, used), (last, end, finally_used) = marks[0], marks[-1]
-    count = (last - first) * 64
+    assert process.wait() in (0, 1), process.stderr.read()
+    count = (parts - first) * 64
     return Rate(count / (end - start), (finally_used - used) * 1000 / count)
 
 

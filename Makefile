@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export MPLBACKEND := Agg
+# Threads of OpenMP that wait do not keep a processor busy: two processes with two threads each share two processors.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: help demo test test-threads check arm64 perf commands docs
 

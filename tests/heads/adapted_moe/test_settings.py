@@ -24,6 +24,8 @@ OWN = {
     "max_subclasses": 1,
 }
 SHAPE = (4, 6, 6)
+FEW_PATCHES = {"fusion": {"expert.memory.max_patches": 20}, "memory": {"expert.max_patches": 20}}
+"""Settings of experts that store patches, for speed."""
 DATA = [subclass_normals(shape=SHAPE, labelled=labelled) for labelled in (True, False)]
 
 
@@ -70,7 +72,9 @@ def refusal(values):
 
 def unread(values, named, monkeypatch):
     """Return which of the named keys building, fitting and scoring do not read, on labelled or unlabelled images."""
-    config = settings.from_dict({f"head.{key}": value for key, value in values.items()}).head
+    expert = values.get("expert.kind", "fusion")
+    few = FEW_PATCHES.get(expert, {}) if "memory" in values.get("expert.use", "memory") else {}
+    config = settings.from_dict({f"head.{key}": value for key, value in (few | values).items()}).head
     keys = {id(config): ""}
     for section in ("expert", "routing", "adaption"):
         part = getattr(config, section)

@@ -31,7 +31,8 @@ def bundle(data_root: Path, textiles: Path, feature_cache: Path, tmp_path_factor
     call("data", "manifest", folder / "tiles.csv", textiles, "-o", folder / "all.csv", "--json")
     (trained,) = call(
         *("train", folder / "all.csv", "-o", folder / "all.bundle", "--json", "--cache", feature_cache),
-        *("--model", "cnc", "--subclass-from", "column", "--set", "head.training.epochs=2"),
+        *("--model", "cnc", "--subclass-from", "column", "--set", "data.calibration=split"),
+        *("--set", "head.training.epochs=2"),
         *("--set", "head.prompts.training.epochs=2", "--set", "head.synthetic.variants=1"),
     )
     assert sorted(trained["categories"]) == ["cloth", "magnetic_tiles"]

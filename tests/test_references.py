@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders import cloth, head_config, photos  # noqa: F401 - fixtures
+from builders import head_config
 from normweave import bundle, fitting, references
 from normweave.config import Config, DataConfig, OutcomeConfig, PrepareConfig, TimmConfig
 from normweave.data import rows
@@ -192,7 +192,7 @@ def fit(data, **outcome):
 
 
 @pytest.fixture(scope="module")
-def fitted(cloth):  # noqa: F811 - it is the fixture
+def fitted(cloth):
     return fit(cloth)
 
 
@@ -241,7 +241,7 @@ def with_hole(image, side):
     return changed
 
 
-def test_without_references_the_bundle_has_none(cloth, fitted, tmp_path):  # noqa: F811
+def test_without_references_the_bundle_has_none(cloth, fitted, tmp_path):
     bare = fit(cloth, references=False)
     assert bare.network.references is None
     assert fitted.network.references is not None

@@ -1,4 +1,3 @@
 """Fixtures of the tests in a browser."""
 
 from browsing import chromium, login_form, parts, sent, server, visit  # noqa: F401
-from builders import bundle, cloth, detector, photos  # noqa: F401

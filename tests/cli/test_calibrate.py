@@ -6,9 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from builders import bundle as small_bundle  # noqa: F401 - fixtures
-from builders import cloth, detector  # noqa: F401 - fixtures
-from normweave import bundle
+from normweave import bundle as bundles
 from normweave.textiles import SEEN, render
 
 from .conftest import run
@@ -30,16 +28,16 @@ def test_calibrating_replaces_the_operating_points_only(trained, own, tmp_path):
     output = json.loads(result.stdout)
     assert output["false_alarm_rate"] == 0.25
     assert output["calibration_images"] == 12  # no test image
-    assert output["bundle_hash"] == bundle.bundle_hash(own) != bundle.bundle_hash(trained.bundle)
-    assert bundle.weights_hash(own) == bundle.weights_hash(trained.bundle)
+    assert output["bundle_hash"] == bundles.bundle_hash(own) != bundles.bundle_hash(trained.bundle)
+    assert bundles.weights_hash(own) == bundles.weights_hash(trained.bundle)
 
 
 def test_calibrating_with_too_few_keeps_the_bundle(trained, tmp_path):
     run("data", "make-textures", tmp_path / "more", *SMALL_SET, "--train-images=1")
-    before = bundle.bundle_hash(trained.bundle)
+    before = bundles.bundle_hash(trained.bundle)
     result = run("calibrate", trained.bundle, tmp_path / "more", "--false-alarm-rate", "0.01")
     assert result.exit_code == 3, result.output
-    assert bundle.bundle_hash(trained.bundle) == before
+    assert bundles.bundle_hash(trained.bundle) == before
 
 
 def test_unreadable_images_are_listed_and_change_the_exit_code(own, tmp_path):
@@ -60,16 +58,16 @@ def test_unreadable_images_are_listed_and_change_the_exit_code(own, tmp_path):
 
 
 def test_images_of_the_fit_are_refused(own, textiles):
-    before = bundle.bundle_hash(own)
+    before = bundles.bundle_hash(own)
     result = run("calibrate", own, textiles)
     assert result.exit_code == 2
     assert "was used in training, so it cannot be used for calibration" in result.output
-    assert bundle.bundle_hash(own) == before
+    assert bundles.bundle_hash(own) == before
 
 
-def test_subclasses_that_lose_their_own_threshold_are_named(small_bundle, tmp_path):  # noqa: F811
+def test_subclasses_that_lose_their_own_threshold_are_named(bundle, tmp_path):
     """Images of all subclasses, then of one only."""
-    own = shutil.copytree(small_bundle, tmp_path / "own.bundle")
+    own = shutil.copytree(bundle, tmp_path / "own.bundle")
     for count in (3, 1):
         images = tmp_path / f"of-{count}"
         images.mkdir()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from builders import bundle, cloth, detector  # noqa: F401 - fixtures
 from inspections import inspection
 from normweave import bundle as bundles
 from normweave.serve.store import Store
@@ -20,7 +19,7 @@ from .conftest import run
 
 
 @pytest.fixture(scope="module")
-def results(bundle, tmp_path_factory):  # noqa: F811
+def results(bundle, tmp_path_factory):
     """Results of 40 good images, then of 80 under a lamp that has lost a seventh of its light."""
     folder = tmp_path_factory.mktemp("line")
     for number in range(120):
@@ -33,7 +32,7 @@ def results(bundle, tmp_path_factory):  # noqa: F811
     return table
 
 
-def test_the_lamp_was_changed(bundle, results):  # noqa: F811
+def test_the_lamp_was_changed(bundle, results):
     done = run("drift", bundle, "--results", results)
     assert done.exit_code == 1, done.output
     assert "ALARM: lighting or camera" in done.stdout
@@ -43,7 +42,7 @@ def test_the_lamp_was_changed(bundle, results):  # noqa: F811
     assert "images 1 to 100" in done.stdout
 
 
-def test_json_has_the_findings_the_alarms_and_the_windows(bundle, results):  # noqa: F811
+def test_json_has_the_findings_the_alarms_and_the_windows(bundle, results):
     done = run("drift", bundle, "--results", results, "--json", "--seed", "3")
     assert done.exit_code == 1
     output = json.loads(done.stdout)
@@ -56,7 +55,7 @@ def test_json_has_the_findings_the_alarms_and_the_windows(bundle, results):  # n
     assert output["windows"][0]["standard_deviations"]["brightness"] < 0
 
 
-def test_a_quiet_line_has_no_alarm(bundle, results, tmp_path):  # noqa: F811
+def test_a_quiet_line_has_no_alarm(bundle, results, tmp_path):
     quiet = tmp_path / "quiet.jsonl"
     quiet.write_text("".join(results.read_text().splitlines(keepends=True)[:40]))
     done = run("drift", bundle, "--results", quiet)
@@ -64,7 +63,7 @@ def test_a_quiet_line_has_no_alarm(bundle, results, tmp_path):  # noqa: F811
     assert "No alarm in 40 images." in done.stdout
 
 
-def test_the_store_of_a_server_is_read(bundle, results, tmp_path):  # noqa: F811
+def test_the_store_of_a_server_is_read(bundle, results, tmp_path):
     (tmp_path / "data").mkdir()
     store = Store.open(tmp_path / "data" / "store.sqlite")
     kept = []
@@ -83,7 +82,7 @@ def test_the_store_of_a_server_is_read(bundle, results, tmp_path):  # noqa: F811
     assert output["findings"][0]["since"].isdecimal()
 
 
-def test_wrong_calls(bundle, results, tmp_path):  # noqa: F811
+def test_wrong_calls(bundle, results, tmp_path):
     neither = run("drift", bundle)
     assert (neither.exit_code, "either --store or --results" in neither.output) == (2, True)
     nothing = run("drift", bundle, "--store", tmp_path)

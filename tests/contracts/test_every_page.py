@@ -6,7 +6,6 @@ import pytest
 from playwright.sync_api import expect
 
 from browsing import broken, chromium, inspect, login_form, parts, sent, server, settle, visit  # noqa: F401
-from builders import bundle, cloth, detector, photos  # noqa: F401
 from normweave.serve.pages import every_page
 
 pytestmark = pytest.mark.browser

@@ -1,11 +1,10 @@
 import pytest
 
-from builders import bundle, cloth, detector  # noqa: F401 - fixtures
 from serving import Server
 
 
 @pytest.fixture(scope="session")
-def served(bundle, tmp_path_factory):  # noqa: F811 - the fixture above
+def served(bundle, tmp_path_factory):
     """Start the server of the how-tos; yield its address and its first two tokens as environment variables."""
     server = Server(bundle, tmp_path_factory.mktemp("line") / "inspections")
     yield {

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 from normweave import bundle as bundles
 from normweave.detector import Detector
 from normweave.drift import reference
@@ -65,7 +64,7 @@ def test_a_bundle_without_them_names_the_command_that_adds_them(record):
         reference.read(record, where="old.bundle")
 
 
-def test_the_bundle_of_a_training_has_them(bundle, photos):  # noqa: F811
+def test_the_bundle_of_a_training_has_them(bundle, photos):
     references = reference.read(bundles.read(bundle), where=bundle)
     loaded = Detector.load(bundle, threads=1, device="cpu")
     assert {each.product for each in references} <= {loaded.subclasses[name] for name in loaded.subclass_names}
@@ -79,7 +78,7 @@ def test_the_bundle_of_a_training_has_them(bundle, photos):  # noqa: F811
     assert numbers[-2:].tolist() == [outcome.pred_score, outcome.subclass_distance]
 
 
-def test_calibrate_adds_them_to_an_old_bundle(bundle, cloth, tmp_path):  # noqa: F811
+def test_calibrate_adds_them_to_an_old_bundle(bundle, cloth, tmp_path):
     record = bundles.read(bundle)
     del record[reference.KEY]
     old = tmp_path / "old.bundle"

@@ -14,7 +14,6 @@ import pytest
 import uvicorn
 from starlette.testclient import TestClient
 
-from builders import bundle, cloth, detector, photos  # noqa: F401 - fixtures
 from bundles import make_library
 from normweave.detector import Detector
 from normweave.serve import create_app
@@ -118,7 +117,7 @@ def store(database_url):
 
 
 @pytest.fixture(scope="module")
-def loaded(bundle):  # noqa: F811 - it is the fixture
+def loaded(bundle):
     return Detector.load(bundle, threads=1, device="cpu")
 
 
@@ -143,7 +142,7 @@ def start(loaded, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def library_folder(bundle, tmp_path_factory):  # noqa: F811 - it is the fixture
+def library_folder(bundle, tmp_path_factory):
     """A library of two bundles with other scores and of a damaged one; tests copy it before they change it."""
     return make_library(bundle, tmp_path_factory.mktemp("library") / "bundles")
 

@@ -23,8 +23,7 @@ data:
     set: [data.subclass_from=column, prepare.height=64, prepare.width=64]
 methods:
   - {name: First, model: dfm}
-  - {name: Second, model: dfm, set: [head.cells=4]}
-  - {name: Third, model: simplenet, set: [head.training.epochs=1]}
+  - {name: Second, model: simplenet, set: [head.training.epochs=1]}
 """
 PATIENCE_S = 240
 
@@ -71,14 +70,14 @@ def test_a_killed_plan_goes_on_where_it_was(tmp_path: Path):
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
 
     finished = {file: file.stat().st_mtime_ns for file in runs.glob("*.json")}
-    assert 0 < len(finished) < 3, "killed too late to say anything"
+    assert len(finished) == 1, "killed too late to say anything"
     assert not (output / "plan.csv").exists()
 
     again = run(plan, output=output, cache=cache)
     whole = run(plan, output=tmp_path / "whole", cache=tmp_path / "other-cache")
 
     assert {file: file.stat().st_mtime_ns for file in finished} == finished  # not repeated
-    assert len(list(runs.glob("*.json"))) == 3
+    assert len(list(runs.glob("*.json"))) == 2
     assert [row["method"] for row in again] == [row["method"] for row in whole]
     assert table(output / "plan.csv") == table(tmp_path / "whole" / "plan.csv")
     for suffix in (".md", ".html", ".parquet"):

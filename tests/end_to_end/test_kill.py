@@ -36,6 +36,12 @@ TRAIN = (
     "--subclass-from",
     "column",
     "--set",
+    "prepare.height=64",
+    "--set",
+    "prepare.width=64",
+    "--set",
+    "data.folds=2",
+    "--set",
     "head.expert.kind=discriminator",
     "--set",
     "head.routing.method=network",
@@ -58,9 +64,9 @@ def run(*command: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(textiles: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def undisturbed(cloth: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    arguments = [str(textiles), "-o", str(folder / "bundle"), "--cache", str(folder / "cache"), *TRAIN]
+    arguments = [str(cloth), "-o", str(folder / "bundle"), "--cache", str(folder / "cache"), *TRAIN]
     assert run("-m", "normweave", "train", *arguments) == 0
     return without_history(folder / "bundle")
 
@@ -73,10 +79,10 @@ KILLS = {
 
 
 @pytest.mark.slow
-def test_resume_gives_the_bundle_of_an_undisturbed_run(textiles: Path, undisturbed: dict[str, object], tmp_path: Path):
+def test_resume_gives_the_bundle_of_an_undisturbed_run(cloth: Path, undisturbed: dict[str, object], tmp_path: Path):
     """One training that is killed at each place, each time further on."""
     bundle = tmp_path / "bundle"
-    arguments = ["train", str(textiles), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
+    arguments = ["train", str(cloth), "-o", str(bundle), "--cache", str(tmp_path / "cache"), *TRAIN]
     for moment, (place, count) in KILLS.items():
         assert run("-c", KILLED, place, str(count), *arguments, "--resume") == -signal.SIGKILL, moment
         assert not bundle.exists(), moment

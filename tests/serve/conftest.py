@@ -107,7 +107,9 @@ def database_url(request, tmp_path):
 
 
 @pytest.fixture
-def store(database_url):
+def store(database_url, empty_store):
+    if database_url.startswith("sqlite:///"):
+        shutil.copy(empty_store, database_url.removeprefix("sqlite:///"))
     store = Store.open(database_url)
     yield store
     store.close()
@@ -122,14 +124,14 @@ def loaded(bundle):
 
 
 @pytest.fixture
-def start(loaded, tmp_path):
+def start(loaded, empty_store, tmp_path):
     """Function that starts a service in a folder of its own; all services are stopped at the end."""
     started = []
 
     def start(**limits):
         folder = tmp_path / f"service-{len(started)}"
         files = Files(folder / "files")
-        store = Store.open(f"sqlite:///{folder}/store.sqlite")
+        store = Store.open(Path(shutil.copy(empty_store, folder)))
         service = InspectionService(loaded, store=store, files=files, config=ServeConfig(**limits))
         started.append(service)
         return service

@@ -29,6 +29,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import psutil
 from ray.cluster_utils import Cluster
 
+from normweave.bridges.ray_predict import PART_IMAGES
 from normweave.config import (
     AdaptedMoEConfig,
     Config,
@@ -158,7 +159,7 @@ def processor_s(processes: Iterable[psutil.Process]) -> float:
 
 
 def plain_rate(bundle: Path, images: Path, output: Path) -> Rate:
-    """Return the rate of `predict` with one thread on one core after the first 64 images."""
+    """Return the rate of `predict` with one thread on one core after the first part's number of images."""
     command = ["taskset", "-c", "0", *COMMAND, bundle, "--list", images, "--threads", "1", "--json", "-o", output]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
     own = psutil.Process(process.pid)
@@ -167,14 +168,15 @@ def plain_rate(bundle: Path, images: Path, output: Path) -> Rate:
         with suppress(psutil.ZombieProcess):
             marks.append((time.perf_counter(), processor_s([own])))
     assert process.wait() in (0, 1)
-    count = len(marks) - 64
-    return Rate(count / (marks[-1][0] - marks[63][0]), (marks[-1][1] - marks[63][1]) * 1000 / count)
+    count = len(marks) - PART_IMAGES
+    (start, used), (end, finally_used) = marks[PART_IMAGES - 1], marks[-1]
+    return Rate(count / (end - start), (finally_used - used) * 1000 / count)
 
 
 def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
     """Return the rate of `predict --ray` after the first part of each node; processor time is of all processes."""
     command = [*COMMAND, bundle, "--list", images, "--ray", running.address, "-o", output]
-    parts = -(-len(images.read_text().splitlines()) // 64)
+    parts = -(-len(images.read_text().splitlines()) // PART_IMAGES)
     process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     every: list[psutil.Process] = []  # looked for once: it takes time of the cores of the nodes
     first = start = used = 0.0
@@ -190,7 +192,7 @@ def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
             break
         time.sleep(0.05)
     assert process.wait() in (0, 1), process.stderr.read()
-    count = (parts - first) * 64
+    count = (parts - first) * PART_IMAGES
     return Rate(count / (end - start), (finally_used - used) * 1000 / count)
 
 
@@ -282,7 +284,7 @@ def memory(folder: Path, *, count: int) -> None:
         except psutil.NoSuchProcess:
             continue
         parts = len(list(output.glob("part-*")))
-        print(f"{parts * 64:6d} images: {sum(own.values()):.0f} MiB in {len(own)} processes", flush=True)
+        print(f"{parts * PART_IMAGES:6d} images: {sum(own.values()):.0f} MiB in {len(own)} processes", flush=True)
     found = rows(output)
     print(f"{len(found)} rows")
     assert len(found) == count

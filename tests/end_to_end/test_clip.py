@@ -69,7 +69,7 @@ def bundle(weights: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
         *("--set", f"features.model={NAME}", "--set", "features.layers=[1, 3]", "--set", "head.width=16"),
         *("--set", "prepare.height=64", "--set", "prepare.width=64", "--set", "head.guide.tokens=text"),
         *("--set", "head.training.epochs=2", "--set", "head.prompts.training.epochs=2"),
-        *("--set", "data.calibration=split", "--cache", folder / "cache", "--json"),
+        *("--set", "data.folds=2", "--cache", folder / "cache", "--json"),
     )
     return folder / "cloth.bundle"
 

@@ -8,6 +8,13 @@ from normweave.config import Config, DataConfig, OutcomeConfig
 from normweave.detector import Detector
 from normweave.textiles import SEEN, UNSEEN, make_textures
 
+FEW_EPOCHS = {
+    "cnc": ["head.training.epochs=8", "head.prompts.training.epochs=5"],
+    "msflow": ["head.training.epochs=4"],
+    "pyramidflow": ["head.training.epochs=4"],
+}
+"""Settings of models with which a planted defect is still found."""
+
 
 @pytest.fixture(scope="session")
 def textiles(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,12 +19,9 @@ from normweave.errors import BundleError, CheckError, DataError, ImageError
 from normweave.textiles import SEEN, render
 from normweave.types import Outcome, Sample
 
+from .conftest import FEW_EPOCHS
+
 MODELS = ("adapted-moe", "cnc", "simplenet", "patchcore", "dfm", "msflow", "pyramidflow")
-FEW_EPOCHS = {
-    "cnc": ["head.training.epochs=8", "head.prompts.training.epochs=5"],
-    "msflow": ["head.training.epochs=4"],
-    "pyramidflow": ["head.training.epochs=4"],
-}
 
 
 def good_cloth(seed: int) -> np.ndarray:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -158,19 +159,43 @@ def processor_s(processes: Iterable[psutil.Process]) -> float:
     return total
 
 
-def plain_rate(bundle: Path, images: Path, output: Path) -> Rate:
-    """Return the rate of `predict` with one thread on one core after the first part's number of images."""
-    command = ["taskset", "-c", "0", *COMMAND, bundle, "--list", images, "--threads", "1", "--json", "-o", output]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
-    own = psutil.Process(process.pid)
-    marks = []
-    for _ in process.stdout:
-        with suppress(psutil.ZombieProcess):
-            marks.append((time.perf_counter(), processor_s([own])))
-    assert process.wait() in (0, 1)
-    count = len(marks) - PART_IMAGES
-    (start, used), (end, finally_used) = marks[PART_IMAGES - 1], marks[-1]
-    return Rate(count / (end - start), (finally_used - used) * 1000 / count)
+def plain_rate(bundle: Path, images: Path, output: Path, cores: int = 1) -> Rate:
+    """Return the rate of `predict` with one thread on each of the first cores, all at once.
+
+    The time is from the moment when each has done the first part's number of images until the first of them ends. Of
+    several, their sum is what this machine allows as many nodes at most: its cores share caches and memory.
+    """
+    marks: list[list[tuple[float, float]]] = [[] for _ in range(cores)]
+
+    def predict(core: int) -> None:
+        own_output = output.with_suffix(f".{core}.jsonl")
+        command = [
+            "taskset",
+            "-c",
+            core,
+            *COMMAND,
+            bundle,
+            "--list",
+            images,
+            "--threads",
+            1,
+            "--json",
+            "-o",
+            own_output,
+        ]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+        own = psutil.Process(process.pid)
+        for _ in process.stdout:
+            with suppress(psutil.ZombieProcess):
+                marks[core].append((time.perf_counter(), processor_s([own])))
+        assert process.wait() in (0, 1)
+
+    with ThreadPoolExecutor(cores) as threads:
+        list(threads.map(predict, range(cores)))
+    start, end = max(each[PART_IMAGES - 1][0] for each in marks), min(each[-1][0] for each in marks)
+    within = [[mark for mark in each if start <= mark[0] <= end] for each in marks]
+    count = sum(len(each) - 1 for each in within)
+    return Rate(count / (end - start), sum(each[-1][1] - each[0][1] for each in within) * 1000 / count)
 
 
 def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
@@ -201,22 +226,23 @@ def throughput(folder: Path, *, count: int, rounds: int, node_counts: list[int])
     listing = listed(folder, images, count)
     print(f"{count} images of 256 x 256, load of the machine {os.getloadavg()[0]:.1f} before")
     for number in range(rounds):
-        plain = plain_rate(bundle, listing, folder / f"plain-{number}.jsonl")
+        plain = {cores: plain_rate(bundle, listing, folder / f"plain-{number}-{cores}", cores) for cores in node_counts}
         rates = {}
         for node_count in node_counts:
             with nodes(node_count) as running:
                 output = folder / f"ray-{number}-{node_count}.jsonl"
                 rates[node_count] = ray_rate(bundle, listing, output, running)
-                assert rows(output) == rows(folder / f"plain-{number}.jsonl")
+                assert rows(output) == rows(folder / f"plain-{number}-1.0.jsonl")
         print(f"round {number + 1}: every row equal; load {os.getloadavg()[0]:.1f}")
-        for node_count, rate in ((0, plain), *rates.items()):
-            name = f"{node_count} nodes" if node_count else "predict"
-            processor = max(1, node_count) * plain.processor_ms / rate.processor_ms
-            print(
-                f"  {name}: {rate.images_s:.1f} images/s, {rate.processor_ms:.1f} ms of processor time an image; of "
-                f"predict {rate.images_s / plain.images_s:.3f} in time, {processor:.3f} in processor time",
-                flush=True,
-            )
+        for name, by_count in (("predict at once", plain), ("nodes", rates)):
+            for node_count, rate in by_count.items():
+                processor = node_count * plain[1].processor_ms / rate.processor_ms
+                print(
+                    f"  {node_count} {name}: {rate.images_s:.1f} images/s, {rate.images_s / by_count[1].images_s:.2f} "
+                    f"times one, {rate.processor_ms:.1f} ms of processor time an image; of one predict "
+                    f"{rate.images_s / plain[1].images_s:.3f} in time, {processor:.3f} in processor time",
+                    flush=True,
+                )
 
 
 def kills(folder: Path, *, count: int, number: int, seed: int) -> None:
@@ -295,7 +321,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--images", type=int, default=1500)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2], help="numbers of nodes, beside one")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--kill-images", type=int, default=6000)
     parser.add_argument("--memory-images", type=int, default=12_000)
@@ -307,7 +333,7 @@ def main() -> None:
         folder = Path(tempfile.mkdtemp())
         try:
             if part == "throughput":
-                throughput(folder, count=given.images, rounds=given.rounds, node_counts=given.nodes)
+                throughput(folder, count=given.images, rounds=given.rounds, node_counts=sorted({1, *given.nodes}))
             elif part == "kills":
                 kills(folder, count=given.kill_images, number=given.kills, seed=given.seed)
             else:

@@ -169,21 +169,8 @@ def plain_rate(bundle: Path, images: Path, output: Path, cores: int = 1) -> Rate
 
     def predict(core: int) -> None:
         own_output = output.with_suffix(f".{core}.jsonl")
-        command = [
-            "taskset",
-            "-c",
-            core,
-            *COMMAND,
-            bundle,
-            "--list",
-            images,
-            "--threads",
-            1,
-            "--json",
-            "-o",
-            own_output,
-        ]
-        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+        command = ["taskset", "-c", core % os.cpu_count(), *COMMAND, bundle, "--list", images, "--threads", 1, "--json"]
+        process = subprocess.Popen([*map(str, command), "-o", own_output], stdout=subprocess.PIPE, text=True)
         own = psutil.Process(process.pid)
         for _ in process.stdout:
             with suppress(psutil.ZombieProcess):

@@ -3,8 +3,8 @@
     python perf/bench_ray.py [--images 1500] [--rounds 3] [--nodes 1 2] [--kills 20] [--memory-images 12000]
 
 Each node is processes of its own (`ray.cluster_utils.Cluster`) with one CPU, tied to one core, and so is `predict`
-with one thread. The rate is that of the steady state: from the first finished part of every node to the
-last. Needs `[scale]`.
+with one thread. The rate is that of the steady state: from `FIRST_PARTS` finished parts a node, since nodes start
+some seconds apart, until a node has nothing left to do. Needs `[scale]`.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from normweave.textiles import SEEN, make_textures
 COMMAND = [sys.executable, "-m", "normweave", "predict"]
 STORE = 100 * 2**20
 START_S = 300
+FIRST_PARTS = 3
+"""Parts of each node that are not counted."""
 
 
 class Nodes:
@@ -186,25 +188,27 @@ def plain_rate(bundle: Path, images: Path, output: Path, cores: int = 1) -> Rate
 
 
 def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
-    """Return the rate of `predict --ray` after the first part of each node; processor time is of all processes."""
+    """Return the rate of `predict --ray` in the steady state; processor time is of all processes."""
     command = [*COMMAND, bundle, "--list", images, "--ray", running.address, "-o", output]
     parts = -(-len(images.read_text().splitlines()) // PART_IMAGES)
     process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     every: list[psutil.Process] = []  # looked for once: it takes time of the cores of the nodes
+    ends = parts - len(running.nodes) + 1  # then the first node has nothing left to do
+    assert ends > FIRST_PARTS * len(running.nodes), "too few images for this many nodes"
     first = start = used = 0.0
     while process.poll() is None:
         done = len(list(output.glob("part-*")))
-        if done and not every:
+        if done >= FIRST_PARTS * len(running.nodes) - 1 and not every:
             every = [each for node in (running.cluster.head_node, *running.nodes) for each in tree(node)]
             every += [process, *process.children(recursive=True)]
-        elif done >= len(running.nodes) and not first:
+        elif done >= FIRST_PARTS * len(running.nodes) and not first:
             first, start, used = done, time.perf_counter(), processor_s(every)
-        if done == parts:
-            end, finally_used = time.perf_counter(), processor_s(every)
+        if done >= ends:
+            last, end, finally_used = done, time.perf_counter(), processor_s(every)
             break
-        time.sleep(0.05)
+        time.sleep(0.02)
     assert process.wait() in (0, 1), process.stderr.read()
-    count = (parts - first) * PART_IMAGES
+    count = (last - first) * PART_IMAGES
     return Rate(count / (end - start), (finally_used - used) * 1000 / count)
 
 

@@ -1,6 +1,7 @@
 """Work runs in a process of its own; what is wrong with the cluster is an error with a cure."""
 
 import importlib.util
+import socket
 import subprocess
 import sys
 
@@ -32,6 +33,15 @@ def test_no_cluster_answers(monkeypatch):
     monkeypatch.setattr(session.multiprocessing, "get_context", never)
     with pytest.raises(MissingError, match=r"No Ray cluster answers at 127\.0\.0\.1:1 .*`ray start --head"):
         session.run("127.0.0.1:1", never)
+
+
+@pytest.mark.slow
+def test_another_service_at_the_address_is_no_cluster(monkeypatch):
+    monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "2")
+    with socket.create_server(("127.0.0.1", 0)) as service:  # accepts connections and never answers
+        address = f"127.0.0.1:{service.getsockname()[1]}"
+        with pytest.raises(MissingError, match=r"No Ray cluster answers at 127.* RAY_AUTH_MODE, the token and the"):
+            session.run(address, never)
 
 
 def test_ray_is_not_installed(monkeypatch):

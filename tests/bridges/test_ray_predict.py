@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,14 @@ from normweave.bridges.ray_predict import (
     MOST_LOSSES,
     RUN,
     Counts,
+    Job,
     check_losses,
+    check_resources,
     check_versions,
     check_visible,
     ending,
     predict,
+    score_part,
     suffix_of,
     versions,
 )
@@ -96,6 +100,7 @@ def images(photos, store, tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     (folder / "bad.png").write_text("no image")
     shutil.copy(photos[0], os.fsencode(folder) + b"/\xff.png")
+    shutil.copy(photos[0], folder / "line\u2028separator.png")
     store.put(photos[0], "line/images/0.png")
     contents = [Path(path).read_bytes() for path in photos]
     parquet.write_table(pyarrow.table({"image": contents}), folder / "t.parquet")
@@ -103,6 +108,7 @@ def images(photos, store, tmp_path_factory):
     missing = [str(folder / "bad.png"), "s3://line/images/gone.png", str(folder / "gone.png")]
     return [
         os.fsdecode(os.fsencode(folder) + b"/\xff.png"),
+        str(folder / "line\u2028separator.png"),
         *photos,
         "s3://line/images",
         *missing,
@@ -131,6 +137,12 @@ def counts(expected):
     return Counts(images=len(names), **{name: names.count(name) for name in set(names)})
 
 
+def found(folder):
+    """The rows of the parts of a folder, in their order."""
+    lines = [line for path in sorted(folder.glob("part-*")) for line in path.read_bytes().splitlines()]
+    return [without_time(json.loads(line)) for line in lines]
+
+
 def test_two_nodes_give_the_rows_of_one_machine_although_nodes_are_killed(
     bundle, images, expected, cluster, tmp_path, monkeypatch
 ):
@@ -155,11 +167,19 @@ def test_two_nodes_give_the_rows_of_one_machine_although_nodes_are_killed(
 
     assert run(bundle, images, "r.jsonl", cluster, progress=kill) == counts(expected)
     assert len(killed) == 2
-    lines = [line for path in sorted(output.glob("part-*")) for line in path.read_text("utf-8").splitlines()]
-    assert [without_time(json.loads(line)) for line in lines] == expected
+    assert found(output) == expected
     assert sorted(path.name for path in output.iterdir())[:2] == [COMPLETE, RUN]
     assert len(list(output.iterdir())) == 2 + -(-len(expected) // PART)
     assert json.loads((output / COMPLETE).read_text())["images"] == len(expected)
+
+    (output / COMPLETE).unlink()
+    os.truncate(max(output.glob("part-*")), 0)  # as of a machine that lost power
+    assert run(bundle, images, "r.jsonl", cluster, resume=True) == counts(expected)
+    assert found(output) == expected
+
+    with pytest.raises(ConfigError, match=r"--threads must be at most .* of a machine of the cluster, 1, got 99\."):
+        run(bundle, images, "never.jsonl", cluster, threads=99)
+    assert not Path("never.jsonl").exists()
 
 
 def test_the_head_is_killed_and_the_command_started_again(bundle, images, expected, cluster, store):
@@ -222,6 +242,42 @@ def test_a_folder_of_another_run_is_refused(bundle, images, begun, change, resum
     change(begun)
     with pytest.raises(DataError, match=what):
         run(bundle, images, str(begun), Nowhere(), resume=resume)
+
+
+def test_without_a_cluster_no_run_is_begun(bundle, images, tmp_path):
+    with pytest.raises(MissingError, match="No Ray cluster answers"):
+        run(bundle, images, str(tmp_path / "r.jsonl"), Nowhere())
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_part_that_cannot_be_written_is_an_error_with_its_cause(bundle, photos, tmp_path):
+    (tmp_path / "file").touch()
+    job = Job(
+        run="r",
+        files=None,
+        bundle_hash="b",
+        output=str(tmp_path / "file" / "r.jsonl"),
+        suffix=".jsonl",
+        current_folder=str(tmp_path),
+        threads=1,
+        device="cpu",
+        versions={},
+    )
+    result = score_part({"first": [64], "images": [json.dumps([photos[0]])], "file": ['""']}, job)
+    error = json.loads(result["error"][0])
+    assert error["type"] == "DataError"
+    assert re.search(
+        r"could not score the images from 65 on and write them to .*Not a directory.* then resume\.", error["text"]
+    )
+
+
+def test_a_task_that_no_machine_can_run_is_refused():
+    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 9.0, "GPU": 1.0}}]
+    check_resources(nodes, threads=2, device="auto")
+    with pytest.raises(ConfigError, match=r"must be at most .* of the cluster, 2, got 3\."):
+        check_resources(nodes, threads=3, device="cpu")
+    with pytest.raises(MissingError, match=r"--device cuda:0 .* no machine of the cluster has a graphics processor\."):
+        check_resources(nodes, threads=1, device="cuda:0")
 
 
 def test_an_image_whose_decoder_ends_its_process_is_found(fatal, photos, tmp_path):

@@ -44,6 +44,7 @@ class Cluster:
         self.address = address
         self._process = process
         self._connection = connection
+        self._connected = False
 
     def call(self, work: Callable[..., T], *arguments: Any, progress: Progress | None = None) -> T:
         """Return `work(progress, *arguments)`, called in the connected process.
@@ -60,7 +61,9 @@ class Cluster:
                 self._connection.send((work, arguments))
             while True:
                 what, *values = self._connection.recv()
-                if what == "progress":
+                if what == "connected":
+                    self._connected = True
+                elif what == "progress":
                     if progress is not None:
                         progress(*values)
                 elif what == "error":
@@ -70,6 +73,8 @@ class Cluster:
                     return result
         except (EOFError, ConnectionResetError):
             self._process.join()
+            if not self._connected:  # Ray ends the process
+                raise MissingError(_no_answer(self.address, "its answer is not that of this version of Ray")) from None
             raise NormweaveError(
                 f"The connection to the Ray cluster {self.address} was lost: its process ended with code "
                 f"{self._process.exitcode}. What was finished is kept. Check that the head node runs, then run the "
@@ -144,6 +149,7 @@ def _session(connection: Connection, address: str, verbose: bool) -> None:
 
     try:
         with connected(address):
+            connection.send(("connected",))
             while True:
                 try:
                     work, arguments = connection.recv()
@@ -169,7 +175,8 @@ def _session(connection: Connection, address: str, verbose: bool) -> None:
                 )
             )
         else:
-            connection.send(("error", RuntimeError(traceback.format_exc())))
+            sent = error if isinstance(error, OSError) else RuntimeError(traceback.format_exc())
+            connection.send(("error", sent))
 
 
 def _silence(stream: Any) -> None:
@@ -210,7 +217,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         ray.init(address=address, **options)
     except ConnectionError as error:
-        raise MissingError(_no_answer(address, error)) from error
+        raise MissingError(_no_answer(address, _reason(error))) from error
     except RuntimeError as error:  # such as another version of Python or Ray
         raise MissingError(f"The Ray cluster {address} cannot be used: {error}") from error
     try:
@@ -230,11 +237,16 @@ def _check_answer(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
     except OSError as error:
-        raise MissingError(_no_answer(address, error)) from error
+        raise MissingError(_no_answer(address, _reason(error))) from error
 
 
-def _no_answer(address: str, error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _no_answer(address: str, reason: str) -> str:
     return (
-        f"No Ray cluster answers at {address} ({str(error).strip() or type(error).__name__}). Start one with "
-        "`ray start --head --disable-usage-stats`, or use --ray local for this machine alone."
+        f"No Ray cluster answers at {address} ({reason}). Start one with `ray start --head --disable-usage-stats`, or "
+        "use --ray local for this machine alone. If one runs there, RAY_AUTH_MODE, the token and the version of Ray "
+        "must be the same on all machines."
     )

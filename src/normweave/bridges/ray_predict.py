@@ -36,7 +36,7 @@ from normweave.data import images as image_files
 from normweave.data import stored
 from normweave.data.stored import Folder, ListedImage
 from normweave.detector import Detector
-from normweave.errors import DataError, ImageError, MissingError, NormweaveError, unknown
+from normweave.errors import ConfigError, DataError, ImageError, MissingError, NormweaveError, unknown
 from normweave.outcome.table import Row, json_line, readable, write_parquet
 from normweave.record import parse_record
 from normweave.types import Outcome, Progress
@@ -138,8 +138,6 @@ def predict(
             f"{wanted['bundle_hash']:.12}…). Resume with that bundle, or give a new folder."
         )
     list_images()  # what is wrong with the arguments is found before a cluster is started
-    if begun is None:
-        target.write(RUN, json.dumps(wanted).encode())
     job = Job(
         run=uuid.uuid4().hex,
         files={name: bundle.read_file(folder, name) for name in bundle.files(folder)}
@@ -152,7 +150,7 @@ def predict(
         device=device,
         versions=versions(),
     )
-    return session.run(address, _predict, job, list_images, (begun or wanted)["part_images"], progress=progress)
+    return session.run(address, _predict, job, list_images, begun or wanted, progress=progress)
 
 
 def suffix_of(output: str) -> str:
@@ -178,6 +176,29 @@ def check_versions(wanted: dict[str, str]) -> None:
         raise MissingError(
             f"The worker {socket.gethostname()} has {own}, and the machine of the command {wanted}. Install the same "
             "versions on every node, so that scores do not depend on the node."
+        )
+
+
+def check_resources(nodes: Sequence[dict[str, Any]], *, threads: int, device: str) -> None:
+    """Check that a machine of the cluster can run a task: Ray would wait for one for ever.
+
+    Args:
+        nodes: as `ray.nodes` returns them.
+
+    Raises:
+        ConfigError: none has as many processors.
+        MissingError: none has a graphics processor, and the device is one.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    most = int(max((each.get("CPU", 0) for each in resources), default=0))
+    if threads > most:
+        raise ConfigError(
+            f"--threads must be at most the number of processors of a machine of the cluster, {most}, got {threads}."
+        )
+    if device.startswith("cuda") and not any(each.get("GPU") for each in resources):
+        raise MissingError(
+            f"--device {device} was requested, but no machine of the cluster has a graphics processor. Add one, or use "
+            "--device cpu."
         )
 
 
@@ -223,10 +244,18 @@ def _begun(target: Folder, *, resume: bool) -> dict[str, Any] | None:
 
 
 def _predict(
-    progress: Progress, job: Job, list_images: Callable[[], Iterator[ListedImage]], part_images: int
+    progress: Progress, job: Job, list_images: Callable[[], Iterator[ListedImage]], run: dict[str, Any]
 ) -> Counts:
-    """Score every part and return the counts of all images."""
+    """Score every part and return the counts of all images.
+
+    Args:
+        run: what the parts belong to. It is written now: without a cluster, no run has begun.
+    """
     import ray
+
+    check_resources(ray.nodes(), threads=job.threads, device=job.device)
+    Folder(job.output).write(RUN, json.dumps(run).encode())
+    part_images: int = run["part_images"]
 
     # A thread of Ray Data asks for the end of tasks ten times a second; with two nodes, each would wait 70 ms more.
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
@@ -253,7 +282,7 @@ def _predict(
             for part in parts
         ]
         scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _score_part,
+            score_part,
             fn_args=(job,),
             batch_size=1,
             batch_format="numpy",
@@ -308,7 +337,7 @@ def _name(first: int, suffix: str) -> str:
 # ── in the workers ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _score_part(batch: dict[str, Any], job: Job) -> dict[str, Any]:
+def score_part(batch: dict[str, Any], job: Job) -> dict[str, Any]:
     """Score one part, unless it exists, and return its counts."""
     counts, error = Counts(), ""
     try:
@@ -316,6 +345,12 @@ def _score_part(batch: dict[str, Any], job: Job) -> dict[str, Any]:
         counts = _part(int(batch["first"][0]), images, job, file=json.loads(str(batch["file"][0])))
     except NormweaveError as failure:
         error = json.dumps({"type": type(failure).__name__, "text": str(failure)})
+    except OSError as failure:  # such as a full disk
+        text = (
+            f"The worker {socket.gethostname()} could not score the images from {int(batch['first'][0]) + 1} on and "
+            f"write them to {job.output}: {failure}. What was finished is kept. Remove the cause, then resume."
+        )
+        error = json.dumps({"type": DataError.__name__, "text": text})
     return {each.name: [getattr(counts, each.name)] for each in fields(counts)} | {"error": [error]}
 
 
@@ -326,7 +361,7 @@ def _part(first: int, images: list[ListedImage], job: Job, *, file: str) -> Coun
         file: an image that the machine of the command sees; empty: there is none.
     """
     target, name = Folder(job.output), _name(first, job.suffix)
-    if (content := target.read(name)) is not None:
+    if content := target.read(name):  # an empty file is that of a machine that lost power while it wrote
         rows = _rows(content, job.suffix, where=f"{job.output}/{name}")
         _check_images(rows, images, first, where=f"{job.output}/{name}")
         return Counts.of(rows)
@@ -443,7 +478,7 @@ def _rows(content: bytes, suffix: str, *, where: str) -> list[Row]:
     """Return the rows of a file; of Parquet what is compared and counted."""
     try:
         if suffix == ".jsonl":
-            rows: list[Row] = [json.loads(line) for line in content.decode(errors="surrogatepass").splitlines()]
+            rows: list[Row] = [json.loads(line) for line in content.splitlines()]
         else:
             from pyarrow import parquet
 

@@ -290,9 +290,8 @@ class Teaching:
                 job = replace(job, promise=(found.get("operating_point") or {}).get("promise"))
                 self._save(job)
             maps = str(folder / "maps")
-            rows = list(
-                map(json.loads, self._run(job, "predict", made, str(folder / "held_out"), "--maps", maps).splitlines())
-            )
+            output = self._run(job, "predict", made, str(folder / "held_out"), "--maps", maps)
+            rows = [json.loads(line) for line in output.encode().splitlines()]  # names may have other line separators
             for one, row in zip(job.held_out, rows, strict=True):
                 if row["error"] is not None:
                     raise DataError(f"{one.name}: {row['error']}")

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
+from drifting import INDEX, SHIFTS, SUBCLASSES, feed, image, line, numbers
 from drifting import LIGHT_CHANGE as LIGHT
-from drifting import SUBCLASSES, feed, image, line
 from normweave.drift.causes import bounded_least_squares, findings
+from normweave.drift.monitor import Monitor
+from normweave.drift.reference import Reference
 
 BLUR = {"sharpness": -0.4, "contrast": -0.012, "map_level": 1.0}
 
@@ -102,6 +104,90 @@ def test_a_lamp_that_makes_all_images_unknown_is_no_new_subclass():
         change = {"brightness": -0.3, "contrast": -0.045, "map_level": 5.0, "distance": 20.0, "score": 2.0}
         monitor.add(image(monitor.count, rng, change=change)._replace(verdict="unknown"))
     assert causes(monitor) == {"lighting or camera"}
+
+
+def blurred(monitor, rng, *, share, amount):
+    """Feed 100 blurred images of one subclass, which are all unknown; a share of them differs by an amount."""
+    blur = BLUR | {"sharpness": -1.5, "map_level": 5.0, "distance": 20.0}
+    for _ in range(100):
+        more = amount if rng.random() < share else {}
+        one = image(monitor.count, rng, product=SUBCLASSES[0], change=blur)
+        one.numbers[[INDEX[name] for name in more]] += list(more.values())
+        monitor.add(one._replace(verdict="unknown"))
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        # The image statistics alone are those of known images under more or less blur.
+        ({"warmth": 0.1, "map_level": 5.0, "score": 2.0, "distance": 10.0}, "new subclass"),
+        # A place rises more than the map does.
+        ({"warmth": 0.1, "map_level": 3.0, "score": 12.0, "distance": 6.0}, "more defects"),
+    ],
+    ids=["new", "defects"],
+)
+def test_a_new_subclass_and_defects_among_blurred_images_that_are_all_unknown(amount, expected):
+    monitor, rng = line(subclasses=SUBCLASSES[:1])
+    feed(monitor, rng, 200, product=SUBCLASSES[0])
+    blurred(monitor, rng, share=0.3, amount=amount)
+    assert causes(monitor) == {"focus or dirt", expected}
+
+
+def test_light_is_not_named_for_an_alarm_that_a_new_subclass_raised():
+    """The other images have moved a little, by chance, and the other way."""
+    monitor, rng = line()
+    feed(monitor, rng, 200)
+    changed(monitor, rng, light={"warmth": -0.01}, new=0.3, count=100)
+    assert ("warmth", 1) in [(one.statistic, one.sign) for one in monitor.alarms]
+    assert causes(monitor) == {"new subclass"}
+
+
+def test_light_that_raises_sharpness_is_no_loss_of_focus():
+    """Light would have raised the sharpness; that of every fifth image is lower, and that of the others as before."""
+    monitor, rng = line()
+    for one in monitor.watched.values():
+        one.reference.shifts["gamma-high"][4] = 0.3
+    feed(monitor, rng, 200)
+    light = {"brightness": -0.09, "contrast": 0.005}
+    for number in range(250):
+        monitor.add(image(monitor.count, rng, change=light | ({"sharpness": -0.5} if number % 5 == 0 else {})))
+    assert any((one.statistic, one.sign) == ("sharpness", -1) for one in monitor.alarms)
+    assert causes(monitor) == {"lighting or camera"}
+
+
+@pytest.mark.parametrize("gain", [0.92, 1.0])
+def test_light_beside_defects_where_subclasses_are_lights(gain):
+    """Each image is taken for one of the subclass whose light is nearest, so that no subclass has moved."""
+    rng = np.random.default_rng(0)
+
+    def drawn(gain=1.0):
+        values = numbers(SUBCLASSES[0], rng)
+        values[0] = (0.3 + 0.08 * int(rng.integers(3)) + 0.04 * rng.standard_normal()) * gain
+        return SUBCLASSES[int(np.clip(round((values[0] - 0.3) / 0.08), 0, 2))], values
+
+    shifts = {name: np.array(shift, dtype=float) for name, shift in SHIFTS.items()}
+    good = [drawn() for _ in range(200)]
+    own = [np.array([values for each, values in good if each == product]) for product in SUBCLASSES]
+    monitor = Monitor(
+        [
+            Reference(product, each, np.arange(len(each)), shifts, False)
+            for product, each in zip(SUBCLASSES, own, strict=True)
+        ]
+    )
+    for number in range(400):
+        product, values = drawn(gain if number >= 200 else 1.0)
+        if number >= 200 and rng.random() < 0.3:
+            values[INDEX["score"]] += 12
+        monitor.add(image(number, rng)._replace(product=product, numbers=values))
+    assert causes(monitor) == {"more defects", *(["lighting or camera"] if gain < 1 else [])}
+
+
+def test_a_change_soon_after_the_first_images_of_a_line_without_calibration_images():
+    monitor, rng = line(subclasses=())
+    feed(monitor, rng, 15)
+    for number in range(40):
+        feed(monitor, rng, 1, change={"map_level": float(number)})
+    assert causes(monitor) == {"other change"}
 
 
 def test_a_change_that_nothing_explains_is_named_so():

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from normweave.drift.monitor import CELLS, IMAGE, PLACE, TESTED, Alarm, Monitor, Seen, Watched, cell_of
+from normweave.drift.monitor import CELLS, FEW, IMAGE, PLACE, TESTED, Alarm, Monitor, Seen, Watched, cell_of
 from normweave.drift.reference import COLUMNS, FOCUS, LIGHT, Product
 
 Cause = Literal[
@@ -49,6 +49,8 @@ MOST = 0.5
 """Share of images outside all known subclasses from which they may all be of a new one."""
 MOVED = 0.35
 """Standard deviations by which the median of a statistic moves with another light."""
+SURE = 3.0
+"""Standard errors of the mean from which the images of all subclasses together have changed."""
 BESIDE = 0.4
 """Smallest effect of light in relation to that of focus or dirt: a smaller one is an error of the explanation."""
 UNEXPLAINED = 0.5
@@ -159,7 +161,7 @@ def _causes_of_the_rest(monitor: Monitor, alarms: list[Alarm], new: set[int]) ->
 
     lights = IMAGE[:-1]
     own, images = images_of(lights)
-    if images is not None and explained(images).light:
+    if images is not None and explained(images).light and (not new or _follow(images, own)):
         found.append(_finding("lighting or camera", own, _effect(images, lights), images))
     own, images = images_of(["sharpness"], -1)
     if images is not None and explained(images).focus:
@@ -178,6 +180,12 @@ def _causes_of_the_rest(monitor: Monitor, alarms: list[Alarm], new: set[int]) ->
             if not any(one.cause == "lighting or camera" for one in found) and _lit(rest):
                 found.append(_finding("lighting or camera", own, _effect(rest, lights), rest))
     return found
+
+
+def _follow(images: _Images, alarms: Sequence[Alarm]) -> bool:
+    """Return whether the images moved in the direction of some alarm, which those of a new subclass may have raised."""
+    medians = np.median(images.z, axis=0)
+    return any(alarm.sign * medians[TESTED.index(alarm.statistic)] >= MOVED for alarm in alarms)
 
 
 def _strongest(alarms: Sequence[Alarm]) -> Alarm:
@@ -223,14 +231,16 @@ def _since(monitor: Monitor, alarm: Alarm, *, without: set[int] | frozenset[int]
 def of_new_subclass(images: _Images) -> NDArray[np.bool_]:
     """Return which images (n,) are of a new subclass; none if there are few.
 
-    They belong to no known subclass, their whole map has risen rather than a place, and their image statistics differ
-    from those of the other images of the same time, and from what the known variations do to their subclass: a new
-    light or dirt would have moved all images. If all images are of the new subclass, the known variations do not
-    explain them.
+    They belong to no known subclass, and their whole map has risen rather than a place. Their image statistics differ
+    from those of the other images of the same time, and from what the known variations do to their subclass; or their
+    map and routing distance lie above those of the other images of their subclass: a new light or dirt would have moved
+    all images. If all images are of the new subclass, the known variations do not explain them.
     """
     shift = images.z - np.median(images.z, axis=0)
     apart = (np.abs(shift[:, : len(IMAGE)]).max(axis=1) >= APART) & ~_known(images)
+    apart |= _from_its_subclass(images)[:, [_LEVEL, _DISTANCE]].min(axis=1) >= APART
     whole = images.z[:, _SCORE] <= LOCAL * images.z[:, _LEVEL]
+    whole &= shift[:, _SCORE] <= np.maximum(shift[:, _LEVEL], 0)  # blur has raised the maps of all
     chosen: NDArray[np.bool_] = images.far & apart & whole & ~_moved_products(images, apart)
     if chosen.sum() >= FEWEST and chosen.mean() >= FAR_SHARE:
         return chosen
@@ -255,7 +265,7 @@ class Explained(NamedTuple):
 
 
 def explained(images: _Images) -> Explained:
-    """Return whether light and whether focus moved the image statistics.
+    """Return whether light and whether focus moved the image statistics; focus only if the sharpness has fallen.
 
     The change of the medians is written as a sum of the known variations with factors from 0 to `STRONGEST`, by least
     squares in standard deviations.
@@ -273,21 +283,54 @@ def explained(images: _Images) -> Explained:
     single, _ = _single_variation(images)
     return Explained(
         light=(lit >= max(MOVED, BESIDE * float(np.abs(focus).max())) and single not in FOCUS) or single in LIGHT,
-        focus=bool(focus[-1] <= -MOVED) or single in FOCUS,
+        focus=bool(max(focus[-1], moved[-1]) <= -MOVED) or single in FOCUS,
         left=left,
         single=single is not None,
     )
 
 
 def _lit(images: _Images) -> bool:
-    """Return whether light alone explains the change of the image statistics, whose tests have raised no alarm.
+    """Return whether light alone explains the change of all images together, whose tests have raised no alarm.
 
-    Where subclasses are lights, another light is taken for one of them, and its statistics differ less from these.
+    Where subclasses are lights, images under another light are taken for another subclass. The medians of the
+    subclasses hardly move then, but the mean of all images does.
     """
     if len(images.seen) < FEWEST:
         return False
-    by = explained(images)
+    by = _together(images)
     return by.light and not by.focus and by.left < UNEXPLAINED
+
+
+def _together(images: _Images) -> Explained:
+    """Return what explains the change of the mean of all images since those before them, if it is beyond chance.
+
+    Their calibration images stand in for images that are no longer kept.
+    """
+    count = len(IMAGE)
+    first = images.seen[0].number
+    before = np.array([one.numbers[:count] for one in images.monitor.recent if one.number < first])
+    if len(before) < FEW:
+        references = [one.reference for one in images.monitor.subclasses if one.reference is not None]
+        before = np.concatenate([np.zeros((0, count)), *(each.values[:, :count] for each in references)])
+    nothing = Explained(False, False, 1.0, False)
+    if not len(before):
+        return nothing
+    now = np.array([one.numbers[:count] for one in images.seen])
+    moved = now.mean(axis=0) - before.mean(axis=0)
+    error = np.sqrt(before.var(axis=0) / len(before) + now.var(axis=0) / len(now))
+    if not (np.abs(moved) > SURE * error)[_LIT].any():
+        return nothing
+    spread = np.mean([images.monitor.of(product).spread[:count] for product in images.products], axis=0)
+    return explained(images._replace(z=np.tile(moved / spread, (len(images.seen), 1))))
+
+
+def _from_its_subclass(images: _Images) -> NDArray[np.float64]:
+    """Return the distances (n, 8) from the medians of the images of the same subclass and time."""
+    shift = np.empty_like(images.z)
+    for product in images.products:
+        own = np.array([one.product == product for one in images.seen])
+        shift[own] = images.z[own] - np.median(images.z[own], axis=0)
+    return shift
 
 
 def _moved_products(images: _Images, apart: NDArray[np.bool_]) -> NDArray[np.bool_]:

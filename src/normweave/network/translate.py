@@ -13,9 +13,14 @@ from numpy.typing import NDArray
 from torch.export import ExportedProgram
 from torch.onnx import OnnxExporterError
 
+from normweave.nearest import onnx_largest_product
+
 if TYPE_CHECKING:
     from torch.fx import Node
     from torch.onnx import ONNXProgram
+
+Translations = dict[Callable[..., Any], Callable[..., Any]]
+"""By operator of PyTorch a function that emits the operators of ONNX."""
 
 
 def translate(traced: ExportedProgram, **options: Any) -> ONNXProgram:
@@ -32,14 +37,16 @@ def translate(traced: ExportedProgram, **options: Any) -> ONNXProgram:
     Raises:
         OnnxExporterError: ONNX has no operator for a part of the network.
     """
+    own, others = _translations()
+    decomposed = options | {"custom_translation_table": own}
     if not all(_is_functional(node) for node in traced.graph.nodes):
-        return _program(traced, options)
+        return _program(traced, decomposed)
     as_it_is = copy(traced)
     vars(as_it_is)["run_decompositions"] = lambda *_: as_it_is
     try:
-        return _program(as_it_is, options | {"custom_translation_table": _translations()})
+        return _program(as_it_is, options | {"custom_translation_table": own | others})
     except OnnxExporterError:
-        return _program(traced, options)
+        return _program(traced, decomposed)
 
 
 def _program(traced: ExportedProgram, options: dict[str, Any]) -> ONNXProgram:
@@ -67,8 +74,8 @@ def _averages(size: int, cells: int) -> NDArray[np.float32]:
     return matrix
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Return how operators are translated that torch.onnx.export decomposes."""
+def _translations() -> tuple[Translations, Translations]:
+    """Return how our own operators are translated, and how those are that torch.onnx.export decomposes."""
     import onnx_ir
     from onnxscript import opset18
 
@@ -116,8 +123,11 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         rows, columns = (onnx.Constant(value=onnx_ir.tensor(_averages(*each))) for each in sizes)
         return onnx.MatMul(onnx.MatMul(rows, x), onnx.Transpose(columns))
 
+    def largest(patches: Any, bank: Any, offset: Any) -> Any:
+        return onnx_largest_product(onnx, patches, bank, offset)
+
     aten = torch.ops.aten
-    return {
+    return {torch.ops.normweave.largest_product.default: largest}, {
         aten.square.default: square,
         aten.rsub.Scalar: subtract_from,
         aten.__and__.Tensor: both,

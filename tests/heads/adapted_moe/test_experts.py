@@ -234,7 +234,7 @@ def distances(features, bank):
 
 @pytest.mark.parametrize("max_patches", [20, 40], ids=["60 stored", "120 stored, three whole blocks"])
 def test_memories_agree_with_brute_force(monkeypatch, max_patches):
-    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.PRODUCTS", 300)
+    monkeypatch.setattr("normweave.nearest.PATCHES", 5)
     experts = memories(shared=False, max_patches=max_patches)
     assert len(experts.bank) == 3 * max_patches
     features = random(2, 1, D, H, W, seed=2)
@@ -248,7 +248,7 @@ def test_memories_agree_with_brute_force(monkeypatch, max_patches):
 
 
 def test_united_memories_score_by_the_patches_of_all_allowed_experts(monkeypatch):
-    monkeypatch.setattr("normweave.heads.adapted_moe.experts.memory.PRODUCTS", 700)
+    monkeypatch.setattr("normweave.nearest.PATCHES", 12)
     experts = memories()
     features = random(2, D, H, W, seed=2)
     allowed = torch.tensor([[True, False, True], [False, True, False]])

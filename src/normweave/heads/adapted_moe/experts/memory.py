@@ -13,11 +13,10 @@ from torch import Tensor
 from normweave.config import MemoryExpertConfig
 from normweave.heads.adapted_moe.experts.base import Experts, Normals
 from normweave.heads.memory_bank import coreset, draw_quota
+from normweave.nearest import BLOCK, largest_product
 from normweave.passes import Batches, Tensors, added
 
 CHUNK = 256  # stored patches that are compared with all others at once
-PRODUCTS = 2**18  # of patches of one image and stored patches, at once: they stay in the processor's cache
-BLOCK = 40  # products whose maximum is compared first
 
 
 class MemoryExperts(Experts):
@@ -209,20 +208,8 @@ class MemoryExperts(Experts):
             offset = offset.masked_fill(~allowed, -torch.inf)
         if missing := -len(bank) % BLOCK:
             bank, offset = F.pad(bank, (0, 0, 0, missing)), F.pad(offset, (0, missing), value=-torch.inf)
-        parts = torch.split(patches, max(1, PRODUCTS // len(bank)), dim=1)
-        return torch.cat([_argmax(part @ bank.T + offset[:, None]) for part in parts], dim=1)
-
-
-def _argmax(values: Tensor) -> Tensor:
-    """Return the index (B, P) of the maximum of (B, P, M), M a multiple of `BLOCK`.
-
-    The block with the maximum is found first: ONNX Runtime has a fast maximum, and a slow argmax.
-    """
-    B, P, M = values.shape
-    blocks = values.reshape(-1, BLOCK)  # (B*P*M/BLOCK, BLOCK)
-    block = blocks.amax(dim=1).view(B * P, M // BLOCK).argmax(dim=1)  # (B*P,)
-    rows = torch.arange(B * P, device=values.device) * (M // BLOCK) + block
-    return (block * BLOCK + blocks[rows].argmax(dim=1)).view(B, P)
+        rows: Tensor = largest_product(patches, bank, offset)
+        return rows
 
 
 def _principal_components(patches: Tensor, number: int) -> Tensor:

@@ -244,6 +244,12 @@ def test_a_folder_of_another_run_is_refused(bundle, images, begun, change, resum
         run(bundle, images, str(begun), Nowhere(), resume=resume)
 
 
+def test_a_file_in_place_of_the_folder_is_refused(bundle, images, tmp_path):
+    (tmp_path / "r.jsonl").touch()
+    with pytest.raises(DataError, match=r"r\.jsonl is a file, and with --ray the results are a folder of parts\. Give"):
+        run(bundle, images, str(tmp_path / "r.jsonl"), Nowhere())
+
+
 def test_without_a_cluster_no_run_is_begun(bundle, images, tmp_path):
     with pytest.raises(MissingError, match="No Ray cluster answers"):
         run(bundle, images, str(tmp_path / "r.jsonl"), Nowhere())

@@ -223,6 +223,10 @@ def check_losses(losses: int, images: Sequence[ListedImage]) -> None:
 
 def _begun(target: Folder, *, resume: bool) -> dict[str, Any] | None:
     """Return what the parts of a folder belong to; None: there are none."""
+    if not stored.is_url(target.where) and os.path.isfile(target.where):
+        raise DataError(
+            f"{target.where} is a file, and with --ray the results are a folder of parts. Give a new folder."
+        )
     names = [name for name in target.names() if not name.startswith(".")]
     if COMPLETE in names:
         cure = "Leave out --resume, and give a new folder." if resume else "Give a new folder, or remove this one."

@@ -161,7 +161,7 @@ def processor_s(processes: Iterable[psutil.Process]) -> float:
     return total
 
 
-def plain_rate(bundle: Path, images: Path, output: Path, cores: int = 1) -> Rate:
+def plain_rate(bundle: Path, images: Path, output: Path, cores: int) -> Rate:
     """Return the rate of `predict` with one thread on each of the first cores, all at once.
 
     The time is from the moment when each has done the first part's number of images until the first of them ends. Of

@@ -50,6 +50,17 @@ def test_ray_is_not_installed(monkeypatch):
         session.run("local", never)
 
 
+def test_a_task_that_no_machine_can_run_is_refused():
+    machines = [{"CPU": 2.0}, {"CPU": 1.0}]
+    session.check_resources(machines, threads=2, device="auto")
+    session.check_resources([{"memory": 1.0}], threads=2, device="cuda")  # none with processors has joined yet
+    session.check_resources([*machines, {"CPU": 1.0, "GPU": 1.0}], threads=1, device="cuda:0")
+    with pytest.raises(ConfigError, match=r"must be at most .* of the cluster, 2, got 3\."):
+        session.check_resources(machines, threads=3)
+    with pytest.raises(MissingError, match=r"--device cuda:0 .* no machine of the cluster has a graphics processor\."):
+        session.check_resources(machines, threads=1, device="cuda:0")
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["predict", "--help"], ["benchmark", "--help"]])
 def test_nothing_imports_ray_unless_asked(arguments):
     code = (

@@ -20,7 +20,6 @@ from normweave.bridges.ray_predict import (
     Counts,
     Job,
     check_losses,
-    check_resources,
     check_versions,
     check_visible,
     ending,
@@ -275,15 +274,6 @@ def test_a_part_that_cannot_be_written_is_an_error_with_its_cause(bundle, photos
     assert re.search(
         r"could not score the images from 65 on and write them to .*Not a directory.* then resume\.", error["text"]
     )
-
-
-def test_a_task_that_no_machine_can_run_is_refused():
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 9.0, "GPU": 1.0}}]
-    check_resources(nodes, threads=2, device="auto")
-    with pytest.raises(ConfigError, match=r"must be at most .* of the cluster, 2, got 3\."):
-        check_resources(nodes, threads=3, device="cpu")
-    with pytest.raises(MissingError, match=r"--device cuda:0 .* no machine of the cluster has a graphics processor\."):
-        check_resources(nodes, threads=1, device="cuda:0")
 
 
 def test_an_image_whose_decoder_ends_its_process_is_found(fatal, photos, tmp_path):

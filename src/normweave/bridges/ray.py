@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -73,7 +73,7 @@ class Cluster:
                     return result
         except (EOFError, ConnectionResetError):
             self._process.join()
-            if not self._connected:  # Ray ends the process
+            if not self._connected and self.address != LOCAL:  # Ray ends the process
                 raise MissingError(_no_answer(self.address, "its answer is not that of this version of Ray")) from None
             raise NormweaveError(
                 f"The connection to the Ray cluster {self.address} was lost: its process ended with code "
@@ -229,6 +229,37 @@ def connected(address: str) -> Iterator[None]:
 def processors() -> int:
     """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def resources() -> list[dict[str, float]]:
+    """Return the resources of each machine of the cluster that this process is connected to."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_resources(machines: Sequence[dict[str, float]], *, threads: int, device: str = "cpu") -> None:
+    """Check that a machine of the cluster can run a task: Ray would wait for one for ever.
+
+    While no machine with processors has joined, any may come.
+
+    Args:
+        machines: as `resources` returns them.
+
+    Raises:
+        ConfigError: none has as many processors.
+        MissingError: none has a graphics processor, and the device is one.
+    """
+    most = int(max((each.get("CPU", 0) for each in machines), default=0))
+    if most and threads > most:
+        raise ConfigError(
+            f"--threads must be at most the number of processors of a machine of the cluster, {most}, got {threads}."
+        )
+    if most and device.startswith("cuda") and not any(each.get("GPU") for each in machines):
+        raise MissingError(
+            f"--device {device} was requested, but no machine of the cluster has a graphics processor. Add one, or use "
+            "--device cpu."
+        )
 
 
 def _check_answer(address: str) -> None:

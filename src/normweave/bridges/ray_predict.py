@@ -36,7 +36,7 @@ from normweave.data import images as image_files
 from normweave.data import stored
 from normweave.data.stored import Folder, ListedImage
 from normweave.detector import Detector
-from normweave.errors import ConfigError, DataError, ImageError, MissingError, NormweaveError, unknown
+from normweave.errors import DataError, ImageError, MissingError, NormweaveError, unknown
 from normweave.outcome.table import Row, json_line, readable, write_parquet
 from normweave.record import parse_record
 from normweave.types import Outcome, Progress
@@ -179,29 +179,6 @@ def check_versions(wanted: dict[str, str]) -> None:
         )
 
 
-def check_resources(nodes: Sequence[dict[str, Any]], *, threads: int, device: str) -> None:
-    """Check that a machine of the cluster can run a task: Ray would wait for one for ever.
-
-    Args:
-        nodes: as `ray.nodes` returns them.
-
-    Raises:
-        ConfigError: none has as many processors.
-        MissingError: none has a graphics processor, and the device is one.
-    """
-    resources = [node["Resources"] for node in nodes if node["Alive"]]
-    most = int(max((each.get("CPU", 0) for each in resources), default=0))
-    if threads > most:
-        raise ConfigError(
-            f"--threads must be at most the number of processors of a machine of the cluster, {most}, got {threads}."
-        )
-    if device.startswith("cuda") and not any(each.get("GPU") for each in resources):
-        raise MissingError(
-            f"--device {device} was requested, but no machine of the cluster has a graphics processor. Add one, or use "
-            "--device cpu."
-        )
-
-
 def check_visible(file: str) -> None:
     """Raise DataError if a worker does not see a file that the machine of the command sees; empty: no file."""
     if file and not os.path.exists(file):
@@ -257,7 +234,7 @@ def _predict(
     """
     import ray
 
-    check_resources(ray.nodes(), threads=job.threads, device=job.device)
+    session.check_resources(session.resources(), threads=job.threads, device=job.device)
     Folder(job.output).write(RUN, json.dumps(run).encode())
     part_images: int = run["part_images"]
 

@@ -88,6 +88,7 @@ def _run(
     """Run in the process that is connected to the cluster."""
     import ray
 
+    session.check_resources(session.resources(), threads=processors)
     calls = {} if reuse else {"max_calls": 1}
     task = ray.remote(num_cpus=processors, max_retries=RETRIES, **calls)(_in_folder)
     failed: list[Failed] = []

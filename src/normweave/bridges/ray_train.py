@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from normweave import fitting, training
 from normweave.bridges import ray_features, ray_tasks
-from normweave.bridges.ray import Cluster
+from normweave.bridges.ray import Cluster, resources
 from normweave.bridges.ray_features import Slice
 from normweave.config import Config
 from normweave.errors import ConfigError, MissingError, NormweaveError
@@ -205,10 +205,8 @@ def _train(progress: Progress, content: bytes, limit: int, threads: int | None, 
 
 def _nodes(threads: int | None, gpu: bool) -> list[dict[str, float]]:
     """Return the resources of each node that can have a worker."""
-    import ray
-
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [each for each in alive if each.get("CPU", 0) >= (threads or 1) and (each.get("GPU") or not gpu)]
+    machines = resources()
+    return [each for each in machines if each.get("CPU", 0) >= (threads or 1) and (each.get("GPU") or not gpu)]
 
 
 def _fit(progress: Progress, content: bytes, size: int, least: int, threads: int | None, gpu: bool) -> bytes:

@@ -30,7 +30,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import psutil
 from ray.cluster_utils import Cluster
 
-from normweave.bridges.ray_predict import PART_IMAGES
+from normweave.bridges.ray_predict import RUN
 from normweave.config import (
     AdaptedMoEConfig,
     Config,
@@ -48,6 +48,8 @@ STORE = 100 * 2**20
 START_S = 300
 FIRST_PARTS = 3
 """Parts of each node that are not counted."""
+FIRST_IMAGES = 64
+"""Images of `predict` that are not counted."""
 
 
 class Nodes:
@@ -164,7 +166,7 @@ def processor_s(processes: Iterable[psutil.Process]) -> float:
 def plain_rate(bundle: Path, images: Path, output: Path, cores: int) -> Rate:
     """Return the rate of `predict` with one thread on each of the first cores, all at once.
 
-    The time is from the moment when each has done the first part's number of images until the first of them ends. Of
+    The time is from the moment when each has done `FIRST_IMAGES` until the first of them ends. Of
     several, their sum is what this machine allows as many nodes at most: its cores share caches and memory.
     """
     marks: list[list[tuple[float, float]]] = [[] for _ in range(cores)]
@@ -181,7 +183,7 @@ def plain_rate(bundle: Path, images: Path, output: Path, cores: int) -> Rate:
 
     with ThreadPoolExecutor(cores) as threads:
         list(threads.map(predict, range(cores)))
-    start, end = max(each[PART_IMAGES - 1][0] for each in marks), min(each[-1][0] for each in marks)
+    start, end = max(each[FIRST_IMAGES - 1][0] for each in marks), min(each[-1][0] for each in marks)
     within = [[mark for mark in each if start <= mark[0] <= end] for each in marks]
     count = sum(len(each) - 1 for each in within)
     return Rate(count / (end - start), sum(each[-1][1] - each[0][1] for each in within) * 1000 / count)
@@ -190,8 +192,9 @@ def plain_rate(bundle: Path, images: Path, output: Path, cores: int) -> Rate:
 def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
     """Return the rate of `predict --ray` in the steady state; processor time is of all processes."""
     command = [*COMMAND, bundle, "--list", images, "--ray", running.address, "-o", output]
-    parts = -(-len(images.read_text().splitlines()) // PART_IMAGES)
     process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    part_images = images_of_a_part(process, output)
+    parts = -(-len(images.read_text().splitlines()) // part_images)
     every: list[psutil.Process] = []  # looked for once: it takes time of the cores of the nodes
     ends = parts - len(running.nodes) + 1  # then the first node has nothing left to do
     assert ends > FIRST_PARTS * len(running.nodes), "too few images for this many nodes"
@@ -208,8 +211,16 @@ def ray_rate(bundle: Path, images: Path, output: Path, running: Nodes) -> Rate:
             break
         time.sleep(0.02)
     assert process.wait() in (0, 1), process.stderr.read()
-    count = (last - first) * PART_IMAGES
+    count = (last - first) * part_images
     return Rate(count / (end - start), (finally_used - used) * 1000 / count)
+
+
+def images_of_a_part(process: psutil.Popen, output: Path) -> int:
+    """Return how many images a part of a run has, as soon as it has begun."""
+    while not (output / RUN).exists():
+        assert process.poll() is None, "the run ended before it began"
+        time.sleep(0.02)
+    return json.loads((output / RUN).read_text())["part_images"]
 
 
 def throughput(folder: Path, *, count: int, rounds: int, node_counts: list[int]) -> None:
@@ -294,6 +305,7 @@ def memory(folder: Path, *, count: int) -> None:
     output = folder / "memory.jsonl"
     command = [*COMMAND, bundle, "--list", listing, "--ray", "local", "-o", output, "-q"]
     process = psutil.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    part_images = images_of_a_part(process, output)
     while process.poll() is None:
         time.sleep(5)
         try:
@@ -302,7 +314,7 @@ def memory(folder: Path, *, count: int) -> None:
         except psutil.NoSuchProcess:
             continue
         parts = len(list(output.glob("part-*")))
-        print(f"{parts * PART_IMAGES:6d} images: {sum(own.values()):.0f} MiB in {len(own)} processes", flush=True)
+        print(f"{parts * part_images:6d} images: {sum(own.values()):.0f} MiB in {len(own)} processes", flush=True)
     found = rows(output)
     print(f"{len(found)} rows")
     assert len(found) == count

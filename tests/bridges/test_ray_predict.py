@@ -26,7 +26,9 @@ from normweave.bridges.ray_predict import (
     predict,
     score_part,
     suffix_of,
+    suitable_part,
     versions,
+    whole_batches,
 )
 from normweave.cli.predict import find_images
 from normweave.data import stored
@@ -243,6 +245,16 @@ def test_a_folder_of_another_run_is_refused(bundle, images, begun, change, resum
         run(bundle, images, str(begun), Nowhere(), resume=resume)
 
 
+@pytest.mark.parametrize(
+    ("images", "at_once", "part"),
+    [(100, 2, 64), (1920, 2, 80), (7680, 2, 256), (131072, 400, 64), (5000, 0, 256)],
+)
+def test_parts_are_large_unless_processors_would_have_few(images, at_once, part):
+    """0: no machine has joined yet."""
+    assert suitable_part(images, at_once) == part
+    assert whole_batches(part, 24) == {64: 72, 80: 96, 256: 264}[part]
+
+
 def test_a_file_in_place_of_the_folder_is_refused(bundle, images, tmp_path):
     (tmp_path / "r.jsonl").touch()
     with pytest.raises(DataError, match=r"r\.jsonl is a file, and with --ray the results are a folder of parts\. Give"):
@@ -267,6 +279,7 @@ def test_a_part_that_cannot_be_written_is_an_error_with_its_cause(bundle, photos
         threads=1,
         device="cpu",
         versions={},
+        batch=PART,
     )
     result = score_part({"first": [64], "images": [json.dumps([photos[0]])], "file": ['""']}, job)
     error = json.loads(result["error"][0])

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +41,12 @@ from normweave.outcome.table import Row, json_line, readable, write_parquet
 from normweave.record import parse_record
 from normweave.types import Outcome, Progress
 
-PART_IMAGES = 64
-"""Images of a part, rounded up to whole batches: what the loss of a worker costs, and what one file contains."""
+FEWEST_PART_IMAGES, MOST_PART_IMAGES = 64, 256
+"""Images of a part, before they are rounded up to whole batches: what the loss of a worker costs, and what one file
+contains. A part costs 50 to 80 ms of processor time beside its images, so that larger ones are faster."""
+PARTS_EACH = 12
+"""A part has fewer than `MOST_PART_IMAGES` images if each processor would otherwise have fewer parts than this: at the
+end of a run, processors wait for those that score the last parts."""
 WINDOW = 2**17
 """Images whose paths are in memory at once; the parts of one window are finished before those of the next begin."""
 RUN = "_run.json"
@@ -93,6 +97,7 @@ class Job(NamedTuple):
     threads: int
     device: str
     versions: dict[str, str]
+    batch: int
 
 
 def predict(
@@ -104,7 +109,7 @@ def predict(
     resume: bool = False,
     threads: int = 1,
     device: str = "auto",
-    part_images: int = PART_IMAGES,
+    part_images: int | None = None,
     progress: Progress | None = None,
 ) -> Counts:
     """Predict images by a bundle, and write their rows as parts of a folder.
@@ -117,7 +122,8 @@ def predict(
         resume: continue an interrupted run.
         threads: processors of a task.
         device: as in `Detector.load`.
-        part_images: images of a part, rounded up to whole batches; an interrupted run keeps its own.
+        part_images: images of a part, rounded up to whole batches; None: as many as suit the number of images and
+            processors. An interrupted run keeps its own.
 
     Raises:
         DataError: the folder has results and `resume` is false, they are of other images, or there is no image.
@@ -126,31 +132,44 @@ def predict(
     """
     target = Folder(output)
     record = bundle.read(folder)
-    batch = parse_record(record, where=folder)["config"].features.batch_images
-    wanted = {
-        "bundle_hash": bundle.bundle_hash(folder),
-        "part_images": -(-max(1, part_images) // batch) * batch,
-    }
+    bundle_hash = bundle.bundle_hash(folder)
     begun = _begun(target, resume=resume)
-    if begun is not None and begun["bundle_hash"] != wanted["bundle_hash"]:
+    if begun is not None and begun["bundle_hash"] != bundle_hash:
         raise DataError(
-            f"{output} was written with another bundle ({begun['bundle_hash']:.12}…, this is "
-            f"{wanted['bundle_hash']:.12}…). Resume with that bundle, or give a new folder."
+            f"{output} was written with another bundle ({begun['bundle_hash']:.12}…, this is {bundle_hash:.12}…). "
+            "Resume with that bundle, or give a new folder."
         )
     list_images()  # what is wrong with the arguments is found before a cluster is started
     job = Job(
         run=uuid.uuid4().hex,
         files={name: bundle.read_file(folder, name) for name in bundle.files(folder)}
         | {bundle.RECORD: Path(folder, bundle.RECORD).read_bytes()},
-        bundle_hash=wanted["bundle_hash"],
+        bundle_hash=bundle_hash,
         output=output if stored.is_url(output) else os.path.abspath(output),
         suffix=suffix_of(output),
         current_folder=os.getcwd(),
         threads=threads,
         device=device,
         versions=versions(),
+        batch=parse_record(record, where=folder)["config"].features.batch_images,
     )
-    return session.run(address, _predict, job, list_images, begun or wanted, progress=progress)
+    wanted = part_images if begun is None else begun["part_images"]
+    return session.run(address, _predict, job, list_images, wanted, progress=progress)
+
+
+def suitable_part(images: int, at_once: int) -> int:
+    """Return how many images a part has.
+
+    Args:
+        images: of the run, up to `WINDOW`.
+        at_once: tasks that run at the same time.
+    """
+    return min(max(FEWEST_PART_IMAGES, images // (PARTS_EACH * max(1, at_once))), MOST_PART_IMAGES)
+
+
+def whole_batches(images: int, batch: int) -> int:
+    """Return the number of images rounded up to whole batches."""
+    return -(-images // batch) * batch
 
 
 def suffix_of(output: str) -> str:
@@ -225,18 +244,23 @@ def _begun(target: Folder, *, resume: bool) -> dict[str, Any] | None:
 
 
 def _predict(
-    progress: Progress, job: Job, list_images: Callable[[], Iterator[ListedImage]], run: dict[str, Any]
+    progress: Progress, job: Job, list_images: Callable[[], Iterator[ListedImage]], part_images: int | None
 ) -> Counts:
     """Score every part and return the counts of all images.
 
     Args:
-        run: what the parts belong to. It is written now: without a cluster, no run has begun.
+        part_images: as in `predict`.
     """
     import ray
 
-    session.check_resources(session.resources(), threads=job.threads, device=job.device)
-    Folder(job.output).write(RUN, json.dumps(run).encode())
-    part_images: int = run["part_images"]
+    machines = session.resources()
+    session.check_resources(machines, threads=job.threads, device=job.device)
+    images = list_images()
+    first = list(islice(images, WINDOW))
+    at_once = sum(int(each.get("CPU", 0)) // job.threads for each in machines)
+    part_images = whole_batches(part_images or suitable_part(len(first), at_once), job.batch)
+    # Written now: without a cluster, no run has begun.
+    Folder(job.output).write(RUN, json.dumps({"bundle_hash": job.bundle_hash, "part_images": part_images}).encode())
 
     # A thread of Ray Data asks for the end of tasks ten times a second; with two nodes, each would wait 70 ms more.
     os.environ.setdefault("RAY_DATA_METADATA_PREFETCH_ON_THREAD", "0")
@@ -247,7 +271,7 @@ def _predict(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     job = job._replace(files=ray.put(job.files))
-    numbered = enumerate(list_images())
+    numbered = enumerate(chain(first, images))
     target, counts, expected = Folder(job.output), Counts(), set[str]()
     while window := list(islice(numbered, WINDOW // part_images * part_images)):
         parts = [window[start : start + part_images] for start in range(0, len(window), part_images)]

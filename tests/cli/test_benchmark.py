@@ -40,6 +40,11 @@ def test_options_are_passed_on(calls, tmp_path):
     assert calls == [(Path("plans/small.yaml"), tmp_path / "results", folders | ONE_MACHINE | {"jobs": 3})]
 
 
+def test_threads_are_those_of_a_run(calls, tmp_path):
+    run("benchmark", "small.yaml", "-o", tmp_path / "results", "--jobs", 2, "--threads", 1)
+    assert (calls[0][2]["jobs"], calls[0][2]["threads"]) == (2, 1)
+
+
 def test_json_holds_the_rows_and_the_path_of_the_table(calls, tmp_path):
     result = run("benchmark", "small.yaml", "-o", tmp_path / "results", "--json")
     assert json.loads(result.stdout) == {"table": str(tmp_path / "results" / "small.md"), "rows": ROWS}

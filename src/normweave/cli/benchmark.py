@@ -24,7 +24,9 @@ def benchmark(
 ) -> int:
     """Run a benchmark plan and write its table. Finished runs are not repeated.
 
-    With --ray each run is a task with --threads processors (default 1) on a cluster whose nodes have the images.
+    Each run has --threads threads, or else its share of the cores. With --ray each run is a task with --threads
+    processors (default 1) on a cluster whose nodes have the images. Scores depend on the number of threads in the last
+    digits.
     """
     if ray is not None and jobs != 1:
         raise ConfigError("--jobs is not possible with --ray, which uses all processors of the cluster. Leave it out.")
@@ -39,7 +41,7 @@ def benchmark(
             jobs=jobs,
             cache=cache,
             ray=ray,
-            threads=terminal.threads if ray is not None else None,
+            threads=terminal.threads,
             progress=progress,
         )
     table = output / f"{plan.stem}.md"

@@ -183,6 +183,20 @@ def test_groups_are_counted_for_known_and_unseen_subclasses_and_boxes():
     assert draw(peaks, [], rate=0.01, attainable=True).map_threshold == 29
 
 
+def test_few_unseen_groups_give_an_uncalibrated_verdict():
+    """Six groups allow one false alarm in seven; the rate asks for one in ten."""
+    groups = [number // 5 for number in range(30)]
+    points = draw(images(range(30), 0), images(range(100, 130), 1), groups=groups, attainable=True)
+    decision = points.calibration.decide(score=129.5, distance=2.0, subclass=0)
+    assert decision.verdict == "unknown"
+    near = points.calibration.unseen.decide(score=129.5, distance=1.0)
+    assert (near.verdict, near.guarantee) == ("anomalous", "uncalibrated")
+    assert near.false_alarm_rate == pytest.approx(1 / 7)
+    lower = points.calibration.with_rate(0.01, attainable=True)
+    assert lower.unseen.guarantee == "uncalibrated"
+    assert draw(images(range(30), 0), images(range(100, 130), 1), rate=0.05).calibration.unseen is not None
+
+
 def test_operating_points_come_back_from_a_record():
     points = draw([each for k in range(30) for each in images([100 + k], 0, peak=k)], [])
     again = OperatingPoints.from_dict(points.as_dict())

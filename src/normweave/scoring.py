@@ -238,6 +238,11 @@ def anomaly_map(
     return result
 
 
+FEWEST_UNSEEN = 5
+"""Groups from which a threshold for unseen subclasses is computed, though the rate needs more; with fewer, an image
+beyond the known subclasses is `unknown`."""
+
+
 class OperatingPoints(NamedTuple):
     """The thresholds of a detector, computed from held-out normal images."""
 
@@ -311,10 +316,12 @@ class OperatingPoints(NamedTuple):
             for score in (each.varied if category(each.own) in single else (each.unseen,))
             if score is not None and category(each.own) == category(score)
         ]
-        enough = len({group for group, _ in same_category}) >= groups_needed(outcome.false_alarm_rate)
+        needed = groups_needed(outcome.false_alarm_rate)
+        needed = min(FEWEST_UNSEEN, needed) if attainable else needed
+        enough = len({group for group, _ in same_category}) >= needed
         drawn = calibration(
             [(each.group, each.own) for each in held_out],
-            calibration(same_category, None) if enough else None,
+            calibration(same_category, None, attainable=attainable) if enough else None,
             attainable=attainable,
         )
         # If the head has an image score of its own, its units differ from the map's: boxes need another threshold.

@@ -162,6 +162,13 @@ def test_false_alarms_are_pooled_and_their_interval_counts_groups(plan):
     assert row[f"{FAR}_worst_set"] == "cloth: given, seen"
 
 
+def test_a_side_may_promise_another_rate(plan, results):
+    for each in results:
+        for table in each["sides"].values():
+            table["promised"] = 0.25
+    assert rows_of(plan, results)["A"][f"{FAR}_promised"] == pytest.approx(0.25)
+
+
 def test_results_of_an_older_version_have_no_false_alarms_here(plan, results):
     del results[0]["promised"]
     rows = rows_of(plan, results)

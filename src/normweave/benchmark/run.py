@@ -369,6 +369,8 @@ def _result(work: Work, *, artifact: Path) -> dict[str, Any]:
     else:
         detector = fit(fold.samples, config=item.config, cache=cache)
     trained = time.perf_counter()
+    calibration = detector.calibration
+    assert calibration is not None  # it gives the verdicts
     sides: dict[str, Any] = {}
     predictions: dict[str, list[dict[str, Any]]] = {}
     for side, tests in fold.tests.items():
@@ -376,8 +378,9 @@ def _result(work: Work, *, artifact: Path) -> dict[str, Any]:
         further = ("by_category", "by_subclass", "mean_of_subclasses")
         sides[side] = metrics["pooled"] | {key: metrics[key] for key in further}
         sides[side]["good_groups"] = _good_groups(tests, predictions[side])
+        unseen = calibration.unseen if side == "unseen" else None
+        sides[side]["promised"] = (unseen or calibration).point().false_alarm_rate
     tested = time.perf_counter()
-    assert detector.calibration is not None  # it gave the verdicts
     artifacts.save(artifact, detector, fold, predictions, cache=cache)
     return {
         "sides": sides,
@@ -387,7 +390,7 @@ def _result(work: Work, *, artifact: Path) -> dict[str, Any]:
         "inference_ms": _inference_ms(detector, images[:TIMED]) if work.timed else None,
         "peak_mib": _peak_mib(),
         "parameters": detector.network.parameters,
-        "promised": detector.calibration.point().false_alarm_rate,
+        "promised": calibration.point().false_alarm_rate,
         "differs": item.peer.differs if item.peer is not None else None,
         "fit_images": detector.record["fit_images"],
         "calibration_images": detector.record["calibration_images"],

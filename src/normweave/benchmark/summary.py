@@ -126,6 +126,12 @@ def _value(result: Result, side: str, metric: str) -> float | None:
     return value
 
 
+def _promised(result: Result, side: str) -> float:
+    """Return the promised false-alarm rate of the images of a side."""
+    rate: float = result.get("sides", {}).get(side, {}).get("promised", result["promised"])
+    return rate
+
+
 def _compared(
     metric: str, values: Mapping[Set, Mapping[str, float | None]], runs: Mapping[Set, Runs], name: str
 ) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def _compared(
     distances = {}
     for one, value in own.items():
         if metric == RATE:
-            promised = mean(result["promised"] for result in runs[one][name] if "promised" in result)
+            promised = mean(_promised(result, one[2]) for result in runs[one][name] if "promised" in result)
             distances[one] = max(0.0, value - promised)
         else:
             distances[one] = max(other for other in values[one].values() if other is not None) - value
@@ -162,7 +168,7 @@ def _pooled(runs: Mapping[Set, Sequence[Result]]) -> dict[str, Any]:
                 table = result["sides"][side]
                 images += table["n_normal"]
                 alarms += rate * table["n_normal"]
-                promised += result["promised"] * table["n_normal"]
+                promised += _promised(result, side) * table["n_normal"]
                 groups |= {(data, group) for group in table["good_groups"]}
     if not images:
         return {f"{RATE}_{key}": None for key in ("pooled", "low", "high", "groups", "promised")}

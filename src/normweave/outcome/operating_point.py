@@ -176,7 +176,7 @@ class Calibration:
     false-alarm rate, and the operating point is marked `uncalibrated`.
 
     With `unseen`, an image beyond that threshold is first compared with the leave-one-subclass-out scores of its
-    category. A category with a single subclass has no such scores, because without that subclass the
+    category, whose guarantee and rate it then has. A category with a single subclass has no such scores, because without that subclass the
     head has no expert for the category.
 
     A subclass that was added later has operating points of its own (`added`), which nothing else depends on: those of
@@ -391,8 +391,8 @@ class Calibration:
     def with_rate(self, false_alarm_rate: float, *, attainable: bool = False) -> Calibration:
         """Return a calibration of the same scores with thresholds for another false-alarm rate.
 
-        It has no `unseen` if there are too few leave-one-subclass-out scores for the rate. Added subclasses with too
-        few groups have the lowest rate that these allow.
+        It has no `unseen` if there are too few leave-one-subclass-out scores for the rate, without `attainable`. Added
+        subclasses with too few groups have the lowest rate that these allow.
 
         Args:
             attainable: as in the class.
@@ -400,7 +400,9 @@ class Calibration:
         Raises:
             CheckError: there are too few groups of held-out normal images for this rate, without `attainable`.
         """
-        enough = self.unseen is not None and self.unseen.independent_groups >= groups_needed(false_alarm_rate)
+        unseen = self.unseen
+        if unseen is not None and not attainable and unseen.independent_groups < groups_needed(false_alarm_rate):
+            unseen = None
         return Calibration(
             scores=self.scores,
             distances=self.distances,
@@ -412,7 +414,7 @@ class Calibration:
             attainable=attainable,
             false_alarm_rate=false_alarm_rate,
             unknown_rate=self.unknown_rate,
-            unseen=self.unseen.with_rate(false_alarm_rate) if self.unseen and enough else None,
+            unseen=unseen and unseen.with_rate(false_alarm_rate, attainable=attainable),
             added=[
                 each._replace(calibration=each.calibration.with_rate(false_alarm_rate, attainable=True))
                 for each in self.added

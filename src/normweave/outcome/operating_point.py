@@ -176,8 +176,8 @@ class Calibration:
     false-alarm rate, and the operating point is marked `uncalibrated`.
 
     With `unseen`, an image beyond that threshold is first compared with the leave-one-subclass-out scores of its
-    category, whose guarantee and rate it then has. A category with a single subclass has no such scores, because without that subclass the
-    head has no expert for the category.
+    category, whose guarantee and rate it then has. A category with a single subclass has no such scores, because
+    without that subclass the head has no expert for the category.
 
     A subclass that was added later has operating points of its own (`added`), which nothing else depends on: those of
     the others are as before.

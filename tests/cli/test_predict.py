@@ -204,6 +204,12 @@ def test_the_summary_of_an_outcome():
     assert summary(normal).startswith("normal  ")
 
 
+def test_the_summary_is_one_line_and_cannot_change_the_terminal_whatever_the_name_of_the_file():
+    named = replace(OUTCOME, image_path="a\nnormal\x1b[2J\r.png")
+    assert summary(named).endswith(r"p 0.0200  a\nnormal\x1b[2J\x0d.png")
+    assert summary(Outcome(image_path="x\n.png", error="cut")) == r"UNREADABLE  x\n.png: cut"
+
+
 # ── exit codes, with a detector whose verdicts are given ─────────────────────────────────────────────────────────────
 
 

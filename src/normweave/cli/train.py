@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, unreadable
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, one_line, unreadable
 from normweave.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -250,9 +250,8 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
     if detector.calibration is not None:
         terminal.show(detector.calibration.promise)
     for path, score in record.get("suspects", []):
-        terminal.show(
-            f"suspect     {path}: score {score:.4f}, far above the others of its subclass. Is it a good image?"
-        )
+        doubt = f"score {score:.4f}, far above the others of its subclass. Is it a good image?"
+        terminal.show(one_line(f"suspect     {path}: {doubt}"))
     if record.get("precision") == "int8":
         terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")

@@ -25,7 +25,7 @@ from normweave.by_region import check_routing
 from normweave.checks import Checks
 from normweave.config import Config
 from normweave.data import regions, rows, splits, synthetic
-from normweave.data.degenerate import refuse_degenerate
+from normweave.data.degenerate import refuse_degenerate, refuse_repeated_subclass
 from normweave.data.prepare import Preparations
 from normweave.detector import Data, Detector, samples_of
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
@@ -356,12 +356,15 @@ def divide(
         )
     except DataError as error:
         if not images.refused:
+            refuse_degenerate(images.samples)  # names the reason where all images are copies of few
             raise
         first = images.refused[0]
         raise DataError(
             f"{error} {len(images.refused)} images were left out. The first, {first.image_path}: {first.reason}"
         ) from error
     refuse_degenerate(images.samples)
+    if config.data.subclass_from != "auto":
+        refuse_repeated_subclass(images.samples, images.hashes)
     return images, division
 
 

@@ -276,6 +276,14 @@ def test_candidates_are_a_table(capsys):
     assert "No other input size or tiling was compared" in capsys.readouterr().out
 
 
+def test_fast_prints_the_settings_that_it_changed(capsys):
+    budget = CANDIDATE | {"name": "fast", "candidates": [], "settings": ["features.grid_stride=16", "head.border=1"]}
+    show_budget(Terminal(), budget, None)
+    assert capsys.readouterr().out.endswith("4 times this size, features.grid_stride=16, head.border=1\n")
+    show_budget(Terminal(), budget | {"settings": []}, None)
+    assert "no other setting: this model or your settings have no faster one" in capsys.readouterr().out
+
+
 def test_the_summary_of_the_int8_check():
     assert "not checked" in int8_summary(None)
     assert int8_summary({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (

@@ -181,6 +181,8 @@ def test_the_input_sizes_that_were_compared_are_shown(tmp_path):
     assert "budget best: input 384 x 384, tiles beyond 4" in text
     alone = PROVENANCE | {"budget": budget | {"name": "balanced", "candidates": []}}
     assert "Input size and tiles" not in page(tmp_path, provenance=alone)
+    fast = PROVENANCE | {"budget": alone["budget"] | {"name": "fast", "settings": ["features.grid_stride=16"]}}
+    assert "tiles beyond 4.0, features.grid_stride=16" in page(tmp_path, provenance=fast)
     assert "budget" not in page(tmp_path, provenance=PROVENANCE | {"budget": None})  # an older bundle
 
 

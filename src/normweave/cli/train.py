@@ -263,6 +263,10 @@ def show_budget(terminal: Terminal, budget: dict[str, Any], image_ms: float | No
     from rich.table import Table
 
     size = f"input {budget['height']} x {budget['width']}, tiles beyond {budget['tile_beyond']:g} times this size"
+    if budget["name"] == "fast":
+        size += (
+            f", {', '.join(budget['settings']) or 'no other setting: this model or your settings have no faster one'}"
+        )
     timed = "" if image_ms is None else f"; {image_ms:.1f} ms an image on this machine"
     terminal.show(f"budget {budget['name']}: {size}{timed}")
     compared = [each for each in budget["candidates"] if each["auroc"] is not None]

@@ -98,6 +98,8 @@ def train(
     """
     if ray is not None and no_cache:
         raise ConfigError("--no-cache is not possible with --ray, whose machines keep features there. Leave it out.")
+    if cache is not None and no_cache:
+        raise ConfigError("--cache names a folder that --no-cache does not use. Leave out one of them.")
 
     from normweave import bundle
     from normweave import settings as all_settings
@@ -189,7 +191,10 @@ def compose_settings(
         result = replace(result, data=replace(result.data, category=options.chosen(category)))
     if subclass:
         result = replace(result, data=replace(result.data, subclass=options.chosen(subclass)))
-    named = {"data.subclass_from": subclass_from, "outcome.false_alarm_rate": false_alarm_rate, "seed": seed}
+    if false_alarm_rate is not None:
+        rate = f"outcome.false_alarm_rate={false_alarm_rate}"
+        result = settings.override(result, [rate], source="--false-alarm-rate")
+    named = {"data.subclass_from": subclass_from, "seed": seed}
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     return settings.override(result, given + assignments)
 

@@ -200,6 +200,7 @@ def test_the_summary_of_an_outcome():
     moved = replace(OUTCOME, shift_x=-12.04, shift_y=3.0, rotation=0.52, correlation=0.9)
     assert summary(moved).endswith("p 0.0200  shift -12.0, 3.0  rotation 0.5  a, b.png")
     assert summary(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
+    assert summary(Outcome(image_path="x.png", error="x.png: cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
     assert summary(normal).startswith("normal  ")
 

@@ -360,7 +360,8 @@ def summary(outcome: "Outcome") -> str:
     A verdict that is not normal is in capital letters.
     """
     if outcome.error is not None:
-        return one_line(f"UNREADABLE  {outcome.image_path}: {outcome.error}")
+        named = outcome.image_path is not None and outcome.image_path in outcome.error
+        return one_line(f"UNREADABLE  {outcome.error if named else f'{outcome.image_path}: {outcome.error}'}")
     verdict = str(outcome.verdict)
     shown = verdict if verdict == "normal" else verdict.upper()
     mark = "uncalibrated  " if outcome.guarantee == "uncalibrated" else ""

@@ -30,6 +30,10 @@ class Refusal:
     image_path: str
     reason: str
 
+    def __str__(self) -> str:
+        """Return the reason with the path, once."""
+        return self.reason if self.image_path in self.reason else f"{self.image_path}: {self.reason}"
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:

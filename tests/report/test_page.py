@@ -389,5 +389,12 @@ def test_suspects_of_the_training_set_are_shown_with_their_pictures(tmp_path):
     suspects = [Suspect("good/<7>.png", 12.5, {"image": picture}, ""), Suspect("good/8.png", 9.0, {}, "It is gone.")]
     text = page(tmp_path, suspects=suspects)
     assert 'alt="&lt;7&gt;.png: image"' in text
-    for words in ("Suspects in the training set", "<7>.png", "score 12.5", "8.png", "It is gone."):
+    for words in (
+        "which was fitted to this image too: a defect may be missing in it",
+        "Suspects in the training set",
+        "<7>.png",
+        "score 12.5",
+        "8.png",
+        "It is gone.",
+    ):
         assert words in Checked(text).text

@@ -9,7 +9,7 @@ from PIL import Image
 
 from builders import head_config
 from normweave import budget, settings
-from normweave.budget import Candidate, Trial, best, candidates, cheapest_of_the_best, cost, fast, some_groups
+from normweave.budget import Candidate, Trial, best, candidates, cheapest_of_the_best, cost, faster, some_groups
 from normweave.config import (
     Config,
     DataConfig,
@@ -74,6 +74,7 @@ def test_balanced_changes_nothing(detector):
         "width": 64,
         "tile_beyond": 4.0,
         "candidates": [],
+        "settings": [],
     }
     assert detector.config.prepare == PrepareConfig(height=64, width=64)
 
@@ -81,6 +82,10 @@ def test_balanced_changes_nothing(detector):
 def test_an_unknown_budget_is_refused(strips):
     with pytest.raises(ConfigError, match=r"Unknown budget 'bset'\. Did you mean 'best'\?"):
         Detector.fit(strips, budget="bset")
+
+
+def fast(config, keep):
+    return settings.override(config, faster(config, keep))
 
 
 # ── fast ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,6 +147,7 @@ def test_a_fast_detector_has_a_coarser_grid(cloth):
     assert detector.config == replace(fast(config, ()), maps=MapsConfig(smoothing=1.0))  # of a fusion
     assert detector.record["feature_shape"][1:] == [4, 4]
     assert detector.record["budget"]["name"] == "fast"
+    assert detector.record["budget"]["settings"] == faster(config, ())
 
 
 # ── candidates ───────────────────────────────────────────────────────────────────────────────────────────────────────

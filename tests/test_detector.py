@@ -15,7 +15,7 @@ from normweave import fitting
 from normweave.bundle import FORMAT, read_tensors
 from normweave.data import prepare, variations
 from normweave.detector import Detector
-from normweave.errors import BundleError, CheckError, DataError, ImageError
+from normweave.errors import BundleError, CheckError, ConfigError, DataError, ImageError
 from normweave.scoring import ImageScore, TileScores
 from normweave.textiles import SEEN, render
 from normweave.types import Sample
@@ -198,6 +198,8 @@ def test_a_rate_that_cannot_be_promised_changes_nothing(bundle, more, cloth):
     before = loaded.calibration
     with pytest.raises(CheckError, match="needs at least 999 independent groups of held-out normal images, got 24"):
         loaded.calibrate(more, false_alarm_rate=0.001)
+    with pytest.raises(ConfigError, match=r"A false-alarm rate must be in \(0, 1\), got 0"):
+        loaded.calibrate(more, false_alarm_rate=0)
     with pytest.raises(DataError, match="cannot be used for calibration"):
         loaded.calibrate(cloth)
     assert loaded.calibration is before

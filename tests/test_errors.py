@@ -19,6 +19,7 @@ def test_only_a_failed_check_has_exit_code_3() -> None:
 def test_an_unknown_name_is_reported_with_the_most_similar_and_all_known_names() -> None:
     error = errors.unknown("layout", "visaa", ["visa", "btad"], "Use --layout.")
     assert str(error) == "Unknown layout 'visaa'. Did you mean 'visa'? Known: btad, visa. Use --layout."
+    assert str(errors.unknown("subclass", "x", [], "Omit it.")) == "Unknown subclass 'x'. Known: none. Omit it."
     assert str(errors.unknown("layout", "x", ["visa"], "Use --layout.")).startswith("Unknown layout 'x'. Known:")
 
 

@@ -1,5 +1,8 @@
 """Fitting: synthetic anomalies are made for a head from the fit images."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -149,13 +152,22 @@ def test_defects_are_filled_from_the_same_category_and_do_not_depend_on_other_fi
     assert set(again) >= {each for each in seen if each[1] != 0}
 
 
+def test_images_that_are_all_marked_for_something_else_are_counted():
+    samples = [Sample(image_path=Path(f"{number}.png"), split="test") for number in range(3)]
+    samples[0] = replace(samples[0], split="calibration")
+    text = r"No image to fit on\. Good images: 1 marked calibration, 2 marked test\. Mark some train, or leave"
+    with pytest.raises(DataError, match=text):
+        fitting.divide(samples, Config())
+
+
 def test_too_few_images_are_named_with_those_that_were_left_out(tmp_path):
     good, broken = tmp_path / "good.png", tmp_path / "broken.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(good)
     broken.write_bytes(b"no image")
     samples = [Sample(image_path=good), Sample(image_path=broken)]
-    with pytest.raises(DataError, match=r"1 images were left out. The first, .*broken\.png: "):
+    with pytest.raises(DataError, match=r"1 images were left out. The first, .*broken\.png: ") as raised:
         fitting.divide(samples, Config(prepare=PrepareConfig(height=32, width=32)))
+    assert str(raised.value).count(str(broken)) == 1
     with pytest.raises(DataError) as error:
         fitting.divide(samples[:1], Config(prepare=PrepareConfig(height=32, width=32)))
     assert "left out" not in str(error.value)

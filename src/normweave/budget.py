@@ -110,8 +110,8 @@ def fit(
 ) -> Detector:
     """Choose settings within a budget, and fit a detector; the other options are those of `fitting.fit`.
 
-    The choice is in `record["budget"]` of the detector: the name, height, width, tile_beyond and `candidates`, what
-    `best` compared.
+    The choice is in `record["budget"]` of the detector: the name, height, width, tile_beyond, `candidates`, what `best`
+    compared, and `settings`, what `fast` changed.
 
     Args:
         budget: fast, balanced or best.
@@ -126,8 +126,10 @@ def fit(
         raise unknown("budget", budget, BUDGETS, "See normweave train --help.")
     config = fitting.configured(config, model=model, subclass_from=subclass_from)
     compared: list[dict[str, Any]] = []
+    changes: list[str] = []
     if budget == "fast":
-        config = fast(config, keep)
+        changes = faster(config, keep)
+        config = settings.override(config, changes)
     elif budget == "best":
         folder = (cache or feature_cache.default_folder()) if use_cache else None
         config, compared = best(
@@ -152,12 +154,12 @@ def fit(
     )
     prepare = config.prepare
     chosen = Candidate(prepare.height, prepare.width, prepare.tile_beyond)
-    detector.record["budget"] = {"name": budget, **chosen._asdict(), "candidates": compared}
+    detector.record["budget"] = {"name": budget, **chosen._asdict(), "candidates": compared, "settings": changes}
     return detector
 
 
-def fast(config: Config, keep: Collection[str]) -> Config:
-    """Return the settings with a coarser grid and a smaller memory bank, as far as the user has not set these."""
+def faster(config: Config, keep: Collection[str]) -> list[str]:
+    """Return the settings of a coarser grid and a smaller memory bank, as far as the user has not set these."""
     changes: list[str] = []
     features, head = config.features, config.head
     if isinstance(features, TimmConfig) and not features.blocks and not _named("features.grid_stride", keep):
@@ -165,7 +167,7 @@ def fast(config: Config, keep: Collection[str]) -> Config:
     if isinstance(head, AdaptedMoEConfig) and not _named("head.expert", keep) and not _named("head.border", keep):
         default = AdaptedMoEConfig()
         changes += FAST_EXPERTS if (head.expert, head.border) == (default.expert, default.border) else ()
-    return settings.override(config, changes)
+    return changes
 
 
 def best(

@@ -34,7 +34,7 @@ from normweave.errors import BundleError, DataError, ImageError
 from normweave.network import open_graph
 from normweave.network.base import Network
 from normweave.outcome import boxes
-from normweave.outcome.operating_point import Calibration
+from normweave.outcome.operating_point import Calibration, groups_needed
 from normweave.record import parse_record
 from normweave.scoring import HeldOut, ImageScore, OperatingPoints, PreparedImage, TileScores, anomaly_map, drift_record
 from normweave.types import DefectBox, ExpertWeight, Outcome, Progress, Sample, Tile
@@ -398,6 +398,7 @@ class Detector:
         """
         config = self.config
         if false_alarm_rate is not None:
+            groups_needed(false_alarm_rate)  # refuses what is no rate
             config = replace(config, outcome=replace(config.outcome, false_alarm_rate=false_alarm_rate))
         # The network routes each image, so that labels and the selection of the training do not matter here.
         everything = replace(config.data, category=(), subclass=(), subclass_from="none")

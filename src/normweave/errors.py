@@ -52,7 +52,7 @@ def unknown(what: str, value: str, known: Iterable[str], howto: str) -> ConfigEr
     known = sorted(known)
     similar = get_close_matches(value, known, n=1)
     hint = f" Did you mean {similar[0]!r}?" if similar else ""
-    return ConfigError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known)}. {howto}")
+    return ConfigError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known) or 'none'}. {howto}")
 
 
 def reason(error: BaseException) -> str:

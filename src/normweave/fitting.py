@@ -25,7 +25,7 @@ from normweave.by_region import check_routing
 from normweave.checks import Checks
 from normweave.config import Config
 from normweave.data import regions, rows, splits, synthetic
-from normweave.data.degenerate import refuse_degenerate
+from normweave.data.degenerate import refuse_degenerate, refuse_repeated_subclass
 from normweave.data.prepare import Preparations
 from normweave.detector import Data, Detector, samples_of
 from normweave.errors import BundleError, ConfigError, DataError, MissingError
@@ -341,6 +341,12 @@ def divide(
     """
     complete = splits.complete(samples, seed=config.seed)
     train = [sample for sample in complete if sample.split != "test"]
+    if not any(sample.split == "train" for sample in complete):
+        marked = Counter(sample.split for sample in complete if sample.label == "normal")
+        got = ", ".join(f"{count} marked {split}" for split, count in sorted(marked.items()))
+        raise DataError(
+            f"No image to fit on. Good images: {got or 'none'}. Mark some train, or leave their split empty."
+        )
     regions.check(config.regions, categories={sample.category for sample in train})
     images = rows.scan(train, Preparations(config.prepare, regions=config.regions), known=known, progress=progress)
     hashes = {sample.image_path: content for sample, content in zip(images.samples, images.hashes, strict=True)}
@@ -356,12 +362,13 @@ def divide(
         )
     except DataError as error:
         if not images.refused:
+            refuse_degenerate(images.samples)  # names the reason where all images are copies of few
             raise
         first = images.refused[0]
-        raise DataError(
-            f"{error} {len(images.refused)} images were left out. The first, {first.image_path}: {first.reason}"
-        ) from error
+        raise DataError(f"{error} {len(images.refused)} images were left out. The first, {first}") from error
     refuse_degenerate(images.samples)
+    if config.data.subclass_from != "auto":
+        refuse_repeated_subclass(images.samples, images.hashes)
     return images, division
 
 

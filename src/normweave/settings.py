@@ -170,11 +170,14 @@ def _given(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in nested.items() if value and value != "none"}
 
 
-def override(config: Config, assignments: Iterable[str]) -> Config:
+def override(config: Config, assignments: Iterable[str], *, source: str = "--set") -> Config:
     """Return the same settings with some changed: `head.top_k=2`, `features.strides=[4, 8]`, `seed=1`.
 
     Another variant of a section starts from its own defaults. Values are YAML, except where a setting is text:
     there everything after `=` is the value.
+
+    Args:
+        source: the option that made them, for the message of an error.
 
     Raises:
         ConfigError: as in `from_dict`.
@@ -190,7 +193,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
             values[key] = _value(key, text)
         except ConfigError as error:
             found.append(str(error))
-    return _build(config, values, found, source="--set")
+    return _build(config, values, found, source=source)
 
 
 def named(path: Path | None, assignments: Iterable[str]) -> frozenset[str]:

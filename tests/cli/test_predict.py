@@ -200,8 +200,15 @@ def test_the_summary_of_an_outcome():
     moved = replace(OUTCOME, shift_x=-12.04, shift_y=3.0, rotation=0.52, correlation=0.9)
     assert summary(moved).endswith("p 0.0200  shift -12.0, 3.0  rotation 0.5  a, b.png")
     assert summary(Outcome(image_path="x.png", error="cut short")) == "UNREADABLE  x.png: cut short"
+    assert summary(Outcome(image_path="x.png", error="x.png: cut short")) == "UNREADABLE  x.png: cut short"
     normal = Outcome(image_path="x", verdict="normal", pred_score=0.0, threshold=1.0, p_value=1.0)
     assert summary(normal).startswith("normal  ")
+
+
+def test_the_summary_is_one_line_and_cannot_change_the_terminal_whatever_the_name_of_the_file():
+    named = replace(OUTCOME, image_path="a\nnormal\x1b[2J\r.png")
+    assert summary(named).endswith(r"p 0.0200  a\nnormal\x1b[2J\x0d.png")
+    assert summary(Outcome(image_path="x\n.png", error="cut")) == r"UNREADABLE  x\n.png: cut"
 
 
 # ── exit codes, with a detector whose verdicts are given ─────────────────────────────────────────────────────────────

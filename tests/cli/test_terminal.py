@@ -244,6 +244,19 @@ def test_the_line_of_an_unreadable_image_has_its_path_once(error):
     assert line.endswith(error)
 
 
+def test_control_characters_of_a_name_are_printed_as_escapes():
+    def work(terminal):
+        terminal.show("a\x1b[2Jb\tc\nd")
+        terminal.remark("e\x9bf")
+        raise ConfigError("g\x07")
+
+    result = invoke(work)
+    assert result.stdout == "a\\x1b[2Jb\tc\nd\n"
+    assert "e\\x9bf" in result.stderr
+    assert "Error: g\\x07" in result.stderr
+    assert "\n" not in unreadable("a\nb.png", "cut")
+
+
 @pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_that_wait_leave_the_processor_to_others(given, expected):
     """Beside another program a training takes ten times as long if they do not."""

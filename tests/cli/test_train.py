@@ -93,7 +93,7 @@ def test_a_regex_is_given_with_set():
             {"subclass_from": "name"},
             "data.subclass_from must be 'folder', 'column', 'filename-regex', 'auto' or",
         ),
-        ({"false_alarm_rate": 2.0}, "outcome.false_alarm_rate must be less than 1"),
+        ({"false_alarm_rate": 2.0}, "^--false-alarm-rate: outcome.false_alarm_rate must be less than 1"),
         ({"false_alarm_rate": float("nan")}, "outcome.false_alarm_rate must be a valid number, got 'nan'"),
         (
             {"subclass_from": "filename-regex"},
@@ -276,11 +276,25 @@ def test_candidates_are_a_table(capsys):
     assert "No other input size or tiling was compared" in capsys.readouterr().out
 
 
+def test_fast_prints_the_settings_that_it_changed(capsys):
+    budget = CANDIDATE | {"name": "fast", "candidates": [], "settings": ["features.grid_stride=16", "head.border=1"]}
+    show_budget(Terminal(), budget, None)
+    assert capsys.readouterr().out.endswith("4 times this size, features.grid_stride=16, head.border=1\n")
+    show_budget(Terminal(), budget | {"settings": []}, None)
+    assert "no other setting: this model or your settings have no faster one" in capsys.readouterr().out
+
+
 def test_the_summary_of_the_int8_check():
     assert "not checked" in int8_summary(None)
     assert int8_summary({"images": 9, "image_auroc": [0.9, 0.8999], "pixel_auroc": [None, None]}) == (
         "int8: on 9 labelled images image AUROC 0.9000 (float) 0.8999 (int8)."
     )
+
+
+def test_a_folder_of_the_cache_that_is_not_used_is_refused(textiles, tmp_path):
+    result = run("train", textiles, "-o", tmp_path / "b", "--cache", tmp_path / "c", "--no-cache")
+    assert result.exit_code == 2
+    assert "--cache names a folder that --no-cache does not use. Leave out one of them." in result.stderr
 
 
 def test_a_cluster_needs_the_cache(textiles, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from normweave.config import Config
+from normweave.config import Config, DataConfig
 from normweave.data import degenerate
 from normweave.data.degenerate import refuse_degenerate
 from normweave.errors import DataError
@@ -84,3 +84,23 @@ def test_each_category_and_each_subclass_is_checked(saved):
             refuse_degenerate(good + same)
         refuse_degenerate(good + same[:1])
         refuse_degenerate(good + [replace(sample, subclass="twill") for sample in same])
+
+
+def test_copies_of_one_file_are_refused_as_the_same_picture_and_not_for_the_number_of_groups(saved, tmp_path):
+    (one,) = saved([TEXTURE])
+    samples = [one]
+    for number in range(7):
+        path = tmp_path / f"copy-{number}.png"
+        path.write_bytes(one.image_path.read_bytes())
+        samples.append(replace(one, image_path=path))
+    with pytest.raises(DataError, match=r"The 8 good images of category cloth show the same picture, such as .*0\.png"):
+        divide(samples, Config())
+
+
+def test_two_subclasses_of_the_same_files_are_refused(saved):
+    own = saved(NOISE, subclass="a")
+    copies = [replace(sample, subclass="b") for sample in own]
+    with pytest.raises(DataError, match=r"cloth/a and cloth/b are copies of the same 8 files, such as .*0\.png"):
+        divide(own + copies, Config())
+    divide(own + copies[1:], Config())
+    divide(own + copies, replace(Config(), data=DataConfig(subclass_from="auto")))

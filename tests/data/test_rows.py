@@ -8,6 +8,7 @@ from normweave.config import PrepareConfig
 from normweave.data import rows
 from normweave.data.images import content_hash
 from normweave.data.prepare import Preparation
+from normweave.errors import DataError
 from normweave.types import Sample
 
 PREPARATION = Preparation(PrepareConfig(height=32, width=32, tile_beyond=1.5, tile_overlap=0.25))
@@ -107,3 +108,12 @@ def test_progress_counts_the_images_that_can_be_read(samples):
 
 def test_the_fingerprint_does_not_depend_on_the_order():
     assert rows.fingerprint(["a", "b"]) == rows.fingerprint(["b", "a"]) != rows.fingerprint(["a", "c"])
+
+
+@pytest.mark.parametrize("step", ["training", "calibration"])
+def test_an_image_that_was_used_is_refused_with_the_step_that_used_it(samples, step):
+    scanned = rows.scan(samples[:1], PREPARATION)
+    own = [scanned.hashes[0][: rows.HASH_LETTERS]]
+    record = {"fit_hashes": own * (step == "training"), "calibration_hashes": own * (step == "calibration")}
+    with pytest.raises(DataError, match=f"was used in {step}, so it cannot be used for test: .* that {step} has not"):
+        rows.refuse_used(scanned, record, "test")

@@ -616,3 +616,17 @@ def test_too_few_groups_have_the_lowest_rate_that_they_allow(cross_validated):
     assert attained.guarantee == ("cross-validated" if cross_validated else "conformal")
     with pytest.raises(CheckError, match=r"needs at least 9 independent groups .*, got 5 of 6 images"):
         few.with_rate(0.1)
+
+
+def test_the_promise_says_for_which_subclasses_the_rate_holds_only_together():
+    together = (
+        " Subclasses with fewer than 19 of these parts (1 of 3) use a common threshold, whose rate holds for them all "
+        "together, not for each."
+    )
+    promise = (
+        "At most 5 % false alarms on average, computed from 105 independent good parts that were not used for fitting."
+    )
+    assert calibration().promise == promise + together
+    assert "not for each" not in calibration(each=(60, 40, 19)).promise
+    assert "(3 of 3)" in calibration(each=(8, 8, 8)).promise
+    assert "not for each" not in Calibration(scores=np.arange(50.0), false_alarm_rate=0.05, unknown_rate=0.01).promise

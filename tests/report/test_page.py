@@ -181,6 +181,8 @@ def test_the_input_sizes_that_were_compared_are_shown(tmp_path):
     assert "budget best: input 384 x 384, tiles beyond 4" in text
     alone = PROVENANCE | {"budget": budget | {"name": "balanced", "candidates": []}}
     assert "Input size and tiles" not in page(tmp_path, provenance=alone)
+    fast = PROVENANCE | {"budget": alone["budget"] | {"name": "fast", "settings": ["features.grid_stride=16"]}}
+    assert "tiles beyond 4.0, features.grid_stride=16" in page(tmp_path, provenance=fast)
     assert "budget" not in page(tmp_path, provenance=PROVENANCE | {"budget": None})  # an older bundle
 
 
@@ -387,5 +389,12 @@ def test_suspects_of_the_training_set_are_shown_with_their_pictures(tmp_path):
     suspects = [Suspect("good/<7>.png", 12.5, {"image": picture}, ""), Suspect("good/8.png", 9.0, {}, "It is gone.")]
     text = page(tmp_path, suspects=suspects)
     assert 'alt="&lt;7&gt;.png: image"' in text
-    for words in ("Suspects in the training set", "<7>.png", "score 12.5", "8.png", "It is gone."):
+    for words in (
+        "which was fitted to this image too: a defect may be missing in it",
+        "Suspects in the training set",
+        "<7>.png",
+        "score 12.5",
+        "8.png",
+        "It is gone.",
+    ):
         assert words in Checked(text).text

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, Terminal
+from normweave.cli.terminal import ALL_NORMAL, Terminal, one_line
 
 WRONG_INPUT = 2
 
@@ -37,7 +37,7 @@ def check(terminal: Terminal, data: options.Data, layout: options.Layout = None)
             split = row["split"] or "no split"
             terminal.show(f"{name}, {split}: {row['good']} good, {row['anomalous']} anomalous")
         for fault in faults:
-            terminal.show(f"{fault.type}: {fault.text}")
+            terminal.show(one_line(f"{fault.type}: {fault.text}"))
         for note in notes:
             terminal.show(f"remark: {note}")
         terminal.show(f"{len(samples)} images, {len(faults)} faults")

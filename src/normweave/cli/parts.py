@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from normweave.atomic import write_atomically
+from normweave.cli.terminal import one_line
 from normweave.data.tables import encoding_of, read_csv
 from normweave.errors import ConfigError, DataError, NormweaveError
 from normweave.outcome.parts import PartRule, PartView, Views, check_view_bundles, judge
@@ -209,7 +210,8 @@ def read_list(path: Path) -> dict[str, Listed]:
 def summary(part: PartOutcome) -> str:
     """Return one line of text. A verdict that is not normal is in capital letters."""
     shown = part.verdict if part.verdict == "normal" else part.verdict.upper()
-    return f"{shown:<12}part {part.part_id}, {part.images} images{': ' if part.reasons else ''}{reasons(part.reasons)}"
+    why = f": {reasons(part.reasons)}" if part.reasons else ""
+    return one_line(f"{shown:<12}part {part.part_id}, {part.images} images{why}")
 
 
 def reasons(given: tuple[PartReason, ...]) -> str:

@@ -18,7 +18,7 @@ import typer
 
 from normweave.cli import options
 from normweave.cli.results import ResultWriter
-from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal
+from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal, one_line
 from normweave.errors import ConfigError, DataError, unknown
 from normweave.outcome.table import FORMATS
 
@@ -360,13 +360,14 @@ def summary(outcome: "Outcome") -> str:
     A verdict that is not normal is in capital letters.
     """
     if outcome.error is not None:
-        return f"UNREADABLE  {outcome.image_path}: {outcome.error}"
+        named = outcome.image_path is not None and outcome.image_path in outcome.error
+        return one_line(f"UNREADABLE  {outcome.error if named else f'{outcome.image_path}: {outcome.error}'}")
     verdict = str(outcome.verdict)
     shown = verdict if verdict == "normal" else verdict.upper()
     mark = "uncalibrated  " if outcome.guarantee == "uncalibrated" else ""
     if outcome.shift_x is not None and outcome.shift_y is not None and outcome.rotation is not None:
         mark += f"shift {outcome.shift_x:.1f}, {outcome.shift_y:.1f}  rotation {outcome.rotation:.1f}  "
-    return (
+    return one_line(
         f"{shown:<10}{outcome.pred_score:>9.4f}  (threshold {outcome.threshold:.4f})  p {outcome.p_value:.4f}  "
         f"{mark}{outcome.image_path}"
     )

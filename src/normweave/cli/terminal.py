@@ -34,6 +34,7 @@ INTERRUPTED = 130
 PIPE_CLOSED = 141
 
 _PANEL = "Every command"
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +70,10 @@ class Terminal:
         _print(f"{text}\n")
 
     def show(self, *parts: "RenderableType") -> None:
-        """Print text and tables to stdout."""
+        """Print text and tables to stdout. Control characters of a text are printed as escapes."""
         for part in parts:
             if isinstance(part, str):
-                _print(f"{part}\n")
+                _print(f"{without_controls(part)}\n")
                 continue
             # Rich exits with code 1 at a closed pipe, but here 1 means an anomalous image: let it write a text.
             console = _console(stderr=False)
@@ -85,7 +86,7 @@ class Terminal:
     def remark(self, text: str) -> None:
         """Print a remark to stderr, unless --quiet."""
         if not self.quiet:
-            _console(stderr=True).print(text, soft_wrap=True, style="dim")
+            _console(stderr=True).print(without_controls(text), soft_wrap=True, style="dim")
 
     @contextmanager
     def progress(self) -> "Iterator[Progress | None]":
@@ -198,7 +199,8 @@ def _fail(terminal: Terminal, message: str, exit_code: int) -> int:
         if not shown:
             from rich.text import Text
 
-            _console(stderr=True).print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+            text = Text.assemble(("Error: ", "bold red"), without_controls(message))
+            _console(stderr=True).print(text, soft_wrap=True)
     except OSError:
         _discard(sys.stderr)
     try:
@@ -240,6 +242,16 @@ def _console(*, stderr: bool) -> "Console":
     return Console(stderr=stderr, markup=False, highlight=False)
 
 
+def without_controls(text: str) -> str:
+    r"""Return the text with control characters as escapes (\x1b), since a file name may hold orders for a terminal."""
+    return text.translate(_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    r"""Return the text with control characters and line breaks as escapes (\n): a file name may hold them too."""
+    return without_controls(text).replace("\n", "\\n")
+
+
 def unreadable(image_path: str, error: str) -> str:
     """Return the line of an image that was left out, with its path also if the error does not name it."""
-    return f"unreadable  {error if image_path in error else f'{image_path} {error}'}"
+    return one_line(f"unreadable  {error if image_path in error else f'{image_path} {error}'}")

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperOption
 
 from normweave.cli import options
-from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, unreadable
+from normweave.cli.terminal import ALL_NORMAL, UNREADABLE, Terminal, one_line, unreadable
 from normweave.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,6 +98,8 @@ def train(
     """
     if ray is not None and no_cache:
         raise ConfigError("--no-cache is not possible with --ray, whose machines keep features there. Leave it out.")
+    if cache is not None and no_cache:
+        raise ConfigError("--cache names a folder that --no-cache does not use. Leave out one of them.")
 
     from normweave import bundle
     from normweave import settings as all_settings
@@ -189,7 +191,10 @@ def compose_settings(
         result = replace(result, data=replace(result.data, category=options.chosen(category)))
     if subclass:
         result = replace(result, data=replace(result.data, subclass=options.chosen(subclass)))
-    named = {"data.subclass_from": subclass_from, "outcome.false_alarm_rate": false_alarm_rate, "seed": seed}
+    if false_alarm_rate is not None:
+        rate = f"outcome.false_alarm_rate={false_alarm_rate}"
+        result = settings.override(result, [rate], source="--false-alarm-rate")
+    named = {"data.subclass_from": subclass_from, "seed": seed}
     given = [f"{key}={value}" for key, value in named.items() if value is not None]
     return settings.override(result, given + assignments)
 
@@ -250,9 +255,8 @@ def report(terminal: Terminal, detector: "Detector", folder: Path, image_ms: flo
     if detector.calibration is not None:
         terminal.show(detector.calibration.promise)
     for path, score in record.get("suspects", []):
-        terminal.show(
-            f"suspect     {path}: score {score:.4f}, far above the others of its subclass. Is it a good image?"
-        )
+        doubt = f"score {score:.4f}, far above the others of its subclass. Is it a good image?"
+        terminal.show(one_line(f"suspect     {path}: {doubt}"))
     if record.get("precision") == "int8":
         terminal.show(int8_summary(record.get("int8_check")))
     terminal.remark(f"Next: normweave predict {folder} IMAGES…")
@@ -264,6 +268,10 @@ def show_budget(terminal: Terminal, budget: dict[str, Any], image_ms: float | No
     from rich.table import Table
 
     size = f"input {budget['height']} x {budget['width']}, tiles beyond {budget['tile_beyond']:g} times this size"
+    if budget["name"] == "fast":
+        size += (
+            f", {', '.join(budget['settings']) or 'no other setting: this model or your settings have no faster one'}"
+        )
     timed = "" if image_ms is None else f"; {image_ms:.1f} ms an image on this machine"
     terminal.show(f"budget {budget['name']}: {size}{timed}")
     compared = [each for each in budget["candidates"] if each["auroc"] is not None]

@@ -1,8 +1,9 @@
-"""Refuse training images from which nothing can be learned: images of one colour, and the same picture repeated."""
+"""Refuse training images from which nothing can be learned: of one colour, or copies of a picture or of a subclass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,30 @@ def refuse_degenerate(samples: Sequence[Sample]) -> None:
             found = count(own, at_most=2)
             if len(own) > 1 and (found.different == 0 or found.different + found.plain == 1):
                 raise DataError(_explained(f"subclass {subclass} of category {category}", own, found))
+
+
+def refuse_repeated_subclass(samples: Sequence[Sample], contents: Sequence[Hashable]) -> None:
+    """Check that no two subclasses are the same files: an image would be equally near to both.
+
+    Args:
+        contents: content of each image; equal values mean the same file.
+
+    Raises:
+        DataError: two are.
+    """
+    files: defaultdict[str, set[Hashable]] = defaultdict(set)
+    first: dict[str, Sample] = {}
+    for sample, content in zip(samples, contents, strict=True):
+        files[sample.subclass_name].add(content)
+        first.setdefault(sample.subclass_name, sample)
+    seen: dict[frozenset[Hashable], str] = {}
+    for name, own in files.items():
+        if (other := seen.setdefault(frozenset(own), name)) != name:
+            raise DataError(
+                f"Subclasses {other} and {name} are copies of the same {len(own)} files, such as "
+                f"{first[other].image_path}. An image cannot be told to be of one of them. Give each image one "
+                "subclass: correct the labels, or remove one of the copies."
+            )
 
 
 def count(samples: Iterable[Sample], *, at_most: int) -> Pictures:

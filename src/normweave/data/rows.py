@@ -30,6 +30,10 @@ class Refusal:
     image_path: str
     reason: str
 
+    def __str__(self) -> str:
+        """Return the reason with the path, once."""
+        return self.reason if self.image_path in self.reason else f"{self.image_path}: {self.reason}"
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -228,15 +232,16 @@ def refuse_used(scanned: Rows, record: Mapping[str, Any], purpose: str) -> None:
     Raises:
         DataError: one was.
     """
-    used = set(record["fit_hashes"])
+    used = {"training": set(record["fit_hashes"])}
     if purpose == "test":
-        used |= set(record["calibration_hashes"])
+        used["calibration"] = set(record["calibration_hashes"])
     for sample, content in zip(scanned.samples, scanned.hashes, strict=True):
-        if content[:HASH_LETTERS] in used:
-            raise DataError(
-                f"{sample.image_path} was used in training, so it cannot be used for {purpose}: the result would be "
-                "too good. Give images that training has not seen (the same content counts as the same file)."
-            )
+        for before, hashes in used.items():
+            if content[:HASH_LETTERS] in hashes:
+                raise DataError(
+                    f"{sample.image_path} was used in {before}, so it cannot be used for {purpose}: the result would "
+                    f"be too good. Give images that {before} has not seen (the same content counts as the same file)."
+                )
 
 
 def fingerprint(hashes: Iterable[str]) -> str:

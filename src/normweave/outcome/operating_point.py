@@ -305,13 +305,27 @@ class Calibration:
             case "cross-validated":
                 return (
                     f"About {rate} false alarms, estimated by cross-validation over {groups} independent good parts. "
-                    f"This is approximate: plan for up to {200 * self.false_alarm_rate:.3g} %."
+                    f"This is approximate: plan for up to {200 * self.false_alarm_rate:.3g} %.{self._shared}"
                 )
             case "conformal":
                 return (
                     f"At most {rate} false alarms on average, computed from {groups} independent good parts that were "
-                    "not used for fitting."
+                    f"not used for fitting.{self._shared}"
                 )
+
+    @property
+    def _shared(self) -> str:
+        """A sentence about the subclasses without an operating point of their own; empty if there are none."""
+        number, pooled = len(self.subclass_names), 0
+        if self.subclasses is not None:
+            pooled = sum(subclass not in self._score_points for subclass in range(number))
+        if pooled == 0:
+            return ""
+        need = groups_needed(self.false_alarm_rate)
+        return (
+            f" Subclasses with fewer than {need} of these parts ({pooled} of {number}) use a common threshold, whose "
+            "rate holds for them all together, not for each."
+        )
 
     def __len__(self) -> int:
         """Return the number of held-out normal images."""

@@ -94,6 +94,7 @@ class DriftWatch:
         self._monitor: Monitor | None = None
         self._found: list[Finding] = []
         self._raised: set[tuple[str, str]] = set()
+        self._saved = True
         self.refusal: str | None = None
         """Why nothing is followed, for people."""
 
@@ -145,6 +146,8 @@ class DriftWatch:
             return False
         found = self._service.store.inspections(Filter(bundle_hash=own), after=self._last, limit=CHUNK)
         if not found:
+            if not self._saved:
+                self._save()
             return False
         with self._lock:
             for one in found:
@@ -158,6 +161,7 @@ class DriftWatch:
         return len(found) == CHUNK
 
     def _save(self) -> None:
+        """Save the state. Where that fails, the images are followed all the same, and it is tried again."""
         if self._monitor is None:
             return
         state = {
@@ -166,7 +170,14 @@ class DriftWatch:
             "monitor": self._monitor.as_dict(),
             "raised": sorted(self._raised),
         }
-        write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
+        try:
+            write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
+        except OSError as error:
+            if self._saved:
+                log.warning("The state of drift cannot be saved for now: %s", error)
+            self._saved = False
+        else:
+            self._saved = True
 
     def _begin(self, detector: Detector, own: str) -> None:
         """Load the state of this bundle, or begin anew."""
@@ -186,7 +197,7 @@ class DriftWatch:
                     self._found = findings(self._monitor)
             except FileNotFoundError:
                 pass
-            except (OSError, KeyError, TypeError, ValueError) as error:
+            except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 log.warning("The state of drift in %s is damaged (%s); it begins anew.", self._path, error)
                 self._monitor = Monitor(reference.read(detector.record, where="The bundle"))
         self._show_alarms()

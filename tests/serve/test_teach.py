@@ -243,3 +243,35 @@ def test_what_is_refused(teaching, uploads, service, monkeypatch):
         begin(teaching, uploads)
     assert teaching.job is None
     assert not teaching.folder.exists()
+
+
+def test_a_library_that_cannot_be_written_keeps_the_job(teaching, uploads, service, tmp_path):
+    """As on a full disk or in a read-only folder: the message names the folder, and nothing half-written remains."""
+    begin(teaching, uploads)
+    job = ended(teaching)
+    library = tmp_path / "library"
+    library.mkdir()
+    gone = teaching.folder / str(job.id) / "bundle" / "gone"
+    gone.symlink_to(tmp_path / "nowhere")  # the copy fails after the other files
+    service.models = models = FakeModels(library, active=job.base_hash)
+    try:
+        with pytest.raises(TeachError, match=r"cannot be copied into the library .*library: .*Correct") as raised:
+            teaching.keep(job.id, ADA)
+        assert (raised.value.code, raised.value.status) == ("library_unwritable", 503)
+        assert list(library.iterdir()) == []
+        assert (teaching.job.state, models.shadow) == ("done", None)
+        gone.unlink()
+        assert teaching.keep(job.id, ADA).state == "kept"
+    finally:
+        service.models = None
+
+
+def test_a_data_folder_that_cannot_be_written_is_told(teaching, uploads):
+    teaching.folder.write_bytes(b"in the way")
+    with pytest.raises(TeachError, match=r"The images cannot be stored in .*teach: ") as raised:
+        begin(teaching, uploads)
+    assert raised.value.status == 503
+    assert teaching.job is None
+    teaching.folder.unlink()
+    begin(teaching, uploads)
+    assert ended(teaching).state == "done"

@@ -133,7 +133,7 @@ class Teaching:
 
         Raises:
             TeachError: another job is training or not decided (teach_busy); too few or too many images, one is not
-                readable, or a name is not allowed (teach_input).
+                readable, or a name is not allowed (teach_input); they cannot be stored (teach_unwritable).
             MissingError: torch is not installed.
         """
         if (reason := self.missing()) is not None:
@@ -177,9 +177,19 @@ class Teaching:
                 base_hash=base.bundle_hash or "",
             )
             folder = self._folder(job)
-            _write_images(folder / "held_out", held_out)
-            _write_images(folder / "good", [one for row, one in enumerate(different) if row % HOLD_OUT])
-            self._save(job)
+            try:
+                _write_images(folder / "held_out", held_out)
+                _write_images(folder / "good", [one for row, one in enumerate(different) if row % HOLD_OUT])
+                self._save(job)
+            except OSError as error:
+                self._job = None
+                self._remove()
+                raise TeachError(
+                    f"The images cannot be stored in {self.folder}: {error}. Free some space, or correct the "
+                    "permissions of the folder.",
+                    code="teach_unwritable",
+                    status=503,
+                ) from error
             detail = {"category": category, "subclass": subclass, "images": len(different), "base": job.base_hash}
             self._service.store.add_audit("teach_started", actor=actor.name, token=actor.token, detail=detail)
             self._thread = threading.Thread(target=self._train, args=[job, base.network.bundle], daemon=True)
@@ -191,7 +201,7 @@ class Teaching:
 
         Raises:
             TeachError: there is no such job (teach_unknown), it is not done (teach_state), or the server has no library
-                (no_library).
+                (no_library), or one that cannot be written (library_unwritable).
         """
         with self._lock:
             job = self._checked(id, "done")
@@ -206,14 +216,24 @@ class Teaching:
             if not target.exists():
                 unfinished = target.with_name(f"{name}.partial-{job.id}")
                 shutil.rmtree(unfinished, ignore_errors=True)
-                shutil.copytree(self._folder(job) / "bundle", unfinished)
-                unfinished.rename(target)
-            error = None
+                try:
+                    shutil.copytree(self._folder(job) / "bundle", unfinished)
+                    unfinished.rename(target)
+                except OSError as error:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # of the first file
+                    raise TeachError(
+                        f"The new bundle cannot be copied into the library {models.library.folder}: {reason}. Correct "
+                        "the permissions of the folder, or free some space. Then press Keep again.",
+                        code="library_unwritable",
+                        status=503,
+                    ) from error
+            failure = None
             try:
                 self._start_shadow(models, job, actor)
-            except NormweaveError as reason:
-                error = f"It is in the library, but not in the shadow: {reason}"
-            job = replace(job, state="kept", in_shadow=error is None, error=error)
+            except NormweaveError as refusal:
+                failure = f"It is in the library, but not in the shadow: {refusal}"
+            job = replace(job, state="kept", in_shadow=failure is None, error=failure)
             self._save(job)
             self._audit("teach_kept", job, actor)
             return job

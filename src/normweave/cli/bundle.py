@@ -66,8 +66,11 @@ def diff(terminal: Terminal, bundle: options.Bundle, other: Other) -> int:
     for name, (old, new) in found.get("files", {}).items():
         before, after = ("none" if each is None else each[:12] for each in (old, new))
         terminal.show(f"file {name}: {before} -> {after}")
-    for step in found.get("history", []):
-        terminal.show(f"only in the second: {_step(step)}")
+    for key, where in (("history", "second"), ("history_only_first", "first")):
+        for step in found.get(key, []):
+            terminal.show(f"only in the {where}: {_step(step)}")
+    if "record" in found:
+        terminal.show(f"other parts of bundle.json differ: {', '.join(found['record']) or 'its form only'}")
     return ALL_NORMAL
 
 

@@ -48,9 +48,13 @@ def open_store(place: str) -> Store:
     return Store.open(path, migrate=False)
 
 
-def images(store: Store, *, bundle_hash: str, by: stream.By) -> Iterator[Image]:
-    """Yield the inspections of a bundle as images of the line, oldest first."""
-    for one in store.iter_inspections(Filter(bundle_hash=bundle_hash)):
+def images(store: Store, *, bundle_hash: str, by: stream.By, line: str | None = None) -> Iterator[Image]:
+    """Yield the inspections of a bundle as images of the line, oldest first.
+
+    Args:
+        line: its name; None: all lines of the store as one.
+    """
+    for one in store.iter_inspections(Filter(bundle_hash=bundle_hash, line=line)):
         image = image_of(one, by=by)
         if image is not None:
             yield image
@@ -144,7 +148,8 @@ class DriftWatch:
             self._begin(detector, own)
         if self._monitor is None:
             return False
-        found = self._service.store.inspections(Filter(bundle_hash=own), after=self._last, limit=CHUNK)
+        store = self._service.store
+        found = store.inspections(Filter(bundle_hash=own, line=store.line), after=self._last, limit=CHUNK)
         if not found:
             if not self._saved:
                 self._save()

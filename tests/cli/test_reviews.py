@@ -139,3 +139,12 @@ def test_wrong_calls(reviewed, tmp_path):
     assert "a server uses its own" in refused("http://127.0.0.1:9", "--database", "postgresql://x/y")
     assert "does not answer" in refused("http://127.0.0.1:9")
     assert "must be in [0, 0.5)" in refused(reviewed.folder, "--wrong-reviews", "0.7")
+    assert "must be in [0, 0.5)" in refused("http://127.0.0.1:9", "--wrong-reviews", "0.7")
+    missing = tmp_path / "none.txt"
+    assert f"token cannot be read from {missing}" in refused("http://127.0.0.1:9", "--token-file", missing)
+    missing.write_bytes(b"\xff\xfe\xff")
+    assert f"token cannot be read from {missing}" in refused("http://127.0.0.1:9", "--token-file", missing)
+    missing.unlink()
+    other = run("data", "from-reviews", reviewed.folder, "-o", tmp_path / "m.txt")
+    assert (other.exit_code, "a manifest ends in .csv or .parquet" in other.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == []  # no image is copied for a call that is wrong

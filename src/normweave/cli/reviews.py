@@ -57,8 +57,12 @@ def from_reviews(
     Good images are marked train, defective ones test. The image files are copied beside the manifest. The proposed
     operating point is printed only.
     """
+    from normweave.data.manifest import check_ending
+    from normweave.outcome.measured import check_wrong_reviews
     from normweave.outcome.parts import compile_pattern
 
+    check_ending(output)
+    check_wrong_reviews(wrong_reviews)
     try:
         from normweave import serve as server
         from normweave.serve import rates, reviews
@@ -71,7 +75,7 @@ def from_reviews(
     if source.startswith(("http://", "https://")):
         if bundle is not None or database is not None:
             raise ConfigError("--bundle and --database are for a data folder; a server uses its own. Leave them out.")
-        remote = reviews.ServerSource(source, "" if token_file is None else token_file.read_text("utf-8").strip())
+        remote = reviews.ServerSource(source, "" if token_file is None else _token(token_file))
         with terminal.progress() as progress:
             exported = reviews.export(remote, output, part=pattern, progress=progress)
         measured = remote.read("/v1/reviews/rates", wrong_reviews=wrong_reviews, detection=detection)
@@ -103,6 +107,18 @@ def from_reviews(
     return _report(terminal, output, exported, found.as_dict(), bundle=bundle)
 
 
+def _token(path: Path) -> str:
+    """Return the token of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"The token cannot be read from {path}: {error}. Give a text file with it.") from error
+
+
 def _report(terminal: Terminal, output: Path, exported: "Export", rates: dict[str, Any], *, bundle: Path | None) -> int:
     """Print what was written and measured, and return the exit code."""
     good = sum(sample.label == "normal" for sample in exported.samples)
@@ -128,7 +144,8 @@ def _report(terminal: Terminal, output: Path, exported: "Export", rates: dict[st
         terminal.show(f"{exported.removed} reviewed images are left out: retention has removed them.")
     for name, inspection, decisions in exported.contradictions:
         different = ", ".join(f"{decision} by {reviewer}" for reviewer, decision in decisions.items())
-        terminal.show(f"contradiction: {name} (inspection {inspection}): {different}. The last one counts.")
+        image = f"{name} (inspection {inspection})" if name else f"inspection {inspection}"
+        terminal.show(f"contradiction: {image}: {different}. The last one counts.")
     for line in measured_lines(rates):
         terminal.show(line)
     if rates["operating_points"]:

@@ -26,6 +26,13 @@ def test_a_bundle_is_shown_with_its_history(fusion_bundle):
     assert found["history"][0]["action"] == "trained"
 
 
+def test_a_step_that_was_edited_is_shown(fusion_bundle, tmp_path):
+    record = bundle.read(fusion_bundle) | {"history": [{"action": "moved"}]}
+    bundle.rewrite(fusion_bundle, tmp_path / "edited", record=record)
+    result = run("bundle", "show", tmp_path / "edited")
+    assert (result.exit_code, "? moved, ? images, normweave ?\n" in result.stdout) == (0, True)
+
+
 def test_two_bundles_are_compared(fusion_bundle, lower):
     result = run("bundle", "diff", fusion_bundle, lower)
     assert result.exit_code == 0, result.output

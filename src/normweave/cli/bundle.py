@@ -98,9 +98,10 @@ def verify(terminal: Terminal, bundle: options.Bundle) -> int:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """Return a step of the history as text."""
+    """Return a step of the history as text; ? for what an edited record lacks."""
     what = f"{step['action']} {step['subclass']}" if "subclass" in step else step["action"]
     user = f" by {step['user']}" if step.get("user") else ""
-    parent = f", from {step['parent'][:12]}" if step.get("parent") else ""
+    parent = f", from {step['parent']:.12}" if step.get("parent") else ""
     command = f": {step['command']}" if step.get("command") else ""
-    return f"{step['date']} {what}{user}, {step['images']} images{parent}, normweave {step['software']}{command}"
+    date, images, software = (step.get(key, "?") for key in ("date", "images", "software"))
+    return f"{date} {what}{user}, {images} images{parent}, normweave {software}{command}"

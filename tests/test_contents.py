@@ -1,5 +1,7 @@
 """What `bundle show`, `diff` and `verify` find."""
 
+import shutil
+
 import pytest
 
 from normweave import bundle, contents
@@ -57,6 +59,19 @@ def test_an_added_subclass_is_a_difference(fusion_bundle, tmp_path):
     assert found["images"] == {"only_first": 0, "only_second": 1}
     assert found["history"] == [{"action": "added"}]
     assert contents.describe(tmp_path / "new")["operating_points"][-1]["subclass"] == "cloth/new"
+
+
+def test_a_step_of_the_first_or_another_value_is_a_difference(fusion_bundle, tmp_path):
+    record = bundle.read(fusion_bundle)
+    step = {"action": "removed"}
+    bundle.rewrite(fusion_bundle, tmp_path / "longer", record=record | {"history": [*record["history"], step]})
+    assert contents.differences(tmp_path / "longer", fusion_bundle) == {"history_only_first": [step]}
+    bundle.rewrite(fusion_bundle, tmp_path / "noted", record=record | {"note": "by hand"})
+    assert contents.differences(fusion_bundle, tmp_path / "noted") == {"record": ["note"]}
+    text = (tmp_path / "noted" / "bundle.json").read_text()
+    shutil.copytree(tmp_path / "noted", tmp_path / "spaced")
+    (tmp_path / "spaced" / "bundle.json").write_text(f"{text}\n")
+    assert contents.differences(tmp_path / "noted", tmp_path / "spaced") == {"record": []}
 
 
 def test_hashes_and_scores_are_verified(fusion_bundle, other, tmp_path, monkeypatch):

@@ -331,6 +331,13 @@ def test_a_record_that_lacks_something(copy, key):
         Detector.load(copy)
 
 
+def test_fewer_names_than_subclasses_of_the_network(detector, photos, monkeypatch):
+    """As in a record that was edited: images are routed to a subclass without a name."""
+    monkeypatch.setattr(detector, "subclass_names", detector.subclass_names[:1])
+    with pytest.raises(BundleError, match=r"has a subclass \d, and bundle.json names 1 \(subclass_names\)"):
+        detector.score(photos)
+
+
 def test_names_without_a_subclass(copy):
     rewritten(copy, lambda record: record.update(subclasses={}))
     with pytest.raises(BundleError, match="routes to"):

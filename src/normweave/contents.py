@@ -65,8 +65,13 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
         "images": {"only_first": len(hashes[0] - hashes[1]), "only_second": len(hashes[1] - hashes[0])},
         "files": files,
         "history": [step for step in new["history"] if step not in old["history"]],
+        "history_only_first": [step for step in old["history"] if step not in new["history"]],
     }
-    return {key: value for key, value in parts.items() if value and value != {"only_first": 0, "only_second": 0}}
+    found = {key: value for key, value in parts.items() if value and value != {"only_first": 0, "only_second": 0}}
+    if not found and old["bundle_hash"] != new["bundle_hash"]:  # something that people seldom look for
+        keys = [key for key in dict.fromkeys([*records[0], *records[1]]) if records[0].get(key) != records[1].get(key)]
+        return {"record": keys}
+    return found
 
 
 def verify(folder: Path, *, threads: int | None = None, device: str = "auto") -> dict[str, Any]:

@@ -270,13 +270,19 @@ class Detector:
                         found, full_map, tiles.raw.nearest, image.tiles, placement=image.placement
                     )
         cells = cells_inside(image.parts_inside, tiles.raw.scores.shape[1:])
-        category, subclass = self.product(scored.subclass)
         names = self.subclass_names
         seen = None if image.pixels is None else statistics.of_image(image.pixels)
         experts: tuple[ExpertWeight, ...] = ()
         if scored.weights is not None:
             order = np.lexsort((-scored.weights,))  # stable
-            experts = tuple(ExpertWeight(names[k], float(scored.weights[k])) for k in order if scored.weights[k] > 0)
+            used = [k for k in order if scored.weights[k] > 0]
+            if used and max(used) >= len(names):
+                raise BundleError(
+                    f"The network has a subclass {max(used) + 1}, and bundle.json names {len(names)} (subclass_names). "
+                    "Copy the bundle again or retrain."
+                )
+            experts = tuple(ExpertWeight(names[k], float(scored.weights[k])) for k in used)
+        category, subclass = self.product(scored.subclass)
         return Outcome(
             image_path=image.path,
             verdict=decision.verdict,

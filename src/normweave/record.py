@@ -36,9 +36,15 @@ def parse_record(record: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
             "subclass_names": names,
             "record": {key: value for key, value in record.items() if key not in bundle.OPERATING_POINTS},
         }
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        _check_images(record)
+        _check_history(record)
+    except KeyError as error:
         raise BundleError(
             f"{where}/bundle.json lacks or misplaces {error}. Copy the bundle again or retrain."
+        ) from error
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
+        raise BundleError(
+            f"{where}/bundle.json has a value that cannot be used: {error}. Copy the bundle again or retrain."
         ) from error
     if unknown := [name for name in names if name not in subclasses]:
         raise BundleError(
@@ -46,6 +52,21 @@ def parse_record(record: Mapping[str, Any], *, where: Path) -> dict[str, Any]:
             "again or retrain."
         )
     return parts
+
+
+def _check_images(record: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError if the hashes of the images, with which others are compared, are not texts."""
+    for key in ("fit_hashes", "calibration_hashes"):
+        if not isinstance(record[key], list) or not all(isinstance(text, str) for text in record[key]):
+            raise ValueError(f"{key} must be a list of texts, got {record[key]!r:.60}")
+
+
+def _check_history(record: Mapping[str, Any]) -> None:
+    """Raise ValueError if the history is not of steps; a bundle of an earlier version has none."""
+    steps = record.get(history.KEY, [])
+    for step in steps if isinstance(steps, list) else [steps]:
+        if not isinstance(step, dict) or not isinstance(step.get("action"), str):
+            raise ValueError(f"a step of the history must have an action, got {step!r:.60}")
 
 
 def trained_record(config: Config, network: TorchNetwork, division: splits.Division) -> dict[str, Any]:

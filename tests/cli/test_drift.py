@@ -80,6 +80,12 @@ def test_the_store_of_a_server_is_read(bundle, results, tmp_path):
     assert (done.exit_code, output["findings"][0]["cause"]) == (1, "lighting or camera")
     assert len({window["window"] for window in output["windows"]}) >= 2
     assert output["findings"][0]["since"].isdecimal()
+    of_line = run("drift", bundle, "--store", tmp_path / "data", "--line", kept[0].line, "--json")
+    assert json.loads(of_line.stdout) == output
+    other = run("drift", bundle, "--store", tmp_path / "data", "--line", "Press 99")
+    assert (other.exit_code, "No image of" in other.output) == (2, True)
+    of_file = run("drift", bundle, "--results", results, "--line", "Press 99")
+    assert (of_file.exit_code, "--line chooses inspections of a store" in of_file.output) == (2, True)
 
 
 def test_wrong_calls(bundle, results, tmp_path):

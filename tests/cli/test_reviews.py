@@ -139,3 +139,30 @@ def test_wrong_calls(reviewed, tmp_path):
     assert "a server uses its own" in refused("http://127.0.0.1:9", "--database", "postgresql://x/y")
     assert "does not answer" in refused("http://127.0.0.1:9")
     assert "must be in [0, 0.5)" in refused(reviewed.folder, "--wrong-reviews", "0.7")
+    assert "must be in [0, 0.5)" in refused("http://127.0.0.1:9", "--wrong-reviews", "0.7")
+    missing = tmp_path / "none.txt"
+    assert f"token cannot be read from {missing}" in refused("http://127.0.0.1:9", "--token-file", missing)
+    missing.write_bytes(b"\xff\xfe\xff")
+    assert f"token cannot be read from {missing}" in refused("http://127.0.0.1:9", "--token-file", missing)
+    missing.unlink()
+    other = run("data", "from-reviews", reviewed.folder, "-o", tmp_path / "m.txt")
+    assert (other.exit_code, "a manifest ends in .csv or .parquet" in other.stderr) == (2, True)
+    assert list(tmp_path.iterdir()) == []  # no image is copied for a call that is wrong
+
+
+def test_images_that_several_servers_share(reviewed, tmp_path):
+    """As with serve --images: without their place, all would be called removed by retention."""
+    folder, shared, manifest = tmp_path / "server-1", tmp_path / "images", tmp_path / "m.csv"
+    folder.mkdir()
+    shutil.copy(reviewed.folder / "store.sqlite", folder)
+    shutil.copytree(reviewed.folder / "files", shared)
+    without = run("data", "from-reviews", folder, "-o", manifest)
+    assert (without.exit_code, f"no folder {folder / 'files'} with the images" in without.stderr) == (2, True)
+    result = run("data", "from-reviews", folder, "-o", manifest, "--images", shared, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["removed"] == 0
+    direct = tmp_path / "direct" / "m.csv"
+    run("data", "from-reviews", reviewed.folder, "-o", direct)
+    assert rows_of(manifest) == rows_of(direct)
+    of_server = run("data", "from-reviews", "http://127.0.0.1:9", "-o", manifest, "--images", shared)
+    assert (of_server.exit_code, "a server uses its own" in of_server.stderr) == (2, True)

@@ -62,6 +62,23 @@ def test_the_camera_is_the_folder_and_hours_need_the_time(tmp_path):
     (image,) = from_results(timed, bundle_hash=OWN, by="hour")
     assert image.window.endswith(":00")
     assert image.at == "2026-03-05T12:34:56+00:00"
+    for early in ("0001-01-01T00:00:00+00:00", "9999-12-31T23:59:59-23:00", "", 17):
+        with pytest.raises(DataError, match=r"Line 1 of .*: received_at must be a time"):
+            list(from_results(written(tmp_path, [row(0, received_at=early)]), bundle_hash=OWN, by="shift"))
+
+
+def test_images_come_in_the_order_of_their_time(tmp_path):
+    """The REST interface lists the newest first; tested in that order, a change would begin where it has ended."""
+    times = [f"2026-03-05T{number // 60:02}:{number % 60:02}:00+00:00" for number in range(150)]
+    rows = [row(number, received_at=at) for number, at in enumerate(times)]
+    images = list(from_results(written(tmp_path, rows[::-1]), bundle_hash=OWN))
+    assert [image.at for image in images] == times
+    assert [images[99].window, images[100].window] == ["images 1 to 100", "images 101 to 200"]
+    by_hour = list(from_results(written(tmp_path, rows[::-1]), bundle_hash=OWN, by="hour"))
+    assert [image.name for image in by_hour] == [image.name for image in images]
+    del rows[7]["received_at"]
+    images = list(from_results(written(tmp_path, rows[::-1]), bundle_hash=OWN))
+    assert images[0].at == times[-1]
 
 
 @pytest.mark.parametrize(("hour", "shift"), [(5, "04 night"), (6, "05 early"), (14, "05 late"), (22, "05 night")])

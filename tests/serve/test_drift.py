@@ -1,5 +1,6 @@
 """Drift of the inspections of a server."""
 
+import json
 import threading
 from copy import copy
 from dataclasses import replace
@@ -115,9 +116,19 @@ def test_each_alarm_is_stored_once_and_the_webhook_of_the_line_is_sent_it(servic
     assert by_id[alarms[0].id]["data"]["advice"] == alarms[0].advice
 
 
-def test_a_damaged_state_begins_anew(service, loaded, photos, watching, tmp_path):
-    (tmp_path / "drift.json").write_text('{"bundle_hash": 3')
+@pytest.mark.parametrize(
+    "text", ['{"bundle_hash": 3', '"count": Infinity', '"recent": [[1]]', '"windows": [["x", [[[], {}]]]]']
+)
+def test_a_damaged_state_begins_anew(service, loaded, photos, watching, tmp_path, text):
+    watch, path = watching(), tmp_path / "drift.json"
     scored(loaded, photos, service, 3)
+    watch.step()
+    if text.startswith("{"):
+        path.write_text(text)
+    else:
+        state = json.loads(path.read_text())
+        state["monitor"] |= json.loads(f"{{{text}}}")
+        path.write_text(json.dumps(state))
     watch = watching()
     watch.step()
     assert watch.state()[1].count == 3
@@ -176,3 +187,21 @@ def test_a_new_leader_stores_the_alarms_that_the_one_before_may_not_have_stored(
     late.start()
     late.stop()
     assert alarms() == found  # the leader of that time has stored them
+
+
+def test_the_thread_goes_on_when_the_state_cannot_be_saved(service, loaded, photos, watching, tmp_path, monkeypatch):
+    """As on a full disk: the alarms of the next images would be missed until the server starts again."""
+    monkeypatch.setattr(drift, "STEP_SECONDS", 0.01)
+    (tmp_path / "drift.json").mkdir()  # nothing can be renamed to it
+    scored(loaded, photos, service, 2)
+    watch = watching()
+    watch.start()
+    until(lambda: watch.state()[1] is not None and watch.state()[1].count == 2)
+    scored(loaded, photos, service, 2)
+    until(lambda: watch.state()[1].count == 4)
+    (tmp_path / "drift.json").rmdir()
+    until((tmp_path / "drift.json").is_file)
+    watch.stop()
+    again = watching()
+    again.step()
+    assert again.state()[1].count == 4

@@ -26,6 +26,7 @@ def test_bundles_are_listed_with_their_facts_and_damaged_ones_with_the_reason(li
     assert old.damage is None
     assert found["new"].bundle_hash != old.bundle_hash
     assert "model.onnx is not the file that was saved" in found["torn"].damage
+    assert found["torn"].damage.startswith("model.onnx")  # its name stands beside it
     assert str(library.folder) not in found["torn"].damage  # pages show no path of the server
 
 

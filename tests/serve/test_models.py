@@ -56,6 +56,15 @@ def test_the_only_bundle_is_active_and_else_one_is_chosen_by_its_name(library, h
     assert ModelStore(kept).active().bundle_hash == hashes["old"]
 
 
+def test_a_library_without_a_usable_bundle_asks_for_one(library, kept):
+    for name in ("old", "new"):
+        damage(library.folder / name)
+    with pytest.raises(
+        ConfigError, match=r"has no usable bundle\. Put one into it, .*torn cannot be used: model\.onnx"
+    ):
+        choose_active(library, kept, name=None)
+
+
 def test_each_line_keeps_its_active_bundle(library, kept):
     assert choose_active(library, kept, name="new").name == "new"
     assert choose_active(library, kept, name=None).name == "new"

@@ -31,7 +31,7 @@ def decide(service, one, decision, *, reviewer="Ada", minutes=0, **fields):
 
 
 def source_of(service):
-    return StoreSource(service.store, service.files.folder)
+    return StoreSource(service.store, service.files.read)
 
 
 def rows_of(manifest):

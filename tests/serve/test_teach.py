@@ -1,5 +1,6 @@
 """A new product is taught in a process of its own; nothing half-written remains, whatever ends it."""
 
+import hashlib
 import json
 import os
 import re
@@ -235,11 +236,56 @@ def test_what_is_refused(teaching, uploads, service, monkeypatch):
     category, subclass = next(iter(service.detector.subclasses.values()))
     with pytest.raises(TeachError, match=f"knows {category}/{subclass} already"):
         begin(teaching, uploads, category=category, subclass=subclass)
-    for name in ("", "../x", "a/b", "x" * 61, ". ", "a\n"):
-        with pytest.raises(TeachError, match="The subclass must have 1 to 60 characters"):
+    for name in ("", "../x", "a/b", "x" * 61, ". ", "a\n", "a\u2028b", "a\u200bb"):
+        with pytest.raises(TeachError, match="The subclass must have 1 to 60 printable characters"):
             begin(teaching, uploads, subclass=name)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingError, match=r'pip install "normweave\[train\]"'):
         begin(teaching, uploads)
     assert teaching.job is None
     assert not teaching.folder.exists()
+
+
+def test_a_library_that_cannot_be_written_keeps_the_job(teaching, uploads, service, tmp_path):
+    """As on a full disk or in a read-only folder: the message names the folder, and nothing half-written remains."""
+    begin(teaching, uploads)
+    job = ended(teaching)
+    library = tmp_path / "library"
+    library.mkdir()
+    gone = teaching.folder / str(job.id) / "bundle" / "gone"
+    gone.symlink_to(tmp_path / "nowhere")  # the copy fails after the other files
+    service.models = models = FakeModels(library, active=job.base_hash)
+    try:
+        with pytest.raises(TeachError, match=r"cannot be copied into the library .*library: .*Correct") as raised:
+            teaching.keep(job.id, ADA)
+        assert (raised.value.code, raised.value.status) == ("library_unwritable", 503)
+        assert list(library.iterdir()) == []
+        assert (teaching.job.state, models.shadow) == ("done", None)
+        gone.unlink()
+        assert teaching.keep(job.id, ADA).state == "kept"
+    finally:
+        service.models = None
+
+
+def test_a_data_folder_that_cannot_be_written_is_told(teaching, uploads):
+    teaching.folder.write_bytes(b"in the way")
+    with pytest.raises(TeachError, match=r"The images cannot be stored in .*teach: ") as raised:
+        begin(teaching, uploads)
+    assert raised.value.status == 503
+    assert teaching.job is None
+    teaching.folder.unlink()
+    begin(teaching, uploads)
+    assert ended(teaching).state == "done"
+
+
+def test_images_of_the_training_are_refused_by_their_names(teaching, uploads, service, monkeypatch):
+    """Also those that would be held out: they would be scored as if they were new."""
+    hashes = [hashlib.sha256(one.content).hexdigest()[:16] for one in (uploads[0], *uploads[2:9])]
+    record = service.detector.record
+    monkeypatch.setattr(service.detector, "record", record | {"fit_hashes": hashes[:1]})
+    with pytest.raises(TeachError, match=r"^part 0\.png was used in training already\. Give images"):
+        begin(teaching, uploads)
+    monkeypatch.setattr(service.detector, "record", record | {"calibration_hashes": hashes})
+    with pytest.raises(TeachError, match=r"^part 0.png, part 2.png, .*, part 5.png and 3 more were used in training"):
+        begin(teaching, uploads)
+    assert teaching.job is None

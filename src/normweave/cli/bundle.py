@@ -66,8 +66,11 @@ def diff(terminal: Terminal, bundle: options.Bundle, other: Other) -> int:
     for name, (old, new) in found.get("files", {}).items():
         before, after = ("none" if each is None else each[:12] for each in (old, new))
         terminal.show(f"file {name}: {before} -> {after}")
-    for step in found.get("history", []):
-        terminal.show(f"only in the second: {_step(step)}")
+    for key, where in (("history", "second"), ("history_only_first", "first")):
+        for step in found.get(key, []):
+            terminal.show(f"only in the {where}: {_step(step)}")
+    if "record" in found:
+        terminal.show(f"other parts of bundle.json differ: {', '.join(found['record']) or 'its form only'}")
     return ALL_NORMAL
 
 
@@ -95,9 +98,10 @@ def verify(terminal: Terminal, bundle: options.Bundle) -> int:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """Return a step of the history as text."""
+    """Return a step of the history as text; ? for what an edited record lacks."""
     what = f"{step['action']} {step['subclass']}" if "subclass" in step else step["action"]
     user = f" by {step['user']}" if step.get("user") else ""
-    parent = f", from {step['parent'][:12]}" if step.get("parent") else ""
+    parent = f", from {step['parent']:.12}" if step.get("parent") else ""
     command = f": {step['command']}" if step.get("command") else ""
-    return f"{step['date']} {what}{user}, {step['images']} images{parent}, normweave {step['software']}{command}"
+    date, images, software = (step.get(key, "?") for key in ("date", "images", "software"))
+    return f"{date} {what}{user}, {images} images{parent}, normweave {software}{command}"

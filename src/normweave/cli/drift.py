@@ -41,6 +41,12 @@ def drift(
         Path | None,
         typer.Option(help="Results of 'normweave predict --output FILE.jsonl'.", show_default=False),
     ] = None,
+    line: Annotated[
+        str | None,
+        typer.Option(
+            help="Only the inspections of this line of the store (serve --name).", show_default="all lines as one"
+        ),
+    ] = None,
     by: Annotated[
         By | None,
         typer.Option(
@@ -58,6 +64,8 @@ def drift(
 
     if (store is None) == (results is None):
         raise ConfigError("Give either --store or --results.")
+    if line is not None and store is None:
+        raise ConfigError("--line chooses inspections of a store, and results have no line. Leave it out.")
     references = reference.read(bundles.read(bundle), where=bundle)
     monitor = Monitor(references, seed=SEED if terminal.seed is None else terminal.seed)
     own = bundles.bundle_hash(bundle)
@@ -71,7 +79,7 @@ def drift(
 
         assert store is not None
         with closing(stored.open_store(store)) as opened:
-            _feed(monitor, stored.images(opened, bundle_hash=own, by=chosen or "hour"))
+            _feed(monitor, stored.images(opened, bundle_hash=own, by=chosen or "hour", line=line))
     if not monitor.count:
         raise DataError(f"No image of {bundle} to compare with. Inspect images with this bundle first.")
     return report(terminal, monitor)

@@ -1,6 +1,7 @@
 """`normweave data from-reviews`: reviewed images of a server as a manifest, and the rates that the reviews measure."""
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,13 @@ def from_reviews(
         str | None,
         typer.Option(help="postgresql://… of the server instead of SQLite in the folder.", show_default=False),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or s3://… of the images, if the server has them elsewhere (serve --images).",
+            show_default=False,
+        ),
+    ] = None,
     token_file: Annotated[
         Path | None, typer.Option(help="File with a token of the server.", show_default=False)
     ] = None,
@@ -57,11 +65,18 @@ def from_reviews(
     Good images are marked train, defective ones test. The image files are copied beside the manifest. The proposed
     operating point is printed only.
     """
+    from normweave.data.manifest import check_ending
+    from normweave.data.stored import is_url
+    from normweave.outcome.measured import check_wrong_reviews
     from normweave.outcome.parts import compile_pattern
 
+    check_ending(output)
+    check_wrong_reviews(wrong_reviews)
     try:
         from normweave import serve as server
         from normweave.serve import rates, reviews
+        from normweave.serve.files import read_content
+        from normweave.serve.object_files import ObjectFiles
         from normweave.serve.store import Store
     except ImportError as error:
         raise MissingError(
@@ -69,9 +84,11 @@ def from_reviews(
         ) from error
     pattern = compile_pattern(part)
     if source.startswith(("http://", "https://")):
-        if bundle is not None or database is not None:
-            raise ConfigError("--bundle and --database are for a data folder; a server uses its own. Leave them out.")
-        remote = reviews.ServerSource(source, "" if token_file is None else token_file.read_text("utf-8").strip())
+        if bundle is not None or database is not None or images is not None:
+            raise ConfigError(
+                "--bundle, --database and --images are for a data folder; a server uses its own. Leave them out."
+            )
+        remote = reviews.ServerSource(source, "" if token_file is None else _token(token_file))
         with terminal.progress() as progress:
             exported = reviews.export(remote, output, part=pattern, progress=progress)
         measured = remote.read("/v1/reviews/rates", wrong_reviews=wrong_reviews, detection=detection)
@@ -82,6 +99,10 @@ def from_reviews(
             f"{folder} has no {server.DATABASE}, so it is no data folder of a server. Give the folder of serve --data, "
             "or the database (--database)."
         )
+    files = images or str(folder / server.FILES)
+    if not is_url(files) and not Path(files).is_dir():
+        raise DataError(f"There is no folder {files} with the images. Give that of serve --images with --images.")
+    read = ObjectFiles(files).read if is_url(files) else partial(read_content, Path(files))
     calibration = bundle_hash = None
     if bundle is not None:
         from normweave.detector import Detector
@@ -90,8 +111,7 @@ def from_reviews(
         calibration, bundle_hash = detector.calibration, detector.bundle_hash
     with closing(Store.open(database or folder / server.DATABASE, migrate=False)) as store:
         with terminal.progress() as progress:
-            stored = reviews.StoreSource(store, folder / server.FILES)
-            exported = reviews.export(stored, output, part=pattern, progress=progress)
+            exported = reviews.export(reviews.StoreSource(store, read), output, part=pattern, progress=progress)
         found = rates.measured_rates(
             store,
             bundle_hash or rates.newest_bundle(store),
@@ -101,6 +121,18 @@ def from_reviews(
             detection=detection,
         )
     return _report(terminal, output, exported, found.as_dict(), bundle=bundle)
+
+
+def _token(path: Path) -> str:
+    """Return the token of a file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_text("utf-8-sig").strip()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"The token cannot be read from {path}: {error}. Give a text file with it.") from error
 
 
 def _report(terminal: Terminal, output: Path, exported: "Export", rates: dict[str, Any], *, bundle: Path | None) -> int:
@@ -128,7 +160,8 @@ def _report(terminal: Terminal, output: Path, exported: "Export", rates: dict[st
         terminal.show(f"{exported.removed} reviewed images are left out: retention has removed them.")
     for name, inspection, decisions in exported.contradictions:
         different = ", ".join(f"{decision} by {reviewer}" for reviewer, decision in decisions.items())
-        terminal.show(f"contradiction: {name} (inspection {inspection}): {different}. The last one counts.")
+        image = f"{name} (inspection {inspection})" if name else f"inspection {inspection}"
+        terminal.show(f"contradiction: {image}: {different}. The last one counts.")
     for line in measured_lines(rates):
         terminal.show(line)
     if rates["operating_points"]:

@@ -80,6 +80,16 @@ def read_manifest(path: str | os.PathLike[str]) -> list[Sample]:
     return samples
 
 
+def check_ending(path: Path) -> None:
+    """Check that `write_manifest` knows the ending; call it before long work.
+
+    Raises:
+        DataError: it does not.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Name the file so.")
+
+
 def write_manifest(
     samples: Iterable[Sample],
     path: str | os.PathLike[str],
@@ -95,12 +105,11 @@ def write_manifest(
         DataError: the path has another ending, or the name of a file is not UTF-8.
     """
     path = Path(path)
+    check_ending(path)
     rows = [_row(sample, path.parent) for sample in samples]
     columns = COLUMNS if notes is None else COLUMNS + NOTES
     if notes is not None:
         rows = [row | dict(note) for row, note in zip(rows, notes, strict=True)]
-    if path.suffix.lower() not in ENDINGS:
-        raise DataError(f"{path}: a manifest ends in {' or '.join(ENDINGS)}. Name the file so.")
     for row in rows:
         for column, value in row.items():
             if not _is_text(value):

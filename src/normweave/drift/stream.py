@@ -56,12 +56,14 @@ def _fields(get: Callable[[str], Any]) -> tuple[int, ...]:
 
 
 def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Iterator[Image]:
-    """Yield the images of a .jsonl file of `normweave predict`, in the order of its lines.
+    """Yield the images of a .jsonl file of `normweave predict`.
+
+    They come in the order of `received_at` if each line has this time, as the REST interface returns it (newest first);
+    else in the order of the lines.
 
     Args:
         bundle_hash: of the bundle; results of another one cannot be compared.
-        by: hour and shift need `received_at` in each line, as the REST interface returns it; the camera is the folder.
-            None: windows of `RANGE` images.
+        by: hour and shift need `received_at` in each line; the camera is the folder. None: windows of `RANGE` images.
 
     Raises:
         DataError: it is not such a file, or its results are of another bundle or have no statistics.
@@ -71,7 +73,8 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
         lines = path.open(encoding="utf-8-sig", errors="surrogatepass")
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error}. Give a .jsonl of normweave predict.") from error
-    readable = count = 0
+    readable = 0
+    found: list[tuple[datetime | None, Image]] = []
     with lines:
         for number, text in enumerate(_texts(path, lines), 1):
             row = _row(path, number, text)
@@ -90,10 +93,8 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
                     f"--by {by} needs the time of each image, which line {number} of {path} lacks. Leave --by out, or "
                     "use --store."
                 )
-            window = f"images {count // RANGE * RANGE + 1} to {(count // RANGE + 1) * RANGE}"
-            if by is not None:
-                moment = datetime.now().astimezone() if at is None else _moment(path, number, at)
-                window = window_of(by, moment, str(PurePath(name).parent))
+            moment = None if at is None else _moment(path, number, at)
+            window = window_of(by, moment or datetime.now(), str(PurePath(name).parent)) if by is not None else ""
             try:
                 image = image_of(row, name=name, at=str(at or ""), window=window)
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -101,13 +102,18 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
                     f"Line {number} of {path} has a value that is no number ({error}). Predict the images again."
                 ) from error
             if image is not None:
-                count += 1
-                yield image
-    if readable and not count:
+                found.append((moment, image))
+    if readable and not found:
         raise DataError(
             f"No result of {path} has all statistics of its image: they were written by an earlier normweave, or a "
             "number is missing. Predict the images again."
         )
+    times = [moment.timestamp() for moment, _ in found if moment is not None]
+    order = range(len(found)) if len(times) < len(found) else sorted(range(len(found)), key=times.__getitem__)
+    for count, place in enumerate(order):
+        image = found[place][1]
+        ranges = f"images {count // RANGE * RANGE + 1} to {(count // RANGE + 1) * RANGE}"
+        yield image if by is not None else image._replace(window=ranges)
 
 
 def _texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
@@ -119,8 +125,10 @@ def _texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
 
 def _moment(path: Path, number: int, at: object) -> datetime:
     try:
-        return datetime.fromisoformat(str(at))
-    except ValueError as error:
+        moment = datetime.fromisoformat(str(at)).astimezone()
+        window_of("shift", moment, "")  # the first hours of the first year belong to no day
+        return moment
+    except (OverflowError, ValueError) as error:
         raise DataError(
             f"Line {number} of {path}: received_at must be a time as 2026-11-26T14:00:00+00:00, got {at!r:.80}."
         ) from error

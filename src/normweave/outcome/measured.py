@@ -118,8 +118,7 @@ def measure(
     Raises:
         ConfigError: a share is out of range.
     """
-    if not 0 <= wrong_reviews < 0.5:
-        raise ConfigError(f"The share of wrong reviews must be in [0, 0.5), got {wrong_reviews}.")
+    check_wrong_reviews(wrong_reviews)
     if not 0 < level < 1:
         raise ConfigError(f"The level of an interval must be in (0, 1), got {level}.")
 
@@ -144,6 +143,16 @@ def measure(
         wrong_reviews=wrong_reviews,
         level=level,
     )
+
+
+def check_wrong_reviews(share: float) -> None:
+    """Check a largest share of wrong decisions.
+
+    Raises:
+        ConfigError: it is out of range.
+    """
+    if not 0 <= share < 0.5:
+        raise ConfigError(f"The share of wrong reviews must be in [0, 0.5), got {share}.")
 
 
 def exact_interval(successes: int, trials: int, *, level: float) -> tuple[float, float]:

@@ -48,9 +48,13 @@ def open_store(place: str) -> Store:
     return Store.open(path, migrate=False)
 
 
-def images(store: Store, *, bundle_hash: str, by: stream.By) -> Iterator[Image]:
-    """Yield the inspections of a bundle as images of the line, oldest first."""
-    for one in store.iter_inspections(Filter(bundle_hash=bundle_hash)):
+def images(store: Store, *, bundle_hash: str, by: stream.By, line: str | None = None) -> Iterator[Image]:
+    """Yield the inspections of a bundle as images of the line, oldest first.
+
+    Args:
+        line: its name; None: all lines of the store as one.
+    """
+    for one in store.iter_inspections(Filter(bundle_hash=bundle_hash, line=line)):
         image = image_of(one, by=by)
         if image is not None:
             yield image
@@ -94,6 +98,7 @@ class DriftWatch:
         self._monitor: Monitor | None = None
         self._found: list[Finding] = []
         self._raised: set[tuple[str, str]] = set()
+        self._saved = True
         self.refusal: str | None = None
         """Why nothing is followed, for people."""
 
@@ -143,8 +148,11 @@ class DriftWatch:
             self._begin(detector, own)
         if self._monitor is None:
             return False
-        found = self._service.store.inspections(Filter(bundle_hash=own), after=self._last, limit=CHUNK)
+        store = self._service.store
+        found = store.inspections(Filter(bundle_hash=own, line=store.line), after=self._last, limit=CHUNK)
         if not found:
+            if not self._saved:
+                self._save()
             return False
         with self._lock:
             for one in found:
@@ -158,6 +166,7 @@ class DriftWatch:
         return len(found) == CHUNK
 
     def _save(self) -> None:
+        """Save the state. Where that fails, the images are followed all the same, and it is tried again."""
         if self._monitor is None:
             return
         state = {
@@ -166,7 +175,14 @@ class DriftWatch:
             "monitor": self._monitor.as_dict(),
             "raised": sorted(self._raised),
         }
-        write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
+        try:
+            write_atomically(self._path, lambda path: path.write_text(json.dumps(state)))
+        except OSError as error:
+            if self._saved:
+                log.warning("The state of drift cannot be saved for now: %s", error)
+            self._saved = False
+        else:
+            self._saved = True
 
     def _begin(self, detector: Detector, own: str) -> None:
         """Load the state of this bundle, or begin anew."""
@@ -186,7 +202,7 @@ class DriftWatch:
                     self._found = findings(self._monitor)
             except FileNotFoundError:
                 pass
-            except (OSError, KeyError, TypeError, ValueError) as error:
+            except (OSError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 log.warning("The state of drift in %s is damaged (%s); it begins anew.", self._path, error)
                 self._monitor = Monitor(reference.read(detector.record, where="The bundle"))
         self._show_alarms()

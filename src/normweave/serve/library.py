@@ -144,7 +144,8 @@ def check(path: Path) -> LibraryBundle:
         if parse_record(record, where=path)["operating_points"] is None:
             damage = "it has no operating points. Calibrate it: normweave calibrate."
     except (NormweaveError, OSError) as error:
-        damage = str(error).replace(f"{path.parent}{os.sep}", "")  # pages show no path of the server
+        reason = str(error).replace(f"{path.parent}{os.sep}", "")  # pages show no path of the server
+        damage = reason.removeprefix(f"{path.name}: ")  # they show the name beside it
     if damage is not None:
         record = {}
     return LibraryBundle(

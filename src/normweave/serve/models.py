@@ -92,6 +92,12 @@ def choose_active(library: Library, store: Store, *, name: str | None) -> Librar
                 f"{error} Put it back, or choose another one with --active NAME."
             ) from error
     names = [one.name for one in usable]
+    if name is None and not usable:
+        reasons = " ".join(f"{one.name} cannot be used: {one.damage}" for one in library.scan())
+        raise ConfigError(
+            f"{library.folder} has no usable bundle. Put one into it, or train one: normweave train GOOD_IMAGES -o "
+            f"{library.folder}/NAME. {reasons}".rstrip()
+        )
     if name is None and len(usable) != 1:
         listed = ", ".join(names) or "none"
         raise ConfigError(

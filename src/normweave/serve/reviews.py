@@ -11,7 +11,7 @@ import json
 import mimetypes
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from normweave.atomic import write_atomically
 from normweave.data.manifest import write_manifest
 from normweave.errors import DataError
 from normweave.outcome.parts import part_of
-from normweave.serve.files import MissingFileError, read_content
+from normweave.serve.files import MissingFileError
 from normweave.serve.records import Filter, Inspection, Review
 from normweave.serve.rendering import media_type
 from normweave.serve.store import Store
@@ -91,11 +91,11 @@ class StoreSource:
     """The data of a server on this machine, which may be running.
 
     Args:
-        files: folder of its image files.
+        read: returns the image file with a hash; raises MissingFileError if there is none.
     """
 
-    def __init__(self, store: Store, files: Path) -> None:
-        self._store, self._files = store, files
+    def __init__(self, store: Store, read: Callable[[str], bytes]) -> None:
+        self._store, self._read = store, read
 
     def reviewed(self) -> Iterator[ReviewedInspection]:
         """Yield all reviewed images, oldest inspection first."""
@@ -106,7 +106,7 @@ class StoreSource:
 
     def content(self, inspection: ReviewedInspection) -> bytes:
         """Return the image file."""
-        return read_content(self._files, inspection.image_hash or "")
+        return self._read(inspection.image_hash or "")
 
 
 class ServerSource:
@@ -234,7 +234,8 @@ def export(
             progress("copying images", number, len(images))
     if not samples:
         raise DataError(
-            f"Retention has removed all {len(images)} reviewed images. Keep more (--keep-days, --keep-gib)."
+            f"Retention has removed all {len(images)} reviewed images, or the server has them elsewhere. Keep more "
+            "(--keep-days, --keep-gib), or give their place (--images)."
         )
     write_manifest(samples, manifest, notes=notes)
     return Export(

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from normweave.atomic import write_atomically
-from normweave.data import images
+from normweave.data import images, rows
 from normweave.errors import DataError, ImageError, MissingError, NormweaveError
 from normweave.network.base import GraphNetwork
 from normweave.serve.candidate import LOWEST_PRIORITY
@@ -51,7 +51,9 @@ FEWEST, MOST = 7, 60
 """Number of images of a new product. Every fifth is held out, and a subclass needs 5 to 50 images."""
 HOLD_OUT = 5
 NAME = re.compile(r"[^/\\\x00-\x1f\x7f]{1,60}")
-"""A category or subclass."""
+"""A category or subclass; it is printable, too."""
+NAMED = 5
+"""Number of images that a message names."""
 PROGRAM = (sys.executable, "-m", "normweave.supervised")
 TeachState = Literal["training", "done", "failed", "interrupted", "kept"]
 _UNREADABLE = 4  # exit code of commands that worked, but for some images
@@ -133,18 +135,19 @@ class Teaching:
 
         Raises:
             TeachError: another job is training or not decided (teach_busy); too few or too many images, one is not
-                readable, or a name is not allowed (teach_input).
+                readable, or a name is not allowed (teach_input); they cannot be stored (teach_unwritable).
             MissingError: torch is not installed.
         """
         if (reason := self.missing()) is not None:
             raise MissingError(reason)
         for name, value in (("category", category), ("subclass", subclass)):
-            if not NAME.fullmatch(value) or value.strip(". ") != value:
+            if not NAME.fullmatch(value) or not value.isprintable() or value.strip(". ") != value:
                 raise _wrong(
-                    f"The {name} must have 1 to 60 characters without / and \\, and no dot or space at its ends, got "
-                    f"{value!r:.80}."
+                    f"The {name} must have 1 to 60 printable characters without / and \\, and no dot or space at its "
+                    f"ends, got {value!r:.80}."
                 )
-        different = list({hashlib.sha256(one.content).digest(): one for one in uploads}.values())
+        by_hash = {hashlib.sha256(one.content).hexdigest(): one for one in uploads}
+        different = list(by_hash.values())
         if not FEWEST <= len(different) <= MOST:
             raise _wrong(f"A new product needs {FEWEST} to {MOST} different good images, got {len(different)}.")
         for upload in different:
@@ -153,6 +156,13 @@ class Teaching:
             except ImageError as error:
                 raise _wrong(f"{upload.name}: {error}") from error
         base = self._service.detector
+        seen = {*base.record["fit_hashes"], *base.record["calibration_hashes"]}
+        if used := [one.name for text, one in by_hash.items() if text[: rows.HASH_LETTERS] in seen]:
+            more = f" and {len(used) - NAMED} more" if len(used) > NAMED else ""
+            raise _wrong(
+                f"{', '.join(used[:NAMED])}{more} {'was' if len(used) == 1 else 'were'} used in training already. Give "
+                "images that it has not seen (the same content counts as the same file)."
+            )
         if (category, subclass) in base.subclasses.values():
             raise _wrong(f"The model knows {category}/{subclass} already. Give another name, or remove it first.")
         if not isinstance(base.network, GraphNetwork) or base.network.bundle is None:
@@ -177,9 +187,19 @@ class Teaching:
                 base_hash=base.bundle_hash or "",
             )
             folder = self._folder(job)
-            _write_images(folder / "held_out", held_out)
-            _write_images(folder / "good", [one for row, one in enumerate(different) if row % HOLD_OUT])
-            self._save(job)
+            try:
+                _write_images(folder / "held_out", held_out)
+                _write_images(folder / "good", [one for row, one in enumerate(different) if row % HOLD_OUT])
+                self._save(job)
+            except OSError as error:
+                self._job = None
+                self._remove()
+                raise TeachError(
+                    f"The images cannot be stored in {self.folder}: {error}. Free some space, or correct the "
+                    "permissions of the folder.",
+                    code="teach_unwritable",
+                    status=503,
+                ) from error
             detail = {"category": category, "subclass": subclass, "images": len(different), "base": job.base_hash}
             self._service.store.add_audit("teach_started", actor=actor.name, token=actor.token, detail=detail)
             self._thread = threading.Thread(target=self._train, args=[job, base.network.bundle], daemon=True)
@@ -191,7 +211,7 @@ class Teaching:
 
         Raises:
             TeachError: there is no such job (teach_unknown), it is not done (teach_state), or the server has no library
-                (no_library).
+                (no_library), or one that cannot be written (library_unwritable).
         """
         with self._lock:
             job = self._checked(id, "done")
@@ -206,14 +226,24 @@ class Teaching:
             if not target.exists():
                 unfinished = target.with_name(f"{name}.partial-{job.id}")
                 shutil.rmtree(unfinished, ignore_errors=True)
-                shutil.copytree(self._folder(job) / "bundle", unfinished)
-                unfinished.rename(target)
-            error = None
+                try:
+                    shutil.copytree(self._folder(job) / "bundle", unfinished)
+                    unfinished.rename(target)
+                except OSError as error:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                    reason = error.args[0][0][-1] if isinstance(error, shutil.Error) else error  # of the first file
+                    raise TeachError(
+                        f"The new bundle cannot be copied into the library {models.library.folder}: {reason}. Correct "
+                        "the permissions of the folder, or free some space. Then press Keep again.",
+                        code="library_unwritable",
+                        status=503,
+                    ) from error
+            failure = None
             try:
                 self._start_shadow(models, job, actor)
-            except NormweaveError as reason:
-                error = f"It is in the library, but not in the shadow: {reason}"
-            job = replace(job, state="kept", in_shadow=error is None, error=error)
+            except NormweaveError as refusal:
+                failure = f"It is in the library, but not in the shadow: {refusal}"
+            job = replace(job, state="kept", in_shadow=failure is None, error=failure)
             self._save(job)
             self._audit("teach_kept", job, actor)
             return job
@@ -291,13 +321,13 @@ class Teaching:
                 self._save(job)
             maps = str(folder / "maps")
             output = self._run(job, "predict", made, str(folder / "held_out"), "--maps", maps)
-            rows = [json.loads(line) for line in output.encode().splitlines()]  # names may have other line separators
-            for one, row in zip(job.held_out, rows, strict=True):
+            scored = [json.loads(line) for line in output.encode().splitlines()]  # names may have other separators
+            for one, row in zip(job.held_out, scored, strict=True):
                 if row["error"] is not None:
                     raise DataError(f"{one.name}: {row['error']}")
             held_out = [
                 HeldOutImage(one.name, row["verdict"], row["pred_score"], row["threshold"], row["subclass"])
-                for one, row in zip(job.held_out, rows, strict=True)
+                for one, row in zip(job.held_out, scored, strict=True)
             ]
             job = replace(job, state="done", step="", held_out=tuple(held_out))
         except Exception as error:

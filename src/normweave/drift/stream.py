@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta
+from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -59,7 +60,7 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
     """Yield the images of a .jsonl file of `normweave predict`.
 
     They come in the order of `received_at` if each line has this time, as the REST interface returns it (newest first);
-    else in the order of the lines.
+    else in the order of the lines. Only to sort them, all are in memory at once.
 
     Args:
         bundle_hash: of the bundle; results of another one cannot be compared.
@@ -69,12 +70,31 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
         DataError: it is not such a file, or its results are of another bundle or have no statistics.
         ConfigError: a line has no time, and `by` needs it.
     """
+    timed = _timed(path, bundle_hash=bundle_hash, by=by)
+    begin = list(islice(timed, 1))
+    timed = chain(begin, timed)
+    if begin and begin[0][0] is not None:
+        timed = iter(_in_order(list(timed)))
+    for count, (_, image) in enumerate(timed):
+        ranges = f"images {count // RANGE * RANGE + 1} to {(count // RANGE + 1) * RANGE}"
+        yield image if by is not None else image._replace(window=ranges)
+
+
+def _in_order(found: list[tuple[datetime | None, Image]]) -> list[tuple[datetime | None, Image]]:
+    """Return images in the order of their times, or as they are if one has none."""
+    times = [moment.timestamp() for moment, _ in found if moment is not None]
+    if len(times) < len(found):
+        return found
+    return [found[place] for place in sorted(range(len(found)), key=times.__getitem__)]
+
+
+def _timed(path: Path, *, bundle_hash: str, by: By | None) -> Iterator[tuple[datetime | None, Image]]:
+    """Yield time and image of each line; see `from_results`."""
     try:
         lines = path.open(encoding="utf-8-sig", errors="surrogatepass")
     except OSError as error:
         raise DataError(f"Cannot read {path}: {error}. Give a .jsonl of normweave predict.") from error
-    readable = 0
-    found: list[tuple[datetime | None, Image]] = []
+    readable = count = 0
     with lines:
         for number, text in enumerate(_texts(path, lines), 1):
             row = _row(path, number, text)
@@ -102,18 +122,13 @@ def from_results(path: Path, *, bundle_hash: str, by: By | None = None) -> Itera
                     f"Line {number} of {path} has a value that is no number ({error}). Predict the images again."
                 ) from error
             if image is not None:
-                found.append((moment, image))
-    if readable and not found:
+                count += 1
+                yield moment, image
+    if readable and not count:
         raise DataError(
             f"No result of {path} has all statistics of its image: they were written by an earlier normweave, or a "
             "number is missing. Predict the images again."
         )
-    times = [moment.timestamp() for moment, _ in found if moment is not None]
-    order = range(len(found)) if len(times) < len(found) else sorted(range(len(found)), key=times.__getitem__)
-    for count, place in enumerate(order):
-        image = found[place][1]
-        ranges = f"images {count // RANGE * RANGE + 1} to {(count // RANGE + 1) * RANGE}"
-        yield image if by is not None else image._replace(window=ranges)
 
 
 def _texts(path: Path, lines: Iterable[str]) -> Iterator[str]:

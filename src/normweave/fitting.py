@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from normweave import bundle, checks, cross_validation, references, settings, training
 from normweave.by_region import check_routing
 from normweave.checks import Checks
-from normweave.config import Config
+from normweave.config import AdaptedMoEConfig, Config
 from normweave.data import regions, rows, splits, synthetic
 from normweave.data.degenerate import refuse_degenerate, refuse_repeated_subclass
 from normweave.data.prepare import Preparations
@@ -362,13 +362,14 @@ def divide(
         )
     except DataError as error:
         if not images.refused:
-            refuse_degenerate(images.samples)  # names the reason where all images are copies of few
+            if len(images.samples) > 1:
+                refuse_degenerate(images.samples)  # names the reason where all images are copies of few
             raise
         first = images.refused[0]
         raise DataError(f"{error} {len(images.refused)} images were left out. The first, {first}") from error
     refuse_degenerate(images.samples)
-    if config.data.subclass_from != "auto":
-        refuse_repeated_subclass(images.samples, images.hashes)
+    if isinstance(config.head, AdaptedMoEConfig) and config.data.subclass_from != "auto":
+        refuse_repeated_subclass(images.samples, images.hashes)  # other heads do not choose one of them
     return images, division
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from normweave.config import Config, DataConfig
+from normweave.config import Config, DataConfig, DFMConfig
 from normweave.data import degenerate
 from normweave.data.degenerate import refuse_degenerate
 from normweave.errors import DataError
@@ -104,3 +104,4 @@ def test_two_subclasses_of_the_same_files_are_refused(saved):
         divide(own + copies, Config())
     divide(own + copies[1:], Config())
     divide(own + copies, replace(Config(), data=DataConfig(subclass_from="auto")))
+    divide(own + copies, replace(Config(), head=DFMConfig()))

@@ -17,7 +17,7 @@ from normweave.types import FeatureSource
 
 T = TypeVar("T")
 Moments = tuple[int, Tensor, Tensor]
-"""Number of patches, mean and sum of squared differences from the mean (D,) of each channel, in float64."""
+"""Number of patches, sum, and sum of squared differences from the mean (D,) of each channel, in float64."""
 
 
 class ChannelStandardizer(nn.Module):
@@ -40,22 +40,24 @@ class ChannelStandardizer(nn.Module):
         """Compute mean and standard deviation in one pass over the images.
 
         Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances",
-        equation 2.1, in float64: with n patches so far and m new ones, delta the difference of their means and M2 the
-        sum of squared differences from the mean,
+        equation 2.1, in float64: with n patches so far and m new ones, T the sum, delta the difference of the means and
+        M2 the sum of squared differences from the mean,
 
-            mean <- mean + delta m / (n + m),    M2 <- M2 + M2_new + delta^2 n m / (n + m).
+            T <- T + T_new,    M2 <- M2 + M2_new + delta^2 n m / (n + m).
+
+        Features of the cache have 16 bits, whose sum is exact: the mean is the same in whatever parts they are summed.
 
         Raises:
             DataError: the source is empty.
         """
         if len(source) == 0:
             raise DataError("Standardization needs at least one image, got none. Check which images are fit normals.")
-        count, mean, squares = over(source, _moments, merge=_merged)
+        count, total, squares = over(source, _moments, merge=_merged)
         std = (squares / count).sqrt()
         # A constant channel is divided by 1 instead of 0. Its std is exactly 0: sums of equal float32 are exact in
         # float64.
         std[std == 0] = 1
-        self.mean.copy_(mean)
+        self.mean.copy_(total / count)
         self.std.copy_(std)
 
     def forward(self, features: Tensor) -> Tensor:
@@ -70,20 +72,20 @@ def _moments(batches: Batches) -> Moments:
 
 def _moments_of(features: Tensor) -> Moments:
     patches = features.double().movedim(1, 0).flatten(1)  # (D, m)
-    mean = patches.mean(1)
-    return patches.shape[1], mean, (patches - mean[:, None]).square().sum(1)
+    total = patches.sum(1)
+    return patches.shape[1], total, (patches - total[:, None] / patches.shape[1]).square().sum(1)
 
 
 def _merged(parts: Iterable[Moments]) -> Moments:
     """Merge moments by the equations of `ChannelStandardizer.fit`."""
     rest = iter(parts)
-    count, mean, squares = next(rest)
-    for new, new_mean, new_squares in rest:
-        delta = new_mean - mean
+    count, total, squares = next(rest)
+    for new, new_total, new_squares in rest:
+        delta = new_total / new - total / count
         squares = squares + (new_squares + delta**2 * (count * new / (count + new)))
-        mean = mean + delta * (new / (count + new))
+        total = total + new_total
         count += new
-    return count, mean, squares
+    return count, total, squares
 
 
 class StandardizedFeatures:

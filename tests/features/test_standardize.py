@@ -4,13 +4,21 @@ import torch
 
 from builders import InMemory
 from normweave.errors import DataError
-from normweave.features.standardize import ChannelStandardizer, StandardizedFeatures, _merged, _moments_of
+from normweave.features.standardize import ChannelStandardizer, StandardizedFeatures
+from normweave.passes import batches
 
 
 def fitted(features):
     standardizer = ChannelStandardizer(channels=np.shape(features)[1])
     standardizer.fit(InMemory(features))
     return standardizer
+
+
+class InParts(InMemory):
+    """Features whose statistics are merged from three parts, as of several machines."""
+
+    def over(self, statistics, merge, rows, aligned):
+        return merge([statistics(batches(InMemory(self.features), part)) for part in np.split(rows, [5, 21])])
 
 
 @pytest.fixture
@@ -37,9 +45,9 @@ def test_the_order_of_the_images_does_not_matter(features):
 def test_the_mean_of_cached_features_has_the_same_bits_in_any_parts():
     """Means of a power of two of numbers with 16 bits often lie halfway between two of 32 bits."""
     features = np.random.default_rng(0).normal(size=(32, 256, 8, 8)).astype(np.float16).astype(np.float32)
-    moments = [_moments_of(torch.as_tensor(features[part])) for part in (slice(5), slice(5, 21), slice(21, 32))]
-    count, total, _ = _merged(moments)
-    assert torch.equal((total / count).float(), fitted(features).mean)
+    in_parts = ChannelStandardizer(channels=256)
+    in_parts.fit(InParts(features))
+    assert torch.equal(in_parts.mean, fitted(features).mean)
 
 
 def test_the_fit_images_have_mean_0_and_std_1_afterwards(features):

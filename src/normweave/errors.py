@@ -55,6 +55,11 @@ def unknown(what: str, value: str, known: Iterable[str], howto: str) -> ConfigEr
     return ConfigError(f"Unknown {what} {value!r}.{hint} Known: {', '.join(known) or 'none'}. {howto}")
 
 
+def with_path(path: str, reason: str) -> str:
+    """Return the reason with the path, once."""
+    return reason if path in reason else f"{path}: {reason}"
+
+
 def reason(error: BaseException) -> str:
     """Return the text of an error of a library for people: without the number of a system error, its type if empty."""
     inner = getattr(error, "reason", None)

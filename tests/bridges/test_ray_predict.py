@@ -28,8 +28,8 @@ from normweave.bridges.ray_predict import (
     suffix_of,
     suitable_part,
     versions,
-    whole_batches,
 )
+from normweave.bridges.ray_tasks import whole_batches
 from normweave.cli.predict import find_images
 from normweave.data import stored
 from normweave.detector import Detector

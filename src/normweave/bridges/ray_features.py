@@ -84,7 +84,7 @@ def compute(
 
 def rows_of_task(extractor: FrozenFeatures) -> int:
     """Return the number of rows of a task, which are whole batches."""
-    return -(-TASK_ROWS // extractor.batch_images) * extractor.batch_images
+    return ray_tasks.whole_batches(TASK_ROWS, extractor.batch_images)
 
 
 def compute_slice(one: Slice) -> NDArray[np.float16]:

@@ -167,11 +167,6 @@ def suitable_part(images: int, at_once: int) -> int:
     return min(max(FEWEST_PART_IMAGES, images // (PARTS_EACH * max(1, at_once))), MOST_PART_IMAGES)
 
 
-def whole_batches(images: int, batch: int) -> int:
-    """Return the number of images rounded up to whole batches."""
-    return -(-images // batch) * batch
-
-
 def suffix_of(output: str) -> str:
     """Return the suffix of a folder of parts.
 
@@ -258,7 +253,7 @@ def _predict(
     images = list_images()
     first = list(islice(images, WINDOW))
     at_once = sum(int(each.get("CPU", 0)) // job.threads for each in machines)
-    part_images = whole_batches(part_images or suitable_part(len(first), at_once), job.batch)
+    part_images = ray_tasks.whole_batches(part_images or suitable_part(len(first), at_once), job.batch)
     # Written now: without a cluster, no run has begun.
     Folder(job.output).write(RUN, json.dumps({"bundle_hash": job.bundle_hash, "part_images": part_images}).encode())
 

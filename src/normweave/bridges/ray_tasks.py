@@ -113,6 +113,11 @@ def _run(
     return sorted(failed)
 
 
+def whole_batches(images: int, batch: int) -> int:
+    """Return the number of images rounded up to whole batches."""
+    return -(-images // batch) * batch
+
+
 def loss(error: Exception) -> str:
     """Return why a task has no result that was repeated `RETRIES` times."""
     return f"the loss of its worker, {RETRIES + 1} times ({type(error).__name__})"

@@ -19,7 +19,7 @@ import typer
 from normweave.cli import options
 from normweave.cli.results import ResultWriter
 from normweave.cli.terminal import ALL_NORMAL, NOT_NORMAL, UNREADABLE, Terminal, one_line
-from normweave.errors import ConfigError, DataError, unknown
+from normweave.errors import ConfigError, DataError, unknown, with_path
 from normweave.outcome.table import FORMATS
 
 if TYPE_CHECKING:
@@ -360,8 +360,7 @@ def summary(outcome: "Outcome") -> str:
     A verdict that is not normal is in capital letters.
     """
     if outcome.error is not None:
-        named = outcome.image_path is not None and outcome.image_path in outcome.error
-        return one_line(f"UNREADABLE  {outcome.error if named else f'{outcome.image_path}: {outcome.error}'}")
+        return one_line(f"UNREADABLE  {with_path(str(outcome.image_path), outcome.error)}")
     verdict = str(outcome.verdict)
     shown = verdict if verdict == "normal" else verdict.upper()
     mark = "uncalibrated  " if outcome.guarantee == "uncalibrated" else ""

@@ -17,7 +17,7 @@ from normweave.data.alignment import Placement
 from normweave.data.images import content_hash, decode, reading_version, size
 from normweave.data.prepare import Preparation
 from normweave.data.regions import TileRegion
-from normweave.errors import DataError, ImageError
+from normweave.errors import DataError, ImageError, with_path
 from normweave.types import Progress, Sample, Tile
 
 HASH_LETTERS = 16  # of a SHA-256 in the record of a detector: 64 bits distinguish a factory's images
@@ -32,7 +32,7 @@ class Refusal:
 
     def __str__(self) -> str:
         """Return the reason with the path, once."""
-        return self.reason if self.image_path in self.reason else f"{self.image_path}: {self.reason}"
+        return with_path(self.image_path, self.reason)
 
 
 @dataclass(frozen=True, eq=False)

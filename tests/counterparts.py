@@ -504,14 +504,16 @@ class OpcuaClient(Counterpart):
             subscription = await client.create_subscription(20, Handler())
             await subscription.subscribe_events(system, event_type)
             while True:
-                with contextlib.suppress(TimeoutError):
+                try:
                     async with asyncio.timeout(0.3):
                         event = await events.get()
-                        self.taken.append(event)
-                        if self.acknowledges:
-                            await results.call_method(f"{index}:AcknowledgeResults", [event.ResultId])
-                        continue
-                await client.check_connection()
+                except TimeoutError:
+                    await client.check_connection()
+                    continue
+                self.taken.append(event)
+                if self.acknowledges:
+                    # with asyncua's own limit: one around it, at the moment of the answer, would end this task
+                    await results.call_method(f"{index}:AcknowledgeResults", [event.ResultId])
 
     def results(self):
         return [

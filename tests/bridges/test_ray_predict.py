@@ -51,9 +51,9 @@ def no_network():
 
 
 @pytest.fixture(scope="module")
-def store():
+def store(tmp_path_factory):
     """An S3 server and what reaches it; the nodes of the cluster inherit the environment."""
-    with s3_server():
+    with s3_server(tmp_path_factory.mktemp("s3")):
         system = fsspec.filesystem("s3")
         system.mkdir("line")
         yield system
@@ -147,7 +147,7 @@ def found(folder):
 def test_two_nodes_give_the_rows_of_one_machine_although_nodes_are_killed(
     bundle, images, expected, cluster, tmp_path, monkeypatch
 ):
-    """One node is killed after some parts, then the other one, both replaced. The S3 server is moto's.
+    """One node is killed after some parts, then the other one, both replaced.
 
     The last image ends every process that reads it.
     """

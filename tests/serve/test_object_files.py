@@ -1,4 +1,4 @@
-"""Images in an object store: the protocol of S3, spoken by the server of moto."""
+"""Images in an object store, SeaweedFS by its interface of S3."""
 
 import asyncio
 import hashlib
@@ -27,9 +27,9 @@ fsspec = pytest.importorskip("fsspec")
 
 
 @pytest.fixture(scope="module")
-def s3():
+def s3(tmp_path_factory):
     """Address of a bucket in an S3 on this machine."""
-    with s3_server() as url:
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
         client = botocore.Session().create_client("s3", endpoint_url=url)
         client.create_bucket(Bucket="line")
         yield "s3://line/press 5"

@@ -77,7 +77,7 @@ def test_a_step_of_the_first_or_another_value_is_a_difference(fusion_bundle, tmp
 def test_hashes_and_scores_are_verified(fusion_bundle, other, tmp_path, monkeypatch):
     found = contents.verify(fusion_bundle, threads=1)
 
-    assert found["files"] == 5
+    assert found["files"] == 4
     assert found["check"]["tiles"] > 0
     assert found["check"]["largest_difference"] < 1e-3
     outputs = contents.outputs

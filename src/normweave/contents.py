@@ -83,7 +83,7 @@ def verify(folder: Path, *, threads: int | None = None, device: str = "auto") ->
     """
     detector = Detector.load(folder, threads=threads, device=device)
     stored = checks.read(folder)
-    result = {"bundle": str(folder), "bundle_hash": detector.bundle_hash, "files": len(bundle.files(folder)) + 1}
+    result = {"bundle": str(folder), "bundle_hash": detector.bundle_hash, "files": len(bundle.files(folder))}
     if stored is None:
         return result | {"check": None}
     return result | {"check": checks.check_recorded(stored.outputs, outputs(detector.network, stored.pixels))}

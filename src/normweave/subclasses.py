@@ -327,9 +327,9 @@ class _Teaching:
             counts = np.bincount(np.concatenate(found), minlength=new)
             raise DataError(
                 f"Only {int(routed.sum())} of {len(data)} images of {data.names[0]} are nearest to it when they are "
-                f"held out; most are nearest to {self.detector.subclass_names[int(counts[:new].argmax())]}. At least "
-                f"{FEWEST_OF_CATEGORY} must be. The detector knows such images already, or give more images that "
-                "resemble each other."
+                f"held out, and at least {FEWEST_OF_CATEGORY} must be; of the others most are nearest to "
+                f"{self.detector.subclass_names[int(counts[:new].argmax())]}. The detector knows such images already, "
+                "or give more images that resemble each other."
             )
         final = deepcopy(self.head)
         final.add(data)

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -63,6 +64,23 @@ def test_images_of_the_fit_are_refused(own, textiles):
     assert result.exit_code == 2
     assert "was used in training, so it cannot be used for calibration" in result.output
     assert bundles.bundle_hash(own) == before
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_images_that_were_far_from_every_subclass_are_named(bundle, tmp_path, other):
+    """With them another product counts as known."""
+    own = shutil.copytree(bundle, tmp_path / "own.bundle")
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(7)
+    for number in range(12):
+        pixels = render(SEEN[number % 2], seed=900 + number, size=(64, 64)).image
+        noise = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise if other and number % 2 else pixels).save(images / f"{number}.png")
+    result = run("calibrate", own, images, "--false-alarm-rate", "0.25")
+    assert result.exit_code == 0, result.output
+    assert ("6 of 12 images were far from every known subclass before." in result.stderr) == other
+    assert ("were far from" in result.stderr) == other
 
 
 def test_subclasses_that_lose_their_own_threshold_are_named(bundle, tmp_path):

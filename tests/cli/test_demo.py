@@ -16,6 +16,9 @@ def test_the_demo_leaves_data_bundle_and_report_and_can_be_called_again(tmp_path
     metrics = json.loads(first.stdout)
     assert metrics["seen"]["n_normal"] == 6 * 2
     assert metrics["unseen"]["n_normal"] == 4 * 2
+    command = first.stderr.strip().rsplit("normweave predict ", 1)[1]
+    images = run("predict", *command.split(), "--json").stdout.splitlines()
+    assert len(images) == (metrics["unseen"]["n_normal"] + metrics["unseen"]["n_anomalous"]) / 4  # and no masks
     left = {path.name for path in (tmp_path / "demo").iterdir()}
     assert {"data", "cloth.bundle", "report.html", "metrics.json", "predictions.csv"} <= left
     bundle = without_history(tmp_path / "demo" / "cloth.bundle")

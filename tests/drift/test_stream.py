@@ -20,6 +20,12 @@ def row(number, **changes):
     return base | {"bundle_hash": OWN, "category": "cloth", "subclass": "a", "unseen": False} | STATISTICS | changes
 
 
+def test_blank_lines_are_left_out(tmp_path):
+    file = tmp_path / "results.jsonl"
+    file.write_text(f"\n{json.dumps(row(0))}\n \n{json.dumps(row(1))}\n\n")
+    assert [image.name for image in from_results(file, bundle_hash=OWN)] == ["camera-0/0.png", "camera-1/1.png"]
+
+
 def written(path, rows):
     file = path / "results.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in rows))

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -220,6 +221,12 @@ def test_a_damaged_record_is_refused(key, change, complaint):
     record = calibration().as_dict()
     record[key] = change(record[key])
     with pytest.raises(BundleError, match=complaint):
+        Calibration.from_dict(record)
+
+
+@pytest.mark.parametrize("record", [None, [], "scores"])
+def test_a_record_that_is_no_object_is_refused(record):
+    with pytest.raises(BundleError, match=f"it must be an object, got {re.escape(repr(record))}"):
         Calibration.from_dict(record)
 
 
@@ -616,6 +623,11 @@ def test_too_few_groups_have_the_lowest_rate_that_they_allow(cross_validated):
     assert attained.guarantee == ("cross-validated" if cross_validated else "conformal")
     with pytest.raises(CheckError, match=r"needs at least 9 independent groups .*, got 5 of 6 images"):
         few.with_rate(0.1)
+
+
+def test_the_promise_of_one_part_is_in_the_singular():
+    one = Calibration(scores=[1.0], attainable=True, false_alarm_rate=0.05, unknown_rate=0.05)
+    assert one.promise.startswith("1 independent good part can promise 50 % false alarms at best")
 
 
 def test_the_promise_says_for_which_subclasses_the_rate_holds_only_together():

@@ -8,6 +8,7 @@ from normweave.cli.train import report
 
 if TYPE_CHECKING:
     from normweave.detector import Detector
+    from normweave.outcome.operating_point import Calibration
 
 
 def calibrate(
@@ -23,7 +24,7 @@ def calibrate(
 
     detector = Detector.load(bundle, threads=terminal.threads, device=terminal.device)
     check_target(bundle, overwrite=True)
-    before = _own_points(detector)
+    before, earlier = _own_points(detector), detector.calibration
     with terminal.progress() as progress:
         detector.calibrate(data, false_alarm_rate=false_alarm_rate, layout=layout, progress=progress)
     detector.save(bundle, overwrite=True)
@@ -33,7 +34,23 @@ def calibrate(
             f"Too few images for a threshold of its own, which it had before: {', '.join(pooled)}. The threshold is "
             "now that of all images together, or of the category. To avoid it, calibrate with images of every subclass."
         )
+    far = [] if earlier is None else _far(detector, earlier)
+    if earlier is not None and sum(far) > 2 * earlier.unknown_rate * len(far):
+        terminal.remark(
+            f"{sum(far)} of {len(far)} images were far from every known subclass before. Now such images count as "
+            "known. If they are of another product or subclass, calibrate again without them, and add it with "
+            "add-subclass."
+        )
     return code
+
+
+def _far(detector: "Detector", earlier: "Calibration") -> list[bool]:
+    """Return whether each calibration image was far from every known subclass by an earlier calibration."""
+    now = detector.calibration
+    if now is None or now.distances is None or now.subclasses is None:
+        return []
+    near = zip(now.distances.tolist(), now.subclasses.tolist(), strict=True)
+    return [earlier.is_far(distance, subclass) for distance, subclass in near]
 
 
 def _own_points(detector: "Detector") -> set[str]:

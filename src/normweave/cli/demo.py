@@ -24,7 +24,7 @@ def demo(
     from normweave.benchmark.evaluate import evaluate
     from normweave.config import Config
     from normweave.detector import Detector
-    from normweave.textiles import DEFECTS, make_textures
+    from normweave.textiles import DEFECTS, UNSEEN, make_textures
 
     seed = terminal.seed or 0
     test_images = max(2, images // 3)
@@ -53,6 +53,6 @@ def demo(
     exit_code = report(terminal, metrics, output)
     terminal.remark(
         f"Open {output / 'report.html'} in a browser. Predict images: "
-        f"normweave predict {bundle} {output / 'data' / 'cloth'}"
+        f"normweave predict {bundle} {output / 'data' / 'cloth' / UNSEEN[0].name / 'test'}"
     )
     return exit_code

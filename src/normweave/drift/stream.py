@@ -97,6 +97,8 @@ def _timed(path: Path, *, bundle_hash: str, by: By | None) -> Iterator[tuple[dat
     readable = count = 0
     with lines:
         for number, text in enumerate(_texts(path, lines), 1):
+            if not text.strip():
+                continue
             row = _row(path, number, text)
             if row.get("error") is not None:
                 continue

@@ -297,8 +297,9 @@ class Calibration:
         groups, rate = self.independent_groups, f"{100 * self.false_alarm_rate:.3g} %"
         match self.guarantee:
             case "uncalibrated":
+                parts = "1 independent good part" if groups == 1 else f"{groups} independent good parts"
                 return (
-                    f"{groups} independent good parts can promise {100 * self.point().false_alarm_rate:.3g} % false "
+                    f"{parts} can promise {100 * self.point().false_alarm_rate:.3g} % false "
                     f"alarms at best; {rate} needs {groups_needed(self.false_alarm_rate)}. Verdicts are marked "
                     "uncalibrated."
                 )
@@ -346,6 +347,11 @@ class Calibration:
         if not math.isfinite(score) or not (distance is None or math.isfinite(distance)):
             raise DataError(f"Score and distance of an image must be finite, got {score} and {distance}.")
         return self._decide(float(score), None if distance is None else float(distance), subclass)
+
+    def is_far(self, distance: float | None, subclass: int | None) -> bool:
+        """Return whether an image with this routing distance to `subclass` is far from every known subclass."""
+        decision = self.decide(score=0.0, distance=distance, subclass=subclass)
+        return decision.unseen or decision.verdict == "unknown"
 
     def _added(self, own: _Pool) -> Added | None:
         """Return the added subclass of this index."""
@@ -499,6 +505,8 @@ class Calibration:
         Raises:
             BundleError: a value is missing, not finite, out of order, or contradicts the operating points.
         """
+        if not isinstance(record, Mapping):
+            raise BundleError(f"The detector's calibration is damaged: it must be an object, got {record!r:.80}.")
         try:
             record = _with_groups(record)
             calibration = cls(

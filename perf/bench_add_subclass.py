@@ -8,8 +8,8 @@ and the time of adding (with the export and the comparison of the graphs).
 
     python perf/bench_add_subclass.py --one-by-one 10
 
-Add this many subclasses of made-up cloth one after another to a detector of one, and compare with one training on all:
-metrics, and processor time with features, export and the comparison of the graphs in both.
+Add this many subclasses of made-up cloth one after another to a detector of one, then all at once, and compare with one
+training on all: metrics, and processor time with features, export and the comparison of the graphs in each.
 """
 
 import argparse
@@ -80,9 +80,12 @@ def one_by_one(number):
             extended = timed(
                 f"added {name}", extended.with_subclass, few, category=few[0].category, subclass=few[0].subclass
             )
+        few = [replace(each, split=None) for each in samples if each.split != "test" and each.subclass_name != names[0]]
+        base = timed("one subclass again", Detector.fit, first, config=config, cache=Path(folder) / "d")
+        at_once = timed("all at once", base.with_subclass, few)
         added = [seconds for what, seconds in processor.items() if what.startswith("added")]
         print(f" {len(added)} additions: {sum(added):.1f} s; full training {processor['one training on all']:.1f} s")
-        for what, detector in (("full", full), ("added", extended)):
+        for what, detector in (("full", full), ("added", extended), ("at once", at_once)):
             row(f"{what}, first", detector, [each for each in tests if each.subclass_name == names[0]])
             row(f"{what}, others", detector, [each for each in tests if each.subclass_name != names[0]])
 

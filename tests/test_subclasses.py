@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from torch.export import ExportedProgram
 from typer.testing import CliRunner
 
@@ -152,6 +153,44 @@ def test_a_new_category_has_weights_of_its_own(fusion_bundle, images):
     assert not new.calibration.added[0].unseen
 
 
+def test_the_subclasses_of_a_manifest_are_added_as_one_after_another(fusion_bundle, images, tmp_path):
+    """One graph is exported and compared; weights, thresholds and records are those of two additions."""
+    first, _, third = images
+    lines, inverted = ["image_path,category,subclass,split"], []
+    for number, each in enumerate(good(images, first)[:8]):
+        path = tmp_path / f"{number}.png"
+        ImageOps.invert(Image.open(each.image_path).convert("RGB")).save(path)
+        inverted.append(str(path))
+        lines += [f"{good(images, third)[number].image_path},cloth,{third},", f"{path},denim,blue,train"]
+    lines += [f"{images[first][-1].image_path},cloth,{first},test"]  # a test image names no new subclass
+    (tmp_path / "new.csv").write_text("\n".join(lines))
+    output = run("add-subclass", fusion_bundle, tmp_path / "new.csv", "-o", tmp_path / "both.bundle", "--json")
+
+    one = fitting.load(fusion_bundle)
+    stored, one.network.checks = one.network.checks, None  # nothing to compare on, so that no graph is exported
+    for category, subclass, paths in (
+        ("cloth", third, [str(each.image_path) for each in good(images, third)[:8]]),
+        ("denim", "blue", inverted),
+    ):
+        one = one.with_subclass(paths, category=category, subclass=subclass)
+    both = fitting.load(tmp_path / "both.bundle")
+    assert both.subclass_names == one.subclass_names
+    assert [each["subclass"] for each in output["subclasses"]] == list(one.subclass_names[2:])
+    expected = one.network.head.state_dict()
+    assert both.network.head.state_dict().keys() == expected.keys()
+    assert all(value.equal(expected[name]) for name, value in both.network.head.state_dict().items())
+    assert both.calibration.as_dict() == one.calibration.as_dict()
+    for key in ("fit_hashes", "fit_images", "drift", "subclasses", "notes"):
+        assert both.record[key] == json.loads(json.dumps(one.record[key]))
+    for each in output["subclasses"]:
+        assert each["check"]["tiles"] == len(stored.pixels)
+        assert each["operating_point"]["subclass"] == each["subclass"]
+        assert each["check"] == both.record["added"][each["subclass"]]["check"]
+    assert len(both.network.checks.pixels) > len(stored.pixels)
+    steps = both.record["history"][-2:]
+    assert [step["parent"] for step in steps] == [bundles.bundle_hash(fusion_bundle)] * 2
+
+
 def test_what_cannot_be_added_is_refused(fusion_bundle, added, images, bundle):
     first, _, third = images
     new = good(images, third)
@@ -167,6 +206,10 @@ def test_what_cannot_be_added_is_refused(fusion_bundle, added, images, bundle):
         detector.with_subclass(good(images, first)[:6], category="cloth", subclass="other")
     with pytest.raises(DataError, match="was used in training already"):
         Detector.load(added).with_subclass(new[:6], category="cloth", subclass="other")
+    with pytest.raises(DataError, match="No good image of the data has a subclass"):
+        detector.with_subclass([replace(each, subclass=None) for each in new[:6]])
+    with pytest.raises(ConfigError, match="The subclass other needs its category"):
+        detector.with_subclass(new[:6], subclass="other")
     with pytest.raises(ConfigError, match="default Adapted-MoE"):
         Detector.load(bundle).with_subclass(new[:6], category="cloth", subclass="other")
     with pytest.raises(ConfigError, match="one of the first training"):

@@ -563,10 +563,10 @@ class Detector:
         other.set_limits(limits)
         return other
 
-    def with_subclass(self, data: Data, *, category: str, subclass: str | None, **options: Any) -> Detector:
-        """Return a detector that also knows a subclass, from a few good images; see `subclasses`. Needs torch."""
+    def with_subclass(self, data: Data, **options: Any) -> Detector:
+        """Return a detector that also knows one or more subclasses; see `subclasses.with_subclass`. Needs torch."""
         subclasses = importlib.import_module("normweave.subclasses")
-        result: Detector = subclasses.with_subclass(self, data, category=category, subclass=subclass, **options)
+        result: Detector = subclasses.with_subclass(self, data, **options)
         return result
 
     def without_subclass(self, *, category: str, subclass: str | None, **options: Any) -> Detector:

@@ -9,14 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy, deepcopy
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from normweave import bundle, by_region, checks, fitting, history
 from normweave.checks import Checks
@@ -25,18 +21,15 @@ from normweave.data import rows, splits
 from normweave.data.alignment import Limits
 from normweave.detector import Data, Detector, samples_of
 from normweave.drift import reference
-from normweave.drift.reference import Described
 from normweave.errors import ConfigError, DataError
-from normweave.features.standardize import StandardizedFeatures
-from normweave.heads.adapted_moe.fusion import FEWEST_OF_CATEGORY, Defective, HeldOut, defects_per_image
 from normweave.heads.adapted_moe.head import AdaptedMoE
 from normweave.network import open_graph
 from normweave.network.base import Network
-from normweave.network.torch import FittedRows, TorchNetwork, feature_source, named_outputs, some_tiles
+from normweave.network.torch import FittedRows, TorchNetwork, some_tiles
 from normweave.outcome.operating_point import Added, Calibration
 from normweave.references import References
-from normweave.scoring import ImageScore, TileScores
-from normweave.types import FitData, Progress, RawOutput, Sample
+from normweave.subclass_fit import SubclassFit
+from normweave.types import Progress, Sample
 
 FEWEST_IMAGES = 5
 FEWEST_GROUPS = 2
@@ -49,14 +42,14 @@ def with_subclass(
     detector: Detector,
     data: Data,
     *,
-    category: str,
-    subclass: str | None,
+    category: str | None = None,
+    subclass: str | None = None,
     regions: Sequence[RegionConfig] = (),
     check: Data | None = None,
     layout: str | None = None,
     progress: Progress | None = None,
 ) -> Detector:
-    """Return a detector that also knows a new subclass; the given one does not change.
+    """Return a detector that also knows a new subclass, or several; the given one does not change.
 
     The good images of `data` are fitted to, and scored by experts that were fitted to the others of them, from which
     the operating point of the subclass is computed. Few images allow no low false-alarm rate: then the operating point
@@ -64,17 +57,89 @@ def with_subclass(
 
     Args:
         detector: of Adapted-MoE with the fusion of experts, just fitted or loaded from a bundle.
-        data: 5 to about 50 good images of the subclass, none of which was used before.
-        category, subclass: its names; the category may be new. Subclass None: a category without subclasses.
+        data: 5 to about 50 good images of a subclass, none of which was used before.
+        category, subclass: its names; the category may be new. Subclass None: a category without subclasses. Category
+            None: every subclass that a manifest or samples name, one after another in the order of their first images.
+            The graph is exported and compared once, which is most of the time of one addition.
         regions: with the region of a new category; those of known ones must be as they are. Without one of its own, a
             category has that of all categories.
         check: further images, on which the scores are compared, too.
 
     Raises:
         ConfigError: the detector has another head or settings that this does not support, or knows the subclass.
-        DataError: there are too few images or groups, an image was used before, or they resemble a known subclass.
+        DataError: there are too few images or groups, an image was used before, they resemble a known subclass, or no
+            subclass is named.
         CheckError: the score of an image that is routed as before has changed.
     """
+    if category is None and subclass is not None:
+        raise ConfigError(
+            f"The subclass {subclass} needs its category. Give both, or neither: then the data names them."
+        )
+    new = (
+        _named(detector, data, layout) if category is None else {(category, subclass): _samples(detector, data, layout)}
+    )
+    further = _scan(detector, check, layout)
+    network, _ = _network(detector)
+    result, shown = detector, []
+    refused: tuple[rows.Refusal, ...] = ()
+    for name, samples in new.items():
+        others = {each for each, _ in new} - {name[0]}
+        own_regions = [each for each in regions if each.category not in others]
+        result, images = _with_fitted(result, samples, name, own_regions, parent=detector, progress=progress)
+        shown.append(some_tiles([images.load(row)[None] for row in range(len(images))], at_most=checks.OF_ADDED))
+        refused = (*refused, *images.refused)
+    if progress is not None:
+        progress("writing the graph", 0, 1)
+    kept = [*range(len(detector.subclass_names)), -1]
+    proof = _prove(detector, network, result, kept=kept, further=further)
+    assert isinstance(result.network, TorchNetwork)
+    if network.checks is not None:
+        result.network.checks = Checks.compute(_graph(result), np.concatenate([network.checks.pixels, *shown]))
+    added = result.record[KEY]
+    names = result.subclass_names[len(detector.subclass_names) :]
+    result.record[KEY] = added | {each: added[each] | {"check": proof} for each in names}
+    result.refused = refused
+    if progress is not None:
+        progress("writing the graph", 1, 1)
+    return result
+
+
+def _named(detector: Detector, data: Data, layout: str | None) -> dict[tuple[str, str | None], list[Sample]]:
+    """Return the good images of each subclass that a manifest or samples name.
+
+    Raises:
+        DataError: none is named.
+    """
+    config = replace(detector.config.data, category=(), subclass=(), subclass_from="column")
+    found: dict[tuple[str, str | None], list[Sample]] = {}
+    for each in samples_of(data, replace(detector.config, data=config), layout):
+        if each.label == "normal" and each.split != "test":
+            found.setdefault((each.category, each.subclass), []).append(each)
+    if not any(subclass for _, subclass in found):
+        raise DataError(
+            "No good image of the data has a subclass. Give a manifest with the columns category and subclass, or name "
+            "both (--category, --subclass)."
+        )
+    return found
+
+
+def _with_fitted(
+    detector: Detector,
+    samples: Sequence[Sample],
+    names: tuple[str, str | None],
+    regions: Sequence[RegionConfig],
+    *,
+    parent: Detector,
+    progress: Progress | None,
+) -> tuple[Detector, rows.Rows]:
+    """Return the detector with one subclass more, whose other scores were not compared, and the images of it.
+
+    Args:
+        names: category and subclass.
+        regions: as of `with_subclass`.
+        parent: the detector of the bundle, for the history.
+    """
+    category, subclass = names
     for what, text in (("category", category), ("subclass", subclass)):
         if text is not None and (not text.strip() or "/" in text or not text.isprintable()):
             raise ConfigError(f"A {what} must be a name of printable characters without /, got {text!r:.80}.")
@@ -88,12 +153,9 @@ def with_subclass(
         )
     known_categories = {each for each, _ in detector.subclasses.values()}
     detector = detector.with_regions(by_region.extended(detector.config, regions, category, known_categories))
-    images = _images(detector, data, category=category, subclass=subclass, layout=layout, progress=progress)
-    teaching = _Teaching(detector, network, head, images, name=name, progress=progress)
-    added_head, held_out, routed, described = teaching.fit()
-    known = teaching.like is not None
-    if progress is not None:
-        progress("writing the graph", 0, 1)
+    images = _images(detector, samples, category=category, subclass=subclass, progress=progress)
+    fit = SubclassFit(detector, network, head, images, name=name, progress=progress)
+    added_head, held_out, routed, described = fit.fit()
     result = _changed(detector, network, added_head, images)
     result.subclasses[name] = (category, subclass)
     own = [each for each, is_own in zip(held_out, routed, strict=True) if is_own]
@@ -109,23 +171,13 @@ def with_subclass(
             false_alarm_rate=calibration.false_alarm_rate,
             unknown_rate=calibration.unknown_rate,
         )
-        added = Added(drawn, category, known and calibration.unseen is not None)
+        added = Added(drawn, category, fit.like is not None and calibration.unseen is not None)
         result.operating_points = points._replace(calibration=calibration.with_added([*calibration.added, added]))
     assert isinstance(result.network, TorchNetwork)
     if network.references is not None and added_head.origins is not None:
         everything = np.arange(len(images))
         own_references = References.collect(added_head.origins, grid=head.grid, images=images, fit=everything)
         result.network.references = network.references.joined(own_references, prefix=name)
-    proof = _prove(
-        detector,
-        network,
-        result,
-        kept=[*range(len(detector.subclass_names)), -1],
-        further=_scan(detector, check, layout),
-    )
-    if network.checks is not None and result.network.checks is not None:
-        shown = some_tiles([images.load(row)[None] for row in range(len(images))], at_most=checks.OF_ADDED)
-        result.network.checks = Checks.compute(_graph(result), np.concatenate([result.network.checks.pixels, shown]))
     taught = {
         "images": len(images.samples),
         "groups": len(set(groups)),
@@ -137,12 +189,11 @@ def with_subclass(
         "held_out_scores": [
             [str(sample.image_path), each.score] for sample, each in zip(images.samples, held_out, strict=True)
         ],
-        "check": proof,
     }
     step = history.step(
         "added",
         images=len(images.samples),
-        parent=detector.bundle_hash,
+        parent=parent.bundle_hash,
         data_fingerprint=rows.fingerprint(images.hashes),
         subclass=name,
         hashes=sorted(text[: rows.HASH_LETTERS] for text in images.hashes),
@@ -166,9 +217,7 @@ def with_subclass(
     placements = [each for each in images.placements if each is not None]
     if placements and category not in known_categories and category in {each.category for each in regions}:
         result.set_limits({category: Limits.of(placements)})
-    if progress is not None:
-        progress("writing the graph", 1, 1)
-    return result
+    return result, images
 
 
 def without_subclass(
@@ -252,173 +301,6 @@ def without_subclass(
     return result
 
 
-class _Teaching:
-    """Fits a new subclass: held-out scores first, then the expert of all images.
-
-    Args:
-        head: is not changed.
-        images: good images of the subclass.
-        name: of the subclass.
-    """
-
-    def __init__(
-        self,
-        detector: Detector,
-        network: TorchNetwork,
-        head: AdaptedMoE,
-        images: rows.Rows,
-        *,
-        name: str,
-        progress: Progress | None,
-    ) -> None:
-        self.detector = detector
-        self.network = network
-        self.head = head
-        self.images = images
-        self.progress = progress
-        category = images.samples[0].category
-        same = [k for k, each in enumerate(detector.subclass_names) if detector.subclasses[each][0] == category]
-        self.like = same[0] if same else None
-        """A subclass of the same category; None: the category is new."""
-        config = detector.config
-        everything = np.arange(len(images))
-        self.chosen = FittedRows(images, everything, everything)
-        source = feature_source(network.extractor, images, cache=None, max_gib=0, progress=progress)
-        standard = StandardizedFeatures(source, network.standard)
-        features = torch.cat([standard.read(everything[start : start + 8]) for start in range(0, len(images), 8)])
-        groups = np.array(splits.independent_groups(images.samples, images.hashes), dtype=np.int64)[images.owner]
-        self.data = FitData(
-            features=_Stored(features),
-            given_categories=np.zeros(len(images), dtype=np.int64),
-            category_names=(category,),
-            subclasses=np.zeros(len(images), dtype=np.int64),
-            names=(name,),
-            groups=groups,
-            holdout=np.zeros(len(images), dtype=np.bool_),
-            seed=config.seed,
-            mean=network.standard.mean,
-            std=network.standard.std,
-        )
-        order = np.random.default_rng(config.seed).permutation(len(np.unique(groups)))
-        members = np.unique(groups, return_inverse=True)[1]
-        self.fold = order[members] % min(config.data.folds, len(order))  # (n,)
-
-    def fit(self) -> tuple[AdaptedMoE, list[ImageScore], list[bool], list[Described]]:
-        """Return the head with the new subclass, and of each image when it is held out.
-
-        That is its score, whether it was routed to the new subclass, and its statistics for `normweave drift`.
-
-        Raises:
-            DataError: too few of the images are nearest to the new subclass.
-        """
-        new = len(self.detector.subclass_names)
-        data = self.data
-        parts = [np.flatnonzero(self.fold == part) for part in range(int(self.fold.max()) + 1)]
-        heads = []
-        for number, part in enumerate(parts):
-            head = deepcopy(self.head)
-            head.add(_subset(data, np.setdiff1d(np.arange(len(data)), part)))
-            heads.append(head)
-            if self.progress is not None:
-                self.progress("scoring held-out images", number, len(parts))
-        normal, found = zip(*(head.held_out(data, part) for head, part in zip(heads, parts, strict=True)), strict=True)
-        routed = np.concatenate(found) == new  # in the order of `parts`
-        if routed.sum() < FEWEST_OF_CATEGORY:
-            counts = np.bincount(np.concatenate(found), minlength=new)
-            raise DataError(
-                f"Only {int(routed.sum())} of {len(data)} images of {data.names[0]} are nearest to it when they are "
-                f"held out, and at least {FEWEST_OF_CATEGORY} must be; of the others most are nearest to "
-                f"{self.detector.subclass_names[int(counts[:new].argmax())]}. The detector knows such images already, "
-                "or give more images that resemble each other."
-            )
-        final = deepcopy(self.head)
-        final.add(data)
-        fusions = [head.fusion for head in (*heads, final) if head.fusion is not None]
-        if self.like is not None:
-            for fusion in fusions:
-                fusion.append_like(self.like)
-        else:
-            held_out = HeldOut(*(np.concatenate(each)[routed] for each in zip(*normal, strict=True)))
-            defective, depth = self._defective(heads, new), self._depth()
-            for fusion in fusions:
-                fusion.append(held_out, defective, category=data.category_names[0], depth=depth)
-        scored: dict[int, RawOutput] = {}
-        with torch.inference_mode():
-            for head, part in zip(heads, parts, strict=True):
-                for row in part:
-                    output = named_outputs(head(data.features.read([int(row)])))
-                    scored[int(row)] = RawOutput(**{name: value.numpy() for name, value in output.items()})
-        config = self.detector.config
-        tiles = TileScores.concatenate(
-            [TileScores.of(scored[row], config, [self.images.part_inside(row)]) for row in range(len(data))]
-        )
-        bounds = np.searchsorted(self.images.owner, np.arange(len(self.images.samples) + 1))
-        images = [ImageScore.of(tiles.part(int(start), int(end))) for start, end in pairwise(bounds)]
-        own = [each.subclass == new for each in images]
-        if not any(own):
-            raise DataError(
-                f"No image of {data.names[0]} is nearest to it when it is held out. Give more images that resemble "
-                "each other."
-            )
-        described = [
-            reference.describe(self.images, number, tiles.raw.scores[start:end], vary=number < reference.VARIED_IMAGES)
-            for number, (start, end) in enumerate(pairwise(bounds.tolist()))
-        ]
-        return final, images, own, described
-
-    def _defective(self, heads: Sequence[AdaptedMoE], new: int) -> Defective | None:
-        """Return the maps of held-out images with synthetic defects that are routed to the new subclass."""
-        data = self.data
-        wanted = np.repeat(np.arange(len(data)), defects_per_image(len(data)))
-        network = self.network
-        defects = fitting.synthetic_defects(
-            self.chosen, network.extractor, network.standard, data, wanted=wanted, cache=None, progress=self.progress
-        )
-        if defects is None:
-            return None
-        found = []
-        for number, head in enumerate(heads):
-            part = np.flatnonzero(self.fold[defects.images] == number)
-            defective, routed = head.held_out_defects(data, defects, part)
-            found.append(Defective(*(each[routed == new] for each in defective)))
-        return Defective(*(np.concatenate(each) for each in zip(*found, strict=True)))
-
-    def _depth(self) -> float | None:
-        """Return the common depth of the maps, as `Fusion` has it; None if the bundle does not hold it."""
-        depths = {each["category"]: each.get("depth") for each in self.detector.record["notes"].get("fusion") or []}
-        first = self.detector.subclass_names[: self.head.first]
-        found = [depths.get(self.detector.subclasses[name][0]) for name in first]
-        known = [each for each in found if each is not None]
-        return float(np.median(known)) if len(known) == len(found) else None
-
-
-class _Stored:
-    """Features (n, D, h, w) in memory."""
-
-    def __init__(self, features: Tensor) -> None:
-        self.features = features
-        D, h, w = features.shape[1:]
-        self.shape = (D, h, w)
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def read(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor:
-        return self.features[torch.as_tensor(np.asarray(rows))]
-
-
-def _subset(data: FitData, chosen: NDArray[np.int64]) -> FitData:
-    assert data.given_categories is not None
-    return replace(
-        data,
-        features=_Stored(data.features.read(chosen)),
-        given_categories=data.given_categories[chosen],
-        subclasses=data.subclasses[chosen],
-        groups=data.groups[chosen],
-        holdout=data.holdout[chosen],
-    )
-
-
 def _network(detector: Detector) -> tuple[TorchNetwork, AdaptedMoE]:
     """Return the network in torch and its head, if subclasses can be added to it.
 
@@ -473,15 +355,13 @@ def _network(detector: Detector) -> tuple[TorchNetwork, AdaptedMoE]:
 
 def _images(
     detector: Detector,
-    data: Data,
+    found: Sequence[Sample],
     *,
     category: str,
     subclass: str | None,
-    layout: str | None,
     progress: Progress | None,
 ) -> rows.Rows:
     """Read the good images, and check that they can be used."""
-    found = _samples(detector, data, layout)
     normals = [each for each in found if each.label == "normal" and each.split != "test"]
     named = [replace(each, category=category, subclass=subclass, split="train") for each in normals]
     images = rows.scan(named, detector.preparation, progress=progress)

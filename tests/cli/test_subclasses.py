@@ -36,6 +36,13 @@ def test_an_existing_bundle_is_not_replaced(fusion_bundle, third):
         assert "allow replacing it (--overwrite)" in result.stderr
 
 
+@pytest.mark.parametrize("names", [("--category", "cloth"), ("--subclass", "new")])
+def test_one_name_without_the_other_is_refused(fusion_bundle, third, tmp_path, names):
+    result = run("add-subclass", fusion_bundle, third, *names, "-o", tmp_path / "new")
+    assert result.exit_code == 2
+    assert "--category and --subclass belong together" in result.stderr
+
+
 def test_too_few_images_write_nothing(fusion_bundle, third, tmp_path):
     few = tmp_path / "few"
     few.mkdir()

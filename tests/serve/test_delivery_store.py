@@ -109,7 +109,7 @@ def part(number, **changes):
 def test_each_subject_has_its_own_place_and_what_is_not_delivered_any_more_is_forgotten(store, deliveries):
     parts = PartStore(Store(store.database, line="Press 5"))
     closed = parts.close(part(1), add(store, 1))
-    deliveries.add_alarm(ALARM)
+    assert deliveries.add_alarm(ALARM, newest=ALARM.time)
     one = deliveries.begin("a", oldest=True, subjects=("inspections", "parts", "drift"))
     assert one.last_ids == {"inspections": 0, "parts": 0, "drift": 0}
     assert deliveries.behind(one.last_ids) == 3

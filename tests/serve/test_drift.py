@@ -4,6 +4,7 @@ import json
 import threading
 from copy import copy
 from dataclasses import replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
@@ -114,6 +115,24 @@ def test_each_alarm_is_stored_once_and_the_webhook_of_the_line_is_sent_it(servic
     by_id = {body["data"]["id"]: body for _, body in receiver.received}  # the receiver verifies the signature
     assert [by_id[one.id]["data"]["cause"] for one in alarms] == [one.cause for one in alarms]
     assert by_id[alarms[0].id]["data"]["advice"] == alarms[0].advice
+
+
+def test_a_roll_back_stores_no_alarm_again(service, loaded, photos, tmp_path):
+    """The inspections of the bundle are tested from the first one on, without the state of that time."""
+    good = [photo for photo in photos if "/good/" in photo]
+    scored(loaded, good, service, 60)
+    scored(loaded, good, service, 90, gain=0.8)
+    store, stored = DeliveryStore(service.store.database, line=""), []
+    for place in ("first.json", "after-a-roll-back.json"):
+        watch = drift.DriftWatch(service, tmp_path / place)
+        while watch.step():
+            pass
+        assert watch.state()[0]
+        stored.append([one.record for one in store.after("drift", 0, limit=99)])
+    assert stored[0] == stored[1] != []
+    first = stored[0][0]
+    assert not store.add_alarm(first, newest=first.time)
+    assert store.add_alarm(first, newest=first.time + timedelta(seconds=1))  # of later inspections
 
 
 @pytest.mark.parametrize(

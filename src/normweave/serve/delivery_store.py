@@ -209,11 +209,24 @@ class DeliveryStore:
 
     # ── alarms of drift ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def add_alarm(self, alarm: DriftAlarm) -> None:
-        """Store an alarm of drift."""
+    def add_alarm(self, alarm: DriftAlarm, *, newest: datetime) -> bool:
+        """Store an alarm of drift, and return whether it is new.
+
+        It is not if the same one was stored after the newest of its inspections: then these are tested once more, as
+        after a roll back to their bundle.
+
+        Args:
+            newest: when the newest inspection that was tested was received.
+        """
         values = {name: value for name, value in vars(alarm).items() if name != "id"}
+        same = [DRIFT_ALARMS.c[name] == values[name] for name in ("line", "bundle_hash", "cause", "subclass")]
         with self._database.writing() as connection:
-            connection.execute(insert(DRIFT_ALARMS).values(values))
+            stored = connection.execute(
+                select(DRIFT_ALARMS.c.id).where(*same, DRIFT_ALARMS.c.time >= newest).limit(1)
+            ).first()
+            if stored is None:
+                connection.execute(insert(DRIFT_ALARMS).values(values))
+        return stored is None
 
     # ── dead letters ─────────────────────────────────────────────────────────────────────────────────────────────
 

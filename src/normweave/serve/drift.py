@@ -88,13 +88,14 @@ class DriftWatch:
         self._service = service
         self._store = DeliveryStore(service.store.database, line=service.store.line)
         self._leads = leads
-        self._unsent: deque[tuple[float, DriftAlarm]] = deque()
+        self._unsent: deque[tuple[float, DriftAlarm, datetime]] = deque()
         self._path = path
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
         self._bundle: str | None = None
         self._last = 0
+        self._newest = datetime.now(UTC)
         self._monitor: Monitor | None = None
         self._found: list[Finding] = []
         self._raised: set[tuple[str, str]] = set()
@@ -135,7 +136,8 @@ class DriftWatch:
         while self._unsent and self._unsent[0][0] < time.monotonic() - HANDOVER_SECONDS:
             self._unsent.popleft()
         while self._unsent and self._leads():
-            self._store.add_alarm(self._unsent[0][1])
+            _, alarm, newest = self._unsent[0]
+            self._store.add_alarm(alarm, newest=newest)
             self._unsent.popleft()
             for notify in tuple(self.listeners):
                 notify()
@@ -156,7 +158,7 @@ class DriftWatch:
             return False
         with self._lock:
             for one in found:
-                self._last = one.id
+                self._last, self._newest = one.id, one.received_at
                 image = image_of(one, by="hour")
                 if image is not None:
                     self._monitor.add(image)
@@ -220,12 +222,12 @@ class DriftWatch:
         for cause, subclass in self._raised - now:
             gauge.labels(cause, subclass).set(0)
         for cause, subclass in now - self._raised:
-            log.warning("Drift: %s, %s", cause, subclass or "all images")
             alarm = self._alarm(alarms[cause, subclass], subclass)
-            if self._leads():
-                self._store.add_alarm(alarm)
-            else:
-                self._unsent.append((time.monotonic(), alarm))
+            if not self._leads():
+                self._unsent.append((time.monotonic(), alarm, self._newest))
+            elif not self._store.add_alarm(alarm, newest=self._newest):
+                continue
+            log.warning("Drift: %s, %s", cause, subclass or "all images")
         for cause, subclass in now:
             gauge.labels(cause, subclass).set(1)
         if now - self._raised:

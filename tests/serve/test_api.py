@@ -17,8 +17,7 @@ from inspections import inspect_files
 from normweave.errors import BundleError, DataError
 from normweave.maps.overlay import outlined_crop, overlay
 from normweave.references import GoodImage, References
-from normweave.serve import api, create_app
-from normweave.serve import service as service_module
+from normweave.serve import api, create_app, write_probe
 from normweave.serve.records import Inspection
 from normweave.types import DefectBox
 
@@ -174,7 +173,7 @@ def test_a_timeout_answers_503_and_the_images_are_inspected(start, access, keys,
     with TestClient(app, headers={"Authorization": f"Bearer {keys['operator']}"}) as client:
         answer = client.post("/v1/inspect", files=form(photos[0]))
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
-        assert "The images were accepted and will be inspected" in answer.json()["detail"]
+        assert "The images were accepted and may still be inspected" in answer.json()["detail"]
         free.set()
         while service.waiting:
             pass
@@ -454,7 +453,7 @@ def test_health_and_metrics(client, service, monkeypatch, photos):
         raise DataError("the database is away")
 
     monkeypatch.setattr(service.store, "check_writable", away)
-    monkeypatch.setattr(service_module, "PROBE_SECONDS", 0)
+    monkeypatch.setattr(write_probe, "PROBE_SECONDS", 0)
     answer = client.get("/readyz")
     assert (answer.status_code, answer.json()["detail"]) == (503, "the database is away")
     assert client.get("/healthz").status_code == 200

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from normweave.serve import access as access_module
-from normweave.serve import service as service_module
+from normweave.serve import write_probe
 from normweave.serve.database import StoreError
 from serving import Server
 
@@ -140,5 +140,5 @@ def test_ready_tells_that_the_store_cannot_be_written(client, service, monkeypat
     assert client.get("/v1/inspections").status_code == 200  # reading goes on
     if part == "files":
         service.files.folder.with_name("away").rename(service.files.folder)
-        monkeypatch.setattr(service_module, "PROBE_SECONDS", 0)
+        monkeypatch.setattr(write_probe, "PROBE_SECONDS", 0)
         assert client.get("/readyz").status_code == 200

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import os
 import sys
+import time
 import uuid
 from contextlib import closing
 from pathlib import Path
@@ -10,6 +12,7 @@ from threading import Event
 
 import pytest
 
+from counterparts import Proxy
 from inspections import inspect_files
 from normweave.errors import ConfigError, MissingError
 from normweave.serve import object_files
@@ -19,7 +22,7 @@ from normweave.serve.files import ContentError, MissingFileError
 from normweave.serve.object_files import ObjectFiles
 from normweave.serve.service import InspectionService
 from normweave.serve.store import Store
-from s3_server import s3_server
+from s3_server import WRITER, s3_server
 
 botocore = pytest.importorskip("botocore.session")
 s3fs = pytest.importorskip("s3fs")
@@ -98,6 +101,43 @@ def test_a_store_that_does_not_answer_is_an_error_with_its_address(files, monkey
         away.check_writable()
     with pytest.raises(StoreError, match=rf"The file {digest} cannot be read from s3://line/press 5/away: .*"):
         away.read(digest)
+
+
+def test_a_store_that_hangs_is_an_error_within_the_time_of_two_attempts(files, monkeypatch):
+    """A write that fails is tested at the next look, also if one has just passed."""
+    proxy = Proxy(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setattr(object_files, "SECONDS", 1)
+    hanging = ObjectFiles(files.name)
+    hanging.check_writable()
+    proxy.switch("silent")
+    hanging.check_writable()  # the result of a moment ago
+    start = time.monotonic()
+    with pytest.raises(OSError, match=r"no answer within 2 s|127\.0\.0\.1"):
+        hanging.put(b"part")
+    assert time.monotonic() - start < 10
+    with pytest.raises(OSError, match=r"no answer within 2 s|127\.0\.0\.1"):
+        hanging.check_writable()
+    proxy.switch("pass")
+    hanging.check_writable()
+    proxy.stop()
+
+
+def test_credentials_that_cannot_read_are_not_enough(files, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, WRITER)
+    writer = ObjectFiles(files.name)
+    digest = writer.put(b"part")
+    with pytest.raises(PermissionError):
+        writer.check_writable()
+    with pytest.raises(StoreError, match=r"cannot be read from s3://line/press 5: .*[^.]\. Check its address, the cre"):
+        writer.read(digest)
+
+
+def test_an_address_is_the_same_with_a_slash_and_needs_a_bucket(s3):
+    assert ObjectFiles(f"{s3}/").identity == ObjectFiles(s3).identity == s3
+    with pytest.raises(ConfigError, match=r"--images 's3://' has no bucket. Give s3://BUCKET/FOLDER"):
+        ObjectFiles("s3://")
 
 
 def test_the_probe_writes_no_object_each_time(files, monkeypatch):

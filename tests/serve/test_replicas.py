@@ -93,7 +93,7 @@ def test_lines_have_leaders_of_their_own(postgres):
 
 def test_servers_of_a_line_with_other_images_are_refused(postgres):
     url = postgres.database()
-    stated = r"of the line 'Press 5' uses this database and stores its images elsewhere. Start all"
+    stated = r"of the line 'Press 5' uses this database and stores its images elsewhere than in b. Start all"
     with closing(Member(url)), closing(Member(url)), pytest.raises(DataError, match=stated):
         Member(url, images="b")
     with closing(Member(url, images="b")):  # the others have left

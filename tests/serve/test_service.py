@@ -268,6 +268,39 @@ def test_after_a_failure_of_the_bundle_or_store_the_service_works(service, photo
     assert service.waiting == 0
 
 
+def test_images_that_wait_for_a_place_that_fails_fail_with_the_first(service, photos, monkeypatch, caplog):
+    """Each would wait as long for it, one after another."""
+    free, scored, written = threading.Event(), [], []
+    scores = service.detector.scores
+    monkeypatch.setattr(service.detector, "scores", lambda batch: (scores(batch), scored.append(len(batch)))[0])
+
+    def put(content):
+        written.append(content)
+        free.wait(30)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(service.files, "put", put)
+
+    async def walk():
+        upload = Upload("one", Path(photos[0]).read_bytes())
+        first = asyncio.ensure_future(service.inspect([upload], source="api", actor="test"))
+        while not written:
+            await asyncio.sleep(0.01)
+        others = [asyncio.ensure_future(service.inspect([upload], source="api", actor="test")) for _ in range(6)]
+        while sum(scored) < 7:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        free.set()
+        return await asyncio.gather(first, *others, return_exceptions=True)
+
+    failures = asyncio.run(walk())
+    assert {str(one) for one in failures} == {str(failures[0])}
+    assert "cannot be written" in str(failures[0])
+    assert len(written) == 1
+    assert [one.message for one in caplog.records].count(str(failures[0])) == 1
+    assert service.waiting == 0
+
+
 def test_with_a_full_disk_the_service_is_not_ready(start):
     with pytest.raises(StoreError, match=r"bytes free, less than one request may have"):
         start(max_request_bytes=2**60).check_ready()

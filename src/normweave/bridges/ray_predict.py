@@ -362,8 +362,9 @@ def _part(first: int, images: list[ListedImage], job: Job, *, file: str) -> Coun
     """
     target, name = Folder(job.output), _name(first, job.suffix)
     if content := target.read(name):  # an empty file is that of a machine that lost power while it wrote
-        rows = _rows(content, job.suffix, where=f"{job.output}/{name}")
-        _check_images(rows, images, first, where=f"{job.output}/{name}")
+        where = f"{job.output.rstrip('/')}/{name}"
+        rows = _rows(content, job.suffix, where=where)
+        _check_images(rows, images, first, where=where)
         return Counts.of(rows)
     ray_tasks.in_folder(job.current_folder)
     with _counted(Path(tempfile.gettempdir(), f"normweave-{job.run}-{first}")) as losses:
@@ -451,17 +452,20 @@ def _detector(job: Job) -> Detector:
 
 
 def _check_images(rows: list[Row], images: list[ListedImage], first: int, *, where: str) -> None:
-    """Raise DataError if the rows of a part are of other images."""
-    for number in range(max(len(rows), len(images))):
-        got = rows[number]["image_path"] if number < len(rows) else None
-        image = os.fspath(images[number]) if number < len(images) else None
-        if image not in (got, None) and readable(image) == got:
-            continue  # a name that is not UTF-8, in Parquet
-        if got != image:
+    """Raise DataError if the rows of a part are of other images, or others in number."""
+    for number, (row, each) in enumerate(zip(rows, images, strict=False)):
+        got, image = row["image_path"], os.fspath(each)
+        if got != image and readable(image) != got:  # in Parquet, a name that is not UTF-8 is written so
             raise DataError(
                 f"Row {number + 1} of {where} is {got}, but image {first + number + 1} of this run is {image}. Give "
                 "the same images in the same order (use --list for a folder that changes), or a new folder."
             )
+    if len(rows) != len(images):
+        raise DataError(
+            f"{where} has {len(rows)} rows, but this run has {len(images)} images from {first + 1} on in this part. If "
+            "the images are the same (use --list for a folder that changes), the part was cut: remove it, then resume. "
+            "Otherwise give a new folder."
+        )
 
 
 def _content(rows: list[Row], suffix: str) -> bytes:

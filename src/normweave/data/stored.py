@@ -179,7 +179,7 @@ def in_store(url: str) -> Iterator[UrlImage]:
     system, path = file_system(url)
 
     def find() -> list[str]:
-        if glob.has_magic(path):
+        if glob.has_magic(path) and not system.exists(path):  # a name may have the signs of a pattern
             return sorted(system.glob(path))
         if not system.isdir(path):
             return [path]

@@ -170,8 +170,8 @@ def _routes(service: InspectionService, streams: events.EventStreams, held: Held
         except TimeoutError:
             raise ProblemError(
                 503,
-                f"No answer within {service.config.answer_seconds:g} s. The images were accepted and will be "
-                "inspected: read the results with GET /v1/inspections.",
+                f"No answer within {service.config.answer_seconds:g} s. The images were accepted and may still "
+                "be inspected. Look with GET /v1/inspections, or repeat a request with an Idempotency-Key.",
                 code="answer_timeout",
             ) from None
         return schemas.InspectOut(inspections=[schemas.InspectionOut.of(one) for one in inspections])

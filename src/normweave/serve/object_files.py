@@ -5,6 +5,7 @@ The keys are those of `files.Files`: `ab/abcdef…` below the address. Several s
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import threading
 import time
@@ -21,6 +22,8 @@ PROBE_SECONDS = 30.0
 """How long the result of a test whether an object can be written is used again, since each request costs money."""
 SECONDS = 10
 """Longest wait of S3 for a connection or for the next bytes."""
+ATTEMPTS = 2
+"""Attempts of a request to S3: more would keep clients waiting for longer than they get an answer."""
 NOT_DURABLE = ("file", "local", "memory", "http", "https", "data")
 """Protocols of fsspec that store nothing to last, or not in one step."""
 
@@ -54,21 +57,26 @@ class ObjectFiles(ImageStore):
             )
         options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
         if protocol in ("s3", "s3a"):
-            options["config_kwargs"] = {"connect_timeout": SECONDS, "read_timeout": SECONDS}
+            limits = {"connect_timeout": SECONDS, "read_timeout": SECONDS}
+            options["config_kwargs"] = limits | {"retries": {"total_max_attempts": ATTEMPTS}}
         try:
             self._system, root = fsspec.core.url_to_fs(url, **options)
         except ImportError as error:
             raise MissingError(f"{url} needs a package that is not installed: {error}.") from error
         except ValueError as error:
             raise ConfigError(f"--images {url!r:.200} cannot be used: {error}. Give s3://BUCKET/FOLDER.") from error
-        self._root = root.rstrip("/")
+        if not (root := root.rstrip("/")):
+            raise ConfigError(f"--images {url!r:.200} has no bucket. Give s3://BUCKET/FOLDER.")
+        self._root = root
+        if protocol in ("s3", "s3a"):
+            self._system.retries = 1  # of s3fs, beside those of botocore
         self._probe_lock = threading.Lock()
         self._probed_at = -PROBE_SECONDS
 
     @property
     def identity(self) -> str:
-        """The address."""
-        return self.name
+        """The address, with or without a slash at its end."""
+        return self.name.rstrip("/")
 
     def put(self, content: bytes) -> str:
         """Write a content and return its hash.
@@ -77,8 +85,12 @@ class ObjectFiles(ImageStore):
             OSError: the object store has not taken it.
         """
         digest = hashlib.sha256(content).hexdigest()
-        with self._as_os_error():
-            self._system.pipe_file(self._key(digest), content)
+        try:
+            with self._as_os_error():
+                self._limited("pipe_file", self._key(digest), content)
+        except OSError:
+            self._probed_at = -PROBE_SECONDS
+            raise
         return digest
 
     def read(self, digest: str) -> bytes:
@@ -91,13 +103,15 @@ class ObjectFiles(ImageStore):
         key = self._key(digest)
         try:
             with self._as_os_error():
-                content = bytes(self._system.cat_file(key))
+                content = bytes(self._limited("cat_file", key))
         except FileNotFoundError as error:
             raise MissingFileError(
                 f"The file {digest} is not in {self.name}. It was removed by retention or by another program."
             ) from error
         except OSError as error:
-            raise StoreError(f"The file {digest} cannot be read from {self.name}: {error}.") from error
+            raise StoreError(
+                f"The file {digest} cannot be read from {self.name}: {str(error).rstrip('.')}. {self.cure}"
+            ) from error
         if hashlib.sha256(content).hexdigest() != digest:
             raise ContentError(f"The file {digest} in {self.name} was changed. Restore it from a backup.")
         return content
@@ -112,7 +126,7 @@ class ObjectFiles(ImageStore):
         key = self._key(digest)
         try:
             with self._as_os_error():
-                self._system.rm_file(key)
+                self._limited("rm_file", key)
         except FileNotFoundError:
             return
 
@@ -134,9 +148,28 @@ class ObjectFiles(ImageStore):
             if time.monotonic() >= self._probed_at + PROBE_SECONDS:
                 probe = f"{self._root}/.probe-{uuid.uuid4().hex}"
                 with self._as_os_error():
-                    self._system.pipe_file(probe, b"x")
-                    self._system.rm_file(probe)
+                    self._limited("pipe_file", probe, b"x")
+                    self._limited("cat_file", probe)
+                    self._limited("rm_file", probe)
                 self._probed_at = time.monotonic()
+
+    def _limited(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the file system for one object, and end it after the time of all attempts.
+
+        The limits of S3 for a connection do not end a request that waits to be told to continue.
+        """
+        if not getattr(self._system, "async_impl", False):
+            return getattr(self._system, method)(*arguments)
+        from fsspec.asyn import sync
+
+        async def request() -> Any:
+            async with asyncio.timeout(ATTEMPTS * SECONDS):
+                return await getattr(self._system, f"_{method}")(*arguments)
+
+        try:
+            return sync(self._system.loop, request)
+        except TimeoutError as error:
+            raise TimeoutError(f"no answer within {ATTEMPTS * SECONDS:g} s") from error
 
     def _key(self, digest: str) -> str:
         return f"{self._root}/{check_hash(digest)[:2]}/{digest}"

@@ -179,8 +179,9 @@ class Replica:
         others = connection.execute(f"{held} EXCEPT {held}", [line, images]).fetchall()
         if others:
             raise DataError(
-                f"Another server of the line {self._line!r} uses this database and stores its images elsewhere. Start "
-                "all servers of a line with the same --images, and servers of other lines with another --name."
+                f"Another server of the line {self._line!r} uses this database and stores its images elsewhere than "
+                f"in {self._images}. Start all servers of a line with the same --images, and servers of other lines "
+                "with another --name."
             )
 
     def _compete(self) -> None:

@@ -50,6 +50,7 @@ from normweave.serve.rendering import ImageReader, grids_file, media_type
 from normweave.serve.replicas import Replica
 from normweave.serve.store import Store
 from normweave.serve.together import Together
+from normweave.serve.write_probe import WriteProbe
 from normweave.types import Outcome
 
 log = logging.getLogger(__name__)
@@ -57,8 +58,6 @@ T = TypeVar("T")
 
 DECODERS = 2
 """Number of threads that decode images."""
-PROBE_SECONDS = 0.3
-"""How long the result of a test whether the store can be written is used again."""
 PREVIEW_IMAGES = 10_000
 """Number of inspections that the preview of a false-alarm rate uses."""
 
@@ -160,9 +159,8 @@ class InspectionService:
         self.listeners: set[Callable[[], None]] = set()
         self._stopping = False
         self._scoring_since: float | None = None
-        self._probe_lock = threading.Lock()
-        self._probed: NormweaveError | None = None
-        self._probed_at = -PROBE_SECONDS
+        self._probe = WriteProbe(self._check_writable)
+        self._failing = False
         self._decoders = ThreadPoolExecutor(DECODERS, thread_name_prefix="decode")
         self._readers = ThreadPoolExecutor(DECODERS, thread_name_prefix="read")
         self._writers = ThreadPoolExecutor(files.parallel, thread_name_prefix="write")
@@ -201,16 +199,7 @@ class InspectionService:
                     f"The network has been scoring the same images for {seconds:.0f} s, which should take at most "
                     f"{self.config.score_seconds:g} s. Restart the server if this does not end."
                 )
-        with self._probe_lock:  # all callers share a result, since anyone may ask
-            if time.monotonic() >= self._probed_at + PROBE_SECONDS:
-                self._probed = None
-                try:
-                    self._check_writable()
-                except NormweaveError as error:
-                    self._probed = error
-                self._probed_at = time.monotonic()
-            if self._probed is not None:
-                raise self._probed
+        self._probe.check()  # all callers share a result, since anyone may ask
 
     def _check_writable(self) -> None:
         try:
@@ -400,9 +389,17 @@ class InspectionService:
             try:
                 with self.files.write_lock, self.store.adding() as add:
                     stored = add(list(self._writers.map(self._inspection, batch)))
-            except BaseException as error:
-                _fail(batch, _not_written(self.files, error) if isinstance(error, OSError) else error)
+            except OSError as error:
+                failure = _not_written(self.files, error)
+                if not self._failing:  # once, not for each image
+                    log.warning("%s", failure)
+                self._failing = True
+                _fail(batch + self._waiting_for_files(), failure)
                 continue
+            except BaseException as error:
+                _fail(batch, error)
+                continue
+            self._failing = False
             compared = []
             for job, inspection in zip(batch, stored, strict=True):
                 if inspection.received_at == job.received_at:  # not stored by another server in the meantime
@@ -413,6 +410,17 @@ class InspectionService:
             self.notify()
             if self.models is not None:
                 self.models.offer(compared)
+
+    def _waiting_for_files(self) -> list[_Job]:
+        """Return the images that are scored and wait: each would wait as long for the place of the files to fail."""
+        found: list[_Job] = []
+        for _ in range(self._scored.qsize()):
+            scored = self._scored.get()
+            if scored is None:
+                self._scored.put(None)  # the last one
+                break
+            found += [one for job in scored for one in job.together.add(job) if not one.done.done()]
+        return found
 
     def notify(self) -> None:
         """Call all listeners: inspections have been stored, by this server or by another one."""
@@ -568,10 +576,11 @@ class InspectionService:
             self.models.stop()
         self._readers.shutdown(wait=True)
         self._writers.shutdown(wait=True)
+        self._probe.close()
 
 
 def _not_written(files: ImageStore, error: OSError) -> StoreError:
-    return StoreError(f"The images cannot be written to {files.name}: {error}. {files.cure}")
+    return StoreError(f"The images cannot be written to {files.name}: {str(error).rstrip('.')}. {files.cure}")
 
 
 def _not_found(id: int) -> NotFoundError:

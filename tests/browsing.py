@@ -80,7 +80,8 @@ def server(bundle, tmp_path_factory):
     server.watched = watched
     yield server
     assert server.stop() in (0, -signal.SIGTERM)  # uvicorn re-raises the signal
-    assert "Traceback" not in server.log()
+    _, traceback, rest = server.log().partition("Traceback")
+    assert not traceback, rest
     receiver.close()
 
 

@@ -33,6 +33,7 @@ from normweave.serve.records import PartRecord
 from normweave.serve.store import Store
 from normweave.serve.verdict_codes import GOOD
 from normweave.types import PartReason
+from ports import free_port
 from required import absent
 
 SOON = 60.0
@@ -46,12 +47,6 @@ def until(condition, what="it"):
         assert time.monotonic() < end, f"{what} has not happened within {SOON:g} s"
         time.sleep(0.02)
     return found
-
-
-def free_port():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
 
 
 class Station:

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from pymodbus.client import ModbusTcpClient
 
+from ports import free_port
 from required import absent
 
 SYSTEM_PYTHON = "/usr/bin/python3"
@@ -37,12 +38,6 @@ if len(sys.argv) > 1:
     print("ready", flush=True)
     GLib.MainLoop().run()
 """
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 def until(holds, seconds=20.0):

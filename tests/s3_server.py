@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -12,6 +11,7 @@ import urllib.request
 import fsspec
 import pytest
 
+from ports import free_ports
 from required import absent
 
 SECONDS = 60.0
@@ -63,15 +63,6 @@ def s3_server(folder):
             yield url
         finally:
             process.kill()  # an orderly stop takes half a minute
-
-
-def free_ports(count):
-    """Return ports of this machine that nothing listens on, each another one."""
-    with contextlib.ExitStack() as stack:
-        unused = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in unused:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in unused]
 
 
 def answers(url):

@@ -409,7 +409,7 @@ class Detector:
         # The network routes each image, so that labels and the selection of the training do not matter here.
         everything = replace(config.data, category=(), subclass=(), subclass_from="none")
         samples = samples_of(data, replace(config, data=everything), layout)
-        normals = [each for each in samples if each.label == "normal" and each.split != "test"]
+        normals = splits.good_images(samples)
         scanned = self.scan(normals, progress=progress)
         rows.refuse_used(scanned, self.record, "calibration")
         if not len(scanned):

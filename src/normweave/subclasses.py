@@ -79,25 +79,28 @@ def with_subclass(
         _named(detector, data, layout) if category is None else {(category, subclass): _samples(detector, data, layout)}
     )
     further = _scan(detector, check, layout)
-    network, _ = _network(detector)
-    result, shown = detector, []
+    network, head = _network(detector)
+    for names in new:
+        _check_names(detector, head, *names)  # of all, before the first is fitted
+    result, fitted, shown = detector, network, []
     refused: tuple[rows.Refusal, ...] = ()
-    for name, samples in new.items():
-        others = {each for each, _ in new} - {name[0]}
+    for names, samples in new.items():
+        others = {each for each, _ in new} - {names[0]}
         own_regions = [each for each in regions if each.category not in others]
-        result, images = _with_fitted(result, samples, name, own_regions, parent=detector, progress=progress)
+        result, images = _with_fitted(result, fitted, samples, names, own_regions, parent=detector, progress=progress)
+        assert isinstance(result.network, TorchNetwork)
+        fitted = result.network
         shown.append(some_tiles([images.load(row)[None] for row in range(len(images))], at_most=checks.OF_ADDED))
         refused = (*refused, *images.refused)
     if progress is not None:
         progress("writing the graph", 0, 1)
     kept = [*range(len(detector.subclass_names)), -1]
     proof = _prove(detector, network, result, kept=kept, further=further)
-    assert isinstance(result.network, TorchNetwork)
     if network.checks is not None:
-        result.network.checks = Checks.compute(_graph(result), np.concatenate([network.checks.pixels, *shown]))
+        fitted.checks = Checks.compute(_graph(result), np.concatenate([network.checks.pixels, *shown]))
     added = result.record[KEY]
-    names = result.subclass_names[len(detector.subclass_names) :]
-    result.record[KEY] = added | {each: added[each] | {"check": proof} for each in names}
+    added_names = result.subclass_names[len(detector.subclass_names) :]
+    result.record[KEY] = added | {each: added[each] | {"check": proof} for each in added_names}
     result.refused = refused
     if progress is not None:
         progress("writing the graph", 1, 1)
@@ -112,9 +115,8 @@ def _named(detector: Detector, data: Data, layout: str | None) -> dict[tuple[str
     """
     config = replace(detector.config.data, category=(), subclass=(), subclass_from="column")
     found: dict[tuple[str, str | None], list[Sample]] = {}
-    for each in samples_of(data, replace(detector.config, data=config), layout):
-        if each.label == "normal" and each.split != "test":
-            found.setdefault((each.category, each.subclass), []).append(each)
+    for each in splits.good_images(samples_of(data, replace(detector.config, data=config), layout)):
+        found.setdefault((each.category, each.subclass), []).append(each)
     if not any(subclass for _, subclass in found):
         raise DataError(
             "No good image of the data has a subclass. Give a manifest with the columns category and subclass, or name "
@@ -123,8 +125,23 @@ def _named(detector: Detector, data: Data, layout: str | None) -> dict[tuple[str
     return found
 
 
+def _check_names(detector: Detector, head: AdaptedMoE, category: str, subclass: str | None) -> None:
+    """Raise ConfigError if a new subclass cannot have these names."""
+    for what, text in (("category", category), ("subclass", subclass)):
+        if text is not None and (not text.strip() or "/" in text or not text.isprintable()):
+            raise ConfigError(f"A {what} must be a name of printable characters without /, got {text!r:.80}.")
+    name = Sample(image_path=Path(), category=category, subclass=subclass).subclass_name
+    if name in detector.subclass_names:
+        removable = name in detector.subclass_names[head.first :]
+        raise ConfigError(
+            f"The detector knows the subclass {name} already. Known: {', '.join(detector.subclass_names)}. Choose "
+            f"another name{', or remove it first (normweave remove-subclass)' if removable else ''}."
+        )
+
+
 def _with_fitted(
     detector: Detector,
+    network: TorchNetwork,
     samples: Sequence[Sample],
     names: tuple[str, str | None],
     regions: Sequence[RegionConfig],
@@ -135,22 +152,15 @@ def _with_fitted(
     """Return the detector with one subclass more, whose other scores were not compared, and the images of it.
 
     Args:
+        network: that of the detector, in torch.
         names: category and subclass.
         regions: as of `with_subclass`.
         parent: the detector of the bundle, for the history.
     """
     category, subclass = names
-    for what, text in (("category", category), ("subclass", subclass)):
-        if text is not None and (not text.strip() or "/" in text or not text.isprintable()):
-            raise ConfigError(f"A {what} must be a name of printable characters without /, got {text!r:.80}.")
     name = Sample(image_path=Path(), category=category, subclass=subclass).subclass_name
-    network, head = _network(detector)
-    if name in detector.subclass_names:
-        removable = name in detector.subclass_names[head.first :]
-        raise ConfigError(
-            f"The detector knows the subclass {name} already. Known: {', '.join(detector.subclass_names)}. Choose "
-            f"another name{', or remove it first (normweave remove-subclass)' if removable else ''}."
-        )
+    head = network.head
+    assert isinstance(head, AdaptedMoE)
     known_categories = {each for each, _ in detector.subclasses.values()}
     detector = detector.with_regions(by_region.extended(detector.config, regions, category, known_categories))
     images = _images(detector, samples, category=category, subclass=subclass, progress=progress)
@@ -362,8 +372,7 @@ def _images(
     progress: Progress | None,
 ) -> rows.Rows:
     """Read the good images, and check that they can be used."""
-    normals = [each for each in found if each.label == "normal" and each.split != "test"]
-    named = [replace(each, category=category, subclass=subclass, split="train") for each in normals]
+    named = [replace(each, category=category, subclass=subclass, split="train") for each in splits.good_images(found)]
     images = rows.scan(named, detector.preparation, progress=progress)
     used = {*detector.record["fit_hashes"], *detector.record["calibration_hashes"]}
     for sample, content in zip(images.samples, images.hashes, strict=True):

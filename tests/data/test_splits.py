@@ -12,7 +12,7 @@ from PIL import Image
 
 from normweave.config import DataConfig
 from normweave.data import layouts
-from normweave.data.splits import complete, divide, file_content, holdout, independent_groups, shared
+from normweave.data.splits import complete, divide, file_content, good_images, holdout, independent_groups, shared
 from normweave.errors import ConfigError, DataError
 from normweave.types import Sample
 
@@ -23,6 +23,11 @@ def sample(number, **fields):
 
 def normals(count, **fields):
     return [sample(number, split="train", **fields) for number in range(count)]
+
+
+def test_good_images_are_normal_and_no_test_images():
+    given = [sample(0), sample(1, split="test"), sample(2, label="anomalous"), sample(3, split="calibration")]
+    assert good_images(given) == [given[0], given[3]]
 
 
 def itself(one):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from counterparts import Mosquitto, PlcServer, Receiver, free_port, make
+from counterparts import Mosquitto, PlcServer, Receiver, make
 from feeders import Snapshots
 from normweave.serve.line_check import check_bundles, check_outputs, check_sources
 from normweave.serve.line_config import LineConfig
 from normweave.serve.sources import http, video
+from ports import free_port
 
 COUNTERPARTS = [Mosquitto, PlcServer, Receiver]
 

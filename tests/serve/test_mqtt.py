@@ -3,9 +3,10 @@
 import paho.mqtt.publish as publish
 import pytest
 
-from feeders import Mosquitto, free_port, until
+from feeders import Mosquitto, until
 from normweave.errors import ConfigError
 from normweave.serve.mqtt import Broker, Messages
+from ports import free_port
 
 
 def test_a_newer_message_replaces_one_that_waits(tmp_path):

@@ -4,10 +4,11 @@ import time
 
 import pytest
 
-from feeders import Plc, free_port, until
+from feeders import Plc, until
 from normweave.errors import ConfigError
 from normweave.serve.plc import RisingEdges
 from normweave.serve.trigger import ModbusTrigger, trigger
+from ports import free_port
 
 
 @pytest.fixture(scope="module")

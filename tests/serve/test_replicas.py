@@ -18,12 +18,13 @@ import httpx2
 import pytest
 
 from bundles import wait_for
-from counterparts import Receiver, answers, free_port, until
+from counterparts import Receiver, answers, until
 from inspections import ALL
 from normweave.errors import DataError
 from normweave.serve.database import Database
 from normweave.serve.replicas import Replica, SoleServer
 from normweave.serve.store import Store
+from ports import free_port
 from required import absent
 from serving import Server
 

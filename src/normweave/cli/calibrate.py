@@ -34,8 +34,8 @@ def calibrate(
             f"Too few images for a threshold of its own, which it had before: {', '.join(pooled)}. The threshold is "
             "now that of all images together, or of the category. To avoid it, calibrate with images of every subclass."
         )
-    far = [] if earlier is None else _far(detector, earlier)
-    if earlier is not None and sum(far) > 2 * earlier.unknown_rate * len(far):
+    far = _far(detector, earlier)
+    if sum(far) > 2 * detector.config.outcome.unknown_rate * len(far):
         terminal.remark(
             f"{sum(far)} of {len(far)} images were far from every known subclass before. Now such images count as "
             "known. If they are of another product or subclass, calibrate again without them, and add it with "
@@ -44,10 +44,10 @@ def calibrate(
     return code
 
 
-def _far(detector: "Detector", earlier: "Calibration") -> list[bool]:
-    """Return whether each calibration image was far from every known subclass by an earlier calibration."""
+def _far(detector: "Detector", earlier: "Calibration | None") -> list[bool]:
+    """Return whether each calibration image was far from every known subclass by an earlier calibration, if any."""
     now = detector.calibration
-    if now is None or now.distances is None or now.subclasses is None:
+    if earlier is None or now is None or now.distances is None or now.subclasses is None:
         return []
     near = zip(now.distances.tolist(), now.subclasses.tolist(), strict=True)
     return [earlier.is_far(distance, subclass) for distance, subclass in near]

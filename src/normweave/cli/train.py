@@ -166,7 +166,7 @@ def train(
     shutil.rmtree(work, ignore_errors=True)
     if sources is not None:
         terminal.remark(sources.summary)
-    timed = image_ms(Detector.load(output, device=terminal.device), samples_of(data, detector.config, layout))
+    timed = image_ms(Detector.load(output, device=terminal.device), samples)
     return report(terminal, detector, output, timed)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,6 +25,11 @@ FEWEST_FIT = 2
 """Smallest number of fit images: a standard deviation needs two."""
 
 Content = Callable[[Sample], Hashable]
+
+
+def good_images(samples: Iterable[Sample]) -> list[Sample]:
+    """Return the normal images that are no test images."""
+    return [each for each in samples if each.label == "normal" and each.split != "test"]
 
 
 class Division(NamedTuple):

@@ -5,13 +5,14 @@ import threading
 
 import pytest
 
-from feeders import free_port, until
+from feeders import until
 from inspections import ALL
 from normweave.errors import ConfigError
 from normweave.serve import stream
 from normweave.serve.source import check
 from normweave.serve.sources.camera import Config
 from normweave.serve.trigger import SecondsTrigger
+from ports import free_port
 
 
 def camera(url, **given):

@@ -2,6 +2,9 @@
 
 import re
 import shutil
+import socket
+import time
+from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import expect
@@ -52,6 +55,18 @@ def test_a_pasted_image_and_a_chosen_one_are_inspected(visit, parts):
         page.get_by_text("Drop images here").click()
     chooser.value.set_files(parts.unknown)
     expect(page.locator("h2.name")).to_have_text(parts.unknown.name)
+
+
+def test_a_page_that_is_closed_while_it_sends_leaves_no_error_in_the_log(visit, server):
+    """The end of the fixture `server` reads the log."""
+    cookies = "; ".join(f"{one['name']}={one['value']}" for one in visit("/").context.cookies())
+    address = urlsplit(server.url)
+    head = [f"POST /upload?name=a.png HTTP/1.1\r\nHost: {address.netloc}\r\nOrigin: {server.url}\r\nCookie: {cookies}"]
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall("\r\n".join([*head, "Content-Length: 1000", "", "cut"]).encode())
+        time.sleep(0.5)  # its route reads
+    with server.client() as client:
+        client.get("/healthz").raise_for_status()
 
 
 def test_an_unreadable_image_shows_the_reason(visit, parts, tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import json
 
 import pytest
+from starlette.requests import Request as StarletteRequest
 
 from normweave.serve import limits as limits_module
 from normweave.serve.config import ServeConfig
@@ -183,6 +184,20 @@ def test_errors_of_the_application_are_raised():
         request = Request(LimitsMiddleware(broken, config=ServeConfig()))
         with pytest.raises(ValueError, match="broken"):
             await request.done
+
+    asyncio.run(walk())
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_request_is_no_error():
+    async def reads(scope, receive, send):
+        await StarletteRequest(scope, receive).body()
+
+    async def walk():
+        request = Request(LimitsMiddleware(reads, config=ServeConfig()))
+        await request.part(10)
+        await request.parts.put({"type": "http.disconnect"})
+        await asyncio.wait_for(request.done, timeout=5)
+        assert request.sent == []
 
     asyncio.run(walk())
 

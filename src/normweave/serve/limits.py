@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from normweave.errors import NormweaveError
@@ -114,6 +115,8 @@ class LimitsMiddleware:
             if refused is None and not started:
                 log.warning("A request could not be authenticated: %s", error)
                 await handlers.unavailable(scope)(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            log.debug("The client of %s closed the connection before its request had arrived.", scope["path"])
         except Exception:
             if refused is None or started:
                 raise

@@ -15,8 +15,8 @@ from normweave.serve.pages.frame import EMIT_ID, Page, Serving, entered, notify_
 from normweave.serve.pages.inspect import ENDINGS
 from normweave.serve.pages.inspect import TEMPLATE as DROP_TEMPLATE
 from normweave.serve.records import Filter, Inspection
-from normweave.serve.service import Upload
 from normweave.serve.teach import FEWEST, MOST, TeachJob
+from normweave.serve.teach_routes import stored_uploads
 from normweave.serve.templating import render_macro
 
 TEMPLATE = "teach.html"
@@ -195,14 +195,12 @@ class TeachPage(Page):
         return pressed
 
     async def _started(self, actor: Actor) -> None:
-        images = [
-            Upload(one.name or str(one.id), await self._service.read_image(one.image))
-            for one in self._chosen.values()
-            if one.image is not None
-        ]
+        ids = list(self._chosen)  # more can be dropped meanwhile
+        images = await stored_uploads(self._service, ids)
         names = {"category": entered(self._category, NAME), "subclass": entered(self._subclass, NAME)}
         await asyncio.to_thread(self._teaching.start, images, **names, actor=actor)
-        self._chosen.clear()
+        for id in ids:
+            self._chosen.pop(id, None)
         self._draw()
 
     async def _kept(self, actor: Actor) -> None:

@@ -49,6 +49,7 @@ class Server:
         output = self._process.stdout.readline()
         if not output.startswith("{") or "url" not in (first := json.loads(output)):
             self._process.kill()
+            self.ended()
             raise AssertionError(f"The server did not start: {output} {self.log()}")
         self.url = first["url"]
         self.tokens |= {made["role"]: made["token"] for made in first["tokens"]}

@@ -81,6 +81,12 @@ def test_a_pattern_over_folders(photos):
     assert found(photos, "**/1.*") == ["a/1.JPG", "b/1.png"]
 
 
+def test_a_pattern_over_manifests(photos):
+    for name in "ab":
+        (photos / f"{name}.csv").write_text(f"image_path\n{name}/1.png\n")
+    assert found(photos, "*.csv") == ["a/1.png", "b/1.png"]
+
+
 def test_a_name_that_looks_like_a_pattern(photos):
     shutil.copy(photos / "a" / "2.png", photos / "part[1].png")
     assert found(photos, "part[1].png") == ["part[1].png"]

@@ -71,6 +71,13 @@ def test_inspections_are_stored_next_to_the_bundle_by_default(trained, runs, tmp
     assert any((tmp_path / "inspections").iterdir())
 
 
+def test_a_database_elsewhere_is_named(trained, runs, tmp_path):
+    url = f"sqlite:///{tmp_path / 'own.db'}"
+    result = serve(trained.bundle, "--data", tmp_path / "data", "--database", url)
+    places = f"{url}, their images in {tmp_path / 'data' / 'files'}"
+    assert f"Results are stored in {places}. Stop with Ctrl+C." in result.stdout, result.output
+
+
 @pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
 def test_other_machines_without_tls_are_remarked(trained, runs, tmp_path, host, warned):
     result = serve(trained.bundle, "--data", tmp_path / "data", "--host", host)

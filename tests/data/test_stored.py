@@ -1,5 +1,6 @@
 """Images of stores and of Parquet tables are read as files are; results are written completely or not at all."""
 
+import time
 from pathlib import Path
 
 import fsspec
@@ -10,6 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from PIL import Image
 from pyarrow import parquet
 
+from counterparts import Proxy
 from normweave.data import stored
 from normweave.data.images import decode
 from normweave.data.stored import Folder, ParquetImage, UrlImage, fetched, in_store, in_table
@@ -123,6 +125,26 @@ def test_a_store_that_fails_is_asked_again_and_then_ends_the_run(store, monkeypa
     assert not isinstance(caught.value, ImageError)  # it is no fault of the image
 
 
+def test_a_store_that_hangs_ends_the_run(monkeypatch):
+    """A real client of S3, and a server that accepts connections and never answers."""
+    pytest.importorskip("s3fs")
+    proxy = Proxy(0)
+    proxy.switch("silent")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setattr(stored, "OBJECT_S", 0.3)
+    monkeypatch.setattr(stored, "WAIT_S", 0.0)
+    results = Folder("s3://hanging/results")
+    hanging = (UrlImage("s3://hanging/a.png").read, lambda: results.read("a"), lambda: results.write("a", b"1"))
+    for request in hanging:
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=r"store does not answer \(TimeoutError: no answer within 0\.3 s\)\. Ch"):
+            request()
+        assert time.monotonic() - begun < 10
+    proxy.stop()
+
+
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -176,6 +198,15 @@ def test_a_table_of_a_store_names_images_beside_it_or_contains_them(store, tmp_p
     (inside,) = in_table("memory://bucket/t.parquet")
     assert (decode(beside) == decode(photos[0])).all()
     assert (decode(inside) == decode(photos[0])).all()
+
+
+def test_a_pattern_over_tables_of_a_store(store, tmp_path, photos):
+    for number, photo in enumerate(photos[:2]):
+        store.put(table(tmp_path / "t.parquet", {"image": contents([photo])}), f"/bucket/{number}.parquet")
+    images = list(in_table("memory://bucket/*.parquet"))
+    assert [image.path for image in images] == ["memory:///bucket/0.parquet#0", "memory:///bucket/1.parquet#0"]
+    with pytest.raises(DataError, match=r"contains no \.parquet file\. .* or a pattern that matches"):
+        in_table("memory://bucket/x*.parquet")
 
 
 def test_a_row_without_an_image_is_an_unreadable_image(tmp_path, photos):

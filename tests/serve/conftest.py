@@ -57,9 +57,9 @@ class Postgres:
         with psycopg.connect(f"host={self._folder} user=tests dbname={database}", autocommit=True) as connection:
             connection.execute(text)
 
-    def database(self, *, encoding="UTF8"):
+    def database(self, *, encoding="UTF8", purpose="test"):
         """Return the URL of an empty database. Tests share it, since creating one takes most of their time."""
-        name = f"test_{encoding}".lower()
+        name = f"{purpose}_{encoding}".lower()
         if name not in self._made:
             self._made.add(name)
             self.sql(f"CREATE DATABASE {name} ENCODING '{encoding}' TEMPLATE template0")

@@ -53,7 +53,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0099"
-down_revision = "0012"
+down_revision = "0013"
 
 
 def upgrade():
@@ -73,7 +73,7 @@ def test_an_older_database_is_migrated_and_a_newer_one_is_refused(database_url, 
             assert list(store.iter_inspections(ALL)) == kept
             with store.database.reading() as connection:
                 assert connection.exec_driver_sql("SELECT count(*) FROM inspections WHERE lamp IS NULL").scalar() == 80
-    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0012. Upgrade with"):
+    with pytest.raises(DataError, match=r"is at revision 0099, and this normweave knows up to 0013. Upgrade with"):
         Store.open(database_url)
 
 
@@ -81,7 +81,7 @@ def test_a_reader_does_not_migrate(database_url):
     """A server of another version may use the tables."""
     if database_url.startswith("sqlite:///"):
         Path(database_url.removeprefix("sqlite:///")).touch()  # a file that is not there is refused for this reason
-    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0012. Start the server"):
+    with pytest.raises(DataError, match=r"is at revision none, and this normweave reads 0013. Start the server"):
         Store.open(database_url, migrate=False)
     with closing(Store.open(database_url)) as store:
         kept = store.add([inspection()])
@@ -279,6 +279,7 @@ def test_how_far_the_outputs_are_is_kept_by_the_migration_of_their_tables(databa
     shutil.copytree(database.MIGRATIONS, older)
     (older / "versions" / "0011_subjects.py").unlink()
     (older / "versions" / "0012_alignment.py").unlink()
+    (older / "versions" / "0013_identity.py").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(database, "MIGRATIONS", older)
         with closing(Store.open(database_url)) as store, store.database.writing() as connection:

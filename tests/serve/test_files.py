@@ -253,6 +253,31 @@ def test_servers_share_a_folder_only_if_all_of_them_do(tmp_path):
     other.close()
 
 
+def test_images_belong_to_one_database(tmp_path):
+    """The servers of another one would remove them as files without a record."""
+    first, second = Files(tmp_path, shared=True), Files(tmp_path, shared=True)
+    for files in (first, second, first):
+        files.claim("a" * 32)
+    with pytest.raises(DataError, match=r"belong to another database, .*\. Give each database its own --images. If"):
+        second.claim("b" * 32)
+    (tmp_path / ".database").unlink()
+    second.claim("b" * 32)
+    with pytest.raises(DataError, match="belong to another database"):
+        first.claim("a" * 32)
+    assert list(first.all_hashes()) == []
+    assert not list(tmp_path.glob(".partial*"))
+    first.close()
+    second.close()
+
+
+def test_a_folder_that_cannot_be_claimed_is_refused(tmp_path):
+    (tmp_path / ".database").mkdir()
+    files = Files(tmp_path)
+    with pytest.raises(DataError, match=r"Images cannot be stored in .*Is a directory.*\. Free disk space, or repair"):
+        files.claim("a" * 32)
+    files.close()
+
+
 def test_a_shared_folder_keeps_the_partial_files_of_others(tmp_path):
     first, second = Files(tmp_path, shared=True), Files(tmp_path, shared=True)
     first.put(b"part")

@@ -14,7 +14,7 @@ import pytest
 
 from counterparts import Proxy
 from inspections import inspect_files
-from normweave.errors import ConfigError, MissingError
+from normweave.errors import ConfigError, DataError, MissingError
 from normweave.serve import object_files
 from normweave.serve.config import ServeConfig
 from normweave.serve.database import StoreError
@@ -132,6 +132,23 @@ def test_credentials_that_cannot_read_are_not_enough(files, monkeypatch):
         writer.check_writable()
     with pytest.raises(StoreError, match=r"cannot be read from s3://line/press 5: .*[^.]\. Check its address, the cre"):
         writer.read(digest)
+
+
+def test_images_belong_to_one_database(files):
+    """The servers of another one would remove them as files without a record."""
+    files.claim("a" * 32)
+    digest = files.put(b"part")
+    other = ObjectFiles(files.name)
+    with pytest.raises(DataError, match=rf"{files.name} belong to another .* remove the file {files.name}/.database: "):
+        other.claim("b" * 32)
+    other.claim("a" * 32)
+    assert list(files.all_hashes()) == [digest]
+
+
+def test_an_object_store_that_refuses_cannot_be_claimed(files, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(DataError, match=rf"cannot be stored in {files.name}: .*[^.]\. Check its address, the cre"):
+        ObjectFiles(files.name).claim("a" * 32)
 
 
 def test_an_address_is_the_same_with_a_slash_and_needs_a_bucket(s3):

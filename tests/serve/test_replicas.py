@@ -126,6 +126,7 @@ class Pair:
 
     Attributes:
         answered: id of each answered inspection.
+        images: folder of the images of both.
     """
 
     def __init__(self, library_folder, url, folder):
@@ -136,7 +137,8 @@ class Pair:
         source = {"type": "http", "name": "top", "url": "http://127.0.0.1:1/"}
         line.write_text(json.dumps({"name": LINE, "parts": {"views": 2}, "sources": [source], "outputs": [output]}))
         library = shutil.copytree(library_folder, folder / "bundles")
-        shared = ("--library", library, "--active", "old", "--database", url, "--images", folder / "images", "-c", line)
+        self.images = folder / "images"
+        shared = ("--library", library, "--active", "old", "--database", url, "--images", self.images, "-c", line)
         self.url = url
         self.answered = []
         with ThreadPoolExecutor(2) as pool:  # which of them makes the tokens is open
@@ -248,6 +250,13 @@ def test_an_inspection_of_one_is_shown_by_the_other(pair, contents):
         assert next(line for line in lines if line.startswith("id:")) == f"id: {one['id']}"
         assert time.monotonic() - begun < 1
     assert pair.get(first, one["image_url"], role="operator").content == contents[0]
+
+
+def test_a_server_of_another_database_is_refused_their_images(pair, library_folder, postgres, tmp_path):
+    """It would remove them."""
+    given = ("--library", library_folder, "--active", "old", "--images", pair.images)
+    with pytest.raises(AssertionError, match=r"The images in .* belong to another database, whose servers would"):
+        Server(None, tmp_path, *given, "--database", postgres.database(purpose="other"))
 
 
 def test_a_key_that_comes_to_both_at_once_gives_one_inspection(pair, contents):

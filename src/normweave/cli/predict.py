@@ -291,7 +291,7 @@ def find_images(arguments: list[str], listed: Path | None = None) -> "Iterator[L
             matches = sorted(glob.glob(argument, recursive=True))
             if not matches:
                 raise DataError(f"No file matches {argument!r}. Check the pattern. ** matches any folders.")
-            sources.append(matches)
+            sources += [in_table(match) if is_table(argument) else [match] for match in matches]
         else:
             sources.append([argument])
     if listed is not None:

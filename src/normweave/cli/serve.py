@@ -215,6 +215,7 @@ def serve(
         stack.callback(store.close)
         replica = None
         if store.database.is_shared:
+            files.claim(store.identity())
             replica = Replica(
                 store.database,
                 line=name,
@@ -266,7 +267,8 @@ def serve(
         else:
             for new in tokens:
                 terminal.show(f"Token of the {new.token.role}, printed only once: {new.secret}")
-            terminal.show(f"Serving {where} at {url}. Results are stored in {folder}. Stop with Ctrl+C.")
+            places = str(folder) if database is None else f"{store.database.name}, their images in {files.name}"
+            terminal.show(f"Serving {where} at {url}. Results are stored in {places}. Stop with Ctrl+C.")
         if certificate is None and not is_loopback(host):
             terminal.remark("Tokens and images are sent unencrypted: use TLS, or a proxy with TLS.")
         process.run(app, listening, config=limits, certificate=certificate)

@@ -397,7 +397,9 @@ def read(root: str | os.PathLike[str], config: DataConfig, *, layout: str | None
     elif root.is_dir():
         samples = _read_folder(root, layout or recognise(root))
     else:
-        raise DataError(f"{root}: no such file or folder. Give a folder of images or a manifest (.csv, .parquet).")
+        raise DataError(
+            f"{root}: no such file or folder. Give a folder of images or a manifest (.csv, .parquet) of this machine."
+        )
     samples = choose(_with_subclasses(samples, config, root), config)
     if config.subclass_from in ("auto", "none"):
         samples = [replace(sample, subclass=None) for sample in samples]

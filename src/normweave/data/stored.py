@@ -5,6 +5,7 @@ fsspec reads and writes the stores: s3:// (package s3fs), gs:// (gcsfs), abfs://
 
 from __future__ import annotations
 
+import asyncio
 import glob
 import os
 import re
@@ -37,6 +38,8 @@ AHEAD = 32
 TRIES = 3
 WAIT_S = 0.5
 """Time before the second try; each further one waits twice as long."""
+OBJECT_S = 120.0
+"""Longest time for one object, of any size; a store that hangs is an error after `TRIES` times as long."""
 
 _group_lock = threading.Lock()
 
@@ -82,10 +85,38 @@ def retried(what: str, work: Callable[[], T]) -> T:
             if attempt == TRIES - 1:
                 raise DataError(
                     f"{what}: the store does not answer ({type(error).__name__}: {str(error)[:300]}). Check its "
-                    "address, the network and the credentials, then run the command again with --resume."
+                    "address, the network and the credentials, then run the command again, with --resume if there are "
+                    "results."
                 ) from error
             time.sleep(WAIT_S * 2**attempt)
     raise AssertionError  # the last try returns or raises
+
+
+def limited(system: Any, method: str, *arguments: Any, seconds: float | None = None) -> Any:
+    """Call a method of a file system of fsspec for one object, and end it after some seconds.
+
+    The limits of a store's package for a connection do not end every request: one can wait to be told to continue.
+
+    Args:
+        seconds: None: `OBJECT_S`.
+
+    Raises:
+        TimeoutError: the store has not answered.
+    """
+    if not getattr(system, "async_impl", False):
+        return getattr(system, method)(*arguments)
+    from fsspec.asyn import sync
+
+    seconds = OBJECT_S if seconds is None else seconds
+
+    async def request() -> Any:
+        async with asyncio.timeout(seconds):
+            return await getattr(system, f"_{method}")(*arguments)
+
+    try:
+        return sync(system.loop, request)
+    except TimeoutError as error:
+        raise TimeoutError(f"no answer within {seconds:g} s") from error
 
 
 @dataclass(frozen=True)
@@ -98,7 +129,7 @@ class UrlImage(StoredImage):
         """Return the content of the file."""
         system, inner = file_system(self.path)
         try:
-            content: bytes = retried(self.path, lambda: system.cat_file(inner))
+            content: bytes = retried(self.path, lambda: limited(system, "cat_file", inner))
         except FileNotFoundError as error:
             raise ImageError(f"{self.path}: no such file. Check the URL.") from error
         except PermissionError as error:
@@ -241,14 +272,22 @@ def _files_of(table: str) -> list[str]:
         found = sorted(glob.glob(os.path.join(glob.escape(table), "**", "*.parquet"), recursive=True))
     else:
         system, path = file_system(table)
+
+        def find() -> list[str]:
+            if glob.has_magic(path) and not system.exists(path):
+                return sorted(system.glob(path))
+            if not system.isdir(path):
+                return [path]
+            return [each for each in sorted(system.find(path)) if each.endswith(".parquet")]
+
         try:
-            if not retried(table, lambda: system.isdir(path)):
-                return [table]
-            found = [system.unstrip_protocol(each) for each in sorted(system.find(path)) if each.endswith(".parquet")]
+            found = [system.unstrip_protocol(each) for each in retried(table, find)]
         except (FileNotFoundError, PermissionError) as error:
             raise DataError(f"{table} cannot be listed ({error}). Check the URL and the permissions.") from error
     if not found:
-        raise DataError(f"{table} contains no .parquet file. Give the table, or the folder of its files.")
+        raise DataError(
+            f"{table} contains no .parquet file. Give the table, the folder of its files, or a pattern that matches."
+        )
     return found
 
 
@@ -372,7 +411,7 @@ class Folder:
             if self._system is None:
                 return Path(self.where, name).read_bytes()
             system = self._system
-            content: bytes = retried(self.where, lambda: system.cat_file(f"{self._inner}/{name}"))
+            content: bytes = retried(self.where, lambda: limited(system, "cat_file", f"{self._inner}/{name}"))
         except FileNotFoundError:
             return None
         return content
@@ -384,7 +423,7 @@ class Folder:
             write_atomically(Path(self.where, name), lambda path: path.write_bytes(content))
             return
         system = self._system
-        retried(self.where, lambda: system.pipe_file(f"{self._inner}/{name}", content))
+        retried(self.where, lambda: limited(system, "pipe_file", f"{self._inner}/{name}", content))
 
     def remove(self, name: str) -> None:
         """Remove a file."""

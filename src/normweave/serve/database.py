@@ -42,11 +42,14 @@ class Database:
     """A connection pool. Use `Database.open`.
 
     After a failure, the next transaction connects again.
+
+    Attributes:
+        name: its URL without a password.
     """
 
     def __init__(self, engine: Engine, *, name: str) -> None:
         self._engine = engine
-        self._name = name
+        self.name = name
 
     @classmethod
     def open(cls, where: str | Path, *, migrate: bool = True) -> Database:
@@ -90,7 +93,7 @@ class Database:
             encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
             if encoding != "UTF8":
                 raise DataError(
-                    f"The database {self._name} is in {encoding}, which cannot hold every name. Make one in UTF-8: "
+                    f"The database {self.name} is in {encoding}, which cannot hold every name. Make one in UTF-8: "
                     "createdb --encoding=UTF8 --template=template0 NAME"
                 )
             # Only one of several starting servers migrates; with SQLite, the start of a transaction has this effect.
@@ -103,12 +106,12 @@ class Database:
         current = set(MigrationContext.configure(connection).get_current_heads())
         if foreign := current - known:
             raise DataError(
-                f"The database {self._name} is at revision {', '.join(sorted(foreign))}, and this normweave knows up "
+                f"The database {self.name} is at revision {', '.join(sorted(foreign))}, and this normweave knows up "
                 f"to {max(known)}. Upgrade with: pip install -U normweave"
             )
         if not allowed and current != {max(known)}:
             raise DataError(
-                f"The database {self._name} is at revision {', '.join(sorted(current)) or 'none'}, and this normweave "
+                f"The database {self.name} is at revision {', '.join(sorted(current)) or 'none'}, and this normweave "
                 f"reads {max(known)}. Start the server of this version once, or use the version of the server."
             )
         with _alembic:
@@ -199,7 +202,7 @@ class Database:
                 if self._engine.dialect.name == "sqlite"
                 else "that it runs, that this machine may reach it, and its name and password"
             )
-            raise StoreError(f"The database {self._name} failed: {reason}. Check {cure}.") from error
+            raise StoreError(f"The database {self.name} failed: {reason}. Check {cure}.") from error
 
 
 def lock_key(name: LockName, *of: str) -> int:

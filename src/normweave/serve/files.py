@@ -2,6 +2,7 @@
 
     files/
     ├── .id                identifies the folder, wherever it is mounted; with PostgreSQL only
+    ├── .database          identifies the database that the images belong to; with PostgreSQL only
     ├── .lock              held by the running server, or by all servers that share the folder
     └── ab/abcdef…         one file for each content, even if it is sent several times
 
@@ -32,6 +33,8 @@ if sys.platform != "win32":
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PARTIAL = ".partial-"
+OWNER = ".database"
+"""Name of the file that identifies the database."""
 CHUNK = 500
 """Number of files that are looked up in the database at a time."""
 MOST_ORPHANS = 1200
@@ -80,6 +83,34 @@ class ImageStore(ABC):
     @abstractmethod
     def identity(self) -> str:
         """What tells whether two servers use the same store."""
+
+    @abstractmethod
+    def first(self, name: str, content: str) -> str:
+        """Return what a file beside the images contains, after writing `content` if the file does not exist.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+
+    def claim(self, database: str) -> None:
+        """Note which database the images belong to; its servers remove those that none of its records refers to.
+
+        Args:
+            database: `Store.identity`.
+
+        Raises:
+            DataError: they belong to another database, or this cannot be read or written.
+        """
+        try:
+            owner = self.first(OWNER, database)
+        except OSError as error:
+            raise DataError(f"Images cannot be stored in {self.name}: {str(error).rstrip('.')}. {self.cure}") from error
+        if owner != database:
+            raise DataError(
+                f"The images in {self.name} belong to another database, whose servers would remove the images of this "
+                "one. Give each database its own --images. If the other database is lost, remove the file "
+                f"{self.name.rstrip('/')}/{OWNER}: then the images belong to this one."
+            )
 
     @abstractmethod
     def put(self, content: bytes) -> str:
@@ -200,7 +231,26 @@ class Files(ImageStore):
     @property
     def identity(self) -> str:
         """The same wherever the folder is mounted; drawn when it is read for the first time."""
-        return _read_id(self.folder)
+        return self.first(".id", uuid.uuid4().hex)
+
+    def first(self, name: str, content: str) -> str:
+        """Return what a file beside the images contains, after writing `content` if the file does not exist.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        path = self.folder / name
+        if not path.exists():
+            drawn = self.folder / f"{self._partial}{uuid.uuid4().hex}"
+            drawn.write_text(content)
+            try:
+                os.link(drawn, path)  # unlike a renaming, it never replaces that of another server
+            except FileExistsError:
+                pass
+            except OSError:  # the file system has no links; two servers that start for the first time may then collide
+                drawn.replace(path)
+            drawn.unlink(missing_ok=True)
+        return path.read_text()
 
     def close(self) -> None:
         """Release the folder for another server."""
@@ -340,22 +390,6 @@ def check_hash(digest: str) -> str:
 
 def _path(folder: Path, digest: str) -> Path:
     return folder / check_hash(digest)[:2] / digest
-
-
-def _read_id(folder: Path) -> str:
-    """Return what identifies a folder; the first server that uses it draws it."""
-    path = folder / ".id"
-    drawn = folder / f"{_PARTIAL}{uuid.uuid4().hex}-id"
-    if not path.exists():
-        drawn.write_text(uuid.uuid4().hex)
-        try:
-            os.link(drawn, path)  # unlike a renaming, it never replaces that of another server
-        except FileExistsError:
-            pass
-        except OSError:  # the file system has no links; two servers that start for the first time may then collide
-            drawn.replace(path)
-        drawn.unlink(missing_ok=True)
-    return path.read_text()
 
 
 def _sync_folder(folder: Path) -> None:

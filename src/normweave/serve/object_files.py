@@ -5,7 +5,6 @@ The keys are those of `files.Files`: `ab/abcdef…` below the address. Several s
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import threading
 import time
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from normweave.data.stored import limited
 from normweave.errors import ConfigError, MissingError
 from normweave.serve.database import StoreError
 from normweave.serve.files import ContentError, ImageStore, MissingFileError, check_hash, is_hash
@@ -77,6 +77,22 @@ class ObjectFiles(ImageStore):
     def identity(self) -> str:
         """The address, with or without a slash at its end."""
         return self.name.rstrip("/")
+
+    def first(self, name: str, content: str) -> str:
+        """Return what an object beside the images contains, after writing `content` if there is none.
+
+        Two servers that write it at the same moment may each return what it has written itself.
+
+        Raises:
+            OSError: it cannot be read or written.
+        """
+        key = f"{self._root}/{name}"
+        with self._as_os_error():
+            try:
+                return bytes(self._limited("cat_file", key)).decode()
+            except FileNotFoundError:
+                self._limited("pipe_file", key, content.encode())
+                return bytes(self._limited("cat_file", key)).decode()
 
     def put(self, content: bytes) -> str:
         """Write a content and return its hash.
@@ -154,22 +170,8 @@ class ObjectFiles(ImageStore):
                 self._probed_at = time.monotonic()
 
     def _limited(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the file system for one object, and end it after the time of all attempts.
-
-        The limits of S3 for a connection do not end a request that waits to be told to continue.
-        """
-        if not getattr(self._system, "async_impl", False):
-            return getattr(self._system, method)(*arguments)
-        from fsspec.asyn import sync
-
-        async def request() -> Any:
-            async with asyncio.timeout(ATTEMPTS * SECONDS):
-                return await getattr(self._system, f"_{method}")(*arguments)
-
-        try:
-            return sync(self._system.loop, request)
-        except TimeoutError as error:
-            raise TimeoutError(f"no answer within {ATTEMPTS * SECONDS:g} s") from error
+        """Call a method of the file system for one object, and end it after the time of all attempts."""
+        return limited(self._system, method, *arguments, seconds=ATTEMPTS * SECONDS)
 
     def _key(self, digest: str) -> str:
         return f"{self._root}/{check_hash(digest)[:2]}/{digest}"

@@ -48,6 +48,7 @@ from normweave.serve.records import (
 from normweave.serve.tables import (
     AUDIT,
     EPOCH,
+    IDENTITY,
     INSPECTIONS,
     PROBE,
     RATES,
@@ -99,6 +100,10 @@ class Store:
     def close(self) -> None:
         """Close all connections."""
         self.database.close()
+
+    def identity(self) -> str:
+        """Return what identifies the database; one that is restored from a backup has the same."""
+        return str(self._read(select(IDENTITY.c.id))[0].id)
 
     def check_writable(self) -> None:
         """Raise StoreError if the database does not answer, or a record could not be stored now."""

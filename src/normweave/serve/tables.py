@@ -331,6 +331,8 @@ DEAD_LETTERS = Table(
 """Messages that the counterpart of an output has refused for good. `again`: a person wants it sent again."""
 PROBE = Table("probe", METADATA, Column("id", Integer, primary_key=True), Column("at", Timestamp))
 """One row, written to test whether the database can be written."""
+IDENTITY = Table("identity", METADATA, Column("id", BoundedText(32), primary_key=True))
+"""One row, drawn when the table is made; a copy of the database has the same."""
 
 STORED_IMAGE = tuple(field.name for field in fields(StoredImage) if field.name != "size")
 """Columns of a `StoredImage`."""

@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow.parquet import write_table
 
 from normweave.cli.predict import check_outputs, find_images, parse_shard, summary
 from normweave.detector import Detector
@@ -85,6 +87,18 @@ def test_a_pattern_over_manifests(photos):
     for name in "ab":
         (photos / f"{name}.csv").write_text(f"image_path\n{name}/1.png\n")
     assert found(photos, "*.csv") == ["a/1.png", "b/1.png"]
+    (photos / "a.csv").write_text("image_path\n")
+    assert found(photos, "*.csv") == ["b/1.png"]
+    (photos / "b.csv").write_text("image_path\n")
+    with pytest.raises(DataError, match=r"The table .*\*\.csv has no rows\. Add one row for each image"):
+        found(photos, "*.csv")
+
+
+def test_a_file_of_a_folder_that_matches_too_is_read_once(photos):
+    folder = photos / "t.parquet"
+    folder.mkdir()
+    write_table(pyarrow.table({"image_path": ["../a/2.png"]}), folder / "0.parquet")
+    assert found(photos, "**/*.parquet") == ["t.parquet/../a/2.png"]
 
 
 def test_a_name_that_looks_like_a_pattern(photos):

@@ -78,6 +78,16 @@ def test_a_database_elsewhere_is_named(trained, runs, tmp_path):
     assert f"Results are stored in {places}. Stop with Ctrl+C." in result.stdout, result.output
 
 
+def test_two_databases_in_one_folder_are_refused(trained, runs, tmp_path):
+    """Each would remove the images of the other."""
+    data = tmp_path / "data"
+    assert serve(trained.bundle, "--data", data).exit_code == 0
+    result = serve(trained.bundle, "--data", data, "--database", f"sqlite:///{tmp_path / 'own.db'}")
+    assert (result.exit_code, len(runs)) == (2, 1)
+    assert f"The images in {data / 'files'} belong to another database" in result.output
+    assert serve(trained.bundle, "--data", data).exit_code == 0
+
+
 @pytest.mark.parametrize(("host", "warned"), [("0.0.0.0", True), ("127.0.0.1", False)])
 def test_other_machines_without_tls_are_remarked(trained, runs, tmp_path, host, warned):
     result = serve(trained.bundle, "--data", tmp_path / "data", "--host", host)

@@ -7,7 +7,7 @@ import fsspec
 import numpy as np
 import pyarrow
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from PIL import Image
 from pyarrow import parquet
 
@@ -142,7 +142,40 @@ def test_a_store_that_hangs_ends_the_run(monkeypatch):
         with pytest.raises(DataError, match=r"store does not answer \(TimeoutError: no answer within 0\.3 s\)\. Ch"):
             request()
         assert time.monotonic() - begun < 10
+    monkeypatch.setattr(stored, "REQUEST_S", 1)
+    monkeypatch.setattr(stored, "ATTEMPTS", 1)
+    for url in ("s3://hanging/", "s3://hanging/*.png", "s3://hanging/*.parquet", "s3://hanging/t.parquet"):
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=r"store does not answer"):
+            list(in_table(url) if url.endswith("t") else in_store(url))
+        assert time.monotonic() - begun < 20
     proxy.stop()
+
+
+def test_images_that_were_to_be_read_ahead_are_not_waited_for(store, monkeypatch):
+    asked = []
+
+    def cat_file(self, path, **options):
+        asked.append(path)
+        time.sleep(0.2)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
+    monkeypatch.setattr(stored, "WAIT_S", 0.0)
+    with pytest.raises(DataError, match="does not answer"):
+        list(fetched(UrlImage(f"memory:///bucket/{number}.png") for number in range(stored.AHEAD)))
+    assert len(set(asked)) <= stored.READERS + 1
+
+
+def test_a_store_that_fails_while_a_table_is_read_ends_the_run(store, tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(stored, "WAIT_S", 0.0)
+    store.put(table(tmp_path / "t.parquet", {"image": contents(photos)}, row_group_size=1), "/bucket/failing.parquet")
+    (first, *_, last) = in_table("memory://bucket/failing.parquet")
+    assert decode(first).shape == (16, 24, 3)
+    monkeypatch.setattr(MemoryFile, "read", lambda *_: (_ for _ in ()).throw(ConnectionError("gone")))
+    with pytest.raises(DataError, match=r"failing\.parquet: the store does not answer \(ConnectionError: gone\)") as caught:
+        decode(last)
+    assert not isinstance(caught.value, ImageError)
 
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -205,6 +238,14 @@ def test_a_pattern_over_tables_of_a_store(store, tmp_path, photos):
         store.put(table(tmp_path / "t.parquet", {"image": contents([photo])}), f"/bucket/{number}.parquet")
     images = list(in_table("memory://bucket/*.parquet"))
     assert [image.path for image in images] == ["memory:///bucket/0.parquet#0", "memory:///bucket/1.parquet#0"]
+    for name in ("set.parquet/a.parquet", "set.parquet/notes.txt"):
+        store.put(table(tmp_path / "t.parquet", {"image": contents(photos[2:3])}), f"/bucket/{name}")
+    inside = "memory:///bucket/set.parquet/a.parquet#0"
+    assert [image.path for image in in_table("memory://bucket/*.parquet")] == [*(each.path for each in images), inside]
+    assert [image.path for image in in_table("memory://bucket/**/*.parquet")] == [
+        *(each.path for each in images),
+        inside,
+    ]
     with pytest.raises(DataError, match=r"contains no \.parquet file\. .* or a pattern that matches"):
         in_table("memory://bucket/x*.parquet")
 

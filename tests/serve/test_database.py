@@ -5,8 +5,10 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -271,6 +273,33 @@ def test_an_encoding_other_than_utf8_is_refused(postgres):
     url = postgres.database(encoding="LATIN1")
     with pytest.raises(DataError, match=r"is in LATIN1, which cannot hold every name. Make one in UTF-8: createdb"):
         Store.open(url)
+
+
+def test_a_backup_of_an_earlier_version_is_the_same_database(database_url, tmp_path, monkeypatch):
+    older = tmp_path / "migrations"
+    shutil.copytree(database.MIGRATIONS, older)
+    (older / "versions" / "0013_identity.py").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "MIGRATIONS", older)
+        with closing(Store.open(database_url)) as store, store.database.writing() as connection:
+            first = {"name": "e", "role": "engineer", "digest": "5" * 64, "created_at": datetime.now(UTC)}
+            connection.execute(sa.insert(tables.TOKENS), [first, first | {"digest": "4" * 64}])
+    identities = []
+    for _ in range(2):  # restored and migrated again
+        with closing(Store.open(database_url)) as store, store.database.writing() as connection:
+            identities.append(store.identity())
+            connection.exec_driver_sql("DROP TABLE identity")
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0012'")
+    assert identities == [uuid.uuid5(uuid.NAMESPACE_OID, "5" * 64).hex] * 2
+
+
+def test_a_new_database_has_an_identity_of_its_own(tmp_path):
+    identities = []
+    for name in "ab":
+        for _ in range(2):
+            with closing(Store.open(tmp_path / name)) as store:
+                identities.append(store.identity())
+    assert identities[0] == identities[1] != identities[2] == identities[3]
 
 
 def test_how_far_the_outputs_are_is_kept_by_the_migration_of_their_tables(database_url, tmp_path, monkeypatch):

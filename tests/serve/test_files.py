@@ -256,10 +256,15 @@ def test_servers_share_a_folder_only_if_all_of_them_do(tmp_path):
 def test_images_belong_to_one_database(tmp_path):
     """The servers of another one would remove them as files without a record."""
     first, second = Files(tmp_path, shared=True), Files(tmp_path, shared=True)
-    for files in (first, second, first):
-        files.claim("a" * 32)
-    with pytest.raises(DataError, match=r"belong to another database, .*\. Give each database its own --images. If"):
+    first.claim("a" * 32)
+    second.claim("a" * 32)
+    (tmp_path / ".database").write_text(f"{'a' * 32}\n")  # as an editor writes it
+    first.claim("a" * 32)
+    with pytest.raises(DataError, match=r"belong to another database, .*\. Give each database its own folder \(--i"):
         second.claim("b" * 32)
+    (tmp_path / ".database").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="belong to another database"):
+        first.claim("a" * 32)
     (tmp_path / ".database").unlink()
     second.claim("b" * 32)
     with pytest.raises(DataError, match="belong to another database"):
@@ -273,7 +278,7 @@ def test_images_belong_to_one_database(tmp_path):
 def test_a_folder_that_cannot_be_claimed_is_refused(tmp_path):
     (tmp_path / ".database").mkdir()
     files = Files(tmp_path)
-    with pytest.raises(DataError, match=r"Images cannot be stored in .*Is a directory.*\. Free disk space, or repair"):
+    with pytest.raises(DataError, match=r"Images cannot be stored in .*Is a directory.*\. Free disk space, change"):
         files.claim("a" * 32)
     files.close()
 

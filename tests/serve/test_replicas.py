@@ -259,6 +259,13 @@ def test_a_server_of_another_database_is_refused_their_images(pair, library_fold
         Server(None, tmp_path, *given, "--database", postgres.database(purpose="other"))
 
 
+def test_a_server_that_is_refused_claims_no_images(pair, library_folder, tmp_path):
+    given = ("--library", library_folder, "--active", "old", "--images", tmp_path / "own", "--name", LINE)
+    with pytest.raises(AssertionError, match=r"stores its images elsewhere than in"):
+        Server(None, tmp_path, *given, "--database", pair.url)
+    assert not (tmp_path / "own" / ".database").exists()
+
+
 def test_a_key_that_comes_to_both_at_once_gives_one_inspection(pair, contents):
     with ThreadPoolExecutor(2) as pool:
         for number in range(5):

@@ -271,16 +271,16 @@ def find_images(arguments: list[str], listed: Path | None = None) -> "Iterator[L
         DataError: no image is given, a folder has no images or a link that leads nowhere, a pattern
             matches nothing, stdin is closed, or the list is no file, has no path or is not text.
     """
-    from normweave.data.stored import UrlImage, in_store, in_table, is_table, is_url
+    from normweave.data.stored import UrlImage, in_store, in_table, is_table, is_url, tables_of
 
     sources: list[Iterable[ListedImage]] = []
     for argument in arguments:
         if argument == STDIN:
             sources.append(_from_stdin())
-        elif is_table(argument) and (is_url(argument) or os.path.exists(argument)):
-            if not any(deque(in_table(argument), maxlen=1)):
+        elif is_table(argument) and (tables := tables_of(argument)):
+            if not sum(len(deque(in_table(table), maxlen=1)) for table in tables):  # each is read to its end
                 raise DataError(f"The table {argument} has no rows. Add one row for each image.")
-            sources.append(in_table(argument))
+            sources += map(in_table, tables)
         elif is_url(argument):
             sources.append(in_store(argument))
         elif os.path.isdir(argument):
@@ -291,7 +291,7 @@ def find_images(arguments: list[str], listed: Path | None = None) -> "Iterator[L
             matches = sorted(glob.glob(argument, recursive=True))
             if not matches:
                 raise DataError(f"No file matches {argument!r}. Check the pattern. ** matches any folders.")
-            sources += [in_table(match) if is_table(argument) else [match] for match in matches]
+            sources.append(matches)
         else:
             sources.append([argument])
     if listed is not None:

@@ -215,7 +215,6 @@ def serve(
         stack.callback(store.close)
         replica = None
         if store.database.is_shared:
-            files.claim(store.identity())
             replica = Replica(
                 store.database,
                 line=name,
@@ -227,6 +226,7 @@ def serve(
             stack.callback(replica.close)
         elif database is not None:
             stack.enter_context(closing(SoleServer(store.database.path)))
+        files.claim(store.identity())  # when nothing else is wrong: it lasts
         if detector is None and bundles is not None:
             detector = load(choose_active(bundles, store, name=active).path)
         assert detector is not None

@@ -38,8 +38,12 @@ AHEAD = 32
 TRIES = 3
 WAIT_S = 0.5
 """Time before the second try; each further one waits twice as long."""
-OBJECT_S = 120.0
+OBJECT_S = 60.0
 """Longest time for one object, of any size; a store that hangs is an error after `TRIES` times as long."""
+REQUEST_S = 20
+"""Longest wait of S3 for a connection or for the next bytes."""
+ATTEMPTS = 2
+"""Attempts of a request to S3, within each of `TRIES`."""
 
 _group_lock = threading.Lock()
 
@@ -57,11 +61,11 @@ def file_system(url: str) -> tuple[Any, str]:
         DataError: fsspec knows no such store.
     """
     try:
-        from fsspec.core import url_to_fs
+        import fsspec  # noqa: F401 - `open_system` imports it
     except ImportError as error:
         raise MissingError(f"{url} needs fsspec, which is not installed: pip install 'normweave[scale]'") from error
     try:
-        system, path = url_to_fs(url)
+        system, path = open_system(url, seconds=REQUEST_S, attempts=ATTEMPTS)
     except ImportError as error:
         raise MissingError(f"{url} needs a package that is not installed: {error}") from error
     except ValueError as error:
@@ -69,17 +73,45 @@ def file_system(url: str) -> tuple[Any, str]:
     return system, path
 
 
-def retried(what: str, work: Callable[[], T]) -> T:
+def open_system(url: str, *, seconds: int, attempts: int, **options: Any) -> tuple[Any, str]:
+    """Return the file system of fsspec for a URL, and the path in it; requests to S3 have limits.
+
+    Args:
+        seconds: longest wait for a connection or for the next bytes.
+        attempts: of each request.
+        options: of the file system.
+
+    Raises:
+        ImportError: the package of this store is not installed.
+        ValueError: fsspec knows no such store.
+    """
+    from fsspec.core import url_to_fs
+
+    is_s3 = url.partition("://")[0] in ("s3", "s3a")
+    if is_s3:
+        limits = {"connect_timeout": seconds, "read_timeout": seconds}
+        options["config_kwargs"] = limits | {"retries": {"total_max_attempts": attempts}}
+    system, path = url_to_fs(url, **options)
+    if is_s3:
+        system.retries = 1  # of s3fs, beside those of botocore
+    return system, path
+
+
+def retried(what: str, work: Callable[[], T], *, raised: tuple[type[Exception], ...] = ()) -> T:
     """Call `work` again after an error of the store, which may be a short one of the network.
+
+    Args:
+        raised: further exceptions that are not tried again.
 
     Raises:
         FileNotFoundError, PermissionError: raised by `work`; not tried again.
         DataError: every try failed.
     """
+    final: tuple[type[Exception], ...] = (FileNotFoundError, PermissionError, *raised)
     for attempt in range(TRIES):
         try:
             return work()
-        except (FileNotFoundError, PermissionError):
+        except final:
             raise
         except Exception as error:  # the stores' errors have no class in common
             if attempt == TRIES - 1:
@@ -168,8 +200,11 @@ class _Fetched(StoredImage):
 
 def fetched(images: Iterable[ListedImage]) -> Iterator[ListedImage]:
     """Yield the same images in order; those of stores are read ahead by several threads."""
-    with ThreadPoolExecutor(READERS) as pool:
+    pool = ThreadPoolExecutor(READERS)
+    try:
         yield from read_ahead(pool, _fetch, images, AHEAD)
+    finally:  # after an error, images that wait would each fail in their turn
+        pool.shutdown(cancel_futures=True)
 
 
 def _fetch(image: ListedImage) -> ListedImage:
@@ -236,6 +271,17 @@ def is_table(argument: str) -> bool:
     return argument.lower().endswith(TABLES)
 
 
+def tables_of(argument: str) -> list[str]:
+    """Return the tables that an argument names: itself, those that match a pattern on this machine, or none.
+
+    A file in a folder that matches too is read with the folder. `in_table` reads patterns of stores.
+    """
+    if is_url(argument) or os.path.exists(argument):
+        return [argument]
+    matches = set(glob.glob(argument, recursive=True)) if glob.has_magic(argument) else set()
+    return sorted(each for each in matches if not any(str(above) in matches for above in Path(each).parents))
+
+
 def in_table(table: str) -> Iterator[ListedImage]:
     """Yield the images of a manifest (column image_path), or of a Parquet table that contains their files.
 
@@ -274,11 +320,12 @@ def _files_of(table: str) -> list[str]:
         system, path = file_system(table)
 
         def find() -> list[str]:
-            if glob.has_magic(path) and not system.exists(path):
-                return sorted(system.glob(path))
-            if not system.isdir(path):
-                return [path]
-            return [each for each in sorted(system.find(path)) if each.endswith(".parquet")]
+            is_pattern = glob.has_magic(path) and not system.exists(path)
+            files: set[str] = set()
+            for each in system.glob(path) if is_pattern else [path]:
+                below = system.find(each) if system.isdir(each) else [each]
+                files.update(below if below == [each] else (name for name in below if name.endswith(".parquet")))
+            return sorted(files)
 
         try:
             found = [system.unstrip_protocol(each) for each in retried(table, find)]
@@ -304,7 +351,7 @@ def _in_parquet(table: str) -> Iterator[ListedImage]:
         count = file.metadata.row_group(group).num_rows
         paths = [None] * count
         if "image_path" in names:
-            paths = file.read_row_group(group, columns=["image_path"]).column(0).to_pylist()
+            paths = _read_group(table, group, "image_path").to_pylist()
         for path in paths:
             if _column(table) is None:
                 yield _beside(table, str(path or ""))
@@ -316,18 +363,34 @@ def _in_parquet(table: str) -> Iterator[ListedImage]:
 @lru_cache(maxsize=16)
 def _parquet(table: str) -> Any:
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise MissingError(
             f"{table}: Parquet needs pyarrow, which is not installed: pip install 'normweave[scale]'"
         ) from error
-    try:
+
+    def read() -> Any:
         if not is_url(table):
             return parquet.ParquetFile(table)
         system, path = file_system(table)
         return parquet.ParquetFile(system.open(path, "rb"))
-    except (OSError, pyarrow.ArrowException) as error:
+
+    return _read_parquet(table, read)
+
+
+def _read_group(table: str, group: int, column: str) -> Any:
+    """Return a column of a row group of a table."""
+    file = _parquet(table)
+    return _read_parquet(table, lambda: file.read_row_group(group, columns=[column]).column(0))
+
+
+def _read_parquet(table: str, read: Callable[[], T]) -> T:
+    """Call `read`, again after an error of a store; errors name the table."""
+    from pyarrow import ArrowException
+
+    try:
+        return retried(table, read, raised=(ArrowException,)) if is_url(table) else read()
+    except (OSError, ArrowException) as error:
         raise DataError(
             f"{table}: cannot be read as Parquet ({error}). Check the path, or write the table again."
         ) from error
@@ -372,7 +435,7 @@ def _row_group(table: str, group: int) -> Any:
     if column is None:
         raise DataError(f"{table} has no images any more. It was changed during the run.")
     name, is_struct = column
-    values = _parquet(table).read_row_group(group, columns=[name]).column(0).combine_chunks()
+    values = _read_group(table, group, name).combine_chunks()
     return compute.struct_field(values, "bytes") if is_struct else values
 
 

@@ -2,7 +2,7 @@
 
     files/
     ├── .id                identifies the folder, wherever it is mounted; with PostgreSQL only
-    ├── .database          identifies the database that the images belong to; with PostgreSQL only
+    ├── .database          identifies the database that the images belong to
     ├── .lock              held by the running server, or by all servers that share the folder
     └── ab/abcdef…         one file for each content, even if it is sent several times
 
@@ -72,7 +72,7 @@ class ImageStore(ABC):
     """
 
     parallel = 1
-    cure = "Free disk space, or repair the disk."
+    cure = "Free disk space, change the permissions of the folder, or repair the disk."
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -86,7 +86,7 @@ class ImageStore(ABC):
 
     @abstractmethod
     def first(self, name: str, content: str) -> str:
-        """Return what a file beside the images contains, after writing `content` if the file does not exist.
+        """Return the text of a file beside the images, after writing `content` if the file does not exist.
 
         Raises:
             OSError: it cannot be read or written.
@@ -108,8 +108,8 @@ class ImageStore(ABC):
         if owner != database:
             raise DataError(
                 f"The images in {self.name} belong to another database, whose servers would remove the images of this "
-                "one. Give each database its own --images. If the other database is lost, remove the file "
-                f"{self.name.rstrip('/')}/{OWNER}: then the images belong to this one."
+                "one. Give each database its own folder (--images, or --data without it). If the other database is "
+                f"lost, remove the file {self.name.rstrip('/')}/{OWNER}: then the images belong to this one."
             )
 
     @abstractmethod
@@ -234,7 +234,7 @@ class Files(ImageStore):
         return self.first(".id", uuid.uuid4().hex)
 
     def first(self, name: str, content: str) -> str:
-        """Return what a file beside the images contains, after writing `content` if the file does not exist.
+        """Return the text of a file beside the images, after writing `content` if the file does not exist.
 
         Raises:
             OSError: it cannot be read or written.
@@ -242,7 +242,10 @@ class Files(ImageStore):
         path = self.folder / name
         if not path.exists():
             drawn = self.folder / f"{self._partial}{uuid.uuid4().hex}"
-            drawn.write_text(content)
+            with drawn.open("xb") as file:
+                file.write(content.encode())
+                file.flush()
+                os.fsync(file.fileno())
             try:
                 os.link(drawn, path)  # unlike a renaming, it never replaces that of another server
             except FileExistsError:
@@ -250,7 +253,8 @@ class Files(ImageStore):
             except OSError:  # the file system has no links; two servers that start for the first time may then collide
                 drawn.replace(path)
             drawn.unlink(missing_ok=True)
-        return path.read_text()
+            _sync_folder(self.folder)
+        return path.read_bytes().decode(errors="replace").strip()
 
     def close(self) -> None:
         """Release the folder for another server."""

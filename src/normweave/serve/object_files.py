@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from normweave.data.stored import limited
+from normweave.data.stored import limited, open_system
 from normweave.errors import ConfigError, MissingError
 from normweave.serve.database import StoreError
 from normweave.serve.files import ContentError, ImageStore, MissingFileError, check_hash, is_hash
@@ -47,7 +47,7 @@ class ObjectFiles(ImageStore):
         super().__init__(url)
         protocol = url.partition("://")[0]
         try:
-            import fsspec
+            import fsspec  # noqa: F401 - `open_system` imports it
         except ImportError as error:
             raise MissingError(f'{url} needs fsspec, which is not installed. pip install "normweave[s3]"') from error
         if protocol in NOT_DURABLE:
@@ -55,12 +55,9 @@ class ObjectFiles(ImageStore):
                 f"--images cannot be of {protocol}://, got {url!r:.200}. Give a folder, or the address of an object "
                 "store such as s3://BUCKET/FOLDER."
             )
-        options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-        if protocol in ("s3", "s3a"):
-            limits = {"connect_timeout": SECONDS, "read_timeout": SECONDS}
-            options["config_kwargs"] = limits | {"retries": {"total_max_attempts": ATTEMPTS}}
+        own = {"use_listings_cache": False, "skip_instance_cache": True}
         try:
-            self._system, root = fsspec.core.url_to_fs(url, **options)
+            self._system, root = open_system(url, seconds=SECONDS, attempts=ATTEMPTS, **own)
         except ImportError as error:
             raise MissingError(f"{url} needs a package that is not installed: {error}.") from error
         except ValueError as error:
@@ -68,8 +65,6 @@ class ObjectFiles(ImageStore):
         if not (root := root.rstrip("/")):
             raise ConfigError(f"--images {url!r:.200} has no bucket. Give s3://BUCKET/FOLDER.")
         self._root = root
-        if protocol in ("s3", "s3a"):
-            self._system.retries = 1  # of s3fs, beside those of botocore
         self._probe_lock = threading.Lock()
         self._probed_at = -PROBE_SECONDS
 
@@ -79,7 +74,7 @@ class ObjectFiles(ImageStore):
         return self.name.rstrip("/")
 
     def first(self, name: str, content: str) -> str:
-        """Return what an object beside the images contains, after writing `content` if there is none.
+        """Return the text of an object beside the images, after writing `content` if there is none.
 
         Two servers that write it at the same moment may each return what it has written itself.
 
@@ -89,10 +84,11 @@ class ObjectFiles(ImageStore):
         key = f"{self._root}/{name}"
         with self._as_os_error():
             try:
-                return bytes(self._limited("cat_file", key)).decode()
+                found = bytes(self._limited("cat_file", key))
             except FileNotFoundError:
                 self._limited("pipe_file", key, content.encode())
-                return bytes(self._limited("cat_file", key)).decode()
+                found = bytes(self._limited("cat_file", key))
+        return found.decode(errors="replace").strip()
 
     def put(self, content: bytes) -> str:
         """Write a content and return its hash.

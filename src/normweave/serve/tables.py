@@ -332,7 +332,7 @@ DEAD_LETTERS = Table(
 PROBE = Table("probe", METADATA, Column("id", Integer, primary_key=True), Column("at", Timestamp))
 """One row, written to test whether the database can be written."""
 IDENTITY = Table("identity", METADATA, Column("id", BoundedText(32), primary_key=True))
-"""One row, drawn when the table is made; a copy of the database has the same."""
+"""One row, made with the table; a copy of the database has the same."""
 
 STORED_IMAGE = tuple(field.name for field in fields(StoredImage) if field.name != "size")
 """Columns of a `StoredImage`."""

@@ -127,7 +127,8 @@ def test_a_store_that_fails_is_asked_again_and_then_ends_the_run(store, monkeypa
 
 def test_a_store_that_hangs_ends_the_run(monkeypatch):
     """A real client of S3, and a server that accepts connections and never answers."""
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # one of another test has another address
     proxy = Proxy(0)
     proxy.switch("silent")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -150,6 +151,7 @@ def test_a_store_that_hangs_ends_the_run(monkeypatch):
             list(in_table(url) if url.endswith("t") else in_store(url))
         assert time.monotonic() - begun < 20
     proxy.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_images_that_were_to_be_read_ahead_are_not_waited_for(store, monkeypatch):
@@ -157,14 +159,14 @@ def test_images_that_were_to_be_read_ahead_are_not_waited_for(store, monkeypatch
 
     def cat_file(self, path, **options):
         asked.append(path)
-        time.sleep(0.2)
+        time.sleep(2.0 if len(asked) > 1 else 0.0)
         raise TimeoutError("no answer")
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    monkeypatch.setattr(stored, "WAIT_S", 0.0)
+    monkeypatch.setattr(stored, "TRIES", 1)
     with pytest.raises(DataError, match="does not answer"):
         list(fetched(UrlImage(f"memory:///bucket/{number}.png") for number in range(stored.AHEAD)))
-    assert len(set(asked)) <= stored.READERS + 1
+    assert len(asked) <= stored.READERS + 1
 
 
 def test_a_store_that_fails_while_a_table_is_read_ends_the_run(store, tmp_path, photos, monkeypatch):

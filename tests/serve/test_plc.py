@@ -1,5 +1,8 @@
 """A bit of a PLC as a trigger, with a Modbus server of pymodbus in another process."""
 
+import socket
+import struct
+import threading
 import time
 
 import pytest
@@ -72,3 +75,20 @@ def test_what_the_plc_refuses_and_one_that_is_not_there_are_named_with_the_cure(
             trigger(config(plc, **given))
     with pytest.raises(ConfigError, match="bit has no effect with signal coil"):
         config(plc, bit=3)
+
+
+def test_a_connection_that_the_plc_resets_is_named_with_the_cure(plc):
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def reset():
+        connection, _ = listening.accept()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends a reset
+        connection.recv(100)
+        connection.close()
+
+    thread = threading.Thread(target=reset)
+    thread.start()
+    with pytest.raises(OSError, match=r"does not answer: .*reset by peer\. Check the network and device_id"):
+        trigger(config(plc, port=listening.getsockname()[1]))
+    thread.join()
+    listening.close()

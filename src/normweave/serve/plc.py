@@ -113,7 +113,7 @@ class RisingEdges:
         }
         try:
             answer = read[config.signal](config.address, count=1, device_id=config.device_id)
-        except ModbusException as error:
+        except (ModbusException, OSError) as error:  # such as a connection that the PLC has reset
             raise OSError(f"{self._where} does not answer: {error}. Check the network and device_id.") from error
         if answer.isError():
             raise OSError(

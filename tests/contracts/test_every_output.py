@@ -119,7 +119,7 @@ def test_a_restart_continues(counterpart, station, begin):
 def test_what_was_stored_right_before_the_stop_is_delivered(counterpart, station, begin):
     deliveries = begin(counterpart.output())
     sent = station.add(40)
-    deliveries.stop()
+    deliveries.stop(seconds=60)
     until(lambda: len(counterpart.ids()) >= 40, "the delivery")
     assert counterpart.ids() == sent
 

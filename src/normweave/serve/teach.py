@@ -381,9 +381,11 @@ class Teaching:
         return self.folder / str(job.id)
 
     def _save(self, job: TeachJob) -> None:
-        self._job = job
         text = json.dumps(asdict(job), default=str)
-        write_atomically(self._folder(job) / "job.json", lambda path: path.write_text(text, "utf-8"))
+        try:  # first the file: what is shown as done is done after a restart, too
+            write_atomically(self._folder(job) / "job.json", lambda path: path.write_text(text, "utf-8"))
+        finally:
+            self._job = job
 
     def _restore(self) -> TeachJob | None:
         """Return the job of the last run of the server; remove what cannot be used."""

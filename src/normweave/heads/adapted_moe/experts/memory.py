@@ -62,7 +62,7 @@ class MemoryExperts(Experts):
         pools = [np.arange(len(normals.rows))]
         if not self.config.shared:
             pools = [np.flatnonzero(normals.experts == expert) for expert in range(normals.number)]
-        drawn = [self._draw(normals, own, generator) for own in pools]
+        drawn = [self._draw(normals, own, generator, at_most=self.config.max_pool) for own in pools]
         patches = torch.cat([each for each, _ in drawn])
         width, dimensions = patches.shape[1], self.bank.shape[1]
         self.components = torch.eye(width) if dimensions == width else _principal_components(patches, dimensions)
@@ -85,13 +85,15 @@ class MemoryExperts(Experts):
     def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
         """Append patches of these images that are far from the stored ones; V does not change.
 
-        They are at most an equal share of `max_patches` for each expert, and are searched by a product of their own,
-        so that the distances to the other patches keep every bit.
+        They are at most an equal share of `max_patches` for each expert, chosen from as large a share of `max_pool`,
+        and are searched by a product of their own, so that the distances to the other patches keep every bit.
         """
         expert = first + len(self._added)
-        patches, places = self._draw(normals, np.arange(len(normals.rows)), generator)
+        experts = expert + 1
+        pool = max(1, self.config.max_pool // experts)
+        patches, places = self._draw(normals, np.arange(len(normals.rows)), generator, at_most=pool)
         projected = patches @ self.components
-        keep = min(max(1, self.config.max_patches // (expert + 1)), len(projected))
+        keep = min(max(1, self.config.max_patches // experts), len(projected))
         chosen = coreset(projected, keep, generator=generator, given=self.bank)
         self.bank = torch.cat([self.bank, projected[chosen]])
         self.owner = torch.cat([self.owner, torch.full((keep,), expert)])
@@ -111,12 +113,11 @@ class MemoryExperts(Experts):
         self._added = tuple((expert, ends[expert - 1], ends[expert]) for expert in range(first, number))
 
     def _draw(
-        self, normals: Normals, own: NDArray[np.int64], generator: torch.Generator
+        self, normals: Normals, own: NDArray[np.int64], generator: torch.Generator, *, at_most: int
     ) -> tuple[Tensor, NDArray[np.int64]]:
         """Return patches (N, D) of these images, indices into `normals.rows`, and the place of each (N, 3)."""
-        most = self.config.max_pool
-        own = own[torch.randperm(len(own), generator=generator)[:most].sort().values.numpy()]
-        quota = torch.full((len(own),), max(1, most // len(own)))
+        own = own[torch.randperm(len(own), generator=generator)[:at_most].sort().values.numpy()]
+        quota = torch.full((len(own),), max(1, at_most // len(own)))
         return draw_quota(normals.source, normals.rows[own], quota, generator=generator)
 
     def _measure(self, normals: Normals, groups: NDArray[np.int64]) -> Tensor:

@@ -245,7 +245,7 @@ def in_store(url: str) -> Iterator[UrlImage]:
     system, path = file_system(url)
 
     def find() -> list[str]:
-        if glob.has_magic(path) and not system.exists(path):  # a name may have the signs of a pattern
+        if _is_pattern(system, path):
             return sorted(system.glob(path))
         if not system.isdir(path):
             return [path]
@@ -264,6 +264,11 @@ def in_store(url: str) -> Iterator[UrlImage]:
     if not found:
         raise DataError(f"{url} contains no image. Give a folder with images, a pattern that matches, or image files.")
     return (UrlImage(system.unstrip_protocol(each)) for each in found)
+
+
+def _is_pattern(system: Any, path: str) -> bool:
+    """Return whether a path of a store is a pattern, and not a name that has the signs of one."""
+    return glob.has_magic(path) and not system.exists(path)
 
 
 def is_table(argument: str) -> bool:
@@ -320,11 +325,12 @@ def _files_of(table: str) -> list[str]:
         system, path = file_system(table)
 
         def find() -> list[str]:
-            is_pattern = glob.has_magic(path) and not system.exists(path)
             files: set[str] = set()
-            for each in system.glob(path) if is_pattern else [path]:
-                below = system.find(each) if system.isdir(each) else [each]
-                files.update(below if below == [each] else (name for name in below if name.endswith(".parquet")))
+            for each in system.glob(path) if _is_pattern(system, path) else [path]:
+                if system.isdir(each):
+                    files.update(name for name in system.find(each) if name.endswith(".parquet"))
+                else:
+                    files.add(each)
             return sorted(files)
 
         try:

@@ -51,6 +51,17 @@ class Checks:
         """Return the images with what the network gives for them."""
         return cls(pixels, outputs(network, pixels))
 
+    def joined(self, other: Checks) -> Checks:
+        """Return these images and those of `other`."""
+        pairs = zip(self.outputs, other.outputs, strict=True)
+        both: Any = (None if mine is None else np.concatenate([mine, theirs]) for mine, theirs in pairs)
+        return Checks(np.concatenate([self.pixels, other.pixels]), RawOutput(*both))
+
+    def kept(self, chosen: NDArray[np.bool_]) -> Checks:
+        """Return some of the images (n,)."""
+        fields: Any = (None if each is None else each[chosen] for each in self.outputs)
+        return Checks(self.pixels[chosen], RawOutput(*fields))
+
     def to_bytes(self) -> bytes:
         """Return checks.json."""
         fields = {name: value for name, value in self.outputs._asdict().items() if value is not None}

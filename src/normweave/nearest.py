@@ -47,16 +47,17 @@ def onnx_largest_product(onnx: Any, patches: Any, bank: Any, offset: Any) -> Any
 
     Args:
         onnx: an opset of onnxscript.
-        patches, bank, offset: values of an ONNX graph, P and M of which are known.
+        patches, bank, offset: values of an ONNX graph; P is known, and M need not be.
     """
-    P, M = patches.shape[1], bank.shape[0]
-    size, across = part_size(P), M // BLOCK
+    P = patches.shape[1]
+    size = part_size(P)
 
     def integers(*values: int) -> Any:
         return onnx.Constant(value_ints=list(values))
 
     stored, offset = onnx.Transpose(bank), onnx.Unsqueeze(offset, integers(1))
-    in_blocks, by_block = integers(-1, BLOCK), integers(-1, across)
+    across = onnx.Div(onnx.Shape(bank, start=0, end=1), integers(BLOCK))  # (1,) M / BLOCK
+    in_blocks, by_block = integers(-1, BLOCK), onnx.Concat(integers(-1), across, axis=0)
     blocks, products, first = [], [], None
     for start in range(0, P, size):
         end = min(start + size, P)
@@ -67,7 +68,7 @@ def onnx_largest_product(onnx: Any, patches: Any, bank: Any, offset: Any) -> Any
         if first is None or end - start < size:  # first row of each patch in `values`
             number = onnx.Squeeze(onnx.Shape(block))
             zero, one = (onnx.Constant(value_int=each) for each in (0, 1))
-            first = onnx.Mul(onnx.Range(zero, number, one), onnx.Constant(value_int=across))
+            first = onnx.Mul(onnx.Range(zero, number, one), across)
         own = onnx.Gather(values, onnx.Add(first, block), axis=0)  # (B*p, BLOCK)
         blocks.append(onnx.Reshape(block, integers(-1, end - start)))
         products.append(onnx.Reshape(own, integers(-1, end - start, BLOCK)))

@@ -95,9 +95,10 @@ def with_subclass(
     if progress is not None:
         progress("writing the graph", 0, 1)
     kept = [*range(len(detector.subclass_names)), -1]
-    proof = _prove(detector, network, result, kept=kept, further=further)
-    if network.checks is not None:
-        fitted.checks = Checks.compute(_graph(result), np.concatenate([network.checks.pixels, *shown]))
+    graph = _graph(result)
+    proof, stored = _prove(detector, network, result, graph, kept=kept, further=further)
+    if stored is not None:
+        fitted.checks = stored.joined(Checks.compute(graph, np.concatenate(shown)))
     added = result.record[KEY]
     added_names = result.subclass_names[len(detector.subclass_names) :]
     result.record[KEY] = added | {each: added[each] | {"check": proof} for each in added_names}
@@ -285,11 +286,11 @@ def without_subclass(
     if network.references is not None and owner is not None:
         result.network.references = network.references.kept(owner != number)
     kept = [k for k in range(len(detector.subclass_names)) if k != number]
-    proof = _prove(detector, network, result, kept=kept, further=further, removed=number)
-    if network.checks is not None:
+    proof, stored = _prove(detector, network, result, _graph(result), kept=kept, further=further, removed=number)
+    if stored is not None and network.checks is not None:
         own = network.checks.outputs.subclass
         assert own is not None
-        result.network.checks = Checks.compute(_graph(result), network.checks.pixels[own != number])
+        result.network.checks = stored.kept(own != number)
     steps = detector.record.get(history.KEY, [])
     used = next((each for each in reversed(steps) if each.get("subclass") == name and "hashes" in each), None)
     step = history.step(
@@ -403,6 +404,7 @@ def _changed(detector: Detector, network: TorchNetwork, head: AdaptedMoE, images
         head,
         config=detector.config,
         rows=None if images is None else FittedRows(images, everything, everything),
+        similar=network.similar,
     )
     changed.checks, changed.references = network.checks, network.references
     result = copy(detector)
@@ -427,21 +429,24 @@ def _prove(
     detector: Detector,
     network: TorchNetwork,
     result: Detector,
+    graph: Network,
     *,
     kept: Sequence[int],
     further: rows.Rows | None,
     removed: int | None = None,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Checks | None]:
     """Check by the graphs of both that images which are routed as before keep every bit of their scores.
 
     Args:
         network: of `detector`, in torch.
+        graph: of `result`.
         kept: as of `checks.compare`.
         further: other images.
         removed: index of the subclass that was removed.
 
     Returns:
-        The number of tiles, that of the equal ones, and the images of the others, with the subclass before and now.
+        The number of tiles, that of the equal ones, and the images of the others, with the subclass before and now; and
+        the stored images with the outputs of the graph, None if there are none.
 
     Raises:
         CheckError: the score of such an image has changed.
@@ -454,11 +459,11 @@ def _prove(
         names += [str(further.samples[owner].image_path) for owner in further.owner]
         pixels.append(np.stack([further.load(row) for row in range(len(further))]))
     if not names:
-        return {"tiles": 0, "equal": 0, "moved": []}
+        return {"tiles": 0, "equal": 0, "moved": []}, None
     tiles = np.concatenate(pixels)
     before = copy(detector)
     before.network = network
-    old, new = checks.outputs(_graph(before), tiles), checks.outputs(_graph(result), tiles)
+    old, new = checks.outputs(_graph(before), tiles), checks.outputs(graph, tiles)
     assert old.subclass is not None
     assert new.subclass is not None
     assert old.weights is not None
@@ -473,7 +478,9 @@ def _prove(
         [names[k], detector.subclass_names[old.subclass[k]], result.subclass_names[new.subclass[k]]]
         for k in found.moved
     ]
-    return {"tiles": found.tiles, "equal": found.equal, "moved": moved}
+    stored = np.arange(len(tiles)) < (0 if network.checks is None else len(network.checks.pixels))
+    proof = {"tiles": found.tiles, "equal": found.equal, "moved": moved}
+    return proof, Checks(tiles, new).kept(stored) if stored.any() else None
 
 
 def _scan(detector: Detector, data: Data | None, layout: str | None) -> rows.Rows | None:

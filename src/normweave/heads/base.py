@@ -99,6 +99,13 @@ class Head(nn.Module):
     """(M, 3) row of the fit data, grid row and grid column of each stored patch that `PatchScores.nearest` refers to;
     known after `finish`, not part of the state. None: no such patches, or loaded."""
 
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """The tensors that get another length when a subclass is added or removed, by name; the network then differs
+        in nothing else. None of them: it may differ in everything.
+        """
+        return ()
+
     def reuse(self, fitted: Head) -> None:
         """Take what a head of the same settings, fitted to all images, measured to weigh its parts (before `begin`).
 

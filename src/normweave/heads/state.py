@@ -63,5 +63,15 @@ def drop_row(module: nn.Module, number: int) -> None:
                 setattr(part, name, torch.from_numpy(np.delete(tensor.numpy(), number, axis=0)))
 
 
+def growing(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the buffers that `by_subclass` and `grows` of a module and of those in it name."""
+    return tuple(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        for name in (*getattr(part, "by_subclass", ()), *getattr(part, "grows", ()))
+        if part._buffers.get(name) is not None
+    )
+
+
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} with {tensor.ndim} axes"

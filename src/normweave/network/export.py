@@ -18,6 +18,7 @@ from normweave.config import Config
 from normweave.errors import CheckError, MissingError
 from normweave.logs import quiet
 from normweave.network.base import EXCLUDED, PIXELS, Network
+from normweave.network.exchange import apart
 from normweave.network.translate import translate
 from normweave.outcome.operating_point import Calibration
 from normweave.scoring import ImageScore, TileScores
@@ -41,8 +42,11 @@ CELLS = 0.99
 LOGGERS = ("torch", "torch.__trace", "onnxscript", "onnx_ir")
 
 
-def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
+def to_onnx(module: TorchModule, *, height: int, width: int, growing: Sequence[str] = ()) -> bytes:
     """Export a network on the CPU: static names, dynamic batch, the same bytes for the same network.
+
+    Args:
+        growing: names of tensors that `exchange.exchanged` may replace in the graph.
 
     Raises:
         CheckError: ONNX has no operator for a part of it, or it has too many weights for one file.
@@ -76,8 +80,9 @@ def to_onnx(module: TorchModule, *, height: int, width: int) -> bytes:
                 output_names=outputs,
                 dynamic_shapes=shapes,  # for the names of the axes
             )
-            _shorten(program.model)
-            program.optimize()
+            with apart(program.model, growing):
+                _shorten(program.model)
+                program.optimize()
             content: bytes = bare(program.model_proto).SerializeToString(deterministic=True)
         except Exception as error:  # torch and protobuf raise many types, which all mean the same here
             raise CheckError(

@@ -34,7 +34,7 @@ from normweave.heads.adapted_moe.router import Choice, Router, RouterStage, sele
 from normweave.heads.base import Head, TrainingStage
 from normweave.heads.grid import replace_border
 from normweave.heads.novelty import SubclassNovelty, block_statistics
-from normweave.heads.state import drop_row
+from normweave.heads.state import drop_row, growing
 from normweave.passes import Batches, Merge, Statistics, Tensors, over, per_image
 from normweave.types import FeatureSource, FitData, PatchScores, Routing, SyntheticDefects
 from normweave.validation import DISCRIMINATOR
@@ -51,6 +51,10 @@ class AdaptedMoE(Head):
     Routing `network` is the paper's. `statistics` uses the distance of image statistics to those of each subclass.
     `likelihood` scores the image by all experts; those with the lowest mean scores are chosen.
     """
+
+    numbers: Tensor  # (K,) 0..K-1, only with added experts
+
+    grows = ("numbers",)
 
     def __init__(self, config: AdaptedMoEConfig, *, shape: tuple[int, int, int], dims: Sequence[int] = ()) -> None:
         super().__init__()
@@ -280,7 +284,7 @@ class AdaptedMoE(Head):
         K = self.branch.number
         if K == 1:
             return self.forward(features)
-        others = torch.arange(K, device=features.device) != subclasses[:, None]  # (B, K)
+        others = self._numbers(features) != subclasses[:, None]  # (B, K)
         distances = self.novelty(block_statistics(features)).masked_fill(~others, torch.inf)
         return self._score(features, distances, allowed=others)
 
@@ -328,6 +332,11 @@ class AdaptedMoE(Head):
             (each for branch in self.used.values() if (each := branch.experts.origins) is not None), None
         )
 
+    @property
+    def growing(self) -> tuple[str, ...]:
+        """As in `Head`; none of them as long as no subclass was added."""
+        return () if self._first is None else growing(self)
+
     @torch.no_grad()
     def remove(self, subclass: int) -> None:
         """Remove an added subclass."""
@@ -348,8 +357,10 @@ class AdaptedMoE(Head):
         number = self.branch.number
         self._first = first if number > first else None
         self._buffers.pop("first_subclasses", None)
+        self._buffers.pop("numbers", None)
         if self._first is not None:
             self.register_buffer("first_subclasses", torch.tensor([first]))
+            self.register_buffer("numbers", torch.arange(number), persistent=False)
         for branch in self.used.values():
             branch.experts.set_number(number, first=first)
 
@@ -371,9 +382,8 @@ class AdaptedMoE(Head):
         """Return which of the allowed experts (B, K) may score each image; see `add`. None = all."""
         if self._first is None:
             return allowed
-        number = torch.arange(distances.shape[1], device=distances.device)
         latest = distances.argmin(dim=1, keepdim=True).clamp(min=self._first - 1)  # (B, 1)
-        usable = number <= latest
+        usable = self._numbers(distances) <= latest
         return usable if allowed is None else usable & allowed
 
     # ---------------------------------------------------------------- scores
@@ -390,7 +400,7 @@ class AdaptedMoE(Head):
                 {number: both for number, (both, _) in scored.items()}, choice.experts[:, 0]
             )
         adapted = torch.stack([branch.adaption.changes(samples) for branch in self.used.values()])
-        weights = features.new_zeros(features.shape[0], self.branch.number)
+        weights = torch.zeros_like(self._by_expert(distances))
         return PatchScores(
             scores=scores,
             image_scores=own_scores,
@@ -418,19 +428,29 @@ class AdaptedMoE(Head):
 
     def _route(self, features: Tensor, distances: Tensor, *, samples: Tensor, allowed: Tensor | None) -> Choice:
         """Select the experts of each image."""
-        number = self.branch.number
         if self.config.routing.method == "likelihood":
-            every = torch.arange(number, device=features.device).expand(features.shape[0], -1)
+            every = self._numbers(features).expand(features.shape[0], -1)
             similarity = -self.branch(features, samples, every)[:, :, 0].mean(dim=(2, 3))
         elif self.router is not None:
             similarity = self.router.similarity(features)
         else:
             similarity = -distances
-        similarity = similarity[:, :number]  # there may be one expert for several subclasses
+        similarity = self._by_expert(similarity)
         if allowed is not None:
             similarity = similarity.masked_fill(~allowed, -torch.inf)  # weight 0
         top_k = self.config.top_k if self._first is None else min(self.config.top_k, self._first)
         return select_experts(similarity, temperature=self.config.temperature, top_k=top_k)
+
+    def _numbers(self, like: Tensor) -> Tensor:
+        """Return the indices (K,) of the experts; with added ones a buffer, so that the graph does not depend on K."""
+        if self._first is not None:
+            return self.numbers
+        return torch.arange(self.branch.number, device=like.device)
+
+    def _by_expert(self, values: Tensor) -> Tensor:
+        """Return values (B, subclasses) of the experts, (B, K): one may be that of all subclasses."""
+        number = self.branch.number
+        return values[:, :number] if values.shape[1] > number else values
 
     def _branch_scores(
         self, branch: ExpertBranch, features: Tensor, samples: Tensor, choice: Choice, allowed: Tensor | None

@@ -135,6 +135,7 @@ class View(nn.Module):
     added_mean: Tensor  # (A, F) of each added expert; only if there are any
     added_components: Tensor  # (A, F, most_added)
 
+    grows = ("added_mean", "added_components")
     folds = 4
     most_added = 24
     """Components of an added subspace, at most; with fewer the others are zero, so that all have one size."""
@@ -355,6 +356,7 @@ class Detail(nn.Module):
     up: Tensor  # (cells^2, h*w) `to_grid` as a matrix, which is faster; not saved, since it follows from the sizes
 
     by_subclass = ("weights", "centre", "std")
+    grows = ("added_mean",)
 
     def __init__(self, *, shape: tuple[int, int, int], cells: tuple[int, int], own: float) -> None:
         super().__init__()

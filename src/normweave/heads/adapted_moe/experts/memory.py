@@ -37,10 +37,14 @@ class MemoryExperts(Experts):
     bank: Tensor  # (M, r)
     owner: Tensor  # (M,) int64, the expert from whose images the patch is
     usual: Tensor  # (M,) mu(m)
+    added_bank: Tensor  # (M', r) patches of the added experts, up to a multiple of `BLOCK`; only if there are any
+    added_offset: Tensor  # (M',) -|m|^2 / 2, or -inf where there is no patch
+    added_owner: Tensor  # (M',)
 
     distributed = True
     default_adaption = "off"
     by_subclass = ()
+    grows = ("bank", "usual", "added_bank", "added_offset", "added_owner")
 
     pseudo_counts = 3
     neighbours = 10
@@ -55,7 +59,8 @@ class MemoryExperts(Experts):
         self.register_buffer("bank", torch.zeros(1, dimensions))
         self.register_buffer("owner", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("usual", torch.ones(1))
-        self._added: tuple[tuple[int, int, int], ...] = ()  # expert, first row and end of the patches of each added
+        self._added = 0  # experts
+        self._first_patches: int | None = None  # of the first training, before those of the added experts; None: all
 
     def fit(self, normals: Normals, *, generator: torch.Generator) -> None:
         """Fill the memory bank, and measure the mean distance of normal patches to every stored patch."""
@@ -85,10 +90,11 @@ class MemoryExperts(Experts):
     def add(self, normals: Normals, *, first: int, generator: torch.Generator) -> None:
         """Append patches of these images that are far from the stored ones; V does not change.
 
-        They are at most an equal share of `max_patches` for each expert, chosen from as large a share of `max_pool`,
-        and are searched by a product of their own, so that the distances to the other patches keep every bit.
+        They are at most an equal share of `max_patches` for each expert, chosen from as large a share of `max_pool`.
+        Those of all added experts are searched by a product of their own, so that the distances to the patches of the
+        first training keep every bit.
         """
-        expert = first + len(self._added)
+        expert = first + self._added
         experts = expert + 1
         pool = max(1, self.config.max_pool // experts)
         patches, places = self._draw(normals, np.arange(len(normals.rows)), generator, at_most=pool)
@@ -107,10 +113,18 @@ class MemoryExperts(Experts):
         self.owner = torch.where(owner > expert, owner - 1, owner)
 
     def set_number(self, number: int, *, first: int) -> None:
-        """Note the rows of the patches of each added expert."""
-        counts = np.bincount(self.owner.numpy(), minlength=number)
-        ends = np.cumsum(counts).tolist()
-        self._added = tuple((expert, ends[expert - 1], ends[expert]) for expert in range(first, number))
+        """Note which patches are those of added experts, and prepare their search."""
+        self._added, self._first_patches = number - first, None
+        for name in self.grows[2:]:
+            self._buffers.pop(name, None)
+        if not self._added:
+            return
+        self._first_patches = known = int((self.owner < first).sum())
+        bank, owner = self.bank[known:], self.owner[known:]
+        bank, offset = _to_blocks(bank, _offset(bank))
+        owner = F.pad(owner, (0, len(bank) - len(owner)), value=first)
+        for name, tensor in zip(self.grows[2:], (bank, offset, owner), strict=True):
+            self.register_buffer(name, tensor, persistent=False)
 
     def _draw(
         self, normals: Normals, own: NDArray[np.int64], generator: torch.Generator, *, at_most: int
@@ -164,8 +178,8 @@ class MemoryExperts(Experts):
 
     def score_united(self, features: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the distance of every patch to those of all allowed experts, and the nearest of them."""
-        end = self._added[0][1] if self._added else len(self.bank)
-        return self._score(features, None if allowed is None else allowed[:, self.owner[:end]], allowed)
+        owner = self.owner[: self._first_patches]
+        return self._score(features, None if allowed is None else allowed[:, owner], allowed)
 
     def _score(self, features: Tensor, allowed: Tensor | None, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the scores (B, 1, h, w) and the nearest stored patch (B, h, w).
@@ -175,13 +189,14 @@ class MemoryExperts(Experts):
             experts: (B, K) bool, the experts whose added patches count, too; None = those of none.
         """
         distance, index = self._nearest(features, allowed)
-        if self._added and experts is not None:
+        if self._first_patches is not None and experts is not None:
             patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
-            for expert, first, end in self._added:
-                added = self._search(patches, self.bank[first:end], None) + first
-                away = (patches - self.bank[added]).square().sum(dim=2).sqrt()
-                closer = (away < distance) & experts[:, expert, None]
-                distance, index = torch.where(closer, away, distance), torch.where(closer, added, index)
+            counts = experts[:, self.added_owner]  # (B, M')
+            own = largest_product(patches, self.added_bank, self.added_offset[None].masked_fill(~counts, -torch.inf))
+            away = (patches - self.added_bank[own]).square().sum(dim=2).sqrt()
+            closer = (away < distance) & counts.gather(1, own)
+            distance = torch.where(closer, away, distance)
+            index = torch.where(closer, own + self._first_patches, index)
         if self.config.calibrated:
             distance = distance / self.usual[index]
         B, _, h, w = features.shape
@@ -198,19 +213,24 @@ class MemoryExperts(Experts):
             allowed: (B, M) bool, the stored patches that count; None = all.
         """
         patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
-        index = self._search(patches, self.bank[: self._added[0][1]] if self._added else self.bank, allowed)
-        return (patches - self.bank[index]).square().sum(dim=2).sqrt(), index
-
-    @staticmethod
-    def _search(patches: Tensor, bank: Tensor, allowed: Tensor | None) -> Tensor:
-        """Return the row (B, P) of the bank (M, r) that is nearest to each of the patches (B, P, r)."""
-        offset = -0.5 * bank.square().sum(dim=1)[None]  # (1 or B, M)
+        bank = self.bank[: self._first_patches]
+        offset = _offset(bank)[None]  # (1 or B, M)
         if allowed is not None:
             offset = offset.masked_fill(~allowed, -torch.inf)
-        if missing := -len(bank) % BLOCK:
-            bank, offset = F.pad(bank, (0, 0, 0, missing)), F.pad(offset, (0, missing), value=-torch.inf)
-        rows: Tensor = largest_product(patches, bank, offset)
-        return rows
+        index: Tensor = largest_product(patches, *_to_blocks(bank, offset))
+        return (patches - bank[index]).square().sum(dim=2).sqrt(), index
+
+
+def _offset(bank: Tensor) -> Tensor:
+    """Return -|m|^2 / 2 of each stored patch, (M, r) -> (M,)."""
+    return -0.5 * bank.square().sum(dim=1)
+
+
+def _to_blocks(bank: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Append rows to a bank (M, r) up to a multiple of `BLOCK`, with which no product (..., M) is the largest."""
+    if missing := -len(bank) % BLOCK:
+        bank, offset = F.pad(bank, (0, 0, 0, missing)), F.pad(offset, (0, missing), value=-torch.inf)
+    return bank, offset
 
 
 def _principal_components(patches: Tensor, number: int) -> Tensor:

@@ -99,11 +99,17 @@ def outputs(content, excluded):
     return network(pixels.numpy(), excluded)
 
 
+def declared(content):
+    """The outputs of a graph with their types and sizes."""
+    return [each.SerializeToString() for each in onnx.load_from_string(content).graph.output]
+
+
 def test_exchanged_tensors_give_the_outputs_of_an_export(grown, graphs):
     """Also back to fewer subclasses, and with the expert of a subclass left out."""
     one, two = graphs
     for old, new, module in ((one, two, grown[2]), (two, one, grown[1])):
         content = exchanged(old, tensors(module), subclasses=len(module.head.subclass_names))
+        assert declared(content) == declared(new)
         for excluded in (None, np.arange(16) // 4 % len(module.head.subclass_names)):
             found, expected = outputs(content, excluded)._asdict(), outputs(new, excluded)._asdict()
             for name in expected:

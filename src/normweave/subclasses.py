@@ -51,6 +51,8 @@ def with_subclass(
 ) -> Detector:
     """Return a detector that also knows a new subclass, or several; the given one does not change.
 
+    The first addition exports the graph, which is most of its time; later ones exchange tensors of it.
+
     The good images of `data` are fitted to, and scored by experts that were fitted to the others of them, from which
     the operating point of the subclass is computed. Few images allow no low false-alarm rate: then the operating point
     is marked `uncalibrated`.
@@ -60,7 +62,7 @@ def with_subclass(
         data: 5 to about 50 good images of a subclass, none of which was used before.
         category, subclass: its names; the category may be new. Subclass None: a category without subclasses. Category
             None: every subclass that a manifest or samples name, one after another in the order of their first images.
-            The graph is exported and compared once, which is most of the time of one addition.
+            The graphs are compared once.
         regions: with the region of a new category; those of known ones must be as they are. Without one of its own, a
             category has that of all categories.
         check: further images, on which the scores are compared, too.

@@ -19,7 +19,7 @@ from normweave.config import DataConfig
 from normweave.data import layouts
 from normweave.detector import Detector
 from normweave.drift import reference
-from normweave.errors import ConfigError, DataError
+from normweave.errors import CheckError, ConfigError, DataError
 from normweave.network.torch import TorchNetwork
 
 
@@ -165,6 +165,28 @@ def test_a_further_subclass_exchanges_tensors_of_the_graph(added, images, tmp_pa
     assert equal(before, after, near)
     assert equal(before, raw(tmp_path / "less.bundle", paths), slice(None))
     assert checks.read(tmp_path / "less.bundle").to_bytes() == checks.read(added).to_bytes()
+
+
+def test_scores_recorded_on_another_machine_are_computed_again(added, images, tmp_path):
+    """They have other bits there; those of this machine are compared."""
+    detector = fitting.load(added)
+    recorded = detector.network.checks
+    elsewhere = recorded.outputs._replace(scores=recorded.outputs.scores * np.float32(1.00001))
+    detector.network.checks = checks.Checks(recorded.pixels, elsewhere)
+    more = detector.with_subclass(inverted(images, tmp_path), category="denim", subclass=None)
+
+    check = more.record["added"]["denim"]["check"]
+    assert check["equal"] + len(check["moved"]) == check["tiles"] == len(recorded.pixels)
+    stored = more.network.checks.outputs.scores[: len(recorded.pixels)]
+    assert (stored == recorded.outputs.scores).all(axis=(1, 2)).sum() >= check["equal"] > 0
+
+
+def test_a_changed_score_of_another_subclass_is_found(added, images, tmp_path):
+    detector = fitting.load(added)
+    detector.network.head.fusion.centre *= 1.001
+
+    with pytest.raises(CheckError, match=r"images that are routed as before have changed"):
+        detector.with_subclass(inverted(images, tmp_path), category="denim", subclass=None)
 
 
 def test_a_graph_that_differs_in_more_is_exported_again(added):

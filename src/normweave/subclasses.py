@@ -7,8 +7,10 @@ subclasses keep every bit of their scores, which is checked on stored calibratio
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from normweave.data import rows, splits
 from normweave.data.alignment import Limits
 from normweave.detector import Data, Detector, samples_of
 from normweave.drift import reference
-from normweave.errors import ConfigError, DataError
+from normweave.errors import CheckError, ConfigError, DataError
 from normweave.heads.adapted_moe.head import AdaptedMoE
 from normweave.network import open_graph
 from normweave.network.base import Network
@@ -29,7 +31,7 @@ from normweave.network.torch import FittedRows, TorchNetwork, some_tiles
 from normweave.outcome.operating_point import Added, Calibration
 from normweave.references import References
 from normweave.subclass_fit import SubclassFit
-from normweave.types import Progress, Sample
+from normweave.types import Progress, RawOutput, Sample
 
 FEWEST_IMAGES = 5
 FEWEST_GROUPS = 2
@@ -463,9 +465,30 @@ def _prove(
     if not names:
         return {"tiles": 0, "equal": 0, "moved": []}, None
     tiles = np.concatenate(pixels)
+    new = checks.outputs(graph, tiles)
+    compared = partial(_compared, detector, network, result, names, new=new, kept=kept, removed=removed)
+    stored = np.arange(len(tiles)) < (0 if network.checks is None else len(network.checks.pixels))
+    recorded = Checks(tiles, new).kept(stored) if stored.any() else None
+    if network.checks is not None and further is None:
+        with suppress(CheckError):  # recorded on another machine, whose scores have other bits
+            return compared(network.checks.outputs), recorded
     before = copy(detector)
     before.network = network
-    old, new = checks.outputs(_graph(before), tiles), checks.outputs(graph, tiles)
+    return compared(checks.outputs(_graph(before), tiles)), recorded
+
+
+def _compared(
+    detector: Detector,
+    network: TorchNetwork,
+    result: Detector,
+    names: Sequence[str],
+    old: RawOutput,
+    *,
+    new: RawOutput,
+    kept: Sequence[int],
+    removed: int | None,
+) -> dict[str, Any]:
+    """Return what `_prove` does of images with these names, and with these outputs of both graphs."""
     assert old.subclass is not None
     assert new.subclass is not None
     assert old.weights is not None
@@ -480,9 +503,7 @@ def _prove(
         [names[k], detector.subclass_names[old.subclass[k]], result.subclass_names[new.subclass[k]]]
         for k in found.moved
     ]
-    stored = np.arange(len(tiles)) < (0 if network.checks is None else len(network.checks.pixels))
-    proof = {"tiles": found.tiles, "equal": found.equal, "moved": moved}
-    return proof, Checks(tiles, new).kept(stored) if stored.any() else None
+    return {"tiles": found.tiles, "equal": found.equal, "moved": moved}
 
 
 def _scan(detector: Detector, data: Data | None, layout: str | None) -> rows.Rows | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from normweave import bundle, by_region, checks, fitting, history
 from normweave.checks import Checks
@@ -99,10 +100,9 @@ def with_subclass(
     if progress is not None:
         progress("writing the graph", 0, 1)
     kept = [*range(len(detector.subclass_names)), -1]
-    graph = _graph(result)
-    proof, stored = _prove(detector, network, result, graph, kept=kept, further=further)
+    proof, stored = _prove(detector, network, result, kept=kept, further=further, new=np.concatenate(shown))
     if stored is not None:
-        fitted.checks = stored.joined(Checks.compute(graph, np.concatenate(shown)))
+        fitted.checks = stored
     added = result.record[KEY]
     added_names = result.subclass_names[len(detector.subclass_names) :]
     result.record[KEY] = added | {each: added[each] | {"check": proof} for each in added_names}
@@ -290,7 +290,7 @@ def without_subclass(
     if network.references is not None and owner is not None:
         result.network.references = network.references.kept(owner != number)
     kept = [k for k in range(len(detector.subclass_names)) if k != number]
-    proof, stored = _prove(detector, network, result, _graph(result), kept=kept, further=further, removed=number)
+    proof, stored = _prove(detector, network, result, kept=kept, further=further, removed=number)
     if stored is not None and network.checks is not None:
         own = network.checks.outputs.subclass
         assert own is not None
@@ -433,24 +433,24 @@ def _prove(
     detector: Detector,
     network: TorchNetwork,
     result: Detector,
-    graph: Network,
     *,
     kept: Sequence[int],
     further: rows.Rows | None,
+    new: NDArray[np.uint8] | None = None,
     removed: int | None = None,
 ) -> tuple[dict[str, Any], Checks | None]:
     """Check by the graphs of both that images which are routed as before keep every bit of their scores.
 
     Args:
         network: of `detector`, in torch.
-        graph: of `result`.
         kept: as of `checks.compare`.
         further: other images.
+        new: tiles (n, 3, height, width) that are stored beside those of `network`; None: none.
         removed: index of the subclass that was removed.
 
     Returns:
         The number of tiles, that of the equal ones, and the images of the others, with the subclass before and now; and
-        the stored images with the outputs of the graph, None if there are none.
+        the stored images and the new ones with the outputs of the graph, None if none are stored.
 
     Raises:
         CheckError: the score of such an image has changed.
@@ -465,10 +465,13 @@ def _prove(
     if not names:
         return {"tiles": 0, "equal": 0, "moved": []}, None
     tiles = np.concatenate(pixels)
-    new = checks.outputs(graph, tiles)
-    compared = partial(_compared, detector, network, result, names, new=new, kept=kept, removed=removed)
-    stored = np.arange(len(tiles)) < (0 if network.checks is None else len(network.checks.pixels))
-    recorded = Checks(tiles, new).kept(stored) if stored.any() else None
+    graph = _graph(result)
+    now = checks.outputs(graph, tiles)
+    recorded = None
+    if network.checks is not None:
+        recorded = Checks(tiles, now).kept(np.arange(len(tiles)) < len(network.checks.pixels))
+        recorded = recorded if new is None else recorded.joined(Checks.compute(graph, new))
+    compared = partial(_compared, detector, network, result, names, now=now, kept=kept, removed=removed)
     if network.checks is not None and further is None:
         with suppress(CheckError):  # recorded on another machine, whose scores have other bits
             return compared(network.checks.outputs), recorded
@@ -484,13 +487,13 @@ def _compared(
     names: Sequence[str],
     old: RawOutput,
     *,
-    new: RawOutput,
+    now: RawOutput,
     kept: Sequence[int],
     removed: int | None,
 ) -> dict[str, Any]:
     """Return what `_prove` does of images with these names, and with these outputs of both graphs."""
     assert old.subclass is not None
-    assert new.subclass is not None
+    assert now.subclass is not None
     assert old.weights is not None
     affected = None
     if removed is not None:
@@ -498,9 +501,9 @@ def _compared(
         assert isinstance(network.head, AdaptedMoE)
         if old.nearest is not None and (owner := network.head.stored_by()) is not None:
             affected |= (owner[old.nearest] == removed).any(axis=(1, 2))
-    found = checks.compare(old, new, kept=kept, affected=affected)
+    found = checks.compare(old, now, kept=kept, affected=affected)
     moved = [
-        [names[k], detector.subclass_names[old.subclass[k]], result.subclass_names[new.subclass[k]]]
+        [names[k], detector.subclass_names[old.subclass[k]], result.subclass_names[now.subclass[k]]]
         for k in found.moved
     ]
     return {"tiles": found.tiles, "equal": found.equal, "moved": moved}

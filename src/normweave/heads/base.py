@@ -101,8 +101,9 @@ class Head(nn.Module):
 
     @property
     def growing(self) -> tuple[str, ...]:
-        """The tensors that get another length when a subclass is added or removed, by name; the network then differs
-        in nothing else. None of them: it may differ in everything.
+        """Names of the tensors that get another length when a subclass is added or removed.
+
+        The networks before and after differ in nothing else. No name: they may differ in everything.
         """
         return ()
 

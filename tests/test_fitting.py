@@ -1,5 +1,7 @@
 """Fitting: synthetic anomalies are made for a head from the fit images."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,3 +173,10 @@ def test_too_few_images_are_named_with_those_that_were_left_out(tmp_path):
     with pytest.raises(DataError) as error:
         fitting.divide(samples[:1], Config(prepare=PrepareConfig(height=32, width=32)))
     assert "left out" not in str(error.value)
+
+
+def test_lightning_is_imported_for_a_training_by_gradient_only():
+    """It takes longer to import than all the rest of a fit in closed form, or of a subclass that is added."""
+    code = "import sys, normweave.subclasses; sys.exit('lightning' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from normweave import bundle, checks, cross_validation, references, settings, training
+from normweave import bundle, checks, cross_validation, references, settings
 from normweave.by_region import check_routing
 from normweave.checks import Checks
 from normweave.config import AdaptedMoEConfig, Config
@@ -236,7 +236,9 @@ def fit_head(
     check_routing(chosen.images, routes=bool(head.subclass_names))
     stages = head.stages(fit_data)
     given = head, stages, chosen, fit_data, standard
-    if sources is None or not stages or not sources.train(*given, device=device, progress=progress):
+    if stages and (sources is None or not sources.train(*given, device=device, progress=progress)):
+        from normweave import training  # Lightning takes longer to import than everything else here
+
         for stage in stages:
             training.train(stage, fit_data, folder=work, resume=resume, progress=progress, device=device)
     head.to("cpu")

@@ -200,33 +200,20 @@ def fit_head(
     if reuse is not None:
         head.reuse(reuse)
     fit_data = _fit_data(chosen, StandardizedFeatures(Subset(source, chosen.fit), standard), config)
+    parts = chosen, extractor, standard
     fit_data = replace(
         fit_data,
         mean=standard.mean,
         std=standard.std,
         pair=feature_pair(config.features) if head.uses_text else None,
         synthetic=synthetic_anomalies(
-            chosen,
-            extractor,
-            standard,
-            fit_data,
-            variants=head.synthetic_variants,
-            cache=cache,
-            max_gib=cache_gib,
-            progress=progress,
+            *parts, fit_data, variants=head.synthetic_variants, cache=cache, max_gib=cache_gib, progress=progress
         ),
     )
     fit_data = replace(
         fit_data,
         defects=synthetic_defects(
-            chosen,
-            extractor,
-            standard,
-            fit_data,
-            wanted=head.defect_images(fit_data),
-            cache=cache,
-            max_gib=cache_gib,
-            progress=progress,
+            *parts, fit_data, wanted=head.defect_images(fit_data), cache=cache, max_gib=cache_gib, progress=progress
         ),
     )
     if work is not None:  # a checkpoint is valid only for the same features of the same images

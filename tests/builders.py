@@ -62,6 +62,17 @@ def begun(head, data):
 WORD_DIM, TOKEN_DIM, JOINT_DIM = 8, 10, 6
 
 
+class Small(nn.Module):
+    """An untrained extractor: pixels to a few numbers for each patch of 4 x 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0)) / 500)
+
+    def forward(self, pixels):
+        return nn.functional.conv2d(pixels.float(), self.kernel, stride=4)
+
+
 class TinyText(nn.Module):
     """One frozen transformer layer over words whose embeddings are seeded by their letters."""
 

@@ -6,9 +6,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import nn
 
-from builders import InMemory, fit, head_config, normals
+from builders import InMemory, Small, fit, head_config, normals
 from normweave.features.standardize import ChannelStandardizer
 from normweave.heads import build
 from normweave.network import open_graph
@@ -33,17 +32,6 @@ CONFIGS = [
 ]
 
 
-class Patches(nn.Module):
-    """An untrained extractor: pixels to a few numbers for each patch of 4 x 4."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0)) / 500)
-
-    def forward(self, pixels):
-        return nn.functional.conv2d(pixels.float(), self.kernel, stride=4)
-
-
 def pixels_of(subclass, *, seed, count=8):
     noise = torch.randn(count, 3, *SIZE, generator=torch.Generator().manual_seed(seed + 10 * subclass))
     return (COLOURS[subclass][:, None, None] + 20 * noise).clamp(0, 255).to(torch.uint8)
@@ -65,7 +53,7 @@ def data(standard, extractor, subclasses):
 @pytest.fixture(scope="module", params=CONFIGS)
 def grown(request):
     """The networks with 0, 1 and 2 added subclasses."""
-    extractor = Patches()
+    extractor = Small()
     standard = ChannelStandardizer(channels=12)
     standard.fit(InMemory(extractor(torch.cat([pixels_of(each, seed=1) for each in range(FIRST)])).detach()))
     features = data(standard, extractor, range(FIRST))

@@ -10,7 +10,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from builders import InMemory, TinyPair, head_config
+from builders import InMemory, Small, TinyPair, head_config
 from normweave.config import CNCConfig, Config, HeadConfig, MemoryBankConfig, PrepareConfig, TimmConfig
 from normweave.errors import CheckError
 from normweave.features.frozen import Backbone, FrozenFeatures
@@ -27,17 +27,6 @@ from normweave.types import FitData, PatchScores, RawOutput, Routing
 SIZE = (28, 36)  # of the input; the grid of 7 x 9 is a multiple of nothing
 SHAPE = (12, 7, 9)
 K = 3
-
-
-class Small(nn.Module):
-    """An untrained extractor: pixels to a few numbers for each patch of 4 x 4."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0)) / 500)
-
-    def forward(self, pixels):
-        return nn.functional.conv2d(pixels.float(), self.kernel, stride=4)
 
 
 def make_images(count, *, seed, size=SIZE):

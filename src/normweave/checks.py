@@ -53,14 +53,12 @@ class Checks:
 
     def joined(self, other: Checks) -> Checks:
         """Return these images and those of `other`."""
-        pairs = zip(self.outputs, other.outputs, strict=True)
-        both: Any = (None if mine is None else np.concatenate([mine, theirs]) for mine, theirs in pairs)
-        return Checks(np.concatenate([self.pixels, other.pixels]), RawOutput(*both))
+        both = RawOutput.concatenate([self.outputs, other.outputs])
+        return Checks(np.concatenate([self.pixels, other.pixels]), both)
 
     def kept(self, chosen: NDArray[np.bool_]) -> Checks:
         """Return some of the images (n,)."""
-        fields: Any = (None if each is None else each[chosen] for each in self.outputs)
-        return Checks(self.pixels[chosen], RawOutput(*fields))
+        return Checks(self.pixels[chosen], self.outputs.take(chosen))
 
     def to_bytes(self) -> bytes:
         """Return checks.json."""
@@ -106,9 +104,7 @@ class Checks:
 
 def outputs(network: Run, pixels: NDArray[np.uint8]) -> RawOutput:
     """Return the raw outputs, computed in passes of `BATCH` tiles."""
-    parts = [network(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
-    fields: Any = (None if column[0] is None else np.concatenate(column) for column in zip(*parts, strict=True))
-    return RawOutput(*fields)
+    return RawOutput.concatenate([network(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
 
 
 def bundle_files(checks: Checks | None) -> dict[str, bytes]:

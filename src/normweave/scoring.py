@@ -128,12 +128,8 @@ class TileScores(NamedTuple):
         """Join the scores of several batches."""
         if len(parts) == 1:
             return parts[0]
-        fields: Any = (
-            None if column[0] is None else np.concatenate(column)
-            for column in zip(*(part.raw for part in parts), strict=True)
-        )
         return cls(
-            RawOutput(*fields),
+            RawOutput.concatenate([part.raw for part in parts]),
             np.concatenate([part.scores for part in parts]),
             np.concatenate([part.peaks for part in parts]),
         )
@@ -144,8 +140,7 @@ class TileScores(NamedTuple):
 
     def take(self, tiles: slice | NDArray[np.int64]) -> TileScores:
         """Return some tiles."""
-        fields: Any = (None if field is None else field[tiles] for field in self.raw)
-        return TileScores(RawOutput(*fields), self.scores[tiles], self.peaks[tiles])
+        return TileScores(self.raw.take(tiles), self.scores[tiles], self.peaks[tiles])
 
 
 class ImageScore(NamedTuple):

@@ -203,6 +203,18 @@ class RawOutput(NamedTuple):
     adapted: NDArray[np.bool_] | None = None  # (n,)
     nearest: NDArray[np.int64] | None = None  # (n, h, w) most similar stored patch, see `PatchScores`
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[RawOutput]) -> RawOutput:
+        """Join the outputs of several batches."""
+        columns = zip(*parts, strict=True)
+        fields: Any = (None if column[0] is None else np.concatenate(column) for column in columns)
+        return cls(*fields)
+
+    def take(self, images: slice | NDArray[np.generic]) -> RawOutput:
+        """Return the outputs of some images."""
+        fields: Any = (None if field is None else field[images] for field in self)
+        return RawOutput(*fields)
+
 
 class Routing(NamedTuple):
     """The subclass that each image is routed to."""

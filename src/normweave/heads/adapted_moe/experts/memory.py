@@ -44,7 +44,8 @@ class MemoryExperts(Experts):
     distributed = True
     default_adaption = "off"
     by_subclass = ()
-    grows = ("bank", "usual", "added_bank", "added_offset", "added_owner")
+    of_added = ("added_bank", "added_offset", "added_owner")
+    grows = ("bank", "usual", *of_added)
 
     pseudo_counts = 3
     neighbours = 10
@@ -115,7 +116,7 @@ class MemoryExperts(Experts):
     def set_number(self, number: int, *, first: int) -> None:
         """Note which patches are those of added experts, and prepare their search."""
         self._added, self._first_patches = number - first, None
-        for name in self.grows[2:]:
+        for name in self.of_added:
             self._buffers.pop(name, None)
         if not self._added:
             return
@@ -123,7 +124,7 @@ class MemoryExperts(Experts):
         bank, owner = self.bank[known:], self.owner[known:]
         bank, offset = _to_blocks(bank, _offset(bank))
         owner = F.pad(owner, (0, len(bank) - len(owner)), value=first)
-        for name, tensor in zip(self.grows[2:], (bank, offset, owner), strict=True):
+        for name, tensor in zip(self.of_added, (bank, offset, owner), strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
     def _draw(
@@ -165,7 +166,7 @@ class MemoryExperts(Experts):
                     others &= self.owner == expert
                 if not others.any():
                     continue
-                distance, index = self._nearest(image[None], others[None])
+                distance, index = self._nearest(self._project(image[None]), others[None])
                 total.index_add_(0, index.flatten(), distance.flatten().double())
                 count.index_add_(0, index.flatten(), torch.ones(index.numel(), dtype=torch.float64))
         return total, count
@@ -188,12 +189,11 @@ class MemoryExperts(Experts):
             allowed: as of `_nearest`.
             experts: (B, K) bool, the experts whose added patches count, too; None = those of none.
         """
-        distance, index = self._nearest(features, allowed)
+        patches = self._project(features)
+        distance, index = self._nearest(patches, allowed)
         if self._first_patches is not None and experts is not None:
-            patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
             counts = experts[:, self.added_owner]  # (B, M')
-            own = largest_product(patches, self.added_bank, self.added_offset[None].masked_fill(~counts, -torch.inf))
-            away = (patches - self.added_bank[own]).square().sum(dim=2).sqrt()
+            away, own = _search(patches, self.added_bank, self.added_offset[None].masked_fill(~counts, -torch.inf))
             closer = (away < distance) & counts.gather(1, own)
             distance = torch.where(closer, away, distance)
             index = torch.where(closer, own + self._first_patches, index)
@@ -202,23 +202,35 @@ class MemoryExperts(Experts):
         B, _, h, w = features.shape
         return distance.view(B, 1, h, w), index.view(B, h, w)
 
-    def _nearest(self, features: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _project(self, features: Tensor) -> Tensor:
+        """Return V'x of every patch, (B, D, h, w) -> (B, P, r)."""
+        return features.flatten(2).transpose(1, 2) @ self.components
+
+    def _nearest(self, patches: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the distance (B, P) of every patch to the nearest patch of the first training, and its row (B, P).
 
-        The nearest patch has the largest x . m - |m|^2 / 2. Its distance is then computed from the difference, because
-        the expansion of the square loses small distances to rounding.
-
         Args:
-            features: (B, D, h, w).
+            patches: (B, P, r).
             allowed: (B, M) bool, the stored patches that count; None = all.
         """
-        patches = features.flatten(2).transpose(1, 2) @ self.components  # (B, P, r)
         bank = self.bank[: self._first_patches]
         offset = _offset(bank)[None]  # (1 or B, M)
         if allowed is not None:
             offset = offset.masked_fill(~allowed, -torch.inf)
-        index: Tensor = largest_product(patches, *_to_blocks(bank, offset))
-        return (patches - bank[index]).square().sum(dim=2).sqrt(), index
+        return _search(patches, *_to_blocks(bank, offset))
+
+
+def _search(patches: Tensor, bank: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distance (B, P) of patches (B, P, r) to the nearest one of a bank (M, r), and its row (B, P).
+
+    The nearest patch has the largest x . m - |m|^2 / 2. Its distance is then computed from the difference, because the
+    expansion of the square loses small distances to rounding.
+
+    Args:
+        offset: (1 or B, M) -|m|^2 / 2, or -inf for a patch that does not count.
+    """
+    index: Tensor = largest_product(patches, bank, offset)
+    return (patches - bank[index]).square().sum(dim=2).sqrt(), index
 
 
 def _offset(bank: Tensor) -> Tensor:
